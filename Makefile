@@ -1,0 +1,40 @@
+# make demo: compress the demo model and say a sentence with it.    make test: lint, types, tests.
+# On a machine whose index offers torch with CUDA only, save gigabytes with
+#   make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
+PROMPT ?= Once upon a time
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint test-only
+
+help:
+	@echo "make demo | test | lint | test-only"
+
+demo: $(VENV)/.installed
+	$(BIN)/kvslim compress demo --out artifacts/demo --force
+	$(BIN)/kvslim generate artifacts/demo --prompt "$(PROMPT)" --max-new-tokens 48
+
+test: lint test-only
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-only: $(VENV)/.installed-dev
+	$(BIN)/pytest
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) --editable '.[dev,genai]'
+	@touch $@ $(VENV)/.installed

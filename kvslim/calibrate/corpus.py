@@ -1,0 +1,181 @@
+"""Token windows from text: the model's own samples, a text or JSONL file, a hub data set, or the demo's stories."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvslim.errors import NotFoundError, UnsupportedError, UsageError
+from kvslim.load.source import Snapshot
+
+Array = np.ndarray
+SELF_BATCH = 16
+WHOLE = (0.0, 1.0)
+
+
+def check_source(source: str) -> None:
+    """Fails early when a text source cannot be read.
+
+    Raises:
+        NotFoundError: The file does not exist.
+        UsageError: It is empty, not UTF-8, or not JSONL.
+        UnsupportedError: A hub data set without the `hub` extra.
+    """
+    if source == "self":
+        return
+    if source.startswith("hub:"):
+        _datasets()
+        return
+    _read_file(Path(source))
+
+
+def text_windows(
+    source: str, snapshot: Snapshot, tokenizer: Any, *, samples: int, length: int, share: tuple[float, float] = WHOLE
+) -> Array:
+    """Windows of a file, a hub data set or, for `self`, the demo's held-out stories.
+
+    Args:
+        source: A .txt or .jsonl file, `hub:DATASET[:SPLIT]`, or `self` for the demo model.
+        snapshot: The model.
+        tokenizer: Its tokenizer.
+        samples: Windows wanted.
+        length: Tokens per window.
+        share: Part of the text to use, so that calibration and validation can share a file without overlap.
+
+    Returns:
+        [n, length] token ids, 1 <= n <= samples, evenly spread over the text; each window starts as the tokenizer
+        starts a text.
+
+    Raises:
+        UsageError: The text has fewer tokens than one window.
+    """
+    if source == "self":
+        from kvslim.demo.world import heldout_text
+
+        texts = heldout_text(samples, words=length)
+        return np.stack([np.asarray(tokenizer(text).input_ids[:length]) for text in texts])
+    text = _hub_text(source) if source.startswith("hub:") else _read_file(Path(source))
+    tokens = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=np.int64)
+    first, last = (int(len(tokens) * edge) for edge in share)
+    return _spread(tokens[first:last], _prefix(tokenizer), samples, length, source)
+
+
+def self_windows(model: Any, *, samples: int, length: int, seed: int, batches: Any) -> Array:
+    """Windows that the model wrote itself: sampled from its own distribution, so no text is needed.
+
+    Args:
+        model: A causal language model as loaded, before it is prepared.
+        samples: Windows.
+        length: Tokens per window, the first one included.
+        seed: Seed of the samples.
+        batches: Wraps the iterable of batches, to show progress.
+
+    Returns:
+        [samples, length] token ids.
+    """
+    import torch
+
+    start = _start_token(model.config)
+    parts = []
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        torch.manual_seed(seed)
+        for first in batches(range(0, samples, SELF_BATCH)):
+            prompt = torch.full((min(SELF_BATCH, samples - first), 1), start)
+            parts.append(_sample(model, prompt, length).numpy())
+    return np.concatenate(parts)
+
+
+def _sample(model: Any, prompt: Any, length: int) -> Any:
+    """Continues [n, 1] tokens to [n, length], sampling from the whole distribution."""
+    import torch
+    from transformers import DynamicCache
+
+    tokens, cache = prompt, DynamicCache(config=model.config)
+    while tokens.shape[1] < length:
+        logits = model(input_ids=tokens[:, cache.get_seq_length() :], past_key_values=cache, use_cache=True).logits
+        following = torch.multinomial(logits[:, -1].softmax(-1), 1)
+        tokens = torch.cat([tokens, following], dim=1)
+    return tokens
+
+
+def _start_token(config: Any) -> int:
+    for token in (config.bos_token_id, config.eos_token_id):
+        token = token[0] if isinstance(token, list) else token
+        if token is not None and token < config.vocab_size:
+            return int(token)
+    return 0
+
+
+def _spread(tokens: Array, prefix: Array, samples: int, length: int, source: str) -> Array:
+    body = length - len(prefix)
+    available = len(tokens) // body
+    if available < 1:
+        raise UsageError(
+            f"the text has {len(tokens)} tokens, less than one window of {length}",
+            where=source,
+            fix="give more text, or shorter windows (--set calibration.length=64)",
+        )
+    starts = np.linspace(0, len(tokens) - body, min(samples, available)).astype(int)
+    return np.stack([np.concatenate([prefix, tokens[start : start + body]]) for start in starts])
+
+
+def _prefix(tokenizer: Any) -> Array:
+    """The tokens with which the tokenizer starts every text."""
+    bare, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    count = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return np.asarray(whole[:count], dtype=np.int64)
+
+
+def _read_file(path: Path) -> str:
+    if not path.is_file():
+        raise NotFoundError(f"no text file {str(path)!r}", where="source", fix="give self, a .txt or .jsonl file, or hub:")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"not UTF-8 text: {error}", where=str(path), fix="save the text as UTF-8") from error
+    if path.suffix == ".jsonl":
+        text = "\n\n".join(_json_text(line, number, path) for number, line in enumerate(text.splitlines(), 1) if line)
+    if not text.strip():
+        raise UsageError("the text is empty", where=str(path), fix="give some thousand words")
+    return text
+
+
+def _json_text(line: str, number: int, path: Path) -> str:
+    where, fix = f"{path}:{number}", 'write one {"text": ...} or {"prompt": ..., "completion": ...} per line'
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"not JSON: {error}", where=where, fix=fix) from error
+    if isinstance(record, dict):
+        if isinstance(record.get("text"), str):
+            return str(record["text"])
+        if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
+            return str(record["prompt"] + record["completion"])
+    raise UsageError("no text in this line", where=where, fix=fix)
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UnsupportedError(
+            "hub data sets need the `hub` extra", where="source", fix="pip install 'kvslim[hub]'"
+        ) from error
+    return datasets
+
+
+def _hub_text(source: str) -> str:
+    name, _, split = source.removeprefix("hub:").partition(":")
+    try:
+        rows = _datasets().load_dataset(name, split=split or "train")
+    except Exception as error:  # datasets raises many types for a missing set or no network
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise NotFoundError(
+            f"cannot load data set {name!r}: {reason}", where="source", fix="check its name, or give a text file"
+        ) from error
+    if "text" not in rows.column_names:
+        raise UsageError(f"data set {name!r} has no column `text`", where="source", fix="give a JSONL file instead")
+    return "\n\n".join(rows["text"])

@@ -1,0 +1,74 @@
+"""Errors a user can act on: what is wrong, where, and how to fix it, with the exit code that CI reads."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class KvslimError(Exception):
+    """An expected failure, told in one line each of what, where and how to fix it.
+
+    Args:
+        message: What is wrong.
+        where: The file, option or layer it is wrong in.
+        fix: What the user can do about it.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, where: str, fix: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = where
+        self.fix = fix
+
+
+class UsageError(KvslimError):
+    """A wrong option, recipe, plan or calibration source (exit code 2)."""
+
+    exit_code = 2
+
+
+class OutputError(KvslimError):
+    """The output cannot be written: permission, space, or a folder that is not ours (exit code 2)."""
+
+    exit_code = 2
+
+
+class GateError(KvslimError):
+    """A gate of the recipe failed; the artifact is kept and marked (exit code 3)."""
+
+    exit_code = 3
+
+
+class UnsupportedError(KvslimError):
+    """A model family, method or runtime that KVSlim does not support (exit code 4)."""
+
+    exit_code = 4
+
+
+class ModelError(KvslimError):
+    """A model whose files are broken: config, weights or tokenizer (exit code 4)."""
+
+    exit_code = 4
+
+
+class ArtifactError(KvslimError):
+    """An artifact folder with missing, extra or changed files (exit code 4)."""
+
+    exit_code = 4
+
+
+class NotFoundError(KvslimError):
+    """A model, file or artifact that does not exist (exit code 5)."""
+
+    exit_code = 5
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """A hint for an unknown name: the closest known one, or the whole list."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"

@@ -1,0 +1,97 @@
+"""`kvslim.json`, and the digests in it that guard every other file of an artifact."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from kvslim.errors import ArtifactError, NotFoundError
+from kvslim.types import KVLayout, Manifest
+
+MANIFEST = "kvslim.json"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes `kvslim.json`; the same manifest gives the same bytes."""
+    (folder / MANIFEST).write_text(_serialise(manifest), encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an artifact.
+
+    Raises:
+        NotFoundError: There is no such folder, or it holds no manifest.
+        ArtifactError: The manifest is broken, or of a format that this version does not read.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise NotFoundError("no such artifact", where=str(folder), fix="give a folder that `kvslim compress` wrote")
+    if not path.is_file():
+        raise NotFoundError(f"no {MANIFEST}", where=str(folder), fix="give a folder that `kvslim compress` wrote")
+    try:
+        data = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ArtifactError(f"{MANIFEST} is not JSON: {error}", where=str(path), fix="compress again") from error
+    return _parse(data, path)
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below `folder` but the manifest, by relative name with forward slashes."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name: _sha256(folder / name) for name in names if name != MANIFEST}
+
+
+def verify(folder: Path) -> tuple[str, ...]:
+    """Every way in which an artifact differs from what was written, one line each; none when it is whole.
+
+    Raises:
+        NotFoundError: There is no such artifact.
+        ArtifactError: Its manifest cannot be read.
+    """
+    manifest = read_manifest(folder)
+    found = hash_files(folder)
+    problems = list(_manifest_problems(folder, manifest))
+    for name in sorted({*manifest.files, *found}):
+        if name not in found:
+            problems.append(f"{name}: missing")
+        elif name not in manifest.files:
+            problems.append(f"{name}: not part of this artifact")
+        elif found[name] != manifest.files[name]:
+            problems.append(f"{name}: changed")
+    return tuple(problems)
+
+
+def _parse(data: Any, path: Path) -> Manifest:
+    written = data.get("format") if isinstance(data, dict) else None
+    if isinstance(written, int) and written > 1:
+        raise ArtifactError(f"format {written} is newer than this KVSlim reads", where=str(path), fix="update KVSlim")
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(str(part) for part in fault["loc"]) or MANIFEST
+        raise ArtifactError(f"{MANIFEST}: {place}: {fault['msg']}", where=str(path), fix="compress again") from error
+
+
+def _manifest_problems(folder: Path, manifest: Manifest) -> list[str]:
+    problems = []
+    if (folder / MANIFEST).read_text(encoding="utf-8") != _serialise(manifest):
+        problems.append(f"{MANIFEST}: changed")
+    if manifest.kv_layout != KVLayout.of(manifest.spec, manifest.plan):
+        problems.append(f"{MANIFEST}: kv_layout does not follow from the plan")
+    if manifest.report is not None and manifest.passed != manifest.report.passed:
+        problems.append(f"{MANIFEST}: passed differs from the report")
+    return problems
+
+
+def _serialise(manifest: Manifest) -> str:
+    return manifest.model_dump_json(indent=2) + "\n"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

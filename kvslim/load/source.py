@@ -1,0 +1,184 @@
+"""From what the user typed to a folder on disk and what its config.json says, before any weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvslim.demo import MODEL_DIR
+from kvslim.errors import ModelError, NotFoundError, UnsupportedError
+from kvslim.load.architecture import ARCHITECTURES, architecture_of
+from kvslim.types import ModelSpec
+
+STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model's files on disk.
+
+    Attributes:
+        path: The folder.
+        model: What the user typed, without the revision.
+        revision: The hub revision, if any.
+    """
+
+    path: Path
+    model: str
+    revision: str | None = None
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether this is the model that ships with KVSlim."""
+        return self.path == MODEL_DIR
+
+    def sha256(self) -> str:
+        """SHA-256 over the names and bytes of config, weights and tokenizer."""
+        digest = hashlib.sha256()
+        for path in sorted(self.path.glob("*.json")) + sorted(self.path.glob("*.safetensors")):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+
+def resolve(model: str) -> Snapshot:
+    """The local files of `demo`, a folder, a hub id or `id@revision`; only a hub id touches the network.
+
+    Raises:
+        NotFoundError: No such folder, and no such model on the hub or no way to reach it.
+    """
+    if model == "demo":
+        return Snapshot(MODEL_DIR, model)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return Snapshot(path.resolve(), model)
+    looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
+    if looks_local or path.exists():
+        raise NotFoundError(
+            f"{model!r} is not a model folder", where="MODEL", fix="give `demo`, a folder with config.json, or a hub id"
+        )
+    return _download(*_split_revision(model))
+
+
+def _split_revision(model: str) -> tuple[str, str | None]:
+    name, _, revision = model.partition("@")
+    return name, revision or None
+
+
+def _download(model: str, revision: str | None) -> Snapshot:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        path = snapshot_download(
+            model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "merges.txt"]
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise NotFoundError(
+            f"cannot get {model!r} from the hub: {reason}",
+            where="MODEL",
+            fix="check the id and the network, or give a local folder",
+        ) from error
+    return Snapshot(Path(path), model, revision)
+
+
+def read_config(snapshot: Snapshot) -> dict[str, Any]:
+    """The model's config.json.
+
+    Raises:
+        NotFoundError: The folder has none.
+        ModelError: It is not JSON or names no model type.
+    """
+    path = snapshot.path / "config.json"
+    if not path.is_file():
+        raise NotFoundError("no config.json", where=str(snapshot.path), fix="give a Hugging Face model folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"config.json is not JSON: {error}", where=str(path), fix="download the model again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelError("config.json names no model_type", where=str(path), fix="give a Hugging Face model's config")
+    return config
+
+
+def read_spec(snapshot: Snapshot) -> ModelSpec:
+    """The model's shape, from config.json alone.
+
+    Raises:
+        NotFoundError: The folder has no config.json.
+        ModelError: The config is broken or contradicts itself.
+        UnsupportedError: The family, its RoPE scaling or its windows are not supported.
+    """
+    raw = read_config(snapshot)
+    architecture_of(raw["model_type"])
+    where = str(snapshot.path / "config.json")
+    from optimum.utils import NormalizedConfigManager
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.for_model(**raw)
+        names = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+        spec = _spec(config, names)
+    except Exception as error:  # transformers' config classes raise many types, each with its reason
+        reason = " ".join(str(error).split())
+        raise ModelError(f"config.json is broken: {reason}", where=where, fix="download the model again") from error
+    _refuse_unsupported(config, where)
+    if spec.q_heads % spec.kv_heads or spec.head_dim % 8:
+        raise UnsupportedError(
+            f"{spec.q_heads} query heads, {spec.kv_heads} kv heads of {spec.head_dim} do not fit onnxruntime's kernel",
+            where=where,
+            fix="it needs query heads a multiple of kv heads, and head_dim a multiple of 8",
+        )
+    return spec
+
+
+def _spec(config: Any, names: Any) -> ModelSpec:
+    q_heads = int(names.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None) or names.hidden_size // q_heads
+    if names.hidden_size < 1 or names.num_layers < 1 or head_dim < 1:
+        raise ValueError("sizes must be positive")
+    rope = getattr(config, "rope_parameters", None) or {}
+    has_rope = ARCHITECTURES[config.model_type].rotary is not None
+    return ModelSpec(
+        model_type=config.model_type,
+        layers=names.num_layers,
+        hidden_size=names.hidden_size,
+        q_heads=q_heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or q_heads,
+        head_dim=head_dim,
+        vocab_size=config.vocab_size,
+        max_context=config.max_position_embeddings,
+        rotary_dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)) if has_rope else 0,
+    )
+
+
+def _refuse_unsupported(config: Any, where: str) -> None:
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in STATIC_ROPE:
+        raise UnsupportedError(
+            f"RoPE scaling {rope!r} changes its frequencies with the length",
+            where=where,
+            fix=f"supported: {', '.join(sorted(STATIC_ROPE))}",
+        )
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise UnsupportedError(
+            "sliding-window layers are not supported", where=where, fix="use a model with full attention in all layers"
+        )
+
+
+def check_weights(snapshot: Snapshot) -> None:
+    """Fails early when the folder has no safetensors weights; pickled weights are never loaded.
+
+    Raises:
+        NotFoundError: No weights.
+    """
+    if not any((snapshot.path / name).is_file() for name in WEIGHT_FILES):
+        raise NotFoundError(
+            "no model.safetensors", where=str(snapshot.path), fix="save the model with safetensors (save_pretrained)"
+        )

@@ -1,0 +1,7 @@
+"""The compression methods: one file each, found through the registry. Imports no torch."""
+
+from kvslim.methods.base import METHODS, Method, method_class
+from kvslim.methods.kv_pca import KvPca
+from kvslim.methods.kv_quant import KvQuant
+
+__all__ = ["METHODS", "KvPca", "KvQuant", "Method", "method_class"]

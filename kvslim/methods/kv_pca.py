@@ -1,0 +1,155 @@
+"""`kv_pca`: the KV cache in fewer dimensions per head.
+
+Keys: of all rank-r codes of the product q . k, the one with the least mean squared score error comes from balancing the
+key covariance M against the query moment H (balanced truncation; Moore, "Principal component analysis in linear
+systems", IEEE TAC 26(1), 1981, section IV). A constant error in all keys moves no softmax, hence covariance. Values:
+the same with the output projection's Gram matrix as H, so that what goes is what the layer's output misses least; their
+mean goes into the output's bias, since softmax weights sum to 1. `objective: key` is plain PCA (H = I), kept for
+comparison.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from kvslim.errors import UsageError
+from kvslim.methods.base import Method
+from kvslim.transform.codes import Array, LayerCodes
+from kvslim.types import ModelSpec, Objective, Plan
+
+if TYPE_CHECKING:
+    from kvslim.calibrate.statistics import CalibrationStatistics
+
+STEP = 8  # onnxruntime's kernel reads heads in multiples of 8
+
+
+class Basis(NamedTuple):
+    """A pair of codes, best coordinate first; d = head_dim.
+
+    Attributes:
+        encoder: [heads, d, d]; a cached vector x is stored as `x @ encoder`.
+        decoder: [heads, d, d]; a vector y that x meets in a product is read as `y @ decoder`.
+        energy: [heads, d]; the share of E[(x . y)^2] that the first r coordinates keep is `energy[:, r - 1]`.
+    """
+
+    encoder: Array
+    decoder: Array
+    energy: Array
+
+
+def balanced_basis(moment: Array, metric: Array, damping: float) -> Basis:
+    """Balanced truncation of x . y with x ~ `moment` and y ~ `metric`.
+
+    Args:
+        moment: [heads, d, d] second moment of the cached side.
+        metric: [heads, d, d] second moment of the side that reads it.
+        damping: Share of the mean eigenvalue added to each diagonal.
+
+    Returns:
+        All d coordinates; any number of leading ones is the best code of that rank.
+    """
+    moment, metric = _damped(moment, damping), _damped(metric, damping)
+    root = np.linalg.cholesky(metric)
+    values, vectors = np.linalg.eigh(root.swapaxes(-1, -2) @ moment @ root)
+    values, vectors = values[:, ::-1], vectors[:, :, ::-1]
+    quarter = values[:, None, :] ** 0.25
+    encoder = root @ vectors / quarter
+    decoder = np.linalg.solve(root.swapaxes(-1, -2), vectors) * quarter
+    return Basis(encoder, decoder, np.cumsum(values, axis=-1) / values.sum(-1, keepdims=True))
+
+
+def _damped(matrix: Array, damping: float) -> Array:
+    dim = matrix.shape[-1]
+    level = np.trace(matrix, axis1=-2, axis2=-1)[:, None, None] / dim
+    return matrix + (damping * level + np.finfo(np.float64).tiny) * np.eye(dim)
+
+
+class KvPca(Method):
+    """PCA of keys and values; equal rank for both in a layer, given directly, as a share of head_dim, or by energy."""
+
+    name: ClassVar[str] = "kv_pca"
+    summary: ClassVar[str] = "fewer dimensions per cached head: balanced truncation of keys and values"
+
+    rank: int | None = Field(None, ge=STEP, description="cached dimensions per head, a multiple of 8")
+    rank_ratio: float | None = Field(None, gt=0, le=1, description="rank as a share of head_dim, rounded down to 8s")
+    energy: float | None = Field(None, gt=0, le=1, description="least share of energy that every head keeps")
+    objective: Objective = Field("balanced", description="balanced weighs keys by queries; key is plain PCA")
+    damping: float = Field(1e-2, gt=0, le=1, description="share of the mean eigenvalue added to each diagonal")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> KvPca:
+        given = [self.rank, self.rank_ratio, self.energy]
+        if sum(size is not None for size in given) != 1:
+            raise ValueError("give exactly one of rank, rank_ratio and energy")
+        return self
+
+    def check(self, spec: ModelSpec) -> None:
+        """Refuses a rank that is no multiple of 8 or above head_dim."""
+        if self.rank is None:
+            return
+        if self.rank % STEP or self.rank > spec.head_dim:
+            raise UsageError(
+                f"rank {self.rank} does not fit head_dim {spec.head_dim}",
+                where="recipe: methods.kv_pca.rank",
+                fix=f"use a multiple of {STEP}, at most {spec.head_dim}",
+            )
+
+    def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
+        """Sets each layer's rank and objective, with the least energy kept by any of its heads as score."""
+        layers = []
+        for layer in plan.layers:
+            energy = np.minimum(*(basis.energy.min(0) for basis in self._bases(statistics, layer.layer)))
+            rank = self._rank(spec, energy)
+            score = float(energy[rank - 1])
+            reason = f"rank {rank} of {spec.head_dim} keeps {score:.2%} of the energy"
+            update = {"rank": rank, "objective": self.objective, "score": score, "reason": reason}
+            layers.append(layer.model_copy(update=update))
+        return Plan(layers=tuple(layers))
+
+    def apply(
+        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, codes: tuple[LayerCodes, ...]
+    ) -> tuple[LayerCodes, ...]:
+        """Adds each layer's encoders and decoders."""
+        return tuple(
+            code if layer.rank is None else self._code(spec, statistics, layer.layer, layer.rank, code)
+            for layer, code in zip(plan.layers, codes, strict=True)
+        )
+
+    def _rank(self, spec: ModelSpec, energy: Array) -> int:
+        if self.rank is not None:
+            return self.rank
+        if self.rank_ratio is not None:
+            return max(STEP, int(spec.head_dim * self.rank_ratio) // STEP * STEP)
+        enough = int(np.searchsorted(energy, self.energy)) + 1
+        return min(spec.head_dim, -(-enough // STEP) * STEP)
+
+    def _bases(self, statistics: CalibrationStatistics, layer: int) -> tuple[Basis, Basis]:
+        """Bases of keys and of values of one layer."""
+        balanced = self.objective == "balanced"
+        key, value = statistics.key_moment[layer], statistics.value_moment[layer]
+        identity = np.broadcast_to(np.eye(key.shape[-1]), key.shape)
+        return (
+            balanced_basis(key, statistics.query_moment[layer] if balanced else identity, self.damping),
+            balanced_basis(value, statistics.output_gram[layer] if balanced else identity, self.damping),
+        )
+
+    def _code(
+        self, spec: ModelSpec, statistics: CalibrationStatistics, layer: int, rank: int, code: LayerCodes
+    ) -> LayerCodes:
+        key, value = self._bases(statistics, layer)
+        encoder, decoder = value.encoder[..., :rank], value.decoder[..., :rank]
+        mean = statistics.value_mean[layer]
+        kept = np.einsum("hd,hdr,her->he", mean, encoder, decoder)
+        by_query = lambda array: np.repeat(array, spec.group_size, axis=0)  # noqa: E731
+        return replace(
+            code,
+            key_encoder=key.encoder[..., :rank],
+            query_encoder=by_query(key.decoder[..., :rank]),
+            value_encoder=encoder,
+            value_decoder=by_query(decoder.swapaxes(-1, -2)),
+            value_offset=by_query(mean - kept),
+        )

@@ -1,0 +1,175 @@
+"""The recipe: everything that decides an artifact besides the model, as a typed YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, field_serializer
+
+from kvslim.errors import NotFoundError, UsageError, suggestion
+from kvslim.methods import Method, method_class
+from kvslim.types import Frozen, Weights
+
+
+def _number(value: object) -> object:
+    """YAML 1.1 reads `1e-3` as a string; a recipe means the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _method(value: object) -> object:
+    """`kv_quant` or `{kv_quant: {bits: 8}}` as a method."""
+    if isinstance(value, Method):
+        return value
+    entry = {value: None} if isinstance(value, str) else value
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise UsageError(
+            f"a method is a name or one `name: options` pair, not {value!r}",
+            where="recipe: methods",
+            fix="write `- kv_pca: {rank: 48}`",
+        )
+    ((name, options),) = entry.items()
+    return method_class(str(name), "recipe: methods").model_validate(options or {})
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+MethodEntry = Annotated[Method, BeforeValidator(_method)]
+
+
+class Calibration(Frozen):
+    """Text that the statistics come from, and the context they are meant for."""
+
+    source: str = Field("self", description="self, a .txt or .jsonl file, or hub:DATASET[:SPLIT]")
+    samples: int = Field(64, ge=1, description="windows of text")
+    length: int = Field(512, ge=8, description="tokens per window")
+    context: int | None = Field(None, ge=8, description="target context in tokens; default: the model's own, at most 4096")
+    seed: int = 0
+
+
+class Validation(Frozen):
+    """What is measured, on text that calibration never saw."""
+
+    source: str = Field("self", description="self, a .txt or .jsonl file, or hub:DATASET[:SPLIT]")
+    samples: int = Field(16, ge=2, description="windows of text")
+    length: int = Field(512, ge=32, description="tokens per window")
+    recall_items: int = Field(200, ge=1, description="recall questions")
+    recall_distance: int = Field(512, ge=16, description="tokens between a fact and its question")
+    prompts: tuple[Annotated[int, Field(ge=1)], ...] = Field((128, 512), description="prompt lengths for TTFT")
+    contexts: tuple[Annotated[int, Field(ge=1)], ...] = Field((128, 1024), description="contexts for time per token")
+    repeats: int = Field(16, ge=3, description="interleaved timings per context")
+    seed: int = 1
+
+
+class Gates(Frozen):
+    """Limits; a gate that is not set is not checked."""
+
+    max_kl: Number | None = Field(None, ge=0, description="mean KL divergence to the plain export, nats per token")
+    min_top1_agreement: Number | None = Field(None, ge=0, le=1, description="share of equal most likely tokens")
+    max_recall_drop: Number | None = Field(None, ge=0, le=1, description="recall lost against the plain export")
+    max_kv_ratio: Number | None = Field(None, gt=0, le=1, description="KV bytes, artifact over plain")
+
+
+class Recipe(Frozen):
+    """A named set of methods with their calibration, validation and gates."""
+
+    name: str
+    description: str = ""
+    methods: tuple[MethodEntry, ...] = ()
+    weights: Weights = "fp32"
+    calibration: Calibration = Calibration()
+    validation: Validation = Validation()
+    gates: Gates = Gates()
+
+    @field_serializer("methods")
+    def _dump_methods(self, methods: tuple[Method, ...]) -> list[dict[str, Any]]:
+        return [{method.name: method.model_dump(mode="json")} for method in methods]
+
+
+def recipe_folder() -> Path:
+    """The shipped recipes: in the wheel beside the code, in a checkout at the top level."""
+    packaged = Path(str(resources.files("kvslim"))) / "recipes"
+    return packaged if packaged.is_dir() else packaged.parent.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with KVSlim, by name."""
+    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
+
+
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """A shipped recipe by name or a recipe file by path, with `--set key.path=value` overrides applied.
+
+    Raises:
+        NotFoundError: There is no such recipe.
+        UsageError: It is not YAML, or a key or value is wrong.
+    """
+    shipped = shipped_recipes()
+    path = shipped.get(name, Path(name))
+    if not path.is_file():
+        raise NotFoundError(f"no recipe {name!r}", where="--recipe", fix=suggestion(name, shipped))
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(_one_line(error), where=str(path), fix="mend the YAML syntax") from error
+    if not isinstance(data, dict):
+        raise UsageError("a recipe is a mapping of keys", where=str(path), fix="start from `kvslim recipes balanced`")
+    for override in overrides:
+        _override(data, override)
+    return parse_recipe({"name": path.stem, **data}, where=str(path))
+
+
+def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
+    """The typed recipe of plain data.
+
+    Raises:
+        UsageError: A key is unknown or a value out of range; every fault is named.
+    """
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        faults = "; ".join(_fault(fault) for fault in error.errors())
+        raise UsageError(faults, where=where, fix="see `kvslim recipes` and docs/recipes.md for keys and ranges") from error
+
+
+def _fault(fault: Any) -> str:
+    path = ".".join(str(part) for part in fault["loc"]) or "recipe"
+    return f"{path}: {fault['msg'][:1].lower()}{fault['msg'][1:]} (got {fault['input']!r})"
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    """Sets one `key.path=value`; a method's options are reached by its name (`methods.kv_pca.rank=32`)."""
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise UsageError(f"cannot read {override!r}", where="--set", fix="write --set calibration.samples=32")
+    target: Any = data
+    for key in keys[:-1]:
+        target = _methods_by_name(target, key) if isinstance(target, list) else target.setdefault(key, {})
+        if not isinstance(target, dict | list):
+            raise UsageError(f"{key!r} in {override!r} has no keys below it", where="--set", fix="see docs/recipes.md")
+    if isinstance(target, list):
+        raise UsageError(f"{override!r} replaces a method", where="--set", fix="write --set methods.kv_pca.rank=32")
+    target[keys[-1]] = yaml.safe_load(text)
+
+
+def _methods_by_name(entries: list[Any], name: str) -> dict[str, Any]:
+    for index, entry in enumerate(entries):
+        if entry == name:
+            entries[index] = entry = {name: {}}
+        if isinstance(entry, dict) and name in entry:
+            entry[name] = entry[name] or {}
+            return entry[name]
+    names = [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
+    raise UsageError(f"this recipe has no method {name!r}", where="--set", fix=suggestion(name, names))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""Running an exported folder on stock onnxruntime, without torch and without transformers."""

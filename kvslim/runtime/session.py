@@ -1,0 +1,243 @@
+"""A decode loop on stock onnxruntime whose KV cache is appended in place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
+
+from kvslim.errors import ArtifactError, NotFoundError, UsageError
+from kvslim.types import CacheType, KVLayout, KVTensor
+
+Tokens = Sequence[int] | npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+
+_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+_CACHE_TYPES: dict[str, CacheType] = {"tensor(float)": "float32", "tensor(int8)": "int8"}
+_TOKEN_INPUTS = {"input_ids", "attention_mask", "position_ids"}
+_FILL_PERIOD = 256
+# onnxruntime derives each of its errors from Exception itself, so there is no common base to catch.
+_ORT_ERRORS = (
+    ort_state.Fail,
+    ort_state.InvalidArgument,
+    ort_state.InvalidGraph,
+    ort_state.InvalidProtobuf,
+    ort_state.NoModel,
+    ort_state.NoSuchFile,
+    ort_state.NotFound,
+    ort_state.NotImplemented,
+    ort_state.RuntimeException,
+)
+
+
+def open_session(model: Path, threads: int | None = None) -> ort.InferenceSession:
+    """A CPU session of a graph.
+
+    Args:
+        model: The `.onnx` file, or the folder that holds `model.onnx`.
+        threads: Threads of one operator; None leaves the choice to onnxruntime.
+
+    Raises:
+        NotFoundError: There is no such file.
+        ArtifactError: onnxruntime cannot load it.
+    """
+    path = model / "model.onnx" if model.is_dir() else model
+    if not path.is_file():
+        raise NotFoundError("no ONNX graph", where=str(path), fix="name a folder that `kvslim compress` wrote")
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except _ORT_ERRORS as error:
+        raise _artifact_error("onnxruntime cannot load the graph", error, str(path)) from error
+
+
+def layout_of(session: ort.InferenceSession) -> KVLayout:
+    """The KV inputs of a graph, in its order: what the bytes of a cache are counted from.
+
+    Raises:
+        ArtifactError: An input is no part of KVSlim's graph contract.
+    """
+    return KVLayout(tensors=tuple(_kv_tensor(node) for node in session.get_inputs() if node.name not in _TOKEN_INPUTS))
+
+
+def _kv_tensor(node: ort.NodeArg) -> KVTensor:
+    match = _PAST.fullmatch(node.name)
+    dims = [dim for dim in node.shape[1::2] if isinstance(dim, int)]
+    if match is None or node.type not in _CACHE_TYPES or len(node.shape) != 4 or len(dims) != 2:
+        raise ArtifactError(
+            f"graph input {node.name!r} is {node.type} {list(node.shape)}",
+            where="model.onnx",
+            fix="export with `kvslim compress`: float32 or int8 [batch, heads, past, dim] with fixed heads and dim",
+        )
+    kind = "key" if match[2] == "key" else "value"
+    return KVTensor(layer=int(match[1]), kind=kind, heads=dims[0], dim=dims[1], dtype=_CACHE_TYPES[node.type])
+
+
+class DecodeSession:
+    """One sequence (batch 1) decoded through a preallocated KV cache.
+
+    Past and present are bound to the same memory, so that the attention kernel appends the new tokens instead of
+    copying the cache at every step.
+
+    Attributes:
+        layout: The KV tensors of the graph.
+        capacity: Tokens that the cache has room for.
+        length: Tokens that the cache holds now.
+        vocab: Entries of one row of logits.
+
+    Args:
+        model: The `.onnx` file, or the folder that holds `model.onnx`.
+        capacity: Tokens to allocate the cache for.
+        threads: Threads of one operator; None leaves the choice to onnxruntime.
+
+    Raises:
+        UsageError: The capacity is not positive.
+        NotFoundError: There is no such file.
+        ArtifactError: onnxruntime cannot load it, or it does not follow the graph contract.
+    """
+
+    def __init__(self, model: Path, *, capacity: int, threads: int | None = None) -> None:
+        if capacity < 1:
+            raise UsageError(f"a cache of {capacity} tokens holds nothing", where="capacity", fix="ask for 1 or more")
+        self._where = str(model)
+        self._session = open_session(model, threads)
+        self.layout = layout_of(self._session)
+        self.capacity = capacity
+        self.length = 0
+        self.vocab = self._vocab()
+        self._inputs = {node.name for node in self._session.get_inputs()}
+        self._cache = [
+            np.zeros((1, tensor.heads, capacity, tensor.dim), dtype=tensor.dtype) for tensor in self.layout.tensors
+        ]
+        self._binding = self._session.io_binding()
+        for tensor, buffer in zip(self.layout.tensors, self._cache, strict=True):
+            value = ort.OrtValue.ortvalue_from_numpy(buffer)
+            self._binding.bind_ortvalue_input(tensor.past, value)
+            self._binding.bind_ortvalue_output(tensor.present, value)
+
+    def reset(self) -> None:
+        """Empties the cache."""
+        self.length = 0
+
+    def rewind(self, length: int) -> None:
+        """Drops the tail of the cache, so that `length` tokens remain.
+
+        Raises:
+            UsageError: The cache does not hold that many.
+        """
+        if not 0 <= length <= self.length:
+            raise UsageError(
+                f"cannot rewind to {length} of {self.length} cached tokens", where="rewind", fix="rewind to fewer"
+            )
+        self.length = length
+
+    def fill(self, length: int, seed: int = 0) -> None:
+        """Sets the cache to a context of `length` tokens with pseudo-random content, for timing without a prefill.
+
+        Raises:
+            UsageError: The cache has no room for that many.
+        """
+        self._require(length)
+        generator = np.random.default_rng(seed)
+        for buffer in self._cache:
+            heads, dim = buffer.shape[1], buffer.shape[3]
+            noise = generator.standard_normal((heads, min(length, _FILL_PERIOD), dim), dtype=np.float32)
+            content = noise * 40 if buffer.dtype == np.int8 else noise
+            content = np.clip(content, -127, 127).astype(buffer.dtype)
+            for start in range(0, length, _FILL_PERIOD):
+                buffer[0, :, start : min(start + _FILL_PERIOD, length)] = content[:, : length - start]
+        self.length = length
+
+    def step(self, tokens: Tokens) -> Logits:
+        """Appends tokens to the sequence.
+
+        Args:
+            tokens: Ids of n >= 1 tokens.
+
+        Returns:
+            The logits that follow each of them, float32 [n, vocab].
+
+        Raises:
+            UsageError: There are no tokens, or they exceed the capacity.
+            ArtifactError: onnxruntime fails on the graph.
+        """
+        ids = np.asarray(tokens, dtype=np.int64).reshape(1, -1)
+        count = ids.shape[1]
+        if count == 0:
+            raise UsageError("no tokens to run", where="tokens", fix="pass at least one token id")
+        total = self.length + count
+        self._require(total)
+        logits = np.empty((1, count, self.vocab), dtype=np.float32)
+        self._bind_tokens(ids, total)
+        self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except _ORT_ERRORS as error:
+            raise _artifact_error(f"onnxruntime failed on tokens {self.length}..{total}", error, self._where) from error
+        self.length = total
+        return logits[0]
+
+    def prefill(self, tokens: Tokens, chunk: int = 512) -> Logits:
+        """Appends a prompt in chunks, so that memory does not grow with its length.
+
+        Args:
+            tokens: Ids of n >= 1 tokens.
+            chunk: Tokens of one run.
+
+        Returns:
+            The logits that follow the last token, float32 [vocab].
+
+        Raises:
+            UsageError: There are no tokens, or they exceed the capacity; then nothing was appended.
+            ArtifactError: onnxruntime fails on the graph.
+        """
+        ids = np.asarray(tokens, dtype=np.int64)
+        self._require(self.length + ids.size)
+        logits = self.step(ids[:chunk])
+        for start in range(chunk, ids.size, chunk):
+            logits = self.step(ids[start : start + chunk])
+        return logits[-1].copy()
+
+    def _bind_tokens(self, ids: npt.NDArray[np.int64], total: int) -> None:
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": np.ones((1, total), dtype=np.int64),
+            "position_ids": np.arange(self.length, total, dtype=np.int64)[None],
+        }
+        for name in self._inputs & inputs.keys():
+            self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(inputs[name]))
+
+    def _require(self, length: int) -> None:
+        if length > self.capacity:
+            raise UsageError(
+                f"{length} tokens exceed the cache of {self.capacity}",
+                where=self._where,
+                fix=f"open the session with a capacity of {length} or more",
+            )
+
+    def _vocab(self) -> int:
+        shapes = {node.name: node.shape for node in self._session.get_outputs()}
+        missing = [tensor.present for tensor in self.layout.tensors if tensor.present not in shapes]
+        vocab = shapes["logits"][-1] if shapes.get("logits") else None
+        if missing or not self.layout.tensors or not isinstance(vocab, int):
+            raise ArtifactError(
+                f"the graph's outputs are {', '.join(shapes)}",
+                where=self._where,
+                fix="export with `kvslim compress`: logits [batch, length, vocab] and one present per cache input",
+            )
+        return vocab
+
+
+def _artifact_error(message: str, error: Exception, where: str) -> ArtifactError:
+    detail = " ".join(str(error).split())
+    return ArtifactError(
+        f"{message}: {detail[:300]}", where=where, fix="check the folder with `kvslim verify`, or export it again"
+    )

@@ -1,0 +1,36 @@
+"""What the slim attention of one layer computes: the numbers that methods fit and surgery installs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class LayerCodes:
+    """Linear codes and quantisation scales of one layer's cache; None leaves that part of the layer as it is.
+
+    Keys and queries are coded after norm and RoPE, so a cached token costs no work later.
+
+    Attributes:
+        key_encoder: [kv_heads, head_dim, rank]; the cached key is `k @ key_encoder`.
+        query_encoder: [q_heads, head_dim, rank]; scores are `(q @ query_encoder) . (k @ key_encoder)`.
+        value_encoder: [kv_heads, head_dim, rank]; folded into the value projection.
+        value_decoder: [q_heads, rank, head_dim]; folded into the output projection.
+        value_offset: [q_heads, head_dim]; added to each decoded head output (a bias, since softmax weights sum to 1).
+        key_scale: [kv_heads, rank], the step of the cached integers.
+        value_scale: [kv_heads, rank], likewise.
+        per_tensor: Whether all entries of each scale are equal and the kernel may use one.
+    """
+
+    key_encoder: Array | None = None
+    query_encoder: Array | None = None
+    value_encoder: Array | None = None
+    value_decoder: Array | None = None
+    value_offset: Array | None = None
+    key_scale: Array | None = None
+    value_scale: Array | None = None
+    per_tensor: bool = False

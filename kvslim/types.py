@@ -1,0 +1,178 @@
+"""The values that pass between the stages: plain, frozen, JSON in and out, and free of torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Weights = Literal["fp32", "int8", "int4"]
+CacheType = Literal["float32", "int8"]
+Granularity = Literal["per_channel", "per_tensor"]
+Objective = Literal["balanced", "key"]
+
+
+class Frozen(BaseModel):
+    """A frozen value that refuses unknown fields and numbers that are not finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSpec(Frozen):
+    """What `config.json` alone says of a model."""
+
+    model_type: str
+    layers: int
+    hidden_size: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_context: int = Field(description="positions the model was trained or scaled for, in tokens")
+    rotary_dim: int = Field(description="coordinates of a head that RoPE rotates; 0 for learned positions")
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that read one kv head."""
+        return self.q_heads // self.kv_heads
+
+
+class LayerPlan(Frozen):
+    """What happens to the KV cache of one layer, and why."""
+
+    layer: int
+    rank: int | None = Field(None, description="cached dimensions per kv head; None keeps head_dim untouched")
+    objective: Objective = "balanced"
+    cache: CacheType = "float32"
+    granularity: Granularity = "per_channel"
+    score: float | None = Field(None, description="share of the score energy that the rank keeps, the worse of K and V")
+    reason: str = "kept"
+
+
+class Plan(Frozen):
+    """One decision per layer: plain JSON, made to be read and edited by hand."""
+
+    layers: tuple[LayerPlan, ...]
+
+    @classmethod
+    def identity(cls, spec: ModelSpec) -> Plan:
+        """The plan that changes nothing."""
+        return cls(layers=tuple(LayerPlan(layer=index) for index in range(spec.layers)))
+
+
+class KVTensor(Frozen):
+    """One KV input of the graph, shaped [batch, heads, past_length, dim]."""
+
+    layer: int
+    kind: Literal["key", "value"]
+    heads: int
+    dim: int
+    dtype: CacheType
+
+    @property
+    def past(self) -> str:
+        """Name of the graph input."""
+        return f"past_key_values.{self.layer}.{self.kind}"
+
+    @property
+    def present(self) -> str:
+        """Name of the graph output."""
+        return f"present.{self.layer}.{self.kind}"
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token takes in this tensor."""
+        return self.heads * self.dim * {"float32": 4, "int8": 1}[self.dtype]
+
+
+class KVLayout(Frozen):
+    """The input/output contract of a graph: what exporter, runtime, genai_config and report agree on."""
+
+    tensors: tuple[KVTensor, ...]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token takes in the whole cache."""
+        return sum(tensor.bytes_per_token for tensor in self.tensors)
+
+    @classmethod
+    def of(cls, spec: ModelSpec, plan: Plan) -> KVLayout:
+        """The layout that `plan` gives a model of this `spec`."""
+        return cls(
+            tensors=tuple(
+                KVTensor(
+                    layer=layer.layer,
+                    kind=kind,
+                    heads=spec.kv_heads,
+                    dim=layer.rank or spec.head_dim,
+                    dtype=layer.cache,
+                )
+                for layer in plan.layers
+                for kind in ("key", "value")
+            )
+        )
+
+
+class Measures(Frozen):
+    """One column of the report. What was not measured is None.
+
+    Latencies are milliseconds, keyed by prompt length (`ttft_ms`) or context length (`tpot_ms`) in tokens;
+    `kl_*` are nats per token against the plain export; `recall` and `top1_agreement` are shares in 0..1.
+    """
+
+    kv_bytes_per_token: float | None = None
+    file_mib: float | None = None
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    top1_agreement: float | None = None
+    perplexity: float | None = None
+    perplexity_se: float | None = None
+    recall: float | None = None
+    ttft_ms: dict[str, float] | None = None
+    tpot_ms: dict[str, float] | None = None
+    peak_rss_mib: float | None = None
+
+
+class GateResult(Frozen):
+    """One gate: the measured value against its limit."""
+
+    name: str
+    value: float | None
+    limit: float
+    passed: bool
+
+
+class Report(Frozen):
+    """What an artifact costs and saves, next to the plain export of the same model."""
+
+    passed: bool
+    gates: tuple[GateResult, ...]
+    plain: Measures
+    floor: Measures
+    artifact: Measures
+    ratio: Measures
+
+
+class Source(Frozen):
+    """Where the model came from: the id the user gave, the hub revision if any, the digest of its weights."""
+
+    model: str
+    revision: str | None
+    sha256: str
+
+
+class Manifest(Frozen):
+    """`kvslim.json`: what an artifact is made of, from what, and what was measured."""
+
+    format: Literal[1] = 1
+    source: Source
+    spec: ModelSpec
+    recipe: dict[str, object]
+    plan: Plan
+    kv_layout: KVLayout
+    weights: Weights
+    inputs: tuple[str, ...] = Field(description="graph inputs other than the cache, in order")
+    versions: dict[str, str]
+    files: dict[str, str] = Field(description="SHA-256 of every other file of the folder, by name")
+    report: Report | None = None
+    passed: bool | None = None

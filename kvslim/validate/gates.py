@@ -1,0 +1,71 @@
+"""The verdict: measured values against the recipe's limits, and the report that carries them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from kvslim.recipe import Gates
+from kvslim.types import GateResult, Measures, Report
+
+# Limits are decimal fractions, which differences of shares miss by a rounding error (1 - 0.95 > 0.05).
+_TOLERANCE = 1e-9
+
+_VALUES: dict[str, Callable[[Measures, Measures], float | None]] = {
+    "max_kl": lambda plain, artifact: artifact.kl_mean,
+    "min_top1_agreement": lambda plain, artifact: artifact.top1_agreement,
+    "max_recall_drop": lambda plain, artifact: _difference(plain.recall, artifact.recall),
+    "max_kv_ratio": lambda plain, artifact: _quotient(artifact.kv_bytes_per_token, plain.kv_bytes_per_token),
+}
+
+
+def check_gates(gates: Gates, plain: Measures, artifact: Measures) -> tuple[GateResult, ...]:
+    """One result per gate that is set, in the order of the recipe; what was not measured fails."""
+    limits = {name: limit for name, limit in gates.model_dump().items() if limit is not None}
+    return tuple(_result(name, _VALUES[name](plain, artifact), limit) for name, limit in limits.items())
+
+
+def _result(name: str, value: float | None, limit: float) -> GateResult:
+    if value is None or not math.isfinite(value):
+        return GateResult(name=name, value=None, limit=limit, passed=False)
+    excess = value - limit if name.startswith("max_") else limit - value
+    return GateResult(name=name, value=value, limit=limit, passed=excess <= _TOLERANCE)
+
+
+def ratio(artifact: Measures, plain: Measures) -> Measures:
+    """Artifact over plain, field by field and key by key; None where either is missing or plain is 0."""
+    return Measures.model_validate(
+        {name: _ratio(getattr(artifact, name), getattr(plain, name)) for name in Measures.model_fields}
+    )
+
+
+def _ratio(
+    artifact: float | dict[str, float] | None, plain: float | dict[str, float] | None
+) -> float | dict[str, float] | None:
+    if isinstance(artifact, dict) and isinstance(plain, dict):
+        quotients = {key: _quotient(artifact[key], plain.get(key)) for key in artifact}
+        return {key: quotient for key, quotient in quotients.items() if quotient is not None}
+    if isinstance(artifact, dict) or isinstance(plain, dict):
+        return None
+    return _quotient(artifact, plain)
+
+
+def _quotient(numerator: float | None, denominator: float | None) -> float | None:
+    return None if numerator is None or not denominator else numerator / denominator
+
+
+def _difference(minuend: float | None, subtrahend: float | None) -> float | None:
+    return None if minuend is None or subtrahend is None else minuend - subtrahend
+
+
+def report(gates: Gates, *, plain: Measures, floor: Measures, artifact: Measures) -> Report:
+    """The report of an artifact; it passes if every gate that is set does."""
+    results = check_gates(gates, plain, artifact)
+    return Report(
+        passed=all(result.passed for result in results),
+        gates=results,
+        plain=plain,
+        floor=floor,
+        artifact=artifact,
+        ratio=ratio(artifact, plain),
+    )

@@ -1,0 +1,96 @@
+"""Fixtures that several test files share: tiny random models, and the folder beside the checkout."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {**SIZES, "head_dim": 16},
+    "qwen2": SIZES,
+    "qwen3": {**SIZES, "head_dim": 16, "tie_word_embeddings": True},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
+}
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder beside the checkout, with a trained model and prose."""
+    if not SHARED.is_dir():
+        if os.environ.get("KVSLIM_REQUIRE_SHARED") == "1":
+            pytest.fail("../shared is missing, and KVSLIM_REQUIRE_SHARED=1 asks for it")
+        pytest.skip("needs ../shared beside the checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny random model of a family: 2 layers, hidden 64, head_dim 16."""
+    made: dict[str, Path] = {}
+
+    def folder_of(family: str) -> Path:
+        if family not in made:
+            made[family] = _save(family, tmp_path_factory.mktemp("models") / family)
+        return made[family]
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_model: Callable[[str], Path]) -> Path:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def tiny_family(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> Path:
+    """Each family in turn."""
+    return tiny_model(request.param)
+
+
+def _save(family: str, folder: Path) -> Path:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = _byte_tokenizer()
+    config = AutoConfig.for_model(
+        family,
+        **CONFIGS[family],
+        vocab_size=len(tokenizer),
+        initializer_range=0.1,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _byte_tokenizer() -> Any:
+    """A tokenizer with one token per byte and an end token: it reads any text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
