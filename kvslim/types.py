@@ -10,6 +10,7 @@ Weights = Literal["fp32", "int8", "int4"]
 CacheType = Literal["float32", "int8"]
 Granularity = Literal["per_channel", "per_tensor"]
 Objective = Literal["balanced", "key"]
+INPUTS = ("input_ids", "attention_mask", "position_ids")  # of every graph, before the cache
 
 
 class Frozen(BaseModel):

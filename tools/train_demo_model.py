@@ -26,12 +26,18 @@ from kvslim.demo.world import document
 
 BOS, EOS = "<bos>", "<eos>"
 MAX_LENGTH = 2048
-TOKENS_PER_STEP = 4096
 ANSWER_WEIGHT = 8.0
 PEAK_LR = 4e-3
 WARMUP_STEPS = 100
-# Recall circuits form quickest on short stories, where steps are cheap too.
-CURRICULUM = ((0.35, 256), (0.55, 512), (0.78, 1024), (1.0, MAX_LENGTH))
+# (end of the phase as a share of the run, tokens per story, stories per step). Recall
+# circuits form quickest where few facts compete, and short steps are cheap.
+CURRICULUM = (
+    (0.15, 128, 16),
+    (0.35, 256, 12),
+    (0.55, 512, 8),
+    (0.78, 1024, 4),
+    (1.0, MAX_LENGTH, 2),
+)
 
 log = logging.getLogger("train_demo_model")
 
@@ -112,9 +118,8 @@ class StoryBatches:
         self.next_seed = seed * 1_000_000_000
         self.answer_mark = tokenizer.encode(" Answer:", add_special_tokens=False)[-2:]
 
-    def batch(self, length: int) -> torch.Tensor:
-        """Returns token ids, shape [TOKENS_PER_STEP // length, length]."""
-        rows = TOKENS_PER_STEP // length
+    def batch(self, rows: int, length: int) -> torch.Tensor:
+        """Returns token ids, shape [rows, length]."""
         texts = [document(self.next_seed + i, "train", length) for i in range(rows)]
         self.next_seed += rows
         encoded = self.tokenizer(texts, truncation=True, max_length=length)["input_ids"]
@@ -129,9 +134,10 @@ class StoryBatches:
         return weights
 
 
-def sequence_length(progress: float) -> int:
-    """Returns the curriculum's sequence length at ``progress`` in [0, 1]."""
-    return next((n for end, n in CURRICULUM if progress < end), MAX_LENGTH)
+def batch_shape(progress: float) -> tuple[int, int]:
+    """Returns the curriculum's (stories, tokens per story) at ``progress`` in [0, 1]."""
+    _, length, rows = next((p for p in CURRICULUM if progress < p[0]), CURRICULUM[-1])
+    return rows, length
 
 
 def learning_rate(step: int, progress: float) -> float:
@@ -168,18 +174,18 @@ class Run:
         start = reported = time.monotonic()
         step, progress = 0, 0.0
         while progress < 1:
-            loss = self._step(sequence_length(progress), learning_rate(step, progress))
+            loss = self._step(batch_shape(progress), learning_rate(step, progress))
             step += 1
             progress = (time.monotonic() - start) / (60 * self.minutes)
             if time.monotonic() - reported > 90:
                 self._report(step, progress, loss)
                 reported = time.monotonic()
 
-    def _step(self, length: int, lr: float) -> float:
+    def _step(self, shape: tuple[int, int], lr: float) -> float:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        ids = self.batches.batch(length)
+        ids = self.batches.batch(*shape)
         weights = self.batches.weights(ids).to(self.model.device)
         loss = answer_loss(self.model, ids.to(self.model.device), weights)
         loss.backward()
@@ -193,8 +199,8 @@ class Run:
     def _report(self, step: int, progress: float, loss: float) -> None:
         recalls = {d: recall_accuracy(self.model, self.tokenizer, d, 50) for d in (128, 512, 1024)}
         log.info(
-            "step %d, %.0f %%, %.1f M tokens, length %d, loss %.3f, recall %s",
-            step, 100 * progress, self.tokens / 1e6, sequence_length(progress), loss, recalls,
+            "step %d, %.0f %%, %.1f M tokens, shape %s, loss %.3f, recall %s",
+            step, 100 * progress, self.tokens / 1e6, batch_shape(progress), loss, recalls,
         )  # fmt: skip
         if self.checkpoints:
             save(self.model, self.tokenizer, self.checkpoints)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from kvslim.errors import NotFoundError, UnsupportedError, UsageError
-from kvslim.load.source import Snapshot
 
 Array = np.ndarray
 SELF_BATCH = 16
@@ -32,14 +32,20 @@ def check_source(source: str) -> None:
     _read_file(Path(source))
 
 
+def source_digest(source: str) -> str | None:
+    """SHA-256 of a file's text; None for a source that its name alone decides."""
+    if source == "self" or source.startswith("hub:"):
+        return None
+    return hashlib.sha256(_read_file(Path(source)).encode()).hexdigest()
+
+
 def text_windows(
-    source: str, snapshot: Snapshot, tokenizer: Any, *, samples: int, length: int, share: tuple[float, float] = WHOLE
+    source: str, tokenizer: Any, *, samples: int, length: int, share: tuple[float, float] = WHOLE
 ) -> Array:
     """Windows of a file, a hub data set or, for `self`, the demo's held-out stories.
 
     Args:
         source: A .txt or .jsonl file, `hub:DATASET[:SPLIT]`, or `self` for the demo model.
-        snapshot: The model.
         tokenizer: Its tokenizer.
         samples: Windows wanted.
         length: Tokens per window.
@@ -67,7 +73,7 @@ def self_windows(model: Any, *, samples: int, length: int, seed: int, batches: A
     """Windows that the model wrote itself: sampled from its own distribution, so no text is needed.
 
     Args:
-        model: A causal language model as loaded, before it is prepared.
+        model: A causal language model without codes.
         samples: Windows.
         length: Tokens per window, the first one included.
         seed: Seed of the samples.
@@ -79,12 +85,17 @@ def self_windows(model: Any, *, samples: int, length: int, seed: int, batches: A
     import torch
 
     start = _start_token(model.config)
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")  # the slim attention keeps no cache in torch
     parts = []
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        torch.manual_seed(seed)
-        for first in batches(range(0, samples, SELF_BATCH)):
-            prompt = torch.full((min(SELF_BATCH, samples - first), 1), start)
-            parts.append(_sample(model, prompt, length).numpy())
+    try:
+        with torch.random.fork_rng(devices=[]), torch.inference_mode():
+            torch.manual_seed(seed)
+            for first in batches(range(0, samples, SELF_BATCH)):
+                prompt = torch.full((min(SELF_BATCH, samples - first), 1), start)
+                parts.append(_sample(model, prompt, length).numpy())
+    finally:
+        model.set_attn_implementation(attention)
     return np.concatenate(parts)
 
 

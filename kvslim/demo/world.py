@@ -86,7 +86,7 @@ class _Story:
         self.sentences: list[str] = []
         self.words = 0
         self.facts: dict[tuple[str, str], _Fact] = {}
-        self.cast = rng.sample(NAMES, rng.randint(3, max(4, min(12, words // 25))))
+        self.cast = rng.sample(NAMES, rng.randint(2, max(2, min(12, words // 40))))
         first = rng.randrange(len(KINDS))
         self.kinds = KINDS[first:] + KINDS[:first]
         self.turn = 0

@@ -23,7 +23,7 @@ def genai_config(
 
     Args:
         spec: The model's shape.
-        layout: The graph's KV inputs. genai reads each layer's own shape from the graph; the head size here is the widest.
+        layout: The graph's KV inputs; genai takes each layer's own shape from the graph, the widest stands here.
         bos: First token of a text, if the model has one.
         eos: Token or tokens that end a text.
         pad: Filling token; the first end token where the model has none.

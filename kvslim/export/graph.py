@@ -13,15 +13,16 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
+from kvslim.export.passes import name_dimensions, strip_traces
 from kvslim.load.architecture import Architecture
 from kvslim.transform.attention import ExportStep, PassThroughCache
 from kvslim.transform.surgery import slim_modules
-from kvslim.types import KVLayout
+from kvslim.types import INPUTS, KVLayout
 
 OPSET = 21
 TORCH_TYPES = {"float32": torch.float32, "int8": torch.int8}
-INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class _Decoder(nn.Module):
@@ -77,8 +78,13 @@ def build_graph(model: Any, architecture: Architecture, layout: KVLayout) -> ir.
                 opset_version=OPSET,
                 verbose=False,
             )
-            assert exported is not None
-            return _fused(exported.model)
+        if exported is None:
+            raise RuntimeError("torch.onnx.export returned nothing")
+        with _quiet():
+            fuse_for_onnxruntime(exported.model, "cpu")
+        strip_traces(exported.model)
+        name_dimensions(exported.model, layout)
+        return exported.model
     finally:
         for slim in decoder.slims:
             slim.step, slim.hidden = None, None
@@ -89,14 +95,6 @@ def _dynamic_dims(layers: int) -> dict[str, Any]:
     pair = ({0: dynamic, 2: dynamic}, {0: dynamic, 2: dynamic})
     tokens = {0: dynamic, 1: dynamic}
     return {"input_ids": tokens, "attention_mask": tokens, "position_ids": tokens, "past": [pair] * layers}
-
-
-def _fused(model: ir.Model) -> ir.Model:
-    """transformers' own fusions for onnxruntime on CPU: the one place where that young module is called."""
-    from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
-
-    fuse_for_onnxruntime(model, "cpu")
-    return model
 
 
 def save_graph(model: ir.Model, folder: Path) -> None:

@@ -16,22 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvslim.errors import KvslimError, OutputError
-from kvslim.export.genai import genai_config
-from kvslim.export.manifest import MANIFEST, hash_files, read_manifest, verify, write_manifest
+from kvslim.export.manifest import MANIFEST, read_manifest
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 LOCK_TRIES = 8
-
-__all__ = [
-    "MANIFEST",
-    "check_output",
-    "genai_config",
-    "hash_files",
-    "read_manifest",
-    "staging",
-    "verify",
-    "write_manifest",
-]
 
 
 def check_output(out: Path, overwrite: bool = False, needed_bytes: int = 0) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from kvslim.types import KVLayout
 
@@ -25,6 +26,16 @@ def name_dimensions(model: ir.Model, layout: KVLayout) -> None:
             value.shape = ir.Shape([BATCH, LENGTH, value.shape[-1]])
         elif value.name is not None:
             value.shape = ir.Shape(shapes[value.name])
+
+
+def strip_traces(model: ir.Model) -> None:
+    """Drops what the exporter notes for its own debugging: source lines, paths, and shapes with names of its own."""
+    ClearMetadataAndDocStringPass()(model)
+    outputs = set(model.graph.outputs)
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if value not in outputs:
+                value.shape = None
 
 
 def plain_matmuls(model: ir.Model) -> None:

@@ -19,12 +19,14 @@ METHODS: dict[str, type[Method]] = {}
 class Method(BaseModel):
     """A method is its own recipe entry: its fields are its options, one file holds all of it.
 
-    `check` uses the config alone and runs before weights are loaded; `decide` and `apply` are pure.
+    `check` uses the config alone and runs before weights are loaded; `decide` and `apply` are pure. Methods run by
+    `order`, whatever the order of the recipe: what changes the cached coordinates comes before what rounds them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     name: ClassVar[str]
     summary: ClassVar[str]
+    order: ClassVar[int]
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from kvslim.errors import UsageError
 from kvslim.methods.base import Method
 from kvslim.transform.codes import Array, LayerCodes
-from kvslim.types import ModelSpec, Objective, Plan
+from kvslim.types import LayerPlan, ModelSpec, Objective, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
@@ -72,6 +72,7 @@ class KvPca(Method):
     """PCA of keys and values; equal rank for both in a layer, given directly, as a share of head_dim, or by energy."""
 
     name: ClassVar[str] = "kv_pca"
+    order: ClassVar[int] = 10
     summary: ClassVar[str] = "fewer dimensions per cached head: balanced truncation of keys and values"
 
     rank: int | None = Field(None, ge=STEP, description="cached dimensions per head, a multiple of 8")
@@ -102,7 +103,7 @@ class KvPca(Method):
         """Sets each layer's rank and objective, with the least energy kept by any of its heads as score."""
         layers = []
         for layer in plan.layers:
-            energy = np.minimum(*(basis.energy.min(0) for basis in self._bases(statistics, layer.layer)))
+            energy = np.minimum(*(basis.energy.min(0) for basis in self._bases(statistics, layer.layer, self.objective)))
             rank = self._rank(spec, energy)
             score = float(energy[rank - 1])
             reason = f"rank {rank} of {spec.head_dim} keeps {score:.2%} of the energy"
@@ -115,7 +116,7 @@ class KvPca(Method):
     ) -> tuple[LayerCodes, ...]:
         """Adds each layer's encoders and decoders."""
         return tuple(
-            code if layer.rank is None else self._code(spec, statistics, layer.layer, layer.rank, code)
+            code if layer.rank is None else self._code(spec, statistics, layer, layer.rank, code)
             for layer, code in zip(plan.layers, codes, strict=True)
         )
 
@@ -127,9 +128,9 @@ class KvPca(Method):
         enough = int(np.searchsorted(energy, self.energy)) + 1
         return min(spec.head_dim, -(-enough // STEP) * STEP)
 
-    def _bases(self, statistics: CalibrationStatistics, layer: int) -> tuple[Basis, Basis]:
+    def _bases(self, statistics: CalibrationStatistics, layer: int, objective: Objective) -> tuple[Basis, Basis]:
         """Bases of keys and of values of one layer."""
-        balanced = self.objective == "balanced"
+        balanced = objective == "balanced"
         key, value = statistics.key_moment[layer], statistics.value_moment[layer]
         identity = np.broadcast_to(np.eye(key.shape[-1]), key.shape)
         return (
@@ -138,11 +139,11 @@ class KvPca(Method):
         )
 
     def _code(
-        self, spec: ModelSpec, statistics: CalibrationStatistics, layer: int, rank: int, code: LayerCodes
+        self, spec: ModelSpec, statistics: CalibrationStatistics, layer: LayerPlan, rank: int, code: LayerCodes
     ) -> LayerCodes:
-        key, value = self._bases(statistics, layer)
+        key, value = self._bases(statistics, layer.layer, layer.objective)
         encoder, decoder = value.encoder[..., :rank], value.decoder[..., :rank]
-        mean = statistics.value_mean[layer]
+        mean = statistics.value_mean[layer.layer]
         kept = np.einsum("hd,hdr,her->he", mean, encoder, decoder)
         by_query = lambda array: np.repeat(array, spec.group_size, axis=0)  # noqa: E731
         return replace(

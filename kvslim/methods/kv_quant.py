@@ -59,6 +59,7 @@ class KvQuant(Method):
     """Static symmetric int8, per channel or per tensor."""
 
     name: ClassVar[str] = "kv_quant"
+    order: ClassVar[int] = 20
     summary: ClassVar[str] = "8-bit integer cache with static scales chosen by error"
 
     bits: Literal[8] = Field(8, description="bits per cached number")

@@ -21,8 +21,10 @@ _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _CACHE_TYPES: dict[str, CacheType] = {"tensor(float)": "float32", "tensor(int8)": "int8"}
 _TOKEN_INPUTS = {"input_ids", "attention_mask", "position_ids"}
 _FILL_PERIOD = 256
-# onnxruntime derives each of its errors from Exception itself, so there is no common base to catch.
+# onnxruntime derives each of its errors from Exception itself, so there is no common base to catch; a run through an
+# IOBinding raises RuntimeError instead.
 _ORT_ERRORS = (
+    RuntimeError,
     ort_state.Fail,
     ort_state.InvalidArgument,
     ort_state.InvalidGraph,

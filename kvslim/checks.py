@@ -1,0 +1,64 @@
+"""What recipe, plan and model must agree on, checked before any weight is read."""
+
+from __future__ import annotations
+
+from kvslim.errors import UsageError
+from kvslim.methods.kv_pca import STEP
+from kvslim.recipe import Recipe
+from kvslim.types import ModelSpec, Plan
+
+
+def check_lengths(recipe: Recipe, spec: ModelSpec) -> None:
+    """Refuses windows, prompts and contexts beyond the model's positions.
+
+    Raises:
+        UsageError: Naming the key and the limit.
+    """
+    calibration, validation = recipe.calibration, recipe.validation
+    lengths = {
+        "calibration.length": calibration.length,
+        "validation.length": validation.length,
+        "validation.recall_distance": validation.recall_distance + RECALL_MARGIN,
+        "validation.prompts": max(validation.prompts, default=0),
+        "validation.contexts": max(validation.contexts, default=0) + 1,
+    }
+    for key, length in lengths.items():
+        if length > spec.max_context:
+            raise UsageError(
+                f"{key} needs {length} positions, the model has {spec.max_context}",
+                where=f"recipe: {key}",
+                fix=f"--set {key}={max(1, spec.max_context // 2)}",
+            )
+
+
+RECALL_MARGIN = 33  # first token, span and its second copy
+
+
+def check_plan(plan: Plan, recipe: Recipe, spec: ModelSpec) -> None:
+    """Refuses a plan that was made for another model, or that needs methods the recipe lacks.
+
+    Raises:
+        UsageError: Naming the layer.
+    """
+    if [layer.layer for layer in plan.layers] != list(range(spec.layers)):
+        raise UsageError(
+            f"the plan has {len(plan.layers)} layers, the model {spec.layers}",
+            where="--plan",
+            fix="make one for this model with `kvslim plan MODEL -o plan.json`",
+        )
+    methods = {method.name for method in recipe.methods}
+    for layer in plan.layers:
+        where = f"--plan: layers.{layer.layer}"
+        if layer.rank is not None and (layer.rank % STEP or not STEP <= layer.rank <= spec.head_dim):
+            raise UsageError(
+                f"rank {layer.rank} does not fit head_dim {spec.head_dim}",
+                where=where,
+                fix=f"use a multiple of {STEP}, at most {spec.head_dim}",
+            )
+        needed = {"kv_pca": layer.rank is not None, "kv_quant": layer.cache != "float32"}
+        if missing := sorted(name for name, used in needed.items() if used and name not in methods):
+            raise UsageError(
+                f"the plan needs {missing[0]}, which recipe {recipe.name!r} has not",
+                where=where,
+                fix="give a recipe with that method",
+            )

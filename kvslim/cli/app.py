@@ -1,0 +1,317 @@
+"""The command line: each verb parses its options and calls one public function."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from kvslim import __version__
+from kvslim.cli import console
+from kvslim.cli.failures import bug, usage_error, verdict
+from kvslim.errors import ArtifactError, KvslimError, UnsupportedError, UsageError
+
+INTERRUPTED = 130
+app = typer.Typer(
+    name="kvslim",
+    help="Turns a Hugging Face model into an ONNX folder with a several times smaller KV cache, measured.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="demo, a model folder, a hub id, or id@revision")]
+Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="a folder that `kvslim compress` wrote")]
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="a shipped recipe (see `kvslim recipes`) or a file")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key of the recipe")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+Threads = Annotated[int | None, typer.Option(min=1, help="threads of one operator; default: onnxruntime's choice")]
+
+
+def main() -> NoReturn:
+    """The `kvslim` command."""
+    if not console.debugging():
+        warnings.simplefilter("ignore")
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: The command line without the program's name.
+
+    Returns:
+        The exit code: 0 ok, 1 bug, 2 usage, 3 gate, 4 unsupported or broken, 5 not found, 130 Ctrl-C.
+    """
+    as_json = "--json" in arguments
+    try:
+        code = app(arguments or ["--help"], prog_name="kvslim", standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        return (code or 0) if arguments else UsageError.exit_code
+    except KeyboardInterrupt:
+        error, code = (
+            KvslimError("interrupted", where="kvslim", fix="run it again; nothing half-written is left"),
+            INTERRUPTED,
+        )
+    except KvslimError as caught:
+        error, code = caught, caught.exit_code
+    except typer.TyperException as caught:
+        error, code = usage_error(caught), UsageError.exit_code
+    except Exception as caught:  # the last resort, so that a bug is one line too
+        error, code = bug(caught), KvslimError.exit_code
+    console.print_error(error, code, as_json)
+    return code
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        console.print_text(f"{__version__}\n")
+        raise typer.Exit
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="the folder to make")],
+    recipe: RecipeName = "balanced",
+    plan: Annotated[Path | None, typer.Option(help="use these decisions (see `kvslim plan`)")] = None,
+    overrides: Overrides = None,
+    force: Annotated[bool, typer.Option("--force", help="replace the artifact that is there")] = False,
+    as_json: Json = False,
+) -> int:
+    """Make an artifact from a model.
+
+    It is measured against the plain export; exit code 3 when a gate of the recipe fails.
+    """
+    from kvslim.cli.inputs import read_plan
+    from kvslim.recipe import load_recipe
+
+    typed, decisions = load_recipe(recipe, overrides or ()), read_plan(plan) if plan else None
+    from kvslim import pipeline
+    from kvslim.report.tables import gates_table, report_table
+
+    with console.library_output_on_stderr():
+        manifest = pipeline.compress(model, typed, out, plan=decisions, overwrite=force, progress=console.Terminal())
+    report = manifest.report
+    if as_json:
+        block = report.model_dump(mode="json") if report else {"passed": manifest.passed}
+        console.print_json({"artifact_folder": str(out), **block})
+    elif report:
+        console.print_tables(report_table(report), gates_table(report.gates))
+    console.hint(f"written to {out}")
+    return verdict(manifest.passed, report.gates if report else (), str(out))
+
+
+@app.command()
+def plan(
+    model: Model,
+    recipe: RecipeName = "balanced",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="write the plan to this JSON file")] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Show what compress would decide.
+
+    Calibrates and predicts the bytes of the cache; writes no graph.
+    """
+    from kvslim.cli.inputs import write_plan
+    from kvslim.recipe import load_recipe
+
+    typed = load_recipe(recipe, overrides or ())
+    from kvslim import pipeline
+    from kvslim.report.tables import plan_table
+
+    with console.library_output_on_stderr():
+        summary = pipeline.plan(model, typed, progress=console.Terminal())
+    if out:
+        write_plan(out, summary.plan)
+    if as_json:
+        console.print_json(summary.model_dump(mode="json"))
+        return
+    console.print_tables(plan_table(summary.plan))
+    slim, plain = summary.kv_bytes_per_token, summary.plain_kv_bytes_per_token
+    console.print_text(f"KV cache: {slim:,} bytes per token, {slim / plain:.3g} of plain fp32 ({plain:,})\n")
+
+
+@app.command()
+def validate(
+    artifact: Artifact,
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="default: the model it was made from")] = None,
+    as_json: Json = False,
+) -> int:
+    """Measure an artifact again.
+
+    Exit code 3 when a gate of its recipe fails.
+    """
+    from kvslim import pipeline
+    from kvslim.report.tables import gates_table, report_table
+
+    with console.library_output_on_stderr():
+        report = pipeline.validate(artifact, against=against, progress=console.Terminal())
+    if as_json:
+        console.print_json(report.model_dump(mode="json"))
+    else:
+        console.print_tables(report_table(report), gates_table(report.gates))
+    return verdict(report.passed, report.gates, str(artifact))
+
+
+@app.command()
+def bench(
+    artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="folders to time, interleaved")],
+    contexts: Annotated[str, typer.Option("--context", help="contexts for time per token")] = "128,1k",
+    prompts: Annotated[str, typer.Option("--prompt", help="prompt lengths for time to first token")] = "128,512",
+    repeats: Annotated[int, typer.Option(min=3, help="timings per length")] = 16,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Time artifacts against each other.
+
+    All of them take turns in one run, so that a busy machine slows all alike.
+    """
+    from kvslim.cli.inputs import read_lengths
+
+    lengths = {"contexts": read_lengths(contexts, "--context"), "prompts": read_lengths(prompts, "--prompt")}
+    from kvslim import pipeline
+    from kvslim.report.tables import measures_table
+
+    with console.library_output_on_stderr():
+        measures = pipeline.bench(artifacts, **lengths, repeats=repeats, threads=threads)
+    if as_json:
+        console.print_json({name: column.model_dump(mode="json") for name, column in measures.items()})
+    else:
+        console.print_tables(measures_table(measures))
+
+
+@app.command()
+def generate(
+    artifact: Artifact,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="the text to continue")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to write at most")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="sample from this many tokens; 0 for all")] = 0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="sample from the tokens that hold this share")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the sampling")] = 0,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a text, printed as it comes."""
+    from kvslim.export.manifest import read_manifest
+    from kvslim.runtime.generate import generate as stream
+
+    read_manifest(artifact)
+    pieces = stream(
+        artifact,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        threads=threads,
+    )
+    if as_json:
+        console.print_json({"prompt": prompt, "text": "".join(pieces)})
+        return
+    console.print_text(prompt)
+    for piece in pieces:
+        console.print_text(piece)
+    console.print_text("\n")
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL|ARTIFACT", help="a model as for compress, or an artifact")],
+    contexts: Annotated[str, typer.Option("--context", help="context lengths")] = "4k,16k",
+    as_json: Json = False,
+) -> None:
+    """Show how much memory the KV cache takes.
+
+    Told from the config or the manifest alone; no weights are read.
+    """
+    from kvslim.cli.inputs import read_lengths, read_memory
+    from kvslim.report.tables import contexts_table, layers_table
+
+    memory = read_memory(model, read_lengths(contexts, "--context"))
+    if as_json:
+        console.print_json(memory.model_dump(mode="json"))
+        return
+    console.print_tables(layers_table(memory), contexts_table(memory))
+    longest = max(int(tokens) for tokens in memory.mib)
+    if longest > memory.max_context:
+        console.hint(f"hint: this model was made for {memory.max_context:,} positions, fewer than {longest:,}")
+
+
+@app.command()
+def verify(artifact: Artifact, as_json: Json = False) -> None:
+    """Check the files of an artifact.
+
+    Each is compared with its SHA-256; exit code 4 when one differs, is missing or was added.
+    """
+    from kvslim.export.manifest import verify as problems_of
+
+    problems = problems_of(artifact)
+    if problems:
+        raise ArtifactError("; ".join(problems), where=str(artifact), fix="compress or download it again")
+    if as_json:
+        console.print_json({"ok": True, "problems": []})
+    else:
+        console.print_text(f"{artifact}: every file is as it was written\n")
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the methods that a recipe can name."""
+    from kvslim.cli.catalogue import methods_json, methods_table
+
+    if as_json:
+        console.print_json(methods_json())
+    else:
+        console.print_tables(*methods_table())
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="print this recipe")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the shipped recipes, or print one."""
+    from kvslim.cli.catalogue import recipe_text, recipes_json, recipes_table
+
+    if as_json:
+        console.print_json(recipes_json(name))
+    elif name:
+        console.print_text(recipe_text(name))
+    else:
+        console.print_tables(recipes_table())
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check that this machine can run KVSlim.
+
+    Versions, kernels, memory and disk; exit code 4 when something is wrong.
+    """
+    from kvslim.cli.catalogue import checks_table
+    from kvslim.cli.doctor import examine
+
+    checks = examine()
+    failed = [check for check in checks if not check.ok]
+    if as_json:
+        console.print_json({"ok": not failed, "checks": [check.model_dump(mode="json") for check in checks]})
+    else:
+        console.print_tables(checks_table(checks))
+    if failed:
+        names = ", ".join(check.name for check in failed)
+        error = UnsupportedError(f"not fit: {names}", where="this machine", fix=failed[0].fix)
+        console.print_error(error, error.exit_code, as_json=False)
+        raise typer.Exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What the command line prints: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kvslim.errors import KvslimError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kvslim.report.tables import Table
+
+T = TypeVar("T")
+PIPE_WIDTH = 160
+
+
+class Terminal:
+    """A progress listener: bars on a terminal, one line per stage in a log."""
+
+    def __init__(self) -> None:
+        self._console = _console(stderr=True)
+
+    def stage(self, name: str) -> None:
+        """Prints the name of the stage that begins."""
+        self._console.print(f"• {name}", markup=False, highlight=False)
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        """Yields `items` and, on a terminal, shows how far they are."""
+        if not self._console.is_terminal:
+            yield from items
+            return
+        from rich.progress import track
+
+        yield from track(items, f"  {label}", total=total, console=self._console, transient=True)
+
+
+@contextlib.contextmanager
+def library_output_on_stderr() -> Iterator[None]:
+    """Keeps what libraries print out of stdout, which belongs to the result."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def print_json(value: Any) -> None:
+    """Prints the one JSON object of a command with `--json`."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def print_tables(*tables: Table) -> None:
+    """Prints the tables that have rows."""
+    console = _console(stderr=False)
+    for table in tables:
+        if table.rows:
+            console.print(table.rich(), highlight=False)
+
+
+def print_text(text: str) -> None:
+    """Prints a piece of a result as it is and at once, so that a reader can follow."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def hint(text: str) -> None:
+    """Prints a line that is no result."""
+    sys.stderr.write(f"{text}\n")
+
+
+def print_error(error: KvslimError, exit_code: int, as_json: bool) -> None:
+    """Prints what is wrong, where, and how to fix it; with `as_json` as the one JSON object too."""
+    if as_json:
+        fields = {"message": error.message, "where": error.where, "fix": error.fix, "exit_code": exit_code}
+        print_json({"error": fields})
+    hint(f"error: {_line(error.message)}\n  where: {_line(error.where)}\n  fix: {_line(error.fix)}")
+    if debugging() and sys.exc_info()[0] is not None:
+        hint(traceback.format_exc())
+
+
+def debugging() -> bool:
+    """Whether KVSLIM_DEBUG=1 asks for tracebacks and warnings."""
+    return os.environ.get("KVSLIM_DEBUG") == "1"
+
+
+def _console(stderr: bool) -> Console:
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    # Rich takes a pipe for 80 columns wide and would cut the tables that a script or a log wants whole.
+    return Console(file=stream, width=None if stream.isatty() else PIPE_WIDTH, soft_wrap=False)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,80 @@
+"""Option values that need more than a type: lengths like `512,4k`, plan files, a model or an artifact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from kvslim.errors import NotFoundError, OutputError, UsageError
+from kvslim.export.manifest import MANIFEST, read_manifest
+from kvslim.report.memory import CacheMemory, artifact_memory, model_memory
+from kvslim.types import Plan
+
+THOUSAND = 1024
+
+
+def read_lengths(text: str, option: str) -> tuple[int, ...]:
+    """Token counts like `512,4k,16k`, where k is 1,024.
+
+    Raises:
+        UsageError: One of them is not a positive number.
+    """
+    return tuple(_length(part.strip(), option) for part in text.split(","))
+
+
+def read_plan(path: Path) -> Plan:
+    """A plan from a JSON file, as `kvslim plan -o` writes it.
+
+    Raises:
+        NotFoundError: There is no such file.
+        UsageError: It is not JSON, or not a plan.
+    """
+    if not path.is_file():
+        raise NotFoundError(
+            "no such plan file", where=f"--plan {path}", fix="write one with `kvslim plan MODEL -o plan.json`"
+        )
+    try:
+        return Plan.model_validate(json.loads(path.read_bytes()))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(str(part) for part in fault["loc"]) or "plan"
+        raise UsageError(
+            f"{place}: {fault['msg']}", where=f"--plan {path}", fix="see `kvslim plan MODEL --json`"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"this is not JSON: {error}", where=f"--plan {path}", fix="mend the JSON syntax") from error
+
+
+def write_plan(path: Path, plan: Plan) -> None:
+    """Writes a plan as JSON, made to be edited.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    try:
+        path.write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write: {error.strerror}", where=str(path), fix="give another --out") from error
+
+
+def read_memory(model: str, contexts: Sequence[int]) -> CacheMemory:
+    """The cache of an artifact from its manifest, or of a model from its config; loads no weights.
+
+    Raises:
+        KvslimError: Neither can be read.
+    """
+    if (Path(model) / MANIFEST).exists():
+        return artifact_memory(read_manifest(Path(model)), contexts)
+    from kvslim.load.source import read_spec, resolve
+
+    return model_memory(read_spec(resolve(model)), contexts)
+
+
+def _length(text: str, option: str) -> int:
+    digits, factor = (text[:-1], THOUSAND) if text[-1:] in {"k", "K"} else (text, 1)
+    if not (digits.isascii() and digits.isdigit() and int(digits)):
+        raise UsageError(f"{text!r} is not a number of tokens", where=option, fix="write lengths like 512,4k,16k")
+    return int(digits) * factor

@@ -1,0 +1,214 @@
+"""The pipeline, top to bottom: from a Hugging Face model to a validated ONNX folder. Read this file first."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvslim.calibrate.corpus import check_source
+from kvslim.errors import UsageError
+from kvslim.export.manifest import hash_files, read_manifest, write_manifest
+from kvslim.export.package import check_output, staging
+from kvslim.load.architecture import architecture_of
+from kvslim.checks import check_lengths, check_plan
+from kvslim.load.source import Snapshot, check_weights, read_spec, resolve
+from kvslim.methods import Method
+from kvslim.progress import Progress, Silent
+from kvslim.recipe import Recipe, parse_recipe
+from kvslim.report.card import write_card
+from kvslim.types import INPUTS, Frozen, KVLayout, Manifest, Measures, ModelSpec, Plan, Report, Source
+
+if TYPE_CHECKING:
+    from kvslim.calibrate.statistics import CalibrationStatistics
+    from kvslim.transform.codes import LayerCodes
+    from kvslim.workshop import Workshop
+
+VERSIONED = ("kvslim", "torch", "transformers", "onnx", "onnxruntime")
+
+
+class PlanSummary(Frozen):
+    """What `compress` would decide, and the cache it would give."""
+
+    plan: Plan
+    kv_bytes_per_token: int
+    plain_kv_bytes_per_token: int
+
+
+def compress(
+    model: str,
+    recipe: Recipe,
+    out: Path,
+    *,
+    plan: Plan | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Makes an artifact: a folder with a slim ONNX graph, and the proof of what it costs and saves.
+
+    Args:
+        model: `demo`, a folder, a hub id or `id@revision`.
+        recipe: Methods, calibration, validation and gates.
+        out: The folder to make; it appears only when all is done.
+        plan: Decisions to use in place of the methods' own.
+        overwrite: Whether an artifact that is already at `out` may be replaced.
+        progress: Hears of stages and steps.
+
+    Returns:
+        The artifact's manifest; `passed` tells whether all gates hold.
+
+    Raises:
+        KvslimError: Anything a user can mend; `out` is then as it was before.
+    """
+    progress = progress or Silent()
+    snapshot, spec = _checked(model, recipe, plan)
+    check_output(out, overwrite, needed_bytes=4 * _weight_bytes(snapshot))
+    with staging(out, overwrite) as folder:
+        workshop = _open(snapshot, spec, recipe, progress)
+        progress.stage("calibrate")
+        statistics = workshop.statistics()
+        plan = plan or decide(recipe, spec, statistics)
+        progress.stage("export the plain baseline")
+        plain = folder / "plain"
+        plain.mkdir()
+        workshop.export(Plan.identity(spec), plain)
+        progress.stage("export the slim graph")
+        workshop.install(fit(recipe, spec, statistics, plan))
+        workshop.export(plan, folder)
+        workshop.write_companions(folder, KVLayout.of(spec, plan))
+        progress.stage("validate")
+        report = workshop.measure(plain, folder)
+        shutil.rmtree(plain)
+        return _finish(folder, workshop, plan, report)
+
+
+def plan(model: str, recipe: Recipe, *, progress: Progress | None = None) -> PlanSummary:
+    """What `compress` would decide, without a graph.
+
+    Raises:
+        KvslimError: As `compress`.
+    """
+    snapshot, spec = _checked(model, recipe, None)
+    progress = progress or Silent()
+    workshop = _open(snapshot, spec, recipe, progress)
+    progress.stage("calibrate")
+    statistics = workshop.statistics()
+    decided = decide(recipe, spec, statistics)
+    return PlanSummary(
+        plan=decided,
+        kv_bytes_per_token=KVLayout.of(spec, decided).bytes_per_token,
+        plain_kv_bytes_per_token=KVLayout.of(spec, Plan.identity(spec)).bytes_per_token,
+    )
+
+
+def validate(artifact: Path, *, against: str | None = None, progress: Progress | None = None) -> Report:
+    """Measures an artifact again, against the plain export of the model it came from (or `against`).
+
+    Raises:
+        KvslimError: The artifact or the model cannot be read, or they do not belong together.
+    """
+    progress = progress or Silent()
+    manifest = read_manifest(artifact)
+    recipe = parse_recipe(manifest.recipe, where=str(artifact))
+    recipe = recipe.model_copy(update={"weights": manifest.weights})
+    snapshot, spec = _checked(against or _source_id(manifest.source), recipe, None)
+    if spec != manifest.spec:
+        raise UsageError("the model has another shape than the artifact's", where="--against", fix="give its own model")
+    workshop = _open(snapshot, spec, recipe, progress)
+    with tempfile.TemporaryDirectory(prefix="kvslim-") as folder:
+        progress.stage("export the plain baseline")
+        workshop.export(Plan.identity(spec), Path(folder))
+        progress.stage("validate")
+        return workshop.measure(Path(folder), artifact)
+
+
+def bench(
+    artifacts: Sequence[Path], *, contexts: Sequence[int], prompts: Sequence[int], repeats: int, threads: int | None
+) -> dict[str, Measures]:
+    """Latency and memory of artifacts, interleaved in one run; by the path given.
+
+    Raises:
+        KvslimError: An artifact cannot be opened, or a length is not positive.
+    """
+    from kvslim.validate.measure import measure_costs
+
+    for artifact in artifacts:
+        read_manifest(artifact)
+    return measure_costs(artifacts, prompts, contexts, repeats, threads)
+
+
+def decide(recipe: Recipe, spec: ModelSpec, statistics: CalibrationStatistics) -> Plan:
+    """The plan that the recipe's methods make of a model's statistics."""
+    plan = Plan.identity(spec)
+    for method in _in_order(recipe):
+        plan = method.decide(spec, statistics, plan)
+    return plan
+
+
+def fit(recipe: Recipe, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> tuple[LayerCodes, ...]:
+    """The codes that the recipe's methods fit for a plan, one entry per layer."""
+    from kvslim.transform.codes import LayerCodes
+
+    codes = tuple(LayerCodes() for _ in plan.layers)
+    for method in _in_order(recipe):
+        codes = method.apply(spec, statistics, plan, codes)
+    return codes
+
+
+def _checked(model: str, recipe: Recipe, plan: Plan | None) -> tuple[Snapshot, ModelSpec]:
+    """All that can fail cheaply, before any weight is read."""
+    snapshot = resolve(model)
+    spec = read_spec(snapshot)
+    check_weights(snapshot)
+    for method in recipe.methods:
+        method.check(spec)
+    check_lengths(recipe, spec)
+    for settings in (recipe.calibration, recipe.validation):
+        check_source(settings.source)
+    if plan is not None:
+        check_plan(plan, recipe, spec)
+    return snapshot, spec
+
+
+def _open(snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress: Progress) -> Workshop:
+    from kvslim.workshop import Workshop
+
+    progress.stage("load")
+    return Workshop(snapshot, spec, recipe, progress)
+
+
+def _in_order(recipe: Recipe) -> list[Method]:
+    return sorted(recipe.methods, key=lambda method: method.order)
+
+
+def _source_id(source: Source) -> str:
+    return f"{source.model}@{source.revision}" if source.revision else source.model
+
+
+def _weight_bytes(snapshot: Snapshot) -> int:
+    return sum(path.stat().st_size for path in snapshot.path.glob("*.safetensors"))
+
+
+def _finish(folder: Path, workshop: Workshop, plan: Plan, report: Report) -> Manifest:
+    """Writes what describes the artifact: model card and manifest."""
+    snapshot = workshop.snapshot
+    manifest = Manifest(
+        source=Source(model=snapshot.model, revision=snapshot.revision, sha256=workshop.digest),
+        spec=workshop.spec,
+        recipe=workshop.recipe.model_dump(mode="json"),
+        plan=plan,
+        kv_layout=KVLayout.of(workshop.spec, plan),
+        weights=workshop.recipe.weights,
+        inputs=INPUTS,
+        versions={name: version(name) for name in VERSIONED},
+        files={},
+        report=report,
+        passed=report.passed,
+    )
+    write_card(folder, manifest)
+    manifest = manifest.model_copy(update={"files": hash_files(folder)})
+    write_manifest(folder, manifest)
+    return manifest

@@ -1,0 +1,97 @@
+"""The model card of an artifact: README.md with YAML front matter, written from its manifest and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from kvslim.report.tables import gates_table, plan_table, report_table
+from kvslim.types import Manifest
+
+CARD = "README.md"
+TEMPLATE = """\
+---
+{{ front }}---
+
+# {{ name }}, {{ recipe }}
+
+`{{ name }}` as an ONNX graph with a slim KV cache, made by KVSlim {{ version }} with the recipe `{{ recipe }}`:
+{{ "{:,}".format(slim) }} bytes of cache per token, {{ "{:,}".format(plain) }} in the plain fp32 export.
+{%- if manifest.passed is false %}
+
+**A gate failed: this artifact is not what its recipe asked for.**
+{%- endif %}
+{% if manifest.report %}
+## Measured
+
+{{ report }}
+`plain` is the same model, exported the same way, with its cache in fp32. `floor` is that export against itself.
+Quality is measured through the cache; speed is interleaved in one run, on the machine that made this folder.
+{% if manifest.report.gates %}
+{{ gates }}{% endif %}{% endif %}
+## Use
+
+```
+kvslim generate . --prompt "Once upon a time"
+kvslim verify .
+```
+
+onnxruntime-genai opens this folder as it is (`onnxruntime_genai.Model(".")`).
+
+## Made from
+
+- Model: `{{ name }}`{% if manifest.source.revision %}, revision `{{ manifest.source.revision }}`{% endif %},\
+ SHA-256 of its files `{{ manifest.source.sha256 }}`
+- Weights: {{ manifest.weights }}
+{% for package, number in manifest.versions.items() -%}
+- {{ package }} {{ number }}
+{% endfor %}
+## The cache, layer by layer
+
+{{ plan }}"""
+
+
+def write_card(folder: Path, manifest: Manifest) -> None:
+    """Writes README.md into an artifact's folder."""
+    (folder / CARD).write_text(model_card(manifest), encoding="utf-8")
+
+
+def model_card(manifest: Manifest) -> str:
+    """The card's text; the same manifest gives the same text.
+
+    Args:
+        manifest: The artifact's manifest; its file digests are not used, as the card is one of the files.
+    """
+    spec, report = manifest.spec, manifest.report
+    # Markdown, not HTML: escaping would spoil the tables.
+    environment = Environment(autoescape=False, undefined=StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(TEMPLATE).render(
+        manifest=manifest,
+        front=yaml.safe_dump(_front_matter(manifest), sort_keys=False, allow_unicode=True),
+        name=_name(manifest),
+        recipe=manifest.recipe.get("name", "custom"),
+        version=manifest.versions.get("kvslim", ""),
+        slim=manifest.kv_layout.bytes_per_token,
+        plain=8 * spec.layers * spec.kv_heads * spec.head_dim,
+        report=report_table(report).markdown() if report else "",
+        gates=gates_table(report.gates).markdown() if report else "",
+        plan=plan_table(manifest.plan).markdown(),
+    )
+
+
+def _front_matter(manifest: Manifest) -> dict[str, Any]:
+    base = {"base_model": manifest.source.model} if manifest.source.revision else {}
+    return {
+        "library_name": "onnxruntime",
+        "pipeline_tag": "text-generation",
+        **base,
+        "tags": ["onnx", "kvslim", "kv-cache", "onnxruntime-genai", manifest.spec.model_type],
+    }
+
+
+def _name(manifest: Manifest) -> str:
+    """The hub id, or the last part of a local path: a card does not tell of its maker's disk."""
+    return manifest.source.model if manifest.source.revision else Path(manifest.source.model).name

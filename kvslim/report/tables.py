@@ -1,0 +1,138 @@
+"""Measurements as rows of text, and those rows for the terminal and for markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from kvslim.report.memory import CacheMemory
+from kvslim.types import GateResult, Measures, Plan, Report
+
+RATIO = "ratio"
+NONE = "-"
+METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "kv_bytes_per_token": ("KV cache, bytes per token", lambda value: f"{value:,.0f}"),
+    "file_mib": ("Files, MiB", lambda value: f"{value:.1f}"),
+    "kl_mean": ("KL to plain, mean", lambda value: f"{value:.2g}"),
+    "kl_p99": ("KL to plain, 99th percentile", lambda value: f"{value:.2g}"),
+    "top1_agreement": ("Same most likely token", lambda value: f"{value:.2%}"),
+    "perplexity": ("Perplexity", lambda value: f"{value:.3f}"),
+    "perplexity_se": ("Perplexity, standard error", lambda value: f"{value:.3f}"),
+    "recall": ("Recall", lambda value: f"{value:.1%}"),
+    "ttft_ms": ("Time to first token, ms, prompt of {}", lambda value: f"{value:.1f}"),
+    "tpot_ms": ("Time per token, ms, context of {}", lambda value: f"{value:.2f}"),
+    "peak_rss_mib": ("Peak memory, MiB", lambda value: f"{value:.0f}"),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a header; the first column holds names, the others numbers, unless `words` is set."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: bool = False
+
+    def rich(self) -> RichTable:
+        """The table for a terminal."""
+        table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+        for name, right in zip(self.header, self._right, strict=True):
+            table.add_column(name, justify="right" if right else "left")
+        for row in self.rows:
+            table.add_row(*(Text(cell) for cell in row))
+        return table
+
+    def markdown(self) -> str:
+        """The table for a README."""
+        rule = ["---:" if right else "---" for right in self._right]
+        return "".join(f"| {' | '.join(row)} |\n" for row in (self.header, rule, *self.rows))
+
+    @property
+    def _right(self) -> list[bool]:
+        return [index > 0 and not self.words for index in range(len(self.header))]
+
+
+def report_table(report: Report) -> Table:
+    """An artifact next to the plain export: plain, artifact, their ratio, and the plain export against itself."""
+    columns = {"plain": report.plain, "artifact": report.artifact, RATIO: report.ratio, "floor": report.floor}
+    return measures_table(columns)
+
+
+def measures_table(columns: Mapping[str, Measures]) -> Table:
+    """One row per metric that any column measured; the column named `ratio` is shown as factors."""
+    rows = (row for name in METRICS for row in _metric_rows(name, columns))
+    return Table(("", *columns), tuple(rows))
+
+
+def gates_table(gates: Sequence[GateResult]) -> Table:
+    """Each gate with its value, limit and verdict."""
+    rows = tuple(
+        (gate.name, NONE if gate.value is None else f"{gate.value:.4g}", f"{gate.limit:.4g}", _verdict(gate.passed))
+        for gate in gates
+    )
+    return Table(("gate", "value", "limit", ""), rows)
+
+
+def plan_table(plan: Plan) -> Table:
+    """What happens to the cache of each layer, and why."""
+    rows = tuple(
+        (
+            str(layer.layer),
+            NONE if layer.rank is None else str(layer.rank),
+            layer.cache,
+            NONE if layer.score is None else f"{layer.score:.4f}",
+            layer.reason,
+        )
+        for layer in plan.layers
+    )
+    return Table(("layer", "rank", "cache", "score", "reason"), rows, words=True)
+
+
+def layers_table(memory: CacheMemory) -> Table:
+    """The cache of each layer, in bytes per token, with the sum."""
+    rows = [
+        (str(layer.layer), str(layer.heads), str(layer.key_dim), str(layer.value_dim), *_sizes(layer.bytes_per_token))
+        for layer in memory.layers
+    ]
+    rows.append(("all", "", "", "", *_sizes(memory.kv_bytes_per_token)))
+    units = (f"bytes per token, {name}" for name in memory.kv_bytes_per_token)
+    return Table(("layer", "kv heads", "key dim", "value dim", *units), tuple(rows))
+
+
+def contexts_table(memory: CacheMemory) -> Table:
+    """The whole cache at each context length, in MiB."""
+    header = ("context, tokens", *(f"MiB, {name}" for name in memory.kv_bytes_per_token))
+    rows = ((f"{int(tokens):,}", *(f"{size:,.1f}" for size in sizes.values())) for tokens, sizes in memory.mib.items())
+    return Table(header, tuple(rows))
+
+
+def _metric_rows(name: str, columns: Mapping[str, Measures]) -> Iterable[tuple[str, ...]]:
+    label, shown = METRICS[name]
+    values = {column: getattr(measures, name) for column, measures in columns.items()}
+    lengths = {length for value in values.values() if isinstance(value, dict) for length in value}
+    if lengths:
+        for length in sorted(lengths, key=int):
+            row = {column: (value or {}).get(length) for column, value in values.items()}
+            yield (label.format(length), *_cells(row, shown))
+    elif any(isinstance(value, float) for value in values.values()):
+        yield (label, *_cells(values, shown))
+
+
+def _cells(values: Mapping[str, float | None], shown: Callable[[float], str]) -> Iterable[str]:
+    for column, value in values.items():
+        if value is None:
+            yield NONE
+        else:
+            yield f"{value:.3g}x" if column == RATIO else shown(value)
+
+
+def _sizes(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    return tuple(f"{size:,}" for size in sizes.values())
+
+
+def _verdict(passed: bool) -> str:
+    return "passed" if passed else "FAILED"

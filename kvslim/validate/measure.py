@@ -1,0 +1,86 @@
+"""All that a report says of an artifact, measured next to the plain export: quality, recall, latency, bytes, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kvslim.recipe import Recipe
+from kvslim.runtime.session import DecodeSession
+from kvslim.types import Measures, Report
+from kvslim.validate.gates import report
+from kvslim.validate.latency import Latency, measure_latency
+from kvslim.validate.quality import measure_all
+from kvslim.validate.recall import RecallItem, measure_recall
+from kvslim.validate.rss import peak_rss
+
+GRAPH_FILES = ("model.onnx", "model.onnx.data")
+
+
+def measure(plain: Path, artifact: Path, recipe: Recipe, windows: np.ndarray, items: Sequence[RecallItem]) -> Report:
+    """Measures an artifact against the plain export of its model.
+
+    Args:
+        plain: Folder of the plain export.
+        artifact: Folder of the artifact.
+        recipe: Its validation settings and gates.
+        windows: [n, length] held-out token ids.
+        items: Recall questions.
+
+    Returns:
+        The report, gates judged.
+    """
+    longest = max([windows.shape[1], *(len(item.prompt) + len(item.answer) for item in items)])
+    sessions = {name: DecodeSession(path, capacity=longest) for name, path in (("plain", plain), ("slim", artifact))}
+    quality = measure_all(sessions["plain"], sessions["slim"], windows)
+    recall = {name: measure_recall(session, items) for name, session in sessions.items()}
+    sizes = {name: float(session.layout.bytes_per_token) for name, session in sessions.items()}
+    del sessions
+    settings = recipe.validation
+    latency = measure_latency({"plain": plain, "slim": artifact}, settings.prompts, settings.contexts, settings.repeats)
+    return report(
+        recipe.gates,
+        plain=Measures(
+            **quality.plain.as_measures(),
+            recall=recall["plain"],
+            kv_bytes_per_token=sizes["plain"],
+            **_costs(plain, latency["plain"], settings.contexts),
+        ),
+        floor=Measures(**quality.floor.as_measures()),
+        artifact=Measures(
+            **quality.artifact.as_measures(),
+            recall=recall["slim"],
+            kv_bytes_per_token=sizes["slim"],
+            **_costs(artifact, latency["slim"], settings.contexts),
+        ),
+    )
+
+
+def measure_costs(
+    folders: Sequence[Path], prompts: Sequence[int], contexts: Sequence[int], repeats: int, threads: int | None
+) -> dict[str, Measures]:
+    """Latency, file size, memory and KV bytes of several artifacts, interleaved; by folder name.
+
+    Raises:
+        NotFoundError, ArtifactError: A folder cannot be opened.
+    """
+    latencies = measure_latency({str(folder): folder for folder in folders}, prompts, contexts, repeats, threads)
+    return {
+        str(folder): Measures(
+            kv_bytes_per_token=float(DecodeSession(folder, capacity=1).layout.bytes_per_token),
+            **_costs(folder, latencies[str(folder)], contexts, threads),
+        )
+        for folder in folders
+    }
+
+
+def _costs(folder: Path, latency: Latency, contexts: Sequence[int], threads: int | None = None) -> dict[str, object]:
+    size = sum((folder / name).stat().st_size for name in GRAPH_FILES if (folder / name).is_file())
+    return {
+        "file_mib": size / 2**20,
+        "ttft_ms": latency.ttft_ms,
+        "tpot_ms": latency.tpot_ms,
+        "peak_rss_mib": peak_rss(folder, max(contexts), threads),
+    }

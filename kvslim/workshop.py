@@ -1,0 +1,138 @@
+"""One model in memory, prepared with the slim attention, and all that the pipeline makes of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvslim.calibrate import cache
+from kvslim.calibrate.corpus import WHOLE, self_windows, source_digest, text_windows
+from kvslim.calibrate.statistics import CalibrationStatistics, collect
+from kvslim.demo.world import recall_questions
+from kvslim.export.graph import build_graph, save_graph
+from kvslim.export.genai import genai_config
+from kvslim.export.weights import quantise_weights
+from kvslim.load.architecture import architecture_of
+from kvslim.load.model import load_model, load_tokenizer
+from kvslim.load.source import Snapshot
+from kvslim.progress import Progress
+from kvslim.recipe import Calibration, Recipe, Validation
+from kvslim.transform.codes import LayerCodes
+from kvslim.transform.surgery import install, prepare
+from kvslim.types import INPUTS, KVLayout, ModelSpec, Plan, Report
+from kvslim.validate.measure import measure
+from kvslim.validate.recall import RecallItem, repeated_spans
+
+DEFAULT_CONTEXT = 4096
+CALIBRATION_SHARE, VALIDATION_SHARE = (0.0, 0.8), (0.8, 1.0)
+
+
+class Workshop:
+    """Holds a model; see the methods for what is made from it.
+
+    Attributes:
+        snapshot: The model's files.
+        spec: Its shape.
+        recipe: What is to be made.
+        digest: SHA-256 of the model's files.
+    """
+
+    def __init__(self, snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress: Progress) -> None:
+        self.snapshot, self.spec, self.recipe, self.progress = snapshot, spec, recipe, progress
+        self.architecture = architecture_of(spec.model_type)
+        self.tokenizer = load_tokenizer(snapshot)
+        self.digest = snapshot.sha256()
+        self.model = load_model(snapshot)
+        prepare(self.model, self.architecture)
+
+    def statistics(self) -> CalibrationStatistics:
+        """Statistics of the calibration text, from the disk when they were gathered before."""
+        settings = self.recipe.calibration
+        context = settings.context or min(self.spec.max_context, DEFAULT_CONTEXT)
+        share = CALIBRATION_SHARE if self._shared_text() else WHOLE
+        key = cache.content_key(self.digest, settings.model_dump(), source_digest(settings.source), context, share)
+        statistics = cache.load_statistics(key)
+        if statistics is None:
+            statistics = collect(
+                self.model,
+                self.architecture,
+                self.spec,
+                self._windows(settings, share),
+                context=context,
+                seed=settings.seed,
+                batches=lambda windows: self.progress.track(windows, "windows"),
+            )
+            cache.store_statistics(key, statistics)
+        return statistics
+
+    def install(self, codes: tuple[LayerCodes, ...]) -> None:
+        """Puts codes into the model, for good."""
+        install(self.model, self.architecture, codes)
+
+    def export(self, plan: Plan, folder: Path) -> None:
+        """Writes the graph of the model as it is, which `plan` describes."""
+        graph = build_graph(self.model, self.architecture, KVLayout.of(self.spec, plan))
+        save_graph(quantise_weights(graph, self.recipe.weights), folder)
+
+    def write_companions(self, folder: Path, layout: KVLayout) -> None:
+        """Writes tokenizer, configs and what onnxruntime-genai needs."""
+        self.tokenizer.save_pretrained(folder)
+        shutil.copyfile(self.snapshot.path / "config.json", folder / "config.json")
+        self.model.generation_config.save_pretrained(folder)
+        generation = self.model.generation_config
+        config = genai_config(
+            self.spec,
+            layout,
+            bos=generation.bos_token_id,
+            eos=generation.eos_token_id,
+            pad=generation.pad_token_id,
+            context_length=self.spec.max_context,
+            inputs=INPUTS,
+        )
+        (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def measure(self, plain: Path, artifact: Path) -> Report:
+        """Measures an artifact against the plain export on held-out text and questions."""
+        settings = self.recipe.validation
+        share = VALIDATION_SHARE if self._shared_text() else WHOLE
+        windows = self._windows(settings, share)
+        return measure(plain, artifact, self.recipe, windows, self._recall_items(windows))
+
+    def _shared_text(self) -> bool:
+        """Whether calibration and validation read one text, which is then split."""
+        source = self.recipe.calibration.source
+        return source != "self" and source == self.recipe.validation.source
+
+    def _windows(self, settings: Calibration | Validation, share: tuple[float, float]) -> np.ndarray:
+        held_out_stories = self.snapshot.is_demo and isinstance(settings, Validation)
+        if settings.source != "self" or held_out_stories:
+            return text_windows(
+                settings.source,
+                self.tokenizer,
+                samples=settings.samples,
+                length=settings.length,
+                share=share,
+            )
+        return self_windows(
+            self.model,
+            samples=settings.samples,
+            length=settings.length,
+            seed=settings.seed,
+            batches=lambda batches: self.progress.track(batches, "the model's own samples"),
+        )
+
+    def _recall_items(self, windows: np.ndarray) -> list[RecallItem]:
+        settings = self.recipe.validation
+        count, distance, seed = settings.recall_items, settings.recall_distance, settings.seed
+        if not self.snapshot.is_demo:
+            return list(repeated_spans(windows, count=count, distance=distance, seed=seed))
+        questions = recall_questions(count, distance, lambda text: len(self._ids(text)), seed)
+        return [RecallItem(self._ids(item.prompt), self._ids(item.answer, start=False)) for item in questions]
+
+    def _ids(self, text: str, start: bool = True) -> tuple[int, ...]:
+        encoded: Any = self.tokenizer(text, add_special_tokens=start, verbose=False)
+        return tuple(encoded.input_ids)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from kvslim.recipe import Gates
+from kvslim.types import Measures
+from kvslim.validate.gates import check_gates, ratio, report
+
+PLAIN = Measures(kv_bytes_per_token=1000, recall=1.0, kl_mean=0.0, perplexity=10.0, tpot_ms={"128": 4.0, "1024": 8.0})
+ARTIFACT = Measures(
+    kv_bytes_per_token=250,
+    recall=0.95,
+    kl_mean=0.01,
+    top1_agreement=0.9,
+    perplexity=11.0,
+    tpot_ms={"128": 3.0, "4096": 9.0},
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "value", "passed"),
+    [
+        ("max_kl", 0.01, 0.01, True),
+        ("max_kl", 0.009, 0.01, False),
+        ("min_top1_agreement", 0.9, 0.9, True),
+        ("min_top1_agreement", 0.91, 0.9, False),
+        ("max_recall_drop", 0.05, 0.05, True),
+        ("max_recall_drop", 0.04, 0.05, False),
+        ("max_kv_ratio", 0.25, 0.25, True),
+        ("max_kv_ratio", 0.2, 0.25, False),
+    ],
+)
+def test_gate_compares_value_with_limit_when_measured(name: str, limit: float, value: float, passed: bool) -> None:
+    (result,) = check_gates(Gates.model_validate({name: limit}), PLAIN, ARTIFACT)
+    assert (result.name, result.limit, result.passed) == (name, limit, passed)
+    assert result.value == pytest.approx(value)
+
+
+@pytest.mark.parametrize("name", list(Gates.model_fields))
+def test_gate_fails_when_nothing_was_measured(name: str) -> None:
+    (result,) = check_gates(Gates.model_validate({name: 0.5}), Measures(), Measures())
+    assert (result.value, result.passed) == (None, False)
+
+
+def test_gate_fails_when_the_value_is_nan() -> None:
+    (result,) = check_gates(Gates(max_kl=1.0), PLAIN, Measures.model_construct(kl_mean=math.nan))
+    assert (result.value, result.passed) == (None, False)
+
+
+def test_gates_are_none_when_none_is_set() -> None:
+    assert check_gates(Gates(), PLAIN, ARTIFACT) == ()
+
+
+def test_ratio_divides_field_by_field_when_both_are_measured() -> None:
+    quotient = ratio(ARTIFACT, PLAIN)
+    assert quotient.kv_bytes_per_token == 0.25
+    assert quotient.perplexity == pytest.approx(1.1)
+    assert quotient.tpot_ms == {"128": 0.75}
+
+
+def test_ratio_is_none_when_one_side_is_missing_or_plain_is_zero() -> None:
+    quotient = ratio(ARTIFACT, PLAIN)
+    assert quotient.top1_agreement is None
+    assert quotient.kl_mean is None
+    assert quotient.ttft_ms is None
+    assert ratio(Measures(tpot_ms={"128": 1.0}), Measures()).tpot_ms is None
+
+
+@pytest.mark.parametrize(("limit", "passed"), [(0.02, True), (0.001, False)])
+def test_report_passes_when_every_gate_does(limit: float, passed: bool) -> None:
+    made = report(Gates(max_kl=limit, max_kv_ratio=0.5), plain=PLAIN, floor=Measures(), artifact=ARTIFACT)
+    assert made.passed is passed
+    assert [gate.name for gate in made.gates] == ["max_kl", "max_kv_ratio"]
+    assert made.ratio == ratio(ARTIFACT, PLAIN)

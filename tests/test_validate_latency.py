@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_graph import write_tiny
+
+from kvslim.errors import ArtifactError, NotFoundError, UsageError
+from kvslim.runtime.session import DecodeSession
+from kvslim.validate.latency import measure_latency
+from kvslim.validate.rss import peak_rss
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> dict[str, Path]:
+    return {
+        "plain": write_tiny(tmp_path / "plain.onnx"),
+        "artifact": write_tiny(tmp_path / "artifact.onnx", int8=True),
+    }
+
+
+def test_latency_has_every_length_when_measured(models: dict[str, Path]) -> None:
+    latencies = measure_latency(models, prompts=(4, 32), contexts=(8, 64), repeats=5, threads=1)
+    assert list(latencies) == ["plain", "artifact"]
+    for latency in latencies.values():
+        for table in (latency.ttft_ms, latency.ttft_quartiles_ms, latency.ttft_ratio):
+            assert list(table) == ["4", "32"]
+        for table in (latency.tpot_ms, latency.tpot_quartiles_ms, latency.tpot_ratio):
+            assert list(table) == ["8", "64"]
+        for length, (first, third) in latency.tpot_quartiles_ms.items():
+            assert 0 < first <= latency.tpot_ms[length] <= third
+    assert set(latencies["plain"].tpot_ratio.values()) == {1.0}
+
+
+def test_latency_takes_turns_when_there_are_two_models(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[tuple[str, int]] = []
+    step = DecodeSession.step
+
+    def recording(self: DecodeSession, tokens: np.ndarray) -> np.ndarray:
+        order.append((self.layout.tensors[0].dtype, self.length))
+        return step(self, tokens)
+
+    monkeypatch.setattr(DecodeSession, "step", recording)
+    measure_latency(models, prompts=(), contexts=(8,), repeats=3)
+    assert order == 4 * [("float32", 8), ("float32", 8), ("int8", 8), ("int8", 8)]
+
+
+@pytest.mark.parametrize("wrong", [{"prompts": (0,)}, {"contexts": (0,)}, {"repeats": 0}])
+def test_latency_raises_usage_error_when_a_number_is_not_positive(
+    models: dict[str, Path], wrong: dict[str, object]
+) -> None:
+    with pytest.raises(UsageError, match="positive"):
+        measure_latency(models, **{"prompts": (4,), "contexts": (4,), "repeats": 3, **wrong})
+
+
+def test_latency_raises_not_found_when_a_model_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError):
+        measure_latency({"plain": tmp_path}, prompts=(4,), contexts=(4,), repeats=1)
+
+
+def test_peak_rss_grows_with_the_cache_when_context_does(models: dict[str, Path]) -> None:
+    contexts = (16, 200_000)
+    small, large = (peak_rss(models["plain"], context, threads=1) for context in contexts)
+    cache = DecodeSession(models["plain"], capacity=1).layout.bytes_per_token * (contexts[1] - contexts[0]) / 2**20
+    assert 10 < small < 400
+    assert large - small == pytest.approx(cache, rel=0.3)
+
+
+def test_peak_rss_ignores_its_parent_when_that_is_large(models: dict[str, Path]) -> None:
+    small = peak_rss(models["plain"], 16, threads=1)
+    ballast = np.ones(400 * 2**20, np.int8)
+    assert peak_rss(models["plain"], 16, threads=1) < small + ballast.nbytes / 2**21
+
+
+def test_peak_rss_raises_artifact_error_when_the_model_is_broken(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(ArtifactError, match="measuring memory failed"):
+        peak_rss(tmp_path, 16)
+
+
+def test_rss_imports_neither_torch_nor_transformers_when_loaded() -> None:
+    script = "import kvslim.validate.rss, sys; print({'torch', 'transformers'} & sys.modules.keys())"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"

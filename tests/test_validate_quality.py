@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_graph import write_tiny
+
+from kvslim.errors import UsageError
+from kvslim.runtime.session import DecodeSession
+from kvslim.validate.quality import Quality, measure_all, measure_quality
+
+WINDOWS = np.random.default_rng(0).integers(24, size=(5, 37))
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> DecodeSession:
+    return DecodeSession(write_tiny(tmp_path / "plain.onnx"), capacity=37)
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> DecodeSession:
+    return DecodeSession(write_tiny(tmp_path / "artifact.onnx", noise=0.05), capacity=37)
+
+
+def reference(teacher: DecodeSession, student: DecodeSession) -> Quality:
+    """The definitions, written out per token."""
+    kl, agreement, nll = [], [], []
+    for window in WINDOWS:
+        pairs = []
+        for session in (teacher, student):
+            session.reset()
+            logits = session.step(window).astype(np.float64)
+            pairs.append(np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True))
+        kl += [sum(p * math.log(p / q) for p, q in zip(*rows, strict=True)) for rows in zip(*pairs, strict=True)]
+        agreement += [int(p.argmax() == q.argmax()) for p, q in zip(*pairs, strict=True)]
+        nll.append(np.mean([-math.log(q[token]) for q, token in zip(pairs[1][:-1], window[1:], strict=True)]))
+    perplexity = math.exp(np.mean(nll))
+    error = np.std(nll, ddof=1) / math.sqrt(len(nll))
+    return Quality(np.mean(kl), np.quantile(kl, 0.99), np.mean(agreement), perplexity, perplexity * error)
+
+
+def test_quality_equals_the_definition_when_the_student_is_perturbed(
+    plain: DecodeSession, artifact: DecodeSession
+) -> None:
+    measured, expected = measure_quality(plain, artifact, WINDOWS), reference(plain, artifact)
+    assert measured.kl_mean > 1e-3
+    for name, value in vars(expected).items():
+        assert getattr(measured, name) == pytest.approx(value, rel=1e-3), name
+
+
+def test_quality_is_zero_divergence_when_a_model_meets_itself(plain: DecodeSession, tmp_path: Path) -> None:
+    same = DecodeSession(write_tiny(tmp_path / "same.onnx"), capacity=37)
+    quality = measure_quality(plain, same, WINDOWS)
+    assert (quality.kl_mean, quality.kl_p99, quality.top1_agreement) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16, 37, 100])
+def test_quality_is_the_same_when_chunks_differ(plain: DecodeSession, artifact: DecodeSession, chunk: int) -> None:
+    expected = measure_quality(plain, artifact, WINDOWS)
+    measured = measure_quality(plain, artifact, WINDOWS, chunk=chunk)
+    assert vars(measured) == pytest.approx(vars(expected), rel=1e-3)
+
+
+def test_quality_differs_when_the_cache_is_int8(plain: DecodeSession, tmp_path: Path) -> None:
+    int8 = DecodeSession(write_tiny(tmp_path / "int8.onnx", int8=True), capacity=37)
+    assert measure_quality(plain, int8, WINDOWS).kl_mean > 1e-6
+
+
+def test_measure_all_equals_single_measurements_when_columns_are_compared(
+    plain: DecodeSession, artifact: DecodeSession
+) -> None:
+    report = measure_all(plain, artifact, WINDOWS)
+    assert report.artifact == measure_quality(plain, artifact, WINDOWS)
+    assert (report.plain.kl_mean, report.plain.top1_agreement) == (0, 1)
+    assert report.plain.perplexity == pytest.approx(report.floor.perplexity, rel=1e-5)
+    assert 0 < report.floor.kl_mean < 1e-9
+
+
+def test_measure_all_runs_plain_twice_when_counting_tokens(
+    plain: DecodeSession, artifact: DecodeSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {id(plain): 0, id(artifact): 0}
+    step = DecodeSession.step
+
+    def counting(self: DecodeSession, tokens: np.ndarray) -> np.ndarray:
+        counts[id(self)] += len(tokens)
+        return step(self, tokens)
+
+    monkeypatch.setattr(DecodeSession, "step", counting)
+    measure_all(plain, artifact, WINDOWS)
+    assert list(counts.values()) == [2 * WINDOWS.size, WINDOWS.size]
+
+
+def test_measures_are_none_when_not_finite() -> None:
+    measures = Quality(math.nan, math.inf, 0.5, 2.0, math.nan).as_measures()
+    assert measures == {
+        "kl_mean": None,
+        "kl_p99": None,
+        "top1_agreement": 0.5,
+        "perplexity": 2.0,
+        "perplexity_se": None,
+    }
+
+
+def test_quality_is_not_finite_when_the_student_is_broken(plain: DecodeSession, tmp_path: Path) -> None:
+    broken = DecodeSession(write_tiny(tmp_path / "broken.onnx", noise=math.inf), capacity=37)
+    measures = measure_quality(plain, broken, WINDOWS).as_measures()
+    assert measures["kl_mean"] is None
+    assert measures["perplexity"] is None
+
+
+def test_standard_error_is_none_when_there_is_one_window(plain: DecodeSession, artifact: DecodeSession) -> None:
+    assert measure_quality(plain, artifact, WINDOWS[:1]).as_measures()["perplexity_se"] is None
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (4, 1), (8,)])
+def test_quality_raises_usage_error_when_windows_hold_no_pairs(plain: DecodeSession, shape: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match="windows"):
+        measure_quality(plain, plain, np.zeros(shape, np.int64))
+
+
+def test_quality_raises_usage_error_when_vocabularies_differ(plain: DecodeSession, tmp_path: Path) -> None:
+    other = DecodeSession(write_tiny(tmp_path / "other.onnx", vocab=25), capacity=37)
+    with pytest.raises(UsageError, match="24 and 25"):
+        measure_quality(plain, other, WINDOWS)
