@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvslim.calibrate.corpus import check_source
+from kvslim.checks import check_lengths, check_plan
 from kvslim.errors import UsageError
 from kvslim.export.manifest import hash_files, read_manifest, write_manifest
 from kvslim.export.package import check_output, staging
-from kvslim.load.architecture import architecture_of
-from kvslim.checks import check_lengths, check_plan
 from kvslim.load.source import Snapshot, check_weights, read_spec, resolve
 from kvslim.methods import Method
 from kvslim.progress import Progress, Silent
 from kvslim.recipe import Recipe, parse_recipe
 from kvslim.report.card import write_card
 from kvslim.types import INPUTS, Frozen, KVLayout, Manifest, Measures, ModelSpec, Plan, Report, Source
+from kvslim.validate.measure import measure, measure_costs
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
@@ -71,6 +71,8 @@ def compress(
         progress.stage("calibrate")
         statistics = workshop.statistics()
         plan = plan or decide(recipe, spec, statistics)
+        progress.stage("held-out text")
+        evaluation = workshop.evaluation()
         progress.stage("export the plain baseline")
         plain = folder / "plain"
         plain.mkdir()
@@ -80,7 +82,7 @@ def compress(
         workshop.export(plan, folder)
         workshop.write_companions(folder, KVLayout.of(spec, plan))
         progress.stage("validate")
-        report = workshop.measure(plain, folder)
+        report = measure(plain, folder, recipe, evaluation)
         shutil.rmtree(plain)
         return _finish(folder, workshop, plan, report)
 
@@ -118,11 +120,13 @@ def validate(artifact: Path, *, against: str | None = None, progress: Progress |
     if spec != manifest.spec:
         raise UsageError("the model has another shape than the artifact's", where="--against", fix="give its own model")
     workshop = _open(snapshot, spec, recipe, progress)
+    progress.stage("held-out text")
+    evaluation = workshop.evaluation()
     with tempfile.TemporaryDirectory(prefix="kvslim-") as folder:
         progress.stage("export the plain baseline")
         workshop.export(Plan.identity(spec), Path(folder))
         progress.stage("validate")
-        return workshop.measure(Path(folder), artifact)
+        return measure(Path(folder), artifact, recipe, evaluation)
 
 
 def bench(
@@ -133,8 +137,6 @@ def bench(
     Raises:
         KvslimError: An artifact cannot be opened, or a length is not positive.
     """
-    from kvslim.validate.measure import measure_costs
-
     for artifact in artifacts:
         read_manifest(artifact)
     return measure_costs(artifacts, prompts, contexts, repeats, threads)

@@ -50,7 +50,9 @@ class Calibration(Frozen):
     source: str = Field("self", description="self, a .txt or .jsonl file, or hub:DATASET[:SPLIT]")
     samples: int = Field(64, ge=1, description="windows of text")
     length: int = Field(512, ge=8, description="tokens per window")
-    context: int | None = Field(None, ge=8, description="target context in tokens; default: the model's own, at most 4096")
+    context: int | None = Field(
+        None, ge=8, description="target context in tokens; default: the model's own, at most 4096"
+    )
     seed: int = 0
 
 
@@ -136,7 +138,9 @@ def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         faults = "; ".join(_fault(fault) for fault in error.errors())
-        raise UsageError(faults, where=where, fix="see `kvslim recipes` and docs/recipes.md for keys and ranges") from error
+        raise UsageError(
+            faults, where=where, fix="see `kvslim recipes` and docs/recipes.md for keys and ranges"
+        ) from error
 
 
 def _fault(fault: Any) -> str:
@@ -157,7 +161,12 @@ def _override(data: dict[str, Any], override: str) -> None:
             raise UsageError(f"{key!r} in {override!r} has no keys below it", where="--set", fix="see docs/recipes.md")
     if isinstance(target, list):
         raise UsageError(f"{override!r} replaces a method", where="--set", fix="write --set methods.kv_pca.rank=32")
-    target[keys[-1]] = yaml.safe_load(text)
+    try:
+        target[keys[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(
+            f"cannot read {override!r}: {_one_line(error)}", where="--set", fix="mend the value"
+        ) from error
 
 
 def _methods_by_name(entries: list[Any], name: str) -> dict[str, Any]:

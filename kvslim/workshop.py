@@ -13,8 +13,8 @@ from kvslim.calibrate import cache
 from kvslim.calibrate.corpus import WHOLE, self_windows, source_digest, text_windows
 from kvslim.calibrate.statistics import CalibrationStatistics, collect
 from kvslim.demo.world import recall_questions
-from kvslim.export.graph import build_graph, save_graph
 from kvslim.export.genai import genai_config
+from kvslim.export.graph import build_graph, save_graph
 from kvslim.export.weights import quantise_weights
 from kvslim.load.architecture import architecture_of
 from kvslim.load.model import load_model, load_tokenizer
@@ -23,8 +23,8 @@ from kvslim.progress import Progress
 from kvslim.recipe import Calibration, Recipe, Validation
 from kvslim.transform.codes import LayerCodes
 from kvslim.transform.surgery import install, prepare
-from kvslim.types import INPUTS, KVLayout, ModelSpec, Plan, Report
-from kvslim.validate.measure import measure
+from kvslim.types import INPUTS, KVLayout, ModelSpec, Plan
+from kvslim.validate.measure import Evaluation
 from kvslim.validate.recall import RecallItem, repeated_spans
 
 DEFAULT_CONTEXT = 4096
@@ -95,12 +95,11 @@ class Workshop:
         )
         (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
-    def measure(self, plain: Path, artifact: Path) -> Report:
-        """Measures an artifact against the plain export on held-out text and questions."""
+    def evaluation(self) -> Evaluation:
+        """Held-out windows and recall questions; the model must not have codes yet, as it may write them itself."""
         settings = self.recipe.validation
-        share = VALIDATION_SHARE if self._shared_text() else WHOLE
-        windows = self._windows(settings, share)
-        return measure(plain, artifact, self.recipe, windows, self._recall_items(windows))
+        windows = self._windows(settings, VALIDATION_SHARE if self._shared_text() else WHOLE)
+        return Evaluation(windows, self._recall_items(windows))
 
     def _shared_text(self) -> bool:
         """Whether calibration and validation read one text, which is then split."""

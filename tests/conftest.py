@@ -18,13 +18,13 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 2048,
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {**SIZES, "head_dim": 16},
     "qwen2": SIZES,
     "qwen3": {**SIZES, "head_dim": 16, "tie_word_embeddings": True},
-    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 2048},
 }
 
 

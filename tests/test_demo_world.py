@@ -20,8 +20,8 @@ from kvslim.demo.world import (
 
 ROOT = Path(__file__).parents[1]
 NOUNS = "|".join(kind.noun for kind in KINDS)
-FACT = re.compile(rf"(\w+)'s ({NOUNS}) is (?:still )?(\w+)\.")
-ASKED = re.compile(rf"what \w+ is (\w+)'s ({NOUNS})\? Answer: (\w+)\.")
+FACT = re.compile(rf"(\w+)'s ({NOUNS}) is (\w+)\.")
+ASKED = re.compile(rf"Question: what \w+ is \w+'s (?:{NOUNS})\? Answer: (\w+)'s ({NOUNS}) is (\w+)\.")
 KIND_OF_NOUN = {kind.noun: kind for kind in KINDS}
 
 
@@ -37,7 +37,7 @@ def facts(text: str) -> set[tuple[str, ...]]:
 def split_at_fact(question: RecallQuestion) -> tuple[str, str, str, str]:
     """Returns the asked name and noun, and the text between fact and question."""
     story, _, asked = question.prompt.rpartition(" Question: ")
-    found = re.search(rf"is (\w+)'s ({NOUNS})\? Answer:$", asked)
+    found = re.search(rf"Answer: (\w+)'s ({NOUNS}) is$", asked)
     assert found
     name, noun = found.groups()
     before, _, between = story.partition(f"{name}'s {noun} is{question.answer}.")
@@ -60,10 +60,7 @@ def test_document_raises_when_words_not_positive() -> None:
 
 
 def test_world_import_leaves_torch_alone() -> None:
-    code = (
-        "import sys, kvslim.demo.world\n"
-        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
-    )
+    code = "import sys, kvslim.demo.world\nsys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -79,7 +76,8 @@ def test_values_are_split_without_overlap() -> None:
 def test_texts_of_the_splits_share_no_fact() -> None:
     train = set().union(*map(facts, calibration_text(30, 600)))
     heldout = set().union(*map(facts, heldout_text(30, 600)))
-    assert len(train) > 300 and len(heldout) > 300
+    assert len(train) > 300
+    assert len(heldout) > 300
     assert not train & heldout
 
 
@@ -164,7 +162,6 @@ def test_model_card_gives_the_figures() -> None:
     assert float(recall["512"]) >= 95
     assert float(recall["1024"]) >= 90
     model, bigram, unigram = (
-        float(re.search(rf"\| {row} \| ([\d.]+) \|", card)[1])
-        for row in ("this model", "bigram", "unigram")
+        float(re.search(rf"\| {row} \| ([\d.]+) \|", card)[1]) for row in ("this model", "bigram", "unigram")
     )
     assert 2 * model < bigram < unigram

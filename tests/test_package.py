@@ -11,43 +11,13 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from tiny_artifact import SPEC, fill
 
 from kvslim.errors import ArtifactError, NotFoundError, OutputError
 from kvslim.export.genai import genai_config
-from kvslim.export.manifest import MANIFEST, hash_files, read_manifest, verify, write_manifest
+from kvslim.export.manifest import MANIFEST, read_manifest, verify, write_manifest
 from kvslim.export.package import check_output, staging
-from kvslim.types import KVLayout, LayerPlan, Manifest, ModelSpec, Plan, Source
-
-SPEC = ModelSpec(
-    model_type="llama",
-    layers=2,
-    hidden_size=64,
-    q_heads=4,
-    kv_heads=2,
-    head_dim=16,
-    vocab_size=257,
-    max_context=512,
-    rotary_dim=16,
-)
-
-
-def fill(folder: Path, text: str = "weights") -> None:
-    """Writes a small but valid artifact into `folder`."""
-    plan = Plan(layers=(LayerPlan(layer=0, rank=8, cache="int8"), LayerPlan(layer=1)))
-    (folder / "model.onnx").write_text(text)
-    (folder / "model.onnx.data").write_bytes(bytes(range(256)))
-    manifest = Manifest(
-        source=Source(model="demo", revision=None, sha256="0" * 64),
-        spec=SPEC,
-        recipe={"name": "balanced", "gates": {"max_kl": 0.001}},
-        plan=plan,
-        kv_layout=KVLayout.of(SPEC, plan),
-        weights="fp32",
-        inputs=("input_ids", "attention_mask"),
-        versions={"kvslim": "0.1.0"},
-        files=hash_files(folder),
-    )
-    write_manifest(folder, manifest)
+from kvslim.types import KVLayout, LayerPlan, Plan
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def store_statistics(key: str, statistics: CalibrationStatistics) -> None:
         return
     try:
         with os.fdopen(descriptor, "wb") as file:
-            np.savez(file, **statistics.arrays())
+            np.savez(file, allow_pickle=False, **statistics.arrays())
         Path(name).replace(path)
     except OSError:
         Path(name).unlink(missing_ok=True)

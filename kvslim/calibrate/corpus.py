@@ -142,7 +142,9 @@ def _prefix(tokenizer: Any) -> Array:
 
 def _read_file(path: Path) -> str:
     if not path.is_file():
-        raise NotFoundError(f"no text file {str(path)!r}", where="source", fix="give self, a .txt or .jsonl file, or hub:")
+        raise NotFoundError(
+            f"no text file {str(path)!r}", where="source", fix="give self, a .txt or .jsonl file, or hub:"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -56,7 +56,7 @@ def average_moment(moment: Array, frequencies: Array, context: int) -> Array:
 
 
 def average_mean(mean: Array, frequencies: Array, context: int) -> Array:
-    """Mean after RoPE, averaged over all positions of a context; shapes as in `average_moment`, without the last axis."""
+    """Mean after RoPE over all positions of a context; shapes as in `average_moment`, less the last axis."""
     basis, phases = _eigenbasis(mean.shape[-1], frequencies)
     averaged = (mean @ basis.T) * mean_phase(phases, context)
     return (averaged @ basis.conj()).real

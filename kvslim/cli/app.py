@@ -11,10 +11,9 @@ import typer
 
 from kvslim import __version__
 from kvslim.cli import console
-from kvslim.cli.failures import bug, usage_error, verdict
+from kvslim.cli.failures import InterruptError, bug, usage_error, verdict
 from kvslim.errors import ArtifactError, KvslimError, UnsupportedError, UsageError
 
-INTERRUPTED = 130
 app = typer.Typer(
     name="kvslim",
     help="Turns a Hugging Face model into an ONNX folder with a several times smaller KV cache, measured.",
@@ -50,22 +49,21 @@ def run(arguments: list[str]) -> int:
     as_json = "--json" in arguments
     try:
         code = app(arguments or ["--help"], prog_name="kvslim", standalone_mode=False)
-        if code == INTERRUPTED:
+        if code == InterruptError.exit_code:
             raise KeyboardInterrupt
         return (code or 0) if arguments else UsageError.exit_code
     except KeyboardInterrupt:
-        error, code = (
-            KvslimError("interrupted", where="kvslim", fix="run it again; nothing half-written is left"),
-            INTERRUPTED,
+        error: KvslimError = InterruptError(
+            "interrupted", where="kvslim", fix="run it again; nothing half-written is left"
         )
     except KvslimError as caught:
-        error, code = caught, caught.exit_code
+        error = caught
     except typer.TyperException as caught:
-        error, code = usage_error(caught), UsageError.exit_code
+        error = usage_error(caught)
     except Exception as caught:  # the last resort, so that a bug is one line too
-        error, code = bug(caught), KvslimError.exit_code
-    console.print_error(error, code, as_json)
-    return code
+        error = bug(caught)
+    console.print_error(error, as_json)
+    return error.exit_code
 
 
 @app.callback(invoke_without_command=True)
@@ -205,6 +203,8 @@ def generate(
     from kvslim.runtime.generate import generate as stream
 
     read_manifest(artifact)
+    if not prompt:
+        raise UsageError("the prompt is empty", where="--prompt", fix="give some text to continue")
     pieces = stream(
         artifact,
         prompt,
@@ -309,7 +309,7 @@ def doctor(as_json: Json = False) -> None:
     if failed:
         names = ", ".join(check.name for check in failed)
         error = UnsupportedError(f"not fit: {names}", where="this machine", fix=failed[0].fix)
-        console.print_error(error, error.exit_code, as_json=False)
+        console.print_error(error)
         raise typer.Exit(error.exit_code)
 
 

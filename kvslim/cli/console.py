@@ -72,14 +72,14 @@ def hint(text: str) -> None:
     sys.stderr.write(f"{text}\n")
 
 
-def print_error(error: KvslimError, exit_code: int, as_json: bool) -> None:
+def print_error(error: KvslimError, as_json: bool = False) -> None:
     """Prints what is wrong, where, and how to fix it; with `as_json` as the one JSON object too."""
     if as_json:
-        fields = {"message": error.message, "where": error.where, "fix": error.fix, "exit_code": exit_code}
+        fields = {"message": error.message, "where": error.where, "fix": error.fix, "exit_code": error.exit_code}
         print_json({"error": fields})
     hint(f"error: {_line(error.message)}\n  where: {_line(error.where)}\n  fix: {_line(error.fix)}")
-    if debugging() and sys.exc_info()[0] is not None:
-        hint(traceback.format_exc())
+    if debugging():
+        traceback.print_exception(error)
 
 
 def debugging() -> bool:

@@ -17,14 +17,22 @@ if TYPE_CHECKING:
     from kvslim.types import GateResult
 
 
+class InterruptError(KvslimError):
+    """The user pressed Ctrl-C (exit code 130)."""
+
+    exit_code = 130
+
+
 def verdict(passed: bool | None, gates: Sequence[GateResult], where: str) -> int:
     """The exit code of an artifact; failed gates are told on stderr, as stdout has the result already."""
     if passed is not False:
         return 0
-    failed = ", ".join(f"{gate.name} {gate.value} against {gate.limit}" for gate in gates if not gate.passed)
+    failed = ", ".join(
+        f"{gate.name} {_number(gate.value)} against {_number(gate.limit)}" for gate in gates if not gate.passed
+    )
     fix = "use a gentler recipe, or set the gates to what the task needs; the artifact is kept and marked"
     error = GateError(f"gate failed: {failed}", where=where, fix=fix)
-    console.print_error(error, error.exit_code, as_json=False)
+    console.print_error(error)
     return error.exit_code
 
 
@@ -41,6 +49,12 @@ def bug(caught: Exception) -> KvslimError:
     frame = traceback.extract_tb(caught.__traceback__)[-1]
     reason = str(caught).strip().partition("\n")[0]
     fix = "set KVSLIM_DEBUG=1 for the traceback, and report it"
-    return KvslimError(
+    error = KvslimError(
         f"{type(caught).__name__}: {reason}", where=f"{Path(frame.filename).name}:{frame.lineno}", fix=fix
     )
+    error.__cause__ = caught
+    return error
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4g}"

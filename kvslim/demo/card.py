@@ -74,9 +74,7 @@ class TrainingRecord:
     command: str
 
 
-def model_card(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: TrainingRecord
-) -> str:
+def model_card(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: TrainingRecord) -> str:
     """Returns the text of the model's README.md, with figures measured here."""
     recall = {d: recall_accuracy(model, tokenizer, d, QUESTIONS) for d in DISTANCES}
     config = model.config
@@ -108,9 +106,7 @@ def model_card(
 
 
 @torch.no_grad()
-def recall_accuracy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, distance: int, count: int
-) -> float:
+def recall_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, distance: int, count: int) -> float:
     """Returns the share of held-out recall questions whose top-1 token is the answer."""
     right = 0
     for question in recall_questions(count, distance, lambda text: len(tokenizer.encode(text))):
@@ -139,9 +135,7 @@ def perplexity(model: PreTrainedModel, documents: list[list[int]]) -> float:
     return exp(total / count)
 
 
-def ngram_perplexities(
-    train: list[list[int]], heldout: list[list[int]], vocab_size: int
-) -> tuple[float, float]:
+def ngram_perplexities(train: list[list[int]], heldout: list[list[int]], vocab_size: int) -> tuple[float, float]:
     """Returns the perplexities (unigram, bigram) of models counted on ``train``.
 
     The unigram model adds one to each count; the bigram model backs off to it with

@@ -2,7 +2,7 @@
 
 A story has a cast. Scene by scene it tells facts about one of them ("Mira's lamp
 is red."), repeats facts told before, and asks for facts at all distances
-("Question: what colour is Mira's lamp? Answer: red."). A quarter of all
+("Question: what colour is Mira's lamp? Answer: Mira's lamp is red."). A quarter of all
 (person, kind, value) facts occurs only in held-out text.
 
 Free choices are few and follow Zipf's law, as near-ties would make the top-1
@@ -26,8 +26,9 @@ _DISTANCE_TOLERANCE = 0.05
 _MAX_TRIES = 200
 _PLAIN = "{name}'s {noun} is {value}."
 _TELLINGS = (_PLAIN, "People know that " + _PLAIN, "It is said that " + _PLAIN)
-_REMINDERS = ("{name}'s {noun} is still {value}.", "Everyone sees that {name}'s {noun} is {value}.")
-_QUESTION = "Question: what {category} is {name}'s {noun}? Answer:"
+_REMINDERS = ("Everyone sees that " + _PLAIN, "Nobody forgets that " + _PLAIN)
+# The answer repeats the words of the fact, so that a small model learns one pattern.
+_QUESTION = "Question: what {category} is {name}'s {noun}? Answer: {name}'s {noun} is"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class RecallQuestion:
     """A story that ends right before the answer to a question about it.
 
     Attributes:
-        prompt: The story and the question, up to and with "Answer:".
+        prompt: The story and the question, up to and with "Answer: Mira's lamp is".
         answer: The one word that follows, with its leading space.
         distance: Tokens from the value in the fact to the answer.
     """
@@ -56,20 +57,14 @@ class _Fact:
     last_mention: int = 0
 
     def fill(self, form: str) -> str:
-        return form.format(
-            name=self.name, noun=self.kind.noun, category=self.kind.category, value=self.value
-        )
+        return form.format(name=self.name, noun=self.kind.noun, category=self.kind.category, value=self.value)
 
 
 def values_of(split: Split, name: str, kind: Kind) -> tuple[str, ...]:
     """Returns the values that ``name``'s fact of this kind may have in ``split``."""
     offset = zlib.crc32(f"{name}/{kind.noun}".encode())
     held = split == "heldout"
-    return tuple(
-        value
-        for rank, value in enumerate(kind.values)
-        if ((rank + offset) % _HELDOUT_ONE_IN == 0) == held
-    )
+    return tuple(value for rank, value in enumerate(kind.values) if ((rank + offset) % _HELDOUT_ONE_IN == 0) == held)
 
 
 def _zipf(rng: random.Random, items: Sequence[T], exponent: float = 1.0) -> T:
@@ -143,7 +138,8 @@ class _Story:
     def _tell_next(self, name: str) -> None:
         untold = [kind for kind in self.kinds if (name, kind.noun) not in self.facts]
         if not untold:
-            return self._remind(name)
+            self._remind(name)
+            return
         kind = untold[0] if self.rng.random() < 0.8 else self.rng.choice(untold)
         value = _zipf(self.rng, values_of(self.split, name, kind), exponent=0.5)
         self.tell(name, kind, value, self.rng.choices(_TELLINGS, (8, 1, 1))[0])
@@ -212,14 +208,11 @@ def recall_questions(
         ValueError: If no story meets ``distance``, as when it is below some 60 tokens.
     """
     return [
-        _recall_question(random.Random(f"recall/{seed}/{distance}/{i}"), distance, count_tokens)
-        for i in range(count)
+        _recall_question(random.Random(f"recall/{seed}/{distance}/{i}"), distance, count_tokens) for i in range(count)
     ]
 
 
-def _recall_question(
-    rng: random.Random, distance: int, count_tokens: Callable[[str], int]
-) -> RecallQuestion:
+def _recall_question(rng: random.Random, distance: int, count_tokens: Callable[[str], int]) -> RecallQuestion:
     for _ in range(_MAX_TRIES):
         question = _try_question(rng, distance, count_tokens)
         if question is not None:
@@ -227,9 +220,7 @@ def _recall_question(
     raise ValueError(f"no story puts a fact {distance} tokens before its question")
 
 
-def _try_question(
-    rng: random.Random, distance: int, count_tokens: Callable[[str], int]
-) -> RecallQuestion | None:
+def _try_question(rng: random.Random, distance: int, count_tokens: Callable[[str], int]) -> RecallQuestion | None:
     story = _Story(rng, "heldout", max(distance, 150))
     story.scene()
     name = story.cast[story.turn % len(story.cast)]
@@ -252,9 +243,7 @@ def _try_question(
     return RecallQuestion(prompt, " " + value, reached)
 
 
-def _cut(
-    sentences: list[str], budget: int, count_tokens: Callable[[str], int]
-) -> list[str]:
+def _cut(sentences: list[str], budget: int, count_tokens: Callable[[str], int]) -> list[str]:
     """Returns the leading sentences whose token count comes closest to ``budget``."""
     empty = count_tokens("")
     totals = [0]

@@ -36,9 +36,8 @@ def check_output(out: Path, overwrite: bool = False, needed_bytes: int = 0) -> N
     out = _real(out)
     with _output_errors(out):
         _recover(out)
-    _check_taken(out, overwrite)
-    parent = _existing_parent(out)
-    with _output_errors(out):
+        _check_taken(out, overwrite)
+        parent = _existing_parent(out)
         os.rmdir(tempfile.mkdtemp(prefix=".kvslim-probe-", dir=parent))  # noqa: PTH106 (a string from mkdtemp)
         free = shutil.disk_usage(parent).free
     if free < needed_bytes:

@@ -72,7 +72,7 @@ def _replace(graph: ir.Graph, node: ir.Node) -> None:
         nodes.append(ir.node("Add", [product.outputs[0], node.inputs[2]], name=f"{node.name}.bias"))
     old, new = node.outputs[0], nodes[-1].outputs[0]
     for made in nodes:
-        made.outputs[0].name, made.outputs[0].dtype, made.outputs[0].shape = f"{made.name}.out", old.dtype, old.shape
+        made.outputs[0].name, made.outputs[0].type, made.outputs[0].shape = f"{made.name}.out", old.type, old.shape
     graph.insert_before(node, nodes)
     name, is_output = old.name, old.is_graph_output()
     old.replace_all_uses_with(new, replace_graph_outputs=True)

@@ -33,9 +33,7 @@ def load_model(snapshot: Snapshot) -> PreTrainedModel:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"cannot load the weights: {reason}", where=str(snapshot.path), fix=fix) from error
     if missing := sorted(info["missing_keys"]):
-        raise ModelError(
-            f"{len(missing)} weights are missing, first {missing[0]!r}", where=str(snapshot.path), fix=fix
-        )
+        raise ModelError(f"{len(missing)} weights are missing, first {missing[0]!r}", where=str(snapshot.path), fix=fix)
     return model.eval()
 
 

@@ -101,7 +101,9 @@ def read_config(snapshot: Snapshot) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"config.json is not JSON: {error}", where=str(path), fix="download the model again") from error
+        raise ModelError(
+            f"config.json is not JSON: {error}", where=str(path), fix="download the model again"
+        ) from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError("config.json names no model_type", where=str(path), fix="give a Hugging Face model's config")
     return config

@@ -103,7 +103,9 @@ class KvPca(Method):
         """Sets each layer's rank and objective, with the least energy kept by any of its heads as score."""
         layers = []
         for layer in plan.layers:
-            energy = np.minimum(*(basis.energy.min(0) for basis in self._bases(statistics, layer.layer, self.objective)))
+            energy = np.minimum(
+                *(basis.energy.min(0) for basis in self._bases(statistics, layer.layer, self.objective))
+            )
             rank = self._rank(spec, energy)
             score = float(energy[rank - 1])
             reason = f"rank {rank} of {spec.head_dim} keeps {score:.2%} of the energy"
@@ -125,7 +127,7 @@ class KvPca(Method):
             return self.rank
         if self.rank_ratio is not None:
             return max(STEP, int(spec.head_dim * self.rank_ratio) // STEP * STEP)
-        enough = int(np.searchsorted(energy, self.energy)) + 1
+        enough = int((energy < (self.energy or 0)).sum()) + 1
         return min(spec.head_dim, -(-enough // STEP) * STEP)
 
     def _bases(self, statistics: CalibrationStatistics, layer: int, objective: Objective) -> tuple[Basis, Basis]:

@@ -51,6 +51,7 @@ class SlimAttention(nn.Module):
         step: Set while exporting.
     """
 
+    query_weight: Tensor | None
     query_encoder: Tensor | None
     key_encoder: Tensor | None
     key_scale: Tensor | None

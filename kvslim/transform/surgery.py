@@ -15,8 +15,8 @@ from kvslim.transform.codes import Array, LayerCodes
 
 def attention_modules(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
     """The attention module of each layer, in order."""
-    layers = model.get_submodule(architecture.layers)
-    return [layer.get_submodule(architecture.attention) for layer in layers]  # type: ignore[union-attr]
+    layers = model.get_submodule(architecture.layers).children()
+    return [layer.get_submodule(architecture.attention) for layer in layers]
 
 
 def slim_modules(model: nn.Module, architecture: Architecture) -> list[SlimAttention]:
@@ -58,11 +58,11 @@ def install(model: nn.Module, architecture: Architecture, codes: tuple[LayerCode
 
 def projection(attention: nn.Module, architecture: Architecture, side: str) -> tuple[Array, Array | None]:
     """Weight [out, in] and bias [out] in float64 of one projection: "query", "key", "value" or "output"."""
-    module = attention.get_submodule(getattr(architecture, side))
-    weight, bias = _double(module.weight), module.bias
+    module: Any = attention.get_submodule(getattr(architecture, side))
+    weight: Array = _double(module.weight)
+    bias: Array | None = None if module.bias is None else _double(module.bias)
     if not isinstance(module, nn.Linear):  # transformers' Conv1D keeps its weight transposed
         weight = weight.T
-    bias = None if bias is None else _double(bias)
     if architecture.packed and side != "output":
         third = {"query": 0, "key": 1, "value": 2}[side]
         weight = np.split(weight, 3)[third]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,22 +17,35 @@ from kvslim.validate.quality import measure_all
 from kvslim.validate.recall import RecallItem, measure_recall
 from kvslim.validate.rss import peak_rss
 
+
+class Evaluation(NamedTuple):
+    """Held-out material.
+
+    Attributes:
+        windows: [n, length] token ids.
+        items: Recall questions.
+    """
+
+    windows: np.ndarray
+    items: Sequence[RecallItem]
+
+
 GRAPH_FILES = ("model.onnx", "model.onnx.data")
 
 
-def measure(plain: Path, artifact: Path, recipe: Recipe, windows: np.ndarray, items: Sequence[RecallItem]) -> Report:
+def measure(plain: Path, artifact: Path, recipe: Recipe, evaluation: Evaluation) -> Report:
     """Measures an artifact against the plain export of its model.
 
     Args:
         plain: Folder of the plain export.
         artifact: Folder of the artifact.
         recipe: Its validation settings and gates.
-        windows: [n, length] held-out token ids.
-        items: Recall questions.
+        evaluation: Held-out text and recall questions.
 
     Returns:
         The report, gates judged.
     """
+    windows, items = evaluation
     longest = max([windows.shape[1], *(len(item.prompt) + len(item.answer) for item in items)])
     sessions = {name: DecodeSession(path, capacity=longest) for name, path in (("plain", plain), ("slim", artifact))}
     quality = measure_all(sessions["plain"], sessions["slim"], windows)
@@ -40,22 +54,14 @@ def measure(plain: Path, artifact: Path, recipe: Recipe, windows: np.ndarray, it
     del sessions
     settings = recipe.validation
     latency = measure_latency({"plain": plain, "slim": artifact}, settings.prompts, settings.contexts, settings.repeats)
-    return report(
-        recipe.gates,
-        plain=Measures(
-            **quality.plain.as_measures(),
-            recall=recall["plain"],
-            kv_bytes_per_token=sizes["plain"],
-            **_costs(plain, latency["plain"], settings.contexts),
-        ),
-        floor=Measures(**quality.floor.as_measures()),
-        artifact=Measures(
-            **quality.artifact.as_measures(),
-            recall=recall["slim"],
-            kv_bytes_per_token=sizes["slim"],
-            **_costs(artifact, latency["slim"], settings.contexts),
-        ),
-    )
+    measures = {
+        name: _costs(path, latency[name], settings.contexts).model_copy(
+            update={**column.as_measures(), "recall": recall[name], "kv_bytes_per_token": sizes[name]}
+        )
+        for name, path, column in (("plain", plain, quality.plain), ("slim", artifact, quality.artifact))
+    }
+    floor = Measures.model_validate(quality.floor.as_measures())
+    return report(recipe.gates, plain=measures["plain"], floor=floor, artifact=measures["slim"])
 
 
 def measure_costs(
@@ -68,19 +74,18 @@ def measure_costs(
     """
     latencies = measure_latency({str(folder): folder for folder in folders}, prompts, contexts, repeats, threads)
     return {
-        str(folder): Measures(
-            kv_bytes_per_token=float(DecodeSession(folder, capacity=1).layout.bytes_per_token),
-            **_costs(folder, latencies[str(folder)], contexts, threads),
+        str(folder): _costs(folder, latencies[str(folder)], contexts, threads).model_copy(
+            update={"kv_bytes_per_token": float(DecodeSession(folder, capacity=1).layout.bytes_per_token)}
         )
         for folder in folders
     }
 
 
-def _costs(folder: Path, latency: Latency, contexts: Sequence[int], threads: int | None = None) -> dict[str, object]:
+def _costs(folder: Path, latency: Latency, contexts: Sequence[int], threads: int | None = None) -> Measures:
     size = sum((folder / name).stat().st_size for name in GRAPH_FILES if (folder / name).is_file())
-    return {
-        "file_mib": size / 2**20,
-        "ttft_ms": latency.ttft_ms,
-        "tpot_ms": latency.tpot_ms,
-        "peak_rss_mib": peak_rss(folder, max(contexts), threads),
-    }
+    return Measures(
+        file_mib=size / 2**20,
+        ttft_ms=latency.ttft_ms,
+        tpot_ms=latency.tpot_ms,
+        peak_rss_mib=peak_rss(folder, max(contexts), threads),
+    )

@@ -1,0 +1,63 @@
+"""Opening a model folder the way the pipeline does, for tests that look at one stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kvslim.load.source import read_spec, resolve
+from kvslim.methods import Method
+from kvslim.pipeline import decide, fit
+from kvslim.progress import Silent
+from kvslim.recipe import Calibration, Recipe, Validation
+from kvslim.runtime.session import DecodeSession
+from kvslim.types import Plan, Weights
+from kvslim.workshop import Workshop
+
+CALIBRATION = Calibration(samples=4, length=48)
+VALIDATION = Validation(
+    samples=2, length=48, recall_items=2, recall_distance=16, prompts=(16,), contexts=(32,), repeats=3
+)
+
+
+def recipe_of(methods: Sequence[Method] = (), weights: Weights = "fp32") -> Recipe:
+    return Recipe(name="test", methods=tuple(methods), weights=weights, calibration=CALIBRATION, validation=VALIDATION)
+
+
+def open_workshop(model: Path | str, recipe: Recipe) -> Workshop:
+    snapshot = resolve(str(model))
+    return Workshop(snapshot, read_spec(snapshot), recipe, Silent())
+
+
+def export_slim(workshop: Workshop, folder: Path) -> Plan:
+    """Fits the workshop's recipe, installs it and writes the graph to a new `folder`."""
+    statistics = workshop.statistics()
+    plan = decide(workshop.recipe, workshop.spec, statistics)
+    workshop.install(fit(workshop.recipe, workshop.spec, statistics, plan))
+    folder.mkdir()
+    workshop.export(plan, folder)
+    return plan
+
+
+def tokens_of(workshop: Workshop, count: int = 40) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, workshop.spec.vocab_size, count)
+
+
+def torch_logits(workshop: Workshop, tokens: np.ndarray) -> np.ndarray:
+    """[n, vocab] logits of the workshop's model as it is now, in one forward pass."""
+    import torch
+
+    with torch.inference_mode():
+        logits: np.ndarray = workshop.model(torch.from_numpy(tokens[None])).logits[0].numpy()
+    return logits
+
+
+def cached_logits(folder: Path, tokens: np.ndarray, steps: int = 8) -> np.ndarray:
+    """[n, vocab] logits through the cache: one prefill, then `steps` single tokens."""
+    session = DecodeSession(folder, capacity=len(tokens))
+    first = len(tokens) - steps
+    return np.concatenate(
+        [session.step(tokens[:first]), *(session.step(tokens[i : i + 1]) for i in range(first, len(tokens)))]
+    )

@@ -1,0 +1,49 @@
+"""Made-up statistics of a small model, for tests of the mathematics alone."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvslim.calibrate.statistics import CalibrationStatistics
+from kvslim.types import ModelSpec
+
+SPEC = ModelSpec(
+    model_type="llama",
+    layers=2,
+    hidden_size=64,
+    q_heads=4,
+    kv_heads=2,
+    head_dim=16,
+    vocab_size=256,
+    max_context=512,
+    rotary_dim=16,
+)
+
+
+def statistics_of(spec: ModelSpec, seed: int = 0) -> CalibrationStatistics:
+    """Statistics of random vectors with spectra that decay."""
+    rng = np.random.default_rng(seed)
+    shape = (spec.layers, spec.kv_heads)
+    dim = spec.head_dim
+
+    def vectors(count: int) -> np.ndarray:
+        mixing = rng.standard_normal((*shape, dim, dim)) * 0.8 ** np.arange(dim)[:, None]
+        return rng.standard_normal((*shape, count, dim)) @ mixing
+
+    def moment(states: np.ndarray) -> np.ndarray:
+        return np.einsum("lhnd,lhne->lhde", states, states) / states.shape[2]
+
+    keys, values, queries, weights = vectors(300), vectors(300), vectors(300), vectors(300)
+    mean = values.mean(axis=2)
+    return CalibrationStatistics(
+        key_moment=moment(keys),
+        query_moment=moment(queries),
+        value_moment=moment(values - mean[:, :, None]),
+        value_mean=mean + 0.5,
+        output_gram=moment(weights),
+        key_samples=keys,
+        value_samples=values,
+        sink_keys=vectors(40) + 3,
+        sink_values=vectors(40),
+        sink_mass=np.full(shape, 0.4),
+    )

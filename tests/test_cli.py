@@ -1,0 +1,342 @@
+"""The command line: fast help, exit codes, one JSON object, results on stdout and the rest on stderr."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_artifact import SPEC, fill
+
+from kvslim.cli import app, console
+from kvslim.cli.inputs import read_lengths, read_plan, write_plan
+from kvslim.errors import GateError, OutputError, UsageError
+from kvslim.export.manifest import read_manifest, verify
+from kvslim.export.package import check_output, staging
+from kvslim.recipe import shipped_recipes
+from kvslim.report.card import write_card
+from kvslim.types import GateResult, Measures, Plan, Report
+
+ROOT = Path(__file__).parent.parent
+VERBS = ("compress", "plan", "validate", "bench", "generate", "inspect", "verify", "methods", "recipes", "doctor")
+HEAVY = ("torch", "transformers", "onnxruntime", "onnx", "numpy", "matplotlib", "optimum")
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command; returns exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = app.run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    with staging(tmp_path / "artifact") as folder:
+        fill(folder)
+    return tmp_path / "artifact"
+
+
+def report(passed: bool) -> Report:
+    """A report with one gate and every kind of metric."""
+    measured = Measures(kv_bytes_per_token=192, kl_mean=0.002, recall=0.99, tpot_ms={"128": 1.5, "1024": 2.5})
+    gate = GateResult(name="max_kl", value=0.02, limit=0.01, passed=passed)
+    plain, floor = measured.model_copy(update={"kv_bytes_per_token": 512.0}), Measures(kl_mean=1e-9)
+    ratio = Measures(kv_bytes_per_token=0.375, tpot_ms={"128": 1.0, "1024": 1.0})
+    return Report(passed=passed, gates=(gate,), plain=plain, floor=floor, artifact=measured, ratio=ratio)
+
+
+def test_help_is_fast_and_imports_nothing_heavy() -> None:
+    code = (
+        f"import sys; from kvslim.cli.app import run; run(['--help']); print([m for m in {HEAVY} if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_tells_its_options(run: Run, verb: str) -> None:
+    code, out, _ = run(verb, "--help")
+    assert code == 0
+    assert "--json" in out
+
+
+def test_help_lists_every_verb(run: Run) -> None:
+    _, out, _ = run("--help")
+    assert all(f"\n  {verb} " in out for verb in VERBS)
+
+
+def test_version_is_the_one_in_pyproject(run: Run) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert run("--version") == (0, f"{project['version']}\n", "")
+
+
+def test_packages_of_the_wheel_are_all_that_exist() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = (path.parent.relative_to(ROOT) for path in (ROOT / "kvslim").rglob("__init__.py"))
+    assert set(listed) == {".".join(path.parts) for path in found} | {"kvslim.recipes"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where", "hint"),
+    [
+        (["comprss"], "kvslim", "compress"),
+        (["compress", "demo", "--ouput", "x"], "kvslim compress", "--out"),
+        (["compress", "demo"], "kvslim compress", "--out"),
+        (["compress"], "kvslim compress", "MODEL"),
+        (["bench", "x", "--repeats", "1"], "kvslim bench", "--repeats"),
+        (["generate", "x", "-p", "y", "--max-new-tokens", "-3"], "kvslim generate", "--max-new-tokens"),
+    ],
+)
+def test_usage_errors_name_the_command_and_a_way_out(run: Run, arguments: list[str], where: str, hint: str) -> None:
+    code, out, err = run(*arguments)
+    what, place, fix = err.splitlines()
+    assert (code, out) == (2, "")
+    assert what.startswith("error: ")
+    assert hint in what
+    assert place == f"  where: {where}"
+    assert fix == f"  fix: see `{where} --help`"
+
+
+def test_no_command_prints_the_help_and_fails(run: Run) -> None:
+    code, out, _ = run()
+    assert code == 2
+    assert "Commands:" in out
+
+
+def test_errors_are_one_json_object_when_asked(run: Run) -> None:
+    code, out, err = run("recipes", "lossles", "--json")
+    error = json.loads(out)["error"]
+    assert code == error["exit_code"] == 5
+    assert "lossless" in error["fix"]
+    assert err.startswith("error: ")
+
+
+def test_bugs_are_one_line_and_exit_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError("by zero\nand more")
+
+    monkeypatch.setattr("kvslim.cli.doctor.examine", broken)
+    code, out, err = run("doctor")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[0] == "error: ZeroDivisionError: by zero"
+    assert "KVSLIM_DEBUG=1" in err
+    assert "Traceback" not in err
+
+
+def test_bugs_show_the_traceback_when_debugging(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setenv("KVSLIM_DEBUG", "1")
+    monkeypatch.setattr("kvslim.cli.doctor.examine", broken)
+    assert "in broken" in run("doctor")[2]
+
+
+def test_interrupt_exits_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvslim.cli.doctor.examine", interrupted)
+    code, out, err = run("doctor")
+    assert (code, out) == (130, "")
+    assert "interrupted" in err
+
+
+def test_compress_keeps_the_artifact_and_exits_3_when_a_gate_fails(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pipeline = pytest.importorskip("kvslim.pipeline")
+    monkeypatch.setattr(pipeline, "compress", fake_compress(passed=False))
+    code, out, err = run("compress", "demo", "-o", tmp_path / "new")
+    assert code == GateError.exit_code
+    assert "FAILED" in out
+    assert "max_kl 0.02 against 0.01" in err
+    assert verify(tmp_path / "new") == ()
+
+
+def test_compress_prints_one_json_object_when_libraries_chatter(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pipeline = pytest.importorskip("kvslim.pipeline")
+    monkeypatch.setattr(pipeline, "compress", fake_compress(passed=True))
+    code, out, err = run("compress", "demo", "-o", tmp_path / "new", "--json", "--set", "weights=int4")
+    printed = json.loads(out)
+    assert code == 0
+    assert printed["passed"] is True
+    assert set(printed) >= {"gates", "plain", "floor", "artifact", "ratio"}
+    assert printed["artifact"]["perplexity"] is None
+    assert "chatter" in err
+
+
+def fake_compress(passed: bool) -> Callable[..., Any]:
+    """Stands for the pipeline: writes a small artifact with a report, and prints what it should not."""
+
+    def compress(model: str, recipe: Any, out: Path, *, overwrite: bool, progress: Any, **_: Any) -> Any:
+        print("chatter")
+        progress.stage("validate")
+        with staging(out, overwrite) as folder:
+            fill(folder, report=report(passed))
+        return read_manifest(out)
+
+    return compress
+
+
+def test_verify_exits_0_when_whole_and_4_when_not(run: Run, artifact: Path) -> None:
+    assert run("verify", artifact)[0] == 0
+    (artifact / "model.onnx").write_text("other")
+    code, out, err = run("verify", artifact)
+    assert (code, out) == (4, "")
+    assert "model.onnx: changed" in err
+
+
+def test_inspect_reads_a_config_without_weights(run: Run, tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((tiny_llama / "config.json").read_text())
+    code, out, err = run("inspect", tmp_path, "--context", "1k,16k", "--json")
+    memory = json.loads(out)
+    assert (code, err) == (0, "")
+    assert memory["kv_bytes_per_token"] == {"fp32": 512, "fp16": 256, "int8": 128}
+    assert memory["mib"]["16384"] == {"fp32": 8, "fp16": 4, "int8": 2}
+    assert [layer["key_dim"] for layer in memory["layers"]] == [16, 16]
+
+
+def test_inspect_reads_an_artifact_from_its_manifest(run: Run, artifact: Path) -> None:
+    _, out, _ = run("inspect", artifact, "--json")
+    assert json.loads(out)["kv_bytes_per_token"] == {"as it is": 2 * 2 * 8 + 2 * 2 * 16 * 4}
+
+
+def test_inspect_hints_when_the_context_is_beyond_the_model(run: Run, artifact: Path) -> None:
+    code, out, err = run("inspect", artifact, "--context", "4k")
+    assert code == 0
+    assert "4,096" in out
+    assert "hint" in err
+
+
+def test_methods_lists_the_registry(run: Run) -> None:
+    assert set(json.loads(run("methods", "--json")[1])) >= {"kv_pca", "kv_quant"}
+    assert "kv_pca.rank" in run("methods")[1]
+
+
+def test_recipes_lists_and_prints(run: Run) -> None:
+    assert set(json.loads(run("recipes", "--json")[1])) == set(shipped_recipes()) >= {"lossless", "balanced", "small"}
+    assert "balanced" in run("recipes")[1]
+    assert yaml.safe_load(run("recipes", "small")[1])["methods"]
+
+
+def test_doctor_finds_the_kernels(run: Run) -> None:
+    code, out, _ = run("doctor", "--json")
+    checks = {check["name"]: check for check in json.loads(out)["checks"]}
+    assert checks["attention, int8 cache"]["ok"]
+    assert checks["attention, float32 cache"]["ok"]
+    assert code == (0 if all(check["ok"] for check in checks.values()) else 4)
+
+
+def test_doctor_exits_4_when_a_check_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvslim.cli.doctor.MIN_DISK_GIB", 1e9)
+    code, out, err = run("doctor")
+    assert code == 4
+    assert "FAILED" in out
+    assert "disk" in err
+
+
+def test_progress_is_one_line_per_stage_when_not_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = console.Terminal()
+    progress.stage("calibrate")
+    assert list(progress.track(range(3), "windows")) == [0, 1, 2]
+    captured = capsys.readouterr()
+    assert (captured.out, len(captured.err.splitlines())) == ("", 1)
+
+
+@pytest.mark.parametrize(("text", "lengths"), [("512", (512,)), ("512,4k,16K", (512, 4096, 16384))])
+def test_read_lengths_knows_k(text: str, lengths: tuple[int, ...]) -> None:
+    assert read_lengths(text, "--context") == lengths
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "4,", "k", "4m", "1e3", "²"])
+def test_read_lengths_refuses_what_is_no_length(text: str) -> None:
+    with pytest.raises(UsageError, match="number of tokens"):
+        read_lengths(text, "--context")
+
+
+def test_plan_survives_its_file(tmp_path: Path) -> None:
+    plan = Plan.identity(SPEC)
+    write_plan(tmp_path / "plan.json", plan)
+    assert read_plan(tmp_path / "plan.json") == plan
+    with pytest.raises(OutputError):
+        write_plan(tmp_path / "plan.json" / "below", plan)
+
+
+def test_tables_show_what_was_measured_and_nothing_else() -> None:
+    from kvslim.report.tables import report_table
+
+    markdown = report_table(report(passed=True)).markdown()
+    assert "| KV cache, bytes per token | 512 | 192 | 0.375x | - |" in markdown
+    assert markdown.index("context of 128") < markdown.index("context of 1024")
+    assert "Perplexity" not in markdown
+
+
+def test_card_has_front_matter_and_tells_of_a_failed_gate(tmp_path: Path) -> None:
+    fill(tmp_path, report=report(passed=False))
+    write_card(tmp_path, read_manifest(tmp_path))
+    _, front, body = (tmp_path / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front)["pipeline_tag"] == "text-generation"
+    assert "A gate failed" in body
+    assert "| max_kl | 0.02 | 0.01 | FAILED |" in body
+
+
+def test_kvslim_passes_its_exit_code_on() -> None:
+    command = [sys.executable, "-m", "kvslim.cli.app", "nonsense"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 3.0])
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
+def test_compress_leaves_nothing_that_looks_finished_when_killed(
+    tiny_llama: Path, tmp_path: Path, kill: signal.Signals, delay: float
+) -> None:
+    # The recall questions alone take longer than the delays, so the signal always comes in time.
+    options = ["--set", "validation.recall_items=100000", "--set", "calibration.samples=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "kvslim.cli.app",
+        "compress",
+        str(tiny_llama),
+        "-o",
+        str(tmp_path / "out"),
+        *options,
+    ]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not any(tmp_path.iterdir()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(kill)
+        out, err = process.communicate()
+    assert (process.returncode, out) == (130 if kill == signal.SIGINT else -kill, ""), err
+    assert not (tmp_path / "out").exists()
+    check_output(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

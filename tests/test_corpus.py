@@ -1,0 +1,99 @@
+"""Where calibration and validation text comes from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from models import open_workshop, recipe_of
+
+from kvslim.calibrate.corpus import check_source, self_windows, source_digest, text_windows
+from kvslim.errors import UnsupportedError
+from kvslim.recipe import Calibration, Validation
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Path) -> Any:
+    return open_workshop(tiny_llama, recipe_of()).tokenizer
+
+
+def test_windows_are_spread_over_the_text(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{number:04d} " for number in range(1000)))
+    windows = text_windows(str(path), tokenizer, samples=5, length=50)
+    assert windows.shape == (5, 50)
+    texts = [tokenizer.decode(window) for window in windows]
+    assert texts[0].startswith("0000")
+    assert texts[-1].endswith("0999 ")
+    assert len(set(texts)) == 5
+
+
+def test_windows_are_fewer_when_text_is_short(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefghij" * 12)
+    assert text_windows(str(path), tokenizer, samples=64, length=50).shape == (2, 50)
+
+
+def test_shares_of_one_text_do_not_overlap(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("a" * 800 + "b" * 200)
+    first = text_windows(str(path), tokenizer, samples=99, length=20, share=(0.0, 0.8))
+    last = text_windows(str(path), tokenizer, samples=99, length=20, share=(0.8, 1.0))
+    assert set(tokenizer.decode(first.ravel())) == {"a"}
+    assert set(tokenizer.decode(last.ravel())) == {"b"}
+
+
+def test_one_file_for_both_uses_is_split(tmp_path: Path, tiny_llama: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("a" * 800 + "b" * 200)
+    recipe = recipe_of().model_copy(
+        update={
+            "calibration": Calibration(source=str(path), samples=4, length=40),
+            "validation": Validation(source=str(path), samples=4, length=40),
+        }
+    )
+    assert open_workshop(tiny_llama, recipe)._shared_text()
+
+
+def test_jsonl_gives_texts_and_completed_prompts(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "text.jsonl"
+    records = [{"text": "abcd" * 5}, {"prompt": "efgh" * 5, "completion": "ijkl" * 5}]
+    path.write_text("\n".join(map(json.dumps, records)) + "\n")
+    (window,) = text_windows(str(path), tokenizer, samples=1, length=60)
+    assert tokenizer.decode(window) == "abcd" * 5 + "\n\n" + "efgh" * 5 + "ijkl" * 4 + "ij"
+
+
+def test_self_samples_repeat_when_the_seed_does(tiny_llama: Path) -> None:
+    workshop = open_workshop(tiny_llama, recipe_of())
+    draw = lambda seed: self_windows(workshop.model, samples=3, length=20, seed=seed, batches=iter)  # noqa: E731
+    first, again, other = draw(0), draw(0), draw(1)
+    assert first.shape == (3, 20)
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert len(np.unique(first)) > 10
+
+
+def test_self_samples_follow_the_models_own_distribution(tiny_llama: Path) -> None:
+    """Two windows share their first token alone; a greedy sampler would repeat itself."""
+    workshop = open_workshop(tiny_llama, recipe_of())
+    windows = self_windows(workshop.model, samples=8, length=4, seed=0, batches=iter)
+    assert len(np.unique(windows[:, 0])) == 1
+    assert len(np.unique(windows[:, 1])) > 3
+
+
+def test_digest_follows_the_text_not_the_name(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    for path in (first, second):
+        path.write_text("same words")
+    assert source_digest(str(first)) == source_digest(str(second))
+    second.write_text("other words")
+    assert source_digest(str(first)) != source_digest(str(second))
+
+
+def test_hub_source_is_refused_early_when_the_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(UnsupportedError, match="extra"):
+        check_source("hub:wikitext")

@@ -1,0 +1,76 @@
+"""`kv_quant`: how steps are chosen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numbers_of_a_model import SPEC, statistics_of
+
+from kvslim.methods.kv_pca import KvPca
+from kvslim.methods.kv_quant import LEVELS, KvQuant, fit_steps
+from kvslim.transform.codes import LayerCodes
+from kvslim.types import Plan
+
+
+def fourth_power(samples: np.ndarray, steps: np.ndarray, weights: np.ndarray) -> float:
+    rounded = np.clip(np.round(samples / steps[:, None]), -LEVELS, LEVELS) * steps[:, None]
+    return float(((rounded - samples) ** 4 * weights[..., None]).sum())
+
+
+@pytest.fixture
+def samples() -> np.ndarray:
+    """Heavy tails: the case in which the largest value is a poor clip."""
+    values = np.random.default_rng(0).standard_t(4, (2, 2000, 8))
+    values[:, 0] *= 3
+    return values
+
+
+def test_steps_beat_minmax_in_the_fourth_power_of_the_error(samples: np.ndarray) -> None:
+    weights = np.full(samples.shape[:2], 1 / samples.shape[1])
+    minmax = np.abs(samples).max(axis=1) / LEVELS
+    fitted = fit_steps(samples, weights, "per_channel")
+    assert (fitted <= minmax + 1e-12).all()
+    assert fourth_power(samples, fitted, weights) <= fourth_power(samples, minmax, weights)
+
+
+def test_per_tensor_gives_one_step_when_channels_differ(samples: np.ndarray) -> None:
+    steps = fit_steps(samples * np.arange(1, 9), np.full(samples.shape[:2], 1e-3), "per_tensor")
+    assert np.unique(steps).size == 1
+
+
+def test_clip_spares_a_sample_when_its_weight_is_large() -> None:
+    values = np.random.default_rng(0).uniform(-1, 1, (1, 500, 1))
+    values[0, 0, 0] = 3.0
+    weights = np.full((1, 500), 1e-9)
+    weights[0, 0] = 1.0
+    assert fit_steps(values, weights, "per_channel")[0, 0] * LEVELS == pytest.approx(3.0, rel=0.02)
+
+
+def test_steps_are_positive_when_a_channel_is_silent() -> None:
+    assert (fit_steps(np.zeros((1, 10, 8)), np.full((1, 10), 0.1), "per_channel") > 0).all()
+
+
+def test_sinks_are_within_range_when_attention_rests_on_them() -> None:
+    statistics = statistics_of(SPEC)
+    method = KvQuant()
+    plan = method.decide(SPEC, statistics, Plan.identity(SPEC))
+    codes = method.apply(SPEC, statistics, plan, (LayerCodes(),) * SPEC.layers)
+    for layer, code in enumerate(codes):
+        assert code.key_scale is not None
+        worst = np.abs(statistics.sink_keys[layer]).max(axis=1) - code.key_scale * LEVELS
+        assert (worst <= 0.1 * np.abs(statistics.sink_keys[layer]).max()).all()
+
+
+def test_scales_are_those_of_the_coded_cache_when_pca_comes_before() -> None:
+    statistics = statistics_of(SPEC)
+    plan, codes = Plan.identity(SPEC), (LayerCodes(),) * SPEC.layers
+    for method in (KvPca(rank=8), KvQuant(granularity="per_tensor")):
+        plan = method.decide(SPEC, statistics, plan)
+        codes = method.apply(SPEC, statistics, plan, codes)
+    for code in codes:
+        assert code.key_scale is not None
+        assert code.key_scale.shape == (SPEC.kv_heads, 8)
+        assert code.per_tensor
+    assert plan.layers[0].cache == "int8"
+    assert "rank 8" in plan.layers[0].reason
+    assert "int8" in plan.layers[0].reason

@@ -1,0 +1,77 @@
+"""Recipes: types, overrides, the shipped ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvslim.errors import KvslimError, NotFoundError, UsageError
+from kvslim.methods import KvPca, KvQuant
+from kvslim.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
+
+
+@pytest.mark.parametrize("name", ["lossless", "balanced", "small"])
+def test_shipped_recipe_survives_a_round_trip(name: str) -> None:
+    assert set(shipped_recipes()) == {"lossless", "balanced", "small"}
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+    assert parse_recipe(recipe.model_dump(mode="json"), "test") == recipe
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "0.001", "'1e-3'"])
+def test_number_is_read_when_yaml_takes_it_for_a_string(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"gates: {{max_kl: {text}}}")
+    assert load_recipe(str(path)).gates.max_kl == 1e-3
+
+
+def test_overrides_reach_every_depth() -> None:
+    recipe = load_recipe(
+        "balanced",
+        ["weights=int4", "calibration.samples=7", "methods.kv_quant.granularity=per_tensor", "gates.max_kl=null"],
+    )
+    assert recipe.weights == "int4"
+    assert recipe.calibration.samples == 7
+    assert recipe.gates.max_kl is None
+    assert KvQuant(granularity="per_tensor") in recipe.methods
+
+
+def test_override_of_a_method_without_options_adds_them(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("methods: [kv_quant, {kv_pca: {rank: 8}}]")
+    recipe = load_recipe(str(path), ["methods.kv_quant.granularity=per_tensor", "methods.kv_pca.rank=16"])
+    assert recipe.methods == (KvQuant(granularity="per_tensor"), KvPca(rank=16))
+
+
+@pytest.mark.parametrize("override", ["weights", "=1", "a..b=1", "name.x=1", "methods.kv_pca=1", "methods.nope.x=1"])
+def test_override_is_refused_when_it_leads_nowhere(override: str) -> None:
+    with pytest.raises(UsageError) as error:
+        load_recipe("balanced", [override])
+    assert error.value.where == "--set"
+
+
+def test_every_fault_is_named_when_there_are_several() -> None:
+    with pytest.raises(UsageError) as error:
+        parse_recipe({"name": "x", "weight": "int4", "calibration": {"samples": 0}}, "mine.yaml")
+    assert "weight:" in error.value.message
+    assert "calibration.samples:" in error.value.message
+    assert error.value.where == "mine.yaml"
+
+
+def test_unknown_recipe_suggests_the_closest() -> None:
+    with pytest.raises(NotFoundError) as error:
+        load_recipe("lossles")
+    assert "'lossless'" in error.value.fix
+
+
+def test_recipe_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe(name="x").weights = "int4"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "nan", ".inf"])
+def test_gate_is_refused_when_not_finite(value: object) -> None:
+    with pytest.raises(KvslimError):
+        parse_recipe({"name": "x", "gates": {"max_kl": value}}, "test")

@@ -1,0 +1,147 @@
+"""Calibration statistics against a direct computation from the model's own keys, queries and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from models import open_workshop, recipe_of
+
+from kvslim.calibrate import cache
+from kvslim.calibrate.rope import rotate
+from kvslim.calibrate.statistics import SINKS, CalibrationStatistics, collect, rope_frequencies
+from kvslim.transform.surgery import slim_modules
+from kvslim.workshop import Workshop
+
+
+@pytest.fixture(scope="module")
+def workshop(tiny_model: Callable[[str], Path]) -> Workshop:
+    return open_workshop(tiny_model("llama"), recipe_of())
+
+
+def gather(workshop: Workshop, windows: np.ndarray, context: int = 200) -> CalibrationStatistics:
+    return collect(workshop.model, workshop.architecture, workshop.spec, windows, context=context, seed=0, batches=iter)
+
+
+def windows_of(workshop: Workshop, count: int, length: int = 40) -> np.ndarray:
+    return np.random.default_rng(3).integers(0, workshop.spec.vocab_size, (count, length))
+
+
+def states(workshop: Workshop, windows: np.ndarray, layer: int) -> dict[str, np.ndarray]:
+    """q, k and v of a layer, [windows, heads, length, dim], by running the model and listening."""
+    import torch
+
+    heard: dict[str, list[np.ndarray]] = {"q": [], "k": [], "v": []}
+
+    def listen(query: Any, key: Any, value: Any, scaling: float) -> None:
+        for name, tensor in (("q", query), ("k", key), ("v", value)):
+            heard[name].append(tensor.double().numpy())
+
+    slim = slim_modules(workshop.model, workshop.architecture)[layer]
+    slim.observer = listen
+    with torch.inference_mode():
+        workshop.model(torch.from_numpy(windows))
+    slim.observer = None
+    return {name: np.concatenate(parts) for name, parts in heard.items()}
+
+
+def test_key_moment_equals_brute_force_over_all_positions(workshop: Workshop) -> None:
+    windows, context, layer = windows_of(workshop, 6), 50, 1
+    statistics = gather(workshop, windows, context)
+    frequencies = rope_frequencies(workshop.model, workshop.architecture)
+    keys = states(workshop, windows, layer)["k"]
+    bare = rotate(keys, -np.arange(keys.shape[2]), frequencies)[:, :, SINKS:]
+    body = np.concatenate(
+        [
+            rotate(bare, np.full(bare.shape[2], t), frequencies).swapaxes(0, 1).reshape(2, -1, 16)
+            for t in range(context)
+        ],
+        axis=1,
+    )
+    sinks = keys[:, :, :SINKS].swapaxes(0, 1).reshape(2, -1, 16)
+    for head in range(2):
+        mass = statistics.sink_mass[layer, head]
+        weights = np.concatenate(
+            [np.full(body.shape[1], (1 - mass) / body.shape[1]), np.full(sinks.shape[1], mass / sinks.shape[1])]
+        )
+        both = np.concatenate([body[head], sinks[head]])
+        expected = np.cov(both.T, aweights=weights, bias=True)
+        np.testing.assert_allclose(statistics.key_moment[layer, head], expected, atol=1e-5)
+
+
+def test_sink_mass_is_the_attention_on_the_first_tokens(workshop: Workshop) -> None:
+    windows = windows_of(workshop, 3)
+    heard = states(workshop, windows, 0)
+    query, key = heard["q"], np.repeat(heard["k"], 2, axis=1)
+    scores = query @ key.swapaxes(-1, -2) / 4
+    scores[..., np.triu(np.ones(scores.shape[-2:], dtype=bool), 1)] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = weights[:, :, 20:, :SINKS].sum(-1).mean((0, 2)).reshape(2, 2).mean(1)
+    np.testing.assert_allclose(gather(workshop, windows).sink_mass[0], expected, atol=1e-5)
+
+
+def test_value_moments_equal_numpy(workshop: Workshop) -> None:
+    windows = windows_of(workshop, 6)
+    statistics = gather(workshop, windows)
+    values = states(workshop, windows, 0)["v"][:, 0]
+    mass = statistics.sink_mass[0, 0]
+    mean = (1 - mass) * values[:, SINKS:].mean((0, 1)) + mass * values[:, :SINKS].mean((0, 1))
+    np.testing.assert_allclose(statistics.value_mean[0, 0], mean, atol=1e-6)
+
+
+def test_output_gram_prices_an_error_as_the_layer_output_does(workshop: Workshop) -> None:
+    gram = gather(workshop, windows_of(workshop, 2)).output_gram[0]
+    weight = workshop.model.model.layers[0].self_attn.o_proj.weight.detach().double().numpy()
+    error = np.random.default_rng(0).standard_normal(16)
+    heads = weight.reshape(64, 4, 16)[:, 2:]  # the query heads of kv head 1
+    expected = sum(np.square(heads[:, head] @ error).sum() for head in range(2))
+    assert error @ gram[1] @ error == pytest.approx(expected, rel=1e-9)
+
+
+def test_size_does_not_grow_when_tokens_do(workshop: Workshop) -> None:
+    small, large = (gather(workshop, windows_of(workshop, count, 120)) for count in (32, 64))
+    sizes = [sum(array.nbytes for array in statistics.arrays().values()) for statistics in (small, large)]
+    assert sizes[1] <= 1.1 * sizes[0]
+
+
+def test_model_is_left_silent_when_interrupted(workshop: Workshop) -> None:
+    def interrupted(windows: np.ndarray) -> Any:
+        yield windows[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(
+            workshop.model,
+            workshop.architecture,
+            workshop.spec,
+            windows_of(workshop, 2),
+            context=64,
+            seed=0,
+            batches=interrupted,
+        )
+    assert all(slim.observer is None for slim in slim_modules(workshop.model, workshop.architecture))
+
+
+def test_statistics_come_from_the_disk_when_nothing_changed(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVSLIM_CACHE", str(tmp_path))
+    first = open_workshop(tiny_llama, recipe_of()).statistics()
+    (stored,) = (tmp_path / "statistics").iterdir()
+    monkeypatch.setattr("kvslim.workshop.collect", None)
+    again = open_workshop(tiny_llama, recipe_of()).statistics()
+    for name, array in first.arrays().items():
+        np.testing.assert_array_equal(getattr(again, name), array)
+    stored.write_bytes(stored.read_bytes()[:100])
+    assert cache.load_statistics(stored.stem) is None
+
+
+def test_key_differs_when_any_part_does() -> None:
+    keys = {
+        cache.content_key(*parts) for parts in (("a", {}, None), ("b", {}, None), ("a", {"x": 1}, None), ("a", {}, "t"))
+    }
+    assert len(keys) == 4
