@@ -53,7 +53,7 @@ class Calibration(Frozen):
     context: int | None = Field(
         None, ge=8, description="target context in tokens; default: the model's own, at most 4096"
     )
-    seed: int = 0
+    seed: int = Field(0, description="of the model's own samples, and of the positions that samples are turned to")
 
 
 class Validation(Frozen):
@@ -67,7 +67,7 @@ class Validation(Frozen):
     prompts: tuple[Annotated[int, Field(ge=1)], ...] = Field((128, 512), description="prompt lengths for TTFT")
     contexts: tuple[Annotated[int, Field(ge=1)], ...] = Field((128, 1024), description="contexts for time per token")
     repeats: int = Field(16, ge=3, description="interleaved timings per context")
-    seed: int = 1
+    seed: int = Field(1, description="of the model's own samples and of the recall questions")
 
 
 class Gates(Frozen):
@@ -82,10 +82,10 @@ class Gates(Frozen):
 class Recipe(Frozen):
     """A named set of methods with their calibration, validation and gates."""
 
-    name: str
-    description: str = ""
-    methods: tuple[MethodEntry, ...] = ()
-    weights: Weights = "fp32"
+    name: str = Field(description="by default the file's name")
+    description: str = Field("", description="one line for `kvslim recipes`")
+    methods: tuple[MethodEntry, ...] = Field((), description="names, or `name: options` pairs; see below")
+    weights: Weights = Field("fp32", description="of all matrices; int8 and int4 in blocks of 32")
     calibration: Calibration = Calibration()
     validation: Validation = Validation()
     gates: Gates = Gates()

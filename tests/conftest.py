@@ -94,3 +94,21 @@ def _byte_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="session")
+def demo_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The demo model's artifact of a shipped recipe, made once; latency is measured as briefly as can be."""
+    made: dict[str, Path] = {}
+
+    def folder_of(recipe: str) -> Path:
+        from kvslim.pipeline import compress
+        from kvslim.recipe import load_recipe
+
+        if recipe not in made:
+            made[recipe] = tmp_path_factory.mktemp("demo") / recipe
+            brief = ("validation.repeats=3", "validation.prompts=[16]", "validation.contexts=[16]")
+            compress("demo", load_recipe(recipe, brief), made[recipe])
+        return made[recipe]
+
+    return folder_of

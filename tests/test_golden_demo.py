@@ -1,0 +1,111 @@
+"""What is promised of the demo model, measured through the shipped path: ONNX, onnxruntime, the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import cached_logits, export_slim, open_workshop
+
+from kvslim.demo.world import heldout_text
+from kvslim.export.manifest import read_manifest
+from kvslim.methods import KvPca
+from kvslim.recipe import Recipe, load_recipe
+from kvslim.runtime.session import DecodeSession
+from kvslim.types import Plan, Report
+from kvslim.validate.quality import measure_quality
+
+pytestmark = pytest.mark.golden
+ArtifactOf = Callable[[str], Path]
+
+
+def report_of(folder: Path) -> Report:
+    report = read_manifest(folder).report
+    assert report is not None
+    return report
+
+
+def test_balanced_keeps_its_promises(demo_artifact: ArtifactOf) -> None:
+    report = report_of(demo_artifact("balanced"))
+    assert report.passed
+    assert (report.ratio.kv_bytes_per_token or 1) <= 1 / 5
+    assert (report.artifact.kl_mean or 1) <= 0.01
+    assert (report.artifact.top1_agreement or 0) >= 0.97
+    assert (report.plain.recall or 0) >= 0.95
+    assert (report.plain.recall or 0) - (report.artifact.recall or 0) <= 0.01
+
+
+def test_lossless_keeps_its_promises(demo_artifact: ArtifactOf) -> None:
+    report = report_of(demo_artifact("lossless"))
+    assert report.passed
+    assert report.ratio.kv_bytes_per_token == 0.25
+    assert (report.artifact.kl_mean or 1) <= 0.001
+
+
+def test_small_is_an_eighth_and_tells_its_loss(demo_artifact: ArtifactOf) -> None:
+    report = report_of(demo_artifact("small"))
+    assert (report.ratio.kv_bytes_per_token or 1) <= 1 / 8
+    assert report.artifact.kl_mean is not None
+    assert report.artifact.recall is not None
+
+
+def demo_with(
+    *, rank: int, objective: str = "balanced", length: int = 512, samples: int = 32, int8: bool = False
+) -> Recipe:
+    overrides = [
+        f"methods.kv_pca.rank={rank}",
+        "methods.kv_pca.rank_ratio=null",
+        f"methods.kv_pca.objective={objective}",
+        f"calibration.length={length}",
+        f"calibration.samples={samples}",
+    ]
+    recipe = load_recipe("balanced", overrides)
+    return recipe if int8 else recipe.model_copy(update={"methods": recipe.methods[:1]})
+
+
+def plain_export(folder: Path) -> Path:
+    workshop = open_workshop("demo", demo_with(rank=64))
+    folder.mkdir()
+    workshop.export(Plan.identity(workshop.spec), folder)
+    return folder
+
+
+def mean_kl(plain: Path, recipe: Recipe, folder: Path, windows: np.ndarray) -> float:
+    export_slim(open_workshop("demo", recipe), folder)
+    length = windows.shape[1]
+    teacher, student = (DecodeSession(path, capacity=length) for path in (plain, folder))
+    return measure_quality(teacher, student, windows, chunk=16).kl_mean
+
+
+def windows_of(count: int, length: int) -> np.ndarray:
+    tokenizer = open_workshop("demo", demo_with(rank=64)).tokenizer
+    return np.stack([tokenizer(text).input_ids[:length] for text in heldout_text(count, words=length)])
+
+
+def test_balanced_objective_beats_key_pca_at_the_same_rank(tmp_path: Path) -> None:
+    plain, windows = plain_export(tmp_path / "plain"), windows_of(4, 512)
+    balanced, key = (
+        mean_kl(plain, demo_with(rank=32, objective=name), tmp_path / name, windows) for name in ("balanced", "key")
+    )
+    assert 0 < balanced < key
+
+
+def test_full_rank_reproduces_the_plain_logits(tmp_path: Path) -> None:
+    plain, (window,) = plain_export(tmp_path / "plain"), windows_of(1, 256)
+    workshop = open_workshop(
+        "demo", Recipe(name="full", methods=(KvPca(rank=64),), calibration=demo_with(rank=64).calibration)
+    )
+    export_slim(workshop, tmp_path / "full")
+    np.testing.assert_allclose(cached_logits(tmp_path / "full", window), cached_logits(plain, window), atol=1e-4)
+
+
+def test_short_calibration_serves_a_long_context(tmp_path: Path) -> None:
+    """RoPE-aware moments: 256 tokens of calibration cost at most half as much again as 2,048, judged at 2,048."""
+    plain, windows = plain_export(tmp_path / "plain"), windows_of(2, 2048)
+    short, long = (
+        mean_kl(plain, demo_with(rank=48, length=length, samples=samples, int8=True), tmp_path / str(length), windows)
+        for length, samples in ((256, 128), (2048, 16))
+    )
+    assert 0 < short <= 1.5 * long

@@ -1,0 +1,123 @@
+"""The pipeline from a model folder to an artifact, on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from models import CALIBRATION, VALIDATION, recipe_of
+
+from kvslim import pipeline
+from kvslim.errors import UsageError
+from kvslim.export.manifest import read_manifest, verify
+from kvslim.methods import KvPca, KvQuant
+from kvslim.recipe import Gates, Recipe, Validation
+from kvslim.types import Manifest, Plan
+
+METHODS = (KvPca(rank=8), KvQuant())
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    out = tmp_path_factory.mktemp("artifacts") / "tiny"
+    return out, pipeline.compress(str(tiny_model("llama")), recipe_of(METHODS), out)
+
+
+def test_artifact_holds_what_its_clients_read(made: tuple[Path, Manifest]) -> None:
+    out, manifest = made
+    assert {path.name for path in out.iterdir()} >= {
+        "model.onnx",
+        "model.onnx.data",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "genai_config.json",
+        "kvslim.json",
+        "README.md",
+    }
+    assert not (out / "plain").exists()
+    assert verify(out) == ()
+    assert read_manifest(out) == manifest
+
+
+def test_report_is_complete_and_its_ratios_are_of_its_columns(made: tuple[Path, Manifest]) -> None:
+    report = made[1].report
+    assert report is not None
+    for column in (report.plain, report.artifact):
+        missing = [name for name, value in column.model_dump().items() if value is None]
+        assert missing == []
+    assert report.plain.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4
+    assert report.artifact.kv_bytes_per_token == 2 * 2 * 2 * 8
+    assert report.ratio.kv_bytes_per_token == 1 / 8
+    assert report.plain.kl_mean == 0
+    assert report.floor.kl_mean is not None
+    assert report.artifact.kl_mean is not None
+    assert report.artifact.kl_mean > report.floor.kl_mean
+    assert set(report.plain.tpot_ms or {}) == {"32"}
+    assert set(report.plain.ttft_ms or {}) == {"16"}
+
+
+def test_gates_decide_whether_the_artifact_passed(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(METHODS).model_copy(update={"gates": Gates(max_kl=1e-9, max_kv_ratio=0.2)})
+    manifest = pipeline.compress(str(tiny_llama), recipe, tmp_path / "out")
+    assert manifest.passed is False
+    assert manifest.report is not None
+    assert [gate.passed for gate in manifest.report.gates] == [False, True]
+    assert verify(tmp_path / "out") == ()
+
+
+def test_plan_predicts_the_bytes_and_survives_a_round_trip(
+    tiny_llama: Path, tmp_path: Path, made: tuple[Path, Manifest]
+) -> None:
+    summary = pipeline.plan(str(tiny_llama), recipe_of(METHODS))
+    assert summary.kv_bytes_per_token == made[1].kv_layout.bytes_per_token
+    assert summary.plain_kv_bytes_per_token == 512
+    edited = json.loads(summary.plan.model_dump_json())
+    edited["layers"][1] |= {"rank": 16, "cache": "int8", "reason": "by hand"}
+    plan = Plan.model_validate(edited)
+    manifest = pipeline.compress(str(tiny_llama), recipe_of(METHODS), tmp_path / "out", plan=plan)
+    assert manifest.plan == plan
+    assert [tensor.dim for tensor in manifest.kv_layout.tensors] == [8, 8, 16, 16]
+
+
+def test_plan_is_refused_when_the_recipe_lacks_its_method(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = pipeline.plan(str(tiny_llama), recipe_of(METHODS)).plan
+    with pytest.raises(UsageError, match="kv_pca"):
+        pipeline.compress(str(tiny_llama), recipe_of([KvQuant()]), tmp_path / "out", plan=plan)
+
+
+def test_validate_repeats_the_quality_of_the_report(made: tuple[Path, Manifest]) -> None:
+    out, manifest = made
+    report = pipeline.validate(out)
+    assert manifest.report is not None
+    for name in ("kl_mean", "top1_agreement", "perplexity", "recall", "kv_bytes_per_token"):
+        assert getattr(report.artifact, name) == pytest.approx(getattr(manifest.report.artifact, name), rel=1e-3)
+
+
+def test_bench_measures_each_artifact(made: tuple[Path, Manifest]) -> None:
+    out, _ = made
+    (measures,) = pipeline.bench([out], contexts=[16], prompts=[8], repeats=3, threads=1).values()
+    assert set(measures.tpot_ms or {}) == {"16"}
+    assert set(measures.ttft_ms or {}) == {"8"}
+    assert measures.kl_mean is None
+
+
+def test_text_file_serves_calibration_and_validation(tiny_llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "words.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    recipe = Recipe(
+        name="file",
+        methods=METHODS,
+        calibration=CALIBRATION.model_copy(update={"source": str(text)}),
+        validation=Validation.model_validate({**VALIDATION.model_dump(), "source": str(text)}),
+    )
+    assert pipeline.compress(str(tiny_llama), recipe, tmp_path / "out").passed
+
+
+def test_weights_are_checked_before_the_output_is_touched(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        pipeline.compress(str(tiny_llama), recipe_of([KvPca(rank=12)]), tmp_path / "deep" / "out")
+    assert not (tmp_path / "deep").exists()

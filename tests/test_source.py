@@ -1,0 +1,113 @@
+"""From what the user typed to a snapshot and its spec."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvslim.demo import MODEL_DIR
+from kvslim.errors import NotFoundError, UnsupportedError
+from kvslim.load.architecture import ARCHITECTURES, architecture_of
+from kvslim.load.source import read_spec, resolve
+
+
+def config_folder(folder: Path, **config: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_demo_is_the_model_in_the_package() -> None:
+    snapshot = resolve("demo")
+    assert snapshot.path == MODEL_DIR
+    assert snapshot.is_demo
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "../x", "a/b/c", "nowhere"])
+def test_name_that_cannot_be_a_hub_id_is_refused_without_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvslim.load.source._download", None)
+    with pytest.raises(NotFoundError):
+        resolve(name)
+
+
+def test_hub_id_carries_its_revision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.update(repo_id=repo_id, revision=revision, patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    snapshot = resolve("someone/model@v2")
+    assert (snapshot.path, snapshot.model, snapshot.revision) == (tmp_path, "someone/model", "v2")
+    assert asked["repo_id"] == "someone/model"
+    assert asked["revision"] == "v2"
+    assert not any(pattern.endswith((".bin", ".pt", ".pth")) for pattern in asked["patterns"])
+
+
+def test_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(NotFoundError, match="cannot get 'someone/model' from the hub"):
+        resolve("someone/model")
+
+
+@pytest.mark.parametrize(
+    ("config", "heads", "kv_heads", "head_dim", "rotary_dim"),
+    [
+        ({"model_type": "llama", "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3}, 9, 3, 64, 64),
+        (
+            {"model_type": "qwen3", "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
+            16,
+            8,
+            128,
+            128,
+        ),
+        (
+            {"model_type": "qwen2", "hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2},
+            14,
+            2,
+            64,
+            64,
+        ),
+        ({"model_type": "gpt2"}, 12, 12, 64, 0),
+    ],
+)
+def test_spec_comes_from_the_config_alone(
+    tmp_path: Path, config: dict[str, Any], heads: int, kv_heads: int, head_dim: int, rotary_dim: int
+) -> None:
+    spec = read_spec(resolve(str(config_folder(tmp_path, **config))))
+    assert (spec.q_heads, spec.kv_heads, spec.head_dim, spec.rotary_dim) == (heads, kv_heads, head_dim, rotary_dim)
+
+
+def test_every_architecture_names_modules_that_exist(tiny_model: Callable[[str], Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for family, architecture in ARCHITECTURES.items():
+        model = AutoModelForCausalLM.from_pretrained(tiny_model(family))
+        attention = model.get_submodule(f"{architecture.layers}.0.{architecture.attention}")
+        for name in (architecture.query, architecture.key, architecture.value, architecture.output):
+            assert attention.get_submodule(name).weight is not None
+        if architecture.rotary is not None:
+            assert model.get_submodule(architecture.rotary).inv_freq is not None
+
+
+def test_unknown_family_suggests_the_closest() -> None:
+    with pytest.raises(UnsupportedError) as error:
+        architecture_of("lama")
+    assert "'llama'" in error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
+        ({"layer_types": ["sliding_attention"] * 2, "num_hidden_layers": 2}, "sliding"),
+    ],
+)
+def test_model_is_refused_when_its_attention_is_beyond_us(tmp_path: Path, change: dict[str, Any], word: str) -> None:
+    folder = config_folder(tmp_path, **{"model_type": "qwen2", **change})
+    with pytest.raises(UnsupportedError, match=word):
+        read_spec(resolve(str(folder)))
