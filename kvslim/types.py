@@ -141,6 +141,7 @@ class GateResult(Frozen):
     value: float | None
     limit: float
     passed: bool
+    note: str | None = Field(None, description="why the verdict says little, if it does")
 
 
 class Report(Frozen):

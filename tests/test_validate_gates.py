@@ -74,3 +74,12 @@ def test_report_passes_when_every_gate_does(limit: float, passed: bool) -> None:
     assert made.passed is passed
     assert [gate.name for gate in made.gates] == ["max_kl", "max_kv_ratio"]
     assert made.ratio == ratio(ARTIFACT, PLAIN)
+
+
+def test_recall_gate_says_so_when_there_was_nothing_to_lose() -> None:
+    gates = Gates(max_recall_drop=0.01, max_kl=1.0)
+    recall, other = (check_gates(gates, Measures(recall=0.0), Measures(recall=0.0, kl_mean=0.5)))[::-1]
+    assert recall.passed
+    assert recall.note is not None
+    assert other.note is None
+    assert check_gates(gates, Measures(recall=0.5), Measures(recall=0.5))[1].note is None

@@ -71,7 +71,7 @@ def measures_table(columns: Mapping[str, Measures]) -> Table:
 def gates_table(gates: Sequence[GateResult]) -> Table:
     """Each gate with its value, limit and verdict."""
     rows = tuple(
-        (gate.name, NONE if gate.value is None else f"{gate.value:.4g}", f"{gate.limit:.4g}", _verdict(gate.passed))
+        (gate.name, NONE if gate.value is None else f"{gate.value:.4g}", f"{gate.limit:.4g}", _verdict(gate))
         for gate in gates
     )
     return Table(("gate", "value", "limit", ""), rows)
@@ -134,5 +134,6 @@ def _sizes(sizes: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(f"{size:,}" for size in sizes.values())
 
 
-def _verdict(passed: bool) -> str:
-    return "passed" if passed else "FAILED"
+def _verdict(gate: GateResult) -> str:
+    verdict = "passed" if gate.passed else "FAILED"
+    return f"{verdict}: {gate.note}" if gate.note else verdict

@@ -11,6 +11,8 @@ from kvslim.types import GateResult, Measures, Report
 # Limits are decimal fractions, which differences of shares miss by a rounding error (1 - 0.95 > 0.05).
 _TOLERANCE = 1e-9
 
+NO_RECALL = "the plain export recalls nothing, so there was nothing to lose"
+
 _VALUES: dict[str, Callable[[Measures, Measures], float | None]] = {
     "max_kl": lambda plain, artifact: artifact.kl_mean,
     "min_top1_agreement": lambda plain, artifact: artifact.top1_agreement,
@@ -22,14 +24,18 @@ _VALUES: dict[str, Callable[[Measures, Measures], float | None]] = {
 def check_gates(gates: Gates, plain: Measures, artifact: Measures) -> tuple[GateResult, ...]:
     """One result per gate that is set, in the order of the recipe; what was not measured fails."""
     limits = {name: limit for name, limit in gates.model_dump().items() if limit is not None}
-    return tuple(_result(name, _VALUES[name](plain, artifact), limit) for name, limit in limits.items())
+    blind = NO_RECALL if plain.recall == 0 else None
+    return tuple(
+        _result(name, _VALUES[name](plain, artifact), limit, blind if name == "max_recall_drop" else None)
+        for name, limit in limits.items()
+    )
 
 
-def _result(name: str, value: float | None, limit: float) -> GateResult:
+def _result(name: str, value: float | None, limit: float, note: str | None) -> GateResult:
     if value is None or not math.isfinite(value):
         return GateResult(name=name, value=None, limit=limit, passed=False)
     excess = value - limit if name.startswith("max_") else limit - value
-    return GateResult(name=name, value=value, limit=limit, passed=excess <= _TOLERANCE)
+    return GateResult(name=name, value=value, limit=limit, passed=excess <= _TOLERANCE, note=note)
 
 
 def ratio(artifact: Measures, plain: Measures) -> Measures:

@@ -1,0 +1,49 @@
+"""The docs say what the code says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvslim.cli import app
+from kvslim.load.architecture import ARCHITECTURES
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_recipe_reference_is_what_the_types_say() -> None:
+    command = [sys.executable, "tools/recipe_reference.py"]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert table in (ROOT / "docs" / "recipes.md").read_text()
+
+
+def test_every_family_is_named() -> None:
+    page = (ROOT / "docs" / "families.md").read_text().lower().replace("-", "")
+    assert [family for family in ARCHITECTURES if family not in page] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)", page.read_text())
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_were_written_by_their_commands(page: Path) -> None:
+    for command, table in re.findall(r"<!-- table: (.+?) -->\n(.*?)<!-- end -->", page.read_text(), re.DOTALL):
+        assert (ROOT / command.split()[1]).is_file()
+        assert table.count("\n|") > 2, f"run `python tools/write_tables.py`: no table for {command!r}"
+
+
+def test_commands_of_the_readme_parse(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text()
+    verbs = set(re.findall(r"kvslim ([a-z]+)", "\n".join(re.findall(r"```\n(.*?)```", text, re.DOTALL))))
+    assert len(verbs) >= 8
+    for verb in sorted(verbs):
+        assert app.run([verb, "--help"]) == 0
+    capsys.readouterr()
