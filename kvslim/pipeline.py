@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvslim.calibrate.corpus import check_source
 from kvslim.checks import check_lengths, check_plan
-from kvslim.errors import UsageError
+from kvslim.errors import NotFoundError, UsageError
 from kvslim.export.manifest import hash_files, read_manifest, write_manifest
 from kvslim.export.package import check_output, staging
 from kvslim.load.source import Snapshot, check_weights, read_spec, resolve
@@ -116,7 +116,7 @@ def validate(artifact: Path, *, against: str | None = None, progress: Progress |
     manifest = read_manifest(artifact)
     recipe = parse_recipe(manifest.recipe, where=str(artifact))
     recipe = recipe.model_copy(update={"weights": manifest.weights})
-    snapshot, spec = _checked(against or _source_id(manifest.source), recipe, None)
+    snapshot, spec = _checked(against or _source_of(artifact, manifest), recipe, None)
     if spec != manifest.spec:
         raise UsageError("the model has another shape than the artifact's", where="--against", fix="give its own model")
     workshop = _open(snapshot, spec, recipe, progress)
@@ -186,8 +186,17 @@ def _in_order(recipe: Recipe) -> list[Method]:
     return sorted(recipe.methods, key=lambda method: method.order)
 
 
-def _source_id(source: Source) -> str:
-    return f"{source.model}@{source.revision}" if source.revision else source.model
+def _source_of(artifact: Path, manifest: Manifest) -> str:
+    """The model that an artifact came from, as its maker typed it."""
+    source = manifest.source
+    model = f"{source.model}@{source.revision}" if source.revision else source.model
+    try:
+        resolve(model)
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"the model it came from is not there: {error.message}", where=str(artifact), fix="give --against MODEL"
+        ) from error
+    return model
 
 
 def _weight_bytes(snapshot: Snapshot) -> int:

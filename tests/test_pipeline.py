@@ -10,8 +10,8 @@ import pytest
 from models import CALIBRATION, VALIDATION, recipe_of
 
 from kvslim import pipeline
-from kvslim.errors import UsageError
-from kvslim.export.manifest import read_manifest, verify
+from kvslim.errors import NotFoundError, UsageError
+from kvslim.export.manifest import read_manifest, verify, write_manifest
 from kvslim.methods import KvPca, KvQuant
 from kvslim.recipe import Gates, Recipe, Validation
 from kvslim.types import Manifest, Plan
@@ -95,6 +95,15 @@ def test_validate_repeats_the_quality_of_the_report(made: tuple[Path, Manifest])
     assert manifest.report is not None
     for name in ("kl_mean", "top1_agreement", "perplexity", "recall", "kv_bytes_per_token"):
         assert getattr(report.artifact, name) == pytest.approx(getattr(manifest.report.artifact, name), rel=1e-3)
+
+
+def test_validate_asks_for_the_model_when_it_is_gone(made: tuple[Path, Manifest], tmp_path: Path) -> None:
+    _, manifest = made
+    moved = manifest.model_copy(update={"source": manifest.source.model_copy(update={"model": str(tmp_path / "gone")})})
+    write_manifest(tmp_path, moved)
+    with pytest.raises(NotFoundError) as error:
+        pipeline.validate(tmp_path)
+    assert "--against" in error.value.fix
 
 
 def test_bench_measures_each_artifact(made: tuple[Path, Manifest]) -> None:
