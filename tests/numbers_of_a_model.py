@@ -34,12 +34,11 @@ def statistics_of(spec: ModelSpec, seed: int = 0) -> CalibrationStatistics:
         return np.einsum("lhnd,lhne->lhde", states, states) / states.shape[2]
 
     keys, values, queries, weights = vectors(300), vectors(300), vectors(300), vectors(300)
-    mean = values.mean(axis=2)
     return CalibrationStatistics(
         key_moment=moment(keys),
         query_moment=moment(queries),
-        value_moment=moment(values - mean[:, :, None]),
-        value_mean=mean + 0.5,
+        output_moment=moment(values),
+        output_mean=rng.standard_normal((spec.layers, spec.q_heads, dim)) + 0.5,
         output_gram=moment(weights),
         key_samples=keys,
         value_samples=values,

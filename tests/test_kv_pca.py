@@ -55,7 +55,7 @@ def test_energy_is_the_share_of_the_score_energy_that_is_kept() -> None:
     assert kept == pytest.approx(float(basis.energy[:, 5] @ weights), abs=1e-6)
 
 
-def test_value_mean_passes_exactly_when_rank_is_small() -> None:
+def test_mean_output_passes_exactly_when_rank_is_small() -> None:
     statistics = statistics_of(SPEC)
     method = KvPca(rank=8)
     plan = method.decide(SPEC, statistics, Plan.identity(SPEC))
@@ -63,7 +63,7 @@ def test_value_mean_passes_exactly_when_rank_is_small() -> None:
     assert code.value_encoder is not None
     assert code.value_decoder is not None
     assert code.value_offset is not None
-    mean = np.repeat(statistics.value_mean[0], SPEC.group_size, axis=0)
+    mean = statistics.output_mean[0]
     encoder = np.repeat(code.value_encoder, SPEC.group_size, axis=0)
     decoded = np.einsum("hd,hdr,hre->he", mean, encoder, code.value_decoder) + code.value_offset
     np.testing.assert_allclose(decoded, mean, atol=1e-10)

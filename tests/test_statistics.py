@@ -48,49 +48,54 @@ def states(workshop: Workshop, windows: np.ndarray, layer: int) -> dict[str, np.
     return {name: np.concatenate(parts) for name, parts in heard.items()}
 
 
+def attention(heard: dict[str, np.ndarray]) -> np.ndarray:
+    """[windows, kv_heads, group, queries, length] softmax weights of all queries but the first eighth."""
+    query = heard["q"].reshape(len(heard["q"]), 2, 2, *heard["q"].shape[2:])
+    scores = np.einsum("bhgsd,bhtd->bhgst", query, heard["k"]) / 4
+    scores[..., np.triu(np.ones(scores.shape[-2:], dtype=bool), 1)] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return weights[..., weights.shape[-1] // 8 :, :]
+
+
 def test_key_moment_equals_brute_force_over_all_positions(workshop: Workshop) -> None:
     windows, context, layer = windows_of(workshop, 6), 50, 1
     statistics = gather(workshop, windows, context)
     frequencies = rope_frequencies(workshop.model, workshop.architecture)
-    keys = states(workshop, windows, layer)["k"]
-    bare = rotate(keys, -np.arange(keys.shape[2]), frequencies)[:, :, SINKS:]
-    body = np.concatenate(
-        [
-            rotate(bare, np.full(bare.shape[2], t), frequencies).swapaxes(0, 1).reshape(2, -1, 16)
-            for t in range(context)
-        ],
-        axis=1,
-    )
-    sinks = keys[:, :, :SINKS].swapaxes(0, 1).reshape(2, -1, 16)
+    heard = states(workshop, windows, layer)
+    received = attention(heard).mean((2, 3))
+    bare = rotate(heard["k"], -np.arange(40), frequencies)[:, :, SINKS:]
     for head in range(2):
-        mass = statistics.sink_mass[layer, head]
-        weights = np.concatenate(
-            [np.full(body.shape[1], (1 - mass) / body.shape[1]), np.full(sinks.shape[1], mass / sinks.shape[1])]
-        )
-        both = np.concatenate([body[head], sinks[head]])
-        expected = np.cov(both.T, aweights=weights, bias=True)
+        body = [rotate(bare[:, head], np.full(36, t), frequencies).reshape(-1, 16) for t in range(context)]
+        keys = np.concatenate([*body, heard["k"][:, head, :SINKS].reshape(-1, 16)])
+        body_weights = np.tile(received[:, head, SINKS:].ravel() / context, context)
+        weights = np.concatenate([body_weights, received[:, head, :SINKS].ravel()])
+        expected = np.cov(keys.T, aweights=weights, bias=True)
         np.testing.assert_allclose(statistics.key_moment[layer, head], expected, atol=1e-5)
 
 
-def test_sink_mass_is_the_attention_on_the_first_tokens(workshop: Workshop) -> None:
+def test_sink_mass_is_the_attention_that_the_first_tokens_receive(workshop: Workshop) -> None:
     windows = windows_of(workshop, 3)
-    heard = states(workshop, windows, 0)
-    query, key = heard["q"], np.repeat(heard["k"], 2, axis=1)
-    scores = query @ key.swapaxes(-1, -2) / 4
-    scores[..., np.triu(np.ones(scores.shape[-2:], dtype=bool), 1)] = -np.inf
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    expected = weights[:, :, 20:, :SINKS].sum(-1).mean((0, 2)).reshape(2, 2).mean(1)
-    np.testing.assert_allclose(gather(workshop, windows).sink_mass[0], expected, atol=1e-5)
+    expected = attention(states(workshop, windows, 0))[..., :SINKS].sum(-1).mean((0, 2, 3))
+    np.testing.assert_allclose(gather(workshop, windows).sink_mass[0], expected, atol=1e-6)
 
 
-def test_value_moments_equal_numpy(workshop: Workshop) -> None:
-    windows = windows_of(workshop, 6)
+def test_output_moments_are_those_of_the_attention_outputs(workshop: Workshop) -> None:
+    windows = windows_of(workshop, 5)
+    heard = states(workshop, windows, 1)
+    outputs = np.einsum("bhgst,bhtd->hgbsd", attention(heard), heard["v"]).reshape(2, 2, -1, 16)
     statistics = gather(workshop, windows)
-    values = states(workshop, windows, 0)["v"][:, 0]
-    mass = statistics.sink_mass[0, 0]
-    mean = (1 - mass) * values[:, SINKS:].mean((0, 1)) + mass * values[:, :SINKS].mean((0, 1))
-    np.testing.assert_allclose(statistics.value_mean[0, 0], mean, atol=1e-6)
+    np.testing.assert_allclose(statistics.output_mean[1], outputs.mean(2).reshape(4, 16), atol=1e-6)
+    expected = np.mean([[np.cov(head.T, bias=True) for head in group] for group in outputs], axis=1)
+    np.testing.assert_allclose(statistics.output_moment[1], expected, atol=1e-5)
+
+
+def test_blocks_of_queries_change_nothing(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = windows_of(workshop, 2)
+    whole = gather(workshop, windows)
+    monkeypatch.setattr("kvslim.calibrate.statistics.QUERY_BLOCK", 7)
+    for name, array in gather(workshop, windows).arrays().items():
+        np.testing.assert_allclose(array, getattr(whole, name), atol=1e-6)
 
 
 def test_output_gram_prices_an_error_as_the_layer_output_does(workshop: Workshop) -> None:

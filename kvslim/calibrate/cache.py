@@ -32,7 +32,7 @@ def content_key(*parts: Any) -> str:
 def load_statistics(key: str) -> CalibrationStatistics | None:
     """The stored statistics, or None when there are none or they cannot be read."""
     try:
-        with np.load(_path(key), allow_pickle=False) as arrays:
+        with _path(key).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return CalibrationStatistics(**dict(arrays))
     except (OSError, ValueError, TypeError, zipfile.BadZipFile):
         return None

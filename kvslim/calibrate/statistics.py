@@ -1,8 +1,10 @@
-"""Streaming float64 statistics of keys, queries and values, one pass over the calibration windows.
+"""Streaming float64 statistics of keys, queries and attention outputs, one pass over the calibration windows.
 
-Keys and queries are un-rotated to before RoPE; `rope` then averages their moments over the target context in closed
-form, so a short calibration serves a long deployment. The first tokens of a sequence are attention sinks: their keys
-sit far from all others and most softmaxes lean on them, so they are kept apart and weighted by the attention they get.
+What a softmax loses by small errors in its scores is half their variance under its own weights (the second-order term
+of the KL divergence), so keys count by the attention they receive. Keys and queries are un-rotated to before RoPE;
+`rope` then averages their moments over the target context in closed form, so a short calibration serves a long
+deployment. The first tokens of a sequence are attention sinks (Xiao et al., "Efficient Streaming Language Models with
+Attention Sinks", 2023, section 3.1): they stay where they are however long the context, so their keys are not turned.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from kvslim.types import ModelSpec
 Array = np.ndarray
 SINKS = 4
 SAMPLES = 2048
+QUERY_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -30,22 +33,22 @@ class CalibrationStatistics:
     """What methods may know of a model's cache; L layers, H kv heads, d head_dim.
 
     Attributes:
-        key_moment: [L, H, d, d] covariance of keys after RoPE over the target context, sinks by attention mass.
-        query_moment: [L, H, d, d] second moment of the group's queries after RoPE, summed over the group.
-        value_moment: [L, H, d, d] covariance of values, sinks by attention mass.
-        value_mean: [L, H, d] mean of values, sinks by attention mass.
+        key_moment: [L, H, d, d] covariance of keys after RoPE over the target context, by attention received.
+        query_moment: [L, H, d, d] second moment of the group's queries after RoPE, mean over the group.
+        output_moment: [L, H, d, d] covariance of attention outputs (weighted sums of values), mean over the group.
+        output_mean: [L, Q, d] mean attention output of each of the Q query heads.
         output_gram: [L, H, d, d] sum over the group's heads of W_O^T W_O: what an error in a value costs downstream.
-        key_samples: [L, H, n, d] keys rotated to random positions of the target context.
+        key_samples: [L, H, n, d] keys turned to random positions of the target context.
         value_samples: [L, H, n, d] values of the same tokens.
         sink_keys: [L, H, m, d] keys of the first tokens, at their own positions.
         sink_values: [L, H, m, d] values of the first tokens.
-        sink_mass: [L, H] mean attention that the first tokens get.
+        sink_mass: [L, H] mean attention that the first tokens receive.
     """
 
     key_moment: Array
     query_moment: Array
-    value_moment: Array
-    value_mean: Array
+    output_moment: Array
+    output_mean: Array
     output_gram: Array
     key_samples: Array
     value_samples: Array
@@ -62,76 +65,60 @@ class _LayerRecorder:
     """Sums of one layer; memory does not depend on the number of tokens."""
 
     def __init__(self, spec: ModelSpec, frequencies: Array, picks: Iterable[Array]) -> None:
-        heads, dim = spec.kv_heads, spec.head_dim
         self.spec, self.frequencies, self.picks = spec, torch.from_numpy(frequencies), iter(picks)
-        self.count, self.sink_count, self.score_count = 0, 0, 0
-        zeros = lambda *shape: torch.zeros(heads, *shape, dtype=torch.float64)  # noqa: E731
-        self.sums = {name: zeros(dim) for name in ("key", "value", "sink_key", "sink_value")}
-        self.squares = {name: zeros(dim, dim) for name in (*self.sums, "query")}
-        self.mass = zeros()
+        self.windows = 0
+        self.sums: dict[str, Tensor] = {}
         self.samples: dict[str, list[Tensor]] = {name: [] for name in ("key", "value", "sink_key", "sink_value")}
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
         """Adds one batch: q, k, v as [batch, heads, length, head_dim] after RoPE."""
-        self._add_mass(query, key, scaling)
         positions = torch.arange(key.shape[2], dtype=torch.float64)
         bare_key, bare_query = (_unrotate(x.double(), positions, self.frequencies) for x in (key, query))
-        self._add("key", bare_key[:, :, SINKS:])
-        self._add("value", value[:, :, SINKS:].double())
-        self._add("sink_key", key[:, :, :SINKS].double())
-        self._add("sink_value", value[:, :, :SINKS].double())
+        received, outputs = _attend(query, key, value, scaling)
+        self._add_keys("key", bare_key[:, :, SINKS:], received[:, :, SINKS:])
+        self._add_keys("sink", key[:, :, :SINKS].double(), received[:, :, :SINKS])
+        self._add("mass", received[:, :, :SINKS].sum((0, 2)))
         grouped = bare_query.unflatten(1, (self.spec.kv_heads, -1))
-        self.squares["query"] += torch.einsum("bhgsd,bhgse->hde", grouped, grouped)
-        self.count += key.shape[0] * (key.shape[2] - SINKS)
-        self.sink_count += key.shape[0] * SINKS
+        self._add("query", torch.einsum("bhgsd,bhgse->hde", grouped, grouped) / grouped[0, 0, :, :, 0].numel())
+        self._add("output_mean", outputs.mean(3).sum(0))
+        self._add("output", torch.einsum("bhgsd,bhgse->hde", outputs, outputs) / outputs[0, 0, :, :, 0].numel())
+        self.windows += key.shape[0]
         self._sample(bare_key, key, value)
 
-    def _add(self, name: str, states: Tensor) -> None:
-        self.sums[name] += states.sum(dim=(0, 2))
-        self.squares[name] += torch.einsum("bhsd,bhse->hde", states, states)
+    def _add(self, name: str, amount: Tensor) -> None:
+        self.sums[name] = self.sums[name] + amount if name in self.sums else amount
 
-    def _add_mass(self, query: Tensor, key: Tensor, scaling: float) -> None:
-        """Attention on the sinks, from the queries of the window's second half."""
-        half = key.shape[2] // 2
-        grouped = query[:, :, half:].unflatten(1, (key.shape[1], -1))
-        scores = torch.einsum("bhgsd,bhtd->bhgst", grouped, key) * scaling
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(half + 1)
-        mass = scores.masked_fill_(later, -torch.inf).softmax(-1)[..., :SINKS].sum(-1)
-        self.mass += mass.mean((2, 3)).sum(0)
-        self.score_count += key.shape[0]
+    def _add_keys(self, name: str, keys: Tensor, weights: Tensor) -> None:
+        self._add(f"{name}_mean", torch.einsum("bhs,bhsd->hd", weights, keys))
+        self._add(name, torch.einsum("bhs,bhsd,bhse->hde", weights, keys, keys))
 
     def _sample(self, bare_key: Tensor, key: Tensor, value: Tensor) -> None:
         pick = torch.from_numpy(next(self.picks))
         self.samples["key"].append(bare_key[:, :, pick].transpose(0, 1).flatten(1, 2).float())
         self.samples["value"].append(value[:, :, pick].transpose(0, 1).flatten(1, 2))
-        if self.sink_count <= SAMPLES // 4:
+        if self.windows * SINKS <= SAMPLES // 4:
             self.samples["sink_key"].append(key[:, :, :SINKS].transpose(0, 1).flatten(1, 2))
             self.samples["sink_value"].append(value[:, :, :SINKS].transpose(0, 1).flatten(1, 2))
 
     def finish(self, context: int, positions: Array, gram: Array) -> dict[str, Array]:
         """The statistics of this layer, by field name."""
         frequencies = self.frequencies.numpy()
-        mass = (self.mass / self.score_count).numpy()
-        mean = {n: (s / (self.sink_count if "sink" in n else self.count)).numpy() for n, s in self.sums.items()}
-        square = {n: (s / (self.sink_count if "sink" in n else self.count)).numpy() for n, s in self.squares.items()}
-        square["key"] = rope.average_moment(square["key"], frequencies, context)
-        mean["key"] = rope.average_mean(mean["key"], frequencies, context)
-        key_moment, _ = _mixture(mass, (mean["key"], square["key"]), (mean["sink_key"], square["sink_key"]))
-        value_moment, value_mean = _mixture(
-            mass, (mean["value"], square["value"]), (mean["sink_value"], square["sink_value"])
-        )
+        mean = {name: (total / self.windows).numpy() for name, total in self.sums.items()}
+        key_mean = rope.average_mean(mean["key_mean"], frequencies, context) + mean["sink_mean"]
+        key_square = rope.average_moment(mean["key"], frequencies, context) + mean["sink"]
+        group_mean = mean["output_mean"]
         samples = {name: torch.cat(parts, dim=1).numpy() for name, parts in self.samples.items()}
         return {
-            "key_moment": key_moment,
-            "query_moment": rope.average_moment(square["query"], frequencies, context),
-            "value_moment": value_moment,
-            "value_mean": value_mean,
+            "key_moment": key_square - key_mean[:, :, None] * key_mean[:, None, :],
+            "query_moment": rope.average_moment(mean["query"], frequencies, context),
+            "output_moment": mean["output"] - np.einsum("hgd,hge->hde", group_mean, group_mean) / group_mean.shape[1],
+            "output_mean": group_mean.reshape(-1, group_mean.shape[-1]),
             "output_gram": gram,
             "key_samples": rope.rotate(samples["key"], positions, frequencies).astype(np.float32),
             "value_samples": samples["value"],
             "sink_keys": samples["sink_key"],
             "sink_values": samples["sink_value"],
-            "sink_mass": mass,
+            "sink_mass": mean["mass"],
         }
 
 
@@ -187,12 +174,26 @@ def _output_gram(attention: Any, architecture: Architecture, spec: ModelSpec) ->
     return np.einsum("ohgd,ohge->hde", by_head, by_head)
 
 
-def _mixture(mass: Array, body: tuple[Array, Array], sink: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Covariance and mean of sinks (weight `mass`) and body, each given as mean and second moment per head."""
-    share = mass[:, None]
-    mean = (1 - share) * body[0] + share * sink[0]
-    square = (1 - share[..., None]) * body[1] + share[..., None] * sink[1]
-    return square - mean[:, :, None] * mean[:, None, :], mean
+def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Attention that each key receives, and the outputs, from all queries but the first eighth.
+
+    The first queries have few keys to choose from. Queries go in blocks, so that memory grows with the length alone.
+
+    Returns:
+        [batch, kv_heads, length] mean over group and queries, summing to 1; and the outputs, float64
+        [batch, kv_heads, group, queries, head_dim].
+    """
+    length = key.shape[2]
+    grouped = query.unflatten(1, (key.shape[1], -1))
+    received, outputs = torch.zeros(key.shape[:3], dtype=torch.float64), []
+    for start in range(length // 8, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
+        scores = torch.einsum("bhgsd,bhtd->bhgst", grouped[..., start:stop, :], key[:, :, :stop]) * scaling
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(start + 1)
+        weights = scores.masked_fill_(later, -torch.inf).softmax(-1)
+        received[:, :, :stop] += weights.mean(2).sum(2)
+        outputs.append(torch.einsum("bhgst,bhtd->bhgsd", weights, value[:, :, :stop]).double())
+    return received / (length - length // 8), torch.cat(outputs, dim=3)
 
 
 def _unrotate(states: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 Keys: of all rank-r codes of the product q . k, the one with the least mean squared score error comes from balancing the
 key covariance M against the query moment H (balanced truncation; Moore, "Principal component analysis in linear
 systems", IEEE TAC 26(1), 1981, section IV). A constant error in all keys moves no softmax, hence covariance. Values:
-the same with the output projection's Gram matrix as H, so that what goes is what the layer's output misses least; their
-mean goes into the output's bias, since softmax weights sum to 1. `objective: key` is plain PCA (H = I), kept for
-comparison.
+dropping part of every value drops the same part of each attention output, so M is the covariance of the outputs and H
+the output projection's Gram matrix; the mean of the outputs goes into the projection's bias. `objective: key` is plain
+PCA (H = I), kept for comparison.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class KvPca(Method):
     def _bases(self, statistics: CalibrationStatistics, layer: int, objective: Objective) -> tuple[Basis, Basis]:
         """Bases of keys and of values of one layer."""
         balanced = objective == "balanced"
-        key, value = statistics.key_moment[layer], statistics.value_moment[layer]
+        key, value = statistics.key_moment[layer], statistics.output_moment[layer]
         identity = np.broadcast_to(np.eye(key.shape[-1]), key.shape)
         return (
             balanced_basis(key, statistics.query_moment[layer] if balanced else identity, self.damping),
@@ -144,15 +144,13 @@ class KvPca(Method):
         self, spec: ModelSpec, statistics: CalibrationStatistics, layer: LayerPlan, rank: int, code: LayerCodes
     ) -> LayerCodes:
         key, value = self._bases(statistics, layer.layer, layer.objective)
-        encoder, decoder = value.encoder[..., :rank], value.decoder[..., :rank]
-        mean = statistics.value_mean[layer.layer]
-        kept = np.einsum("hd,hdr,her->he", mean, encoder, decoder)
-        by_query = lambda array: np.repeat(array, spec.group_size, axis=0)  # noqa: E731
+        by_query = lambda array: np.repeat(array[..., :rank], spec.group_size, axis=0)  # noqa: E731
+        encoder, decoder, mean = by_query(value.encoder), by_query(value.decoder), statistics.output_mean[layer.layer]
         return replace(
             code,
             key_encoder=key.encoder[..., :rank],
-            query_encoder=by_query(key.decoder[..., :rank]),
-            value_encoder=encoder,
-            value_decoder=by_query(decoder.swapaxes(-1, -2)),
-            value_offset=by_query(mean - kept),
+            query_encoder=by_query(key.decoder),
+            value_encoder=value.encoder[..., :rank],
+            value_decoder=decoder.swapaxes(-1, -2),
+            value_offset=mean - np.einsum("hd,hdr,her->he", mean, encoder, decoder),
         )
