@@ -107,7 +107,12 @@ def demo_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
         if recipe not in made:
             made[recipe] = tmp_path_factory.mktemp("demo") / recipe
-            brief = ("validation.repeats=3", "validation.prompts=[16]", "validation.contexts=[16]")
+            brief = (
+                "validation.samples=8",
+                "validation.repeats=3",
+                "validation.prompts=[16]",
+                "validation.contexts=[16]",
+            )
             compress("demo", load_recipe(recipe, brief), made[recipe])
         return made[recipe]
 

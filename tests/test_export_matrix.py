@@ -42,11 +42,11 @@ def test_graph_equals_torch_in_prefill_and_cached_decode(
     layout = layout_of(open_session(tmp_path / "slim"))
     assert layout == KVLayout.of(workshop.spec, made)
     slim = torch_logits(workshop, tokens)
-    np.testing.assert_allclose(cached_logits(tmp_path / "slim", tokens), slim, atol=1e-4)
-    if plan == "plain":
-        np.testing.assert_array_equal(slim, original)
-    else:
-        assert np.abs(slim - original).max() > 1e-4
+    effect = np.abs(slim - original).max()
+    assert effect > 1e-4 if PLANS[plan] else effect == 0
+    # A number on the edge between two integers may round to either side, which moves all later logits a little.
+    tolerance = max(1e-4, 0.1 * effect) if "int8" in plan else 1e-4
+    assert np.abs(cached_logits(tmp_path / "slim", tokens) - slim).max() < tolerance
 
 
 @pytest.mark.parametrize("family", FAMILIES)

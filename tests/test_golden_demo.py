@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from models import cached_logits, export_slim, open_workshop
+from test_genai import genai_tokens, our_tokens
 
-from kvslim.demo.world import heldout_text
+from kvslim.demo.world import heldout_text, recall_questions
 from kvslim.export.manifest import read_manifest
 from kvslim.methods import KvPca
 from kvslim.recipe import Recipe, load_recipe
+from kvslim.runtime.generate import load_tokenizer
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import Plan, Report
 from kvslim.validate.quality import measure_quality
@@ -49,6 +51,16 @@ def test_small_is_an_eighth_and_tells_its_loss(demo_artifact: ArtifactOf) -> Non
     assert (report.ratio.kv_bytes_per_token or 1) <= 1 / 8
     assert report.artifact.kl_mean is not None
     assert report.artifact.recall is not None
+
+
+def test_genai_says_what_we_say(demo_artifact: ArtifactOf) -> None:
+    folder = demo_artifact("balanced")
+    tokenizer = load_tokenizer(folder)
+    (question,) = recall_questions(1, 300, lambda text: len(tokenizer.encode(text).ids))
+    prompt = tokenizer.encode(question.prompt).ids
+    ours = our_tokens(folder, prompt)
+    assert tokenizer.decode(ours[:1]) == question.answer
+    assert genai_tokens(folder, prompt) == ours
 
 
 def demo_with(
