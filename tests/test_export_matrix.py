@@ -91,7 +91,16 @@ def test_graph_is_fused_and_names_no_path(tiny_llama: Path, tmp_path: Path) -> N
     assert count["GroupQueryAttention"] == layers
     assert count["RotaryEmbedding"] == 2 * layers
     assert count["SkipSimplifiedLayerNormalization"] == 2 * layers
+    assert count["Reshape"] <= 4 * layers + 3  # into and out of the codes of q and k, and three for the whole graph
     assert not {"Softmax", "Expand", "Where", "ScatterElements"}.intersection(count)
+
+
+def test_plain_graph_splits_and_merges_no_heads(tiny_llama: Path, tmp_path: Path) -> None:
+    export_slim(open_workshop(tiny_llama, recipe_of()), tmp_path / "plain")
+    graph = onnx.load(tmp_path / "plain" / "model.onnx", load_external_data=False).graph
+    count = Counter(node.op_type for node in graph.node)
+    assert count["Reshape"] <= 3
+    assert count["Transpose"] == 0
 
 
 def test_dimensions_have_the_names_of_the_field(tiny_llama: Path, tmp_path: Path) -> None:

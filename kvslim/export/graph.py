@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
-from kvslim.export.passes import name_dimensions, strip_traces
+from kvslim.export.passes import drop_idle_reshapes, name_dimensions, strip_traces
 from kvslim.load.architecture import Architecture
 from kvslim.transform.attention import ExportStep, PassThroughCache
 from kvslim.transform.surgery import slim_modules
@@ -82,8 +82,9 @@ def build_graph(model: Any, architecture: Architecture, layout: KVLayout) -> ir.
             raise RuntimeError("torch.onnx.export returned nothing")
         with _quiet():
             fuse_for_onnxruntime(exported.model, "cpu")
-        strip_traces(exported.model)
-        name_dimensions(exported.model, layout)
+            drop_idle_reshapes(exported.model)
+            strip_traces(exported.model)
+            name_dimensions(exported.model, layout)
         return exported.model
     finally:
         for slim in decoder.slims:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
 from kvslim.types import KVLayout
 
@@ -26,6 +26,22 @@ def name_dimensions(model: ir.Model, layout: KVLayout) -> None:
             value.shape = ir.Shape([BATCH, LENGTH, value.shape[-1]])
         elif value.name is not None:
             value.shape = ir.Shape(shapes[value.name])
+
+
+def drop_idle_reshapes(model: ir.Model) -> None:
+    """Drops reshapes of reshapes that come back to the shape they started from.
+
+    Modelling code splits and merges heads around attention; the fused operators read merged heads, so both steps idle,
+    and at one token per step an idle node costs as much as a busy one.
+    """
+    for node in list(model.graph):
+        inner = node.inputs[0].producer() if node.op_type == "Reshape" and node.inputs[0] is not None else None
+        if inner is None or inner.op_type != "Reshape" or inner.inputs[0] is None:
+            continue
+        start, end = inner.inputs[0], node.outputs[0]
+        if start.shape is not None and start.shape == end.shape and not end.is_graph_output():
+            end.replace_all_uses_with(start)
+    RemoveUnusedNodesPass()(model)
 
 
 def strip_traces(model: ir.Model) -> None:
