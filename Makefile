@@ -16,7 +16,7 @@ help:
 
 demo: $(VENV)/.installed
 	$(BIN)/kvslim compress demo --out artifacts/demo --force
-	$(BIN)/kvslim generate artifacts/demo --prompt "$(PROMPT)" --max-new-tokens 48
+	$(BIN)/kvslim generate artifacts/demo --prompt "$(PROMPT)" --max-new-tokens 12
 
 test: lint test-only
 
