@@ -64,8 +64,12 @@ class Validation(Frozen):
     length: int = Field(512, ge=32, description="tokens per window")
     recall_items: int = Field(200, ge=1, description="recall questions")
     recall_distance: int = Field(512, ge=16, description="tokens between a fact and its question")
-    prompts: tuple[Annotated[int, Field(ge=1)], ...] = Field((128, 512), description="prompt lengths for TTFT")
-    contexts: tuple[Annotated[int, Field(ge=1)], ...] = Field((128, 1024), description="contexts for time per token")
+    prompts: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (128, 512), min_length=1, description="prompt lengths for TTFT"
+    )
+    contexts: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (128, 1024), min_length=1, description="contexts for time per token"
+    )
     repeats: int = Field(16, ge=3, description="interleaved timings per context")
     seed: int = Field(1, description="of the model's own samples and of the recall questions")
 

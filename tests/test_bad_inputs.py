@@ -127,6 +127,7 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "set_broken_yaml": (lambda i: i.settings("weights=[1"), USAGE, "--set"),
     "samples_negative": (lambda i: i.settings("calibration.samples=-1"), USAGE, "calibration.samples"),
     "context_too_long": (lambda i: i.settings("validation.contexts=[4096]"), USAGE, "validation.contexts"),
+    "contexts_empty": (lambda i: i.settings("validation.contexts=[]"), USAGE, "validation.contexts"),
     "length_too_long": (lambda i: i.settings("calibration.length=4096"), USAGE, "calibration.length"),
     # the text
     "text_missing": (lambda i: i.settings("calibration.source=nowhere.txt"), MISSING, "nowhere.txt"),

@@ -17,6 +17,8 @@ from kvslim.validate.quality import measure_all
 from kvslim.validate.recall import RecallItem, measure_recall
 from kvslim.validate.rss import peak_rss
 
+GRAPH_FILES = ("model.onnx", "model.onnx.data")
+
 
 class Evaluation(NamedTuple):
     """Held-out material.
@@ -28,9 +30,6 @@ class Evaluation(NamedTuple):
 
     windows: np.ndarray
     items: Sequence[RecallItem]
-
-
-GRAPH_FILES = ("model.onnx", "model.onnx.data")
 
 
 def measure(plain: Path, artifact: Path, recipe: Recipe, evaluation: Evaluation) -> Report:
