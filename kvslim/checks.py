@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from kvslim.errors import UsageError
-from kvslim.methods.kv_pca import STEP
+from kvslim.methods.kv_pca import check_rank
 from kvslim.recipe import Recipe
 from kvslim.types import ModelSpec, Plan
+
+RECALL_MARGIN = 33  # first token, span and its second copy
 
 
 def check_lengths(recipe: Recipe, spec: ModelSpec) -> None:
@@ -19,8 +21,8 @@ def check_lengths(recipe: Recipe, spec: ModelSpec) -> None:
         "calibration.length": calibration.length,
         "validation.length": validation.length,
         "validation.recall_distance": validation.recall_distance + RECALL_MARGIN,
-        "validation.prompts": max(validation.prompts, default=0),
-        "validation.contexts": max(validation.contexts, default=0) + 1,
+        "validation.prompts": max(validation.prompts),
+        "validation.contexts": max(validation.contexts) + 1,
     }
     for key, length in lengths.items():
         if length > spec.max_context:
@@ -29,9 +31,6 @@ def check_lengths(recipe: Recipe, spec: ModelSpec) -> None:
                 where=f"recipe: {key}",
                 fix=f"--set {key}={max(1, spec.max_context // 2)}",
             )
-
-
-RECALL_MARGIN = 33  # first token, span and its second copy
 
 
 def check_plan(plan: Plan, recipe: Recipe, spec: ModelSpec) -> None:
@@ -49,12 +48,8 @@ def check_plan(plan: Plan, recipe: Recipe, spec: ModelSpec) -> None:
     methods = {method.name for method in recipe.methods}
     for layer in plan.layers:
         where = f"--plan: layers.{layer.layer}"
-        if layer.rank is not None and (layer.rank % STEP or not STEP <= layer.rank <= spec.head_dim):
-            raise UsageError(
-                f"rank {layer.rank} does not fit head_dim {spec.head_dim}",
-                where=where,
-                fix=f"use a multiple of {STEP}, at most {spec.head_dim}",
-            )
+        if layer.rank is not None:
+            check_rank(layer.rank, spec, where)
         needed = {"kv_pca": layer.rank is not None, "kv_quant": layer.cache != "float32"}
         if missing := sorted(name for name, used in needed.items() if used and name not in methods):
             raise UsageError(

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+from tiny_artifact import SPEC
 
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.types import ModelSpec
 
-SPEC = ModelSpec(
-    model_type="llama",
-    layers=2,
-    hidden_size=64,
-    q_heads=4,
-    kv_heads=2,
-    head_dim=16,
-    vocab_size=256,
-    max_context=512,
-    rotary_dim=16,
-)
+__all__ = ["SPEC", "statistics_of"]
 
 
 def statistics_of(spec: ModelSpec, seed: int = 0) -> CalibrationStatistics:

@@ -68,6 +68,20 @@ def _damped(matrix: Array, damping: float) -> Array:
     return matrix + (damping * level + np.finfo(np.float64).tiny) * np.eye(dim)
 
 
+def check_rank(rank: int, spec: ModelSpec, where: str) -> None:
+    """Refuses a rank that is no multiple of 8 or not within 8..head_dim.
+
+    Raises:
+        UsageError: Naming `where` it was asked for.
+    """
+    if rank % STEP or not STEP <= rank <= spec.head_dim:
+        raise UsageError(
+            f"rank {rank} does not fit head_dim {spec.head_dim}",
+            where=where,
+            fix=f"use a multiple of {STEP}, at most {spec.head_dim}",
+        )
+
+
 class KvPca(Method):
     """PCA of keys and values; equal rank for both in a layer, given directly, as a share of head_dim, or by energy."""
 
@@ -90,14 +104,8 @@ class KvPca(Method):
 
     def check(self, spec: ModelSpec) -> None:
         """Refuses a rank that is no multiple of 8 or above head_dim."""
-        if self.rank is None:
-            return
-        if self.rank % STEP or self.rank > spec.head_dim:
-            raise UsageError(
-                f"rank {self.rank} does not fit head_dim {spec.head_dim}",
-                where="recipe: methods.kv_pca.rank",
-                fix=f"use a multiple of {STEP}, at most {spec.head_dim}",
-            )
+        if self.rank is not None:
+            check_rank(self.rank, spec, "recipe: methods.kv_pca.rank")
 
     def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
         """Sets each layer's rank and objective, with the least energy kept by any of its heads as score."""
