@@ -49,7 +49,7 @@ def check_plan(plan: Plan, recipe: Recipe, spec: ModelSpec) -> None:
     for layer in plan.layers:
         where = f"--plan: layers.{layer.layer}"
         if layer.rank is not None:
-            check_rank(layer.rank, spec, where)
+            check_rank(layer.rank, spec, spec.windows[layer.layer], where)
         needed = {"kv_pca": layer.rank is not None, "kv_quant": layer.cache != "float32"}
         if missing := sorted(name for name, used in needed.items() if used and name not in methods):
             raise UsageError(

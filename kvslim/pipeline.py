@@ -19,7 +19,7 @@ from kvslim.methods import Method
 from kvslim.progress import Progress, Silent
 from kvslim.recipe import Recipe, parse_recipe
 from kvslim.report.card import write_card
-from kvslim.types import INPUTS, Frozen, KVLayout, Manifest, Measures, ModelSpec, Plan, Report, Source
+from kvslim.types import Frozen, KVLayout, Manifest, Measures, ModelSpec, Plan, Report, Source
 from kvslim.validate.measure import measure, measure_costs
 
 if TYPE_CHECKING:
@@ -79,12 +79,12 @@ def compress(
         workshop.export(Plan.identity(spec), plain)
         progress.stage("export the slim graph")
         workshop.install(fit(recipe, spec, statistics, plan))
-        workshop.export(plan, folder)
-        workshop.write_companions(folder, KVLayout.of(spec, plan))
+        inputs = workshop.export(plan, folder)
+        workshop.write_companions(folder, KVLayout.of(spec, plan), inputs)
         progress.stage("validate")
         report = measure(plain, folder, recipe, evaluation)
         shutil.rmtree(plain)
-        return _finish(folder, workshop, plan, report)
+        return _finish(folder, workshop, plan, inputs, report)
 
 
 def plan(model: str, recipe: Recipe, *, progress: Progress | None = None) -> PlanSummary:
@@ -163,7 +163,7 @@ def fit(recipe: Recipe, spec: ModelSpec, statistics: CalibrationStatistics, plan
 def _checked(model: str, recipe: Recipe, plan: Plan | None) -> tuple[Snapshot, ModelSpec]:
     """All that can fail cheaply, before any weight is read."""
     snapshot = resolve(model)
-    spec = read_spec(snapshot)
+    spec = read_spec(snapshot, recipe.calibration.context)
     check_weights(snapshot)
     for method in recipe.methods:
         method.check(spec)
@@ -203,7 +203,7 @@ def _weight_bytes(snapshot: Snapshot) -> int:
     return sum(path.stat().st_size for path in snapshot.path.glob("*.safetensors"))
 
 
-def _finish(folder: Path, workshop: Workshop, plan: Plan, report: Report) -> Manifest:
+def _finish(folder: Path, workshop: Workshop, plan: Plan, inputs: tuple[str, ...], report: Report) -> Manifest:
     """Writes what describes the artifact: model card and manifest."""
     snapshot = workshop.snapshot
     manifest = Manifest(
@@ -213,7 +213,7 @@ def _finish(folder: Path, workshop: Workshop, plan: Plan, report: Report) -> Man
         plan=plan,
         kv_layout=KVLayout.of(workshop.spec, plan),
         weights=workshop.recipe.weights,
-        inputs=INPUTS,
+        inputs=inputs,
         versions={name: version(name) for name in VERSIONED},
         files={},
         report=report,

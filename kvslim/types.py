@@ -10,7 +10,9 @@ Weights = Literal["fp32", "int8", "int4"]
 CacheType = Literal["float32", "int8"]
 Granularity = Literal["per_channel", "per_tensor"]
 Objective = Literal["balanced", "key"]
-INPUTS = ("input_ids", "attention_mask", "position_ids")  # of every graph, before the cache
+INPUTS = ("input_ids", "attention_mask", "position_ids")  # before the cache; not every graph needs positions
+NUM_LOGITS = "num_logits_to_keep"  # input with a default: positions from the end whose logits are wanted; 0 for all
+WINDOW_SLACK = 16  # rows of a window's cache beyond the window: eviction then moves it once in so many tokens
 
 
 class Frozen(BaseModel):
@@ -30,7 +32,7 @@ class ModelSpec(Frozen):
     head_dim: int
     vocab_size: int
     max_context: int = Field(description="positions the model was trained or scaled for, in tokens")
-    rotary_dim: int = Field(description="coordinates of a head that RoPE rotates; 0 for learned positions")
+    windows: tuple[int | None, ...] = Field(description="tokens that each layer's queries see; None for all")
 
     @property
     def group_size(self) -> int:
@@ -69,6 +71,7 @@ class KVTensor(Frozen):
     heads: int
     dim: int
     dtype: CacheType
+    window: int | None = Field(None, description="tokens that the cache must keep; None for all")
 
     @property
     def past(self) -> str:
@@ -85,6 +88,10 @@ class KVTensor(Frozen):
         """Bytes that one token takes in this tensor."""
         return self.heads * self.dim * {"float32": 4, "int8": 1}[self.dtype]
 
+    def rows(self, context: int) -> int:
+        """Rows to allocate for a context of that many tokens."""
+        return context if self.window is None else self.window + WINDOW_SLACK
+
 
 class KVLayout(Frozen):
     """The input/output contract of a graph: what exporter, runtime, genai_config and report agree on."""
@@ -93,11 +100,15 @@ class KVLayout(Frozen):
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one token takes in the whole cache."""
+        """Bytes that one token takes in the whole cache, while every layer still keeps it."""
         return sum(tensor.bytes_per_token for tensor in self.tensors)
 
+    def bytes_at(self, context: int) -> int:
+        """Bytes that the cache takes at a context of that many tokens."""
+        return sum(tensor.bytes_per_token * tensor.rows(context) for tensor in self.tensors)
+
     @classmethod
-    def of(cls, spec: ModelSpec, plan: Plan) -> KVLayout:
+    def of(cls, spec: ModelSpec, plan: Plan, *, window_cache: bool = True) -> KVLayout:
         """The layout that `plan` gives a model of this `spec`."""
         return cls(
             tensors=tuple(
@@ -107,6 +118,7 @@ class KVLayout(Frozen):
                     heads=spec.kv_heads,
                     dim=layer.rank or spec.head_dim,
                     dtype=layer.cache,
+                    window=spec.windows[layer.layer] if window_cache else None,
                 )
                 for layer in plan.layers
                 for kind in ("key", "value")
@@ -173,7 +185,7 @@ class Manifest(Frozen):
     plan: Plan
     kv_layout: KVLayout
     weights: Weights
-    inputs: tuple[str, ...] = Field(description="graph inputs other than the cache, in order")
+    inputs: tuple[str, ...] = Field(description="graph inputs that have no default, other than the cache, in order")
     versions: dict[str, str]
     files: dict[str, str] = Field(description="SHA-256 of every other file of the folder, by name")
     report: Report | None = None

@@ -14,7 +14,7 @@ from kvslim.calibrate.corpus import WHOLE, self_windows, source_digest, text_win
 from kvslim.calibrate.statistics import CalibrationStatistics, collect
 from kvslim.demo.world import recall_questions
 from kvslim.export.genai import genai_config
-from kvslim.export.graph import build_graph, save_graph
+from kvslim.export.graph import build_graph, save_graph, token_inputs
 from kvslim.export.weights import quantise_weights
 from kvslim.load.architecture import architecture_of
 from kvslim.load.model import load_model, load_tokenizer
@@ -23,7 +23,7 @@ from kvslim.progress import Progress
 from kvslim.recipe import Calibration, Recipe, Validation
 from kvslim.transform.codes import LayerCodes
 from kvslim.transform.surgery import install, prepare
-from kvslim.types import INPUTS, KVLayout, ModelSpec, Plan
+from kvslim.types import KVLayout, ModelSpec, Plan
 from kvslim.validate.measure import Evaluation
 from kvslim.validate.recall import RecallItem, repeated_spans
 
@@ -47,7 +47,7 @@ class Workshop:
         self.tokenizer = load_tokenizer(snapshot)
         self.digest = snapshot.sha256()
         self.model = load_model(snapshot)
-        prepare(self.model, self.architecture)
+        self.original = prepare(self.model, self.architecture, spec)
 
     def statistics(self) -> CalibrationStatistics:
         """Statistics of the calibration text, from the disk when they were gathered before."""
@@ -73,12 +73,13 @@ class Workshop:
         """Puts codes into the model, for good."""
         install(self.model, self.architecture, codes)
 
-    def export(self, plan: Plan, folder: Path) -> None:
-        """Writes the graph of the model as it is, which `plan` describes."""
+    def export(self, plan: Plan, folder: Path) -> tuple[str, ...]:
+        """Writes the graph of the model as it is, which `plan` describes; its inputs other than the cache."""
         graph = build_graph(self.model, self.architecture, KVLayout.of(self.spec, plan))
         save_graph(quantise_weights(graph, self.recipe.weights), folder)
+        return token_inputs(graph)
 
-    def write_companions(self, folder: Path, layout: KVLayout) -> None:
+    def write_companions(self, folder: Path, layout: KVLayout, inputs: tuple[str, ...]) -> None:
         """Writes tokenizer, configs and what onnxruntime-genai needs."""
         self.tokenizer.save_pretrained(folder)
         shutil.copyfile(self.snapshot.path / "config.json", folder / "config.json")
@@ -91,7 +92,7 @@ class Workshop:
             eos=generation.eos_token_id,
             pad=generation.pad_token_id,
             context_length=self.spec.max_context,
-            inputs=INPUTS,
+            inputs=inputs,
         )
         (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -116,13 +117,14 @@ class Workshop:
                 length=settings.length,
                 share=share,
             )
-        return self_windows(
-            self.model,
-            samples=settings.samples,
-            length=settings.length,
-            seed=settings.seed,
-            batches=lambda batches: self.progress.track(batches, "the model's own samples"),
-        )
+        with self.original.restored():
+            return self_windows(
+                self.model,
+                samples=settings.samples,
+                length=settings.length,
+                seed=settings.seed,
+                batches=lambda batches: self.progress.track(batches, "the model's own samples"),
+            )
 
     def _recall_items(self, windows: np.ndarray) -> list[RecallItem]:
         settings = self.recipe.validation

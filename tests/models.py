@@ -45,6 +45,17 @@ def tokens_of(workshop: Workshop, count: int = 40) -> np.ndarray:
     return np.random.default_rng(0).integers(0, workshop.spec.vocab_size, count)
 
 
+def original_logits(model: Path, tokens: np.ndarray) -> np.ndarray:
+    """[n, vocab] logits of a model folder as transformers computes them, without any of KVSlim."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    original = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager", dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits: np.ndarray = original(torch.from_numpy(tokens[None])).logits[0].numpy()
+    return logits
+
+
 def torch_logits(workshop: Workshop, tokens: np.ndarray) -> np.ndarray:
     """[n, vocab] logits of the workshop's model as it is now, in one forward pass."""
     import torch

@@ -10,7 +10,15 @@ import numpy as np
 import onnx
 import pytest
 from conftest import FAMILIES
-from models import cached_logits, export_slim, open_workshop, recipe_of, tokens_of, torch_logits
+from models import (
+    cached_logits,
+    export_slim,
+    open_workshop,
+    original_logits,
+    recipe_of,
+    tokens_of,
+    torch_logits,
+)
 
 from kvslim.methods import METHODS, KvPca, KvQuant, Method
 from kvslim.runtime.session import layout_of, open_session
@@ -18,11 +26,12 @@ from kvslim.types import KVLayout, Plan, Weights
 
 PLANS: dict[str, Sequence[Method]] = {
     "plain": (),
-    "pca": (KvPca(rank=8),),
-    "key_pca": (KvPca(rank=8, objective="key"),),
+    "pca": (KvPca(rank_ratio=0.5),),
+    "key_pca": (KvPca(rank_ratio=0.5, objective="key"),),
     "int8": (KvQuant(),),
-    "pca_int8": (KvQuant(granularity="per_tensor"), KvPca(rank=8)),
+    "pca_int8": (KvQuant(granularity="per_tensor"), KvPca(rank_ratio=0.5)),
 }
+CORE = ("llama", "mistral", "gpt2", "smollm3")  # with RoPE, with windows, with learned positions, with some of each
 ModelOf = Callable[[str], Path]
 
 
@@ -30,30 +39,32 @@ def test_matrix_covers_every_method() -> None:
     assert {method.name for plan in PLANS.values() for method in plan} == set(METHODS)
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "plan"),
+    [(family, plan) for family in FAMILIES for plan in PLANS if family in CORE or plan in ("plain", "pca_int8")],
+)
 def test_graph_equals_torch_in_prefill_and_cached_decode(
     tiny_model: ModelOf, tmp_path: Path, family: str, plan: str
 ) -> None:
     workshop = open_workshop(tiny_model(family), recipe_of(PLANS[plan]))
     tokens = tokens_of(workshop)
-    original = torch_logits(workshop, tokens)
+    original = original_logits(tiny_model(family), tokens)
     made = export_slim(workshop, tmp_path / "slim")
     layout = layout_of(open_session(tmp_path / "slim"))
     assert layout == KVLayout.of(workshop.spec, made)
     slim = torch_logits(workshop, tokens)
     effect = np.abs(slim - original).max()
-    assert effect > 1e-4 if PLANS[plan] else effect == 0
+    assert effect > 1e-4 if PLANS[plan] else effect < 2e-5
     # A number on the edge between two integers may round to either side, which moves all later logits a little.
     tolerance = max(1e-4, 0.1 * effect) if "int8" in plan else 1e-4
     assert np.abs(cached_logits(tmp_path / "slim", tokens) - slim).max() < tolerance
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*CORE, "gemma3_text", "gpt_neox", "opt"])
 def test_full_rank_reproduces_the_plain_export_when_not_quantised(
     tiny_model: ModelOf, tmp_path: Path, family: str
 ) -> None:
-    workshop = open_workshop(tiny_model(family), recipe_of([KvPca(rank=16)]))
+    workshop = open_workshop(tiny_model(family), recipe_of([KvPca(rank_ratio=1.0)]))
     (tmp_path / "plain").mkdir()
     workshop.export(Plan.identity(workshop.spec), tmp_path / "plain")
     export_slim(workshop, tmp_path / "slim")

@@ -55,31 +55,36 @@ def test_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("config", "heads", "kv_heads", "head_dim", "rotary_dim"),
+    ("config", "heads", "kv_heads", "head_dim", "windows"),
     [
-        ({"model_type": "llama", "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3}, 9, 3, 64, 64),
+        (
+            {"model_type": "llama", "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3},
+            9,
+            3,
+            64,
+            {None},
+        ),
         (
             {"model_type": "qwen3", "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
             16,
             8,
             128,
-            128,
+            {None},
         ),
-        (
-            {"model_type": "qwen2", "hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2},
-            14,
-            2,
-            64,
-            64,
-        ),
-        ({"model_type": "gpt2"}, 12, 12, 64, 0),
+        ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4096}, 32, 32, 128, {None}),
+        ({"model_type": "gpt2"}, 12, 12, 64, {None}),
+        ({"model_type": "mistral", "sliding_window": 4096}, 32, 8, 128, {4096}),
+        ({"model_type": "mistral", "sliding_window": 4096, "max_position_embeddings": 4096}, 32, 8, 128, {None}),
+        ({"model_type": "gemma2"}, 8, 4, 256, {4096, None}),
     ],
 )
 def test_spec_comes_from_the_config_alone(
-    tmp_path: Path, config: dict[str, Any], heads: int, kv_heads: int, head_dim: int, rotary_dim: int
+    tmp_path: Path, config: dict[str, Any], heads: int, kv_heads: int, head_dim: int, windows: set[int | None]
 ) -> None:
     spec = read_spec(resolve(str(config_folder(tmp_path, **config))))
-    assert (spec.q_heads, spec.kv_heads, spec.head_dim, spec.rotary_dim) == (heads, kv_heads, head_dim, rotary_dim)
+    assert (spec.q_heads, spec.kv_heads, spec.head_dim) == (heads, kv_heads, head_dim)
+    assert set(spec.windows) == windows
+    assert len(spec.windows) == spec.layers
 
 
 def test_every_architecture_names_modules_that_exist(tiny_model: Callable[[str], Path]) -> None:
@@ -91,7 +96,38 @@ def test_every_architecture_names_modules_that_exist(tiny_model: Callable[[str],
         for name in (architecture.query, architecture.key, architecture.value, architecture.output):
             assert attention.get_submodule(name).weight is not None
         if architecture.rotary is not None:
-            assert model.get_submodule(architecture.rotary).inv_freq is not None
+            assert "RotaryEmbedding" in type(model.get_submodule(architecture.rotary)).__name__
+
+
+LONGROPE = {
+    "model_type": "phi3",
+    "max_position_embeddings": 131072,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 48,
+        "long_factor": [2.0] * 48,
+        "original_max_position_embeddings": 4096,
+    },
+}
+
+
+@pytest.mark.parametrize(("context", "expected"), [(None, 4096), (4096, 4096), (8192, 131072)])
+def test_longrope_serves_the_context_that_is_wanted(tmp_path: Path, context: int | None, expected: int) -> None:
+    assert read_spec(resolve(str(config_folder(tmp_path, **LONGROPE))), context).max_context == expected
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "mixtral", "num_local_experts": 8},
+        {"model_type": "qwen3_moe", "num_experts": 128},
+        {"model_type": "deepseek_v3", "n_routed_experts": 64},
+    ],
+)
+def test_mixtures_of_experts_are_refused_as_such(tmp_path: Path, config: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match="mixture of experts"):
+        read_spec(resolve(str(config_folder(tmp_path, **config))))
 
 
 def test_unknown_family_suggests_the_closest() -> None:
@@ -100,14 +136,8 @@ def test_unknown_family_suggests_the_closest() -> None:
     assert "'llama'" in error.value.fix
 
 
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
-        ({"layer_types": ["sliding_attention"] * 2, "num_hidden_layers": 2}, "sliding"),
-    ],
-)
-def test_model_is_refused_when_its_attention_is_beyond_us(tmp_path: Path, change: dict[str, Any], word: str) -> None:
-    folder = config_folder(tmp_path, **{"model_type": "qwen2", **change})
-    with pytest.raises(UnsupportedError, match=word):
+def test_model_is_refused_when_its_rope_changes_with_the_length(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    folder = config_folder(tmp_path, model_type="qwen2", rope_parameters=rope)
+    with pytest.raises(UnsupportedError, match="dynamic"):
         read_spec(resolve(str(folder)))

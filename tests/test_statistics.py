@@ -13,6 +13,7 @@ from models import open_workshop, recipe_of
 from kvslim.calibrate import cache
 from kvslim.calibrate.rope import rotate
 from kvslim.calibrate.statistics import SINKS, CalibrationStatistics, collect, rope_frequencies
+from kvslim.transform.attention import Observed
 from kvslim.transform.surgery import slim_modules
 from kvslim.workshop import Workshop
 
@@ -36,8 +37,8 @@ def states(workshop: Workshop, windows: np.ndarray, layer: int) -> dict[str, np.
 
     heard: dict[str, list[np.ndarray]] = {"q": [], "k": [], "v": []}
 
-    def listen(query: Any, key: Any, value: Any, scaling: float) -> None:
-        for name, tensor in (("q", query), ("k", key), ("v", value)):
+    def listen(seen: Observed) -> None:
+        for name, tensor in (("q", seen.query), ("k", seen.key), ("v", seen.value)):
             heard[name].append(tensor.double().numpy())
 
     slim = slim_modules(workshop.model, workshop.architecture)[layer]
@@ -61,7 +62,7 @@ def attention(heard: dict[str, np.ndarray]) -> np.ndarray:
 def test_key_moment_equals_brute_force_over_all_positions(workshop: Workshop) -> None:
     windows, context, layer = windows_of(workshop, 6), 50, 1
     statistics = gather(workshop, windows, context)
-    frequencies = rope_frequencies(workshop.model, workshop.architecture)
+    frequencies = rope_frequencies(slim_modules(workshop.model, workshop.architecture)[layer])
     heard = states(workshop, windows, layer)
     received = attention(heard).mean((2, 3))
     bare = rotate(heard["k"], -np.arange(40), frequencies)[:, :, SINKS:]

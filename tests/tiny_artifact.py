@@ -16,7 +16,7 @@ SPEC = ModelSpec(
     head_dim=16,
     vocab_size=257,
     max_context=512,
-    rotary_dim=16,
+    windows=(None, None),
 )
 
 

@@ -73,7 +73,7 @@ def self_windows(model: Any, *, samples: int, length: int, seed: int, batches: A
     """Windows that the model wrote itself: sampled from its own distribution, so no text is needed.
 
     Args:
-        model: A causal language model without codes.
+        model: A causal language model with its own attention, which keeps a cache.
         samples: Windows.
         length: Tokens per window, the first one included.
         seed: Seed of the samples.
@@ -85,17 +85,12 @@ def self_windows(model: Any, *, samples: int, length: int, seed: int, batches: A
     import torch
 
     start = _start_token(model.config)
-    attention = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")  # the slim attention keeps no cache in torch
     parts = []
-    try:
-        with torch.random.fork_rng(devices=[]), torch.inference_mode():
-            torch.manual_seed(seed)
-            for first in batches(range(0, samples, SELF_BATCH)):
-                prompt = torch.full((min(SELF_BATCH, samples - first), 1), start)
-                parts.append(_sample(model, prompt, length).numpy())
-    finally:
-        model.set_attn_implementation(attention)
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        torch.manual_seed(seed)
+        for first in batches(range(0, samples, SELF_BATCH)):
+            prompt = torch.full((min(SELF_BATCH, samples - first), 1), start)
+            parts.append(_sample(model, prompt, length).numpy())
     return np.concatenate(parts)
 
 

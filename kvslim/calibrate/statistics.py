@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kvslim.calibrate import rope
 from kvslim.load.architecture import Architecture
+from kvslim.transform.attention import Observed, SlimAttention
 from kvslim.transform.surgery import attention_modules, projection, slim_modules
 from kvslim.types import ModelSpec
 
@@ -65,16 +66,15 @@ class _LayerRecorder:
     """Sums of one layer; memory does not depend on the number of tokens."""
 
     def __init__(self, spec: ModelSpec, frequencies: Array, picks: Iterable[Array]) -> None:
-        self.spec, self.frequencies, self.picks = spec, torch.from_numpy(frequencies), iter(picks)
+        self.spec, self.frequencies, self.picks = spec, frequencies, iter(picks)
         self.windows = 0
         self.sums: dict[str, Tensor] = {}
         self.samples: dict[str, list[Tensor]] = {name: [] for name in ("key", "value", "sink_key", "sink_value")}
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
-        """Adds one batch: q, k, v as [batch, heads, length, head_dim] after RoPE."""
-        positions = torch.arange(key.shape[2], dtype=torch.float64)
-        bare_key, bare_query = (_unrotate(x.double(), positions, self.frequencies) for x in (key, query))
-        received, outputs = _attend(query, key, value, scaling)
+    def __call__(self, seen: Observed) -> None:
+        """Adds one batch."""
+        bare_key, bare_query, key = seen.bare_key.double(), seen.bare_query.double(), seen.key
+        received, outputs = _attend(seen)
         self._add_keys("key", bare_key[:, :, SINKS:], received[:, :, SINKS:])
         self._add_keys("sink", key[:, :, :SINKS].double(), received[:, :, :SINKS])
         self._add("mass", received[:, :, :SINKS].sum((0, 2)))
@@ -83,7 +83,7 @@ class _LayerRecorder:
         self._add("output_mean", outputs.mean(3).sum(0))
         self._add("output", torch.einsum("bhgsd,bhgse->hde", outputs, outputs) / outputs[0, 0, :, :, 0].numel())
         self.windows += key.shape[0]
-        self._sample(bare_key, key, value)
+        self._sample(bare_key, key, seen.value)
 
     def _add(self, name: str, amount: Tensor) -> None:
         self.sums[name] = self.sums[name] + amount if name in self.sums else amount
@@ -102,7 +102,7 @@ class _LayerRecorder:
 
     def finish(self, context: int, positions: Array, gram: Array) -> dict[str, Array]:
         """The statistics of this layer, by field name."""
-        frequencies = self.frequencies.numpy()
+        frequencies = self.frequencies
         mean = {name: (total / self.windows).numpy() for name, total in self.sums.items()}
         key_mean = rope.average_mean(mean["key_mean"], frequencies, context) + mean["sink_mean"]
         key_square = rope.average_moment(mean["key"], frequencies, context) + mean["sink"]
@@ -143,9 +143,8 @@ def collect(
     per_window = min(windows.shape[1] - SINKS, -(-SAMPLES // len(windows)))
     picks = [SINKS + np.sort(rng.permutation(windows.shape[1] - SINKS)[:per_window]) for _ in windows]
     positions = rng.integers(0, context, per_window * len(windows))
-    frequencies = rope_frequencies(model, architecture)
     slims = slim_modules(model, architecture)
-    recorders = [_LayerRecorder(spec, frequencies, picks) for _ in slims]
+    recorders = [_LayerRecorder(spec, rope_frequencies(slim), picks) for slim in slims]
     for slim, recorder in zip(slims, recorders, strict=True):
         slim.observer = recorder
     try:
@@ -160,12 +159,9 @@ def collect(
     return CalibrationStatistics(**{name: np.stack([layer[name] for layer in layers]) for name in layers[0]})
 
 
-def rope_frequencies(model: Any, architecture: Architecture) -> Array:
+def rope_frequencies(slim: SlimAttention) -> Array:
     """[rotary_dim / 2] radians per position, scaling included; empty without RoPE."""
-    if architecture.rotary is None:
-        return np.zeros(0)
-    frequencies: Array = model.get_submodule(architecture.rotary).inv_freq.double().numpy()
-    return frequencies
+    return np.zeros(0) if slim.rotary is None else slim.rotary.frequencies
 
 
 def _output_gram(attention: Any, architecture: Architecture, spec: ModelSpec) -> Array:
@@ -174,7 +170,7 @@ def _output_gram(attention: Any, architecture: Architecture, spec: ModelSpec) ->
     return np.einsum("ohgd,ohge->hde", by_head, by_head)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def _attend(seen: Observed) -> tuple[Tensor, Tensor]:
     """Attention that each key receives, and the outputs, from all queries but the first eighth.
 
     The first queries have few keys to choose from. Queries go in blocks, so that memory grows with the length alone.
@@ -183,22 +179,12 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[
         [batch, kv_heads, length] mean over group and queries, summing to 1; and the outputs, float64
         [batch, kv_heads, group, queries, head_dim].
     """
-    length = key.shape[2]
-    grouped = query.unflatten(1, (key.shape[1], -1))
+    key, value, length = seen.key, seen.value, seen.key.shape[2]
+    grouped = seen.query.unflatten(1, (key.shape[1], -1))
     received, outputs = torch.zeros(key.shape[:3], dtype=torch.float64), []
     for start in range(length // 8, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
-        scores = torch.einsum("bhgsd,bhtd->bhgst", grouped[..., start:stop, :], key[:, :, :stop]) * scaling
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(start + 1)
-        weights = scores.masked_fill_(later, -torch.inf).softmax(-1)
+        weights = seen.scoring.weights(grouped[..., start:stop, :], key[:, :, None, :stop], start)
         received[:, :, :stop] += weights.mean(2).sum(2)
         outputs.append(torch.einsum("bhgst,bhtd->bhgsd", weights, value[:, :, :stop]).double())
     return received / (length - length // 8), torch.cat(outputs, dim=3)
-
-
-def _unrotate(states: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
-    half = len(frequencies)
-    angle = positions[:, None] * frequencies
-    cos, sin = angle.cos(), angle.sin()
-    first, second = states[..., :half], states[..., half : 2 * half]
-    return torch.cat([first * cos + second * sin, second * cos - first * sin, states[..., 2 * half :]], dim=-1)

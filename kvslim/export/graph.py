@@ -10,16 +10,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
-from kvslim.export.passes import drop_idle_reshapes, name_dimensions, strip_traces
+from kvslim.export.packing import pack_projections
+from kvslim.export.passes import (
+    drop_idle_reshapes,
+    drop_idle_rotations,
+    drop_unused_inputs,
+    give_default,
+    hidden_weights,
+    name_dimensions,
+    optimise,
+    share_tied_weights,
+    strip_traces,
+)
 from kvslim.load.architecture import Architecture
 from kvslim.transform.attention import ExportStep, PassThroughCache
 from kvslim.transform.surgery import slim_modules
-from kvslim.types import INPUTS, KVLayout
+from kvslim.types import INPUTS, NUM_LOGITS, KVLayout
 
 OPSET = 21
 TORCH_TYPES = {"float32": torch.float32, "int8": torch.int8}
@@ -34,16 +46,32 @@ class _Decoder(nn.Module):
         self.slims = slim_modules(model, architecture)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        num_logits: Tensor,
+        past: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor] | None]]:
         last = attention_mask.sum(-1).to(torch.int32) - 1
         total = torch.tensor(attention_mask.shape[1], dtype=torch.int32)
         for slim, layer_past in zip(self.slims, past, strict=True):
-            slim.step = ExportStep(layer_past, last, total)
-        output = self.model(
-            input_ids=input_ids, position_ids=position_ids, past_key_values=PassThroughCache(past), use_cache=True
-        )
+            slim.step = ExportStep(layer_past, last, total, position_ids)
+        head = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: _last(args[0], num_logits))
+        try:
+            output = self.model(
+                input_ids=input_ids, position_ids=position_ids, past_key_values=PassThroughCache(past), use_cache=True
+            )
+        finally:
+            head.remove()
         return output.logits, [slim.step.present if slim.step else None for slim in self.slims]
+
+
+def _last(hidden: Tensor, count: Tensor) -> Tensor:
+    """The last `count` tokens of hidden states [batch, length, hidden]; all for 0."""
+    bounds = [-count, torch.tensor([2**62]), torch.tensor([1])]
+    kept: Tensor = torch.onnx.ops.symbolic("Slice", [hidden, *bounds], dtype=hidden.dtype, shape=hidden.shape)
+    return kept
 
 
 def build_graph(model: Any, architecture: Architecture, layout: KVLayout) -> ir.Model:
@@ -55,47 +83,72 @@ def build_graph(model: Any, architecture: Architecture, layout: KVLayout) -> ir.
         layout: The cache that the codes give.
 
     Returns:
-        A graph with the inputs and outputs that `layout` names, its weights in memory.
+        A graph with the inputs and outputs that `layout` names; its weights stay where the model has them, and what
+        is computed from them (a transposed or packed matrix) is computed when it is read.
     """
     decoder = _Decoder(model, architecture)
+    try:
+        with torch.inference_mode(False), torch.no_grad(), _quiet():
+            graph = _exported(decoder, layout)
+            share_tied_weights(graph)
+            with hidden_weights(graph):
+                optimise(graph)
+                drop_idle_rotations(graph)
+                fuse_for_onnxruntime(graph, "cpu")
+                drop_idle_reshapes(graph)
+            pack_projections(graph)
+            give_default(graph, NUM_LOGITS, np.zeros(1, np.int64))
+            drop_unused_inputs(graph)
+            strip_traces(graph)
+            name_dimensions(graph, layout)
+        return graph
+    finally:
+        for slim in decoder.slims:
+            slim.step, slim.hidden = None, None
+
+
+def _exported(decoder: _Decoder, layout: KVLayout) -> ir.Model:
+    """The graph as the exporter leaves it."""
     keys, values = layout.tensors[0::2], layout.tensors[1::2]
     batch, length, past_length = 2, 3, 5  # torch.export takes sizes 0 and 1 for constants
     past = [
-        tuple(torch.zeros(batch, t.heads, past_length, t.dim, dtype=TORCH_TYPES[t.dtype]) for t in pair)
+        tuple(torch.zeros(batch, t.heads, t.rows(past_length), t.dim, dtype=TORCH_TYPES[t.dtype]) for t in pair)
         for pair in zip(keys, values, strict=True)
     ]
     ids = torch.zeros(batch, length, dtype=torch.long)
     mask = torch.ones(batch, past_length + length, dtype=torch.long)
     positions = torch.arange(past_length, past_length + length).repeat(batch, 1)
-    dims = _dynamic_dims(len(past))
-    try:
-        with torch.inference_mode(False), torch.no_grad(), _quiet():
-            program = torch.export.export(decoder, (ids, mask, positions, past), dynamic_shapes=dims, strict=False)
-            exported = torch.onnx.export(
-                program,
-                input_names=[*INPUTS, *(tensor.past for tensor in layout.tensors)],
-                output_names=["logits", *(tensor.present for tensor in layout.tensors)],
-                opset_version=OPSET,
-                verbose=False,
-            )
-        if exported is None:
-            raise RuntimeError("torch.onnx.export returned nothing")
-        with _quiet():
-            fuse_for_onnxruntime(exported.model, "cpu")
-            drop_idle_reshapes(exported.model)
-            strip_traces(exported.model)
-            name_dimensions(exported.model, layout)
-        return exported.model
-    finally:
-        for slim in decoder.slims:
-            slim.step, slim.hidden = None, None
+    arguments = (ids, mask, positions, torch.zeros(1, dtype=torch.long), past)
+    program = torch.export.export(decoder, arguments, dynamic_shapes=_dynamic_dims(len(past)), strict=False)
+    exported = torch.onnx.export(
+        program,
+        input_names=[*INPUTS, NUM_LOGITS, *(tensor.past for tensor in layout.tensors)],
+        output_names=["logits", *(tensor.present for tensor in layout.tensors)],
+        opset_version=OPSET,
+        optimize=False,
+        verbose=False,
+    )
+    if exported is None:
+        raise RuntimeError("torch.onnx.export returned nothing")
+    return exported.model
 
 
 def _dynamic_dims(layers: int) -> dict[str, Any]:
     dynamic = torch.export.Dim.DYNAMIC
     pair = ({0: dynamic, 2: dynamic}, {0: dynamic, 2: dynamic})
     tokens = {0: dynamic, 1: dynamic}
-    return {"input_ids": tokens, "attention_mask": tokens, "position_ids": tokens, "past": [pair] * layers}
+    return {
+        "input_ids": tokens,
+        "attention_mask": tokens,
+        "position_ids": tokens,
+        "num_logits": None,
+        "past": [pair] * layers,
+    }
+
+
+def token_inputs(graph: ir.Model) -> tuple[str, ...]:
+    """The inputs of a graph that a caller must give, other than the cache."""
+    return tuple(str(value.name) for value in graph.graph.inputs if value.name in INPUTS)
 
 
 def save_graph(model: ir.Model, folder: Path) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import onnx_ir as ir
+import onnxscript
+import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+from onnxscript.rewriter import onnx_fusions
 
-from kvslim.types import KVLayout
+from kvslim.types import NUM_LOGITS, KVLayout
 
 BATCH, LENGTH, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 
@@ -17,15 +23,96 @@ def name_dimensions(model: ir.Model, layout: KVLayout) -> None:
         "input_ids": (BATCH, LENGTH),
         "attention_mask": (BATCH, TOTAL),
         "position_ids": (BATCH, LENGTH),
+        NUM_LOGITS: (1,),
     }
     for tensor in layout.tensors:
-        shapes[tensor.past] = (BATCH, tensor.heads, PAST, tensor.dim)
-        shapes[tensor.present] = (BATCH, tensor.heads, TOTAL, tensor.dim)
+        rows = tensor.rows(0)
+        past, present = (PAST, TOTAL) if tensor.window is None else (rows, rows)
+        shapes[tensor.past] = (BATCH, tensor.heads, past, tensor.dim)
+        shapes[tensor.present] = (BATCH, tensor.heads, present, tensor.dim)
     for value in [*model.graph.inputs, *model.graph.outputs]:
         if value.name == "logits" and value.shape is not None:
             value.shape = ir.Shape([BATCH, LENGTH, value.shape[-1]])
         elif value.name is not None:
             value.shape = ir.Shape(shapes[value.name])
+
+
+def share_tied_weights(model: ir.Model) -> None:
+    """Makes one initializer of those that torch keeps in one memory, such as an embedding and the head tied to it."""
+    first: dict[tuple[int, tuple[int, ...]], ir.Value] = {}
+    for value in list(model.graph.initializers.values()):
+        raw = getattr(value.const_value, "raw", None)
+        if isinstance(raw, torch.Tensor) and raw.numel() > 1:
+            kept = first.setdefault((raw.data_ptr(), tuple(raw.stride())), value)
+            if kept is not value and kept.const_value.shape == value.const_value.shape:  # type: ignore[union-attr]
+                value.replace_all_uses_with(kept)
+
+
+@contextlib.contextmanager
+def hidden_weights(model: ir.Model) -> Iterator[None]:
+    """Within the block the matrices of a graph are inputs without a value, so that no pass copies or folds them."""
+    graph = model.graph
+    hidden = {value: value.const_value for value in graph.initializers.values() if _is_matrix(value)}
+    for value in hidden:
+        del graph.initializers[str(value.name)]
+        value.const_value = None
+        graph.inputs.append(value)
+    try:
+        yield
+    finally:
+        for value, tensor in hidden.items():
+            graph.inputs.remove(value)
+            value.const_value = tensor
+            if value.uses():
+                graph.register_initializer(value)
+
+
+def _is_matrix(value: ir.Value) -> bool:
+    return value.shape is not None and len(value.shape) == 2 and value.dtype == ir.DataType.FLOAT
+
+
+def optimise(model: ir.Model) -> None:
+    """onnxscript's constant folding and clean-up."""
+    onnxscript.optimizer.optimize_ir(model)
+    onnx_fusions.fuse(model)
+
+
+def drop_idle_rotations(model: ir.Model) -> None:
+    """Drops rotations by nothing, x * 1 + y * 0: what the model's own RoPE is once the slim attention does it."""
+    for node in list(model.graph):
+        if node.op_type != "Add":
+            continue
+        factors = [_scaled_by(value) for value in node.inputs]
+        kept = [states for states, factor in factors if factor == 1 and states is not None]
+        if len(kept) == 1 and {factor for _, factor in factors} == {0, 1}:
+            node.outputs[0].replace_all_uses_with(kept[0])
+    RemoveUnusedNodesPass()(model)
+
+
+def _scaled_by(value: ir.Value | None) -> tuple[ir.Value | None, float | None]:
+    """x and c of `x * c` with a constant whose entries all equal c."""
+    node = None if value is None else value.producer()
+    if node is None or node.op_type != "Mul":
+        return value, None
+    for states, factor in (node.inputs, reversed(node.inputs)):
+        constant = None if factor is None or factor.const_value is None else factor.const_value.numpy()
+        if constant is not None and (constant == constant.flat[0]).all():
+            return states, float(constant.flat[0])
+    return value, None
+
+
+def give_default(model: ir.Model, name: str, default: np.ndarray) -> None:
+    """Gives a graph input the value it has when the caller passes none."""
+    value = next(value for value in model.graph.inputs if value.name == name)
+    value.const_value = ir.tensor(default, name=name)
+    model.graph.register_initializer(value)
+
+
+def drop_unused_inputs(model: ir.Model) -> None:
+    """Drops graph inputs that nothing reads, such as positions where the fused operator counts them itself."""
+    for value in list(model.graph.inputs):
+        if not value.uses():
+            model.graph.inputs.remove(value)
 
 
 def drop_idle_reshapes(model: ir.Model) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from kvslim.errors import UnsupportedError, suggestion
+
+Packing = Literal["blocks", "heads"]
 
 
 @dataclass(frozen=True)
@@ -15,8 +18,12 @@ class Architecture:
         layers: The list of decoder layers, from the model.
         attention: The attention module, from a layer.
         query, key, value, output: Its projections, from the attention module.
-        packed: Whether query, key and value are the thirds of one projection.
+        packing: Order of the rows where query, key and value are one projection: all query heads, all key heads, all
+            value heads ("blocks"), or query, key and value of one head after the other ("heads").
+        direct: Whether the modelling code slices and joins projections with no effect but RoPE's; they are then
+            computed straight from the hidden states.
         rotary: The rotary embedding, from the model; None for learned positions.
+        scaled_query: Whether the family scales queries after their projection.
     """
 
     layers: str = "model.layers"
@@ -25,24 +32,42 @@ class Architecture:
     key: str = "k_proj"
     value: str = "v_proj"
     output: str = "o_proj"
-    packed: bool = False
+    packing: Packing | None = None
+    direct: bool = False
     rotary: str | None = "model.rotary_emb"
+    scaled_query: bool = False
+
+
+def _packed(name: str, packing: Packing, **paths: str | None) -> Architecture:
+    """The row of a family with one projection for query, key and value."""
+    return Architecture(query=name, key=name, value=name, packing=packing, direct=True, **paths)  # type: ignore[arg-type]
 
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "gemma": Architecture(),
+    "gemma2": Architecture(),
+    "gemma3_text": Architecture(),
+    "gpt2": _packed("c_attn", "blocks", layers="transformer.h", attention="attn", output="c_proj", rotary=None),
+    "gpt_neox": _packed(
+        "query_key_value",
+        "heads",
+        layers="gpt_neox.layers",
+        attention="attention",
+        output="dense",
+        rotary="gpt_neox.rotary_emb",
+    ),
+    "granite": Architecture(),
     "llama": Architecture(),
+    "mistral": Architecture(),
+    "olmo2": Architecture(),
+    "opt": Architecture(layers="model.decoder.layers", output="out_proj", rotary=None, scaled_query=True),
+    "phi": Architecture(output="dense", direct=True),
+    "phi3": _packed("qkv_proj", "blocks"),
     "qwen2": Architecture(),
     "qwen3": Architecture(),
-    "gpt2": Architecture(
-        layers="transformer.h",
-        attention="attn",
-        query="c_attn",
-        key="c_attn",
-        value="c_attn",
-        output="c_proj",
-        packed=True,
-        rotary=None,
-    ),
+    "smollm3": Architecture(),
+    "stablelm": Architecture(direct=True),
+    "starcoder2": Architecture(),
 }
 
 

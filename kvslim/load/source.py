@@ -10,10 +10,11 @@ from typing import Any
 
 from kvslim.demo import MODEL_DIR
 from kvslim.errors import ModelError, NotFoundError, UnsupportedError
-from kvslim.load.architecture import ARCHITECTURES, architecture_of
+from kvslim.load.architecture import architecture_of
 from kvslim.types import ModelSpec
 
-STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
+STATIC_ROPE = {"default", "linear", "llama3", "longrope", "yarn"}
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -109,24 +110,31 @@ def read_config(snapshot: Snapshot) -> dict[str, Any]:
     return config
 
 
-def read_spec(snapshot: Snapshot) -> ModelSpec:
+def read_spec(snapshot: Snapshot, context: int | None = None) -> ModelSpec:
     """The model's shape, from config.json alone.
+
+    LongRoPE (Ding et al., 2024) rotates all positions faster in texts up to the original context than in longer ones,
+    so one cache serves one of the two: `context` decides.
+
+    Args:
+        snapshot: The model's files.
+        context: Tokens that the model is wanted for; None for its own choice.
 
     Raises:
         NotFoundError: The folder has no config.json.
         ModelError: The config is broken or contradicts itself.
-        UnsupportedError: The family, its RoPE scaling or its windows are not supported.
+        UnsupportedError: The family or its RoPE scaling is not supported.
     """
     raw = read_config(snapshot)
+    _refuse_experts(raw, str(snapshot.path / "config.json"))
     architecture_of(raw["model_type"])
     where = str(snapshot.path / "config.json")
-    from optimum.utils import NormalizedConfigManager
+    from optimum.utils import NormalizedTextConfig
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.for_model(**raw)
-        names = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
-        spec = _spec(config, names)
+        spec = _spec(config, NormalizedTextConfig(config), context or 0)
     except Exception as error:  # transformers' config classes raise many types, each with its reason
         reason = " ".join(str(error).split())
         raise ModelError(f"config.json is broken: {reason}", where=where, fix="download the model again") from error
@@ -140,13 +148,11 @@ def read_spec(snapshot: Snapshot) -> ModelSpec:
     return spec
 
 
-def _spec(config: Any, names: Any) -> ModelSpec:
+def _spec(config: Any, names: Any, context: int) -> ModelSpec:
     q_heads = int(names.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or names.hidden_size // q_heads
     if names.hidden_size < 1 or names.num_layers < 1 or head_dim < 1:
         raise ValueError("sizes must be positive")
-    rope = getattr(config, "rope_parameters", None) or {}
-    has_rope = ARCHITECTURES[config.model_type].rotary is not None
     return ModelSpec(
         model_type=config.model_type,
         layers=names.num_layers,
@@ -155,23 +161,53 @@ def _spec(config: Any, names: Any) -> ModelSpec:
         kv_heads=getattr(config, "num_key_value_heads", None) or q_heads,
         head_dim=head_dim,
         vocab_size=config.vocab_size,
-        max_context=config.max_position_embeddings,
-        rotary_dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)) if has_rope else 0,
+        max_context=_max_context(config, context),
+        windows=_windows(config, names.num_layers),
     )
 
 
-def _refuse_unsupported(config: Any, where: str) -> None:
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in STATIC_ROPE:
+def _max_context(config: Any, context: int) -> int:
+    rope = _ropes(config)[0]
+    original = rope.get("original_max_position_embeddings", 0)
+    if rope.get("rope_type") == "longrope" and context <= original:
+        return int(original)
+    return int(config.max_position_embeddings)
+
+
+def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
+    """The window of each layer; a window that holds the whole context is none."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or window >= config.max_position_embeddings or not getattr(config, "use_sliding_window", True):
+        return (None,) * layers
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The RoPE parameters of a config: one set, or one for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return nested or [rope]
+
+
+def _refuse_experts(raw: dict[str, Any], where: str) -> None:
+    if any(raw.get(key) for key in EXPERTS):
         raise UnsupportedError(
-            f"RoPE scaling {rope!r} changes its frequencies with the length",
+            f"{raw['model_type']!r} is a mixture of experts, which KVSlim does not support",
             where=where,
-            fix=f"supported: {', '.join(sorted(STATIC_ROPE))}",
+            fix="use a dense model",
         )
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise UnsupportedError(
-            "sliding-window layers are not supported", where=where, fix="use a model with full attention in all layers"
-        )
+
+
+def _refuse_unsupported(config: Any, where: str) -> None:
+    for rope in _ropes(config):
+        kind = rope.get("rope_type", "default")
+        if kind not in STATIC_ROPE:
+            raise UnsupportedError(
+                f"RoPE scaling {kind!r} changes its frequencies with the length",
+                where=where,
+                fix=f"supported: {', '.join(sorted(STATIC_ROPE))}",
+            )
 
 
 def check_weights(snapshot: Snapshot) -> None:

@@ -24,7 +24,7 @@ from kvslim.types import LayerPlan, ModelSpec, Objective, Plan
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
 
-STEP = 8  # onnxruntime's kernel reads heads in multiples of 8
+STEP, WINDOW_STEP = 8, 16  # onnxruntime's kernel reads heads in multiples of this, with a window in those of that
 
 
 class Basis(NamedTuple):
@@ -68,17 +68,23 @@ def _damped(matrix: Array, damping: float) -> Array:
     return matrix + (damping * level + np.finfo(np.float64).tiny) * np.eye(dim)
 
 
-def check_rank(rank: int, spec: ModelSpec, where: str) -> None:
-    """Refuses a rank that is no multiple of 8 or not within 8..head_dim.
+def rank_step(window: int | None) -> int:
+    """The step of the ranks that a layer with this window can have."""
+    return STEP if window is None else WINDOW_STEP
+
+
+def check_rank(rank: int, spec: ModelSpec, window: int | None, where: str) -> None:
+    """Refuses a rank that the kernel cannot take, or beyond head_dim.
 
     Raises:
         UsageError: Naming `where` it was asked for.
     """
-    if rank % STEP or not STEP <= rank <= spec.head_dim:
+    step = rank_step(window)
+    if rank % step or not step <= rank <= spec.head_dim:
         raise UsageError(
-            f"rank {rank} does not fit head_dim {spec.head_dim}",
+            f"rank {rank} does not fit head_dim {spec.head_dim}" + ("" if window is None else " and a window"),
             where=where,
-            fix=f"use a multiple of {STEP}, at most {spec.head_dim}",
+            fix=f"use a multiple of {step}, at most {spec.head_dim}",
         )
 
 
@@ -90,7 +96,7 @@ class KvPca(Method):
     summary: ClassVar[str] = "fewer dimensions per cached head: balanced truncation of keys and values"
 
     rank: int | None = Field(None, ge=STEP, description="cached dimensions per head, a multiple of 8")
-    rank_ratio: float | None = Field(None, gt=0, le=1, description="rank as a share of head_dim, rounded down to 8s")
+    rank_ratio: float | None = Field(None, gt=0, le=1, description="rank as a share of head_dim, rounded down")
     energy: float | None = Field(None, gt=0, le=1, description="least share of energy that every head keeps")
     objective: Objective = Field("balanced", description="balanced weighs keys by queries; key is plain PCA")
     damping: float = Field(1e-2, gt=0, le=1, description="share of the mean eigenvalue added to each diagonal")
@@ -103,9 +109,10 @@ class KvPca(Method):
         return self
 
     def check(self, spec: ModelSpec) -> None:
-        """Refuses a rank that is no multiple of 8 or above head_dim."""
+        """Refuses a rank that the kernel cannot take in every layer."""
         if self.rank is not None:
-            check_rank(self.rank, spec, "recipe: methods.kv_pca.rank")
+            for window in spec.windows:
+                check_rank(self.rank, spec, window, "recipe: methods.kv_pca.rank")
 
     def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
         """Sets each layer's rank and objective, with the least energy kept by any of its heads as score."""
@@ -114,7 +121,7 @@ class KvPca(Method):
             energy = np.minimum(
                 *(basis.energy.min(0) for basis in self._bases(statistics, layer.layer, self.objective))
             )
-            rank = self._rank(spec, energy)
+            rank = self._rank(spec, rank_step(spec.windows[layer.layer]), energy)
             score = float(energy[rank - 1])
             reason = f"rank {rank} of {spec.head_dim} keeps {score:.2%} of the energy"
             update = {"rank": rank, "objective": self.objective, "score": score, "reason": reason}
@@ -130,13 +137,13 @@ class KvPca(Method):
             for layer, code in zip(plan.layers, codes, strict=True)
         )
 
-    def _rank(self, spec: ModelSpec, energy: Array) -> int:
+    def _rank(self, spec: ModelSpec, step: int, energy: Array) -> int:
         if self.rank is not None:
             return self.rank
         if self.rank_ratio is not None:
-            return max(STEP, int(spec.head_dim * self.rank_ratio) // STEP * STEP)
+            return max(step, int(spec.head_dim * self.rank_ratio) // step * step)
         enough = int((energy < (self.energy or 0)).sum()) + 1
-        return min(spec.head_dim, -(-enough // STEP) * STEP)
+        return min(spec.head_dim, -(-enough // step) * step)
 
     def _bases(self, statistics: CalibrationStatistics, layer: int, objective: Objective) -> tuple[Basis, Basis]:
         """Bases of keys and of values of one layer."""

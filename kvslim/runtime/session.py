@@ -12,14 +12,13 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
-from kvslim.types import CacheType, KVLayout, KVTensor
+from kvslim.types import INPUTS, NUM_LOGITS, WINDOW_SLACK, CacheType, KVLayout, KVTensor
 
 Tokens = Sequence[int] | npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _CACHE_TYPES: dict[str, CacheType] = {"tensor(float)": "float32", "tensor(int8)": "int8"}
-_TOKEN_INPUTS = {"input_ids", "attention_mask", "position_ids"}
 _FILL_PERIOD = 256
 # onnxruntime derives each of its errors from Exception itself, so there is no common base to catch; a run through an
 # IOBinding raises RuntimeError instead.
@@ -67,12 +66,13 @@ def layout_of(session: ort.InferenceSession) -> KVLayout:
     Raises:
         ArtifactError: An input is no part of KVSlim's graph contract.
     """
-    return KVLayout(tensors=tuple(_kv_tensor(node) for node in session.get_inputs() if node.name not in _TOKEN_INPUTS))
+    return KVLayout(tensors=tuple(_kv_tensor(node) for node in session.get_inputs() if node.name not in INPUTS))
 
 
 def _kv_tensor(node: ort.NodeArg) -> KVTensor:
     match = _PAST.fullmatch(node.name)
     dims = [dim for dim in node.shape[1::2] if isinstance(dim, int)]
+    rows = node.shape[2] if len(node.shape) == 4 else None
     if match is None or node.type not in _CACHE_TYPES or len(node.shape) != 4 or len(dims) != 2:
         raise ArtifactError(
             f"graph input {node.name!r} is {node.type} {list(node.shape)}",
@@ -80,7 +80,10 @@ def _kv_tensor(node: ort.NodeArg) -> KVTensor:
             fix="export with `kvslim compress`: float32 or int8 [batch, heads, past, dim] with fixed heads and dim",
         )
     kind = "key" if match[2] == "key" else "value"
-    return KVTensor(layer=int(match[1]), kind=kind, heads=dims[0], dim=dims[1], dtype=_CACHE_TYPES[node.type])
+    window = rows - WINDOW_SLACK if isinstance(rows, int) else None
+    return KVTensor(
+        layer=int(match[1]), kind=kind, heads=dims[0], dim=dims[1], dtype=_CACHE_TYPES[node.type], window=window
+    )
 
 
 class DecodeSession:
@@ -115,9 +118,11 @@ class DecodeSession:
         self.capacity = capacity
         self.length = 0
         self.vocab = self._vocab()
-        self._inputs = {node.name for node in self._session.get_inputs()}
+        nodes = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
+        self._inputs = {node.name for node in nodes}
         self._cache = [
-            np.zeros((1, tensor.heads, capacity, tensor.dim), dtype=tensor.dtype) for tensor in self.layout.tensors
+            np.zeros((1, tensor.heads, tensor.rows(capacity), tensor.dim), dtype=tensor.dtype)
+            for tensor in self.layout.tensors
         ]
         self._binding = self._session.io_binding()
         for tensor, buffer in zip(self.layout.tensors, self._cache, strict=True):
@@ -133,11 +138,17 @@ class DecodeSession:
         """Drops the tail of the cache, so that `length` tokens remain.
 
         Raises:
-            UsageError: The cache does not hold that many.
+            UsageError: The cache does not hold that many, or a window has moved on since.
         """
         if not 0 <= length <= self.length:
             raise UsageError(
                 f"cannot rewind to {length} of {self.length} cached tokens", where="rewind", fix="rewind to fewer"
+            )
+        dropped = self.length - length
+        windows = {tensor.window for tensor in self.layout.tensors if tensor.window is not None}
+        if any(_kept(length, window) != _kept(self.length, window) - dropped for window in windows):
+            raise UsageError(
+                f"a window has dropped tokens that a context of {length} needs", where="rewind", fix="reset instead"
             )
         self.length = length
 
@@ -150,12 +161,13 @@ class DecodeSession:
         self._require(length)
         generator = np.random.default_rng(seed)
         for buffer in self._cache:
-            heads, dim = buffer.shape[1], buffer.shape[3]
-            noise = generator.standard_normal((heads, min(length, _FILL_PERIOD), dim), dtype=np.float32)
+            _, heads, rows, dim = buffer.shape
+            rows = min(rows, length)
+            noise = generator.standard_normal((heads, min(rows, _FILL_PERIOD), dim), dtype=np.float32)
             content = noise * 40 if buffer.dtype == np.int8 else noise
             content = np.clip(content, -127, 127).astype(buffer.dtype)
-            for start in range(0, length, _FILL_PERIOD):
-                buffer[0, :, start : min(start + _FILL_PERIOD, length)] = content[:, : length - start]
+            for start in range(0, rows, _FILL_PERIOD):
+                buffer[0, :, start : min(start + _FILL_PERIOD, rows)] = content[:, : rows - start]
         self.length = length
 
     def step(self, tokens: Tokens) -> Logits:
@@ -171,14 +183,19 @@ class DecodeSession:
             UsageError: There are no tokens, or they exceed the capacity.
             ArtifactError: onnxruntime fails on the graph.
         """
+        return self._run(tokens, np.size(tokens))
+
+    def _run(self, tokens: Tokens, wanted: int) -> Logits:
+        """Appends tokens; the logits that follow the last `wanted` of them, or all where the graph cannot choose."""
         ids = np.asarray(tokens, dtype=np.int64).reshape(1, -1)
         count = ids.shape[1]
         if count == 0:
             raise UsageError("no tokens to run", where="tokens", fix="pass at least one token id")
         total = self.length + count
         self._require(total)
-        logits = np.empty((1, count, self.vocab), dtype=np.float32)
-        self._bind_tokens(ids, total)
+        rows = wanted if NUM_LOGITS in self._inputs else count
+        logits = np.empty((1, rows, self.vocab), dtype=np.float32)
+        self._bind_tokens(ids, total, rows)
         self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
         try:
             self._session.run_with_iobinding(self._binding)
@@ -203,13 +220,14 @@ class DecodeSession:
         """
         ids = np.asarray(tokens, dtype=np.int64)
         self._require(self.length + ids.size)
-        logits = self.step(ids[:chunk])
+        logits = self._run(ids[:chunk], 1)
         for start in range(chunk, ids.size, chunk):
-            logits = self.step(ids[start : start + chunk])
+            logits = self._run(ids[start : start + chunk], 1)
         return logits[-1].copy()
 
-    def _bind_tokens(self, ids: npt.NDArray[np.int64], total: int) -> None:
+    def _bind_tokens(self, ids: npt.NDArray[np.int64], total: int, wanted: int) -> None:
         inputs = {
+            NUM_LOGITS: np.array([wanted], dtype=np.int64),
             "input_ids": ids,
             "attention_mask": np.ones((1, total), dtype=np.int64),
             "position_ids": np.arange(self.length, total, dtype=np.int64)[None],
@@ -236,6 +254,13 @@ class DecodeSession:
                 fix="export with `kvslim compress`: logits [batch, length, vocab] and one present per cache input",
             )
         return vocab
+
+
+def _kept(tokens: int, window: int) -> int:
+    """Rows that the kernel keeps of so many tokens: it drops them in blocks when the cache is full."""
+    block = WINDOW_SLACK + 1
+    over = max(0, tokens - window - WINDOW_SLACK)
+    return tokens - block * -(-over // block)
 
 
 def _artifact_error(message: str, error: Exception, where: str) -> ArtifactError:

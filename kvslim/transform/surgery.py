@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,11 @@ from torch import Tensor, nn
 from kvslim.load.architecture import Architecture
 from kvslim.transform.attention import NAME, SlimAttention, register
 from kvslim.transform.codes import Array, LayerCodes
+from kvslim.transform.normal import normalise
+from kvslim.transform.rotary import take_over
+from kvslim.types import ModelSpec
+
+SIDES = ("query", "key", "value")
 
 
 def attention_modules(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
@@ -24,13 +31,78 @@ def slim_modules(model: nn.Module, architecture: Architecture) -> list[SlimAtten
     return [attention.kvslim for attention in attention_modules(model, architecture)]  # type: ignore[misc]
 
 
-def prepare(model: Any, architecture: Architecture) -> None:
-    """Gives every layer of a model the slim attention, which until codes come computes what the original does."""
+class Original:
+    """A prepared model's own attention and RoPE, kept to be lent back."""
+
+    def __init__(self, model: Any, architecture: Architecture) -> None:
+        self.model, self.rotary = model, architecture.rotary
+        self.implementation = model.config._attn_implementation
+        self.module = None if self.rotary is None else model.get_submodule(self.rotary)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Within the block a model without codes is its old self, which keeps a cache in torch."""
+        self.model.set_attn_implementation(self.implementation)
+        silenced = self._exchange(self.module)
+        try:
+            yield
+        finally:
+            self._exchange(silenced)
+            self.model.set_attn_implementation(NAME)
+
+    def _exchange(self, module: nn.Module | None) -> nn.Module | None:
+        if self.rotary is None or module is None:
+            return None
+        old: nn.Module = self.model.get_submodule(self.rotary)
+        self.model.set_submodule(self.rotary, module)
+        return old
+
+
+def prepare(model: Any, architecture: Architecture, spec: ModelSpec, *, window_cache: bool = True) -> Original:
+    """Gives every layer of a model the slim attention, which until codes come computes what the original does.
+
+    Args:
+        model: The model; edited.
+        architecture: Where its parts live.
+        spec: Its shape.
+        window_cache: Whether layers with a window get a cache of the window's size.
+
+    Returns:
+        What the model was before.
+    """
+    original = Original(model, architecture)
     register()
     model.set_attn_implementation(NAME)
-    for attention in attention_modules(model, architecture):
-        attention.kvslim = SlimAttention()
+    normalise(model)
+    rotaries = take_over(model, architecture, spec.max_context)
+    attentions = attention_modules(model, architecture)
+    for attention, rotary, window in zip(attentions, rotaries, spec.windows, strict=True):
+        attention.kvslim = SlimAttention(rotary, window, window_cache)
         attention.get_submodule(architecture.value).register_forward_pre_hook(_catch_hidden(attention.kvslim))
+        if architecture.direct and not getattr(model.config, "qk_layernorm", False):
+            _project_directly(attention, architecture, spec)
+    return original
+
+
+def _project_directly(attention: Any, architecture: Architecture, spec: ModelSpec) -> None:
+    """Gives the slim attention the rows of query, key and value as projections of its own."""
+    for side in SIDES:
+        module = attention.get_submodule(getattr(architecture, side))
+        for part in ("weight", "bias"):
+            rows = getattr(module, part)
+            if rows is not None:
+                own = _rows(rows.detach(), architecture, spec, side)
+                setattr(attention.kvslim, f"{side}_{part}", own)
+
+
+def _rows(rows: Tensor, architecture: Architecture, spec: ModelSpec, side: str) -> Tensor:
+    """The rows of one side in a weight [rows, in] or bias [rows], packed or not."""
+    index, q_rows, kv_rows = SIDES.index(side), spec.q_heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    if architecture.packing == "blocks":
+        return rows.split([q_rows, kv_rows, kv_rows])[index]
+    if architecture.packing == "heads":
+        return rows.unflatten(0, (spec.q_heads, 3, spec.head_dim))[:, index].flatten(0, 1)
+    return rows
 
 
 def _catch_hidden(slim: SlimAttention) -> Any:
@@ -59,24 +131,22 @@ def install(model: nn.Module, architecture: Architecture, codes: tuple[LayerCode
 def projection(attention: nn.Module, architecture: Architecture, side: str) -> tuple[Array, Array | None]:
     """Weight [out, in] and bias [out] in float64 of one projection: "query", "key", "value" or "output"."""
     module: Any = attention.get_submodule(getattr(architecture, side))
-    weight: Array = _double(module.weight)
-    bias: Array | None = None if module.bias is None else _double(module.bias)
-    if not isinstance(module, nn.Linear):  # transformers' Conv1D keeps its weight transposed
-        weight = weight.T
-    if architecture.packed and side != "output":
-        third = {"query": 0, "key": 1, "value": 2}[side]
-        weight = np.split(weight, 3)[third]
-        bias = None if bias is None else np.split(bias, 3)[third]
-    return weight, bias
+    weight, bias = module.weight, module.bias
+    if side in SIDES and (own := getattr(attention.kvslim, f"{side}_weight")) is not None:
+        weight, bias = own, getattr(attention.kvslim, f"{side}_bias")
+    return _double(weight), None if bias is None else _double(bias)
 
 
 def _install_key_code(
     attention: nn.Module, slim: SlimAttention, architecture: Architecture, query_encoder: Array, key_encoder: Array
 ) -> None:
-    if architecture.rotary is not None:
+    if slim.rotary is not None:
         slim.query_encoder, slim.key_encoder = _tensor(query_encoder), _tensor(key_encoder)
         return
-    _fold(attention, slim, architecture, "query", query_encoder)
+    if architecture.scaled_query:
+        slim.query_encoder = _tensor(query_encoder)
+    else:
+        _fold(attention, slim, architecture, "query", query_encoder)
     _fold(attention, slim, architecture, "key", key_encoder)
 
 
@@ -87,9 +157,6 @@ def _install_value_code(
     if encoder is None or decoder is None or offset is None:
         raise ValueError("a value code needs encoder, decoder and offset")
     _fold(attention, slim, architecture, "value", encoder)
-    if architecture.packed and slim.query_weight is None:
-        for side in ("query", "key"):
-            _keep(attention, slim, architecture, side)
     weight, bias = projection(attention, architecture, "output")
     heads, rank, head_dim = decoder.shape
     if weight.shape[1] != heads * head_dim:
@@ -113,14 +180,6 @@ def _fold(attention: nn.Module, slim: SlimAttention, architecture: Architecture,
     _set(slim, side, folded.reshape(heads * rank, -1))
     if bias is not None:
         _set(slim, side, np.einsum("hd,hdr->hr", bias.reshape(heads, head_dim), encoder).ravel(), "bias")
-
-
-def _keep(attention: nn.Module, slim: SlimAttention, architecture: Architecture, side: str) -> None:
-    """Unpacks a projection unchanged, so that the packed one is not computed for a third of its outputs."""
-    weight, bias = projection(attention, architecture, side)
-    _set(slim, side, weight)
-    if bias is not None:
-        _set(slim, side, bias, "bias")
 
 
 def _set(slim: SlimAttention, side: str, values: Array, part: str = "weight") -> None:
