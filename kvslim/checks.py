@@ -5,9 +5,28 @@ from __future__ import annotations
 from kvslim.errors import UsageError
 from kvslim.methods.kv_pca import check_rank
 from kvslim.recipe import Recipe
-from kvslim.types import ModelSpec, Plan
+from kvslim.types import LayerPlan, ModelSpec, Plan
 
 RECALL_MARGIN = 33  # first token, span and its second copy
+
+
+def check_layout(recipe: Recipe) -> None:
+    """Refuses methods that the recipe's attention operators cannot express.
+
+    Raises:
+        UsageError: Naming the method.
+    """
+    for method in recipe.methods:
+        if recipe.layout == "attention24" and method.name == "kv_quant":
+            raise UsageError(
+                "layout attention24 has no integer cache", where="recipe: methods.kv_quant", fix="use layout gqa"
+            )
+        if recipe.layout == "gqa" and getattr(method, "value_rank", None) is not None:
+            raise UsageError(
+                "layout gqa gives keys and values one rank",
+                where="recipe: methods.kv_pca.value_rank",
+                fix="use layout attention24, or rank alone",
+            )
 
 
 def check_lengths(recipe: Recipe, spec: ModelSpec) -> None:
@@ -50,6 +69,7 @@ def check_plan(plan: Plan, recipe: Recipe, spec: ModelSpec) -> None:
         where = f"--plan: layers.{layer.layer}"
         if layer.rank is not None:
             check_rank(layer.rank, spec, spec.windows[layer.layer], where)
+        _check_operators(plan, layer, spec, where)
         needed = {"kv_pca": layer.rank is not None, "kv_quant": layer.cache != "float32"}
         if missing := sorted(name for name, used in needed.items() if used and name not in methods):
             raise UsageError(
@@ -57,3 +77,12 @@ def check_plan(plan: Plan, recipe: Recipe, spec: ModelSpec) -> None:
                 where=where,
                 fix="give a recipe with that method",
             )
+
+
+def _check_operators(plan: Plan, layer: LayerPlan, spec: ModelSpec, where: str) -> None:
+    if layer.value_rank is not None:
+        check_rank(layer.value_rank, spec, spec.windows[layer.layer], where)
+    if plan.layout == "gqa" and layer.value_rank is not None:
+        raise UsageError("layout gqa gives keys and values one rank", where=where, fix="drop value_rank")
+    if plan.layout == "attention24" and layer.cache != "float32":
+        raise UsageError("layout attention24 has no integer cache", where=where, fix="use cache float32")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvslim.calibrate.corpus import check_source
-from kvslim.checks import check_lengths, check_plan
+from kvslim.checks import check_layout, check_lengths, check_plan
 from kvslim.errors import NotFoundError, UsageError
 from kvslim.export.manifest import hash_files, read_manifest, write_manifest
 from kvslim.export.package import check_output, staging
@@ -144,7 +144,7 @@ def bench(
 
 def decide(recipe: Recipe, spec: ModelSpec, statistics: CalibrationStatistics) -> Plan:
     """The plan that the recipe's methods make of a model's statistics."""
-    plan = Plan.identity(spec)
+    plan = Plan.identity(spec, recipe.layout, recipe.window_cache)
     for method in _in_order(recipe):
         plan = method.decide(spec, statistics, plan)
     return plan
@@ -167,6 +167,7 @@ def _checked(model: str, recipe: Recipe, plan: Plan | None) -> tuple[Snapshot, M
     check_weights(snapshot)
     for method in recipe.methods:
         method.check(spec)
+    check_layout(recipe)
     check_lengths(recipe, spec)
     for settings in (recipe.calibration, recipe.validation):
         check_source(settings.source)

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_serializer
 
 from kvslim.errors import NotFoundError, UsageError, suggestion
 from kvslim.methods import Method, method_class
-from kvslim.types import Frozen, Weights
+from kvslim.types import Frozen, Layout, Weights
 
 
 def _number(value: object) -> object:
@@ -90,6 +90,8 @@ class Recipe(Frozen):
     description: str = Field("", description="one line for `kvslim recipes`")
     methods: tuple[MethodEntry, ...] = Field((), description="names, or `name: options` pairs; see below")
     weights: Weights = Field("fp32", description="of all matrices; int8 and int4 in blocks of 32")
+    layout: Layout = Field("gqa", description="attention operators: gqa is fused and fast, attention24 standard ONNX")
+    window_cache: bool = Field(True, description="give sliding-window layers a cache of their window's size")
     calibration: Calibration = Calibration()
     validation: Validation = Validation()
     gates: Gates = Gates()

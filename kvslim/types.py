@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Weights = Literal["fp32", "int8", "int4"]
 CacheType = Literal["float32", "int8"]
 Granularity = Literal["per_channel", "per_tensor"]
+Layout = Literal["gqa", "attention24"]
 Objective = Literal["balanced", "key"]
 INPUTS = ("input_ids", "attention_mask", "position_ids")  # before the cache; not every graph needs positions
 NUM_LOGITS = "num_logits_to_keep"  # input with a default: positions from the end whose logits are wanted; 0 for all
@@ -45,6 +46,7 @@ class LayerPlan(Frozen):
 
     layer: int
     rank: int | None = Field(None, description="cached dimensions per kv head; None keeps head_dim untouched")
+    value_rank: int | None = Field(None, description="the same for values, where it differs (layout attention24)")
     objective: Objective = "balanced"
     cache: CacheType = "float32"
     granularity: Granularity = "per_channel"
@@ -55,12 +57,15 @@ class LayerPlan(Frozen):
 class Plan(Frozen):
     """One decision per layer: plain JSON, made to be read and edited by hand."""
 
+    layout: Layout = Field("gqa", description="attention operators of the graph")
+    window_cache: bool = Field(True, description="whether a sliding-window layer's cache has the window's size")
     layers: tuple[LayerPlan, ...]
 
     @classmethod
-    def identity(cls, spec: ModelSpec) -> Plan:
+    def identity(cls, spec: ModelSpec, layout: Layout = "gqa", window_cache: bool = True) -> Plan:
         """The plan that changes nothing."""
-        return cls(layers=tuple(LayerPlan(layer=index) for index in range(spec.layers)))
+        layers = tuple(LayerPlan(layer=index) for index in range(spec.layers))
+        return cls(layout=layout, window_cache=window_cache, layers=layers)
 
 
 class KVTensor(Frozen):
@@ -96,6 +101,7 @@ class KVTensor(Frozen):
 class KVLayout(Frozen):
     """The input/output contract of a graph: what exporter, runtime, genai_config and report agree on."""
 
+    layout: Layout = "gqa"
     tensors: tuple[KVTensor, ...]
 
     @property
@@ -108,21 +114,23 @@ class KVLayout(Frozen):
         return sum(tensor.bytes_per_token * tensor.rows(context) for tensor in self.tensors)
 
     @classmethod
-    def of(cls, spec: ModelSpec, plan: Plan, *, window_cache: bool = True) -> KVLayout:
+    def of(cls, spec: ModelSpec, plan: Plan) -> KVLayout:
         """The layout that `plan` gives a model of this `spec`."""
+        windowed = plan.window_cache and plan.layout == "gqa"
         return cls(
+            layout=plan.layout,
             tensors=tuple(
                 KVTensor(
                     layer=layer.layer,
                     kind=kind,
                     heads=spec.kv_heads,
-                    dim=layer.rank or spec.head_dim,
+                    dim=dim or spec.head_dim,
                     dtype=layer.cache,
-                    window=spec.windows[layer.layer] if window_cache else None,
+                    window=spec.windows[layer.layer] if windowed else None,
                 )
                 for layer in plan.layers
-                for kind in ("key", "value")
-            )
+                for kind, dim in (("key", layer.rank), ("value", layer.value_rank or layer.rank))
+            ),
         )
 
 

@@ -92,6 +92,34 @@ def test_every_large_matrix_is_quantised_when_weights_are(
     assert correlation > {"int8": 0.999, "int4": 0.9}[weights]
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_standard_operators_take_different_ranks_for_keys_and_values(
+    tiny_model: ModelOf, tmp_path: Path, family: str
+) -> None:
+    head_dim = 32 if family == "gemma2" else 16
+    recipe = recipe_of([KvPca(rank=head_dim // 2, value_rank=head_dim)]).model_copy(update={"layout": "attention24"})
+    workshop = open_workshop(tiny_model(family), recipe)
+    tokens = tokens_of(workshop)
+    export_slim(workshop, tmp_path / "slim")
+    model = onnx.load(tmp_path / "slim" / "model.onnx", load_external_data=False)
+    assert {opset.domain: opset.version for opset in model.opset_import}[""] == 24
+    assert Counter(node.op_type for node in model.graph.node)["TensorScatter"] == 2 * workshop.spec.layers
+    dims = {tensor.kind: tensor.dim for tensor in layout_of(open_session(tmp_path / "slim")).tensors}
+    assert dims == {"key": head_dim // 2, "value": head_dim}
+    assert np.abs(cached_logits(tmp_path / "slim", tokens) - torch_logits(workshop, tokens)).max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_window_is_a_mask_alone_when_its_cache_is_full(tiny_model: ModelOf, tmp_path: Path, family: str) -> None:
+    recipe = recipe_of().model_copy(update={"window_cache": False})
+    workshop = open_workshop(tiny_model(family), recipe)
+    tokens = tokens_of(workshop)
+    export_slim(workshop, tmp_path / "full")
+    assert {tensor.window for tensor in layout_of(open_session(tmp_path / "full")).tensors} == {None}
+    expected = original_logits(tiny_model(family), tokens)
+    assert np.abs(cached_logits(tmp_path / "full", tokens) - expected).max() < 1e-4
+
+
 def test_graph_is_fused_and_names_no_path(tiny_llama: Path, tmp_path: Path) -> None:
     workshop = open_workshop(tiny_llama, recipe_of([KvPca(rank=8), KvQuant()]))
     export_slim(workshop, tmp_path / "slim")

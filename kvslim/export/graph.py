@@ -29,20 +29,21 @@ from kvslim.export.passes import (
     strip_traces,
 )
 from kvslim.load.architecture import Architecture
-from kvslim.transform.attention import ExportStep, PassThroughCache
+from kvslim.transform.attention import PassThroughCache
+from kvslim.transform.operators import ExportStep
 from kvslim.transform.surgery import slim_modules
-from kvslim.types import INPUTS, NUM_LOGITS, KVLayout
+from kvslim.types import INPUTS, NUM_LOGITS, KVLayout, Layout
 
-OPSET = 21
+OPSETS: dict[Layout, int] = {"gqa": 21, "attention24": 24}
 TORCH_TYPES = {"float32": torch.float32, "int8": torch.int8}
 
 
 class _Decoder(nn.Module):
     """The graph: tokens, mask, positions and past cache in; logits and present cache out."""
 
-    def __init__(self, model: Any, architecture: Architecture) -> None:
+    def __init__(self, model: Any, architecture: Architecture, layout: KVLayout) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.layout = model, layout
         self.slims = slim_modules(model, architecture)
 
     def forward(
@@ -53,10 +54,10 @@ class _Decoder(nn.Module):
         num_logits: Tensor,
         past: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor] | None]]:
-        last = attention_mask.sum(-1).to(torch.int32) - 1
-        total = torch.tensor(attention_mask.shape[1], dtype=torch.int32)
-        for slim, layer_past in zip(self.slims, past, strict=True):
-            slim.step = ExportStep(layer_past, last, total, position_ids)
+        for slim, tensor, layer_past in zip(self.slims, self.layout.tensors[::2], past, strict=True):
+            slim.step = ExportStep(
+                self.layout.layout, tensor.window is not None, layer_past, attention_mask, position_ids
+            )
         head = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: _last(args[0], num_logits))
         try:
             output = self.model(
@@ -86,7 +87,7 @@ def build_graph(model: Any, architecture: Architecture, layout: KVLayout) -> ir.
         A graph with the inputs and outputs that `layout` names; its weights stay where the model has them, and what
         is computed from them (a transposed or packed matrix) is computed when it is read.
     """
-    decoder = _Decoder(model, architecture)
+    decoder = _Decoder(model, architecture, layout)
     try:
         with torch.inference_mode(False), torch.no_grad(), _quiet():
             graph = _exported(decoder, layout)
@@ -124,7 +125,7 @@ def _exported(decoder: _Decoder, layout: KVLayout) -> ir.Model:
         program,
         input_names=[*INPUTS, NUM_LOGITS, *(tensor.past for tensor in layout.tensors)],
         output_names=["logits", *(tensor.present for tensor in layout.tensors)],
-        opset_version=OPSET,
+        opset_version=OPSETS[layout.layout],
         optimize=False,
         verbose=False,
     )

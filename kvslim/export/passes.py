@@ -15,6 +15,7 @@ from onnxscript.rewriter import onnx_fusions
 from kvslim.types import NUM_LOGITS, KVLayout
 
 BATCH, LENGTH, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
+CAPACITY = "max_sequence_length"
 
 
 def name_dimensions(model: ir.Model, layout: KVLayout) -> None:
@@ -27,7 +28,10 @@ def name_dimensions(model: ir.Model, layout: KVLayout) -> None:
     }
     for tensor in layout.tensors:
         rows = tensor.rows(0)
+        past: str | int
         past, present = (PAST, TOTAL) if tensor.window is None else (rows, rows)
+        if layout.layout == "attention24":
+            past = present = CAPACITY
         shapes[tensor.past] = (BATCH, tensor.heads, past, tensor.dim)
         shapes[tensor.present] = (BATCH, tensor.heads, present, tensor.dim)
     for value in [*model.graph.inputs, *model.graph.outputs]:

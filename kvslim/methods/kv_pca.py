@@ -40,6 +40,10 @@ class Basis(NamedTuple):
     decoder: Array
     energy: Array
 
+    def truncated(self, rank: int | None) -> Basis:
+        """The best code of a rank."""
+        return Basis(self.encoder[..., :rank], self.decoder[..., :rank], self.energy[..., :rank])
+
 
 def balanced_basis(moment: Array, metric: Array, damping: float) -> Basis:
     """Balanced truncation of x . y with x ~ `moment` and y ~ `metric`.
@@ -97,6 +101,7 @@ class KvPca(Method):
 
     rank: int | None = Field(None, ge=STEP, description="cached dimensions per head, a multiple of 8")
     rank_ratio: float | None = Field(None, gt=0, le=1, description="rank as a share of head_dim, rounded down")
+    value_rank: int | None = Field(None, ge=STEP, description="another rank for values, beside rank (attention24)")
     energy: float | None = Field(None, gt=0, le=1, description="least share of energy that every head keeps")
     objective: Objective = Field("balanced", description="balanced weighs keys by queries; key is plain PCA")
     damping: float = Field(1e-2, gt=0, le=1, description="share of the mean eigenvalue added to each diagonal")
@@ -106,34 +111,42 @@ class KvPca(Method):
         given = [self.rank, self.rank_ratio, self.energy]
         if sum(size is not None for size in given) != 1:
             raise ValueError("give exactly one of rank, rank_ratio and energy")
+        if self.value_rank is not None and self.rank is None:
+            raise ValueError("value_rank needs rank")
         return self
 
     def check(self, spec: ModelSpec) -> None:
         """Refuses a rank that the kernel cannot take in every layer."""
-        if self.rank is not None:
-            for window in spec.windows:
-                check_rank(self.rank, spec, window, "recipe: methods.kv_pca.rank")
+        for name in ("rank", "value_rank"):
+            rank = getattr(self, name)
+            for window in set(spec.windows) if rank is not None else ():
+                check_rank(rank, spec, window, f"recipe: methods.kv_pca.{name}")
 
     def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
-        """Sets each layer's rank and objective, with the least energy kept by any of its heads as score."""
+        """Sets each layer's ranks and objective, with the least energy kept by any of its heads as score."""
         layers = []
         for layer in plan.layers:
-            energy = np.minimum(
-                *(basis.energy.min(0) for basis in self._bases(statistics, layer.layer, self.objective))
-            )
-            rank = self._rank(spec, rank_step(spec.windows[layer.layer]), energy)
-            score = float(energy[rank - 1])
-            reason = f"rank {rank} of {spec.head_dim} keeps {score:.2%} of the energy"
+            bases = self._bases(statistics, layer.layer, self.objective)
+            key, value = (basis.energy.min(0) for basis in bases)
+            step = rank_step(spec.windows[layer.layer])
+            if plan.layout == "gqa":
+                rank = value_rank = self._rank(spec, step, np.minimum(key, value))
+            else:
+                rank, value_rank = self._rank(spec, step, key), self.value_rank or self._rank(spec, step, value)
+            score = float(min(key[rank - 1], value[value_rank - 1]))
+            ranks = f"rank {rank}" if rank == value_rank else f"ranks {rank} and {value_rank}"
+            reason = f"{ranks} of {spec.head_dim} keep{'s' * (rank == value_rank)} {score:.2%} of the energy"
             update = {"rank": rank, "objective": self.objective, "score": score, "reason": reason}
+            update |= {} if rank == value_rank else {"value_rank": value_rank}
             layers.append(layer.model_copy(update=update))
-        return Plan(layers=tuple(layers))
+        return plan.model_copy(update={"layers": tuple(layers)})
 
     def apply(
         self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, codes: tuple[LayerCodes, ...]
     ) -> tuple[LayerCodes, ...]:
         """Adds each layer's encoders and decoders."""
         return tuple(
-            code if layer.rank is None else self._code(spec, statistics, layer, layer.rank, code)
+            code if layer.rank is None else self._code(spec, statistics, layer, code)
             for layer, code in zip(plan.layers, codes, strict=True)
         )
 
@@ -156,16 +169,17 @@ class KvPca(Method):
         )
 
     def _code(
-        self, spec: ModelSpec, statistics: CalibrationStatistics, layer: LayerPlan, rank: int, code: LayerCodes
+        self, spec: ModelSpec, statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes
     ) -> LayerCodes:
         key, value = self._bases(statistics, layer.layer, layer.objective)
-        by_query = lambda array: np.repeat(array[..., :rank], spec.group_size, axis=0)  # noqa: E731
+        key, value = key.truncated(layer.rank), value.truncated(layer.value_rank or layer.rank)
+        by_query = lambda array: np.repeat(array, spec.group_size, axis=0)  # noqa: E731
         encoder, decoder, mean = by_query(value.encoder), by_query(value.decoder), statistics.output_mean[layer.layer]
         return replace(
             code,
-            key_encoder=key.encoder[..., :rank],
+            key_encoder=key.encoder,
             query_encoder=by_query(key.decoder),
-            value_encoder=value.encoder[..., :rank],
+            value_encoder=value.encoder,
             value_decoder=decoder.swapaxes(-1, -2),
             value_offset=mean - np.einsum("hd,hdr,her->he", mean, encoder, decoder),
         )

@@ -1,4 +1,4 @@
-"""The one slim attention: evaluated in torch, exported as onnxruntime's fused GroupQueryAttention.
+"""The one slim attention: evaluated in torch, exported as the operators of `operators`.
 
 transformers calls it through its `AttentionInterface` with q, k and v after norms, and with RoPE taken over (see
 `rotary`) before RoPE, for every family alike, so no family's modelling code is repeated here.
@@ -7,15 +7,20 @@ transformers calls it through its `AttentionInterface` with q, k and v after nor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 
+from kvslim.transform.operators import (
+    ExportStep,
+    Scales,
+    group_query_attention,
+    rotary_embedding,
+    standard_attention,
+)
 from kvslim.transform.rotary import Rotary
 from kvslim.transform.scoring import Scoring
 
@@ -43,25 +48,6 @@ class Observed(NamedTuple):
 Observer = Callable[[Observed], None]
 
 
-@dataclass
-class ExportStep:
-    """The graph inputs that one layer's fused attention reads, and the cache tensors that it returns.
-
-    Attributes:
-        past: Key and value cache, [batch, kv_heads, past_length, dim] each.
-        last: [batch] int32, index of the last attended token of each sequence.
-        total: [] int32, past length and new tokens together.
-        positions: [batch, length] int64, of the new tokens.
-        present: Key and value cache with the new tokens, once attention has run.
-    """
-
-    past: tuple[Tensor, Tensor]
-    last: Tensor
-    total: Tensor
-    positions: Tensor
-    present: tuple[Tensor, Tensor] | None = None
-
-
 class SlimAttention(nn.Module):
     """Codes, folded weights and scales of one layer; lives at `attention.kvslim`.
 
@@ -73,7 +59,6 @@ class SlimAttention(nn.Module):
         key_scale, value_scale: [kv_heads, rank] steps of an int8 cache, or None for a float32 one.
         rotary: RoPE of this layer, or None.
         window: Tokens that a query of this layer sees, or None for all.
-        window_cache: Whether a layer with a window keeps a cache of the window's size.
         hidden: Input of the model's projections, caught by a hook, [batch, length, hidden].
         observer: Hears of q, k, v and the scoring when calibrating.
         step: Set while exporting.
@@ -85,7 +70,7 @@ class SlimAttention(nn.Module):
     key_scale: Tensor | None
     value_scale: Tensor | None
 
-    def __init__(self, rotary: Rotary | None, window: int | None, window_cache: bool) -> None:
+    def __init__(self, rotary: Rotary | None, window: int | None) -> None:
         super().__init__()
         for side in ("query", "key", "value"):
             self.register_buffer(f"{side}_weight", None)
@@ -93,7 +78,7 @@ class SlimAttention(nn.Module):
         for name in ("query_encoder", "key_encoder", "key_scale", "value_scale"):
             self.register_buffer(name, None)
         self.per_tensor = False
-        self.rotary, self.window, self.window_cache = rotary, window, window_cache
+        self.rotary, self.window = rotary, window
         self.hidden: Tensor | None = None
         self.observer: Observer | None = None
         self.step: ExportStep | None = None
@@ -146,11 +131,14 @@ class SlimAttention(nn.Module):
         return flat.unflatten(-1, (states.shape[1], -1)).transpose(1, 2)
 
     def _exported(self, step: ExportStep, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        fused = self._rotates_inside(query.shape[-1])
-        if self.rotary is not None and not fused:
-            query, key = _rotary_embedding(query, step, self.rotary), _rotary_embedding(key, step, self.rotary)
-        query, key = _coded(query, self.query_encoder), _coded(key, self.key_encoder)
-        return self._fused(step, query, key, value, scoring, self.rotary if fused else None)
+        inside = step.layout == "gqa" and self._rotates_inside(query.shape[-1])
+        if self.rotary is not None and not inside:
+            query, key = (rotary_embedding(states, step.positions, self.rotary) for states in (query, key))
+        states = (_coded(query, self.query_encoder), _coded(key, self.key_encoder), value)
+        if step.layout == "attention24":
+            return standard_attention(step, states, scoring)
+        rotary = self.rotary if inside else None
+        return group_query_attention(step, states, scoring, rotary=rotary, scales=self._kernel_scales())
 
     def _rotates_inside(self, head_dim: int) -> bool:
         """Whether the fused operator applies RoPE: not where a code comes after it, or sizes do not fit."""
@@ -158,68 +146,16 @@ class SlimAttention(nn.Module):
             return False
         return head_dim % FUSED_ROTARY_STEP == 0 and self.rotary.dim % FUSED_ROTARY_STEP == 0
 
-    def _fused(
-        self, step: ExportStep, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, rotary: Rotary | None
-    ) -> Tensor:
-        batch, q_heads, length, dim = query.shape
-        kv_heads = key.shape[1]
-        past_key, past_value = step.past
-        inputs: list[Tensor | None] = [*map(_merged, (query, key, value)), *step.past, step.last, step.total]
-        inputs += [None, None] if rotary is None else [rotary.cos, rotary.sin]
-        attributes = self._attributes(q_heads, kv_heads, scoring) | {"do_rotary": int(rotary is not None)}
-        if self.key_scale is not None and self.value_scale is not None:
-            kind = "PER_TENSOR" if self.per_tensor else "PER_CHANNEL"
-            attributes |= {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": 8}
-            inputs += [None] * 3 + [self._kernel_scale(self.key_scale), self._kernel_scale(self.value_scale)]
-        rows = past_key.shape[2] if "sliding_window_cache" in attributes else past_key.shape[2] + length
-        attended, *present = torch.onnx.ops.symbolic_multi_out(
-            "com.microsoft::GroupQueryAttention",
-            inputs,
-            attrs=attributes,
-            dtypes=[query.dtype, past_key.dtype, past_value.dtype],
-            shapes=[(batch, length, q_heads * dim), (batch, kv_heads, rows, dim), (batch, kv_heads, rows, dim)],
-            version=1,
-        )
-        step.present = (present[0], present[1])
-        return attended.reshape(batch, length, q_heads, dim)
-
-    def _attributes(self, q_heads: int, kv_heads: int, scoring: Scoring) -> dict[str, Any]:
-        attributes: dict[str, Any] = {"num_heads": q_heads, "kv_num_heads": kv_heads, "scale": float(scoring.scale)}
-        if scoring.softcap is not None:
-            attributes["softcap"] = float(scoring.softcap)
-        if scoring.window is not None:
-            attributes["local_window_size"] = scoring.window
-            if self.window_cache:
-                attributes["sliding_window_cache"] = 1
-        return attributes
-
-    def _kernel_scale(self, scale: Tensor) -> Tensor:
-        return scale.flatten()[:1] if self.per_tensor else scale[None, :, None, :]
-
-
-def _merged(states: Tensor) -> Tensor:
-    """[batch, heads, length, dim] as the [batch, length, heads * dim] that the fused operators read."""
-    return states.transpose(1, 2).flatten(2)
+    def _kernel_scales(self) -> Scales:
+        if self.key_scale is None or self.value_scale is None:
+            return None
+        if self.per_tensor:
+            return self.key_scale.flatten()[:1], self.value_scale.flatten()[:1]
+        return self.key_scale[None, :, None, :], self.value_scale[None, :, None, :]
 
 
 def _coded(states: Tensor, encoder: Tensor | None) -> Tensor:
     return states if encoder is None else states @ encoder
-
-
-def _rotary_embedding(states: Tensor, step: ExportStep, rotary: Rotary) -> Tensor:
-    """onnxruntime's operator for RoPE on [batch, heads, length, head_dim]."""
-    heads, head_dim = states.shape[1], states.shape[3]
-    partial = {} if rotary.dim == head_dim else {"rotary_embedding_dim": rotary.dim}
-    flat = _merged(states)
-    rotated: Tensor = torch.onnx.ops.symbolic(
-        "com.microsoft::RotaryEmbedding",
-        [flat, step.positions, rotary.cos, rotary.sin],
-        attrs={"num_heads": heads, **partial},
-        dtype=flat.dtype,
-        shape=flat.shape,
-        version=1,
-    )
-    return rotated.unflatten(-1, (heads, head_dim)).transpose(1, 2)
 
 
 def _through_int8(states: Tensor, scale: Tensor | None) -> Tensor:

@@ -58,14 +58,13 @@ class Original:
         return old
 
 
-def prepare(model: Any, architecture: Architecture, spec: ModelSpec, *, window_cache: bool = True) -> Original:
+def prepare(model: Any, architecture: Architecture, spec: ModelSpec) -> Original:
     """Gives every layer of a model the slim attention, which until codes come computes what the original does.
 
     Args:
         model: The model; edited.
         architecture: Where its parts live.
         spec: Its shape.
-        window_cache: Whether layers with a window get a cache of the window's size.
 
     Returns:
         What the model was before.
@@ -77,7 +76,7 @@ def prepare(model: Any, architecture: Architecture, spec: ModelSpec, *, window_c
     rotaries = take_over(model, architecture, spec.max_context)
     attentions = attention_modules(model, architecture)
     for attention, rotary, window in zip(attentions, rotaries, spec.windows, strict=True):
-        attention.kvslim = SlimAttention(rotary, window, window_cache)
+        attention.kvslim = SlimAttention(rotary, window)
         attention.get_submodule(architecture.value).register_forward_pre_hook(_catch_hidden(attention.kvslim))
         if architecture.direct and not getattr(model.config, "qk_layernorm", False):
             _project_directly(attention, architecture, spec)

@@ -48,8 +48,8 @@ def measure_latency(
 ) -> dict[str, Latency]:
     """Times models in turns (A B A B), so that slow changes of the machine's load hit all of them.
 
-    A context is reached with random cache content, which takes the same time as real content, and is held by
-    rewinding. A prefill is long and steady, so prompts are timed a quarter as often as contexts, but thrice at least.
+    A context is reached with random cache content, which takes the same time as real content, and is held
+    there. A prefill is long and steady, so prompts are timed a quarter as often as contexts, but thrice at least.
 
     Args:
         models: Graph or folder by name; the first one is the reference of the ratios.
@@ -98,7 +98,7 @@ def _decode_times(sessions: Mapping[str, DecodeSession], context: int, repeats: 
 
 def _step(session: DecodeSession, context: int) -> None:
     session.step([0])
-    session.rewind(context)
+    session.length = context  # the content is random, so what a window has dropped is not missed
 
 
 def _in_turns(names: Sequence[str], timed: Callable[[str], float], repeats: int) -> dict[str, Times]:

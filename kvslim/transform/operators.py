@@ -1,0 +1,138 @@
+"""The onnxruntime and ONNX operators that a layer's attention becomes in a graph.
+
+`gqa` is onnxruntime's fused GroupQueryAttention: one operator that rotates, appends to the cache and attends.
+`attention24` is the standard's own: TensorScatter appends to a cache allocated for its full length, Attention attends
+under a mask (ONNX operator set 24). It is slower, and takes keys and values of different ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvslim.transform.rotary import Rotary
+from kvslim.transform.scoring import Scoring
+from kvslim.types import Layout
+
+Scales = tuple[Tensor, Tensor] | None
+
+
+@dataclass
+class ExportStep:
+    """What one layer's attention reads of a graph, and the cache tensors that it returns.
+
+    Attributes:
+        layout: The operators to use.
+        window_cache: Whether the layer's cache has the size of its window.
+        past: Key and value cache, [batch, kv_heads, rows, dim] each.
+        mask: [batch, total] int64, 1 for every token so far and of this step.
+        positions: [batch, length] int64, of the new tokens.
+        present: Key and value cache with the new tokens, once attention has run.
+    """
+
+    layout: Layout
+    window_cache: bool
+    past: tuple[Tensor, Tensor]
+    mask: Tensor
+    positions: Tensor
+    present: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+
+
+def group_query_attention(
+    step: ExportStep,
+    states: tuple[Tensor, Tensor, Tensor],
+    scoring: Scoring,
+    *,
+    rotary: Rotary | None,
+    scales: Scales,
+) -> Tensor:
+    """Attention by onnxruntime's fused operator.
+
+    Args:
+        step: Where it stands in the graph; takes the present cache.
+        states: Query, key and value, [batch, heads, length, dim] each.
+        scoring: How scores become weights.
+        rotary: RoPE for the operator to apply, or None.
+        scales: Steps of an int8 cache, in the shape that the operator reads, or None.
+
+    Returns:
+        [batch, length, q_heads, dim].
+    """
+    (batch, q_heads, length, dim), kv_heads = states[0].shape, states[1].shape[1]
+    attributes: dict[str, Any] = {"num_heads": q_heads, "kv_num_heads": kv_heads, "scale": float(scoring.scale)}
+    attributes |= {"do_rotary": int(rotary is not None)}
+    past_key, past_value = step.past
+    rows = past_key.shape[2] + length
+    if scoring.softcap is not None:
+        attributes["softcap"] = float(scoring.softcap)
+    if scoring.window is not None:
+        attributes["local_window_size"] = scoring.window
+        if step.window_cache:
+            attributes["sliding_window_cache"] = 1
+            rows = past_key.shape[2]
+    last = step.mask.sum(-1).to(torch.int32) - 1
+    total = torch.tensor(step.mask.shape[1], dtype=torch.int32)
+    inputs: list[Tensor | None] = [*map(_merged, states), *step.past, last, total]
+    inputs += [None, None] if rotary is None else [rotary.cos, rotary.sin]
+    if scales is not None:
+        kind = "PER_TENSOR" if scales[0].ndim == 1 else "PER_CHANNEL"
+        attributes |= {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": 8}
+        inputs += [None] * 3 + list(scales)
+    attended, *present = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        inputs,
+        attrs=attributes,
+        dtypes=[states[0].dtype, past_key.dtype, past_value.dtype],
+        shapes=[(batch, length, q_heads * dim), (batch, kv_heads, rows, dim), (batch, kv_heads, rows, dim)],
+        version=1,
+    )
+    step.present = (present[0], present[1])
+    return attended.reshape(batch, length, q_heads, dim)
+
+
+def standard_attention(step: ExportStep, states: tuple[Tensor, Tensor, Tensor], scoring: Scoring) -> Tensor:
+    """Attention by the operators of ONNX 24; arguments and result as for `group_query_attention`."""
+    query, key, value = states
+    length = query.shape[2]
+    start = step.mask.sum(-1) - length
+    present = tuple(
+        _symbolic("TensorScatter", [past, new, start], past.shape, axis=2)
+        for past, new in zip(step.past, (key, value), strict=True)
+    )
+    step.present = (present[0], present[1])
+    rows = torch.arange(step.past[0].shape[2])
+    age = (start[:, None] + torch.arange(length))[:, None, :, None] - rows
+    visible = age >= 0 if scoring.window is None else (age >= 0) & (age < scoring.window)
+    options = {} if scoring.softcap is None else {"softcap": float(scoring.softcap)}
+    shape = (*query.shape[:3], value.shape[3])
+    inputs = [query, *present, visible]
+    return _symbolic("Attention", inputs, shape, scale=float(scoring.scale), **options).transpose(1, 2)
+
+
+def rotary_embedding(states: Tensor, positions: Tensor, rotary: Rotary) -> Tensor:
+    """onnxruntime's operator for RoPE on [batch, heads, length, head_dim] at [batch, length] positions."""
+    heads, head_dim = states.shape[1], states.shape[3]
+    partial = {} if rotary.dim == head_dim else {"rotary_embedding_dim": rotary.dim}
+    flat = _merged(states)
+    rotated: Tensor = torch.onnx.ops.symbolic(
+        "com.microsoft::RotaryEmbedding",
+        [flat, positions, rotary.cos, rotary.sin],
+        attrs={"num_heads": heads, **partial},
+        dtype=flat.dtype,
+        shape=flat.shape,
+        version=1,
+    )
+    return rotated.unflatten(-1, (heads, head_dim)).transpose(1, 2)
+
+
+def _symbolic(name: str, inputs: list[Tensor], shape: Any, **attributes: Any) -> Tensor:
+    made: Tensor = torch.onnx.ops.symbolic(name, inputs, attrs=attributes, dtype=inputs[0].dtype, shape=shape)
+    return made
+
+
+def _merged(states: Tensor) -> Tensor:
+    """[batch, heads, length, dim] as the [batch, length, heads * dim] that onnxruntime's operators read."""
+    return states.transpose(1, 2).flatten(2)
