@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import onnx
-from random_model import save_random_model
+from random_model import SHAPE, save_random_model
 
 from kvslim.load.source import read_spec, resolve
 from kvslim.progress import Silent
@@ -23,6 +23,8 @@ from kvslim.recipe import parse_recipe
 from kvslim.types import Plan
 from kvslim.validate.latency import measure_latency
 from kvslim.workshop import Workshop
+
+HEAD_DIM = SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
 
 
 def main() -> None:
@@ -77,6 +79,12 @@ def build_theirs(model: Path, out: Path, cache: Path, method: str) -> None:
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "--model_name", "", "--input", str(model)]
     command += ["--output", str(out), "--precision", "int4", "--execution_provider", "cpu", "--cache_dir", str(cache)]
     subprocess.run([*command, "--extra_options", f"algo_config={method}"], check=True, capture_output=True)
+    graph = onnx.load(out / "model.onnx", load_external_data=False)
+    for value in [*graph.graph.input, *graph.graph.output]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param == "kv_cache_dim":  # our loop allocates the cache from the graph's shapes
+                dim.dim_value = HEAD_DIM
+    onnx.save(graph, out / "model.onnx")
 
 
 if __name__ == "__main__":
