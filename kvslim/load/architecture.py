@@ -15,6 +15,8 @@ class Architecture:
     """Module paths of a family in transformers.
 
     Attributes:
+        title: What the family is called, with the best known of its models.
+        note: What its graphs have of their own.
         layers: The list of decoder layers, from the model.
         attention: The attention module, from a layer.
         query, key, value, output: Its projections, from the attention module.
@@ -26,6 +28,8 @@ class Architecture:
         scaled_query: Whether the family scales queries after their projection.
     """
 
+    title: str
+    note: str
     layers: str = "model.layers"
     attention: str = "self_attn"
     query: str = "q_proj"
@@ -38,17 +42,29 @@ class Architecture:
     scaled_query: bool = False
 
 
-def _packed(name: str, packing: Packing, **paths: str | None) -> Architecture:
+def _packed(title: str, note: str, name: str, packing: Packing, **paths: str | None) -> Architecture:
     """The row of a family with one projection for query, key and value."""
-    return Architecture(query=name, key=name, value=name, packing=packing, direct=True, **paths)  # type: ignore[arg-type]
+    sides = {"query": name, "key": name, "value": name}
+    return Architecture(title, note, packing=packing, direct=True, **sides, **paths)  # type: ignore[arg-type]
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "gemma": Architecture(),
-    "gemma2": Architecture(),
-    "gemma3_text": Architecture(),
-    "gpt2": _packed("c_attn", "blocks", layers="transformer.h", attention="attn", output="c_proj", rotary=None),
+    "gemma": Architecture("Gemma", "scaled embeddings"),
+    "gemma2": Architecture("Gemma 2", "softcaps, windows in every other layer"),
+    "gemma3_text": Architecture("Gemma 3 (text)", "q and k norms, windows in most layers, two RoPEs"),
+    "gpt2": _packed(
+        "GPT-2",
+        "learned positions, packed projection",
+        "c_attn",
+        "blocks",
+        layers="transformer.h",
+        attention="attn",
+        output="c_proj",
+        rotary=None,
+    ),
     "gpt_neox": _packed(
+        "GPT-NeoX, Pythia",
+        "partial RoPE, parallel residual, packed projection",
         "query_key_value",
         "heads",
         layers="gpt_neox.layers",
@@ -56,18 +72,20 @@ ARCHITECTURES: dict[str, Architecture] = {
         output="dense",
         rotary="gpt_neox.rotary_emb",
     ),
-    "granite": Architecture(),
-    "llama": Architecture(),
-    "mistral": Architecture(),
-    "olmo2": Architecture(),
-    "opt": Architecture(layers="model.decoder.layers", output="out_proj", rotary=None, scaled_query=True),
-    "phi": Architecture(output="dense", direct=True),
-    "phi3": _packed("qkv_proj", "blocks"),
-    "qwen2": Architecture(),
-    "qwen3": Architecture(),
-    "smollm3": Architecture(),
-    "stablelm": Architecture(direct=True),
-    "starcoder2": Architecture(),
+    "granite": Architecture("Granite", "scaled embeddings, residuals and logits"),
+    "llama": Architecture("Llama, SmolLM, TinyLlama", "RoPE scaling: linear, llama3, yarn"),
+    "mistral": Architecture("Mistral", "sliding window"),
+    "olmo2": Architecture("OLMo 2", "q and k norms over all heads, norms after blocks"),
+    "opt": Architecture(
+        "OPT", "learned positions", layers="model.decoder.layers", output="out_proj", rotary=None, scaled_query=True
+    ),
+    "phi": Architecture("Phi-1.5, Phi-2", "partial RoPE, parallel residual", output="dense", direct=True),
+    "phi3": _packed("Phi-3, Phi-4", "packed projection, partial RoPE, LongRoPE, window", "qkv_proj", "blocks"),
+    "qwen2": Architecture("Qwen2, Qwen2.5", "biases on q, k and v"),
+    "qwen3": Architecture("Qwen3", "q and k norms"),
+    "smollm3": Architecture("SmolLM3", "layers without RoPE"),
+    "stablelm": Architecture("StableLM", "partial RoPE", direct=True),
+    "starcoder2": Architecture("StarCoder2", "biases, sliding window"),
 }
 
 
