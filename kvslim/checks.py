@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvslim.errors import UnsupportedError, UsageError
 from kvslim.methods.kv_pca import check_rank
 from kvslim.recipe import Recipe
@@ -72,6 +74,21 @@ def check_lengths(recipe: Recipe, spec: ModelSpec) -> None:
                 where=f"recipe: {key}",
                 fix=f"--set {key}={max(1, spec.max_context // 2)}",
             )
+
+
+def check_encoders(specs: Sequence[ModelSpec], lengths: Sequence[int]) -> None:
+    """Refuses to time decoders among encoders, and texts beyond a model's positions.
+
+    Raises:
+        UsageError: Naming the option.
+    """
+    if not all(spec.is_encoder for spec in specs):
+        raise UsageError("encoders and decoders share no timings", where="ARTIFACT", fix="bench one kind at a time")
+    most = min(spec.max_context for spec in specs)
+    if max(lengths) > most:
+        raise UsageError(
+            f"a text of {max(lengths)} tokens exceeds {most} positions", where="--prompt", fix=f"--prompt {most}"
+        )
 
 
 def check_plan(plan: Plan, recipe: Recipe, spec: ModelSpec) -> None:

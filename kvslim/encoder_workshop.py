@@ -13,7 +13,7 @@ from kvslim.export.graph import save_graph
 from kvslim.load.model import load_encoder, load_tokenizer
 from kvslim.load.source import Snapshot
 from kvslim.recipe import Recipe
-from kvslim.types import ModelSpec, Weights
+from kvslim.types import ModelSpec
 from kvslim.validate.encoder import HeldOut, mask_tokens
 
 
@@ -33,9 +33,12 @@ class EncoderWorkshop:
         self.digest = snapshot.sha256()
         self.model = load_encoder(snapshot, spec)
 
-    def export(self, weights: Weights, folder: Path) -> None:
-        """Writes the graph with its matrices in `weights`."""
-        save_graph(quantise_encoder(build_encoder_graph(self.model, self.spec), weights), folder)
+    def export(self, plain: Path, folder: Path | None = None) -> None:
+        """Writes the graph in fp32 to `plain`, and with the recipe's weights to `folder` where one is given."""
+        graph = build_encoder_graph(self.model, self.spec)
+        save_graph(graph, plain)
+        if folder:
+            save_graph(quantise_encoder(graph, self.recipe.weights), folder)
 
     def write_companions(self, folder: Path) -> None:
         """Writes the tokenizer and the config."""

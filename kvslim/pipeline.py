@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvslim.calibrate.corpus import check_source
-from kvslim.checks import check_layout, check_lengths, check_plan, check_task
+from kvslim.checks import check_encoders, check_layout, check_lengths, check_plan, check_task
 from kvslim.errors import NotFoundError, UnsupportedError, UsageError
 from kvslim.export.manifest import hash_files, read_manifest, write_manifest
 from kvslim.export.package import check_output, staging
@@ -152,10 +152,9 @@ def bench(
     Raises:
         KvslimError: An artifact cannot be opened, or a length is not positive.
     """
-    encoders = {read_manifest(artifact).spec.is_encoder for artifact in artifacts}
-    if len(encoders) > 1:
-        raise UsageError("encoders and decoders share no timings", where="ARTIFACT", fix="bench them one kind at a time")
-    if True in encoders:
+    specs = [read_manifest(artifact).spec for artifact in artifacts]
+    if any(spec.is_encoder for spec in specs):
+        check_encoders(specs, prompts)
         return encoder_costs({str(artifact): artifact for artifact in artifacts}, prompts, repeats, threads)
     return measure_costs(artifacts, prompts, contexts, repeats, threads)
 
@@ -207,19 +206,27 @@ def _compress_encoder(
 ) -> Manifest:
     """Fills the folder of an encoder's artifact; its plan keeps every layer."""
     workshop = _open_encoder(snapshot, spec, recipe, progress)
-    progress.stage("export the graph")
-    workshop.export(recipe.weights, folder)
+    progress.stage("held-out text")
+    held_out = workshop.held_out()
+    progress.stage("export")
+    plain = folder / "plain"
+    plain.mkdir()
+    workshop.export(plain, folder)
     workshop.write_companions(folder)
-    report = _validate_encoder(workshop, folder, progress)
+    progress.stage("validate")
+    report = measure_encoder(plain, folder, spec, recipe, held_out)
+    shutil.rmtree(plain)
     return _finish(folder, workshop, Plan.identity(spec), report)
 
 
 def _validate_encoder(workshop: EncoderWorkshop, artifact: Path, progress: Progress) -> Report:
+    progress.stage("held-out text")
+    held_out = workshop.held_out()
     with tempfile.TemporaryDirectory(prefix="kvslim-") as plain:
         progress.stage("export the plain baseline")
-        workshop.export("fp32", Path(plain))
+        workshop.export(Path(plain))
         progress.stage("validate")
-        return measure_encoder(Path(plain), artifact, workshop.spec, workshop.recipe, workshop.held_out())
+        return measure_encoder(Path(plain), artifact, workshop.spec, workshop.recipe, held_out)
 
 
 def _open_encoder(snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress: Progress) -> EncoderWorkshop:

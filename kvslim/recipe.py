@@ -81,7 +81,9 @@ class Gates(Frozen):
     min_top1_agreement: Number | None = Field(None, ge=0, le=1, description="share of equal most likely tokens")
     max_recall_drop: Number | None = Field(None, ge=0, le=1, description="recall lost against the plain export")
     max_kv_ratio: Number | None = Field(None, gt=0, le=1, description="KV bytes, artifact over plain")
-    min_embedding_cosine: Number | None = Field(None, ge=-1, le=1, description="encoders: mean cosine to the plain export")
+    min_embedding_cosine: Number | None = Field(
+        None, ge=-1, le=1, description="encoders: mean cosine to the plain export"
+    )
     min_masked_top1_agreement: Number | None = Field(
         None, ge=0, le=1, description="encoders with a masked-token head: share of equal most likely tokens"
     )

@@ -72,7 +72,8 @@ def text_windows(
 
         texts = heldout_text(samples, words=length)
         return np.stack([np.asarray(tokenizer(text).input_ids[:length]) for text in texts])
-    tokens = np.asarray(tokenizer(source_text(source), add_special_tokens=False, verbose=False).input_ids, dtype=np.int64)
+    text = source_text(source)
+    tokens = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=np.int64)
     first, last = (int(len(tokens) * edge) for edge in share)
     return _spread(tokens[first:last], _prefix(tokenizer), samples, length, source)
 

@@ -85,10 +85,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention over [batch, heads, length, head_dim]; returns [batch, length, heads, head_dim]."""
     heads = query.shape[1]
-    merged = (states.transpose(1, 2).flatten(2) for states in (query, key, value))
-    attended, *_rest = torch.onnx.ops.attention(
-        *merged, attn_mask=mask, q_num_heads=heads, kv_num_heads=heads, scale=scaling
-    )
+    q, k, v = (states.transpose(1, 2).flatten(2) for states in (query, key, value))
+    attended = torch.onnx.ops.attention(q, k, v, mask, q_num_heads=heads, kv_num_heads=heads, scale=scaling)[0]
     return attended.unflatten(-1, (heads, -1)), None
 
 
@@ -120,7 +118,7 @@ def merge_biases(model: ir.Model) -> None:
         bias = ir.val(f"{split.name}.bias", const_value=ir.tensor(np.concatenate(biases)))  # type: ignore[arg-type]
         graph.register_initializer(bias)
         biased = ir.node("Add", [source, bias], name=f"{split.name}.biased")
-        biased.outputs[0].dtype = source.dtype
+        biased.outputs[0].type = source.type
         graph.insert_before(split, biased)
         split.replace_input_with(0, biased.outputs[0])
         for add, value in zip(adds, split.outputs, strict=True):

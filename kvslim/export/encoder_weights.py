@@ -1,8 +1,8 @@
 """Weight quantisation of encoders: a text comes in one piece, so arithmetic decides, not the bytes that weights take.
 
-On many tokens at once onnxruntime's MatMulNBits is hardly faster than float32, while its dynamic quantisation takes half
-the time: weights in int8 per output channel, activations in uint8 with one step per tensor. One step is too coarse for
-what comes out of an activation function, a few of whose values are large: those products stay with MatMulNBits.
+On many tokens at once onnxruntime's MatMulNBits is hardly faster than float32, while its dynamic quantisation takes
+half the time: weights in int8 per output channel, activations in uint8 with one step per tensor. One step is too coarse
+for what comes out of an activation function, a few of whose values are large: those products keep blocks of 32.
 """
 
 from __future__ import annotations

@@ -108,6 +108,7 @@ def in_turns(names: Sequence[str], timed: Callable[[str], float], repeats: int) 
 
 
 def milliseconds(action: Callable[[], object]) -> float:
+    """The time that an action takes."""
     start = time.perf_counter()
     action()
     return (time.perf_counter() - start) * 1e3

@@ -2,8 +2,8 @@
 
     python -m kvslim.validate.rss decode|encode MODEL TOKENS [THREADS]
 
-prints MiB: the interpreter, onnxruntime, the weights, and either a cache of TOKENS with one decoded token, or one text of
-TOKENS encoded.
+prints MiB: the interpreter, onnxruntime, the weights, and either a cache of TOKENS with one decoded token, or one text
+of TOKENS encoded.
 """
 
 from __future__ import annotations
