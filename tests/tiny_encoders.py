@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +42,6 @@ def save_encoder(family: str, task: str, folder: Path) -> Path:
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def edit_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def _tokenizer(pad_id: int) -> Any:
