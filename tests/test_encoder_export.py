@@ -131,7 +131,7 @@ def test_every_matrix_is_quantised_when_weights_are_int8(make: Make, family: str
     seen = mask.astype(bool)
     found = EncoderSession(folder / "slim").logits(ids, mask)[seen]
     assert np.abs(found - logits[seen]).max() > 1e-4
-    assert np.corrcoef(found.ravel(), logits[seen].ravel())[0, 1] > 0.999
+    assert np.corrcoef(found.ravel(), logits[seen].ravel())[0, 1] > 0.998
 
 
 def test_int4_keeps_blocks_everywhere(tmp_path: Path) -> None:
