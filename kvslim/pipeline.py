@@ -216,7 +216,7 @@ def _compress_encoder(
     progress.stage("validate")
     report = measure_encoder(plain, folder, spec, recipe, held_out)
     shutil.rmtree(plain)
-    return _finish(folder, workshop, Plan.identity(spec), report)
+    return _finish(folder, workshop, Plan.identity(spec), encoder_inputs(spec), report)
 
 
 def _validate_encoder(workshop: EncoderWorkshop, artifact: Path, progress: Progress) -> Report:

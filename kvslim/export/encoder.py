@@ -17,8 +17,8 @@ from transformers import AttentionInterface
 from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 from transformers.masking_utils import AttentionMaskInterface
 
-from kvslim.export.graph import _quiet
 from kvslim.export.passes import BATCH, LENGTH, drop_idle_reshapes, strip_traces
+from kvslim.export.quiet import quiet
 from kvslim.load.encoders import ENCODERS, encoder_inputs
 from kvslim.types import ModelSpec
 
@@ -47,7 +47,7 @@ def build_encoder_graph(model: Any, spec: ModelSpec) -> ir.Model:
     previous = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     try:
-        with torch.inference_mode(False), torch.no_grad(), _quiet():
+        with torch.inference_mode(False), torch.no_grad(), quiet():
             program = torch.export.export(
                 _Encoder(model, spec), samples, dynamic_shapes={"tokens": (tokens,) * len(inputs)}, strict=False
             )

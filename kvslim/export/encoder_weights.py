@@ -7,13 +7,13 @@ for what comes out of an activation function, a few of whose values are large: t
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
+from kvslim.export.quiet import quiet
 from kvslim.export.weights import quantise_weights
 from kvslim.types import Weights
 
@@ -35,23 +35,18 @@ def quantise_encoder(model: ir.Model, weights: Weights) -> ir.Model:
 def _dynamic(model: ir.Model) -> ir.Model:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with tempfile.TemporaryDirectory(prefix="kvslim-") as folder:
-            quantize_dynamic(
-                ir.to_proto(model),
-                Path(folder, "int8.onnx"),
-                op_types_to_quantize=["MatMul"],
-                nodes_to_quantize=[str(node.name) for node in model.graph if _is_smooth_product(node)],
-                per_channel=True,
-                reduce_range=True,  # x86 without VNNI sums pairs of products in 16 bits, which 8-bit weights overflow
-                weight_type=QuantType.QInt8,
-                extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
-            )
-            return ir.from_proto(onnx.load(Path(folder, "int8.onnx")))
-    finally:
-        logging.disable(level)
+    with quiet(), tempfile.TemporaryDirectory(prefix="kvslim-") as folder:
+        quantize_dynamic(
+            ir.to_proto(model),
+            Path(folder, "int8.onnx"),
+            op_types_to_quantize=["MatMul"],
+            nodes_to_quantize=[str(node.name) for node in model.graph if _is_smooth_product(node)],
+            per_channel=True,
+            reduce_range=True,  # x86 without VNNI sums pairs of products in 16 bits, which 8-bit weights overflow
+            weight_type=QuantType.QInt8,
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+        )
+        return ir.from_proto(onnx.load(Path(folder, "int8.onnx")))
 
 
 def _is_smooth_product(node: ir.Node) -> bool:
