@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-from kvslim.errors import UsageError
+from collections.abc import Sequence
+
+from kvslim.errors import UnsupportedError, UsageError
 from kvslim.methods.kv_pca import check_rank
 from kvslim.recipe import Recipe
 from kvslim.types import LayerPlan, ModelSpec, Plan
 
 RECALL_MARGIN = 33  # first token, span and its second copy
+ENCODER_GATES = {"min_embedding_cosine", "min_masked_top1_agreement"}
+
+
+def check_task(recipe: Recipe, spec: ModelSpec) -> None:
+    """Refuses a decoder's recipe for an encoder, and the reverse.
+
+    Raises:
+        UnsupportedError: Naming what does not fit, and the recipe that does.
+    """
+    gates = {name for name, limit in recipe.gates if limit is not None}
+    if spec.is_encoder:
+        misfits = [method.name for method in recipe.methods] + sorted(gates - ENCODER_GATES)
+        kind, lack, fix = "an encoder", "which has no KV cache", "use `-r encoder`"
+    else:
+        misfits = sorted(gates & ENCODER_GATES)
+        kind, lack, fix = "a decoder", "which has no embeddings", "use `-r balanced`"
+    if misfits:
+        raise UnsupportedError(
+            f"recipe {recipe.name!r} asks for {', '.join(misfits)}; {spec.model_type} is {kind}, {lack}",
+            where="--recipe",
+            fix=fix,
+        )
 
 
 def check_layout(recipe: Recipe) -> None:
@@ -36,13 +60,13 @@ def check_lengths(recipe: Recipe, spec: ModelSpec) -> None:
         UsageError: Naming the key and the limit.
     """
     calibration, validation = recipe.calibration, recipe.validation
-    lengths = {
-        "calibration.length": calibration.length,
-        "validation.length": validation.length,
-        "validation.recall_distance": validation.recall_distance + RECALL_MARGIN,
-        "validation.prompts": max(validation.prompts),
-        "validation.contexts": max(validation.contexts) + 1,
-    }
+    lengths = {"validation.length": validation.length, "validation.prompts": max(validation.prompts)}
+    if not spec.is_encoder:
+        lengths |= {
+            "calibration.length": calibration.length,
+            "validation.recall_distance": validation.recall_distance + RECALL_MARGIN,
+            "validation.contexts": max(validation.contexts) + 1,
+        }
     for key, length in lengths.items():
         if length > spec.max_context:
             raise UsageError(
@@ -50,6 +74,21 @@ def check_lengths(recipe: Recipe, spec: ModelSpec) -> None:
                 where=f"recipe: {key}",
                 fix=f"--set {key}={max(1, spec.max_context // 2)}",
             )
+
+
+def check_encoders(specs: Sequence[ModelSpec], lengths: Sequence[int]) -> None:
+    """Refuses to time decoders among encoders, and texts beyond a model's positions.
+
+    Raises:
+        UsageError: Naming the option.
+    """
+    if not all(spec.is_encoder for spec in specs):
+        raise UsageError("encoders and decoders share no timings", where="ARTIFACT", fix="bench one kind at a time")
+    most = min(spec.max_context for spec in specs)
+    if max(lengths) > most:
+        raise UsageError(
+            f"a text of {max(lengths)} tokens exceeds {most} positions", where="--prompt", fix=f"--prompt {most}"
+        )
 
 
 def check_plan(plan: Plan, recipe: Recipe, spec: ModelSpec) -> None:

@@ -10,20 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvslim.calibrate.corpus import check_source
-from kvslim.checks import check_layout, check_lengths, check_plan
-from kvslim.errors import NotFoundError, UsageError
+from kvslim.checks import check_encoders, check_layout, check_lengths, check_plan, check_task
+from kvslim.errors import NotFoundError, UnsupportedError, UsageError
 from kvslim.export.manifest import hash_files, read_manifest, write_manifest
 from kvslim.export.package import check_output, staging
+from kvslim.load.encoders import encoder_inputs
 from kvslim.load.source import Snapshot, check_weights, read_spec, resolve
 from kvslim.methods import Method
 from kvslim.progress import Progress, Silent
 from kvslim.recipe import Recipe, parse_recipe
 from kvslim.report.card import write_card
 from kvslim.types import Frozen, KVLayout, Manifest, Measures, ModelSpec, Plan, Report, Source
+from kvslim.validate.encoder import encoder_costs, measure_encoder
 from kvslim.validate.measure import measure, measure_costs
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
+    from kvslim.encoder_workshop import EncoderWorkshop
     from kvslim.transform.codes import LayerCodes
     from kvslim.workshop import Workshop
 
@@ -67,6 +70,8 @@ def compress(
     snapshot, spec = _checked(model, recipe, plan)
     check_output(out, overwrite, needed_bytes=4 * _weight_bytes(snapshot))
     with staging(out, overwrite) as folder:
+        if spec.is_encoder:
+            return _compress_encoder(snapshot, spec, recipe, folder, progress)
         workshop = _open(snapshot, spec, recipe, progress)
         progress.stage("calibrate")
         statistics = workshop.statistics()
@@ -94,6 +99,12 @@ def plan(model: str, recipe: Recipe, *, progress: Progress | None = None) -> Pla
         KvslimError: As `compress`.
     """
     snapshot, spec = _checked(model, recipe, None)
+    if spec.is_encoder:
+        raise UnsupportedError(
+            f"{spec.model_type} is an encoder: without a KV cache there is nothing to plan",
+            where="MODEL",
+            fix="make the artifact with `kvslim compress MODEL -r encoder`",
+        )
     progress = progress or Silent()
     workshop = _open(snapshot, spec, recipe, progress)
     progress.stage("calibrate")
@@ -119,6 +130,8 @@ def validate(artifact: Path, *, against: str | None = None, progress: Progress |
     snapshot, spec = _checked(against or _source_of(artifact, manifest), recipe, None)
     if spec != manifest.spec:
         raise UsageError("the model has another shape than the artifact's", where="--against", fix="give its own model")
+    if spec.is_encoder:
+        return _validate_encoder(_open_encoder(snapshot, spec, recipe, progress), artifact, progress)
     workshop = _open(snapshot, spec, recipe, progress)
     progress.stage("held-out text")
     evaluation = workshop.evaluation()
@@ -134,11 +147,15 @@ def bench(
 ) -> dict[str, Measures]:
     """Latency and memory of artifacts, interleaved in one run; by the path given.
 
+    An encoder knows no contexts: its latency is taken for texts of the lengths in `prompts`.
+
     Raises:
         KvslimError: An artifact cannot be opened, or a length is not positive.
     """
-    for artifact in artifacts:
-        read_manifest(artifact)
+    specs = [read_manifest(artifact).spec for artifact in artifacts]
+    if any(spec.is_encoder for spec in specs):
+        check_encoders(specs, prompts)
+        return encoder_costs({str(artifact): artifact for artifact in artifacts}, prompts, repeats, threads)
     return measure_costs(artifacts, prompts, contexts, repeats, threads)
 
 
@@ -165,6 +182,7 @@ def _checked(model: str, recipe: Recipe, plan: Plan | None) -> tuple[Snapshot, M
     snapshot = resolve(model)
     spec = read_spec(snapshot, recipe.calibration.context)
     check_weights(snapshot)
+    check_task(recipe, spec)
     for method in recipe.methods:
         method.check(spec)
     check_layout(recipe)
@@ -181,6 +199,41 @@ def _open(snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress: Progres
 
     progress.stage("load")
     return Workshop(snapshot, spec, recipe, progress)
+
+
+def _compress_encoder(
+    snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, folder: Path, progress: Progress
+) -> Manifest:
+    """Fills the folder of an encoder's artifact; its plan keeps every layer."""
+    workshop = _open_encoder(snapshot, spec, recipe, progress)
+    progress.stage("held-out text")
+    held_out = workshop.held_out()
+    progress.stage("export")
+    plain = folder / "plain"
+    plain.mkdir()
+    workshop.export(plain, folder)
+    workshop.write_companions(folder)
+    progress.stage("validate")
+    report = measure_encoder(plain, folder, spec, recipe, held_out)
+    shutil.rmtree(plain)
+    return _finish(folder, workshop, Plan.identity(spec), encoder_inputs(spec), report)
+
+
+def _validate_encoder(workshop: EncoderWorkshop, artifact: Path, progress: Progress) -> Report:
+    progress.stage("held-out text")
+    held_out = workshop.held_out()
+    with tempfile.TemporaryDirectory(prefix="kvslim-") as plain:
+        progress.stage("export the plain baseline")
+        workshop.export(Path(plain))
+        progress.stage("validate")
+        return measure_encoder(Path(plain), artifact, workshop.spec, workshop.recipe, held_out)
+
+
+def _open_encoder(snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress: Progress) -> EncoderWorkshop:
+    from kvslim.encoder_workshop import EncoderWorkshop
+
+    progress.stage("load")
+    return EncoderWorkshop(snapshot, spec, recipe)
 
 
 def _in_order(recipe: Recipe) -> list[Method]:
@@ -204,7 +257,9 @@ def _weight_bytes(snapshot: Snapshot) -> int:
     return sum(path.stat().st_size for path in snapshot.path.glob("*.safetensors"))
 
 
-def _finish(folder: Path, workshop: Workshop, plan: Plan, inputs: tuple[str, ...], report: Report) -> Manifest:
+def _finish(
+    folder: Path, workshop: Workshop | EncoderWorkshop, plan: Plan, inputs: tuple[str, ...], report: Report
+) -> Manifest:
     """Writes what describes the artifact: model card and manifest."""
     snapshot = workshop.snapshot
     manifest = Manifest(

@@ -60,12 +60,12 @@ class Validation(Frozen):
     """What is measured, on text that calibration never saw."""
 
     source: str = Field("self", description="self, a .txt or .jsonl file, or hub:DATASET[:SPLIT]")
-    samples: int = Field(16, ge=2, description="windows of text")
-    length: int = Field(512, ge=32, description="tokens per window")
+    samples: int = Field(16, ge=2, description="windows of text; sentences for an encoder")
+    length: int = Field(512, ge=32, description="tokens per window; at most per sentence")
     recall_items: int = Field(200, ge=1, description="recall questions")
     recall_distance: int = Field(512, ge=16, description="tokens between a fact and its question")
     prompts: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (128, 512), min_length=1, description="prompt lengths for TTFT"
+        (128, 512), min_length=1, description="prompt lengths for TTFT; text lengths for an encoder's latency"
     )
     contexts: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (128, 1024), min_length=1, description="contexts for time per token"
@@ -81,6 +81,12 @@ class Gates(Frozen):
     min_top1_agreement: Number | None = Field(None, ge=0, le=1, description="share of equal most likely tokens")
     max_recall_drop: Number | None = Field(None, ge=0, le=1, description="recall lost against the plain export")
     max_kv_ratio: Number | None = Field(None, gt=0, le=1, description="KV bytes, artifact over plain")
+    min_embedding_cosine: Number | None = Field(
+        None, ge=-1, le=1, description="encoders: mean cosine to the plain export"
+    )
+    min_masked_top1_agreement: Number | None = Field(
+        None, ge=0, le=1, description="encoders with a masked-token head: share of equal most likely tokens"
+    )
 
 
 class Recipe(Frozen):

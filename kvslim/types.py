@@ -11,6 +11,7 @@ CacheType = Literal["float32", "int8"]
 Granularity = Literal["per_channel", "per_tensor"]
 Layout = Literal["gqa", "attention24"]
 Objective = Literal["balanced", "key"]
+Task = Literal["text-generation", "fill-mask", "feature-extraction"]
 INPUTS = ("input_ids", "attention_mask", "position_ids")  # before the cache; not every graph needs positions
 NUM_LOGITS = "num_logits_to_keep"  # input with a default: positions from the end whose logits are wanted; 0 for all
 WINDOW_SLACK = 16  # rows of a window's cache beyond the window: eviction then moves it once in so many tokens
@@ -34,6 +35,12 @@ class ModelSpec(Frozen):
     vocab_size: int
     max_context: int = Field(description="positions the model was trained or scaled for, in tokens")
     windows: tuple[int | None, ...] = Field(description="tokens that each layer's queries see; None for all")
+    task: Task = Field("text-generation", description="the hub's name; the other two are encoders, without a cache")
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether the model reads a whole text at once, and so has no KV cache."""
+        return self.task != "text-generation"
 
     @property
     def group_size(self) -> int:
@@ -115,7 +122,9 @@ class KVLayout(Frozen):
 
     @classmethod
     def of(cls, spec: ModelSpec, plan: Plan) -> KVLayout:
-        """The layout that `plan` gives a model of this `spec`."""
+        """The layout that `plan` gives a model of this `spec`; empty for an encoder."""
+        if spec.is_encoder:
+            return cls(tensors=())
         windowed = plan.window_cache and plan.layout == "gqa"
         return cls(
             layout=plan.layout,
@@ -137,8 +146,9 @@ class KVLayout(Frozen):
 class Measures(Frozen):
     """One column of the report. What was not measured is None.
 
-    Latencies are milliseconds, keyed by prompt length (`ttft_ms`) or context length (`tpot_ms`) in tokens;
-    `kl_*` are nats per token against the plain export; `recall` and `top1_agreement` are shares in 0..1.
+    Latencies are milliseconds, keyed by prompt length (`ttft_ms`), context length (`tpot_ms`) or, for an encoder, text
+    length (`latency_ms`) in tokens; `kl_*` are nats per token against the plain export; `recall` and the agreements are
+    shares in 0..1.
     """
 
     kv_bytes_per_token: float | None = None
@@ -149,8 +159,12 @@ class Measures(Frozen):
     perplexity: float | None = None
     perplexity_se: float | None = None
     recall: float | None = None
+    embedding_cosine_mean: float | None = None
+    embedding_cosine_min: float | None = None
+    masked_top1_agreement: float | None = None
     ttft_ms: dict[str, float] | None = None
     tpot_ms: dict[str, float] | None = None
+    latency_ms: dict[str, float] | None = None
     peak_rss_mib: float | None = None
 
 

@@ -11,9 +11,9 @@ from kvslim.methods import KvPca, KvQuant
 from kvslim.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
 
 
-@pytest.mark.parametrize("name", ["lossless", "balanced", "small"])
+@pytest.mark.parametrize("name", ["lossless", "balanced", "small", "encoder"])
 def test_shipped_recipe_survives_a_round_trip(name: str) -> None:
-    assert set(shipped_recipes()) == {"lossless", "balanced", "small"}
+    assert set(shipped_recipes()) == {"lossless", "balanced", "small", "encoder"}
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.description

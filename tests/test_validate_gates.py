@@ -14,6 +14,8 @@ ARTIFACT = Measures(
     recall=0.95,
     kl_mean=0.01,
     top1_agreement=0.9,
+    embedding_cosine_mean=0.995,
+    masked_top1_agreement=0.98,
     perplexity=11.0,
     tpot_ms={"128": 3.0, "4096": 9.0},
 )
@@ -30,6 +32,10 @@ ARTIFACT = Measures(
         ("max_recall_drop", 0.04, 0.05, False),
         ("max_kv_ratio", 0.25, 0.25, True),
         ("max_kv_ratio", 0.2, 0.25, False),
+        ("min_embedding_cosine", 0.99, 0.995, True),
+        ("min_embedding_cosine", 0.999, 0.995, False),
+        ("min_masked_top1_agreement", 0.98, 0.98, True),
+        ("min_masked_top1_agreement", 0.99, 0.98, False),
     ],
 )
 def test_gate_compares_value_with_limit_when_measured(name: str, limit: float, value: float, passed: bool) -> None:

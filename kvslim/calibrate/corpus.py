@@ -39,6 +39,15 @@ def source_digest(source: str) -> str | None:
     return hashlib.sha256(_read_file(Path(source)).encode()).hexdigest()
 
 
+def source_text(source: str) -> str:
+    """The text of a file or a hub data set.
+
+    Raises:
+        KvslimError: As `check_source`.
+    """
+    return _hub_text(source) if source.startswith("hub:") else _read_file(Path(source))
+
+
 def text_windows(
     source: str, tokenizer: Any, *, samples: int, length: int, share: tuple[float, float] = WHOLE
 ) -> Array:
@@ -63,7 +72,7 @@ def text_windows(
 
         texts = heldout_text(samples, words=length)
         return np.stack([np.asarray(tokenizer(text).input_ids[:length]) for text in texts])
-    text = _hub_text(source) if source.startswith("hub:") else _read_file(Path(source))
+    text = source_text(source)
     tokens = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=np.int64)
     first, last = (int(len(tokens) * edge) for edge in share)
     return _spread(tokens[first:last], _prefix(tokenizer), samples, length, source)

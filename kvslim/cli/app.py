@@ -202,7 +202,10 @@ def generate(
     from kvslim.export.manifest import read_manifest
     from kvslim.runtime.generate import generate as stream
 
-    read_manifest(artifact)
+    if read_manifest(artifact).spec.is_encoder:
+        raise UnsupportedError(
+            "an encoder writes no text", where=str(artifact), fix="embed texts with `kvslim.runtime.encoder`"
+        )
     if not prompt:
         raise UsageError("the prompt is empty", where="--prompt", fix="give some text to continue")
     pieces = stream(

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +23,7 @@ from kvslim.export.passes import (
     share_tied_weights,
     strip_traces,
 )
+from kvslim.export.quiet import quiet
 from kvslim.load.architecture import Architecture
 from kvslim.transform.attention import PassThroughCache
 from kvslim.transform.operators import ExportStep
@@ -89,7 +85,7 @@ def build_graph(model: Any, architecture: Architecture, layout: KVLayout) -> ir.
     """
     decoder = _Decoder(model, architecture, layout)
     try:
-        with torch.inference_mode(False), torch.no_grad(), _quiet():
+        with torch.inference_mode(False), torch.no_grad(), quiet():
             graph = _exported(decoder, layout)
             share_tied_weights(graph)
             with hidden_weights(graph):
@@ -155,16 +151,3 @@ def token_inputs(graph: ir.Model) -> tuple[str, ...]:
 def save_graph(model: ir.Model, folder: Path) -> None:
     """Writes model.onnx and model.onnx.data; equal models give equal bytes."""
     ir.save(model, folder / "model.onnx", external_data="model.onnx.data")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the exporters' notes, which no user can act on, out of the terminal."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)

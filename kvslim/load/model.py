@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import ModelError
+from kvslim.load.encoders import ENCODERS
 from kvslim.load.source import Snapshot
+from kvslim.types import ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,16 +20,39 @@ def load_model(snapshot: Snapshot) -> PreTrainedModel:
     Raises:
         ModelError: The weights are corrupt, missing in part, or of another shape than the config says.
     """
-    import torch
     from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, snapshot)
+
+
+def load_encoder(snapshot: Snapshot, spec: ModelSpec) -> PreTrainedModel:
+    """The encoder in float32, in evaluation mode, with its masked-token head where the config names one.
+
+    Raises:
+        ModelError: As `load_model`.
+    """
+    from transformers import AutoModel, AutoModelForMaskedLM
+
+    if spec.task == "fill-mask":
+        return _load(AutoModelForMaskedLM, snapshot)
+    return _load(AutoModel, snapshot, **({"add_pooling_layer": False} if ENCODERS[spec.model_type].pooler else {}))
+
+
+def _load(model_class: Any, snapshot: Snapshot, **options: Any) -> PreTrainedModel:
+    import torch
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     fix = "download the model again"
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            snapshot.path, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+        model, info = model_class.from_pretrained(
+            snapshot.path,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
         )
     except Exception as error:  # safetensors, torch and transformers each raise their own types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,6 +11,7 @@ from typing import Any
 from kvslim.demo import MODEL_DIR
 from kvslim.errors import ModelError, NotFoundError, UnsupportedError
 from kvslim.load.architecture import architecture_of
+from kvslim.load.encoders import ENCODERS, encoder_spec
 from kvslim.types import ModelSpec
 
 STATIC_ROPE = {"default", "linear", "llama3", "longrope", "yarn"}
@@ -125,10 +126,11 @@ def read_spec(snapshot: Snapshot, context: int | None = None) -> ModelSpec:
         ModelError: The config is broken or contradicts itself.
         UnsupportedError: The family or its RoPE scaling is not supported.
     """
-    raw = read_config(snapshot)
-    _refuse_experts(raw, str(snapshot.path / "config.json"))
+    raw, where = read_config(snapshot), str(snapshot.path / "config.json")
+    if raw["model_type"] in ENCODERS:
+        return encoder_spec(raw, where)
+    _refuse_experts(raw, where)
     architecture_of(raw["model_type"])
-    where = str(snapshot.path / "config.json")
     from optimum.utils import NormalizedTextConfig
     from transformers import AutoConfig
 

@@ -18,8 +18,12 @@ TEMPLATE = """\
 
 # {{ name }}, {{ recipe }}
 
+{% if encoder -%}
+`{{ name }}` as an ONNX graph, made by KVSlim {{ version }} with the recipe `{{ recipe }}`.
+{%- else -%}
 `{{ name }}` as an ONNX graph with a slim KV cache, made by KVSlim {{ version }} with the recipe `{{ recipe }}`:
 {{ "{:,}".format(slim) }} bytes of cache per token, {{ "{:,}".format(plain) }} in the plain fp32 export.
+{%- endif %}
 {%- if manifest.passed is false %}
 
 **A gate failed: this artifact is not what its recipe asked for.**
@@ -28,18 +32,33 @@ TEMPLATE = """\
 ## Measured
 
 {{ report }}
+{% if encoder -%}
+`plain` is the same model, exported the same way, with its weights in fp32, on one sentence at a time; `artifact` and
+`floor`, which is that export again, run padded batches. Speed is interleaved in one run, on the machine that made this
+folder.
+{%- else -%}
 `plain` is the same model, exported the same way, with its cache in fp32. `floor` is that export against itself.
 Quality is measured through the cache; speed is interleaved in one run, on the machine that made this folder.
+{%- endif %}
 {% if manifest.report.gates %}
 {{ gates }}{% endif %}{% endif %}
 ## Use
 
+{% if encoder -%}
+```python
+from pathlib import Path
+from kvslim.runtime.encoder import EncoderSession
+
+embeddings = EncoderSession(Path(".")).encode(["one sentence", "and another"])  # [2, hidden], mean-pooled
+```
+{%- else -%}
 ```
 kvslim generate . --prompt "Once upon a time"
 kvslim verify .
 ```
 
 onnxruntime-genai opens this folder as it is (`onnxruntime_genai.Model(".")`).
+{%- endif %}
 
 ## Made from
 
@@ -49,9 +68,10 @@ onnxruntime-genai opens this folder as it is (`onnxruntime_genai.Model(".")`).
 {% for package, number in manifest.versions.items() -%}
 - {{ package }} {{ number }}
 {% endfor %}
+{%- if not encoder %}
 ## The cache, layer by layer
 
-{{ plan }}"""
+{{ plan }}{% endif %}"""
 
 
 def write_card(folder: Path, manifest: Manifest) -> None:
@@ -70,6 +90,7 @@ def model_card(manifest: Manifest) -> str:
     environment = Environment(autoescape=False, undefined=StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(TEMPLATE).render(
         manifest=manifest,
+        encoder=spec.is_encoder,
         front=yaml.safe_dump(_front_matter(manifest), sort_keys=False, allow_unicode=True),
         name=_name(manifest),
         recipe=manifest.recipe.get("name", "custom"),
@@ -83,12 +104,14 @@ def model_card(manifest: Manifest) -> str:
 
 
 def _front_matter(manifest: Manifest) -> dict[str, Any]:
+    spec = manifest.spec
+    tags = ["onnx", "kvslim", *([] if spec.is_encoder else ["kv-cache", "onnxruntime-genai"]), spec.model_type]
     base = {"base_model": manifest.source.model} if manifest.source.revision else {}
     return {
         "library_name": "onnxruntime",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": spec.task,
         **base,
-        "tags": ["onnx", "kvslim", "kv-cache", "onnxruntime-genai", manifest.spec.model_type],
+        "tags": tags,
     }
 
 

@@ -23,8 +23,12 @@ METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
     "perplexity": ("Perplexity", lambda value: f"{value:.3f}"),
     "perplexity_se": ("Perplexity, standard error", lambda value: f"{value:.3f}"),
     "recall": ("Recall", lambda value: f"{value:.1%}"),
+    "embedding_cosine_mean": ("Cosine to plain embeddings, mean", lambda value: f"{value:.4f}"),
+    "embedding_cosine_min": ("Cosine to plain embeddings, minimum", lambda value: f"{value:.4f}"),
+    "masked_top1_agreement": ("Same most likely masked token", lambda value: f"{value:.2%}"),
     "ttft_ms": ("Time to first token, ms, prompt of {}", lambda value: f"{value:.1f}"),
     "tpot_ms": ("Time per token, ms, context of {}", lambda value: f"{value:.2f}"),
+    "latency_ms": ("Latency, ms, text of {} tokens", lambda value: f"{value:.2f}"),
     "peak_rss_mib": ("Peak memory, MiB", lambda value: f"{value:.0f}"),
 }
 

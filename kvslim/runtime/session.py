@@ -60,6 +60,19 @@ def open_session(model: Path, threads: int | None = None) -> ort.InferenceSessio
         raise _artifact_error("onnxruntime cannot load the graph", error, str(path)) from error
 
 
+def run_graph(session: ort.InferenceSession, output: str, feed: dict[str, npt.NDArray[np.int64]], where: str) -> Logits:
+    """One output of a graph without a cache.
+
+    Raises:
+        ArtifactError: onnxruntime fails on the graph.
+    """
+    try:
+        result: Logits = session.run([output], feed)[0]
+    except _ORT_ERRORS as error:
+        raise _artifact_error("onnxruntime failed on the graph", error, where) from error
+    return result
+
+
 def layout_of(session: ort.InferenceSession) -> KVLayout:
     """The KV inputs of a graph, in its order: what the bytes of a cache are counted from.
 

@@ -78,9 +78,9 @@ def _prefill_times(sessions: Mapping[str, DecodeSession], length: int, repeats: 
 
     def timed(name: str) -> float:
         sessions[name].reset()
-        return _milliseconds(lambda: sessions[name].prefill(prompts[name]))
+        return milliseconds(lambda: sessions[name].prefill(prompts[name]))
 
-    return _in_turns(list(sessions), timed, repeats)
+    return in_turns(list(sessions), timed, repeats)
 
 
 def _decode_times(sessions: Mapping[str, DecodeSession], context: int, repeats: int) -> dict[str, Times]:
@@ -91,9 +91,9 @@ def _decode_times(sessions: Mapping[str, DecodeSession], context: int, repeats: 
         # The step before puts the model where a decode loop has it: its weights in the processor's caches, and the
         # other model's worker threads, which spin for a while after their last step, asleep.
         _step(sessions[name], context)
-        return _milliseconds(lambda: _step(sessions[name], context))
+        return milliseconds(lambda: _step(sessions[name], context))
 
-    return _in_turns(list(sessions), timed, repeats)
+    return in_turns(list(sessions), timed, repeats)
 
 
 def _step(session: DecodeSession, context: int) -> None:
@@ -101,13 +101,14 @@ def _step(session: DecodeSession, context: int) -> None:
     session.length = context  # the content is random, so what a window has dropped is not missed
 
 
-def _in_turns(names: Sequence[str], timed: Callable[[str], float], repeats: int) -> dict[str, Times]:
+def in_turns(names: Sequence[str], timed: Callable[[str], float], repeats: int) -> dict[str, Times]:
     """Milliseconds [repeats] by name; the first turn warms up and is not counted."""
     turns = [[timed(name) for name in names] for _ in range(repeats + 1)]
     return dict(zip(names, np.array(turns[1:]).T, strict=True))
 
 
-def _milliseconds(action: Callable[[], object]) -> float:
+def milliseconds(action: Callable[[], object]) -> float:
+    """The time that an action takes."""
     start = time.perf_counter()
     action()
     return (time.perf_counter() - start) * 1e3

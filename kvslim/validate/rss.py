@@ -1,8 +1,9 @@
-"""Peak memory of decoding at a context, taken in a process that does nothing else.
+"""Peak memory of one use of a model, taken in a process that does nothing else.
 
-    python -m kvslim.validate.rss MODEL CONTEXT [THREADS]
+    python -m kvslim.validate.rss decode|encode MODEL TOKENS [THREADS]
 
-prints MiB: the interpreter, onnxruntime, the weights, a cache of CONTEXT tokens, and one decoded token.
+prints MiB: the interpreter, onnxruntime, the weights, and either a cache of TOKENS with one decoded token, or one text
+of TOKENS encoded.
 """
 
 from __future__ import annotations
@@ -11,23 +12,28 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 from kvslim.errors import ArtifactError
+from kvslim.runtime.encoder import EncoderSession
 from kvslim.runtime.session import DecodeSession
 
+Use = Literal["decode", "encode"]
 
-def peak_rss(model: Path, context: int, threads: int | None = None) -> float:
-    """Peak resident memory of a fresh process that decodes one token at a context, in MiB.
+
+def peak_rss(model: Path, tokens: int, threads: int | None = None, use: Use = "decode") -> float:
+    """Peak resident memory of a fresh process that decodes one token at a context or encodes one text, in MiB.
 
     Args:
         model: The `.onnx` file, or the folder that holds `model.onnx`.
-        context: Tokens in the cache.
+        tokens: Tokens in the cache, or of the text.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
+        use: What the model is for.
 
     Raises:
         ArtifactError: The process failed.
     """
-    arguments = [str(model), str(context), *([] if threads is None else [str(threads)])]
+    arguments = [use, str(model), str(tokens), *([] if threads is None else [str(threads)])]
     command = [sys.executable, "-m", "kvslim.validate.rss", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -56,12 +62,21 @@ def own_peak_mib() -> float:
 
 
 def main(arguments: list[str]) -> None:
-    """Decodes one token at a context and prints the peak in MiB."""
-    model, context, *threads = arguments
-    session = DecodeSession(Path(model), capacity=int(context) + 1, threads=int(threads[0]) if threads else None)
-    session.fill(int(context))
-    session.step([0])
+    """Uses a model once and prints the peak in MiB."""
+    use, model, tokens, *threads = arguments
+    run = {"decode": _decode, "encode": _encode}[use]
+    run(Path(model), int(tokens), int(threads[0]) if threads else None)
     sys.stdout.write(f"{own_peak_mib()}\n")
+
+
+def _decode(model: Path, context: int, threads: int | None) -> None:
+    session = DecodeSession(model, capacity=context + 1, threads=threads)
+    session.fill(context)
+    session.step([0])
+
+
+def _encode(model: Path, length: int, threads: int | None) -> None:
+    EncoderSession(model, threads=threads).embed([[0] * length])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,94 @@
+"""The encoder families: what their graphs read, and the shape that config.json gives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvslim.errors import ModelError, UnsupportedError
+from kvslim.types import ModelSpec, Task
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What tells one family of encoders in transformers from another.
+
+    Attributes:
+        token_types: Whether sentence pairs are told apart by `token_type_ids`.
+        pooler: Whether the bare model carries a pooler, which embeddings by mean pooling never read.
+        offset_positions: Whether positions count attended tokens, from one beyond the padding token's id.
+    """
+
+    token_types: bool = False
+    pooler: bool = False
+    offset_positions: bool = False
+
+
+ENCODERS: dict[str, Encoder] = {
+    "bert": Encoder(token_types=True, pooler=True),
+    "distilbert": Encoder(),
+    "roberta": Encoder(pooler=True, offset_positions=True),
+}
+
+
+def encoder_inputs(spec: ModelSpec) -> tuple[str, ...]:
+    """The inputs of an encoder's graph, in order."""
+    types = ("token_type_ids",) if ENCODERS[spec.model_type].token_types else ()
+    return ("input_ids", "attention_mask", *types)
+
+
+def encoder_spec(raw: dict[str, Any], where: str) -> ModelSpec:
+    """The shape of an encoder, from its config alone.
+
+    Args:
+        raw: config.json.
+        where: Its path, for errors.
+
+    Raises:
+        ModelError: The config is broken or contradicts itself.
+        UnsupportedError: It is a decoder in an encoder's clothes, or its positions are relative.
+    """
+    from transformers import AutoConfig
+
+    try:
+        spec = _spec(AutoConfig.for_model(**raw))
+    except Exception as error:  # transformers' config classes raise many types, each with its reason
+        reason = " ".join(str(error).split())
+        raise ModelError(f"config.json is broken: {reason}", where=where, fix="download the model again") from error
+    _refuse_unsupported(raw, where)
+    return spec
+
+
+def _spec(config: Any) -> ModelSpec:
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    if min(heads, hidden, config.num_hidden_layers) < 1 or hidden % heads:
+        raise ValueError(f"{heads} heads do not divide a hidden size of {hidden}")
+    offset = config.pad_token_id + 1 if ENCODERS[config.model_type].offset_positions else 0
+    return ModelSpec(
+        model_type=config.model_type,
+        layers=config.num_hidden_layers,
+        hidden_size=hidden,
+        q_heads=heads,
+        kv_heads=heads,
+        head_dim=hidden // heads,
+        vocab_size=config.vocab_size,
+        max_context=config.max_position_embeddings - offset,
+        windows=(None,) * config.num_hidden_layers,
+        task=_task(config.architectures),
+    )
+
+
+def _task(architectures: list[str] | None) -> Task:
+    return "fill-mask" if any(name.endswith("ForMaskedLM") for name in architectures or ()) else "feature-extraction"
+
+
+def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
+    if raw.get("is_decoder"):
+        raise UnsupportedError(
+            f"a {raw['model_type']} that decodes is not supported", where=where, fix="use an encoder, or a causal model"
+        )
+    positions = raw.get("position_embedding_type", "absolute")
+    if positions != "absolute":
+        raise UnsupportedError(
+            f"position embeddings {positions!r} are not supported", where=where, fix="use a model with absolute ones"
+        )

@@ -1,0 +1,155 @@
+"""What an encoder's artifact costs and saves, next to the plain export: embeddings, masked tokens, latency, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvslim.recipe import Recipe
+from kvslim.runtime.encoder import EncoderSession, Texts, pad
+from kvslim.types import Measures, ModelSpec, Report
+from kvslim.validate.gates import report
+from kvslim.validate.latency import in_turns, milliseconds
+from kvslim.validate.measure import GRAPH_FILES
+from kvslim.validate.rss import peak_rss
+
+BATCH = 8
+MASKED_SHARE = 0.15  # as in BERT's training
+
+
+class HeldOut(NamedTuple):
+    """Held-out sentences.
+
+    Attributes:
+        texts: Token ids of each.
+        masked: The same with a share of the tokens masked; empty without a masked-token head.
+        targets: Which tokens of each were masked.
+    """
+
+    texts: Texts
+    masked: Texts
+    targets: Sequence[npt.NDArray[np.bool_]]
+
+
+def mask_tokens(texts: Texts, mask_id: int, special: set[int], seed: int) -> HeldOut:
+    """Masks a share of the tokens of each text, one at least, that are not special.
+
+    Args:
+        texts: Token ids.
+        mask_id: The id that stands for a masked token.
+        special: Ids that are never masked.
+        seed: Of the choice.
+    """
+    generator = np.random.default_rng(seed)
+    masked, targets = [], []
+    for text in texts:
+        ids = np.asarray(text)
+        free = np.flatnonzero(~np.isin(ids, list(special)))
+        count = min(len(free), max(1, round(MASKED_SHARE * len(free))))
+        target = np.zeros(len(ids), dtype=bool)
+        target[generator.choice(free, size=count, replace=False)] = True
+        masked.append(np.where(target, mask_id, ids).tolist())
+        targets.append(target)
+    return HeldOut(texts, masked, targets)
+
+
+def measure_encoder(plain: Path, artifact: Path, spec: ModelSpec, recipe: Recipe, held_out: HeldOut) -> Report:
+    """Measures an encoder's artifact against the plain export of its model.
+
+    The reference is the plain export on one sentence at a time; artifact and floor run padded batches, as users do.
+
+    Args:
+        plain: Folder of the plain export, fp32.
+        artifact: Folder of the artifact.
+        spec: The model's shape.
+        recipe: Its validation settings and gates.
+        held_out: Sentences.
+
+    Returns:
+        The report, gates judged; a model without a masked-token head is spared that gate.
+    """
+    reference = _answers(plain, held_out, batch=1)
+    quality = {
+        "plain": _compare(reference, reference),
+        "floor": _compare(reference, _answers(plain, held_out, BATCH)),
+        "artifact": _compare(reference, _answers(artifact, held_out, BATCH)),
+    }
+    settings = recipe.validation
+    costs = encoder_costs({"plain": plain, "artifact": artifact}, settings.prompts, settings.repeats)
+    columns = {name: cost.model_copy(update=quality[name]) for name, cost in costs.items()}
+    gates = recipe.gates
+    if spec.task != "fill-mask":
+        gates = gates.model_copy(update={"min_masked_top1_agreement": None})
+    return report(gates, floor=Measures.model_validate(quality["floor"]), **columns)
+
+
+def encoder_costs(
+    models: Mapping[str, Path], lengths: Sequence[int], repeats: int, threads: int | None = None
+) -> dict[str, Measures]:
+    """File size, memory at the longest text, and latency of one text by length, timed in turns; by name.
+
+    Raises:
+        NotFoundError, ArtifactError: A model cannot be opened, or has fewer positions than a length.
+    """
+    sessions = {name: EncoderSession(path, threads=threads) for name, path in models.items()}
+    times = {length: _times(sessions, length, repeats) for length in lengths}
+    del sessions
+    return {
+        name: Measures(
+            file_mib=sum((path / file).stat().st_size for file in GRAPH_FILES if (path / file).is_file()) / 2**20,
+            latency_ms={str(length): float(np.median(times[length][name])) for length in lengths},
+            peak_rss_mib=peak_rss(path, max(lengths), threads, use="encode"),
+        )
+        for name, path in models.items()
+    }
+
+
+def _times(sessions: Mapping[str, EncoderSession], length: int, repeats: int) -> dict[str, npt.NDArray[np.float64]]:
+    ids, mask = pad([[0] * length])
+
+    def timed(name: str) -> float:
+        # The run before puts the model's weights where a service in use has them: in the processor's caches.
+        sessions[name].hidden_states(ids, mask)
+        return milliseconds(lambda: sessions[name].hidden_states(ids, mask))
+
+    return in_turns(list(sessions), timed, repeats)
+
+
+class _Answers(NamedTuple):
+    """Embeddings [n, hidden], and the most likely token at each masked place."""
+
+    embeddings: npt.NDArray[np.float32]
+    tokens: npt.NDArray[np.int64] | None
+
+
+def _answers(folder: Path, held_out: HeldOut, batch: int) -> _Answers:
+    session = EncoderSession(folder)
+    starts = range(0, len(held_out.texts), batch)
+    embeddings = [session.embed(held_out.texts[start : start + batch]) for start in starts]
+    tokens = [_predicted(session, held_out, slice(start, start + batch)) for start in starts if held_out.masked]
+    return _Answers(np.concatenate(embeddings), np.concatenate(tokens) if tokens else None)
+
+
+def _predicted(session: EncoderSession, held_out: HeldOut, part: slice) -> npt.NDArray[np.int64]:
+    best = session.logits(*pad(held_out.masked[part])).argmax(-1)
+    rows = zip(best, held_out.targets[part], strict=True)
+    return np.concatenate([row[: len(target)][target] for row, target in rows])
+
+
+def _compare(reference: _Answers, found: _Answers) -> dict[str, float]:
+    cosines = _cosines(reference.embeddings, found.embeddings)
+    measures = {"embedding_cosine_mean": float(cosines.mean()), "embedding_cosine_min": float(cosines.min())}
+    if reference.tokens is not None:
+        measures["masked_top1_agreement"] = float((reference.tokens == found.tokens).mean())
+    return measures
+
+
+def _cosines(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Cosine of each row of one with the same row of the other, in float64."""
+    a, b = left.astype(np.float64), right.astype(np.float64)
+    cosines: npt.NDArray[np.float64] = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+    return cosines
