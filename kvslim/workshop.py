@@ -15,6 +15,7 @@ from kvslim.calibrate.statistics import CalibrationStatistics, collect
 from kvslim.demo.world import recall_questions
 from kvslim.export.genai import genai_config
 from kvslim.export.graph import build_graph, save_graph, token_inputs
+from kvslim.export.storage import share_storage
 from kvslim.export.weights import quantise_weights
 from kvslim.load.architecture import architecture_of
 from kvslim.load.model import load_model, load_tokenizer
@@ -76,7 +77,9 @@ class Workshop:
     def export(self, plan: Plan, folder: Path) -> tuple[str, ...]:
         """Writes the graph of the model as it is, which `plan` describes; its inputs other than the cache."""
         graph = build_graph(self.model, self.architecture, KVLayout.of(self.spec, plan))
-        save_graph(quantise_weights(graph, self.recipe.weights), folder)
+        quantise_weights(graph, self.recipe.weights)
+        save_graph(graph, folder)
+        share_storage(folder / "model.onnx")
         return token_inputs(graph)
 
     def write_companions(self, folder: Path, layout: KVLayout, inputs: tuple[str, ...]) -> None:
