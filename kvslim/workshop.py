@@ -99,6 +99,10 @@ class Workshop:
         )
         (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
+    def release(self) -> None:
+        """Frees the model's memory; nothing more can be made from it."""
+        del self.model
+
     def evaluation(self) -> Evaluation:
         """Held-out windows and recall questions; the model must not have codes yet, as it may write them itself."""
         settings = self.recipe.validation

@@ -1,8 +1,8 @@
 """Which matrices lose most by four bits.
 
-The rule is llama.cpp's (`use_more_bits` in llama-quant.cpp), as onnxruntime-genai's builder has it: the output head, and
-in the first and last eighth of the layers and in every third between them, the projection that makes the values (with
-queries and keys, where it is packed) and the one that ends the MLP.
+The rule is llama.cpp's (`use_more_bits` in llama-quant.cpp), as onnxruntime-genai's builder has it: the output head,
+and in the first and last eighth of the layers and in every third between them, the projection that makes the values
+(with queries and keys, where it is packed) and the one that ends the MLP.
 """
 
 from __future__ import annotations
