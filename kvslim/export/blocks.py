@@ -73,35 +73,34 @@ def round_to_nearest(blocks: Floats, bits: int) -> tuple[Floats, Floats, Floats]
 
 
 def search(blocks: Floats, bits: int) -> tuple[Floats, Floats, Floats]:
-    """The best of several roundings of blocks [m, 32], results as `round_to_nearest`, whose integers are one of them.
+    """The best of several roundings of blocks [m, 32], `round_to_nearest` among them; results as there.
 
-    Number x weighs |x| + the block's root mean square. With the weighted least-squares scale of given integers c, s =
-    sum(w x c) / sum(w c^2), the error is sum(w x^2) - s sum(w x c): the largest s sum(w x c) wins.
+    The error of a rounding is the square, weighted by |x| + the block's root mean square, that its best scale leaves.
     """
     weights = np.abs(blocks) + np.sqrt(np.mean(np.square(blocks), axis=1, keepdims=True))
-    weighted = weights * blocks
     low, high = np.minimum(blocks.min(1, keepdims=True), 0), np.maximum(blocks.max(1, keepdims=True), 0)
     top = np.float32((1 << bits) - 1)
     per_level = _reciprocal(high - low)
     integers, _, zeros = round_to_nearest(blocks, bits)
-    scales, gains = _refit(integers, weights, weighted)
+    scales, errors = _refit(blocks, integers, weights)
     for stretch in STRETCHES:
         inverse = (top + stretch) * per_level
         new_zeros = np.clip(np.rint(-low * inverse), 0, top)
         new = np.clip(np.rint(blocks * inverse), -new_zeros, top - new_zeros)
-        new_scales, new_gains = _refit(new, weights, weighted)
-        better = new_gains > gains
-        for best, candidate in ((integers, new), (zeros, new_zeros), (scales, new_scales), (gains, new_gains)):
+        new_scales, new_errors = _refit(blocks, new, weights)
+        better = new_errors < errors
+        for best, candidate in ((integers, new), (zeros, new_zeros), (scales, new_scales), (errors, new_errors)):
             np.copyto(best, candidate, where=better)
     return integers, scales, zeros
 
 
-def _refit(integers: Floats, weights: Floats, weighted: Floats) -> tuple[Floats, Floats]:
-    """The least-squares scale of each block, and by how much it lowers the weighted square of the block."""
-    product = np.einsum("mi,mi->m", weighted, integers)[:, None]
-    square = np.einsum("mi,mi,mi->m", weights, integers, integers)[:, None]
-    scales = product * _reciprocal(square)
-    return scales, scales * product
+def _refit(blocks: Floats, integers: Floats, weights: Floats) -> tuple[Floats, Floats]:
+    """The weighted least-squares scale [m, 1] of each block's integers, and the error [m, 1] that it leaves."""
+    weighted = weights * integers
+    product = np.einsum("mi,mi->m", weighted, blocks)[:, None]
+    scales = product * _reciprocal(np.einsum("mi,mi->m", weighted, integers)[:, None])
+    rest = blocks - scales * integers  # not from the sums above: at eight bits they differ by less than they round
+    return scales, np.einsum("mi,mi,mi->m", weights, rest, rest)[:, None]
 
 
 def _extreme(blocks: Floats) -> Floats:
