@@ -101,7 +101,7 @@ class Workshop:
 
     def release(self) -> None:
         """Frees the model's memory; nothing more can be made from it."""
-        del self.model
+        del self.model, self.original
 
     def evaluation(self) -> Evaluation:
         """Held-out windows and recall questions; the model must not have codes yet, as it may write them itself."""
