@@ -86,6 +86,7 @@ def compress(
         workshop.install(fit(recipe, spec, statistics, plan))
         inputs = workshop.export(plan, folder)
         workshop.write_companions(folder, KVLayout.of(spec, plan), inputs)
+        workshop.release()
         progress.stage("validate")
         report = measure(plain, folder, recipe, evaluation)
         shutil.rmtree(plain)
@@ -138,6 +139,7 @@ def validate(artifact: Path, *, against: str | None = None, progress: Progress |
     with tempfile.TemporaryDirectory(prefix="kvslim-") as folder:
         progress.stage("export the plain baseline")
         workshop.export(Plan.identity(spec), Path(folder))
+        workshop.release()
         progress.stage("validate")
         return measure(Path(folder), artifact, recipe, evaluation)
 

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_serializer
 
 from kvslim.errors import NotFoundError, UsageError, suggestion
 from kvslim.methods import Method, method_class
-from kvslim.types import Frozen, Layout, Weights
+from kvslim.types import Frozen, Layout, WeightFormat, Weights
 
 
 def _number(value: object) -> object:
@@ -95,7 +95,7 @@ class Recipe(Frozen):
     name: str = Field(description="by default the file's name")
     description: str = Field("", description="one line for `kvslim recipes`")
     methods: tuple[MethodEntry, ...] = Field((), description="names, or `name: options` pairs; see below")
-    weights: Weights = Field("fp32", description="of all matrices; int8 and int4 in blocks of 32")
+    weights: Weights = WeightFormat()
     layout: Layout = Field("gqa", description="attention operators: gqa is fused and fast, attention24 standard ONNX")
     window_cache: bool = Field(True, description="give sliding-window layers a cache of their window's size")
     calibration: Calibration = Calibration()
@@ -168,7 +168,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise UsageError(f"cannot read {override!r}", where="--set", fix="write --set calibration.samples=32")
     target: Any = data
     for key in keys[:-1]:
-        target = _methods_by_name(target, key) if isinstance(target, list) else target.setdefault(key, {})
+        target = _methods_by_name(target, key) if isinstance(target, list) else _nested(target, key)
         if not isinstance(target, dict | list):
             raise UsageError(f"{key!r} in {override!r} has no keys below it", where="--set", fix="see docs/recipes.md")
     if isinstance(target, list):
@@ -179,6 +179,12 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise UsageError(
             f"cannot read {override!r}: {_one_line(error)}", where="--set", fix="mend the value"
         ) from error
+
+
+def _nested(data: dict[str, Any], key: str) -> Any:
+    if key == "weights" and isinstance(data.get(key), str):
+        data[key] = {"type": data[key]}
+    return data.setdefault(key, {})
 
 
 def _methods_by_name(entries: list[Any], name: str) -> dict[str, Any]:

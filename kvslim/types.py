@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Weights = Literal["fp32", "int8", "int4"]
+WeightType = Literal["fp32", "int8", "int4"]
+WeightMethod = Literal["k_quant", "rtn"]
 CacheType = Literal["float32", "int8"]
 Granularity = Literal["per_channel", "per_tensor"]
 Layout = Literal["gqa", "attention24"]
@@ -21,6 +22,36 @@ class Frozen(BaseModel):
     """A frozen value that refuses unknown fields and numbers that are not finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class WeightFormat(Frozen):
+    """How a graph stores its large matrices and its embedding table."""
+
+    type: WeightType = Field("fp32", description="of all matrices; int8 and int4 in blocks of 32")
+    method: WeightMethod = Field("k_quant", description="k_quant searches scales and zero points; rtn rounds")
+    mixed: bool = Field(False, description="with int4: the most sensitive matrices in int8")
+
+    @model_validator(mode="after")
+    def _check_mixed(self) -> WeightFormat:
+        if self.mixed and self.type != "int4":
+            raise ValueError(f"mixed goes with type int4, not {self.type}")
+        return self
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a number; None for float."""
+        return {"fp32": None, "int8": 8, "int4": 4}[self.type]
+
+    def __str__(self) -> str:
+        return self.type if self.bits is None else f"{self.type} ({self.method}{', mixed' if self.mixed else ''})"
+
+
+def _weight_format(value: object) -> object:
+    """A plain word is a format's type."""
+    return {"type": value} if isinstance(value, str) else value
+
+
+Weights = Annotated[WeightFormat, BeforeValidator(_weight_format)]
 
 
 class ModelSpec(Frozen):

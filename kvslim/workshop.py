@@ -15,6 +15,7 @@ from kvslim.calibrate.statistics import CalibrationStatistics, collect
 from kvslim.demo.world import recall_questions
 from kvslim.export.genai import genai_config
 from kvslim.export.graph import build_graph, save_graph, token_inputs
+from kvslim.export.storage import share_storage
 from kvslim.export.weights import quantise_weights
 from kvslim.load.architecture import architecture_of
 from kvslim.load.model import load_model, load_tokenizer
@@ -76,7 +77,9 @@ class Workshop:
     def export(self, plan: Plan, folder: Path) -> tuple[str, ...]:
         """Writes the graph of the model as it is, which `plan` describes; its inputs other than the cache."""
         graph = build_graph(self.model, self.architecture, KVLayout.of(self.spec, plan))
-        save_graph(quantise_weights(graph, self.recipe.weights), folder)
+        quantise_weights(graph, self.recipe.weights)
+        save_graph(graph, folder)
+        share_storage(folder / "model.onnx")
         return token_inputs(graph)
 
     def write_companions(self, folder: Path, layout: KVLayout, inputs: tuple[str, ...]) -> None:
@@ -95,6 +98,10 @@ class Workshop:
             inputs=inputs,
         )
         (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def release(self) -> None:
+        """Frees the model's memory; nothing more can be made from it."""
+        del self.model, self.original
 
     def evaluation(self) -> Evaluation:
         """Held-out windows and recall questions; the model must not have codes yet, as it may write them itself."""

@@ -13,7 +13,7 @@ from kvslim.pipeline import decide, fit
 from kvslim.progress import Silent
 from kvslim.recipe import Calibration, Recipe, Validation
 from kvslim.runtime.session import DecodeSession
-from kvslim.types import Plan, Weights
+from kvslim.types import Plan, WeightFormat
 from kvslim.workshop import Workshop
 
 CALIBRATION = Calibration(samples=4, length=48)
@@ -22,7 +22,7 @@ VALIDATION = Validation(
 )
 
 
-def recipe_of(methods: Sequence[Method] = (), weights: Weights = "fp32") -> Recipe:
+def recipe_of(methods: Sequence[Method] = (), weights: str | WeightFormat = "fp32") -> Recipe:
     return Recipe(name="test", methods=tuple(methods), weights=weights, calibration=CALIBRATION, validation=VALIDATION)
 
 

@@ -22,7 +22,7 @@ from models import (
 
 from kvslim.methods import METHODS, KvPca, KvQuant, Method
 from kvslim.runtime.session import DecodeSession, layout_of, open_session
-from kvslim.types import KVLayout, Plan, Weights
+from kvslim.types import KVLayout, Plan
 
 PLANS: dict[str, Sequence[Method]] = {
     "plain": (),
@@ -77,7 +77,7 @@ def test_full_rank_reproduces_the_plain_export_when_not_quantised(
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_every_large_matrix_is_quantised_when_weights_are(
-    tiny_model: ModelOf, tmp_path: Path, family: str, weights: Weights
+    tiny_model: ModelOf, tmp_path: Path, family: str, weights: str
 ) -> None:
     workshop = open_workshop(tiny_model(family), recipe_of([KvPca(rank=8)], weights))
     export_slim(workshop, tmp_path / "slim")

@@ -9,6 +9,7 @@ import pytest
 from kvslim.errors import KvslimError, NotFoundError, UsageError
 from kvslim.methods import KvPca, KvQuant
 from kvslim.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
+from kvslim.types import WeightFormat
 
 
 @pytest.mark.parametrize("name", ["lossless", "balanced", "small", "encoder"])
@@ -32,7 +33,7 @@ def test_overrides_reach_every_depth() -> None:
         "balanced",
         ["weights=int4", "calibration.samples=7", "methods.kv_quant.granularity=per_tensor", "gates.max_kl=null"],
     )
-    assert recipe.weights == "int4"
+    assert recipe.weights == WeightFormat(type="int4")
     assert recipe.calibration.samples == 7
     assert recipe.gates.max_kl is None
     assert KvQuant(granularity="per_tensor") in recipe.methods

@@ -1,4 +1,4 @@
-"""Graph passes on onnx_ir: readable dimension names, and matrix products in the form that the quantiser knows."""
+"""Graph passes on onnx_ir: readable dimension names, no idle nodes, no traces of the exporter."""
 
 from __future__ import annotations
 
@@ -143,53 +143,3 @@ def strip_traces(model: ir.Model) -> None:
         for value in node.outputs:
             if value not in outputs:
                 value.shape = None
-
-
-def plain_matmuls(model: ir.Model) -> None:
-    """Turns Gemm and FusedMatMul over a constant weight into MatMul (and Add).
-
-    The weight quantiser reads MatMul alone; without this a tied output head or a Conv1D would silently stay float32.
-    """
-    for node in list(model.graph):
-        if node.op_type in ("Gemm", "FusedMatMul") and _weight(node) is not None and _is_product(node):
-            _replace(model.graph, node)
-
-
-def _weight(node: ir.Node) -> np.ndarray | None:
-    value = node.inputs[1]
-    return None if value is None or value.const_value is None else value.const_value.numpy()
-
-
-def _is_product(node: ir.Node) -> bool:
-    unit = {"alpha": 1.0, "beta": 1.0}
-    scaled = any(name in node.attributes and node.attributes.get_float(name) != one for name, one in unit.items())
-    others = ("transA", "transBatchA", "transBatchB")
-    return not scaled and not any(node.attributes.get_int(name, 0) for name in others)
-
-
-def _replace(graph: ir.Graph, node: ir.Node) -> None:
-    source, weight = node.inputs[1], _weight(node)
-    if source is None or weight is None:
-        return
-    if node.attributes.get_int("transB", 0):
-        source = _initializer(graph, f"{source.name}.transposed", np.ascontiguousarray(weight.T))
-    product = ir.node("MatMul", [node.inputs[0], source], name=f"{node.name}.matmul")
-    nodes = [product]
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        nodes.append(ir.node("Add", [product.outputs[0], node.inputs[2]], name=f"{node.name}.bias"))
-    old, new = node.outputs[0], nodes[-1].outputs[0]
-    for made in nodes:
-        made.outputs[0].name, made.outputs[0].type, made.outputs[0].shape = f"{made.name}.out", old.type, old.shape
-    graph.insert_before(node, nodes)
-    name, is_output = old.name, old.is_graph_output()
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    if is_output:
-        new.name = name
-
-
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(array), type=ir.TensorType(ir.DataType.FLOAT))
-    value.shape = ir.Shape(array.shape)
-    graph.register_initializer(value)
-    return value

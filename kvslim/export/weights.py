@@ -1,40 +1,117 @@
-"""Weight quantisation with onnxruntime's own block-wise quantiser: MatMul becomes MatMulNBits."""
+"""Weight quantisation in place: products with a constant matrix become MatMulNBits, the embedding GatherBlockQuantized.
+
+One matrix at a time is in memory as float32 beside the model itself, and nothing passes through one protobuf, whose
+limit is 2 GB.
+"""
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
+from onnx_ir import convenience
 
-from kvslim.export.passes import plain_matmuls
-from kvslim.types import Weights
+from kvslim.export.blocks import BLOCK, quantise
+from kvslim.export.products import Matrix, bias_of, constant_products, embedding_lookups, tensor_of
+from kvslim.export.sensitivity import sensitive_products
+from kvslim.types import WeightFormat
 
-BITS = {"int8": 8, "int4": 4}
-BLOCK = 32
 ACCURACY_LEVEL = 4  # activations in int8: the fast path on CPU
+DOMAIN = "com.microsoft"
 
 
-def quantise_weights(model: ir.Model, weights: Weights) -> ir.Model:
-    """The graph with its constant matrices in `weights`, symmetric, in blocks of 32 along the input dimension.
+def quantise_weights(model: ir.Model, weights: WeightFormat) -> None:
+    """Stores the model's large constant matrices in `weights`; fp32 leaves the model as it is.
 
-    Codes on keys and queries, a few thousand numbers a layer, stay float32, and so does the embedding table.
+    A table that is both embedding and output head is stored once. Codes on keys and queries, a few thousand numbers a
+    layer, stay float32, and so do tables of learned positions.
     """
-    if weights == "fp32":
-        return model
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    if weights.bits is None:
+        return
+    model.opset_imports.setdefault(DOMAIN, 1)
+    products = constant_products(model.graph)
+    upgraded = sensitive_products(model.graph, list(products)) if weights.mixed else set()
+    quantiser = _Quantiser(model.graph, weights)
+    for node, matrix in products.items():
+        quantiser.replace_product(node, matrix, 8 if node in upgraded else weights.bits)
+    for node, table in embedding_lookups(model.graph).items():
+        if table.shape[1] % BLOCK == 0:  # else the rows would come back with the filling of their last block
+            quantiser.replace_lookup(node, table, weights.bits)
+    quantiser.drop_unused()
 
-    plain_matmuls(model)
-    level = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        quantizer = MatMulNBitsQuantizer(
-            ir.to_proto(model),
-            bits=BITS[weights],
-            block_size=BLOCK,
-            is_symmetric=True,
-            accuracy_level=ACCURACY_LEVEL,
-        )
-        quantizer.process()
-    finally:
-        logging.disable(level)
-    return ir.from_proto(quantizer.model.model)
+
+@dataclass(frozen=True)
+class _Stored:
+    """Constants of the graph that stand for a matrix; see `blocks.Quantised`."""
+
+    bits: int
+    codes: ir.Value
+    scales: ir.Value
+    zero_points: ir.Value | None
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        return {"bits": self.bits, "block_size": BLOCK}
+
+
+class _Quantiser:
+    """Replaces nodes of a graph, and keeps what it made of each matrix for other nodes that read it."""
+
+    def __init__(self, graph: ir.Graph, weights: WeightFormat) -> None:
+        self.graph, self.weights = graph, weights
+        self.stored: dict[Matrix, _Stored] = {}
+
+    def replace_product(self, node: ir.Node, matrix: Matrix, bits: int) -> None:
+        """Puts MatMulNBits in place of a product, and of the addition of its bias."""
+        outputs, inputs = matrix.shape
+        stored = self._store(matrix, bits)
+        bias, last = bias_of(node, outputs)
+        operands = [node.inputs[0], stored.codes, stored.scales, stored.zero_points, None, bias]
+        sizes = {"K": inputs, "N": outputs, "accuracy_level": ACCURACY_LEVEL}
+        made = _node("MatMulNBits", operands, {**stored.attributes, **sizes}, node)
+        self._replace([node] if last is node else [node, last], [made])
+
+    def replace_lookup(self, node: ir.Node, table: Matrix, bits: int) -> None:
+        """Puts GatherBlockQuantized in place of a Gather of the embedding's rows."""
+        stored = self._store(table, bits)
+        name, (rows, blocks, size) = stored.codes.name, tensor_of(stored.codes).shape.numpy()
+        flat = ir.node("Reshape", [stored.codes, self._constant(f"{name}.shape", np.array([rows, blocks * size]))])
+        flat.name, flat.outputs[0].name = f"{name}.reshape", f"{name}.rows"
+        operands = [flat.outputs[0], node.inputs[1], stored.scales, stored.zero_points]
+        axes = {"gather_axis": 0, "quantize_axis": 1}
+        self._replace([node], [flat, _node("GatherBlockQuantized", operands, {**stored.attributes, **axes}, node)])
+
+    def drop_unused(self) -> None:
+        """Forgets the float matrices that nothing reads any more."""
+        for matrix in self.stored:
+            if not matrix.source.uses():
+                self.graph.initializers.pop(str(matrix.source.name), None)
+
+    def _store(self, matrix: Matrix, bits: int) -> _Stored:
+        """The constants for a matrix, in the bits of the first node that reads it."""
+        if matrix not in self.stored:
+            result, name = quantise(matrix.load(), bits, self.weights.method), f"{matrix.source.name}.int{bits}"
+            self.stored[matrix] = _Stored(
+                bits,
+                self._constant(f"{name}.codes", result.codes),
+                self._constant(f"{name}.scales", result.scales),
+                None if result.zero_points is None else self._constant(f"{name}.zero_points", result.zero_points),
+            )
+        return self.stored[matrix]
+
+    def _constant(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+        value = ir.val(name, const_value=ir.tensor(array, name=name))
+        self.graph.register_initializer(value)
+        return value
+
+    def _replace(self, old: list[ir.Node], new: list[ir.Node]) -> None:
+        convenience.replace_nodes_and_values(self.graph, old[-1], old, new, old[-1].outputs, new[-1].outputs)
+
+
+def _node(operator: str, inputs: list[ir.Value | None], attributes: Mapping[str, int], old: ir.Node) -> ir.Node:
+    while inputs[-1] is None:
+        inputs.pop()
+    return ir.node(operator, inputs, attributes, domain=DOMAIN, name=f"{old.name}.quantised")

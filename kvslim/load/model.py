@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import ModelError
 from kvslim.load.encoders import ENCODERS
-from kvslim.load.source import Snapshot
+from kvslim.load.source import Snapshot, weight_files
 from kvslim.types import ModelSpec
 
 if TYPE_CHECKING:
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 def load_model(snapshot: Snapshot) -> PreTrainedModel:
     """The causal language model in float32, in evaluation mode.
 
+    Weights in another type are read and converted one by one: there is no second copy of them in memory.
+
     Raises:
         ModelError: The weights are corrupt, missing in part, or of another shape than the config says.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    return _load(AutoModelForCausalLM, snapshot)
+    return _load(MODEL_FOR_CAUSAL_LM_MAPPING, snapshot)
 
 
 def load_encoder(snapshot: Snapshot, spec: ModelSpec) -> PreTrainedModel:
@@ -31,35 +33,58 @@ def load_encoder(snapshot: Snapshot, spec: ModelSpec) -> PreTrainedModel:
     Raises:
         ModelError: As `load_model`.
     """
-    from transformers import AutoModel, AutoModelForMaskedLM
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING, MODEL_MAPPING
 
     if spec.task == "fill-mask":
-        return _load(AutoModelForMaskedLM, snapshot)
-    return _load(AutoModel, snapshot, **({"add_pooling_layer": False} if ENCODERS[spec.model_type].pooler else {}))
+        return _load(MODEL_FOR_MASKED_LM_MAPPING, snapshot)
+    return _load(MODEL_MAPPING, snapshot, **({"add_pooling_layer": False} if ENCODERS[spec.model_type].pooler else {}))
 
 
-def _load(model_class: Any, snapshot: Snapshot, **options: Any) -> PreTrainedModel:
+def _load(classes: Any, snapshot: Snapshot, **options: Any) -> PreTrainedModel:
+    """The model of a task's class for its config."""
     import torch
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     fix = "download the model again"
     try:
-        model, info = model_class.from_pretrained(
-            snapshot.path,
+        config = AutoConfig.from_pretrained(snapshot.path, local_files_only=True)
+        model, info = classes[type(config)].from_pretrained(
+            None,
+            config=config,
+            state_dict=_unread(snapshot),
             dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
             output_loading_info=True,
             **options,
         )
+        _read_generation_config(model, snapshot)
     except Exception as error:  # safetensors, torch and transformers each raise their own types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"cannot load the weights: {reason}", where=str(snapshot.path), fix=fix) from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{len(missing)} weights are missing, first {missing[0]!r}", where=str(snapshot.path), fix=fix)
     return model.eval()
+
+
+def _unread(snapshot: Snapshot) -> dict[str, Any]:
+    """Every stored tensor by name, to be read from its file when it is needed.
+
+    transformers would map the files into memory, where the pages it has read stay until the last tensor is converted.
+    """
+    from safetensors import safe_open
+
+    files = [safe_open(path, framework="pt", backend="pread") for path in weight_files(snapshot)]
+    return {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def _read_generation_config(model: PreTrainedModel, snapshot: Snapshot) -> None:
+    """Reads how the model's makers end and pad a text; without their file the model takes it from its config."""
+    from transformers import GenerationConfig
+
+    if (snapshot.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(snapshot.path, local_files_only=True)
 
 
 def load_tokenizer(snapshot: Snapshot) -> PreTrainedTokenizerBase:

@@ -222,3 +222,12 @@ def check_weights(snapshot: Snapshot) -> None:
         raise NotFoundError(
             "no model.safetensors", where=str(snapshot.path), fix="save the model with safetensors (save_pretrained)"
         )
+
+
+def weight_files(snapshot: Snapshot) -> list[Path]:
+    """The files that hold the model's weights: one, or the shards that an index names."""
+    whole, index = (snapshot.path / name for name in WEIGHT_FILES)
+    if whole.is_file():
+        return [whole]
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [snapshot.path / name for name in sorted(set(shards))]

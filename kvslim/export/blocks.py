@@ -1,0 +1,121 @@
+"""Matrices as small integers in blocks of 32 along the input dimension: the storage format of MatMulNBits.
+
+A block holds integers q, one scale s and one integer zero point z, and stands for s (q - z). `rtn` rounds to nearest
+with s = extreme / -2^(bits-1) and z in the middle. `k_quant` searches as the k-quants of llama.cpp do
+(`make_qkx2_quants` in ggml-quants.c): it tries several steps, refits the scale to each rounding by weighted least
+squares, and keeps the best. There the offset of a block is a float; here z is an integer, so it is rounded within the
+search and not after it.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvslim.types import WeightMethod
+
+BLOCK = 32
+# Levels more or fewer over a block's range: a coarser step rounds the extremes better, a finer one clips them.
+STRETCHES = np.arange(-1, 1.25, 0.25, dtype=np.float32)
+SMALLEST = np.float32(1e-30)
+CHUNK = 1 << 16  # numbers that one thread works on; its temporaries then fit a processor's cache
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A matrix [n, k] in blocks; b blocks a row, the last filled up with zeros.
+
+    Attributes:
+        codes: [n, b, 32 x bits / 8], the low half of a byte first.
+        scales: [n, b].
+        zero_points: [n, ceil(b x bits / 8)], packed like the codes; None where all are 2^(bits-1).
+    """
+
+    codes: Bytes
+    scales: Floats
+    zero_points: Bytes | None
+
+
+def quantise(matrix: Floats, bits: int, method: WeightMethod) -> Quantised:
+    """Quantises a matrix [n, k], a row per output; a transposed view will do.
+
+    The result does not depend on the number of threads.
+    """
+    rows = max(1, CHUNK // matrix.shape[1])
+    chunks = (matrix[start : start + rows] for start in range(0, matrix.shape[0], rows))
+    with ThreadPoolExecutor() as pool:
+        parts = list(pool.map(lambda chunk: _quantise_chunk(chunk, bits, method), chunks))
+    codes, scales, zero_points = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return Quantised(codes, scales, None if method == "rtn" else zero_points)
+
+
+def _quantise_chunk(matrix: Floats, bits: int, method: WeightMethod) -> tuple[Bytes, Floats, Bytes]:
+    rows, width = matrix.shape
+    padded = np.pad(matrix, ((0, 0), (0, -width % BLOCK)))
+    fit = round_to_nearest if method == "rtn" else search
+    integers, scales, zeros = fit(np.ascontiguousarray(padded).reshape(-1, BLOCK), bits)
+    codes = _pack((integers + zeros).astype(np.uint8), bits).reshape(rows, -1, BLOCK * bits // 8)
+    return codes, scales.reshape(rows, -1), _pack(zeros.astype(np.uint8).reshape(rows, -1), bits)
+
+
+def round_to_nearest(blocks: Floats, bits: int) -> tuple[Floats, Floats, Floats]:
+    """Symmetric rounding of blocks [m, 32]: integers q - z [m, 32], scales [m, 1] and zero points [m, 1]."""
+    middle = np.float32(1 << (bits - 1))
+    inverse = _reciprocal(_extreme(blocks) / -middle)
+    integers = np.clip(np.rint(blocks * inverse), -middle, middle - 1)
+    return integers, _reciprocal(inverse), np.full_like(inverse, middle)
+
+
+def search(blocks: Floats, bits: int) -> tuple[Floats, Floats, Floats]:
+    """The best of several roundings of blocks [m, 32], `round_to_nearest` among them; results as there.
+
+    The error of a rounding is the square, weighted by |x| + the block's root mean square, that its best scale leaves.
+    """
+    weights = np.abs(blocks) + np.sqrt(np.mean(np.square(blocks), axis=1, keepdims=True))
+    low, high = np.minimum(blocks.min(1, keepdims=True), 0), np.maximum(blocks.max(1, keepdims=True), 0)
+    top = np.float32((1 << bits) - 1)
+    per_level = _reciprocal(high - low)
+    integers, _, zeros = round_to_nearest(blocks, bits)
+    scales, errors = _refit(blocks, integers, weights)
+    for stretch in STRETCHES:
+        inverse = (top + stretch) * per_level
+        new_zeros = np.clip(np.rint(-low * inverse), 0, top)
+        new = np.clip(np.rint(blocks * inverse), -new_zeros, top - new_zeros)
+        new_scales, new_errors = _refit(blocks, new, weights)
+        better = new_errors < errors
+        for best, candidate in ((integers, new), (zeros, new_zeros), (scales, new_scales), (errors, new_errors)):
+            np.copyto(best, candidate, where=better)
+    return integers, scales, zeros
+
+
+def _refit(blocks: Floats, integers: Floats, weights: Floats) -> tuple[Floats, Floats]:
+    """The weighted least-squares scale [m, 1] of each block's integers, and the error [m, 1] that it leaves."""
+    weighted = weights * integers
+    product = np.einsum("mi,mi->m", weighted, blocks)[:, None]
+    scales = product * _reciprocal(np.einsum("mi,mi->m", weighted, integers)[:, None])
+    rest = blocks - scales * integers  # not from the sums above: at eight bits they differ by less than they round
+    return scales, np.einsum("mi,mi,mi->m", weights, rest, rest)[:, None]
+
+
+def _extreme(blocks: Floats) -> Floats:
+    """The number of largest size in each block, with its sign: [m, 1]."""
+    return np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], axis=1)
+
+
+def _reciprocal(values: Floats) -> Floats:
+    """1 / x, and 0 where that would overflow: so small a block becomes zeros."""
+    return np.divide(1, values, out=np.zeros_like(values), where=np.abs(values) > SMALLEST)
+
+
+def _pack(values: Bytes, bits: int) -> Bytes:
+    """Integers [m, n] as bytes [m, ceil(n x bits / 8)]."""
+    if bits == 8:
+        return values
+    even = np.pad(values, ((0, 0), (0, values.shape[1] % 2)))
+    return even[:, ::2] | even[:, 1::2] << np.uint8(4)
