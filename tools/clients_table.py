@@ -3,7 +3,7 @@
     python tools/clients_table.py [OUTCOMES]
 
 OUTCOMES is pytest's JUnit report, by default build/clients/outcomes.xml; a cell tells what the models agree on, or
-what each of them gave.
+what each of them gave. Below it stands which models each client was given.
 """
 
 from __future__ import annotations
@@ -39,8 +39,21 @@ def table(outcomes: list[Outcome]) -> str:
         ["---"] * (1 + len(clients)),
     ]
     lines += [[kind, *(_cell(outcomes, kind, client) for client in clients)] for kind in kinds]
-    models = [f"{model} ({_kinds(outcomes, model, kinds)})" for model in dict.fromkeys(o["model"] for o in outcomes)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\nModels: {'; '.join(models)}."
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{rows}\n\n{_models(outcomes, kinds, clients)}"
+
+
+def _models(outcomes: list[Outcome], kinds: list[str], clients: list[str]) -> str:
+    """What each client was given; clients that were given the same share a line."""
+    lines: dict[str, list[str]] = {}
+    for client in clients:
+        tried: dict[str, set[str]] = {}
+        for outcome in outcomes:
+            if outcome["client"] == client:
+                tried.setdefault(outcome["model"], set()).add(outcome["kind"])
+        models = "; ".join(f"{model} ({_kinds(found, kinds)})" for model, found in tried.items())
+        lines.setdefault(models, []).append(client)
+    return "\n".join(f"- {' / '.join(names)}: {models}" for models, names in lines.items())
 
 
 def _version(outcomes: list[Outcome], client: str) -> str:
@@ -55,8 +68,7 @@ def _cell(outcomes: list[Outcome], kind: str, client: str) -> str:
     return "; ".join(f"{model}: {outcome}" for model, outcome in found.items())
 
 
-def _kinds(outcomes: list[Outcome], model: str, kinds: list[str]) -> str:
-    tried = {outcome["kind"] for outcome in outcomes if outcome["model"] == model}
+def _kinds(tried: set[str], kinds: list[str]) -> str:
     return "all" if len(tried) == len(kinds) else ", ".join(kind for kind in kinds if kind in tried)
 
 
