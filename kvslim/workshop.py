@@ -82,7 +82,8 @@ class Workshop:
 
     def write_companions(self, folder: Path, layout: KVLayout, inputs: tuple[str, ...]) -> None:
         """Writes tokenizer, configs and what onnxruntime-genai needs."""
-        self.tokenizer.save_pretrained(folder)
+        # transformers.js finds a chat template in tokenizer_config.json alone, the other clients there or beside it.
+        self.tokenizer.save_pretrained(folder, save_jinja_files=False)
         config_json = with_transformers_js_config(self.snapshot.path / "config.json")
         (folder / "config.json").write_text(config_json, encoding="utf-8")
         generation = self._generation_config()

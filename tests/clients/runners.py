@@ -106,12 +106,12 @@ def genai_tokens(folder: Path, prompts: Sequence[Sequence[int]], shared_buffer: 
 
 def transformers_js(folder: Path, text: str) -> Answer:
     """On Node, with local files only and onnxruntime-node."""
-    return _from_process(_node(folder, text, "node"), folder)
+    return _from_process(node_command(folder, text, "node"), folder)
 
 
 def transformers_js_web(folder: Path, text: str) -> Answer:
     """The browser's build on onnxruntime-web (WASM), with the files fetched over HTTP; Node stands for the browser."""
-    return _from_process(_node(folder, text, "web"), folder)
+    return _from_process(node_command(folder, text, "web"), folder)
 
 
 def optimum(folder: Path, text: str) -> Answer:
@@ -125,7 +125,7 @@ def optimum_with_rank(folder: Path, text: str) -> Answer:
     return _from_process(_optimum(folder, text, dim), folder)
 
 
-def _node(folder: Path, text: str, build: str) -> list[str]:
+def node_command(folder: Path, text: str, build: str) -> list[str]:
     require(NODE_MODULES.is_dir() and shutil.which("node") is not None, "transformers.js", "run `make test-clients`")
     script = str(HERE / "transformers_js.mjs")
     # The optimising compiler would work on 26 MB of WASM for longer than the run takes.

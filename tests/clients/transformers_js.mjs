@@ -1,4 +1,4 @@
-// Continues a prompt: node transformers_js.mjs NODE_MODULES node|web FOLDER TEXT COUNT; the last line is JSON.
+// Continues a prompt: node transformers_js.mjs NODE_MODULES node|web FOLDER TEXT COUNT; the last line is JSON, with the text as a chat too.
 import fs from "node:fs";
 import http from "node:http";
 import path from "node:path";
@@ -45,4 +45,7 @@ const model = await AutoModelForCausalLM.from_pretrained(name, { subfolder: "" }
 const inputs = tokenizer(text);
 const output = await model.generate({ ...inputs, max_new_tokens: Number(count), do_sample: false });
 const tokens = output.tolist()[0].slice(inputs.input_ids.dims[1]).map(Number);
-console.log(JSON.stringify({ version: env.version, tokens }));
+const messages = [{ role: "user", content: text }];
+const asked = { tokenize: false, add_generation_prompt: true };
+const chat = tokenizer.chat_template ? tokenizer.apply_chat_template(messages, asked) : null;
+console.log(JSON.stringify({ version: env.version, tokens, chat }));
