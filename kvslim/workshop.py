@@ -14,7 +14,7 @@ from kvslim.calibrate.corpus import WHOLE, self_windows, source_digest, text_win
 from kvslim.calibrate.statistics import CalibrationStatistics, collect
 from kvslim.demo.world import recall_questions
 from kvslim.export.genai import end_tokens, genai_config
-from kvslim.export.graph import build_graph, save_graph
+from kvslim.export.graph import build_graph, save_graph, token_inputs
 from kvslim.export.transformers_js import with_transformers_js_config
 from kvslim.export.weights import quantise_weights
 from kvslim.load.architecture import architecture_of

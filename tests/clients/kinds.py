@@ -47,8 +47,8 @@ def make_artifact(model: Path | str, kind: Kind, folder: Path) -> Path:
     plan = _rank_per_layer(workshop.spec) if kind.rank_per_layer else decide(workshop.recipe, workshop.spec, statistics)
     workshop.install(fit(workshop.recipe, workshop.spec, statistics, plan))
     folder.mkdir()
-    workshop.export(plan, folder)
-    workshop.write_companions(folder, KVLayout.of(workshop.spec, plan))
+    inputs = workshop.export(plan, folder)
+    workshop.write_companions(folder, KVLayout.of(workshop.spec, plan), inputs)
     return folder
 
 
