@@ -20,7 +20,7 @@ Record = Callable[[str, object], None]
 
 TEXT = "Here is a story of Mira and Oren. Mira's lamp is red. Oren"
 CASES = [(model, kind) for model in ("llama", "demo") for kind in (*KINDS, GAP)]
-OTHERS = [(family, kind) for family in ("qwen3", "gpt2") for kind in ("plain", "kv_pca + kv_quant")]
+OTHERS = [(family, kind) for family in ("mistral", "qwen3", "gpt2") for kind in ("plain", "kv_pca + kv_quant")]
 QUICK = [("llama", kind) for kind in ("plain", "kv_pca", "kv_pca + kv_quant")]
 PYTHON_CLIENTS: dict[str, Client] = {
     "onnxruntime": runners.onnxruntime,
