@@ -1,4 +1,5 @@
 # make demo: compress the demo model and say a sentence with it.    make test: lint, types, tests.
+# make test-clients: every artifact in every client of docs/clients.md, each in an environment of its own; needs Node.
 # On a machine whose index offers torch with CUDA only, save gigabytes with
 #   make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -9,10 +10,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 PROMPT ?= Here is a story of Mira and Oren. Mira's lamp is red. Oren's lamp is blue. Question: what colour is Mira's lamp? Answer:
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-only
+.PHONY: help demo test lint test-only test-clients
 
 help:
-	@echo "make demo | test | lint | test-only"
+	@echo "make demo | test | lint | test-only | test-clients"
 
 demo: $(VENV)/.installed
 	$(BIN)/kvslim compress demo --out artifacts/demo --force
@@ -27,6 +28,22 @@ lint: $(VENV)/.installed-dev
 
 test-only: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+test-clients: $(VENV)/.installed-dev .venv-optimum/.installed build/clients/.installed
+	KVSLIM_REQUIRE_CLIENTS=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/clients -m "" \
+		--junitxml=build/clients/outcomes.xml --override-ini=junit_family=xunit1
+	$(BIN)/python tools/write_tables.py docs/clients.md
+
+.venv-optimum/.installed: tests/clients/requirements-optimum.txt
+	$(PYTHON) -m venv .venv-optimum
+	.venv-optimum/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --requirement $<
+	@touch $@
+
+build/clients/.installed: tests/clients/package.json tests/clients/package-lock.json
+	mkdir -p $(@D)
+	cp $^ $(@D)
+	ONNXRUNTIME_NODE_INSTALL=skip npm ci --prefix $(@D) --no-audit --no-fund
+	@touch $@
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from kvslim.calibrate import cache
 from kvslim.calibrate.corpus import WHOLE, self_windows, source_digest, text_windows
 from kvslim.calibrate.statistics import CalibrationStatistics, collect
 from kvslim.demo.world import recall_questions
-from kvslim.export.genai import genai_config
+from kvslim.export.genai import end_tokens, genai_config
 from kvslim.export.graph import build_graph, save_graph, token_inputs
 from kvslim.export.storage import share_storage
+from kvslim.export.transformers_js import with_transformers_js_config
 from kvslim.export.weights import quantise_weights
 from kvslim.load.architecture import architecture_of
 from kvslim.load.model import load_model, load_tokenizer
@@ -84,24 +85,25 @@ class Workshop:
 
     def write_companions(self, folder: Path, layout: KVLayout, inputs: tuple[str, ...]) -> None:
         """Writes tokenizer, configs and what onnxruntime-genai needs."""
-        self.tokenizer.save_pretrained(folder)
-        shutil.copyfile(self.snapshot.path / "config.json", folder / "config.json")
-        self.model.generation_config.save_pretrained(folder)
-        generation = self.model.generation_config
-        config = genai_config(
-            self.spec,
-            layout,
-            bos=generation.bos_token_id,
-            eos=generation.eos_token_id,
-            pad=generation.pad_token_id,
-            context_length=self.spec.max_context,
-            inputs=inputs,
-        )
+        # transformers.js finds a chat template in tokenizer_config.json alone, the other clients there or beside it.
+        self.tokenizer.save_pretrained(folder, save_jinja_files=False)
+        config_json = with_transformers_js_config(self.snapshot.path / "config.json")
+        (folder / "config.json").write_text(config_json, encoding="utf-8")
+        generation = self._generation_config()
+        generation.save_pretrained(folder)
+        config = genai_config(self.spec, layout, generation.to_dict(), inputs=inputs)
         (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def release(self) -> None:
         """Frees the model's memory; nothing more can be made from it."""
         del self.model, self.original
+
+    def _generation_config(self) -> Any:
+        """The model's generation config, with every token that ends a text."""
+        generation = copy.deepcopy(self.model.generation_config)
+        ends = end_tokens(generation.eos_token_id, self.tokenizer.eos_token_id, self.spec.vocab_size)
+        generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+        return generation
 
     def evaluation(self) -> Evaluation:
         """Held-out windows and recall questions; the model must not have codes yet, as it may write them itself."""

@@ -143,7 +143,7 @@ def test_int4_keeps_blocks_everywhere(tmp_path: Path) -> None:
 
 def test_two_exports_are_equal_to_the_byte(make: Make, tmp_path: Path) -> None:
     first, (_, second) = make("bert", "fill-mask")[1], export(tmp_path, "bert", "fill-mask")
-    for file in ("plain/model.onnx", "plain/model.onnx.data", "slim/model.onnx", "slim/model.onnx.data"):
+    for file in ("plain/model.onnx", "plain/model.onnx_data", "slim/model.onnx", "slim/model.onnx_data"):
         assert (first / file).read_bytes() == (second / file).read_bytes()
 
 

@@ -191,5 +191,5 @@ def test_dimensions_have_the_names_of_the_field(tiny_llama: Path, tmp_path: Path
 def test_two_exports_are_equal_to_the_byte(tiny_llama: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
         export_slim(open_workshop(tiny_llama, recipe_of([KvPca(rank=8), KvQuant()], "int4")), tmp_path / name)
-    for file in ("model.onnx", "model.onnx.data"):
+    for file in ("model.onnx", "model.onnx_data"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from clients.runners import genai_tokens, our_tokens
 from models import cached_logits, export_slim, open_workshop
-from test_genai import genai_tokens, our_tokens
 
 from kvslim.demo.world import heldout_text, recall_questions
 from kvslim.export.manifest import read_manifest
@@ -60,7 +60,7 @@ def test_genai_says_what_we_say(demo_artifact: ArtifactOf) -> None:
     prompt = tokenizer.encode(question.prompt).ids
     ours = our_tokens(folder, prompt)
     assert tokenizer.decode(ours[:1]) == question.answer
-    assert genai_tokens(folder, prompt) == ours
+    assert genai_tokens(folder, [prompt]) == [ours]
 
 
 def demo_with(

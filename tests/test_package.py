@@ -11,13 +11,11 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from tiny_artifact import SPEC, fill
+from tiny_artifact import fill
 
 from kvslim.errors import ArtifactError, NotFoundError, OutputError
-from kvslim.export.genai import genai_config
 from kvslim.export.manifest import MANIFEST, read_manifest, verify, write_manifest
 from kvslim.export.package import check_output, staging
-from kvslim.types import KVLayout, LayerPlan, Plan
 
 
 @pytest.fixture
@@ -220,7 +218,7 @@ def test_check_output_leaves_no_trace(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx_data"])
 def test_verify_names_the_file_when_any_byte_is_flipped(artifact: Path, name: str) -> None:
     whole = (artifact / name).read_bytes()
     for position in range(len(whole)):
@@ -286,23 +284,3 @@ def test_manifest_keeps_its_bytes_when_read_and_written_again(artifact: Path) ->
     before = (artifact / MANIFEST).read_bytes()
     write_manifest(artifact, read_manifest(artifact))
     assert (artifact / MANIFEST).read_bytes() == before
-
-
-def test_genai_config_follows_the_layout() -> None:
-    plan = Plan(layers=(LayerPlan(layer=0, rank=8), LayerPlan(layer=1, rank=8)))
-    inputs = ("input_ids", "attention_mask")
-    layout = KVLayout.of(SPEC, plan)
-    config = genai_config(SPEC, layout, bos=1, eos=[2, 3], pad=None, context_length=512, inputs=inputs)
-    assert config["model"]["type"] == "decoder"
-    assert config["model"]["pad_token_id"] == 2
-    assert config["model"]["decoder"]["head_size"] == 8
-    assert set(config["model"]["decoder"]["inputs"]) == {*inputs, "past_key_names", "past_value_names"}
-    assert config["search"]["past_present_share_buffer"] is True
-    assert config["search"]["max_length"] == 512
-
-
-def test_genai_config_keeps_the_buffers_modest_when_the_context_is_long() -> None:
-    layout = KVLayout.of(SPEC, Plan.identity(SPEC))
-    config = genai_config(SPEC, layout, bos=None, eos=0, pad=None, context_length=131072, inputs=("input_ids",))
-    assert config["search"]["max_length"] == 2048
-    assert "bos_token_id" not in config["model"]

@@ -29,7 +29,7 @@ def test_artifact_holds_what_its_clients_read(made: tuple[Path, Manifest]) -> No
     out, manifest = made
     assert {path.name for path in out.iterdir()} >= {
         "model.onnx",
-        "model.onnx.data",
+        "model.onnx_data",
         "config.json",
         "generation_config.json",
         "tokenizer.json",

@@ -168,8 +168,8 @@ def test_session_raises_artifact_error_when_graph_is_corrupt(tmp_path: Path) -> 
 @pytest.mark.parametrize("damage", ["missing", "short"])
 def test_session_raises_artifact_error_when_external_data_is(tmp_path: Path, damage: str) -> None:
     path = write_tiny(tmp_path / "model.onnx", vocab=400)
-    onnx.save(onnx.load(path), path, save_as_external_data=True, location="model.onnx.data")
-    data = tmp_path / "model.onnx.data"
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="model.onnx_data")
+    data = tmp_path / "model.onnx_data"
     data.unlink() if damage == "missing" else data.write_bytes(data.read_bytes()[:100])
     with pytest.raises(ArtifactError, match="cannot load"):
         DecodeSession(path, capacity=1)

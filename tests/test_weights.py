@@ -190,7 +190,7 @@ def test_tied_table_is_stored_once(tied: dict[str, Path], name: str) -> None:
     stored = {
         (t.offset, t.length) for v in graph.initializers.values() if isinstance(t := v.const_value, ir.ExternalTensor)
     }
-    assert (tied[name] / "model.onnx.data").stat().st_size == sum(length for _, length in stored)
+    assert (tied[name] / "model.onnx_data").stat().st_size == sum(length for _, length in stored)
 
 
 def _rows(value: ir.Value | None) -> int | None:
@@ -224,7 +224,7 @@ def test_two_exports_are_equal_to_the_byte_when_mixed(
     weights = WeightFormat(type="int4", mixed=True)
     workshop = open_workshop(tiny_model("qwen3"), recipe_of((), weights))
     workshop.export(Plan.identity(workshop.spec), tmp_path)
-    for file in ("model.onnx", "model.onnx.data"):
+    for file in ("model.onnx", "model.onnx_data"):
         assert (tmp_path / file).read_bytes() == (tied["mixed"] / file).read_bytes()
 
 
@@ -233,7 +233,7 @@ def test_reshape_of_what_is_computed_stays_when_storage_is_shared(tmp_path: Path
     node = ir.node("Reshape", [x, shape], name="reshape")
     node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
     graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[shape], opset_imports={"": 21})
-    ir.save(ir.Model(graph, ir_version=10), tmp_path / "model.onnx", external_data="model.onnx.data")
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "model.onnx", external_data="model.onnx_data")
     share_storage(tmp_path / "model.onnx")
     assert [node.op_type for node in ir.load(tmp_path / "model.onnx").graph] == ["Reshape"]
 

@@ -24,7 +24,7 @@ def fill(folder: Path, text: str = "weights", report: Report | None = None) -> N
     """Writes a small but valid artifact into `folder`."""
     plan = Plan(layers=(LayerPlan(layer=0, rank=8, cache="int8"), LayerPlan(layer=1)))
     (folder / "model.onnx").write_text(text)
-    (folder / "model.onnx.data").write_bytes(bytes(range(256)))
+    (folder / "model.onnx_data").write_bytes(bytes(range(256)))
     manifest = Manifest(
         source=Source(model="demo", revision=None, sha256="0" * 64),
         spec=SPEC,

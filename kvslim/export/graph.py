@@ -149,5 +149,5 @@ def token_inputs(graph: ir.Model) -> tuple[str, ...]:
 
 
 def save_graph(model: ir.Model, folder: Path) -> None:
-    """Writes model.onnx and model.onnx.data; equal models give equal bytes."""
-    ir.save(model, folder / "model.onnx", external_data="model.onnx.data")
+    """Writes model.onnx and model.onnx_data; equal models give equal bytes."""
+    ir.save(model, folder / "model.onnx", external_data="model.onnx_data")

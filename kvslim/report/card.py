@@ -57,7 +57,8 @@ kvslim generate . --prompt "Once upon a time"
 kvslim verify .
 ```
 
-onnxruntime-genai opens this folder as it is (`onnxruntime_genai.Model(".")`).
+onnxruntime-genai opens this folder as it is (`onnxruntime_genai.Model(".")`), and so does transformers.js
+(with `subfolder: ""`).
 {%- endif %}
 
 ## Made from

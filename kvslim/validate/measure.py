@@ -17,7 +17,7 @@ from kvslim.validate.quality import measure_all
 from kvslim.validate.recall import RecallItem, measure_recall
 from kvslim.validate.rss import peak_rss
 
-GRAPH_FILES = ("model.onnx", "model.onnx.data")
+GRAPH_FILES = ("model.onnx", "model.onnx_data")
 
 
 class Evaluation(NamedTuple):

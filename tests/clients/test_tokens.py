@@ -1,0 +1,97 @@
+"""Every kind of artifact in every client: the greedy tokens are those of our own runtime, or the refusal is known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from clients import runners
+from clients.conftest import ArtifactOf
+from clients.kinds import GAP, KINDS
+from clients.runners import Answer, RefusedError, our_tokens
+from kvslim.runtime.generate import load_tokenizer
+from kvslim.runtime.session import layout_of, open_session
+
+Client = Callable[[Path, str], Answer]
+Record = Callable[[str, object], None]
+
+TEXT = "Here is a story of Mira and Oren. Mira's lamp is red. Oren"
+CASES = [(model, kind) for model in ("llama", "demo") for kind in (*KINDS, GAP)]
+OTHERS = [(family, kind) for family in ("mistral", "qwen3", "gpt2") for kind in ("plain", "kv_pca + kv_quant")]
+QUICK = [("llama", kind) for kind in ("plain", "kv_pca", "kv_pca + kv_quant")]
+PYTHON_CLIENTS: dict[str, Client] = {
+    "onnxruntime": runners.onnxruntime,
+    "onnxruntime-genai": runners.onnxruntime_genai,
+}
+CLIENTS: dict[str, Client] = {
+    **PYTHON_CLIENTS,
+    "transformers.js, Node": runners.transformers_js,
+    "transformers.js, browser build": runners.transformers_js_web,
+}
+OPTIMUM: dict[str, Client] = {
+    "optimum-onnx": runners.optimum,
+    "optimum-onnx, told the width": runners.optimum_with_rank,
+}
+WIDTHS = "Got invalid dimensions for input"
+
+
+def case(client: str, model: str, kind: str) -> object:
+    quick = client in PYTHON_CLIENTS and (model, kind) in QUICK
+    return pytest.param(client, model, kind, marks=() if quick else pytest.mark.clients)
+
+
+@pytest.mark.parametrize(
+    ("client", "model", "kind"), [case(client, *made) for made in CASES + OTHERS for client in CLIENTS]
+)
+def test_greedy_tokens_are_ours(
+    artifact: ArtifactOf, record_property: Record, client: str, model: str, kind: str
+) -> None:
+    version = check(CLIENTS[client], artifact(model, kind))
+    record(record_property, model, kind, client, "same tokens", version)
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("client", OPTIMUM)
+@pytest.mark.parametrize(("model", "kind"), [("demo", "plain"), *(case for case in CASES if case[0] == "llama")])
+def test_optimum_runs_one_width_for_all_and_refuses_others(
+    artifact: ArtifactOf, record_property: Record, client: str, model: str, kind: str
+) -> None:
+    folder = artifact(model, kind)
+    if taken_width(client, folder) == widths(folder):
+        version = check(OPTIMUM[client], folder)
+        record(record_property, model, kind, client, "same tokens", version)
+        return
+    with pytest.raises(RefusedError, match=WIDTHS):
+        OPTIMUM[client](folder, TEXT)
+    record(record_property, model, kind, client, f"refused: *{WIDTHS}*")
+
+
+def check(client: Client, folder: Path) -> str:
+    """The client's version, once it has said what we say."""
+    ours = our_tokens(folder, load_tokenizer(folder).encode(TEXT).ids)
+    assert len(ours) > 8
+    answer = client(folder, TEXT)
+    assert answer.tokens == ours
+    return answer.version
+
+
+def widths(folder: Path) -> set[int]:
+    return {tensor.dim for tensor in layout_of(open_session(folder)).tensors}
+
+
+def taken_width(client: str, folder: Path) -> set[int]:
+    """The width that optimum takes all heads to have: from the config, or as it was told."""
+    if OPTIMUM[client] is runners.optimum_with_rank:
+        return {layout_of(open_session(folder)).tensors[0].dim}
+    config = json.loads((folder / "config.json").read_text())
+    return {config["hidden_size"] // config["num_attention_heads"]}
+
+
+def record(record_property: Record, model: str, kind: str, client: str, outcome: str, version: str = "") -> None:
+    """For the table in docs/clients.md."""
+    values = {"model": model, "kind": kind, "client": client, "outcome": outcome, "version": version}
+    for name, value in values.items():
+        record_property(name, value)
