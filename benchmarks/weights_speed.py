@@ -1,6 +1,6 @@
 """Time per token of weight formats on SmolLM2-135M's shape, random weights, against int4 rtn, the symmetric one.
 
-    python benchmarks/weights_speed.py [--context 128] [--repeats 24]
+    python benchmarks/weights_speed.py [--context 128] [--repeats 32]
 
 The graphs decode in turns in one process; a ratio is the median over turns.
 """
@@ -29,7 +29,7 @@ def main() -> None:
     """Prints a markdown table, a row per format."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=32)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
