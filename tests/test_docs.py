@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_decoders import CONFIGS
 
 from kvslim.cli import app
 from kvslim.load.architecture import ARCHITECTURES
+from kvslim.load.encoders import ENCODERS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -23,8 +25,10 @@ def test_recipe_reference_is_what_the_types_say() -> None:
 
 
 def test_every_family_is_named() -> None:
-    page = (ROOT / "docs" / "families.md").read_text().lower().replace("-", "")
-    assert [family for family in ARCHITECTURES if family not in page] == []
+    readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs" / "families.md").read_text()
+    assert [kind for kind in (*ARCHITECTURES, *ENCODERS) if f"`{kind}`" not in readme] == []
+    assert [kind for kind in ARCHITECTURES if f"`{kind}`" not in page] == []
+    assert set(ARCHITECTURES) == {config.get("model_type", name) for name, config in CONFIGS.items()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -14,20 +14,24 @@ class Encoder:
     """What tells one family of encoders in transformers from another.
 
     Attributes:
+        title: What the family is called, with the best known of its models.
+        note: What its graphs have of their own.
         token_types: Whether sentence pairs are told apart by `token_type_ids`.
         pooler: Whether the bare model carries a pooler, which embeddings by mean pooling never read.
         offset_positions: Whether positions count attended tokens, from one beyond the padding token's id.
     """
 
+    title: str
+    note: str
     token_types: bool = False
     pooler: bool = False
     offset_positions: bool = False
 
 
 ENCODERS: dict[str, Encoder] = {
-    "bert": Encoder(token_types=True, pooler=True),
-    "distilbert": Encoder(),
-    "roberta": Encoder(pooler=True, offset_positions=True),
+    "bert": Encoder("BERT, MiniLM, BGE, E5", "encoder; sentence pairs", token_types=True, pooler=True),
+    "distilbert": Encoder("DistilBERT", "encoder"),
+    "roberta": Encoder("RoBERTa", "encoder; positions from the mask", pooler=True, offset_positions=True),
 }
 
 

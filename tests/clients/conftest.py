@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clients.kinds import GAP, KINDS, drop_attention, make_artifact
+from clients.kinds import GAP, KINDS, OTHER_LAYOUT, drop_attention, make_artifact
 
 ArtifactOf = Callable[[str, str], Path]
 
@@ -23,7 +23,8 @@ def artifact(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPat
             if kind == GAP:
                 drop_attention(folder_of(model, "plain"), folder)
             else:
-                make_artifact(model if model == "demo" else str(tiny_model(model)), KINDS[kind], folder)
+                source = model if model == "demo" else str(tiny_model(model))
+                make_artifact(source, {**KINDS, **OTHER_LAYOUT}[kind], folder)
             made[model, kind] = folder
         return made[model, kind]
 

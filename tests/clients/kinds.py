@@ -14,18 +14,19 @@ from onnx import helper, numpy_helper
 from kvslim.load.source import read_spec, resolve
 from kvslim.methods import KvPca, KvQuant, Method
 from kvslim.pipeline import decide, fit
-from kvslim.types import KVLayout, LayerPlan, ModelSpec, Plan, Weights
+from kvslim.types import KVLayout, LayerPlan, Layout, ModelSpec, Plan, Weights
 
 PRESENT = "present.{}.key"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How an artifact is made: methods, weights, and whether every layer has a rank of its own."""
+    """How an artifact is made: methods, weights, whether every layer has a rank of its own, and its operators."""
 
     methods: tuple[Method, ...] = ()
     weights: Weights = "fp32"
     rank_per_layer: bool = False
+    layout: Layout = "gqa"
 
 
 HALF = KvPca(rank_ratio=0.5)
@@ -38,11 +39,14 @@ KINDS: dict[str, Kind] = {
     "int4 weights": Kind(weights="int4"),
     "a rank per layer": Kind((HALF,), rank_per_layer=True),
 }
+STANDARD = "layout attention24"
+OTHER_LAYOUT = {STANDARD: Kind((KvPca(rank=8, value_rank=16),), layout="attention24")}
 
 
 def make_artifact(model: Path | str, kind: Kind, folder: Path) -> Path:
     """All that a client reads of an artifact, made by the pipeline's stages without the measuring."""
-    workshop = open_workshop(model, recipe_of(kind.methods, kind.weights))
+    recipe = recipe_of(kind.methods, kind.weights).model_copy(update={"layout": kind.layout})
+    workshop = open_workshop(model, recipe)
     statistics = workshop.statistics()
     plan = _rank_per_layer(workshop.spec) if kind.rank_per_layer else decide(workshop.recipe, workshop.spec, statistics)
     workshop.install(fit(workshop.recipe, workshop.spec, statistics, plan))
