@@ -54,4 +54,4 @@ def _slim(recipe: Recipe, folder: Path, length: int) -> DecodeSession:
 def _session(workshop: Workshop, plan: Plan, folder: Path, length: int) -> DecodeSession:
     folder.mkdir()
     workshop.export(plan, folder)
-    return DecodeSession(folder, capacity=length)
+    return DecodeSession(folder, capacity=length, all_positions=True)

@@ -48,7 +48,7 @@ def main() -> None:
         teacher = None
         for index, weights in enumerate(FORMATS):
             out = export(workshop, weights, Path(folder) / str(index))
-            session = DecodeSession(out, capacity=arguments.length)
+            session = DecodeSession(out, capacity=arguments.length, all_positions=True)
             teacher = teacher or session
             found = measure_quality(teacher, session, windows)
             mib = sum(path.stat().st_size for path in out.iterdir()) / 2**20

@@ -14,7 +14,7 @@ Layout = Literal["gqa", "attention24"]
 Objective = Literal["balanced", "key"]
 Task = Literal["text-generation", "fill-mask", "feature-extraction"]
 INPUTS = ("input_ids", "attention_mask", "position_ids")  # before the cache; not every graph needs positions
-NUM_LOGITS = "num_logits_to_keep"  # input with a default: positions from the end whose logits are wanted; 0 for all
+LAST_POSITION = "last_position"  # the node that hands the head the last position alone
 WINDOW_SLACK = 16  # rows of a window's cache beyond the window: eviction then moves it once in so many tokens
 
 

@@ -67,7 +67,7 @@ def torch_logits(workshop: Workshop, tokens: np.ndarray) -> np.ndarray:
 
 def cached_logits(folder: Path, tokens: np.ndarray, steps: int = 8) -> np.ndarray:
     """[n, vocab] logits through the cache: one prefill, then `steps` single tokens."""
-    session = DecodeSession(folder, capacity=len(tokens))
+    session = DecodeSession(folder, capacity=len(tokens), all_positions=True)
     first = len(tokens) - steps
     return np.concatenate(
         [session.step(tokens[:first]), *(session.step(tokens[i : i + 1]) for i in range(first, len(tokens)))]

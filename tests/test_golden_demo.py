@@ -87,7 +87,7 @@ def plain_export(folder: Path) -> Path:
 def mean_kl(plain: Path, recipe: Recipe, folder: Path, windows: np.ndarray) -> float:
     export_slim(open_workshop("demo", recipe), folder)
     length = windows.shape[1]
-    teacher, student = (DecodeSession(path, capacity=length) for path in (plain, folder))
+    teacher, student = (DecodeSession(path, capacity=length, all_positions=True) for path in (plain, folder))
     return measure_quality(teacher, student, windows, chunk=16).kl_mean
 
 

@@ -11,7 +11,8 @@ from onnx import TensorProto, helper
 from tiny_graph import KV_HEADS, write_tiny
 
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
-from kvslim.runtime.session import DecodeSession, layout_of, open_session
+from kvslim.runtime.graph import layout_of, open_session
+from kvslim.runtime.session import DecodeSession
 
 TOKENS = np.random.default_rng(0).integers(24, size=40)
 VARIANTS = pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,9 @@ from kvslim.export.passes import (
     drop_idle_reshapes,
     drop_idle_rotations,
     drop_unused_inputs,
-    give_default,
     hidden_weights,
     name_dimensions,
+    name_last_position,
     optimise,
     share_tied_weights,
     strip_traces,
@@ -28,14 +27,14 @@ from kvslim.load.architecture import Architecture
 from kvslim.transform.attention import PassThroughCache
 from kvslim.transform.operators import ExportStep
 from kvslim.transform.surgery import slim_modules
-from kvslim.types import INPUTS, NUM_LOGITS, KVLayout, Layout
+from kvslim.types import INPUTS, KVLayout, Layout
 
 OPSETS: dict[Layout, int] = {"gqa": 21, "attention24": 24}
 TORCH_TYPES = {"float32": torch.float32, "int8": torch.int8}
 
 
 class _Decoder(nn.Module):
-    """The graph: tokens, mask, positions and past cache in; logits and present cache out."""
+    """The graph: tokens, mask, positions and past cache in; logits of the last position and present cache out."""
 
     def __init__(self, model: Any, architecture: Architecture, layout: KVLayout) -> None:
         super().__init__()
@@ -47,14 +46,13 @@ class _Decoder(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         position_ids: Tensor,
-        num_logits: Tensor,
         past: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor] | None]]:
         for slim, tensor, layer_past in zip(self.slims, self.layout.tensors[::2], past, strict=True):
             slim.step = ExportStep(
                 self.layout.layout, tensor.window is not None, layer_past, attention_mask, position_ids
             )
-        head = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: _last(args[0], num_logits))
+        head = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))
         try:
             output = self.model(
                 input_ids=input_ids, position_ids=position_ids, past_key_values=PassThroughCache(past), use_cache=True
@@ -62,13 +60,6 @@ class _Decoder(nn.Module):
         finally:
             head.remove()
         return output.logits, [slim.step.present if slim.step else None for slim in self.slims]
-
-
-def _last(hidden: Tensor, count: Tensor) -> Tensor:
-    """The last `count` tokens of hidden states [batch, length, hidden]; all for 0."""
-    bounds = [-count, torch.tensor([2**62]), torch.tensor([1])]
-    kept: Tensor = torch.onnx.ops.symbolic("Slice", [hidden, *bounds], dtype=hidden.dtype, shape=hidden.shape)
-    return kept
 
 
 def build_graph(model: Any, architecture: Architecture, layout: KVLayout) -> ir.Model:
@@ -94,7 +85,7 @@ def build_graph(model: Any, architecture: Architecture, layout: KVLayout) -> ir.
                 fuse_for_onnxruntime(graph, "cpu")
                 drop_idle_reshapes(graph)
             pack_projections(graph)
-            give_default(graph, NUM_LOGITS, np.zeros(1, np.int64))
+            name_last_position(graph)
             drop_unused_inputs(graph)
             strip_traces(graph)
             name_dimensions(graph, layout)
@@ -115,11 +106,11 @@ def _exported(decoder: _Decoder, layout: KVLayout) -> ir.Model:
     ids = torch.zeros(batch, length, dtype=torch.long)
     mask = torch.ones(batch, past_length + length, dtype=torch.long)
     positions = torch.arange(past_length, past_length + length).repeat(batch, 1)
-    arguments = (ids, mask, positions, torch.zeros(1, dtype=torch.long), past)
+    arguments = (ids, mask, positions, past)
     program = torch.export.export(decoder, arguments, dynamic_shapes=_dynamic_dims(len(past)), strict=False)
     exported = torch.onnx.export(
         program,
-        input_names=[*INPUTS, NUM_LOGITS, *(tensor.past for tensor in layout.tensors)],
+        input_names=[*INPUTS, *(tensor.past for tensor in layout.tensors)],
         output_names=["logits", *(tensor.present for tensor in layout.tensors)],
         opset_version=OPSETS[layout.layout],
         optimize=False,
@@ -138,7 +129,6 @@ def _dynamic_dims(layers: int) -> dict[str, Any]:
         "input_ids": tokens,
         "attention_mask": tokens,
         "position_ids": tokens,
-        "num_logits": None,
         "past": [pair] * layers,
     }
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import numpy as np
 import onnx_ir as ir
 import onnxscript
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from onnxscript.rewriter import onnx_fusions
 
-from kvslim.types import NUM_LOGITS, KVLayout
+from kvslim.types import LAST_POSITION, KVLayout
 
 BATCH, LENGTH, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 CAPACITY = "max_sequence_length"
@@ -24,7 +23,6 @@ def name_dimensions(model: ir.Model, layout: KVLayout) -> None:
         "input_ids": (BATCH, LENGTH),
         "attention_mask": (BATCH, TOTAL),
         "position_ids": (BATCH, LENGTH),
-        NUM_LOGITS: (1,),
     }
     for tensor in layout.tensors:
         rows = tensor.rows(0)
@@ -36,7 +34,7 @@ def name_dimensions(model: ir.Model, layout: KVLayout) -> None:
         shapes[tensor.present] = (BATCH, tensor.heads, present, tensor.dim)
     for value in [*model.graph.inputs, *model.graph.outputs]:
         if value.name == "logits" and value.shape is not None:
-            value.shape = ir.Shape([BATCH, LENGTH, value.shape[-1]])
+            value.shape = ir.Shape([BATCH, 1, value.shape[-1]])
         elif value.name is not None:
             value.shape = ir.Shape(shapes[value.name])
 
@@ -105,11 +103,15 @@ def _scaled_by(value: ir.Value | None) -> tuple[ir.Value | None, float | None]:
     return value, None
 
 
-def give_default(model: ir.Model, name: str, default: np.ndarray) -> None:
-    """Gives a graph input the value it has when the caller passes none."""
-    value = next(value for value in model.graph.inputs if value.name == name)
-    value.const_value = ir.tensor(default, name=name)
-    model.graph.register_initializer(value)
+def name_last_position(model: ir.Model) -> None:
+    """Names the node that takes the last position for the head, by which a session that wants all finds it."""
+    logits = next(value for value in model.graph.outputs if value.name == "logits")
+    node = logits.producer()
+    while node is not None and node.op_type != "Slice":
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if node is None:
+        raise RuntimeError("the exporter left no node that takes the last position")
+    node.name = LAST_POSITION
 
 
 def drop_unused_inputs(model: ir.Model) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
-from kvslim.runtime.session import DecodeSession, Logits
+from kvslim.runtime.graph import Logits
+from kvslim.runtime.session import DecodeSession
 
 _CONTEXT_TOKENS = 6
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"

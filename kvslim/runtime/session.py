@@ -2,101 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
-from kvslim.errors import ArtifactError, NotFoundError, UsageError
-from kvslim.types import INPUTS, NUM_LOGITS, WINDOW_SLACK, CacheType, KVLayout, KVTensor
+from kvslim.errors import ArtifactError, UsageError
+from kvslim.runtime.graph import ORT_ERRORS, Logits, artifact_error, layout_of, open_session
+from kvslim.types import WINDOW_SLACK
 
 Tokens = Sequence[int] | npt.NDArray[np.int64]
-Logits = npt.NDArray[np.float32]
 
-_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
-_CACHE_TYPES: dict[str, CacheType] = {"tensor(float)": "float32", "tensor(int8)": "int8"}
 _FILL_PERIOD = 256
-# onnxruntime derives each of its errors from Exception itself, so there is no common base to catch; a run through an
-# IOBinding raises RuntimeError instead.
-_ORT_ERRORS = (
-    RuntimeError,
-    ort_state.Fail,
-    ort_state.InvalidArgument,
-    ort_state.InvalidGraph,
-    ort_state.InvalidProtobuf,
-    ort_state.NoModel,
-    ort_state.NoSuchFile,
-    ort_state.NotFound,
-    ort_state.NotImplemented,
-    ort_state.RuntimeException,
-)
-
-
-def open_session(model: Path, threads: int | None = None) -> ort.InferenceSession:
-    """A CPU session of a graph.
-
-    Args:
-        model: The `.onnx` file, or the folder that holds `model.onnx`.
-        threads: Threads of one operator; None leaves the choice to onnxruntime.
-
-    Raises:
-        NotFoundError: There is no such file.
-        ArtifactError: onnxruntime cannot load it.
-    """
-    path = model / "model.onnx" if model.is_dir() else model
-    if not path.is_file():
-        raise NotFoundError("no ONNX graph", where=str(path), fix="name a folder that `kvslim compress` wrote")
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except _ORT_ERRORS as error:
-        raise _artifact_error("onnxruntime cannot load the graph", error, str(path)) from error
-
-
-def run_graph(session: ort.InferenceSession, output: str, feed: dict[str, npt.NDArray[np.int64]], where: str) -> Logits:
-    """One output of a graph without a cache.
-
-    Raises:
-        ArtifactError: onnxruntime fails on the graph.
-    """
-    try:
-        result: Logits = session.run([output], feed)[0]
-    except _ORT_ERRORS as error:
-        raise _artifact_error("onnxruntime failed on the graph", error, where) from error
-    return result
-
-
-def layout_of(session: ort.InferenceSession) -> KVLayout:
-    """The KV inputs of a graph, in its order: what the bytes of a cache are counted from.
-
-    Raises:
-        ArtifactError: An input is no part of KVSlim's graph contract.
-    """
-    return KVLayout(tensors=tuple(_kv_tensor(node) for node in session.get_inputs() if node.name not in INPUTS))
-
-
-def _kv_tensor(node: ort.NodeArg) -> KVTensor:
-    match = _PAST.fullmatch(node.name)
-    dims = [dim for dim in node.shape[1::2] if isinstance(dim, int)]
-    rows = node.shape[2] if len(node.shape) == 4 else None
-    if match is None or node.type not in _CACHE_TYPES or len(node.shape) != 4 or len(dims) != 2:
-        raise ArtifactError(
-            f"graph input {node.name!r} is {node.type} {list(node.shape)}",
-            where="model.onnx",
-            fix="export with `kvslim compress`: float32 or int8 [batch, heads, past, dim] with fixed heads and dim",
-        )
-    kind = "key" if match[2] == "key" else "value"
-    window = rows - WINDOW_SLACK if isinstance(rows, int) else None
-    return KVTensor(
-        layer=int(match[1]), kind=kind, heads=dims[0], dim=dims[1], dtype=_CACHE_TYPES[node.type], window=window
-    )
 
 
 class DecodeSession:
@@ -115,6 +34,8 @@ class DecodeSession:
         model: The `.onnx` file, or the folder that holds `model.onnx`.
         capacity: Tokens to allocate the cache for.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
+        all_positions: Whether to give logits of all new positions, as evaluation needs; else of the last one, if the
+            graph is one of KVSlim's.
 
     Raises:
         UsageError: The capacity is not positive.
@@ -122,17 +43,17 @@ class DecodeSession:
         ArtifactError: onnxruntime cannot load it, or it does not follow the graph contract.
     """
 
-    def __init__(self, model: Path, *, capacity: int, threads: int | None = None) -> None:
+    def __init__(self, model: Path, *, capacity: int, threads: int | None = None, all_positions: bool = False) -> None:
         if capacity < 1:
             raise UsageError(f"a cache of {capacity} tokens holds nothing", where="capacity", fix="ask for 1 or more")
         self._where = str(model)
-        self._session = open_session(model, threads)
+        self._session = open_session(model, threads, all_positions=all_positions)
         self.layout = layout_of(self._session)
         self.capacity = capacity
         self.length = 0
         self.vocab = self._vocab()
-        nodes = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
-        self._inputs = {node.name for node in nodes}
+        self._last_only = next(node.shape[1] for node in self._session.get_outputs() if node.name == "logits") == 1
+        self._inputs = {node.name for node in self._session.get_inputs()}
         self._cache = [
             np.zeros((1, tensor.heads, tensor.rows(capacity), tensor.dim), dtype=tensor.dtype)
             for tensor in self.layout.tensors
@@ -190,30 +111,25 @@ class DecodeSession:
             tokens: Ids of n >= 1 tokens.
 
         Returns:
-            The logits that follow each of them, float32 [n, vocab].
+            The logits that follow each of them, float32 [n, vocab], or the last of them alone, [1, vocab].
 
         Raises:
             UsageError: There are no tokens, or they exceed the capacity.
             ArtifactError: onnxruntime fails on the graph.
         """
-        return self._run(tokens, np.size(tokens))
-
-    def _run(self, tokens: Tokens, wanted: int) -> Logits:
-        """Appends tokens; the logits that follow the last `wanted` of them, or all where the graph cannot choose."""
         ids = np.asarray(tokens, dtype=np.int64).reshape(1, -1)
         count = ids.shape[1]
         if count == 0:
             raise UsageError("no tokens to run", where="tokens", fix="pass at least one token id")
         total = self.length + count
         self._require(total)
-        rows = wanted if NUM_LOGITS in self._inputs else count
-        logits = np.empty((1, rows, self.vocab), dtype=np.float32)
-        self._bind_tokens(ids, total, rows)
+        logits = np.empty((1, 1 if self._last_only else count, self.vocab), dtype=np.float32)
+        self._bind_tokens(ids, total)
         self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
         try:
             self._session.run_with_iobinding(self._binding)
-        except _ORT_ERRORS as error:
-            raise _artifact_error(f"onnxruntime failed on tokens {self.length}..{total}", error, self._where) from error
+        except ORT_ERRORS as error:
+            raise artifact_error(f"onnxruntime failed on tokens {self.length}..{total}", error, self._where) from error
         self.length = total
         return logits[0]
 
@@ -233,14 +149,13 @@ class DecodeSession:
         """
         ids = np.asarray(tokens, dtype=np.int64)
         self._require(self.length + ids.size)
-        logits = self._run(ids[:chunk], 1)
+        logits = self.step(ids[:chunk])
         for start in range(chunk, ids.size, chunk):
-            logits = self._run(ids[start : start + chunk], 1)
+            logits = self.step(ids[start : start + chunk])
         return logits[-1].copy()
 
-    def _bind_tokens(self, ids: npt.NDArray[np.int64], total: int, wanted: int) -> None:
+    def _bind_tokens(self, ids: npt.NDArray[np.int64], total: int) -> None:
         inputs = {
-            NUM_LOGITS: np.array([wanted], dtype=np.int64),
             "input_ids": ids,
             "attention_mask": np.ones((1, total), dtype=np.int64),
             "position_ids": np.arange(self.length, total, dtype=np.int64)[None],
@@ -274,10 +189,3 @@ def _kept(tokens: int, window: int) -> int:
     block = WINDOW_SLACK + 1
     over = max(0, tokens - window - WINDOW_SLACK)
     return tokens - block * -(-over // block)
-
-
-def _artifact_error(message: str, error: Exception, where: str) -> ArtifactError:
-    detail = " ".join(str(error).split())
-    return ArtifactError(
-        f"{message}: {detail[:300]}", where=where, fix="check the folder with `kvslim verify`, or export it again"
-    )

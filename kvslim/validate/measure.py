@@ -46,7 +46,10 @@ def measure(plain: Path, artifact: Path, recipe: Recipe, evaluation: Evaluation)
     """
     windows, items = evaluation
     longest = max([windows.shape[1], *(len(item.prompt) + len(item.answer) for item in items)])
-    sessions = {name: DecodeSession(path, capacity=longest) for name, path in (("plain", plain), ("slim", artifact))}
+    sessions = {
+        name: DecodeSession(path, capacity=longest, all_positions=True)
+        for name, path in (("plain", plain), ("slim", artifact))
+    }
     quality = measure_all(sessions["plain"], sessions["slim"], windows)
     recall = {name: measure_recall(session, items) for name, session in sessions.items()}
     sizes = {name: float(session.layout.bytes_per_token) for name, session in sessions.items()}

@@ -10,10 +10,10 @@ import pytest
 
 from clients import runners
 from clients.conftest import ArtifactOf
-from clients.kinds import GAP, KINDS
+from clients.kinds import GAP, KINDS, STANDARD
 from clients.runners import Answer, RefusedError, our_tokens
 from kvslim.runtime.generate import load_tokenizer
-from kvslim.runtime.session import layout_of, open_session
+from kvslim.runtime.graph import layout_of, open_session
 
 Client = Callable[[Path, str], Answer]
 Record = Callable[[str, object], None]
@@ -22,9 +22,10 @@ TEXT = "Here is a story of Mira and Oren. Mira's lamp is red. Oren"
 CASES = [(model, kind) for model in ("llama", "demo") for kind in (*KINDS, GAP)]
 OTHERS = [(family, kind) for family in ("mistral", "qwen3", "gpt2") for kind in ("plain", "kv_pca + kv_quant")]
 QUICK = [("llama", kind) for kind in ("plain", "kv_pca", "kv_pca + kv_quant")]
+GENAI = "onnxruntime-genai"
 PYTHON_CLIENTS: dict[str, Client] = {
     "onnxruntime": runners.onnxruntime,
-    "onnxruntime-genai": runners.onnxruntime_genai,
+    GENAI: runners.onnxruntime_genai,
 }
 CLIENTS: dict[str, Client] = {
     **PYTHON_CLIENTS,
@@ -36,6 +37,7 @@ OPTIMUM: dict[str, Client] = {
     "optimum-onnx, told the width": runners.optimum_with_rank,
 }
 WIDTHS = "Got invalid dimensions for input"
+ROWS = "TensorScatter"
 
 
 def case(client: str, model: str, kind: str) -> object:
@@ -51,6 +53,20 @@ def test_greedy_tokens_are_ours(
 ) -> None:
     version = check(CLIENTS[client], artifact(model, kind))
     record(record_property, model, kind, client, "same tokens", version)
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("client", [*CLIENTS, *OPTIMUM])
+def test_layout_attention24_runs_where_the_caller_allocates_the_cache(
+    artifact: ArtifactOf, record_property: Record, client: str
+) -> None:
+    folder = artifact("llama", STANDARD)
+    if client == "onnxruntime":
+        record(record_property, "llama", STANDARD, client, "same tokens", check(CLIENTS[client], folder))
+        return
+    with pytest.raises((RefusedError, RuntimeError), match=WIDTHS if client in (*OPTIMUM, GENAI) else ROWS):
+        {**CLIENTS, **OPTIMUM}[client](folder, TEXT)
+    record(record_property, "llama", STANDARD, client, f"refused: *{WIDTHS if client in (*OPTIMUM, GENAI) else ROWS}*")
 
 
 @pytest.mark.clients

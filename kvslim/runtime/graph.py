@@ -1,0 +1,129 @@
+"""Opening ONNX graphs with onnxruntime, and reading their cache contract."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+from google.protobuf.message import DecodeError
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
+
+from kvslim.errors import ArtifactError, NotFoundError
+from kvslim.types import INPUTS, LAST_POSITION, WINDOW_SLACK, CacheType, KVLayout, KVTensor
+
+Logits = npt.NDArray[np.float32]
+
+_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+_CACHE_TYPES: dict[str, CacheType] = {"tensor(float)": "float32", "tensor(int8)": "int8"}
+# onnxruntime derives each of its errors from Exception itself, so there is no common base to catch; a run through an
+# IOBinding raises RuntimeError instead.
+ORT_ERRORS = (
+    RuntimeError,
+    ort_state.Fail,
+    ort_state.InvalidArgument,
+    ort_state.InvalidGraph,
+    ort_state.InvalidProtobuf,
+    ort_state.NoModel,
+    ort_state.NoSuchFile,
+    ort_state.NotFound,
+    ort_state.NotImplemented,
+    ort_state.RuntimeException,
+)
+
+
+def open_session(model: Path, threads: int | None = None, *, all_positions: bool = False) -> ort.InferenceSession:
+    """A CPU session of a graph.
+
+    Args:
+        model: The `.onnx` file, or the folder that holds `model.onnx`.
+        threads: Threads of one operator; None leaves the choice to onnxruntime.
+        all_positions: Whether to give logits of all new positions, for evaluation; the head then reads what it would
+            read of the last one, and all else stays as it is.
+
+    Raises:
+        NotFoundError: There is no such file.
+        ArtifactError: onnxruntime cannot load it.
+    """
+    path = model / "model.onnx" if model.is_dir() else model
+    if not path.is_file():
+        raise NotFoundError("no ONNX graph", where=str(path), fix="name a folder that `kvslim compress` wrote")
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    try:
+        graph = _with_all_positions(path) if all_positions else str(path)
+        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except ORT_ERRORS as error:
+        raise artifact_error("onnxruntime cannot load the graph", error, str(path)) from error
+
+
+def _with_all_positions(path: Path) -> bytes | str:
+    """The graph without the node that keeps the last position; as it is where it has none."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError:
+        return str(path)  # onnxruntime tells what is wrong with it
+    nodes = model.graph.node
+    found = [node for node in nodes if node.name == LAST_POSITION]
+    if not found:
+        return str(path)
+    (last,) = found
+    for node in nodes:
+        node.input[:] = [last.input[0] if name == last.output[0] else name for name in node.input]
+    nodes.remove(last)
+    logits = next(value for value in model.graph.output if value.name == "logits")
+    logits.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
+    return model.SerializeToString()
+
+
+def layout_of(session: ort.InferenceSession) -> KVLayout:
+    """The KV inputs of a graph, in its order: what the bytes of a cache are counted from.
+
+    Raises:
+        ArtifactError: An input is no part of KVSlim's graph contract.
+    """
+    return KVLayout(tensors=tuple(_kv_tensor(node) for node in session.get_inputs() if node.name not in INPUTS))
+
+
+def _kv_tensor(node: ort.NodeArg) -> KVTensor:
+    match = _PAST.fullmatch(node.name)
+    dims = [dim for dim in node.shape[1::2] if isinstance(dim, int)]
+    rows = node.shape[2] if len(node.shape) == 4 else None
+    if match is None or node.type not in _CACHE_TYPES or len(node.shape) != 4 or len(dims) != 2:
+        raise ArtifactError(
+            f"graph input {node.name!r} is {node.type} {list(node.shape)}",
+            where="model.onnx",
+            fix="export with `kvslim compress`: float32 or int8 [batch, heads, past, dim] with fixed heads and dim",
+        )
+    kind = "key" if match[2] == "key" else "value"
+    window = rows - WINDOW_SLACK if isinstance(rows, int) else None
+    return KVTensor(
+        layer=int(match[1]), kind=kind, heads=dims[0], dim=dims[1], dtype=_CACHE_TYPES[node.type], window=window
+    )
+
+
+def run_graph(session: ort.InferenceSession, output: str, feed: dict[str, npt.NDArray[np.int64]], where: str) -> Logits:
+    """One output of a graph without a cache.
+
+    Raises:
+        ArtifactError: onnxruntime fails on the graph.
+    """
+    try:
+        result: Logits = session.run([output], feed)[0]
+    except ORT_ERRORS as error:
+        raise artifact_error("onnxruntime failed on the graph", error, where) from error
+    return result
+
+
+def artifact_error(message: str, error: Exception, where: str) -> ArtifactError:
+    """onnxruntime's own words, in the form of ours."""
+    detail = " ".join(str(error).split())
+    return ArtifactError(
+        f"{message}: {detail[:300]}", where=where, fix="check the folder with `kvslim verify`, or export it again"
+    )
