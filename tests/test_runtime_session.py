@@ -13,6 +13,7 @@ from tiny_graph import KV_HEADS, write_tiny
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
+from kvslim.types import WINDOW_SLACK, KVLayout, KVTensor
 
 TOKENS = np.random.default_rng(0).integers(24, size=40)
 VARIANTS = pytest.mark.parametrize(
@@ -197,3 +198,16 @@ def test_runtime_imports_neither_torch_nor_transformers_when_loaded() -> None:
     script = "import kvslim.runtime.generate, sys; print({'torch', 'transformers'} & sys.modules.keys())"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_cache_of_a_window_does_not_grow_with_the_context(tmp_path: Path) -> None:
+    layout = KVLayout(
+        tensors=tuple(
+            KVTensor(layer=layer, kind=kind, heads=2, dim=16, dtype="float32", window=window)
+            for layer, window in ((0, 64), (1, None))
+            for kind in ("key", "value")
+        )
+    )
+    full = 2 * 2 * 16 * 4
+    assert layout.bytes_per_token == 2 * full
+    assert layout.bytes_at(1000) == full * (1000 + 64 + WINDOW_SLACK)

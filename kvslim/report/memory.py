@@ -50,12 +50,19 @@ def _memory(
 ) -> CacheMemory:
     layers = tuple(_layer(layout, index, precisions) for index in sorted({tensor.layer for tensor in layout.tensors}))
     total = {name: sum(layer.bytes_per_token[name] for layer in layers) for name in precisions}
+    rows = {tokens: {tensor.layer: tensor.rows(tokens) for tensor in layout.tensors} for tokens in contexts}
     return CacheMemory(
         model_type=spec.model_type,
         max_context=spec.max_context,
         layers=layers,
         kv_bytes_per_token=total,
-        mib={str(tokens): {name: size * tokens / 2**20 for name, size in total.items()} for tokens in contexts},
+        mib={
+            str(tokens): {
+                name: sum(layer.bytes_per_token[name] * rows[tokens][layer.layer] for layer in layers) / 2**20
+                for name in precisions
+            }
+            for tokens in contexts
+        },
     )
 
 
