@@ -26,9 +26,9 @@ class Latency:
         tpot_ms: Median time per output token at a context, milliseconds.
         ttft_quartiles_ms: First and third quartile of the former.
         tpot_quartiles_ms: First and third quartile of the latter.
-        ttft_ratio: Median over turns of this model's time over the first model's in the same turn.
-        tpot_ratio: The same for time per output token. Load on the machine hits both halves of a turn, so these
-            are steadier than a ratio of medians.
+        ttft_ratio: Median over pairs of neighbouring turns of this model's time over the first model's.
+        tpot_ratio: The same for time per output token. Load on the machine hits both models in a turn, and each goes
+            first in one of two turns, so these are steadier than a ratio of medians.
     """
 
     ttft_ms: dict[str, float]
@@ -46,7 +46,7 @@ def measure_latency(
     repeats: int,
     threads: int | None = None,
 ) -> dict[str, Latency]:
-    """Times models in turns (A B A B), so that slow changes of the machine's load hit all of them.
+    """Times models in turns (A B B A), so that slow changes of the machine's load hit all of them.
 
     A context is reached with random cache content, which takes the same time as real content, and is held
     there. A prefill is long and steady, so prompts are timed a quarter as often as contexts, but thrice at least.
@@ -55,15 +55,17 @@ def measure_latency(
         models: Graph or folder by name; the first one is the reference of the ratios.
         prompts: Prompt lengths in tokens for TTFT.
         contexts: Context lengths in tokens for TPOT.
-        repeats: Timed turns per context.
+        repeats: Timed turns per context, at least 2.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
 
     Raises:
-        UsageError: A length or the number of repeats is not positive.
+        UsageError: A length is not positive, or there are less than 2 repeats.
         NotFoundError, ArtifactError: A model cannot be opened.
     """
-    if min(repeats, *prompts, *contexts) < 1:
-        raise UsageError("lengths and repeats must be positive", where="latency", fix="use lengths of 1 or more")
+    if min(repeats - 1, *prompts, *contexts) < 1:
+        raise UsageError(
+            "lengths must be positive, and repeats 2 or more", where="latency", fix="use longer lengths, more repeats"
+        )
     capacity = max((1, *prompts, *(context + 1 for context in contexts)))
     sessions = {name: DecodeSession(path, capacity=capacity, threads=threads) for name, path in models.items()}
     ttft = {str(length): _prefill_times(sessions, length, max(3, repeats // 4)) for length in prompts}
@@ -102,9 +104,13 @@ def _step(session: DecodeSession, context: int) -> None:
 
 
 def in_turns(names: Sequence[str], timed: Callable[[str], float], repeats: int) -> dict[str, Times]:
-    """Milliseconds [repeats] by name; the first turn warms up and is not counted."""
-    turns = [[timed(name) for name in names] for _ in range(repeats + 1)]
-    return dict(zip(names, np.array(turns[1:]).T, strict=True))
+    """Milliseconds [repeats] by name, in changing order (A B B A); the first turn warms up and is not counted.
+
+    What runs second finds the processor's caches as the first left them, which is worth some percent.
+    """
+    orders = [names if turn % 2 else names[::-1] for turn in range(repeats + 1)]
+    turns = [{name: timed(name) for name in order} for order in orders]
+    return {name: np.array([turn[name] for turn in turns[1:]]) for name in names}
 
 
 def milliseconds(action: Callable[[], object]) -> float:
@@ -122,9 +128,14 @@ def _latency(
         tpot_ms={length: float(np.median(times[name])) for length, times in tpot.items()},
         ttft_quartiles_ms={length: _quartiles(times[name]) for length, times in ttft.items()},
         tpot_quartiles_ms={length: _quartiles(times[name]) for length, times in tpot.items()},
-        ttft_ratio={length: float(np.median(times[name] / times[reference])) for length, times in ttft.items()},
-        tpot_ratio={length: float(np.median(times[name] / times[reference])) for length, times in tpot.items()},
+        ttft_ratio={length: _ratio(times[name], times[reference]) for length, times in ttft.items()},
+        tpot_ratio={length: _ratio(times[name], times[reference]) for length, times in tpot.items()},
     )
+
+
+def _ratio(times: Times, reference: Times) -> float:
+    """Median ratio over neighbouring turns, one in either order."""
+    return float(np.median((times[1:] + times[:-1]) / (reference[1:] + reference[:-1])))
 
 
 def _quartiles(times: Times) -> Quartiles:
