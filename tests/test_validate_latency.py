@@ -61,7 +61,7 @@ def test_latency_raises_usage_error_when_a_number_is_not_positive(
 
 def test_latency_raises_not_found_when_a_model_is_missing(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
-        measure_latency({"plain": tmp_path}, prompts=(4,), contexts=(4,), repeats=1)
+        measure_latency({"plain": tmp_path}, prompts=(4,), contexts=(4,), repeats=2)
 
 
 def test_peak_rss_grows_with_the_cache_when_context_does(models: dict[str, Path]) -> None:
