@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from kvslim.errors import UnsupportedError, UsageError
 from kvslim.methods.kv_pca import check_rank
@@ -89,6 +90,21 @@ def check_encoders(specs: Sequence[ModelSpec], lengths: Sequence[int]) -> None:
         raise UsageError(
             f"a text of {max(lengths)} tokens exceeds {most} positions", where="--prompt", fix=f"--prompt {most}"
         )
+
+
+def check_context(artifacts: Sequence[Path], specs: Sequence[ModelSpec], longest: int) -> None:
+    """Refuses a length beyond the positions of an artifact's model.
+
+    Raises:
+        UsageError: Naming the artifact and its positions.
+    """
+    for artifact, spec in zip(artifacts, specs, strict=True):
+        if longest > spec.max_context:
+            raise UsageError(
+                f"{longest} tokens are more than the model's {spec.max_context} positions",
+                where=str(artifact),
+                fix="give shorter lengths",
+            )
 
 
 def check_plan(plan: Plan, recipe: Recipe, spec: ModelSpec) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvslim.calibrate.corpus import check_source
-from kvslim.checks import check_encoders, check_layout, check_lengths, check_plan, check_task
+from kvslim.checks import check_context, check_encoders, check_layout, check_lengths, check_plan, check_task
 from kvslim.errors import NotFoundError, UnsupportedError, UsageError
 from kvslim.export.manifest import hash_files, read_manifest, write_manifest
 from kvslim.export.package import check_output, staging
@@ -152,12 +152,13 @@ def bench(
     An encoder knows no contexts: its latency is taken for texts of the lengths in `prompts`.
 
     Raises:
-        KvslimError: An artifact cannot be opened, or a length is not positive.
+        KvslimError: An artifact cannot be opened, or a length is not positive or beyond a model's positions.
     """
     specs = [read_manifest(artifact).spec for artifact in artifacts]
     if any(spec.is_encoder for spec in specs):
         check_encoders(specs, prompts)
         return encoder_costs({str(artifact): artifact for artifact in artifacts}, prompts, repeats, threads)
+    check_context(artifacts, specs, longest=max([*prompts, *(context + 1 for context in contexts)]))
     return measure_costs(artifacts, prompts, contexts, repeats, threads)
 
 

@@ -114,6 +114,11 @@ def test_bench_measures_each_artifact(made: tuple[Path, Manifest]) -> None:
     assert measures.kl_mean is None
 
 
+def test_bench_refuses_contexts_beyond_the_positions(made: tuple[Path, Manifest]) -> None:
+    with pytest.raises(UsageError, match="2049 tokens are more than the model's 2048 positions"):
+        pipeline.bench([made[0]], contexts=[2048], prompts=[8], repeats=3, threads=1)
+
+
 def test_text_file_serves_calibration_and_validation(tiny_llama: Path, tmp_path: Path) -> None:
     text = tmp_path / "words.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 40)

@@ -164,3 +164,13 @@ def test_generate_names_the_file_when_it_is_missing_or_broken(folder: Path, name
     with pytest.raises(NotFoundError) as missing:
         generate(folder, "x", max_new_tokens=1)
     assert broken.value.where == missing.value.where == str(folder / name)
+
+
+def test_generate_ends_where_the_model_has_no_more_positions(folder: Path) -> None:
+    tokens = byte_tokenizer().encode("".join(generate(folder, "ab", max_new_tokens=12))).ids
+    whole = "".join(generate(folder, "ab", max_new_tokens=12, max_context=100))
+    assert byte_tokenizer().encode(whole).ids == tokens
+    short = list(generate(folder, "ab", max_new_tokens=12, max_context=3))
+    assert len(short) <= 1
+    with pytest.raises(UsageError, match="2 tokens, the model 2 positions"):
+        generate(folder, "ab", max_new_tokens=12, max_context=2)

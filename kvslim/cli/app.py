@@ -202,7 +202,8 @@ def generate(
     from kvslim.export.manifest import read_manifest
     from kvslim.runtime.generate import generate as stream
 
-    if read_manifest(artifact).spec.is_encoder:
+    spec = read_manifest(artifact).spec
+    if spec.is_encoder:
         raise UnsupportedError(
             "an encoder writes no text", where=str(artifact), fix="embed texts with `kvslim.runtime.encoder`"
         )
@@ -212,6 +213,7 @@ def generate(
         artifact,
         prompt,
         max_new_tokens=max_new_tokens,
+        max_context=spec.max_context,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

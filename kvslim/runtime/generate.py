@@ -30,6 +30,7 @@ def generate(
     prompt: str,
     *,
     max_new_tokens: int,
+    max_context: int | None = None,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -42,6 +43,7 @@ def generate(
         folder: Folder with model.onnx, tokenizer.json and generation_config.json.
         prompt: Text to continue.
         max_new_tokens: Tokens to generate at most.
+        max_context: Positions of the model, where the text ends at the latest; None for no limit.
         temperature: 0 takes the most likely token; otherwise what the logits are divided by.
         top_k: Sample from this many most likely tokens; 0 for all.
         top_p: Sample from the smallest set of most likely tokens that holds this probability.
@@ -49,12 +51,20 @@ def generate(
         threads: Threads of one operator; None leaves the choice to onnxruntime.
 
     Raises:
-        UsageError: An option is out of range or the prompt has no tokens.
+        UsageError: An option is out of range, or the prompt has no tokens or more than the model has positions.
         NotFoundError: A file of the folder is missing.
         ArtifactError: A file of the folder is broken.
     """
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.encode(prompt).ids
+    if max_context is not None:
+        if len(ids) >= max_context:
+            raise UsageError(
+                f"the prompt has {len(ids)} tokens, the model {max_context} positions",
+                where="prompt",
+                fix="shorten the prompt",
+            )
+        max_new_tokens = min(max_new_tokens, max_context - len(ids))
     session = DecodeSession(folder, capacity=max(1, len(ids) + max_new_tokens), threads=threads)
     tokens = generate_tokens(
         session,
