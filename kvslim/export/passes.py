@@ -15,6 +15,7 @@ from kvslim.types import LAST_POSITION, KVLayout
 
 BATCH, LENGTH, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 CAPACITY = "max_sequence_length"
+PRODUCTS = {"FusedMatMul", "MatMul", "Gemm"}
 
 
 def name_dimensions(model: ir.Model, layout: KVLayout) -> None:
@@ -41,12 +42,12 @@ def name_dimensions(model: ir.Model, layout: KVLayout) -> None:
 
 def share_tied_weights(model: ir.Model) -> None:
     """Makes one initializer of those that torch keeps in one memory, such as an embedding and the head tied to it."""
-    first: dict[tuple[int, tuple[int, ...]], ir.Value] = {}
+    first: dict[tuple[object, ...], ir.Value] = {}
     for value in list(model.graph.initializers.values()):
         raw = getattr(value.const_value, "raw", None)
         if isinstance(raw, torch.Tensor) and raw.numel() > 1:
-            kept = first.setdefault((raw.data_ptr(), tuple(raw.stride())), value)
-            if kept is not value and kept.const_value.shape == value.const_value.shape:  # type: ignore[union-attr]
+            kept = first.setdefault((raw.data_ptr(), tuple(raw.shape), raw.stride()), value)
+            if kept is not value:
                 value.replace_all_uses_with(kept)
 
 
@@ -106,11 +107,12 @@ def _scaled_by(value: ir.Value | None) -> tuple[ir.Value | None, float | None]:
 def name_last_position(model: ir.Model) -> None:
     """Names the node that takes the last position for the head, by which a session that wants all finds it."""
     logits = next(value for value in model.graph.outputs if value.name == "logits")
-    node = logits.producer()
+    node, products = logits.producer(), 0
     while node is not None and node.op_type != "Slice":
+        products += node.op_type in PRODUCTS
         node = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if node is None:
-        raise RuntimeError("the exporter left no node that takes the last position")
+    if node is None or products != 1:
+        raise RuntimeError("the exporter left no node that takes the last position for the head")
     node.name = LAST_POSITION
 
 

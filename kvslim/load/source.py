@@ -202,6 +202,10 @@ def _refuse_experts(raw: dict[str, Any], where: str) -> None:
 
 
 def _refuse_unsupported(config: Any, where: str) -> None:
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UnsupportedError(
+            "attention that looks ahead is not supported in this family", where=where, fix="use a causal model"
+        )
     for rope in _ropes(config):
         kind = rope.get("rope_type", "default")
         if kind not in STATIC_ROPE:

@@ -57,8 +57,12 @@ kvslim generate . --prompt "Once upon a time"
 kvslim verify .
 ```
 
+{% if manifest.plan.layout == "gqa" -%}
 onnxruntime-genai opens this folder as it is (`onnxruntime_genai.Model(".")`), and so does transformers.js
 (with `subfolder: ""`).
+{%- else -%}
+The graph appends to a cache that the caller allocates for the whole context, filled with zeros.
+{%- endif %}
 {%- endif %}
 
 ## Made from
