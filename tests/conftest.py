@@ -73,6 +73,7 @@ def demo_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
             made[recipe] = tmp_path_factory.mktemp("demo") / recipe
             brief = (
                 "validation.samples=8",
+                "validation.recall_items=100",
                 "validation.repeats=3",
                 "validation.prompts=[16]",
                 "validation.contexts=[16]",

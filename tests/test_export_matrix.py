@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 from models import (
     cached_logits,
@@ -22,7 +20,6 @@ from tiny_decoders import FAMILIES
 
 from kvslim.methods import METHODS, KvPca, KvQuant, Method
 from kvslim.runtime.graph import layout_of, open_session
-from kvslim.runtime.session import DecodeSession
 from kvslim.types import KVLayout, Plan
 
 PLANS: dict[str, Sequence[Method]] = {
@@ -32,7 +29,14 @@ PLANS: dict[str, Sequence[Method]] = {
     "int8": (KvQuant(),),
     "pca_int8": (KvQuant(granularity="per_tensor"), KvPca(rank_ratio=0.5)),
 }
-CORE = ("llama", "mistral", "gpt2", "smollm3")  # with RoPE, with windows, with learned positions, with some of each
+CORE = ("llama", "gpt2")  # with RoPE, and with learned positions
+
+
+def plans_of(family: str) -> tuple[str, ...]:
+    """Every family is tried plain and slim; a variant of one, which differs in its RoPE alone, plain."""
+    return ("plain",) if "-" in family else ("plain", "pca_int8")
+
+
 ModelOf = Callable[[str], Path]
 
 
@@ -42,7 +46,7 @@ def test_matrix_covers_every_method() -> None:
 
 @pytest.mark.parametrize(
     ("family", "plan"),
-    [(family, plan) for family in FAMILIES for plan in PLANS if family in CORE or plan in ("plain", "pca_int8")],
+    [(family, plan) for family in FAMILIES for plan in PLANS if family in CORE or plan in plans_of(family)],
 )
 def test_graph_equals_torch_in_prefill_and_cached_decode(
     tiny_model: ModelOf, tmp_path: Path, family: str, plan: str
@@ -61,7 +65,7 @@ def test_graph_equals_torch_in_prefill_and_cached_decode(
     assert np.abs(cached_logits(tmp_path / "slim", tokens) - slim).max() < tolerance
 
 
-@pytest.mark.parametrize("family", [*CORE, "gemma3_text", "gpt_neox", "opt"])
+@pytest.mark.parametrize("family", [*CORE, "gemma3_text", "smollm3", "opt"])
 def test_full_rank_reproduces_the_plain_export_when_not_quantised(
     tiny_model: ModelOf, tmp_path: Path, family: str
 ) -> None:
@@ -73,135 +77,3 @@ def test_full_rank_reproduces_the_plain_export_when_not_quantised(
     plain, slim = (cached_logits(tmp_path / name, tokens) for name in ("plain", "slim"))
     assert np.abs(plain).max() > 0.1
     np.testing.assert_allclose(slim, plain, atol=1e-4)
-
-
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_every_large_matrix_is_quantised_when_weights_are(
-    tiny_model: ModelOf, tmp_path: Path, family: str, weights: str
-) -> None:
-    workshop = open_workshop(tiny_model(family), recipe_of([KvPca(rank=8)], weights))
-    export_slim(workshop, tmp_path / "slim")
-    graph = onnx.load(tmp_path / "slim" / "model.onnx", load_external_data=False).graph
-    constants = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
-    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm", "FusedMatMul")]
-    assert not [node.name for node in products if constants.intersection(node.input)]
-    assert Counter(node.op_type for node in graph.node)["MatMulNBits"] >= 4 * workshop.spec.layers + 1
-    tokens = tokens_of(workshop)
-    expected, found = torch_logits(workshop, tokens), cached_logits(tmp_path / "slim", tokens)
-    correlation = np.corrcoef(expected.ravel(), found.ravel())[0, 1]
-    assert correlation > {"int8": 0.999, "int4": 0.9}[weights]
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_standard_operators_take_different_ranks_for_keys_and_values(
-    tiny_model: ModelOf, tmp_path: Path, family: str
-) -> None:
-    head_dim = 32 if family == "gemma2" else 16
-    recipe = recipe_of([KvPca(rank=head_dim // 2, value_rank=head_dim)]).model_copy(update={"layout": "attention24"})
-    workshop = open_workshop(tiny_model(family), recipe)
-    tokens = tokens_of(workshop)
-    export_slim(workshop, tmp_path / "slim")
-    model = onnx.load(tmp_path / "slim" / "model.onnx", load_external_data=False)
-    assert {opset.domain: opset.version for opset in model.opset_import}[""] == 24
-    assert Counter(node.op_type for node in model.graph.node)["TensorScatter"] == 2 * workshop.spec.layers
-    dims = {tensor.kind: tensor.dim for tensor in layout_of(open_session(tmp_path / "slim")).tensors}
-    assert dims == {"key": head_dim // 2, "value": head_dim}
-    assert np.abs(cached_logits(tmp_path / "slim", tokens) - torch_logits(workshop, tokens)).max() < 1e-4
-
-
-@pytest.mark.parametrize("family", ["mistral", "gemma2"])
-def test_window_is_a_mask_alone_when_its_cache_is_full(tiny_model: ModelOf, tmp_path: Path, family: str) -> None:
-    recipe = recipe_of().model_copy(update={"window_cache": False})
-    workshop = open_workshop(tiny_model(family), recipe)
-    tokens = tokens_of(workshop)
-    export_slim(workshop, tmp_path / "full")
-    assert {tensor.window for tensor in layout_of(open_session(tmp_path / "full")).tensors} == {None}
-    expected = original_logits(tiny_model(family), tokens)
-    assert np.abs(cached_logits(tmp_path / "full", tokens) - expected).max() < 1e-4
-
-
-LAYER = {"GroupQueryAttention": 1, "MatMulNBits": 4, "SkipSimplifiedLayerNormalization": 2, "Split": 1}
-LAYER |= {"Sigmoid": 1, "Mul": 2}
-# The head, the embedding, the first norm, the lengths that attention reads, and the choice of logits.
-ONCE = {"MatMulNBits": 1, "GatherBlockQuantized": 1, "SimplifiedLayerNormalization": 1, "Shape": 1, "Squeeze": 1}
-ONCE |= {"Cast": 2, "ReduceSum": 1, "Sub": 1, "Slice": 1}
-# Codes of q and k work on [batch, heads, length, dim]: rotated, split, coded and merged again, each.
-CODED = {"Split": 1, "RotaryEmbedding": 2, "Reshape": 4, "Transpose": 4, "MatMul": 2}
-
-
-def count_of(folder: Path) -> Counter[str]:
-    return Counter(node.op_type for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "phi3", "phi3-partial", "smollm3", "gpt_neox"])
-def test_plain_int4_graph_has_the_nodes_of_a_layer_and_no_more(
-    tiny_model: ModelOf, tmp_path: Path, family: str
-) -> None:
-    workshop = open_workshop(tiny_model(family), recipe_of(weights="int4"))
-    export_slim(workshop, tmp_path / "plain")
-    count = count_of(tmp_path / "plain")
-    if family == "gpt_neox":  # its own norms, activation and parallel residual
-        assert count["GroupQueryAttention"] == 2
-        assert count["MatMulNBits"] == 4 * 2 + 1
-        assert not {"Transpose", "Concat", "Reshape", "RotaryEmbedding"}.intersection(count)
-        return
-    expected = Counter(ONCE)
-    for _ in range(workshop.spec.layers):
-        expected.update(LAYER)
-    assert not count - expected
-
-
-def test_slim_graph_adds_codes_alone_and_names_no_path(tiny_llama: Path, tmp_path: Path) -> None:
-    workshop = open_workshop(tiny_llama, recipe_of([KvPca(rank=8), KvQuant()], "int4"))
-    export_slim(workshop, tmp_path / "slim")
-    assert b".py" not in (tmp_path / "slim" / "model.onnx").read_bytes()
-    expected = Counter(ONCE)
-    for _ in range(workshop.spec.layers):
-        expected.update(LAYER)
-        expected.update(CODED)
-    expected.update({"Concat": 4, "Shape": 2, "Squeeze": 2})  # the shapes that heads are split and merged to
-    assert not count_of(tmp_path / "slim") - expected
-
-
-def test_graph_gives_the_last_position_and_evaluation_all(tiny_model: ModelOf, tmp_path: Path) -> None:
-    for weights in ("fp32", "int4"):
-        workshop = open_workshop(tiny_model("qwen3"), recipe_of(weights=weights))
-        export_slim(workshop, tmp_path / weights)
-        tokens = tokens_of(workshop)
-        every = DecodeSession(tmp_path / weights, capacity=40, all_positions=True).step(tokens)
-        last = DecodeSession(tmp_path / weights, capacity=40).step(tokens)
-        assert every.shape == (40, workshop.spec.vocab_size)
-        np.testing.assert_allclose(last, every[-1:], atol=1e-4)
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
-def test_long_text_equals_torch_when_prefilled_in_chunks(tiny_model: ModelOf, tmp_path: Path, family: str) -> None:
-    """Far past the calibration windows of 48 tokens, and past many evictions from windows of 16."""
-    workshop = open_workshop(tiny_model(family), recipe_of([KvPca(rank_ratio=0.5)]))
-    export_slim(workshop, tmp_path / "slim")
-    tokens = tokens_of(workshop, 700)
-    expected = torch_logits(workshop, tokens)
-    session = DecodeSession(tmp_path / "slim", capacity=len(tokens))
-    for start, stop, chunk in ((0, 500, 64), (500, 633, 500), (633, 634, 1), (634, 700, 7)):
-        logits = session.prefill(tokens[start:stop], chunk=chunk)
-        assert np.abs(logits - expected[stop - 1]).max() < 1e-4
-
-
-def test_dimensions_have_the_names_of_the_field(tiny_llama: Path, tmp_path: Path) -> None:
-    workshop = open_workshop(tiny_llama, recipe_of())
-    export_slim(workshop, tmp_path / "plain")
-    session = open_session(tmp_path / "plain")
-    shapes = {value.name: value.shape for value in [*session.get_inputs(), *session.get_outputs()]}
-    assert shapes["input_ids"] == ["batch_size", "sequence_length"]
-    assert shapes["attention_mask"] == ["batch_size", "total_sequence_length"]
-    assert shapes["past_key_values.1.value"] == ["batch_size", 2, "past_sequence_length", 16]
-    assert shapes["present.1.value"] == ["batch_size", 2, "total_sequence_length", 16]
-    assert shapes["logits"][:2] == ["batch_size", 1]
-
-
-def test_two_exports_are_equal_to_the_byte(tiny_llama: Path, tmp_path: Path) -> None:
-    for name in ("first", "second"):
-        export_slim(open_workshop(tiny_llama, recipe_of([KvPca(rank=8), KvQuant()], "int4")), tmp_path / name)
-    for file in ("model.onnx", "model.onnx_data"):
-        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
