@@ -55,7 +55,6 @@ def main() -> None:
 def export(model: str, weights: str, out: str) -> None:
     """Loads and exports a model, and prints this process's peak RSS in GB; on stderr, the peak after each step."""
     from kvslim.export.graph import build_graph, save_graph
-    from kvslim.export.storage import share_storage
     from kvslim.export.weights import quantise_weights
     from kvslim.load.source import read_spec, resolve
     from kvslim.progress import Silent
@@ -74,7 +73,6 @@ def export(model: str, weights: str, out: str) -> None:
     note("weights")
     Path(out).mkdir()
     save_graph(graph, Path(out))
-    share_storage(Path(out) / "model.onnx")
     print(note("save"))
 
 

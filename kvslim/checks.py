@@ -122,9 +122,10 @@ def check_plan(plan: Plan, recipe: Recipe, spec: ModelSpec) -> None:
     methods = {method.name for method in recipe.methods}
     for layer in plan.layers:
         where = f"--plan: layers.{layer.layer}"
-        if layer.rank is not None:
-            check_rank(layer.rank, spec, spec.windows[layer.layer], where)
-        _check_operators(plan, layer, spec, where)
+        for rank in (layer.rank, layer.value_rank):
+            if rank is not None:
+                check_rank(rank, spec, spec.windows[layer.layer], where)
+        _check_operators(plan, layer, where)
         needed = {"kv_pca": layer.rank is not None, "kv_quant": layer.cache != "float32"}
         if missing := sorted(name for name, used in needed.items() if used and name not in methods):
             raise UsageError(
@@ -134,9 +135,7 @@ def check_plan(plan: Plan, recipe: Recipe, spec: ModelSpec) -> None:
             )
 
 
-def _check_operators(plan: Plan, layer: LayerPlan, spec: ModelSpec, where: str) -> None:
-    if layer.value_rank is not None:
-        check_rank(layer.value_rank, spec, spec.windows[layer.layer], where)
+def _check_operators(plan: Plan, layer: LayerPlan, where: str) -> None:
     if plan.layout == "gqa" and layer.value_rank is not None:
         raise UsageError("layout gqa gives keys and values one rank", where=where, fix="drop value_rank")
     if plan.layout == "attention24" and layer.cache != "float32":

@@ -15,7 +15,6 @@ from kvslim.calibrate.statistics import CalibrationStatistics, collect
 from kvslim.demo.world import recall_questions
 from kvslim.export.genai import end_tokens, genai_config
 from kvslim.export.graph import build_graph, save_graph, token_inputs
-from kvslim.export.storage import share_storage
 from kvslim.export.transformers_js import with_transformers_js_config
 from kvslim.export.weights import quantise_weights
 from kvslim.load.architecture import architecture_of
@@ -80,7 +79,6 @@ class Workshop:
         graph = build_graph(self.model, self.architecture, KVLayout.of(self.spec, plan))
         quantise_weights(graph, self.recipe.weights)
         save_graph(graph, folder)
-        share_storage(folder / "model.onnx")
         return token_inputs(graph)
 
     def write_companions(self, folder: Path, layout: KVLayout, inputs: tuple[str, ...]) -> None:

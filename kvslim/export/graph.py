@@ -23,6 +23,7 @@ from kvslim.export.passes import (
     strip_traces,
 )
 from kvslim.export.quiet import quiet
+from kvslim.export.storage import share_storage
 from kvslim.load.architecture import Architecture
 from kvslim.transform.attention import PassThroughCache
 from kvslim.transform.operators import ExportStep
@@ -48,9 +49,10 @@ class _Decoder(nn.Module):
         position_ids: Tensor,
         past: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor] | None]]:
+        rows = past[0][0].shape[2]
         for slim, tensor, layer_past in zip(self.slims, self.layout.tensors[::2], past, strict=True):
             slim.step = ExportStep(
-                self.layout.layout, tensor.window is not None, layer_past, attention_mask, position_ids
+                self.layout.layout, tensor.window is not None, layer_past, rows, attention_mask, position_ids
             )
         head = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))
         try:
@@ -140,4 +142,6 @@ def token_inputs(graph: ir.Model) -> tuple[str, ...]:
 
 def save_graph(model: ir.Model, folder: Path) -> None:
     """Writes model.onnx and model.onnx_data; equal models give equal bytes."""
-    ir.save(model, folder / "model.onnx", external_data="model.onnx_data")
+    path = folder / "model.onnx"
+    ir.save(model, path, external_data="model.onnx_data")
+    share_storage(path)

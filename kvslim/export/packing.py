@@ -12,19 +12,18 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from kvslim.export.products import bias_of, tensor_of
+
 
 @dataclass(frozen=True)
 class _Projection:
-    """`x @ W^T (+ b)` in a graph: the product, its weight [out, in], and the bias addition where there is one."""
+    """`x @ W^T (+ b)` in a graph: the product, its weight [size, in], and the bias addition where there is one."""
 
     product: ir.Node
     weight: ir.Value
     bias: ir.Value | None
     output: ir.Value
-
-    @property
-    def size(self) -> int:
-        return int(self.weight.const_value.shape.numpy()[0])  # type: ignore[union-attr]
+    size: int
 
 
 def pack_projections(model: ir.Model) -> None:
@@ -47,15 +46,12 @@ def pack_projections(model: ir.Model) -> None:
 def _projection(node: ir.Node) -> _Projection | None:
     if node.op_type != "FusedMatMul" or node.attributes.get_int("transB", 0) != 1:
         return None
-    weight, output = node.inputs[1], node.outputs[0]
-    if weight is None or weight.const_value is None or output.is_graph_output():
+    weight = node.inputs[1]
+    if weight is None or weight.const_value is None or node.outputs[0].is_graph_output():
         return None
-    users = [user for user, _ in output.uses()]
-    if len(users) == 1 and users[0].op_type == "Add":
-        bias = next(value for value in users[0].inputs if value is not output)
-        if bias is not None and bias.const_value is not None and len(bias.const_value.shape) == 1:
-            return _Projection(node, weight, bias, users[0].outputs[0])
-    return _Projection(node, weight, None, output)
+    size = int(weight.const_value.shape.numpy()[0])
+    bias, last = bias_of(node, size)
+    return _Projection(node, weight, bias, last.outputs[0], size)
 
 
 def _alike(projections: list[_Projection]) -> list[list[_Projection]]:
@@ -108,11 +104,11 @@ def _pack(graph: ir.Graph, value: ir.Value, siblings: list[_Projection]) -> None
 
 def _concatenated(graph: ir.Graph, name: str, parts: list[ir.Value]) -> ir.Value:
     """A new constant: the parts one below the other."""
-    tensors = [part.const_value for part in parts]
-    shapes = [tensor.shape.numpy() for tensor in tensors]  # type: ignore[union-attr]
+    tensors = [tensor_of(part) for part in parts]
+    shapes = [tensor.shape.numpy() for tensor in tensors]
     shape = ir.Shape((sum(rows for rows, *_ in shapes), *shapes[0][1:]))
     lazy = ir.LazyTensor(
-        lambda: ir.tensor(np.concatenate([tensor.numpy() for tensor in tensors])),  # type: ignore[union-attr]
+        lambda: ir.tensor(np.concatenate([tensor.numpy() for tensor in tensors])),
         dtype=ir.DataType.FLOAT,
         shape=shape,
         name=name,

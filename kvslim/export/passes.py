@@ -11,11 +11,11 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from onnxscript.rewriter import onnx_fusions
 
+from kvslim.export.products import PRODUCTS
 from kvslim.types import LAST_POSITION, KVLayout
 
 BATCH, LENGTH, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 CAPACITY = "max_sequence_length"
-PRODUCTS = {"FusedMatMul", "MatMul", "Gemm"}
 
 
 def name_dimensions(model: ir.Model, layout: KVLayout) -> None:

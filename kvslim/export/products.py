@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+PRODUCTS = ("FusedMatMul", "Gemm", "MatMul")
 SHAPERS = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 SMALLEST_MATRIX = 2048  # numbers; a code on keys or queries is smaller, or has a head axis
 
@@ -75,7 +76,7 @@ def tensor_of(value: ir.Value) -> ir.TensorProtocol:
 
 
 def _factor(node: ir.Node) -> Matrix | None:
-    if node.op_type not in ("MatMul", "Gemm", "FusedMatMul") or not _is_large_matrix(source := node.inputs[1]):
+    if node.op_type not in PRODUCTS or not _is_large_matrix(source := node.inputs[1]):
         return None
     scaled = any(node.attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta"))
     turned = any(node.attributes.get_int(name, 0) for name in ("transA", "transBatchA", "transBatchB"))

@@ -28,6 +28,7 @@ class ExportStep:
         layout: The operators to use.
         window_cache: Whether the layer's cache has the size of its window.
         past: Key and value cache, [batch, kv_heads, rows, dim] each.
+        rows: Rows of every cache in layout attention24, read off one, so that all layers share what masks them.
         mask: [batch, total] int64, 1 for every token so far and of this step.
         positions: [batch, length] int64, of the new tokens.
         present: Key and value cache with the new tokens, once attention has run.
@@ -36,6 +37,7 @@ class ExportStep:
     layout: Layout
     window_cache: bool
     past: tuple[Tensor, Tensor]
+    rows: int
     mask: Tensor
     positions: Tensor
     present: tuple[Tensor, Tensor] | None = field(default=None, init=False)
@@ -103,8 +105,7 @@ def standard_attention(step: ExportStep, states: tuple[Tensor, Tensor, Tensor], 
         for past, new in zip(step.past, (key, value), strict=True)
     )
     step.present = (present[0], present[1])
-    rows = torch.arange(step.past[0].shape[2])
-    age = (start[:, None] + torch.arange(length))[:, None, :, None] - rows
+    age = (start[:, None] + torch.arange(length))[:, None, :, None] - torch.arange(step.rows)
     visible = age >= 0 if scoring.window is None else (age >= 0) & (age < scoring.window)
     options = {} if scoring.softcap is None else {"softcap": float(scoring.softcap)}
     shape = (*query.shape[:3], value.shape[3])

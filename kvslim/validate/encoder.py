@@ -14,7 +14,7 @@ from kvslim.runtime.encoder import EncoderSession, Texts, pad
 from kvslim.types import Measures, ModelSpec, Report
 from kvslim.validate.gates import report
 from kvslim.validate.latency import in_turns, milliseconds
-from kvslim.validate.measure import GRAPH_FILES
+from kvslim.validate.measure import file_mib
 from kvslim.validate.rss import peak_rss
 
 BATCH = 8
@@ -100,7 +100,7 @@ def encoder_costs(
     del sessions
     return {
         name: Measures(
-            file_mib=sum((path / file).stat().st_size for file in GRAPH_FILES if (path / file).is_file()) / 2**20,
+            file_mib=file_mib(path),
             latency_ms={str(length): float(np.median(times[length][name])) for length in lengths},
             peak_rss_mib=peak_rss(path, max(lengths), threads, use="encode"),
         )

@@ -83,10 +83,14 @@ def measure_costs(
     }
 
 
+def file_mib(folder: Path) -> float:
+    """Size of a graph and its weights."""
+    return sum((folder / name).stat().st_size for name in GRAPH_FILES if (folder / name).is_file()) / 2**20
+
+
 def _costs(folder: Path, latency: Latency, contexts: Sequence[int], threads: int | None = None) -> Measures:
-    size = sum((folder / name).stat().st_size for name in GRAPH_FILES if (folder / name).is_file())
     return Measures(
-        file_mib=size / 2**20,
+        file_mib=file_mib(folder),
         ttft_ms=latency.ttft_ms,
         tpot_ms=latency.tpot_ms,
         peak_rss_mib=peak_rss(folder, max(contexts), threads),
