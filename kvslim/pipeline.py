@@ -37,8 +37,8 @@ class PlanSummary(Frozen):
     """What `compress` would decide, and the cache it would give."""
 
     plan: Plan
-    kv_bytes_per_token: int
-    plain_kv_bytes_per_token: int
+    kv_bytes_per_token: float
+    plain_kv_bytes_per_token: float
 
 
 def compress(
@@ -88,7 +88,7 @@ def compress(
         workshop.write_companions(folder, KVLayout.of(spec, plan), inputs)
         workshop.release()
         progress.stage("validate")
-        report = measure(plain, folder, recipe, evaluation)
+        report = measure(plain, folder, recipe, evaluation, recipe.calibration.target(spec))
         shutil.rmtree(plain)
         return _finish(folder, workshop, plan, inputs, report)
 
@@ -111,10 +111,11 @@ def plan(model: str, recipe: Recipe, *, progress: Progress | None = None) -> Pla
     progress.stage("calibrate")
     statistics = workshop.statistics()
     decided = decide(recipe, spec, statistics)
+    context = recipe.calibration.target(spec)
     return PlanSummary(
         plan=decided,
-        kv_bytes_per_token=KVLayout.of(spec, decided).bytes_per_token,
-        plain_kv_bytes_per_token=KVLayout.of(spec, Plan.identity(spec)).bytes_per_token,
+        kv_bytes_per_token=KVLayout.of(spec, decided).bytes_per_token(context),
+        plain_kv_bytes_per_token=KVLayout.of(spec, Plan.identity(spec)).bytes_per_token(context),
     )
 
 
@@ -141,7 +142,7 @@ def validate(artifact: Path, *, against: str | None = None, progress: Progress |
         workshop.export(Plan.identity(spec), Path(folder))
         workshop.release()
         progress.stage("validate")
-        return measure(Path(folder), artifact, recipe, evaluation)
+        return measure(Path(folder), artifact, recipe, evaluation, manifest.context)
 
 
 def bench(
@@ -268,6 +269,7 @@ def _finish(
     manifest = Manifest(
         source=Source(model=snapshot.model, revision=snapshot.revision, sha256=workshop.digest),
         spec=workshop.spec,
+        context=workshop.recipe.calibration.target(workshop.spec),
         recipe=workshop.recipe.model_dump(mode="json"),
         plan=plan,
         kv_layout=KVLayout.of(workshop.spec, plan),

@@ -12,7 +12,9 @@ from pydantic import BeforeValidator, Field, ValidationError, field_serializer
 
 from kvslim.errors import NotFoundError, UsageError, suggestion
 from kvslim.methods import Method, method_class
-from kvslim.types import Frozen, Layout, WeightFormat, Weights
+from kvslim.types import Frozen, Layout, ModelSpec, WeightFormat, Weights
+
+DEFAULT_CONTEXT = 4096
 
 
 def _number(value: object) -> object:
@@ -54,6 +56,10 @@ class Calibration(Frozen):
         None, ge=8, description="target context in tokens; default: the model's own, at most 4096"
     )
     seed: int = Field(0, description="of the model's own samples, and of the positions that samples are turned to")
+
+    def target(self, spec: ModelSpec) -> int:
+        """The target context for a model, in tokens."""
+        return self.context or min(spec.max_context, DEFAULT_CONTEXT)
 
 
 class Validation(Frozen):

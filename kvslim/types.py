@@ -8,13 +8,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 WeightType = Literal["fp32", "int8", "int4"]
 WeightMethod = Literal["k_quant", "rtn"]
-CacheType = Literal["float32", "int8"]
+CacheType = Literal["float32", "int8", "int4", "codes3", "codes2", "codes1"]
 Granularity = Literal["per_channel", "per_tensor"]
 Layout = Literal["gqa", "attention24"]
 Objective = Literal["balanced", "key"]
 Task = Literal["text-generation", "fill-mask", "feature-extraction"]
 INPUTS = ("input_ids", "attention_mask", "position_ids")  # before the cache; not every graph needs positions
 LAST_POSITION = "last_position"  # the node that hands the head the last position alone
+BITS: dict[CacheType, int] = {"float32": 32, "int8": 8, "int4": 4, "codes3": 3, "codes2": 2, "codes1": 1}
+CODES: tuple[CacheType, ...] = ("codes3", "codes2", "codes1")  # packed, decoded by table in the graph
 WINDOW_SLACK = 16  # rows of a window's cache beyond the window: eviction then moves it once in so many tokens
 
 
@@ -86,8 +88,13 @@ class LayerPlan(Frozen):
     rank: int | None = Field(None, description="cached dimensions per kv head; None keeps head_dim untouched")
     value_rank: int | None = Field(None, description="the same for values, where it differs (layout attention24)")
     objective: Objective = "balanced"
-    cache: CacheType = "float32"
+    roles: int | None = Field(None, description="seed of the role hypervectors that spread the coordinates; None: none")
+    cache: CacheType = Field("float32", description="codes3, codes2 and codes1 are packed levels of a fitted codebook")
     granularity: Granularity = "per_channel"
+    centred: bool = Field(False, description="whether the mean key is taken from all keys before rounding")
+    window: int | None = Field(None, description="recent tokens kept, or with packed codes kept exact; None for all")
+    sinks: int = Field(0, description="first tokens kept beside the window")
+    refit: bool = Field(False, description="whether the output projection is fitted again to the compressed cache")
     score: float | None = Field(None, description="share of the score energy that the rank keeps, the worse of K and V")
     reason: str = "kept"
 
@@ -107,14 +114,21 @@ class Plan(Frozen):
 
 
 class KVTensor(Frozen):
-    """One KV input of the graph, shaped [batch, heads, past_length, dim]."""
+    """One KV input of the graph.
+
+    Exact and integer caches are [batch, heads, rows, dim]; int4 packs two numbers into a uint8, which halves the last
+    axis. Packed codes are uint8 [batch, rows, heads, dim * bits / 8], so that a row can be appended in place.
+    """
 
     layer: int
-    kind: Literal["key", "value"]
+    kind: Literal["key", "value", "key_codes", "value_codes"]
     heads: int
     dim: int
     dtype: CacheType
-    window: int | None = Field(None, description="tokens that the cache must keep; None for all")
+    window: int | None = Field(None, description="recent tokens that the cache must keep; None for all")
+    sinks: int | None = Field(
+        None, description="first tokens kept beside the window, in a ring; None: the operator keeps the window"
+    )
 
     @property
     def past(self) -> str:
@@ -129,11 +143,24 @@ class KVTensor(Frozen):
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token takes in this tensor."""
-        return self.heads * self.dim * {"float32": 4, "int8": 1}[self.dtype]
+        return self.heads * self.dim * BITS[self.dtype] // 8
+
+    @property
+    def columns(self) -> int:
+        """Length of the last axis, in stored elements."""
+        return self.dim if self.dtype in {"float32", "int8"} else self.dim * BITS[self.dtype] // 8
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it holds packed codes of the tokens that left the window."""
+        return self.kind.endswith("_codes")
 
     def rows(self, context: int) -> int:
         """Rows to allocate for a context of that many tokens."""
-        return context if self.window is None else self.window + WINDOW_SLACK
+        if self.window is None:
+            return context
+        kept = self.window + (WINDOW_SLACK if self.sinks is None else self.sinks)
+        return max(0, context - kept) if self.is_packed else kept
 
 
 class KVLayout(Frozen):
@@ -142,14 +169,13 @@ class KVLayout(Frozen):
     layout: Layout = "gqa"
     tensors: tuple[KVTensor, ...]
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes that one token takes in the whole cache, while every layer still keeps it."""
-        return sum(tensor.bytes_per_token for tensor in self.tensors)
-
     def bytes_at(self, context: int) -> int:
         """Bytes that the cache takes at a context of that many tokens."""
         return sum(tensor.bytes_per_token * tensor.rows(context) for tensor in self.tensors)
+
+    def bytes_per_token(self, context: int) -> float:
+        """Bytes of a cache that holds `context` tokens, per token."""
+        return self.bytes_at(context) / context
 
     @classmethod
     def of(cls, spec: ModelSpec, plan: Plan) -> KVLayout:
@@ -157,29 +183,30 @@ class KVLayout(Frozen):
         if spec.is_encoder:
             return cls(tensors=())
         windowed = plan.window_cache and plan.layout == "gqa"
-        return cls(
-            layout=plan.layout,
-            tensors=tuple(
-                KVTensor(
-                    layer=layer.layer,
-                    kind=kind,
-                    heads=spec.kv_heads,
-                    dim=dim or spec.head_dim,
-                    dtype=layer.cache,
-                    window=spec.windows[layer.layer] if windowed else None,
-                )
-                for layer in plan.layers
-                for kind, dim in (("key", layer.rank), ("value", layer.value_rank or layer.rank))
-            ),
-        )
+        windows = spec.windows if windowed else (None,) * spec.layers
+        tensors = (tensor for layer in plan.layers for tensor in _layer_tensors(spec, layer, windows[layer.layer]))
+        return cls(layout=plan.layout, tensors=tuple(tensors))
+
+
+def _layer_tensors(spec: ModelSpec, layer: LayerPlan, window: int | None) -> list[KVTensor]:
+    """The KV inputs of one layer: its cache or ring, then the packed codes of what left the ring."""
+    streams = layer.window is not None
+    common = {"layer": layer.layer, "heads": spec.kv_heads, "window": layer.window if streams else window}
+    common |= {"sinks": layer.sinks if streams else None}
+    exact = "float32" if layer.cache in CODES else layer.cache
+    dims = {"key": layer.rank or spec.head_dim, "value": layer.value_rank or layer.rank or spec.head_dim}
+    tensors = [KVTensor(kind=kind, dim=dim, dtype=exact, **common) for kind, dim in dims.items()]
+    if layer.cache in CODES:
+        tensors += [KVTensor(kind=f"{kind}_codes", dim=dim, dtype=layer.cache, **common) for kind, dim in dims.items()]
+    return tensors
 
 
 class Measures(Frozen):
     """One column of the report. What was not measured is None.
 
-    Latencies are milliseconds, keyed by prompt length (`ttft_ms`), context length (`tpot_ms`) or, for an encoder, text
-    length (`latency_ms`) in tokens; `kl_*` are nats per token against the plain export; `recall` and the agreements are
-    shares in 0..1.
+    `kv_bytes_per_token` is the cache at the target context over that context. Latencies are milliseconds, keyed by
+    prompt length (`ttft_ms`), context length (`tpot_ms`) or, for an encoder, text length (`latency_ms`) in tokens;
+    `kl_*` are nats per token against the plain export; `recall` and the agreements are shares in 0..1.
     """
 
     kv_bytes_per_token: float | None = None
@@ -234,6 +261,7 @@ class Manifest(Frozen):
     format: Literal[1] = 1
     source: Source
     spec: ModelSpec
+    context: int = Field(description="tokens of the cache that bytes per token are counted in")
     recipe: dict[str, object]
     plan: Plan
     kv_layout: KVLayout

@@ -28,7 +28,6 @@ from kvslim.types import KVLayout, ModelSpec, Plan
 from kvslim.validate.measure import Evaluation
 from kvslim.validate.recall import RecallItem, repeated_spans
 
-DEFAULT_CONTEXT = 4096
 CALIBRATION_SHARE, VALIDATION_SHARE = (0.0, 0.8), (0.8, 1.0)
 
 
@@ -53,7 +52,7 @@ class Workshop:
     def statistics(self) -> CalibrationStatistics:
         """Statistics of the calibration text, from the disk when they were gathered before."""
         settings = self.recipe.calibration
-        context = settings.context or min(self.spec.max_context, DEFAULT_CONTEXT)
+        context = settings.target(self.spec)
         share = CALIBRATION_SHARE if self._shared_text() else WHOLE
         key = cache.content_key(self.digest, settings.model_dump(), source_digest(settings.source), context, share)
         statistics = cache.load_statistics(key)

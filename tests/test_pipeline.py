@@ -73,7 +73,7 @@ def test_plan_predicts_the_bytes_and_survives_a_round_trip(
     tiny_llama: Path, tmp_path: Path, made: tuple[Path, Manifest]
 ) -> None:
     summary = pipeline.plan(str(tiny_llama), recipe_of(METHODS))
-    assert summary.kv_bytes_per_token == made[1].kv_layout.bytes_per_token
+    assert summary.kv_bytes_per_token == made[1].kv_layout.bytes_per_token(made[1].context)
     assert summary.plain_kv_bytes_per_token == 512
     edited = json.loads(summary.plan.model_dump_json())
     edited["layers"][1] |= {"rank": 16, "cache": "int8", "reason": "by hand"}

@@ -146,7 +146,7 @@ def test_layout_tells_dims_and_bytes_when_layers_differ_and_have_gaps(tmp_path: 
         ("past_key_values.3.key", 16, "int8"),
         ("past_key_values.3.value", 16, "int8"),
     ]
-    assert layout.bytes_per_token == 2 * KV_HEADS * (8 + 16)
+    assert layout.bytes_per_token(10) == 2 * KV_HEADS * (8 + 16)
 
 
 def test_session_opens_folder_when_it_holds_a_graph(tmp_path: Path) -> None:
@@ -209,5 +209,5 @@ def test_cache_of_a_window_does_not_grow_with_the_context(tmp_path: Path) -> Non
         )
     )
     full = 2 * 2 * 16 * 4
-    assert layout.bytes_per_token == 2 * full
     assert layout.bytes_at(1000) == full * (1000 + 64 + WINDOW_SLACK)
+    assert layout.bytes_per_token(1000) == layout.bytes_at(1000) / 1000

@@ -67,7 +67,7 @@ def test_latency_raises_not_found_when_a_model_is_missing(tmp_path: Path) -> Non
 def test_peak_rss_grows_with_the_cache_when_context_does(models: dict[str, Path]) -> None:
     contexts = (16, 200_000)
     small, large = (peak_rss(models["plain"], context, threads=1) for context in contexts)
-    cache = DecodeSession(models["plain"], capacity=1).layout.bytes_per_token * (contexts[1] - contexts[0]) / 2**20
+    cache = DecodeSession(models["plain"], capacity=1).layout.bytes_at(contexts[1] - contexts[0]) / 2**20
     assert 10 < small < 400
     assert large - small == pytest.approx(cache, rel=0.3)
 

@@ -28,6 +28,7 @@ def fill(folder: Path, text: str = "weights", report: Report | None = None) -> N
     manifest = Manifest(
         source=Source(model="demo", revision=None, sha256="0" * 64),
         spec=SPEC,
+        context=64,
         recipe={"name": "balanced", "gates": {"max_kl": 0.001}},
         plan=plan,
         kv_layout=KVLayout.of(SPEC, plan),

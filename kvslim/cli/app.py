@@ -134,7 +134,7 @@ def plan(
         return
     console.print_tables(plan_table(summary.plan))
     slim, plain = summary.kv_bytes_per_token, summary.plain_kv_bytes_per_token
-    console.print_text(f"KV cache: {slim:,} bytes per token, {slim / plain:.3g} of plain fp32 ({plain:,})\n")
+    console.print_text(f"KV cache: {slim:,.0f} bytes per token, {slim / plain:.3g} of plain fp32 ({plain:,.0f})\n")
 
 
 @app.command()

@@ -31,7 +31,7 @@ from kvslim.transform.surgery import slim_modules
 from kvslim.types import INPUTS, KVLayout, Layout
 
 OPSETS: dict[Layout, int] = {"gqa": 21, "attention24": 24}
-TORCH_TYPES = {"float32": torch.float32, "int8": torch.int8}
+TORCH_TYPES = {"float32": torch.float32, "int8": torch.int8, "int4": torch.uint8}
 
 
 class _Decoder(nn.Module):
@@ -102,7 +102,7 @@ def _exported(decoder: _Decoder, layout: KVLayout) -> ir.Model:
     keys, values = layout.tensors[0::2], layout.tensors[1::2]
     batch, length, past_length = 2, 3, 5  # torch.export takes sizes 0 and 1 for constants
     past = [
-        tuple(torch.zeros(batch, t.heads, t.rows(past_length), t.dim, dtype=TORCH_TYPES[t.dtype]) for t in pair)
+        tuple(torch.zeros(batch, t.heads, t.rows(past_length), t.columns, dtype=TORCH_TYPES[t.dtype]) for t in pair)
         for pair in zip(keys, values, strict=True)
     ]
     ids = torch.zeros(batch, length, dtype=torch.long)

@@ -91,6 +91,7 @@ class KvQuant(Method):
         values = np.concatenate([statistics.value_samples[layer], statistics.sink_values[layer]], axis=1)
         return replace(
             code,
+            cache="int8",
             key_scale=fit_steps(_coded(keys, code.key_encoder), weights, granularity),
             value_scale=fit_steps(_coded(values, code.value_encoder), weights, granularity),
             per_tensor=granularity == "per_tensor",

@@ -22,7 +22,7 @@ TEMPLATE = """\
 `{{ name }}` as an ONNX graph, made by KVSlim {{ version }} with the recipe `{{ recipe }}`.
 {%- else -%}
 `{{ name }}` as an ONNX graph with a slim KV cache, made by KVSlim {{ version }} with the recipe `{{ recipe }}`:
-{{ "{:,}".format(slim) }} bytes of cache per token, {{ "{:,}".format(plain) }} in the plain fp32 export.
+{{ "{:,.0f}".format(slim) }} bytes of cache per token, {{ "{:,}".format(plain) }} in the plain fp32 export.
 {%- endif %}
 {%- if manifest.passed is false %}
 
@@ -100,7 +100,7 @@ def model_card(manifest: Manifest) -> str:
         name=_name(manifest),
         recipe=manifest.recipe.get("name", "custom"),
         version=manifest.versions.get("kvslim", ""),
-        slim=manifest.kv_layout.bytes_per_token,
+        slim=manifest.kv_layout.bytes_per_token(manifest.context),
         plain=8 * spec.layers * spec.kv_heads * spec.head_dim,
         report=report_table(report).markdown() if report else "",
         gates=gates_table(report.gates).markdown() if report else "",

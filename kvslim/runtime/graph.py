@@ -18,7 +18,7 @@ from kvslim.types import INPUTS, LAST_POSITION, WINDOW_SLACK, CacheType, KVLayou
 Logits = npt.NDArray[np.float32]
 
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
-_CACHE_TYPES: dict[str, CacheType] = {"tensor(float)": "float32", "tensor(int8)": "int8"}
+_CACHE_TYPES: dict[str, CacheType] = {"tensor(float)": "float32", "tensor(int8)": "int8", "tensor(uint8)": "int4"}
 # onnxruntime derives each of its errors from Exception itself, so there is no common base to catch; a run through an
 # IOBinding raises RuntimeError instead.
 ORT_ERRORS = (
@@ -99,13 +99,13 @@ def _kv_tensor(node: ort.NodeArg) -> KVTensor:
         raise ArtifactError(
             f"graph input {node.name!r} is {node.type} {list(node.shape)}",
             where="model.onnx",
-            fix="export with `kvslim compress`: float32 or int8 [batch, heads, past, dim] with fixed heads and dim",
+            fix="export with `kvslim compress`: [batch, heads, past, dim] in float32, int8 or packed int4, heads and dim fixed",
         )
     kind = "key" if match[2] == "key" else "value"
     window = rows - WINDOW_SLACK if isinstance(rows, int) else None
-    return KVTensor(
-        layer=int(match[1]), kind=kind, heads=dims[0], dim=dims[1], dtype=_CACHE_TYPES[node.type], window=window
-    )
+    dtype = _CACHE_TYPES[node.type]
+    dim = dims[1] * (2 if dtype == "int4" else 1)
+    return KVTensor(layer=int(match[1]), kind=kind, heads=dims[0], dim=dim, dtype=dtype, window=window)
 
 
 def run_graph(session: ort.InferenceSession, output: str, feed: dict[str, npt.NDArray[np.int64]], where: str) -> Logits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from kvslim.types import WINDOW_SLACK
 Tokens = Sequence[int] | npt.NDArray[np.int64]
 
 _FILL_PERIOD = 256
+_STORED = {"float32": np.float32, "int8": np.int8, "int4": np.uint8}
 
 
 class DecodeSession:
@@ -55,7 +57,7 @@ class DecodeSession:
         self._last_only = next(node.shape[1] for node in self._session.get_outputs() if node.name == "logits") == 1
         self._inputs = {node.name for node in self._session.get_inputs()}
         self._cache = [
-            np.zeros((1, tensor.heads, tensor.rows(capacity), tensor.dim), dtype=tensor.dtype)
+            np.zeros((1, tensor.heads, tensor.rows(capacity), tensor.columns), dtype=_STORED[tensor.dtype])
             for tensor in self.layout.tensors
         ]
         self._binding = self._session.io_binding()
@@ -97,9 +99,7 @@ class DecodeSession:
         for buffer in self._cache:
             _, heads, rows, dim = buffer.shape
             rows = min(rows, length)
-            noise = generator.standard_normal((heads, min(rows, _FILL_PERIOD), dim), dtype=np.float32)
-            content = noise * 40 if buffer.dtype == np.int8 else noise
-            content = np.clip(content, -127, 127).astype(buffer.dtype)
+            content = _noise(generator, (heads, min(rows, _FILL_PERIOD), dim), buffer.dtype)
             for start in range(0, rows, _FILL_PERIOD):
                 buffer[0, :, start : min(start + _FILL_PERIOD, rows)] = content[:, : rows - start]
         self.length = length
@@ -182,6 +182,14 @@ class DecodeSession:
                 fix="export with `kvslim compress`: logits [batch, length, vocab] and one present per cache input",
             )
         return vocab
+
+
+def _noise(generator: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Content that a cache of a type could have."""
+    if dtype == np.uint8:
+        return generator.integers(256, size=shape, dtype=np.uint8)
+    noise = generator.standard_normal(shape, dtype=np.float32)
+    return np.clip(noise * 40, -127, 127).astype(np.int8) if dtype == np.int8 else noise
 
 
 def _kept(tokens: int, window: int) -> int:

@@ -23,6 +23,7 @@ from kvslim.transform.operators import (
 )
 from kvslim.transform.rotary import Rotary
 from kvslim.transform.scoring import Scoring
+from kvslim.types import BITS, CacheType
 
 NAME = "kvslim"
 FUSED_ROTARY_STEP = 16  # the fused operator rotates heads and coordinates in multiples of this
@@ -56,7 +57,9 @@ class SlimAttention(nn.Module):
         query_bias, key_bias, value_bias: [heads * dim], or None.
         query_encoder: [q_heads, head_dim, rank], or None; applied after RoPE.
         key_encoder: [kv_heads, head_dim, rank], or None.
-        key_scale, value_scale: [kv_heads, rank] steps of an int8 cache, or None for a float32 one.
+        key_offset: [kv_heads, rank], subtracted from coded keys, or None.
+        cache: How keys and values are stored.
+        key_scale, value_scale: [kv_heads, rank] steps of an integer cache, or None for a float32 one.
         rotary: RoPE of this layer, or None.
         window: Tokens that a query of this layer sees, or None for all.
         hidden: Input of the model's projections, caught by a hook, [batch, length, hidden].
@@ -67,6 +70,7 @@ class SlimAttention(nn.Module):
     query_weight: Tensor | None
     query_encoder: Tensor | None
     key_encoder: Tensor | None
+    key_offset: Tensor | None
     key_scale: Tensor | None
     value_scale: Tensor | None
 
@@ -75,8 +79,9 @@ class SlimAttention(nn.Module):
         for side in ("query", "key", "value"):
             self.register_buffer(f"{side}_weight", None)
             self.register_buffer(f"{side}_bias", None)
-        for name in ("query_encoder", "key_encoder", "key_scale", "value_scale"):
+        for name in ("query_encoder", "key_encoder", "key_offset", "key_scale", "value_scale"):
             self.register_buffer(name, None)
+        self.cache: CacheType = "float32"
         self.per_tensor = False
         self.rotary, self.window = rotary, window
         self.hidden: Tensor | None = None
@@ -106,11 +111,11 @@ class SlimAttention(nn.Module):
             query, key = self.rotary.rotated(query), self.rotary.rotated(key)
         if self.observer is not None:
             self.observer(Observed(query, key, value, bare_query, bare_key, scoring))
-        query, key = _coded(query, self.query_encoder), _coded(key, self.key_encoder)
+        query, key = self._coded(query, key)
         return self._evaluated(query, key, value, scoring)
 
     def _evaluated(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        key, value = _through_int8(key, self.key_scale), _through_int8(value, self.value_scale)
+        key, value = self._rounded(key, self.key_scale), self._rounded(value, self.value_scale)
         if scoring.window is None and scoring.softcap is None:
             attended = nn.functional.scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=scoring.scale, enable_gqa=True
@@ -134,15 +139,31 @@ class SlimAttention(nn.Module):
         inside = step.layout == "gqa" and self._rotates_inside(query.shape[-1])
         if self.rotary is not None and not inside:
             query, key = (rotary_embedding(states, step.positions, self.rotary) for states in (query, key))
-        states = (_coded(query, self.query_encoder), _coded(key, self.key_encoder), value)
+        states = (*self._coded(query, key), value)
         if step.layout == "attention24":
             return standard_attention(step, states, scoring)
         rotary = self.rotary if inside else None
-        return group_query_attention(step, states, scoring, rotary=rotary, scales=self._kernel_scales())
+        scales = self._kernel_scales()
+        return group_query_attention(step, states, scoring, rotary=rotary, cache=self.cache, scales=scales)
+
+    def _coded(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Query and key as the cache knows them."""
+        if self.query_encoder is not None:
+            query = query @ self.query_encoder
+        if self.key_encoder is not None:
+            key = key @ self.key_encoder
+        return query, key if self.key_offset is None else key - self.key_offset[:, None]
+
+    def _rounded(self, states: Tensor, scale: Tensor | None) -> Tensor:
+        """What the cache gives back of keys or values."""
+        if scale is None:
+            return states
+        step, most = scale[:, None], 1 << (BITS[self.cache] - 1)
+        return (states / step).round().clamp(-most, most - 1) * step
 
     def _rotates_inside(self, head_dim: int) -> bool:
         """Whether the fused operator applies RoPE: not where a code comes after it, or sizes do not fit."""
-        if self.rotary is None or self.key_encoder is not None:
+        if self.rotary is None or self.key_encoder is not None or self.key_offset is not None:
             return False
         return head_dim % FUSED_ROTARY_STEP == 0 and self.rotary.dim % FUSED_ROTARY_STEP == 0
 
@@ -152,17 +173,6 @@ class SlimAttention(nn.Module):
         if self.per_tensor:
             return self.key_scale.flatten()[:1], self.value_scale.flatten()[:1]
         return self.key_scale[None, :, None, :], self.value_scale[None, :, None, :]
-
-
-def _coded(states: Tensor, encoder: Tensor | None) -> Tensor:
-    return states if encoder is None else states @ encoder
-
-
-def _through_int8(states: Tensor, scale: Tensor | None) -> Tensor:
-    if scale is None:
-        return states
-    step = scale[None, :, None, :]
-    return (states / step).round().clamp(-128, 127) * step
 
 
 def _slim_attention(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvslim.types import CacheType
+
 Array = np.ndarray
 
 
@@ -21,8 +23,14 @@ class LayerCodes:
         value_encoder: [kv_heads, head_dim, rank]; folded into the value projection.
         value_decoder: [q_heads, rank, head_dim]; folded into the output projection.
         value_offset: [q_heads, head_dim]; added to each decoded head output (a bias, since softmax weights sum to 1).
+        key_offset: [kv_heads, rank], subtracted from each coded key: the same for all keys, so no softmax sees it.
+        cache: How the codes are stored.
         key_scale: [kv_heads, rank], the step of the cached integers.
         value_scale: [kv_heads, rank], likewise.
+        key_levels: [2 ** bits] ascending levels of packed codes, in units of the key_scale.
+        value_levels: [2 ** bits], likewise.
+        window: Recent tokens that are kept, or with packed codes kept exact; None for all.
+        sinks: First tokens kept beside the window.
         per_tensor: Whether all entries of each scale are equal and the kernel may use one.
     """
 
@@ -31,6 +39,12 @@ class LayerCodes:
     value_encoder: Array | None = None
     value_decoder: Array | None = None
     value_offset: Array | None = None
+    key_offset: Array | None = None
+    cache: CacheType = "float32"
     key_scale: Array | None = None
     value_scale: Array | None = None
+    key_levels: Array | None = None
+    value_levels: Array | None = None
+    window: int | None = None
+    sinks: int = 0
     per_tensor: bool = False

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvslim.transform.rotary import Rotary
 from kvslim.transform.scoring import Scoring
-from kvslim.types import Layout
+from kvslim.types import BITS, CacheType, Layout
 
 Scales = tuple[Tensor, Tensor] | None
 
@@ -49,6 +49,7 @@ def group_query_attention(
     scoring: Scoring,
     *,
     rotary: Rotary | None,
+    cache: CacheType,
     scales: Scales,
 ) -> Tensor:
     """Attention by onnxruntime's fused operator.
@@ -58,7 +59,8 @@ def group_query_attention(
         states: Query, key and value, [batch, heads, length, dim] each.
         scoring: How scores become weights.
         rotary: RoPE for the operator to apply, or None.
-        scales: Steps of an int8 cache, in the shape that the operator reads, or None.
+        cache: How it stores keys and values.
+        scales: Steps of an integer cache, in the shape that the operator reads, or None.
 
     Returns:
         [batch, length, q_heads, dim].
@@ -81,14 +83,14 @@ def group_query_attention(
     inputs += [None, None] if rotary is None else [rotary.cos, rotary.sin]
     if scales is not None:
         kind = "PER_TENSOR" if scales[0].ndim == 1 else "PER_CHANNEL"
-        attributes |= {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": 8}
+        attributes |= {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": BITS[cache]}
         inputs += [None] * 3 + list(scales)
     attended, *present = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
         inputs,
         attrs=attributes,
         dtypes=[states[0].dtype, past_key.dtype, past_value.dtype],
-        shapes=[(batch, length, q_heads * dim), (batch, kv_heads, rows, dim), (batch, kv_heads, rows, dim)],
+        shapes=[(batch, length, q_heads * dim), *[(batch, kv_heads, rows, past_key.shape[3])] * 2],
         version=1,
     )
     step.present = (present[0], present[1])

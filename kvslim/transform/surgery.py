@@ -122,9 +122,11 @@ def install(model: nn.Module, architecture: Architecture, codes: tuple[LayerCode
             _install_key_code(attention, slim, architecture, code.query_encoder, code.key_encoder)
         if code.value_encoder is not None:
             _install_value_code(attention, slim, architecture, code)
+        if code.key_offset is not None:
+            slim.key_offset = _tensor(code.key_offset)
         if code.key_scale is not None and code.value_scale is not None:
             slim.key_scale, slim.value_scale = _tensor(code.key_scale), _tensor(code.value_scale)
-            slim.per_tensor = code.per_tensor
+            slim.cache, slim.per_tensor = code.cache, code.per_tensor
 
 
 def projection(attention: nn.Module, architecture: Architecture, side: str) -> tuple[Array, Array | None]:

@@ -32,7 +32,7 @@ class Evaluation(NamedTuple):
     items: Sequence[RecallItem]
 
 
-def measure(plain: Path, artifact: Path, recipe: Recipe, evaluation: Evaluation) -> Report:
+def measure(plain: Path, artifact: Path, recipe: Recipe, evaluation: Evaluation, context: int) -> Report:
     """Measures an artifact against the plain export of its model.
 
     Args:
@@ -40,6 +40,7 @@ def measure(plain: Path, artifact: Path, recipe: Recipe, evaluation: Evaluation)
         artifact: Folder of the artifact.
         recipe: Its validation settings and gates.
         evaluation: Held-out text and recall questions.
+        context: Tokens of the cache that bytes per token are counted in.
 
     Returns:
         The report, gates judged.
@@ -52,7 +53,7 @@ def measure(plain: Path, artifact: Path, recipe: Recipe, evaluation: Evaluation)
     }
     quality = measure_all(sessions["plain"], sessions["slim"], windows)
     recall = {name: measure_recall(session, items) for name, session in sessions.items()}
-    sizes = {name: float(session.layout.bytes_per_token) for name, session in sessions.items()}
+    sizes = {name: session.layout.bytes_per_token(context) for name, session in sessions.items()}
     del sessions
     settings = recipe.validation
     latency = measure_latency({"plain": plain, "slim": artifact}, settings.prompts, settings.contexts, settings.repeats)
@@ -77,7 +78,7 @@ def measure_costs(
     latencies = measure_latency({str(folder): folder for folder in folders}, prompts, contexts, repeats, threads)
     return {
         str(folder): _costs(folder, latencies[str(folder)], contexts, threads).model_copy(
-            update={"kv_bytes_per_token": float(DecodeSession(folder, capacity=1).layout.bytes_per_token)}
+            update={"kv_bytes_per_token": DecodeSession(folder, capacity=1).layout.bytes_per_token(max(contexts))}
         )
         for folder in folders
     }
