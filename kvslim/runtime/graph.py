@@ -99,7 +99,7 @@ def _kv_tensor(node: ort.NodeArg) -> KVTensor:
         raise ArtifactError(
             f"graph input {node.name!r} is {node.type} {list(node.shape)}",
             where="model.onnx",
-            fix="export with `kvslim compress`: [batch, heads, past, dim] in float32, int8 or packed int4, heads and dim fixed",
+            fix="export with `kvslim compress`: float32, int8 or int4 [batch, heads, past, dim], heads and dim fixed",
         )
     kind = "key" if match[2] == "key" else "value"
     window = rows - WINDOW_SLACK if isinstance(rows, int) else None
