@@ -10,6 +10,7 @@ WeightType = Literal["fp32", "int8", "int4"]
 WeightMethod = Literal["k_quant", "rtn"]
 CacheType = Literal["float32", "int8", "int4", "codes3", "codes2", "codes1"]
 Granularity = Literal["per_channel", "per_tensor"]
+Kind = Literal["key", "value", "key_codes", "value_codes"]
 Layout = Literal["gqa", "attention24"]
 Objective = Literal["balanced", "key"]
 Task = Literal["text-generation", "fill-mask", "feature-extraction"]
@@ -17,6 +18,7 @@ INPUTS = ("input_ids", "attention_mask", "position_ids")  # before the cache; no
 LAST_POSITION = "last_position"  # the node that hands the head the last position alone
 BITS: dict[CacheType, int] = {"float32": 32, "int8": 8, "int4": 4, "codes3": 3, "codes2": 2, "codes1": 1}
 CODES: tuple[CacheType, ...] = ("codes3", "codes2", "codes1")  # packed, decoded by table in the graph
+RINGS = "kvslim.rings"  # the graph's metadata: sinks of each ring and how its layer stores, by layer
 WINDOW_SLACK = 16  # rows of a window's cache beyond the window: eviction then moves it once in so many tokens
 
 
@@ -121,7 +123,7 @@ class KVTensor(Frozen):
     """
 
     layer: int
-    kind: Literal["key", "value", "key_codes", "value_codes"]
+    kind: Kind
     heads: int
     dim: int
     dtype: CacheType
@@ -137,8 +139,8 @@ class KVTensor(Frozen):
 
     @property
     def present(self) -> str:
-        """Name of the graph output."""
-        return f"present.{self.layer}.{self.kind}"
+        """Name of the graph output; of packed codes it has the new rows alone, which a client must not take for all."""
+        return f"{'appended' if self.is_packed else 'present'}.{self.layer}.{self.kind}"
 
     @property
     def bytes_per_token(self) -> int:
@@ -155,12 +157,16 @@ class KVTensor(Frozen):
         """Whether it holds packed codes of the tokens that left the window."""
         return self.kind.endswith("_codes")
 
+    @property
+    def kept(self) -> int | None:
+        """Rows of the layer's window with its sinks or its slack; None where all tokens are kept."""
+        return None if self.window is None else self.window + (WINDOW_SLACK if self.sinks is None else self.sinks)
+
     def rows(self, context: int) -> int:
         """Rows to allocate for a context of that many tokens."""
-        if self.window is None:
+        if self.kept is None:
             return context
-        kept = self.window + (WINDOW_SLACK if self.sinks is None else self.sinks)
-        return max(0, context - kept) if self.is_packed else kept
+        return max(0, context - self.kept) if self.is_packed else self.kept
 
 
 class KVLayout(Frozen):

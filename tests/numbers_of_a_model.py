@@ -36,4 +36,5 @@ def statistics_of(spec: ModelSpec, seed: int = 0) -> CalibrationStatistics:
         sink_keys=vectors(40) + 3,
         sink_values=vectors(40),
         sink_mass=np.full(shape, 0.4),
+        age_mass=rng.dirichlet(np.ones(6), shape) * 0.6,
     )

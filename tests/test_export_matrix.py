@@ -18,7 +18,7 @@ from models import (
 )
 from tiny_decoders import FAMILIES
 
-from kvslim.methods import METHODS, KvPca, KvQuant, Method
+from kvslim.methods import METHODS, KvPca, KvQuant, KvWindow, Method
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.types import KVLayout, Plan
 
@@ -27,6 +27,8 @@ PLANS: dict[str, Sequence[Method]] = {
     "pca": (KvPca(rank_ratio=0.5),),
     "key_pca": (KvPca(rank_ratio=0.5, objective="key"),),
     "int8": (KvQuant(),),
+    "window": (KvWindow(window=12, sinks=3),),
+    "pca_window_int8": (KvPca(rank_ratio=0.5), KvWindow(window=12, sinks=3), KvQuant()),
     "pca_int8": (KvQuant(granularity="per_tensor"), KvPca(rank_ratio=0.5)),
 }
 CORE = ("llama", "gpt2")  # with RoPE, and with learned positions

@@ -14,7 +14,7 @@ import numpy as np
 
 from kvslim.calibrate.statistics import CalibrationStatistics
 
-FORMAT = 1
+FORMAT = 2
 
 
 def cache_folder() -> Path:

@@ -44,6 +44,7 @@ class CalibrationStatistics:
         sink_keys: [L, H, m, d] keys of the first tokens, at their own positions.
         sink_values: [L, H, m, d] values of the first tokens.
         sink_mass: [L, H] mean attention that the first tokens receive.
+        age_mass: [L, H, n] mean attention to other tokens by age; bucket b holds the ages 2^b - 1 to 2^(b+1) - 2.
     """
 
     key_moment: Array
@@ -56,6 +57,7 @@ class CalibrationStatistics:
     sink_keys: Array
     sink_values: Array
     sink_mass: Array
+    age_mass: Array
 
     def arrays(self) -> dict[str, Array]:
         """The fields by name, as they are stored."""
@@ -74,7 +76,8 @@ class _LayerRecorder:
     def __call__(self, seen: Observed) -> None:
         """Adds one batch."""
         bare_key, bare_query, key = seen.bare_key.double(), seen.bare_query.double(), seen.key
-        received, outputs = _attend(seen)
+        received, by_age, outputs = _attend(seen)
+        self._add("age", by_age)
         self._add_keys("key", bare_key[:, :, SINKS:], received[:, :, SINKS:])
         self._add_keys("sink", key[:, :, :SINKS].double(), received[:, :, :SINKS])
         self._add("mass", received[:, :, :SINKS].sum((0, 2)))
@@ -119,6 +122,7 @@ class _LayerRecorder:
             "sink_keys": samples["sink_key"],
             "sink_values": samples["sink_value"],
             "sink_mass": mean["mass"],
+            "age_mass": mean["age"],
         }
 
 
@@ -170,21 +174,39 @@ def _output_gram(attention: Any, architecture: Architecture, spec: ModelSpec) ->
     return np.einsum("ohgd,ohge->hde", by_head, by_head)
 
 
-def _attend(seen: Observed) -> tuple[Tensor, Tensor]:
-    """Attention that each key receives, and the outputs, from all queries but the first eighth.
+def _attend(seen: Observed) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention that each key receives, by key and by age, and the outputs, from all queries but the first eighth.
 
     The first queries have few keys to choose from. Queries go in blocks, so that memory grows with the length alone.
 
     Returns:
-        [batch, kv_heads, length] mean over group and queries, summing to 1; and the outputs, float64
-        [batch, kv_heads, group, queries, head_dim].
+        [batch, kv_heads, length] mean over group and queries, summing to 1; [kv_heads, buckets] the same by age, sinks
+        left out, summed over the batch; and the outputs, float64 [batch, kv_heads, group, queries, head_dim].
     """
     key, value, length = seen.key, seen.value, seen.key.shape[2]
     grouped = seen.query.unflatten(1, (key.shape[1], -1))
     received, outputs = torch.zeros(key.shape[:3], dtype=torch.float64), []
+    by_age = torch.zeros(key.shape[1], length.bit_length(), dtype=torch.float64)
     for start in range(length // 8, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
         weights = seen.scoring.weights(grouped[..., start:stop, :], key[:, :, None, :stop], start)
-        received[:, :, :stop] += weights.mean(2).sum(2)
+        mean = weights.mean(2)
+        received[:, :, :stop] += mean.sum(2)
+        by_age += _by_age(mean.sum(0)[:, :, SINKS:], start - SINKS, by_age.shape[1])
         outputs.append(torch.einsum("bhgst,bhtd->bhgsd", weights, value[:, :, :stop]).double())
-    return received / (length - length // 8), torch.cat(outputs, dim=3)
+    queries = length - length // 8
+    return received / queries, by_age / queries, torch.cat(outputs, dim=3)
+
+
+def _by_age(weights: Tensor, lead: int, buckets: int) -> Tensor:
+    """Sums of weights [heads, queries, keys] over ages 0, 1..2, 3..6 and so on: [heads, buckets].
+
+    Args:
+        weights: Causal attention.
+        lead: Age of the first key at the first query.
+        buckets: Number of them.
+    """
+    _, queries, keys = weights.shape
+    age = (lead + torch.arange(queries)[:, None] - torch.arange(keys)).clamp(min=0)
+    bucket = (age + 1).float().log2().floor().long()
+    return torch.stack([(weights * (bucket == index)).sum((1, 2)) for index in range(buckets)], dim=1)

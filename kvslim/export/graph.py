@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from kvslim.load.architecture import Architecture
 from kvslim.transform.attention import PassThroughCache
 from kvslim.transform.operators import ExportStep
 from kvslim.transform.surgery import slim_modules
-from kvslim.types import INPUTS, KVLayout, Layout
+from kvslim.types import INPUTS, RINGS, KVLayout, KVTensor, Layout
 
 OPSETS: dict[Layout, int] = {"gqa": 21, "attention24": 24}
 TORCH_TYPES = {"float32": torch.float32, "int8": torch.int8, "int4": torch.uint8}
@@ -47,13 +49,12 @@ class _Decoder(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         position_ids: Tensor,
-        past: list[tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor] | None]]:
+        past: list[tuple[Tensor, ...]],
+    ) -> tuple[Tensor, list[tuple[Tensor, ...] | None]]:
         rows = past[0][0].shape[2]
-        for slim, tensor, layer_past in zip(self.slims, self.layout.tensors[::2], past, strict=True):
-            slim.step = ExportStep(
-                self.layout.layout, tensor.window is not None, layer_past, rows, attention_mask, position_ids
-            )
+        for slim, tensors, layer_past in zip(self.slims, _by_layer(self.layout), past, strict=True):
+            windowed = tensors[0].window is not None
+            slim.step = ExportStep(self.layout.layout, windowed, layer_past, rows, attention_mask, position_ids)
         head = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))
         try:
             output = self.model(
@@ -91,6 +92,7 @@ def build_graph(model: Any, architecture: Architecture, layout: KVLayout) -> ir.
             drop_unused_inputs(graph)
             strip_traces(graph)
             name_dimensions(graph, layout)
+            _name_rings(graph, layout)
         return graph
     finally:
         for slim in decoder.slims:
@@ -99,17 +101,13 @@ def build_graph(model: Any, architecture: Architecture, layout: KVLayout) -> ir.
 
 def _exported(decoder: _Decoder, layout: KVLayout) -> ir.Model:
     """The graph as the exporter leaves it."""
-    keys, values = layout.tensors[0::2], layout.tensors[1::2]
     batch, length, past_length = 2, 3, 5  # torch.export takes sizes 0 and 1 for constants
-    past = [
-        tuple(torch.zeros(batch, t.heads, t.rows(past_length), t.columns, dtype=TORCH_TYPES[t.dtype]) for t in pair)
-        for pair in zip(keys, values, strict=True)
-    ]
+    past = [tuple(_sample(tensor, batch, past_length) for tensor in tensors) for tensors in _by_layer(layout)]
     ids = torch.zeros(batch, length, dtype=torch.long)
     mask = torch.ones(batch, past_length + length, dtype=torch.long)
     positions = torch.arange(past_length, past_length + length).repeat(batch, 1)
     arguments = (ids, mask, positions, past)
-    program = torch.export.export(decoder, arguments, dynamic_shapes=_dynamic_dims(len(past)), strict=False)
+    program = torch.export.export(decoder, arguments, dynamic_shapes=_dynamic_dims(layout), strict=False)
     exported = torch.onnx.export(
         program,
         input_names=[*INPUTS, *(tensor.past for tensor in layout.tensors)],
@@ -123,16 +121,45 @@ def _exported(decoder: _Decoder, layout: KVLayout) -> ir.Model:
     return exported.model
 
 
-def _dynamic_dims(layers: int) -> dict[str, Any]:
+def _by_layer(layout: KVLayout) -> list[tuple[KVTensor, ...]]:
+    """The KV inputs of each layer, in order."""
+    return [tuple(tensors) for _, tensors in groupby(layout.tensors, key=lambda tensor: tensor.layer)]
+
+
+def _sample(tensor: KVTensor, batch: int, rows: int) -> Tensor:
+    """A cache input to trace with."""
+    if tensor.is_packed:
+        return torch.zeros(batch, rows, tensor.heads, tensor.columns, dtype=torch.uint8)
+    return torch.zeros(batch, tensor.heads, tensor.rows(rows), tensor.columns, dtype=TORCH_TYPES[tensor.dtype])
+
+
+def _dynamic_dims(layout: KVLayout) -> dict[str, Any]:
     dynamic = torch.export.Dim.DYNAMIC
-    pair = ({0: dynamic, 2: dynamic}, {0: dynamic, 2: dynamic})
     tokens = {0: dynamic, 1: dynamic}
     return {
         "input_ids": tokens,
         "attention_mask": tokens,
         "position_ids": tokens,
-        "past": [pair] * layers,
+        "past": [tuple(_dynamic_rows(tensor) for tensor in tensors) for tensors in _by_layer(layout)],
     }
+
+
+def _dynamic_rows(tensor: KVTensor) -> dict[int, Any]:
+    dynamic = torch.export.Dim.DYNAMIC
+    if tensor.sinks is not None and not tensor.is_packed:
+        return {0: dynamic}
+    return {0: dynamic, 1 if tensor.is_packed else 2: dynamic}
+
+
+def _name_rings(graph: ir.Model, layout: KVLayout) -> None:
+    """Notes the sinks of each ring and the bits of its codes, which no shape tells."""
+    rings = {
+        str(tensors[0].layer): {"sinks": tensors[0].sinks, "cache": tensors[-1].dtype}
+        for tensors in _by_layer(layout)
+        if tensors[0].sinks is not None
+    }
+    if rings:
+        graph.metadata_props[RINGS] = json.dumps(rings)
 
 
 def token_inputs(graph: ir.Model) -> tuple[str, ...]:

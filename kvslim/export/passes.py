@@ -16,6 +16,7 @@ from kvslim.types import LAST_POSITION, KVLayout
 
 BATCH, LENGTH, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 CAPACITY = "max_sequence_length"
+PAST_CODES, NEW_CODES = "past_code_length", "new_code_length"
 
 
 def name_dimensions(model: ir.Model, layout: KVLayout) -> None:
@@ -31,8 +32,11 @@ def name_dimensions(model: ir.Model, layout: KVLayout) -> None:
         past, present = (PAST, TOTAL) if tensor.window is None else (rows, rows)
         if layout.layout == "attention24":
             past = present = CAPACITY
-        shapes[tensor.past] = (BATCH, tensor.heads, past, tensor.dim)
-        shapes[tensor.present] = (BATCH, tensor.heads, present, tensor.dim)
+        shapes[tensor.past] = (BATCH, tensor.heads, past, tensor.columns)
+        shapes[tensor.present] = (BATCH, tensor.heads, present, tensor.columns)
+        if tensor.is_packed:
+            shapes[tensor.past] = (BATCH, PAST_CODES, tensor.heads, tensor.columns)
+            shapes[tensor.present] = (BATCH, NEW_CODES, tensor.heads, tensor.columns)
     for value in [*model.graph.inputs, *model.graph.outputs]:
         if value.name == "logits" and value.shape is not None:
             value.shape = ir.Shape([BATCH, 1, value.shape[-1]])

@@ -3,5 +3,6 @@
 from kvslim.methods.base import METHODS, Method, method_class
 from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_quant import KvQuant
+from kvslim.methods.kv_window import KvWindow
 
-__all__ = ["METHODS", "KvPca", "KvQuant", "Method", "method_class"]
+__all__ = ["METHODS", "KvPca", "KvQuant", "KvWindow", "Method", "method_class"]

@@ -67,7 +67,7 @@ class KvQuant(Method):
 
     def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
         """Makes every layer's cache int8."""
-        reasons = ("int8" if layer.rank is None else f"{layer.reason}; int8" for layer in plan.layers)
+        reasons = ("int8" if layer.reason == "kept" else f"{layer.reason}; int8" for layer in plan.layers)
         layers = tuple(
             layer.model_copy(update={"cache": "int8", "granularity": self.granularity, "reason": reason})
             for layer, reason in zip(plan.layers, reasons, strict=True)

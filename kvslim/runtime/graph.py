@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -11,13 +12,14 @@ import onnx
 import onnxruntime as ort
 from google.protobuf.message import DecodeError
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
+from pydantic import TypeAdapter, ValidationError
 
 from kvslim.errors import ArtifactError, NotFoundError
-from kvslim.types import INPUTS, LAST_POSITION, WINDOW_SLACK, CacheType, KVLayout, KVTensor
+from kvslim.types import BITS, INPUTS, LAST_POSITION, RINGS, WINDOW_SLACK, CacheType, Frozen, Kind, KVLayout, KVTensor
 
 Logits = npt.NDArray[np.float32]
 
-_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+_PAST = re.compile(r"past_key_values\.(\d+)\.((?:key|value)(?:_codes)?)")
 _CACHE_TYPES: dict[str, CacheType] = {"tensor(float)": "float32", "tensor(int8)": "int8", "tensor(uint8)": "int4"}
 # onnxruntime derives each of its errors from Exception itself, so there is no common base to catch; a run through an
 # IOBinding raises RuntimeError instead.
@@ -33,6 +35,16 @@ ORT_ERRORS = (
     ort_state.NotImplemented,
     ort_state.RuntimeException,
 )
+
+
+class _Ring(Frozen):
+    """What no shape tells of a layer with a ring: its sinks, and how it stores what is not in the ring."""
+
+    sinks: int
+    cache: CacheType
+
+
+_RINGS = TypeAdapter(dict[str, _Ring])
 
 
 def open_session(model: Path, threads: int | None = None, *, all_positions: bool = False) -> ort.InferenceSession:
@@ -88,24 +100,59 @@ def layout_of(session: ort.InferenceSession) -> KVLayout:
     Raises:
         ArtifactError: An input is no part of KVSlim's graph contract.
     """
-    return KVLayout(tensors=tuple(_kv_tensor(node) for node in session.get_inputs() if node.name not in INPUTS))
+    rings = _rings(session)
+    tensors: list[KVTensor] = []
+    for node in session.get_inputs():
+        match = _PAST.fullmatch(node.name)
+        if match is None and node.name in INPUTS:
+            continue
+        ring = None if match is None else rings.get(match[1])
+        tensor = _kv_tensor(node, match, ring)
+        if tensor is None or (tensor.is_packed and not tensors):
+            raise ArtifactError(
+                f"graph input {node.name!r} is {node.type} {list(node.shape)}",
+                where="model.onnx",
+                fix="export with `kvslim compress`: float32, int8 or int4 [batch, heads, past, dim], heads, dim fixed",
+            )
+        if tensor.is_packed:  # its window is that of the ring before it
+            tensor = tensor.model_copy(update={"window": tensors[-1].window})
+        tensors.append(tensor)
+    return KVLayout(tensors=tuple(tensors))
 
 
-def _kv_tensor(node: ort.NodeArg) -> KVTensor:
-    match = _PAST.fullmatch(node.name)
-    dims = [dim for dim in node.shape[1::2] if isinstance(dim, int)]
-    rows = node.shape[2] if len(node.shape) == 4 else None
-    if match is None or node.type not in _CACHE_TYPES or len(node.shape) != 4 or len(dims) != 2:
+def _rings(session: ort.InferenceSession) -> dict[str, _Ring]:
+    """What the graph says of its rings, by layer; nothing if another tool made it."""
+    text = session.get_modelmeta().custom_metadata_map.get(RINGS)
+    try:
+        return {} if text is None else _RINGS.validate_json(text)
+    except ValidationError as error:
         raise ArtifactError(
-            f"graph input {node.name!r} is {node.type} {list(node.shape)}",
-            where="model.onnx",
-            fix="export with `kvslim compress`: float32, int8 or int4 [batch, heads, past, dim], heads and dim fixed",
-        )
-    kind = "key" if match[2] == "key" else "value"
-    window = rows - WINDOW_SLACK if isinstance(rows, int) else None
-    dtype = _CACHE_TYPES[node.type]
-    dim = dims[1] * (2 if dtype == "int4" else 1)
-    return KVTensor(layer=int(match[1]), kind=kind, heads=dims[0], dim=dim, dtype=dtype, window=window)
+            f"cannot read the metadata {RINGS}", where="model.onnx", fix="export the model again"
+        ) from error
+
+
+def _kv_tensor(node: ort.NodeArg, match: re.Match[str] | None, ring: _Ring | None) -> KVTensor | None:
+    """The KV tensor that a graph input is; None where it is none."""
+    if match is None or node.type not in _CACHE_TYPES or len(node.shape) != 4:
+        return None
+    packed = match[2].endswith("_codes")
+    rows, heads = node.shape[2 - packed], node.shape[1 + packed]
+    columns = node.shape[3]
+    if not isinstance(heads, int) or not isinstance(columns, int) or (packed and ring is None):
+        return None
+    if ring is not None and not packed and not (isinstance(rows, int) and rows > ring.sinks):
+        return None
+    dtype = ring.cache if packed and ring is not None else _CACHE_TYPES[node.type]
+    slack = WINDOW_SLACK if ring is None else ring.sinks
+    return KVTensor(
+        layer=int(match[1]),
+        kind=cast("Kind", match[2]),
+        heads=heads,
+        dim=columns if dtype in {"float32", "int8"} else columns * 8 // BITS[dtype],
+        dtype=dtype,
+        window=rows - slack if isinstance(rows, int) else None,
+        sinks=None if ring is None else ring.sinks,
+    )
 
 
 def run_graph(session: ort.InferenceSession, output: str, feed: dict[str, npt.NDArray[np.int64]], where: str) -> Logits:

@@ -12,12 +12,12 @@ import onnxruntime as ort
 
 from kvslim.errors import ArtifactError, UsageError
 from kvslim.runtime.graph import ORT_ERRORS, Logits, artifact_error, layout_of, open_session
-from kvslim.types import WINDOW_SLACK
+from kvslim.types import WINDOW_SLACK, KVTensor
 
 Tokens = Sequence[int] | npt.NDArray[np.int64]
 
 _FILL_PERIOD = 256
-_STORED = {"float32": np.float32, "int8": np.int8, "int4": np.uint8}
+_STORED = {"float32": np.float32, "int8": np.int8}  # all else is packed in bytes
 
 
 class DecodeSession:
@@ -56,15 +56,13 @@ class DecodeSession:
         self.vocab = self._vocab()
         self._last_only = next(node.shape[1] for node in self._session.get_outputs() if node.name == "logits") == 1
         self._inputs = {node.name for node in self._session.get_inputs()}
-        self._cache = [
-            np.zeros((1, tensor.heads, tensor.rows(capacity), tensor.columns), dtype=_STORED[tensor.dtype])
-            for tensor in self.layout.tensors
-        ]
+        self._cache = [_buffer(tensor, capacity) for tensor in self.layout.tensors]
         self._binding = self._session.io_binding()
         for tensor, buffer in zip(self.layout.tensors, self._cache, strict=True):
-            value = ort.OrtValue.ortvalue_from_numpy(buffer)
-            self._binding.bind_ortvalue_input(tensor.past, value)
-            self._binding.bind_ortvalue_output(tensor.present, value)
+            if not tensor.is_packed:
+                value = ort.OrtValue.ortvalue_from_numpy(buffer)
+                self._binding.bind_ortvalue_input(tensor.past, value)
+                self._binding.bind_ortvalue_output(tensor.present, value)
 
     def reset(self) -> None:
         """Empties the cache."""
@@ -80,9 +78,7 @@ class DecodeSession:
             raise UsageError(
                 f"cannot rewind to {length} of {self.length} cached tokens", where="rewind", fix="rewind to fewer"
             )
-        dropped = self.length - length
-        windows = {tensor.window for tensor in self.layout.tensors if tensor.window is not None}
-        if any(_kept(length, window) != _kept(self.length, window) - dropped for window in windows):
+        if any(_has_dropped(tensor, length, self.length) for tensor in self.layout.tensors):
             raise UsageError(
                 f"a window has dropped tokens that a context of {length} needs", where="rewind", fix="reset instead"
             )
@@ -96,12 +92,8 @@ class DecodeSession:
         """
         self._require(length)
         generator = np.random.default_rng(seed)
-        for buffer in self._cache:
-            _, heads, rows, dim = buffer.shape
-            rows = min(rows, length)
-            content = _noise(generator, (heads, min(rows, _FILL_PERIOD), dim), buffer.dtype)
-            for start in range(0, rows, _FILL_PERIOD):
-                buffer[0, :, start : min(start + _FILL_PERIOD, rows)] = content[:, : rows - start]
+        for tensor, buffer in zip(self.layout.tensors, self._cache, strict=True):
+            _fill(buffer[0].swapaxes(0, 1) if tensor.is_packed else buffer[0], min(tensor.rows(length), length), generator)
         self.length = length
 
     def step(self, tokens: Tokens) -> Logits:
@@ -125,6 +117,7 @@ class DecodeSession:
         self._require(total)
         logits = np.empty((1, 1 if self._last_only else count, self.vocab), dtype=np.float32)
         self._bind_tokens(ids, total)
+        self._bind_codes(total)
         self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
         try:
             self._session.run_with_iobinding(self._binding)
@@ -163,6 +156,15 @@ class DecodeSession:
         for name in self._inputs & inputs.keys():
             self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(inputs[name]))
 
+    def _bind_codes(self, total: int) -> None:
+        """The rows of packed codes so far as past, and the rows behind them for those that this step adds."""
+        for tensor, buffer in zip(self.layout.tensors, self._cache, strict=True):
+            if tensor.is_packed:
+                start, stop = tensor.rows(self.length), tensor.rows(total)
+                past, added = buffer[:, :start], buffer[:, start:stop]
+                self._binding.bind_ortvalue_input(tensor.past, ort.OrtValue.ortvalue_from_numpy(past))
+                self._binding.bind_ortvalue_output(tensor.present, ort.OrtValue.ortvalue_from_numpy(added))
+
     def _require(self, length: int) -> None:
         if length > self.capacity:
             raise UsageError(
@@ -184,12 +186,36 @@ class DecodeSession:
         return vocab
 
 
+def _buffer(tensor: KVTensor, capacity: int) -> npt.NDArray[Any]:
+    """Memory for a cache of so many tokens."""
+    rows, dtype = tensor.rows(capacity), _STORED.get(tensor.dtype, np.uint8)
+    shape = (rows, tensor.heads) if tensor.is_packed else (tensor.heads, rows)
+    return np.zeros((1, *shape, tensor.columns), dtype=dtype)
+
+
+def _fill(buffer: npt.NDArray[Any], rows: int, generator: np.random.Generator) -> None:
+    """Sets the first rows of a buffer [heads, rows, columns]; drawing all of them would take too long."""
+    heads, _, columns = buffer.shape
+    content = _noise(generator, (heads, min(rows, _FILL_PERIOD), columns), buffer.dtype)
+    for start in range(0, rows, _FILL_PERIOD):
+        buffer[:, start : min(start + _FILL_PERIOD, rows)] = content[:, : rows - start]
+
+
 def _noise(generator: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """Content that a cache of a type could have."""
     if dtype == np.uint8:
         return generator.integers(256, size=shape, dtype=np.uint8)
     noise = generator.standard_normal(shape, dtype=np.float32)
     return np.clip(noise * 40, -127, 127).astype(np.int8) if dtype == np.int8 else noise
+
+
+def _has_dropped(tensor: KVTensor, length: int, current: int) -> bool:
+    """Whether a cache of `current` tokens lacks one that it needs when only `length` remain."""
+    if tensor.window is None:
+        return False
+    if tensor.sinks is not None:
+        return current > length and current > tensor.window + tensor.sinks
+    return _kept(length, tensor.window) != _kept(current, tensor.window) - (current - length)
 
 
 def _kept(tokens: int, window: int) -> int:

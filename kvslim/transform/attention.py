@@ -23,7 +23,16 @@ from kvslim.transform.operators import (
 )
 from kvslim.transform.rotary import Rotary
 from kvslim.transform.scoring import Scoring
-from kvslim.types import BITS, CacheType
+from kvslim.transform.storage import Integers, Levels
+from kvslim.transform.streaming import (
+    Codebooks,
+    Ring,
+    Stores,
+    evaluated_packed_attention,
+    packed_attention,
+    ring_attention,
+)
+from kvslim.types import BITS, CODES, CacheType
 
 NAME = "kvslim"
 FUSED_ROTARY_STEP = 16  # the fused operator rotates heads and coordinates in multiples of this
@@ -60,8 +69,10 @@ class SlimAttention(nn.Module):
         key_offset: [kv_heads, rank], subtracted from coded keys, or None.
         cache: How keys and values are stored.
         key_scale, value_scale: [kv_heads, rank] steps of an integer cache, or None for a float32 one.
+        key_levels, value_levels: [2 ** bits] levels of packed codes in units of the scales, or None.
+        ring: Sinks and recent tokens of a layer that keeps no more exactly, or None.
         rotary: RoPE of this layer, or None.
-        window: Tokens that a query of this layer sees, or None for all.
+        window: Tokens that a query of this layer sees in the model, or None for all.
         hidden: Input of the model's projections, caught by a hook, [batch, length, hidden].
         observer: Hears of q, k, v and the scoring when calibrating.
         step: Set while exporting.
@@ -73,15 +84,20 @@ class SlimAttention(nn.Module):
     key_offset: Tensor | None
     key_scale: Tensor | None
     value_scale: Tensor | None
+    key_levels: Tensor | None
+    value_levels: Tensor | None
 
     def __init__(self, rotary: Rotary | None, window: int | None) -> None:
         super().__init__()
         for side in ("query", "key", "value"):
             self.register_buffer(f"{side}_weight", None)
             self.register_buffer(f"{side}_bias", None)
-        for name in ("query_encoder", "key_encoder", "key_offset", "key_scale", "value_scale"):
+        for name in ("query_encoder", "key_encoder", "key_offset"):
+            self.register_buffer(name, None)
+        for name in ("key_scale", "value_scale", "key_levels", "value_levels"):
             self.register_buffer(name, None)
         self.cache: CacheType = "float32"
+        self.ring: Ring | None = None
         self.per_tensor = False
         self.rotary, self.window = rotary, window
         self.hidden: Tensor | None = None
@@ -114,9 +130,18 @@ class SlimAttention(nn.Module):
         query, key = self._coded(query, key)
         return self._evaluated(query, key, value, scoring)
 
+    def scoring(self, scale: float, softcap: float | None) -> Scoring:
+        """How this layer's scores become weights; packed codes hide no token."""
+        if self.ring is None or self.cache in CODES:
+            return Scoring(scale, self.window, softcap)
+        return Scoring(scale, self.window, softcap, self.ring.window, self.ring.sinks)
+
     def _evaluated(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        if self.ring is not None and self.cache in CODES:
+            attended = evaluated_packed_attention((query, key, value), scoring, self.ring, self._codebooks())
+            return attended.transpose(1, 2)
         key, value = self._rounded(key, self.key_scale), self._rounded(value, self.value_scale)
-        if scoring.window is None and scoring.softcap is None:
+        if scoring.window is None and scoring.softcap is None and scoring.recent is None:
             attended = nn.functional.scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=scoring.scale, enable_gqa=True
             )
@@ -136,10 +161,14 @@ class SlimAttention(nn.Module):
         return flat.unflatten(-1, (states.shape[1], -1)).transpose(1, 2)
 
     def _exported(self, step: ExportStep, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        inside = step.layout == "gqa" and self._rotates_inside(query.shape[-1])
+        inside = step.layout == "gqa" and self.ring is None and self._rotates_inside(query.shape[-1])
         if self.rotary is not None and not inside:
             query, key = (rotary_embedding(states, step.positions, self.rotary) for states in (query, key))
         states = (*self._coded(query, key), value)
+        if self.ring is not None and self.cache in CODES:
+            return packed_attention(step, states, scoring, self.ring, self._codebooks())
+        if self.ring is not None:
+            return ring_attention(step, states, scoring, self.ring, self._stores())
         if step.layout == "attention24":
             return standard_attention(step, states, scoring)
         rotary = self.rotary if inside else None
@@ -167,6 +196,16 @@ class SlimAttention(nn.Module):
             return False
         return head_dim % FUSED_ROTARY_STEP == 0 and self.rotary.dim % FUSED_ROTARY_STEP == 0
 
+    def _stores(self) -> Stores:
+        if self.key_scale is None or self.value_scale is None:
+            return None
+        return Integers(self.cache, self.key_scale), Integers(self.cache, self.value_scale)
+
+    def _codebooks(self) -> Codebooks:
+        parts = (self.key_levels, self.key_scale), (self.value_levels, self.value_scale)
+        key, value = (Levels(levels, scale) for levels, scale in parts if levels is not None and scale is not None)
+        return key, value
+
     def _kernel_scales(self) -> Scales:
         if self.key_scale is None or self.value_scale is None:
             return None
@@ -186,7 +225,7 @@ def _slim_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     slim: SlimAttention = module.kvslim  # type: ignore[assignment]
-    return slim(query, key, value, Scoring(scaling, slim.window, softcap)), None
+    return slim(query, key, value, slim.scoring(scaling, softcap)), None
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
@@ -202,7 +241,7 @@ def register() -> None:
 class PassThroughCache(Cache):
     """A cache that hands keys and values on untouched: the fused operator keeps them itself."""
 
-    def __init__(self, past: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, past: Sequence[Sequence[Tensor]]) -> None:
         super().__init__(layers=[])
         self.past = past
 

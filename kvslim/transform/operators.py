@@ -27,20 +27,20 @@ class ExportStep:
     Attributes:
         layout: The operators to use.
         window_cache: Whether the layer's cache has the size of its window.
-        past: Key and value cache, [batch, kv_heads, rows, dim] each.
+        past: Key and value cache, [batch, kv_heads, rows, dim] each; with packed codes these follow.
         rows: Rows of every cache in layout attention24, read off one, so that all layers share what masks them.
         mask: [batch, total] int64, 1 for every token so far and of this step.
         positions: [batch, length] int64, of the new tokens.
-        present: Key and value cache with the new tokens, once attention has run.
+        present: Key and value cache with the new tokens, once attention has run; then new rows of packed codes.
     """
 
     layout: Layout
     window_cache: bool
-    past: tuple[Tensor, Tensor]
+    past: tuple[Tensor, ...]
     rows: int
     mask: Tensor
     positions: Tensor
-    present: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+    present: tuple[Tensor, ...] | None = field(default=None, init=False)
 
 
 def group_query_attention(

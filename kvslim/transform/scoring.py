@@ -14,13 +14,18 @@ class Scoring:
 
     Attributes:
         scale: Factor of the scores.
-        window: Tokens that a query sees, itself included; None for all before it.
+        window: Tokens that a query of the model sees, itself included; None for all before it.
         softcap: Bound c of the scores, as c * tanh(score / c); None for none (Gemma 2, 2024, section 2).
+        recent: Tokens that a query sees beside the sinks, itself included; None for all (Xiao et al., "Efficient
+            Streaming Language Models with Attention Sinks", 2023, section 3.2).
+        sinks: First tokens that every query sees, as far as `window` lets it.
     """
 
     scale: float
     window: int | None = None
     softcap: float | None = None
+    recent: int | None = None
+    sinks: int = 0
 
     def weights(self, query: Tensor, key: Tensor, start: int = 0) -> Tensor:
         """Softmax weights, causal.
@@ -33,9 +38,23 @@ class Scoring:
         Returns:
             [..., queries, keys].
         """
-        scores = query @ key.transpose(-1, -2) * self.scale
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        age = torch.arange(start, start + query.shape[-2])[:, None] - torch.arange(key.shape[-2])
-        hidden = age < 0 if self.window is None else (age < 0) | (age >= self.window)
-        return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        queries, keys = torch.arange(start, start + query.shape[-2]), torch.arange(key.shape[-2])
+        return self.scores(query, key).masked_fill(self.hidden(queries, keys), -torch.inf).softmax(-1)
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """[..., queries, keys] before the mask and the softmax."""
+        return self.capped(query @ key.transpose(-1, -2) * self.scale)
+
+    def capped(self, scores: Tensor) -> Tensor:
+        """Scores within the softcap."""
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
+    def hidden(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Which keys a query does not see, by positions [..., queries] and [..., keys]: bool [..., queries, keys]."""
+        age = queries[..., :, None] - keys[..., None, :]
+        hidden = age < 0
+        if self.window is not None:
+            hidden = hidden | (age >= self.window)
+        if self.recent is not None:
+            hidden = hidden | ((age >= self.recent) & (keys >= self.sinks)[..., None, :])
+        return hidden

@@ -15,6 +15,7 @@ from kvslim.transform.attention import NAME, SlimAttention, register
 from kvslim.transform.codes import Array, LayerCodes
 from kvslim.transform.normal import normalise
 from kvslim.transform.rotary import take_over
+from kvslim.transform.streaming import Ring
 from kvslim.types import ModelSpec
 
 SIDES = ("query", "key", "value")
@@ -127,6 +128,10 @@ def install(model: nn.Module, architecture: Architecture, codes: tuple[LayerCode
         if code.key_scale is not None and code.value_scale is not None:
             slim.key_scale, slim.value_scale = _tensor(code.key_scale), _tensor(code.value_scale)
             slim.cache, slim.per_tensor = code.cache, code.per_tensor
+        if code.key_levels is not None and code.value_levels is not None:
+            slim.key_levels, slim.value_levels = _tensor(code.key_levels), _tensor(code.value_levels)
+        if code.window is not None:
+            slim.ring = Ring(code.window, code.sinks)
 
 
 def projection(attention: nn.Module, architecture: Architecture, side: str) -> tuple[Array, Array | None]:

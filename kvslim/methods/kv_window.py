@@ -1,0 +1,92 @@
+"""`kv_window`: layers that keep attention sinks and recent tokens alone, in a cache of constant size.
+
+Most attention of most layers falls on the first tokens and on recent ones (Xiao et al., "Efficient Streaming Language
+Models with Attention Sinks", 2023, section 3); layers of which that holds most are lazy and lose least (Zhang et al.,
+"SimLayerKV", 2024). A layer is as lazy as its busiest head: what counts is the least share of attention that any head
+keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from kvslim.errors import UsageError
+from kvslim.methods.base import Method
+from kvslim.transform.codes import LayerCodes
+from kvslim.types import LayerPlan, ModelSpec, Plan
+
+if TYPE_CHECKING:
+    from kvslim.calibrate.statistics import CalibrationStatistics
+    from kvslim.transform.codes import Array
+
+
+def kept_attention(statistics: CalibrationStatistics, window: int) -> Array:
+    """Mean share of attention, [L, H], that falls on the sinks and on the `window` most recent other tokens.
+
+    Within a bucket of ages the attention is taken to be even.
+    """
+    ages = statistics.age_mass.shape[-1]
+    starts = 2 ** np.arange(ages) - 1
+    share: Array = np.clip((window - starts) / 2 ** np.arange(ages), 0, 1)
+    kept: Array = statistics.sink_mass + statistics.age_mass @ share
+    return kept
+
+
+class KvWindow(Method):
+    """Sinks and a window in given layers, in the laziest ones, or in all."""
+
+    name: ClassVar[str] = "kv_window"
+    order: ClassVar[int] = 15
+    summary: ClassVar[str] = "a cache of constant size per layer: attention sinks and recent tokens"
+
+    window: int = Field(256, ge=1, description="recent tokens that a layer keeps")
+    sinks: int = Field(4, ge=0, description="first tokens that it keeps beside them")
+    layers: tuple[int, ...] | None = Field(None, description="indices of the layers; by default all")
+    lazy: int | None = Field(None, ge=1, description="number of layers, those whose heads keep most of their attention")
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> KvWindow:
+        if self.layers is not None and self.lazy is not None:
+            raise ValueError("give layers or lazy, not both")
+        return self
+
+    def check(self, spec: ModelSpec) -> None:
+        """Refuses layers that the model does not have."""
+        beyond = [layer for layer in self.layers or () if not 0 <= layer < spec.layers]
+        if beyond or (self.lazy or 0) > spec.layers:
+            named = f"layer {beyond[0]}" if beyond else f"{self.lazy} lazy layers"
+            raise UsageError(
+                f"the model has {spec.layers} layers, the recipe asks for {named}",
+                where=f"recipe: methods.kv_window.{'layers' if beyond else 'lazy'}",
+                fix=f"use 0 to {spec.layers - 1}" if beyond else f"use at most {spec.layers}",
+            )
+
+    def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
+        """Gives the chosen layers a window, with the attention that it keeps as reason.
+
+        A layer whose own window is no longer keeps that.
+        """
+        kept = kept_attention(statistics, self.window).min(axis=1)
+        able = [layer for layer, own in enumerate(spec.windows) if own is None or own > self.window]
+        chosen = set(able if self.layers is None else self.layers).intersection(able)
+        if self.lazy is not None:
+            chosen = set(sorted(able, key=lambda layer: -kept[layer])[: self.lazy])
+        layers = (self._decided(layer, kept[layer.layer]) if layer.layer in chosen else layer for layer in plan.layers)
+        return plan.model_copy(update={"layers": tuple(layers)})
+
+    def apply(
+        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, codes: tuple[LayerCodes, ...]
+    ) -> tuple[LayerCodes, ...]:
+        """Adds each layer's window and sinks."""
+        return tuple(
+            replace(code, window=layer.window, sinks=layer.sinks) for layer, code in zip(plan.layers, codes, strict=True)
+        )
+
+    def _decided(self, layer: LayerPlan, kept: float) -> LayerPlan:
+        reason = f"{self.sinks} sinks and {self.window} recent tokens get {kept:.1%} of attention or more"
+        reason = reason if layer.rank is None else f"{layer.reason}; {reason}"
+        return layer.model_copy(update={"window": self.window, "sinks": self.sinks, "reason": reason})

@@ -1,0 +1,93 @@
+"""How a ring and its packed codes store numbers, in operations that torch evaluates and ONNX has.
+
+Bytes are read by table: one look-up of a byte gives all the numbers that lie in it. They are packed by one product
+with powers of two, which is exact in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kvslim.types import BITS, CacheType
+
+_STORED = {"int8": torch.int8, "int4": torch.uint8}
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Keys or values of a ring as symmetric integers, as onnxruntime's GroupQueryAttention stores them.
+
+    Attributes:
+        cache: int8, or int4 as two numbers a byte, the low half first, each plus 8.
+        step: [heads, dim] size of one.
+    """
+
+    cache: CacheType
+    step: Tensor
+
+    def stored(self, states: Tensor) -> Tensor:
+        """[batch, heads, rows, dim] as the ring holds them; halves are rounded to even."""
+        most = 1 << (BITS[self.cache] - 1)
+        numbers = (states / self.step[:, None]).round().clamp(-most, most - 1)
+        return numbers.to(torch.int8) if self.cache == "int8" else _packed(numbers + most, 4)
+
+    def read(self, stored: Tensor) -> Tensor:
+        """[batch, heads, rows, dim] integers as float32: the states over the step."""
+        return stored.float() if self.cache == "int8" else _looked_up(stored, torch.arange(-8.0, 8.0), 4)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Keys or values as packed indices of levels; 3 bits are a plane of signs, then a plane of 2-bit magnitudes.
+
+    Attributes:
+        levels: [2 ** bits] ascending; symmetric about 0.
+        scale: [heads, dim] what the levels are in units of.
+    """
+
+    levels: Tensor
+    scale: Tensor
+
+    @property
+    def bits(self) -> int:
+        """Bits of one number."""
+        return len(self.levels).bit_length() - 1
+
+    def stored(self, states: Tensor) -> Tensor:
+        """[batch, rows, heads, dim] as uint8 [batch, rows, heads, dim * bits / 8], each the nearest level."""
+        states = states / self.scale
+        if self.bits != 3:
+            return _packed(_nearest(states, self.levels), self.bits)
+        planes = (_packed((states > 0).float(), 1), _packed(_nearest(states.abs(), self.levels[4:]), 2))
+        return torch.cat(planes, dim=-1)
+
+    def read(self, stored: Tensor) -> Tensor:
+        """uint8 [..., dim * bits / 8] as float32 [..., dim] levels: the states over the scale."""
+        if self.bits != 3:
+            return _looked_up(stored, self.levels, self.bits)
+        signs, magnitudes = stored.split([self.scale.shape[-1] // 8, self.scale.shape[-1] // 4], dim=-1)
+        return _looked_up(signs, torch.tensor([-1.0, 1.0]), 1) * _looked_up(magnitudes, self.levels[4:], 2)
+
+
+def _nearest(states: Tensor, levels: Tensor) -> Tensor:
+    """Index of the nearest of ascending levels, as float32."""
+    middles = (levels[1:] + levels[:-1]) / 2
+    return (states[..., None] > middles).float().sum(-1)
+
+
+def _packed(numbers: Tensor, bits: int) -> Tensor:
+    """Numbers [..., dim] below 2 ** bits, in float32, as bytes [..., dim * bits / 8], the first in the low bits."""
+    dim, per_byte = numbers.shape[-1], 8 // bits
+    weights = torch.tensor([float(1 << (bits * place)) for place in range(per_byte)])
+    places = torch.eye(dim // per_byte).repeat_interleave(per_byte, 0) * weights.repeat(dim // per_byte)[:, None]
+    return (numbers @ places).to(torch.uint8)
+
+
+def _looked_up(stored: Tensor, levels: Tensor, bits: int) -> Tensor:
+    """What bytes [..., n] stand for, [..., n * 8 / bits]."""
+    shifts = torch.arange(0, 8, bits)
+    table = levels[(torch.arange(256)[:, None] >> shifts) & ((1 << bits) - 1)]
+    return nn.functional.embedding(stored.int(), table).flatten(-2)
