@@ -60,9 +60,9 @@ class Levels:
         """[batch, rows, heads, dim] as uint8 [batch, rows, heads, dim * bits / 8], each the nearest level."""
         states = states / self.scale
         if self.bits != 3:
-            return _packed(_nearest(states, self.levels), self.bits)
-        planes = (_packed((states > 0).float(), 1), _packed(_nearest(states.abs(), self.levels[4:]), 2))
-        return torch.cat(planes, dim=-1)
+            return _indexed(states, self.levels, self.bits)
+        signs = _packed((states > 0).float(), 1)
+        return torch.cat([signs, _indexed(states.abs(), self.levels[4:], 2)], dim=-1)
 
     def read(self, stored: Tensor) -> Tensor:
         """uint8 [..., dim * bits / 8] as float32 [..., dim] levels: the states over the scale."""
@@ -72,22 +72,29 @@ class Levels:
         return _looked_up(signs, torch.tensor([-1.0, 1.0]), 1) * _looked_up(magnitudes, self.levels[4:], 2)
 
 
-def _nearest(states: Tensor, levels: Tensor) -> Tensor:
-    """Index of the nearest of ascending levels, as float32."""
+def _indexed(states: Tensor, levels: Tensor, bits: int) -> Tensor:
+    """The index of the nearest of ascending levels to each of [..., dim], packed."""
     middles = (levels[1:] + levels[:-1]) / 2
-    return (states[..., None] > middles).float().sum(-1)
+    above = (states[..., None] > middles).float()
+    # The sum over the levels is part of the product that packs: onnxruntime's ReduceSum fails on no rows at all.
+    return _packed(above.flatten(-2), bits, len(middles))
 
 
-def _packed(numbers: Tensor, bits: int) -> Tensor:
-    """Numbers [..., dim] below 2 ** bits, in float32, as bytes [..., dim * bits / 8], the first in the low bits."""
-    dim, per_byte = numbers.shape[-1], 8 // bits
+def _packed(numbers: Tensor, bits: int, parts: int = 1) -> Tensor:
+    """Numbers below 2 ** bits as bytes [..., dim * bits / 8], the first in the low bits.
+
+    Args:
+        numbers: [..., dim * parts] in float32, each number as the sum of `parts` neighbours.
+        bits: Bits of a number.
+        parts: See numbers.
+    """
+    dim, per_byte = numbers.shape[-1] // parts, 8 // bits
     weights = torch.tensor([float(1 << (bits * place)) for place in range(per_byte)])
     places = torch.eye(dim // per_byte).repeat_interleave(per_byte, 0) * weights.repeat(dim // per_byte)[:, None]
-    return (numbers @ places).to(torch.uint8)
+    return (numbers @ places.repeat_interleave(parts, 0)).to(torch.uint8)
 
 
 def _looked_up(stored: Tensor, levels: Tensor, bits: int) -> Tensor:
     """What bytes [..., n] stand for, [..., n * 8 / bits]."""
-    shifts = torch.arange(0, 8, bits)
-    table = levels[(torch.arange(256)[:, None] >> shifts) & ((1 << bits) - 1)]
-    return nn.functional.embedding(stored.int(), table).flatten(-2)
+    parts = [[byte >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)] for byte in range(256)]
+    return nn.functional.embedding(stored.int(), levels[torch.tensor(parts)]).flatten(-2)

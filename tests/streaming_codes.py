@@ -1,0 +1,55 @@
+"""Codes of streaming layers made by hand, for tests that look at the graph and the runtime alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from models import open_workshop, recipe_of
+
+from kvslim.methods.levels import fit_levels
+from kvslim.transform.codes import LayerCodes
+from kvslim.types import BITS, CODES, CacheType, LayerPlan, Plan
+from kvslim.workshop import Workshop
+
+WINDOW, SINKS = 12, 3
+
+
+def install_ring(model: Path, cache: CacheType, window: int = WINDOW, sinks: int = SINKS) -> tuple[Workshop, Plan]:
+    """A model whose layers all have a ring and store by `cache`, and its plan."""
+    workshop = open_workshop(model, recipe_of())
+    statistics = workshop.statistics()
+    codes = tuple(
+        LayerCodes(
+            cache=cache,
+            window=window,
+            sinks=sinks,
+            **scales(cache, statistics.key_samples[layer], "key"),
+            **scales(cache, statistics.value_samples[layer], "value"),
+        )
+        for layer in range(workshop.spec.layers)
+    )
+    workshop.install(codes)
+    layers = tuple(
+        LayerPlan(layer=layer, cache=cache, window=window, sinks=sinks) for layer in range(workshop.spec.layers)
+    )
+    return workshop, Plan(layers=layers)
+
+
+def scales(cache: CacheType, samples: np.ndarray, side: str) -> dict[str, np.ndarray]:
+    """Scale of each channel, and levels where the cache has them, of samples [heads, n, dim]."""
+    if cache == "float32":
+        return {}
+    if cache not in CODES:
+        return {f"{side}_scale": np.abs(samples).max(1) / (2 ** (BITS[cache] - 1) - 1)}
+    spread = samples.std(1)
+    unit = (samples / spread[:, None]).ravel()
+    return {f"{side}_scale": spread, f"{side}_levels": fit_levels(unit, np.ones_like(unit), BITS[cache])}
+
+
+def export_ring(model: Path, folder: Path, cache: CacheType, **ring: int) -> Workshop:
+    """The same, written to a new folder."""
+    workshop, plan = install_ring(model, cache, **ring)
+    folder.mkdir()
+    workshop.export(plan, folder)
+    return workshop
