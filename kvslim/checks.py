@@ -8,9 +8,10 @@ from pathlib import Path
 from kvslim.errors import UnsupportedError, UsageError
 from kvslim.methods.kv_pca import check_rank
 from kvslim.recipe import Recipe
-from kvslim.types import LayerPlan, ModelSpec, Plan
+from kvslim.types import CODES, LayerPlan, ModelSpec, Plan
 
 RECALL_MARGIN = 33  # first token, span and its second copy
+LACKING = {"kv_quant": "integer cache", "kv_window": "ring"}  # what layout attention24 does not have
 ENCODER_GATES = {"min_embedding_cosine", "min_masked_top1_agreement"}
 
 
@@ -42,9 +43,11 @@ def check_layout(recipe: Recipe) -> None:
         UsageError: Naming the method.
     """
     for method in recipe.methods:
-        if recipe.layout == "attention24" and method.name == "kv_quant":
+        if recipe.layout == "attention24" and method.name in LACKING:
             raise UsageError(
-                "layout attention24 has no integer cache", where="recipe: methods.kv_quant", fix="use layout gqa"
+                f"layout attention24 has no {LACKING[method.name]}",
+                where=f"recipe: methods.{method.name}",
+                fix="use layout gqa",
             )
         if recipe.layout == "gqa" and getattr(method, "value_rank", None) is not None:
             raise UsageError(
@@ -126,7 +129,13 @@ def check_plan(plan: Plan, recipe: Recipe, spec: ModelSpec) -> None:
             if rank is not None:
                 check_rank(rank, spec, spec.windows[layer.layer], where)
         _check_operators(plan, layer, where)
-        needed = {"kv_pca": layer.rank is not None, "kv_quant": layer.cache != "float32"}
+        packed = layer.cache in CODES
+        needed = {
+            "kv_pca": layer.rank is not None,
+            "kv_window": layer.window is not None and not packed,
+            "kv_quant": layer.cache in ("int8", "int4"),
+            "kv_hdc": packed,
+        }
         if missing := sorted(name for name, used in needed.items() if used and name not in methods):
             raise UsageError(
                 f"the plan needs {missing[0]}, which recipe {recipe.name!r} has not",
@@ -140,3 +149,14 @@ def _check_operators(plan: Plan, layer: LayerPlan, where: str) -> None:
         raise UsageError("layout gqa gives keys and values one rank", where=where, fix="drop value_rank")
     if plan.layout == "attention24" and layer.cache != "float32":
         raise UsageError("layout attention24 has no integer cache", where=where, fix="use cache float32")
+    if plan.layout == "attention24" and layer.window is not None:
+        raise UsageError("layout attention24 keeps every token", where=where, fix="drop window, or use layout gqa")
+    if layer.window is None and (layer.sinks or layer.cache in CODES):
+        what = "sinks" if layer.sinks else f"cache {layer.cache}"
+        raise UsageError(f"{what} without a window", where=where, fix="give a window, or drop sinks and packed codes")
+    if (layer.window is not None and layer.window < 1) or layer.sinks < 0:
+        raise UsageError(
+            f"a window of {layer.window} tokens with {layer.sinks} sinks",
+            where=where,
+            fix="use window >= 1, sinks >= 0",
+        )

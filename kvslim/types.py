@@ -179,6 +179,11 @@ class KVLayout(Frozen):
         """Bytes that the cache takes at a context of that many tokens."""
         return sum(tensor.bytes_per_token * tensor.rows(context) for tensor in self.tensors)
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether any layer has packed codes, which no runtime but KVSlim's appends."""
+        return any(tensor.is_packed for tensor in self.tensors)
+
     def bytes_per_token(self, context: int) -> float:
         """Bytes of a cache that holds `context` tokens, per token."""
         return self.bytes_at(context) / context

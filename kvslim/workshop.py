@@ -81,13 +81,15 @@ class Workshop:
         return token_inputs(graph)
 
     def write_companions(self, folder: Path, layout: KVLayout, inputs: tuple[str, ...]) -> None:
-        """Writes tokenizer, configs and what onnxruntime-genai needs."""
+        """Writes tokenizer, configs and, unless the cache has packed codes, what onnxruntime-genai needs."""
         # transformers.js finds a chat template in tokenizer_config.json alone, the other clients there or beside it.
         self.tokenizer.save_pretrained(folder, save_jinja_files=False)
         config_json = with_transformers_js_config(self.snapshot.path / "config.json")
         (folder / "config.json").write_text(config_json, encoding="utf-8")
         generation = self._generation_config()
         generation.save_pretrained(folder)
+        if layout.is_packed:
+            return
         config = genai_config(self.spec, layout, generation.to_dict(), inputs=inputs)
         (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-ATTENTION = ("GroupQueryAttention", "MultiHeadAttention")
+ATTENTION = ("GroupQueryAttention", "MultiHeadAttention", "Softmax")  # the last stands for attention over a ring
 
 
 def sensitive_products(graph: ir.Graph, products: Sequence[ir.Node]) -> set[ir.Node]:
@@ -23,7 +23,7 @@ def sensitive_products(graph: ir.Graph, products: Sequence[ir.Node]) -> set[ir.N
     ends = [*first[1:], len(products) - 1]
     for index, (layer, end) in enumerate(zip(attentions, ends, strict=True)):
         if _takes_more_bits(index, len(attentions)):
-            value = layer.inputs[2] if layer.inputs[2] is not None else layer.inputs[0]
+            value = layer.inputs[2] if len(layer.inputs) > 2 and layer.inputs[2] is not None else layer.inputs[0]
             chosen |= _sources([value], place)
             chosen |= {products[end - 1]} if end else set()
     return chosen

@@ -83,7 +83,8 @@ class KvWindow(Method):
     ) -> tuple[LayerCodes, ...]:
         """Adds each layer's window and sinks."""
         return tuple(
-            replace(code, window=layer.window, sinks=layer.sinks) for layer, code in zip(plan.layers, codes, strict=True)
+            replace(code, window=layer.window, sinks=layer.sinks)
+            for layer, code in zip(plan.layers, codes, strict=True)
         )
 
     def _decided(self, layer: LayerPlan, kept: float) -> LayerPlan:

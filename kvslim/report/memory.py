@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from kvslim.types import Frozen, KVLayout, Manifest, ModelSpec, Plan
+from kvslim.types import Frozen, KVLayout, KVTensor, Manifest, ModelSpec, Plan
 
 PRECISIONS = {"fp32": 4, "fp16": 2, "int8": 1}
 AS_IS = "as it is"
@@ -13,7 +13,8 @@ AS_IS = "as it is"
 class LayerMemory(Frozen):
     """The cache of one layer.
 
-    `key_dim` and `value_dim` are cached numbers per head and token; `bytes_per_token` is keyed by precision.
+    `key_dim` and `value_dim` are cached numbers per head and token; `bytes_per_token` is keyed by precision, and with
+    packed codes it is theirs. `window` and `sinks` are the tokens kept, or with packed codes kept exact.
     """
 
     layer: int
@@ -21,6 +22,8 @@ class LayerMemory(Frozen):
     key_dim: int
     value_dim: int
     dtype: str
+    window: int | None
+    sinks: int | None
     bytes_per_token: dict[str, int]
 
 
@@ -50,32 +53,37 @@ def _memory(
 ) -> CacheMemory:
     layers = tuple(_layer(layout, index, precisions) for index in sorted({tensor.layer for tensor in layout.tensors}))
     total = {name: sum(layer.bytes_per_token[name] for layer in layers) for name in precisions}
-    rows = {tokens: {tensor.layer: tensor.rows(tokens) for tensor in layout.tensors} for tokens in contexts}
     return CacheMemory(
         model_type=spec.model_type,
         max_context=spec.max_context,
         layers=layers,
         kv_bytes_per_token=total,
         mib={
-            str(tokens): {
-                name: sum(layer.bytes_per_token[name] * rows[tokens][layer.layer] for layer in layers) / 2**20
-                for name in precisions
-            }
+            str(tokens): {name: _bytes_at(layout, tokens, width) / 2**20 for name, width in precisions.items()}
             for tokens in contexts
         },
     )
 
 
+def _bytes_at(layout: KVLayout, tokens: int, width: int | None) -> int:
+    """Bytes of the cache at a context, with numbers of so many bytes or as they are."""
+    return sum(_row_bytes(tensor, width) * tensor.rows(tokens) for tensor in layout.tensors)
+
+
+def _row_bytes(tensor: KVTensor, width: int | None) -> int:
+    return tensor.bytes_per_token if width is None else tensor.heads * tensor.dim * width
+
+
 def _layer(layout: KVLayout, index: int, precisions: Mapping[str, int | None]) -> LayerMemory:
-    tensors = {tensor.kind: tensor for tensor in layout.tensors if tensor.layer == index}
-    numbers = sum(tensor.heads * tensor.dim for tensor in tensors.values())
-    stored = sum(tensor.bytes_per_token for tensor in tensors.values())
-    key, value = tensors["key"], tensors["value"]
+    tensors = [tensor for tensor in layout.tensors if tensor.layer == index]
+    key, value = tensors[-2:]  # with packed codes, these
     return LayerMemory(
         layer=index,
         heads=key.heads,
         key_dim=key.dim,
         value_dim=value.dim,
         dtype=key.dtype,
-        bytes_per_token={name: stored if width is None else numbers * width for name, width in precisions.items()},
+        window=key.window,
+        sinks=key.sinks,
+        bytes_per_token={name: _row_bytes(key, width) + _row_bytes(value, width) for name, width in precisions.items()},
     )

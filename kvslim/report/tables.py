@@ -14,6 +14,7 @@ from kvslim.types import GateResult, Measures, Plan, Report
 
 RATIO = "ratio"
 NONE = "-"
+WINDOW = "sinks + window"
 METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
     "kv_bytes_per_token": ("KV cache, bytes per token", lambda value: f"{value:,.0f}"),
     "file_mib": ("Files, MiB", lambda value: f"{value:.1f}"),
@@ -83,28 +84,39 @@ def gates_table(gates: Sequence[GateResult]) -> Table:
 
 def plan_table(plan: Plan) -> Table:
     """What happens to the cache of each layer, and why."""
+    windowed = any(layer.window is not None for layer in plan.layers)
     rows = tuple(
         (
             str(layer.layer),
             NONE if layer.rank is None else str(layer.rank),
             layer.cache,
+            *([_kept(layer.window, layer.sinks)] if windowed else []),
             NONE if layer.score is None else f"{layer.score:.4f}",
             layer.reason,
         )
         for layer in plan.layers
     )
-    return Table(("layer", "rank", "cache", "score", "reason"), rows, words=True)
+    return Table(("layer", "rank", "cache", *([WINDOW] if windowed else []), "score", "reason"), rows, words=True)
 
 
 def layers_table(memory: CacheMemory) -> Table:
     """The cache of each layer, in bytes per token, with the sum."""
+    windowed = any(layer.window is not None for layer in memory.layers)
     rows = [
-        (str(layer.layer), str(layer.heads), str(layer.key_dim), str(layer.value_dim), *_sizes(layer.bytes_per_token))
+        (
+            str(layer.layer),
+            str(layer.heads),
+            str(layer.key_dim),
+            str(layer.value_dim),
+            *([_kept(layer.window, layer.sinks)] if windowed else []),
+            *_sizes(layer.bytes_per_token),
+        )
         for layer in memory.layers
     ]
-    rows.append(("all", "", "", "", *_sizes(memory.kv_bytes_per_token)))
+    rows.append(("all", "", "", "", *([""] if windowed else []), *_sizes(memory.kv_bytes_per_token)))
     units = (f"bytes per token, {name}" for name in memory.kv_bytes_per_token)
-    return Table(("layer", "kv heads", "key dim", "value dim", *units), tuple(rows))
+    header = ("layer", "kv heads", "key dim", "value dim", *([WINDOW] if windowed else []))
+    return Table((*header, *units), tuple(rows))
 
 
 def contexts_table(memory: CacheMemory) -> Table:
@@ -132,6 +144,13 @@ def _cells(values: Mapping[str, float | None], shown: Callable[[float], str]) ->
             yield NONE
         else:
             yield f"{value:.3g}x" if column == RATIO else shown(value)
+
+
+def _kept(window: int | None, sinks: int | None) -> str:
+    """The tokens that a layer keeps, as `sinks + window`."""
+    if window is None:
+        return "all"
+    return f"{sinks} + {window}" if sinks else str(window)
 
 
 def _sizes(sizes: Mapping[str, int]) -> tuple[str, ...]:

@@ -93,7 +93,9 @@ class DecodeSession:
         self._require(length)
         generator = np.random.default_rng(seed)
         for tensor, buffer in zip(self.layout.tensors, self._cache, strict=True):
-            _fill(buffer[0].swapaxes(0, 1) if tensor.is_packed else buffer[0], min(tensor.rows(length), length), generator)
+            _fill(
+                buffer[0].swapaxes(0, 1) if tensor.is_packed else buffer[0], min(tensor.rows(length), length), generator
+            )
         self.length = length
 
     def step(self, tokens: Tokens) -> Logits:

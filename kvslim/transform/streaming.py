@@ -173,7 +173,7 @@ def _bias(hidden: Tensor, group: int) -> Tensor:
 
 
 def _leaving(ring: Ring, start: Tensor, total: Tensor, length: int) -> Tensor:
-    """Rows, in the ring and the new tokens behind it, of the tokens that leave the window in this step, oldest first."""
+    """Rows, in the ring and the new tokens behind it, of what leaves the window in this step, oldest first."""
     oldest = (start - ring.window).clamp(min=ring.sinks)
     tokens = oldest + torch.arange(length)
     tokens = tokens[tokens < total - ring.window]

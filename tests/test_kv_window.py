@@ -1,0 +1,146 @@
+"""`kv_window`: which layers it takes, why, and what a plan may say of rings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import open_workshop, recipe_of
+from numbers_of_a_model import SPEC, statistics_of
+from pydantic import ValidationError
+from test_statistics import attention, gather, states
+from test_statistics import windows_of as texts_of
+from tiny_artifact import fill
+
+from kvslim.checks import check_layout, check_plan
+from kvslim.errors import UsageError
+from kvslim.export.manifest import read_manifest
+from kvslim.methods import KvPca, KvQuant, KvWindow
+from kvslim.methods.kv_window import kept_attention
+from kvslim.report.memory import artifact_memory
+from kvslim.report.tables import contexts_table, layers_table, plan_table
+from kvslim.transform.codes import LayerCodes
+from kvslim.types import KVLayout, LayerPlan, Plan
+
+FOUR = SPEC.model_copy(update={"layers": 4, "windows": (None,) * 4})
+
+
+def windows_of(plan: Plan) -> list[int | None]:
+    return [layer.window for layer in plan.layers]
+
+
+def test_kept_attention_counts_sinks_and_ages_below_the_window() -> None:
+    ages = np.broadcast_to([0.1, 0.2, 0.4], (SPEC.layers, SPEC.kv_heads, 3))  # of age 0, 1..2 and 3..6
+    statistics = replace(statistics_of(SPEC), age_mass=ages, sink_mass=np.full((SPEC.layers, SPEC.kv_heads), 0.3))
+    for window, expected in {1: 0.4, 2: 0.5, 3: 0.6, 5: 0.8, 7: 1.0, 99: 1.0}.items():
+        np.testing.assert_allclose(kept_attention(statistics, window), expected)
+
+
+def test_lazy_takes_the_layers_whose_worst_head_keeps_most() -> None:
+    statistics = statistics_of(FOUR)
+    kept = kept_attention(statistics, 8).min(1)
+    plan = KvWindow(window=8, sinks=2, lazy=2).decide(FOUR, statistics, Plan.identity(FOUR))
+    chosen = {layer.layer for layer in plan.layers if layer.window == 8 and layer.sinks == 2}
+    assert chosen == set(np.argsort(-kept)[:2].tolist())
+    for layer in plan.layers:
+        assert (f"{kept[layer.layer]:.1%}" in layer.reason) == (layer.layer in chosen)
+
+
+def test_window_goes_to_the_layers_named_or_to_all() -> None:
+    statistics, plan = statistics_of(FOUR), Plan.identity(FOUR)
+    assert windows_of(KvWindow(window=8).decide(FOUR, statistics, plan)) == [8] * 4
+    assert windows_of(KvWindow(window=8, layers=(1, 3)).decide(FOUR, statistics, plan)) == [None, 8, None, 8]
+
+
+def test_layer_keeps_its_own_window_when_that_is_no_longer() -> None:
+    spec = FOUR.model_copy(update={"windows": (None, 8, 9, None)})
+    plan = KvWindow(window=8).decide(spec, statistics_of(FOUR), Plan.identity(spec))
+    assert windows_of(plan) == [8, None, 8, 8]
+
+
+def test_rank_window_and_bits_combine_in_one_layer() -> None:
+    statistics, plan, codes = statistics_of(SPEC), Plan.identity(SPEC), (LayerCodes(),) * SPEC.layers
+    methods = sorted((KvQuant(), KvWindow(window=8), KvPca(rank=8)), key=lambda method: method.order)
+    assert [method.name for method in methods] == ["kv_pca", "kv_window", "kv_quant"]
+    for method in methods:
+        plan = method.decide(SPEC, statistics, plan)
+    for method in methods:
+        codes = method.apply(SPEC, statistics, plan, codes)
+    layer, code = plan.layers[0], codes[0]
+    assert (layer.rank, layer.window, layer.sinks, layer.cache) == (8, 8, 4, "int8")
+    assert (code.window, code.sinks, code.cache) == (8, 4, "int8")
+    assert [word for word in ("rank 8", "recent", "int8") if word not in layer.reason] == []
+    assert KVLayout.of(SPEC, plan).bytes_at(10_000) == SPEC.layers * 2 * SPEC.kv_heads * 8 * (8 + 4)
+    table = plan_table(plan)
+    assert table.header[3] == "sinks + window"
+    assert table.rows[0][3] == "4 + 8"
+
+
+@pytest.mark.parametrize("options", [{"layers": (2, SPEC.layers)}, {"lazy": SPEC.layers + 1}])
+def test_check_names_the_option_when_the_model_has_fewer_layers(options: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=f"the model has {SPEC.layers} layers") as caught:
+        KvWindow.model_validate(options).check(SPEC)
+    assert next(iter(options)) in caught.value.where
+
+
+@pytest.mark.parametrize("options", [{"window": 0}, {"sinks": -1}, {"lazy": 1, "layers": (0,)}])
+def test_options_out_of_range_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        KvWindow.model_validate(options)
+
+
+def test_layout_attention24_refuses_rings() -> None:
+    with pytest.raises(UsageError, match="attention24 has no ring"):
+        check_layout(recipe_of([KvWindow()]).model_copy(update={"layout": "attention24"}))
+
+
+@pytest.mark.parametrize(
+    ("layer", "fault"),
+    [
+        ({"window": 0}, "a window of 0"),
+        ({"window": 8, "sinks": -1}, "-1 sinks"),
+        ({"sinks": 4}, "sinks without a window"),
+        ({"cache": "codes2"}, "cache codes2 without a window"),
+        ({"window": 8, "cache": "codes2"}, "kv_hdc"),
+    ],
+)
+def test_plan_is_refused_when_a_ring_cannot_be(layer: dict[str, object], fault: str) -> None:
+    layers = (LayerPlan.model_validate({"layer": 0, **layer}), *(LayerPlan(layer=i) for i in range(1, SPEC.layers)))
+    with pytest.raises(UsageError, match=fault):
+        check_plan(Plan(layers=layers), recipe_of([KvWindow()]), SPEC)
+
+
+def test_plan_is_refused_when_the_recipe_has_no_kv_window() -> None:
+    layers = tuple(LayerPlan(layer=index, window=8) for index in range(SPEC.layers))
+    with pytest.raises(UsageError, match="the plan needs kv_window"):
+        check_plan(Plan(layers=layers), recipe_of(), SPEC)
+
+
+def test_inspect_counts_sinks_window_and_codes(tmp_path: Path) -> None:
+    fill(tmp_path)
+    layers = (LayerPlan(layer=0, rank=8, cache="codes2", window=16, sinks=4), LayerPlan(layer=1, window=16))
+    layout = KVLayout.of(SPEC, Plan(layers=layers))
+    memory = artifact_memory(read_manifest(tmp_path).model_copy(update={"kv_layout": layout}), [10, 1000])
+    packed, ring = memory.layers
+    assert (packed.dtype, packed.key_dim, packed.window, packed.sinks) == ("codes2", 8, 16, 4)
+    assert packed.bytes_per_token == {"as it is": 2 * SPEC.kv_heads * 8 // 4}
+    assert (ring.window, ring.sinks) == (16, 0)
+    exact = 2 * SPEC.kv_heads * 4 * (8 * 20 + 16 * 16)
+    assert memory.mib["10"]["as it is"] * 2**20 == exact
+    assert memory.mib["1000"]["as it is"] * 2**20 == exact + 980 * 2 * SPEC.kv_heads * 8 // 4
+    assert [row[4] for row in layers_table(memory).rows] == ["4 + 16", "16", ""]
+    assert len(contexts_table(memory).rows) == 2
+
+
+def test_ages_of_attention_are_those_of_a_direct_count(tiny_llama: Path) -> None:
+    workshop = open_workshop(tiny_llama, recipe_of())
+    windows = texts_of(workshop, 3)
+    statistics = gather(workshop, windows)
+    weights = attention(states(workshop, windows, 1)).mean((0, 2))
+    queries = np.arange(40)[40 // 8 :]
+    for window in (1, 3, 7, 15, 31, 63):  # where buckets end
+        near = queries[:, None] - np.arange(40) < window
+        kept = (weights * (near | (np.arange(40) < 4))).sum(-1).mean(-1)
+        np.testing.assert_allclose(kept_attention(statistics, window)[1], kept, atol=1e-6)
