@@ -16,6 +16,7 @@ from kvslim.types import WINDOW_SLACK, KVTensor
 
 Tokens = Sequence[int] | npt.NDArray[np.int64]
 
+_CHUNK, _PACKED_CHUNK = 512, 64
 _FILL_PERIOD = 256
 _STORED = {"float32": np.float32, "int8": np.int8}  # all else is packed in bytes
 
@@ -128,12 +129,12 @@ class DecodeSession:
         self.length = total
         return logits[0]
 
-    def prefill(self, tokens: Tokens, chunk: int = 512) -> Logits:
+    def prefill(self, tokens: Tokens, chunk: int | None = None) -> Logits:
         """Appends a prompt in chunks, so that memory does not grow with its length.
 
         Args:
             tokens: Ids of n >= 1 tokens.
-            chunk: Tokens of one run.
+            chunk: Tokens of one run; by default 512, and 64 with packed codes, whose scores are held in memory.
 
         Returns:
             The logits that follow the last token, float32 [vocab].
@@ -143,6 +144,7 @@ class DecodeSession:
             ArtifactError: onnxruntime fails on the graph.
         """
         ids = np.asarray(tokens, dtype=np.int64)
+        chunk = chunk or (_PACKED_CHUNK if self.layout.is_packed else _CHUNK)
         self._require(self.length + ids.size)
         logits = self.step(ids[:chunk])
         for start in range(chunk, ids.size, chunk):

@@ -87,8 +87,8 @@ def ring_attention(step: ExportStep, states: States, scoring: Scoring, ring: Rin
     step.present = _present((keys, values), ring.sources(start, total))
     if stores is not None:
         keys, values = (store.read(held) for store, held in zip(stores, (keys, values), strict=True))
-    mask = _mask(start, query.shape[2], scoring, ring, query.shape[1] // key.shape[1])
-    weights = (scoring.capped(grouped @ keys.transpose(-1, -2)) + mask).softmax(-1)
+    hidden = _hidden(start, query.shape[2], scoring, ring, query.shape[1] // key.shape[1])
+    weights = scoring.capped(grouped @ keys.transpose(-1, -2)).masked_fill(hidden, -torch.inf).softmax(-1)
     attended = weights @ values
     return _ungrouped(attended if stores is None else attended * stores[1].step[:, None], query)
 
@@ -115,8 +115,10 @@ def packed_attention(step: ExportStep, states: States, scoring: Scoring, ring: R
     coded_keys = books[0].read(step.past[2].transpose(1, 2))
     coded = scoring.capped((grouped * books[0].scale[:, None]) @ coded_keys.transpose(-1, -2))
     if scoring.window is not None:
-        coded = coded + _coded_mask(start, query.shape[2], step.past[2].shape[1], scoring, ring, group)
-    exact = scoring.capped(grouped @ rings[0].transpose(-1, -2)) + _mask(start, query.shape[2], scoring, ring, group)
+        hidden = _hidden_codes(start, query.shape[2], step.past[2].shape[1], scoring, ring, group)
+        coded = coded.masked_fill(hidden, -torch.inf)
+    hidden = _hidden(start, query.shape[2], scoring, ring, group)
+    exact = scoring.capped(grouped @ rings[0].transpose(-1, -2)).masked_fill(hidden, -torch.inf)
     weights = torch.cat([coded, exact], dim=-1).softmax(-1)
     of_codes, of_ring = weights.split([coded.shape[-1], exact.shape[-1]], dim=-1)
     decoded = of_codes @ books[1].read(step.past[3].transpose(1, 2)) * books[1].scale[:, None]
@@ -146,7 +148,8 @@ def evaluated_packed_attention(states: States, scoring: Scoring, ring: Ring, boo
 
 def _grouped(query: Tensor, kv_heads: int) -> Tensor:
     """[batch, q_heads, length, dim] as [batch, kv_heads, group * length, dim]: keys and values are not repeated."""
-    return query.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+    batch, q_heads, length, dim = query.shape
+    return query.reshape(batch, kv_heads, q_heads // kv_heads * length, dim)
 
 
 def _ungrouped(attended: Tensor, query: Tensor) -> Tensor:
@@ -155,21 +158,23 @@ def _ungrouped(attended: Tensor, query: Tensor) -> Tensor:
     return attended.reshape(batch, q_heads, length, attended.shape[-1]).transpose(1, 2)
 
 
-def _mask(start: Tensor, length: int, scoring: Scoring, ring: Ring, group: int) -> Tensor:
-    """[batch, 1, group * length, S + W + length], 0 where a query sees a row or a new token, else minus infinity."""
+def _hidden(start: Tensor, length: int, scoring: Scoring, ring: Ring, group: int) -> Tensor:
+    """Which rows and new tokens a query does not see, bool [batch, 1, group * length, S + W + length].
+
+    It is not added to the scores as a bias, which the exporter would take for another operator's attention.
+    """
     new = start[:, None] + torch.arange(length)
-    hidden = scoring.hidden(new, torch.cat([ring.positions(start), new], dim=1))
-    return _bias(hidden, group)
+    return _by_group(scoring.hidden(new, torch.cat([ring.positions(start), new], dim=1)), group)
 
 
-def _coded_mask(start: Tensor, length: int, rows: int, scoring: Scoring, ring: Ring, group: int) -> Tensor:
+def _hidden_codes(start: Tensor, length: int, rows: int, scoring: Scoring, ring: Ring, group: int) -> Tensor:
     """The same for packed codes, [batch, 1, group * length, rows]: their tokens are S, S + 1 and so on."""
     new = start[:, None] + torch.arange(length)
-    return _bias(scoring.hidden(new, (ring.sinks + torch.arange(rows))[None]), group)
+    return _by_group(scoring.hidden(new, (ring.sinks + torch.arange(rows))[None]), group)
 
 
-def _bias(hidden: Tensor, group: int) -> Tensor:
-    return torch.where(hidden, -torch.inf, 0.0)[:, None].repeat(1, 1, group, 1)
+def _by_group(hidden: Tensor, group: int) -> Tensor:
+    return hidden[:, None].repeat(1, 1, group, 1)
 
 
 def _leaving(ring: Ring, start: Tensor, total: Tensor, length: int) -> Tensor:
