@@ -14,7 +14,8 @@ from pathlib import Path
 from random_model import save_random_model
 
 from kvslim.load.source import read_spec, resolve
-from kvslim.pipeline import decide, fit
+from kvslim.methods.fitting import fit
+from kvslim.pipeline import decide
 from kvslim.progress import Silent
 from kvslim.recipe import load_recipe
 from kvslim.types import Plan
@@ -60,7 +61,7 @@ def build(folder: Path) -> dict[str, Path]:
     statistics = workshop.statistics()
     plan = decide(recipe, spec, statistics)
     workshop.export(Plan.identity(spec), paths["plain"])
-    workshop.install(fit(recipe, spec, statistics, plan))
+    workshop.install(fit(spec, statistics, plan, recipe.methods))
     workshop.export(plan, paths["slim"])
     return {name: paths[name] for name in ("plain", "slim")}
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from kvslim.demo.world import heldout_text
 from kvslim.load.source import read_spec, resolve
-from kvslim.pipeline import decide, fit
+from kvslim.pipeline import decide
 from kvslim.progress import Silent
 from kvslim.recipe import Recipe, load_recipe
 from kvslim.runtime.session import DecodeSession
@@ -47,7 +47,7 @@ def _slim(recipe: Recipe, folder: Path, length: int) -> DecodeSession:
     workshop = _open(recipe)
     statistics = workshop.statistics()
     plan = decide(recipe, workshop.spec, statistics)
-    workshop.install(fit(recipe, workshop.spec, statistics, plan))
+    workshop.install(workshop.codes(statistics, plan))
     return _session(workshop, plan, folder, length)
 
 

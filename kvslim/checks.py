@@ -6,12 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvslim.errors import UnsupportedError, UsageError
-from kvslim.methods.kv_pca import check_rank
+from kvslim.methods.kv_pca import STEP, check_rank
+from kvslim.methods.kv_quant import INTEGERS
+from kvslim.methods.roles import has_item_memory
 from kvslim.recipe import Recipe
 from kvslim.types import CODES, LayerPlan, ModelSpec, Plan
 
 RECALL_MARGIN = 33  # first token, span and its second copy
-LACKING = {"kv_quant": "integer cache", "kv_window": "ring"}  # what layout attention24 does not have
+LACKING = {
+    "kv_quant": "integer cache",
+    "kv_hdc": "integer cache",
+    "kv_window": "ring",
+}  # what layout attention24 does not have
 ENCODER_GATES = {"min_embedding_cosine", "min_masked_top1_agreement"}
 
 
@@ -110,8 +116,8 @@ def check_context(artifacts: Sequence[Path], specs: Sequence[ModelSpec], longest
             )
 
 
-def check_plan(plan: Plan, recipe: Recipe, spec: ModelSpec) -> None:
-    """Refuses a plan that was made for another model, or that needs methods the recipe lacks.
+def check_plan(plan: Plan, spec: ModelSpec) -> None:
+    """Refuses a plan that was made for another model, or that no graph can hold.
 
     Raises:
         UsageError: Naming the layer.
@@ -122,31 +128,39 @@ def check_plan(plan: Plan, recipe: Recipe, spec: ModelSpec) -> None:
             where="--plan",
             fix="make one for this model with `kvslim plan MODEL -o plan.json`",
         )
-    methods = {method.name for method in recipe.methods}
     for layer in plan.layers:
         where = f"--plan: layers.{layer.layer}"
-        for rank in (layer.rank, layer.value_rank):
-            if rank is not None:
-                check_rank(rank, spec, spec.windows[layer.layer], where)
+        _check_sizes(plan, layer, spec, where)
         _check_operators(plan, layer, where)
-        packed = layer.cache in CODES
-        needed = {
-            "kv_pca": layer.rank is not None,
-            "kv_window": layer.window is not None and not packed,
-            "kv_quant": layer.cache in ("int8", "int4"),
-            "kv_hdc": packed,
-        }
-        if missing := sorted(name for name, used in needed.items() if used and name not in methods):
-            raise UsageError(
-                f"the plan needs {missing[0]}, which recipe {recipe.name!r} has not",
-                where=where,
-                fix="give a recipe with that method",
-            )
+
+
+def _check_sizes(plan: Plan, layer: LayerPlan, spec: ModelSpec, where: str) -> None:
+    extras = (layer.refined, layer.value_refined or 0)
+    ranks = (layer.rank or spec.head_dim, layer.value_rank or layer.rank or spec.head_dim)
+    for rank in ranks:
+        check_rank(rank, spec, spec.windows[layer.layer], where)
+    if plan.layout == "gqa" and len(set(layer.widths(spec.head_dim))) > 1:
+        key, value = layer.widths(spec.head_dim)
+        raise UsageError(
+            f"layout gqa stores keys and values in one size, not {key} and {value}",
+            where=where,
+            fix="choose ranks and refined coordinates with one sum, or layout attention24",
+        )
+    if any(extra % STEP or not 0 <= extra <= min(ranks) for extra in extras):
+        fix = f"use a multiple of {STEP}, at most the rank"
+        raise UsageError(f"refined {max(extras)} does not fit", where=where, fix=fix)
+    coded = layer.rank is not None
+    if (any(extras) and not (coded and layer.cache in INTEGERS)) or (layer.roles is not None and not coded):
+        raise UsageError(
+            "refined coordinates need a rank and an integer cache, roles a rank",
+            where=where,
+            fix="give them, or drop it",
+        )
+    if layer.roles is not None and not all(has_item_memory(rank) for rank in ranks):
+        raise UsageError(f"no item memory of order {max(ranks)}", where=where, fix="use another rank, or no roles")
 
 
 def _check_operators(plan: Plan, layer: LayerPlan, where: str) -> None:
-    if plan.layout == "gqa" and layer.value_rank is not None:
-        raise UsageError("layout gqa gives keys and values one rank", where=where, fix="drop value_rank")
     if plan.layout == "attention24" and layer.cache != "float32":
         raise UsageError("layout attention24 has no integer cache", where=where, fix="use cache float32")
     if plan.layout == "attention24" and layer.window is not None:

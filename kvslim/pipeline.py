@@ -27,7 +27,6 @@ from kvslim.validate.measure import measure, measure_costs
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
     from kvslim.encoder_workshop import EncoderWorkshop
-    from kvslim.transform.codes import LayerCodes
     from kvslim.workshop import Workshop
 
 VERSIONED = ("kvslim", "torch", "transformers", "onnx", "onnxruntime")
@@ -83,7 +82,7 @@ def compress(
         plain.mkdir()
         workshop.export(Plan.identity(spec), plain)
         progress.stage("export the slim graph")
-        workshop.install(fit(recipe, spec, statistics, plan))
+        workshop.install(workshop.codes(statistics, plan))
         inputs = workshop.export(plan, folder)
         workshop.write_companions(folder, KVLayout.of(spec, plan), inputs)
         workshop.release()
@@ -171,16 +170,6 @@ def decide(recipe: Recipe, spec: ModelSpec, statistics: CalibrationStatistics) -
     return plan
 
 
-def fit(recipe: Recipe, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> tuple[LayerCodes, ...]:
-    """The codes that the recipe's methods fit for a plan, one entry per layer."""
-    from kvslim.transform.codes import LayerCodes
-
-    codes = tuple(LayerCodes() for _ in plan.layers)
-    for method in _in_order(recipe):
-        codes = method.apply(spec, statistics, plan, codes)
-    return codes
-
-
 def _checked(model: str, recipe: Recipe, plan: Plan | None) -> tuple[Snapshot, ModelSpec]:
     """All that can fail cheaply, before any weight is read."""
     snapshot = resolve(model)
@@ -194,7 +183,7 @@ def _checked(model: str, recipe: Recipe, plan: Plan | None) -> tuple[Snapshot, M
     for settings in (recipe.calibration, recipe.validation):
         check_source(settings.source)
     if plan is not None:
-        check_plan(plan, recipe, spec)
+        check_plan(plan, spec)
     return snapshot, spec
 
 

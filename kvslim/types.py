@@ -10,6 +10,7 @@ WeightType = Literal["fp32", "int8", "int4"]
 WeightMethod = Literal["k_quant", "rtn"]
 CacheType = Literal["float32", "int8", "int4", "codes3", "codes2", "codes1"]
 Granularity = Literal["per_channel", "per_tensor"]
+Clip = Literal["error", "minmax"]
 Kind = Literal["key", "value", "key_codes", "value_codes"]
 Layout = Literal["gqa", "attention24"]
 Objective = Literal["balanced", "key"]
@@ -90,15 +91,24 @@ class LayerPlan(Frozen):
     rank: int | None = Field(None, description="cached dimensions per kv head; None keeps head_dim untouched")
     value_rank: int | None = Field(None, description="the same for values, where it differs (layout attention24)")
     objective: Objective = "balanced"
+    refined: int = Field(0, description="leading coordinates stored twice: rounded, and what rounding left of them")
+    value_refined: int | None = Field(None, description="the same for values, where it differs")
     roles: int | None = Field(None, description="seed of the role hypervectors that spread the coordinates; None: none")
     cache: CacheType = Field("float32", description="codes3, codes2 and codes1 are packed levels of a fitted codebook")
     granularity: Granularity = "per_channel"
+    clip: Clip = "error"
     centred: bool = Field(False, description="whether the mean key is taken from all keys before rounding")
     window: int | None = Field(None, description="recent tokens kept, or with packed codes kept exact; None for all")
     sinks: int = Field(0, description="first tokens kept beside the window")
     refit: bool = Field(False, description="whether the output projection is fitted again to the compressed cache")
     score: float | None = Field(None, description="share of the score energy that the rank keeps, the worse of K and V")
     reason: str = "kept"
+
+    def widths(self, head_dim: int) -> tuple[int, int]:
+        """Numbers that a head of the cache holds of a token's key, and of its value."""
+        rank = self.rank or head_dim
+        extra = self.refined if self.value_refined is None else self.value_refined
+        return rank + self.refined, (self.value_rank or rank) + extra
 
 
 class Plan(Frozen):
@@ -205,7 +215,7 @@ def _layer_tensors(spec: ModelSpec, layer: LayerPlan, window: int | None) -> lis
     common = {"layer": layer.layer, "heads": spec.kv_heads, "window": layer.window if streams else window}
     common |= {"sinks": layer.sinks if streams else None}
     exact = "float32" if layer.cache in CODES else layer.cache
-    dims = {"key": layer.rank or spec.head_dim, "value": layer.value_rank or layer.rank or spec.head_dim}
+    dims = dict(zip(("key", "value"), layer.widths(spec.head_dim), strict=True))
     tensors = [KVTensor(kind=kind, dim=dim, dtype=exact, **common) for kind, dim in dims.items()]
     if layer.cache in CODES:
         tensors += [KVTensor(kind=f"{kind}_codes", dim=dim, dtype=layer.cache, **common) for kind, dim in dims.items()]

@@ -20,6 +20,7 @@ from kvslim.export.weights import quantise_weights
 from kvslim.load.architecture import architecture_of
 from kvslim.load.model import load_model, load_tokenizer
 from kvslim.load.source import Snapshot
+from kvslim.methods.fitting import fit
 from kvslim.progress import Progress
 from kvslim.recipe import Calibration, Recipe, Validation
 from kvslim.transform.codes import LayerCodes
@@ -68,6 +69,10 @@ class Workshop:
             )
             cache.store_statistics(key, statistics)
         return statistics
+
+    def codes(self, statistics: CalibrationStatistics, plan: Plan) -> tuple[LayerCodes, ...]:
+        """What a plan puts into the model, one entry per layer."""
+        return fit(self.spec, statistics, plan, self.recipe.methods)
 
     def install(self, codes: tuple[LayerCodes, ...]) -> None:
         """Puts codes into the model, for good."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvslim.load.source import read_spec, resolve
 from kvslim.methods import Method
-from kvslim.pipeline import decide, fit
+from kvslim.pipeline import decide
 from kvslim.progress import Silent
 from kvslim.recipe import Calibration, Recipe, Validation
 from kvslim.runtime.session import DecodeSession
@@ -35,7 +35,7 @@ def export_slim(workshop: Workshop, folder: Path) -> Plan:
     """Fits the workshop's recipe, installs it and writes the graph to a new `folder`."""
     statistics = workshop.statistics()
     plan = decide(workshop.recipe, workshop.spec, statistics)
-    workshop.install(fit(workshop.recipe, workshop.spec, statistics, plan))
+    workshop.install(workshop.codes(statistics, plan))
     folder.mkdir()
     workshop.export(plan, folder)
     return plan

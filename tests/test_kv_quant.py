@@ -7,7 +7,8 @@ import pytest
 from numbers_of_a_model import SPEC, statistics_of
 
 from kvslim.methods.kv_pca import KvPca
-from kvslim.methods.kv_quant import LEVELS, KvQuant, fit_steps
+from kvslim.methods.kv_quant import KvQuant
+from kvslim.methods.rounding import fit_steps
 from kvslim.transform.codes import LayerCodes
 from kvslim.types import Plan
 

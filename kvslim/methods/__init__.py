@@ -1,8 +1,9 @@
 """The compression methods: one file each, found through the registry. Imports no torch."""
 
 from kvslim.methods.base import METHODS, Method, method_class
+from kvslim.methods.kv_hdc import KvHdc
 from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_quant import KvQuant
 from kvslim.methods.kv_window import KvWindow
 
-__all__ = ["METHODS", "KvPca", "KvQuant", "KvWindow", "Method", "method_class"]
+__all__ = ["METHODS", "KvHdc", "KvPca", "KvQuant", "KvWindow", "Method", "method_class"]

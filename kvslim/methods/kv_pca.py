@@ -93,7 +93,10 @@ def check_rank(rank: int, spec: ModelSpec, window: int | None, where: str) -> No
 
 
 class KvPca(Method):
-    """PCA of keys and values; equal rank for both in a layer, given directly, as a share of head_dim, or by energy."""
+    """PCA of keys and values; equal rank for both in a layer, given directly, as a share of head_dim, or by energy.
+
+    Without a size all coordinates stay, in the order of their energy.
+    """
 
     name: ClassVar[str] = "kv_pca"
     order: ClassVar[int] = 10
@@ -109,8 +112,8 @@ class KvPca(Method):
     @model_validator(mode="after")
     def _one_size(self) -> KvPca:
         given = [self.rank, self.rank_ratio, self.energy]
-        if sum(size is not None for size in given) != 1:
-            raise ValueError("give exactly one of rank, rank_ratio and energy")
+        if sum(size is not None for size in given) > 1:
+            raise ValueError("give one of rank, rank_ratio and energy")
         if self.value_rank is not None and self.rank is None:
             raise ValueError("value_rank needs rank")
         return self
@@ -155,7 +158,9 @@ class KvPca(Method):
             return self.rank
         if self.rank_ratio is not None:
             return max(step, int(spec.head_dim * self.rank_ratio) // step * step)
-        enough = int((energy < (self.energy or 0)).sum()) + 1
+        if self.energy is None:
+            return spec.head_dim
+        enough = int((energy < self.energy).sum()) + 1
         return min(spec.head_dim, -(-enough // step) * step)
 
     def _bases(self, statistics: CalibrationStatistics, layer: int, objective: Objective) -> tuple[Basis, Basis]:
@@ -175,8 +180,11 @@ class KvPca(Method):
         key, value = key.truncated(layer.rank), value.truncated(layer.value_rank or layer.rank)
         by_query = lambda array: np.repeat(array, spec.group_size, axis=0)  # noqa: E731
         encoder, decoder, mean = by_query(value.encoder), by_query(value.decoder), statistics.output_mean[layer.layer]
+        extra = layer.refined if layer.value_refined is None else layer.value_refined
         return replace(
             code,
+            refined=layer.refined,
+            value_refined=extra,
             key_encoder=key.encoder,
             query_encoder=by_query(key.decoder),
             value_encoder=value.encoder,

@@ -1,14 +1,13 @@
-"""`kv_quant`: the KV cache in 8-bit integers with static symmetric scales.
+"""`kv_quant`: the KV cache in 8- or 4-bit integers with static symmetric scales.
 
-The kernel stores round(x / step) and computes with step * round(x / step). Steps come from calibration samples rotated
-to random positions of the target context, so that they hold beyond the calibration length. The clip is the one with
-the least mean fourth power of the error: one wild score does more harm to a softmax than many small errors, so a mean
-square clips too much, and the largest value seen clips too little. The first tokens, on whose keys most softmaxes
-lean, weigh by the attention that they get.
+Steps come from calibration samples rotated to random positions of the target context, so that they hold beyond the
+calibration length. The first tokens, on whose keys most softmaxes lean, weigh by the attention that they get. One
+constant vector taken from all keys of a head changes no softmax; where it makes rounding cheaper, it is taken.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -16,94 +15,122 @@ import numpy as np
 from pydantic import Field
 
 from kvslim.methods.base import Method
+from kvslim.methods.rounding import (
+    fit_steps,
+    key_samples,
+    peak_steps,
+    rounded,
+    sample_weights,
+    score_error,
+    value_samples,
+)
 from kvslim.transform.codes import Array, LayerCodes
-from kvslim.types import Granularity, ModelSpec, Plan
+from kvslim.types import BITS, Clip, Granularity, LayerPlan, ModelSpec, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
 
-LEVELS = 127  # symmetric: -127 .. 127
-CLIPS = np.linspace(1.0, 0.3, 29)
-
-
-def fit_steps(samples: Array, weights: Array, granularity: Granularity) -> Array:
-    """The quantisation step of each coordinate.
-
-    Args:
-        samples: [heads, n, dim] values that will be cached.
-        weights: [heads, n] weight of each sample.
-        granularity: One step per coordinate, or one for all.
-
-    Returns:
-        [heads, dim] steps.
-    """
-    heads, _, dim = samples.shape
-    peaks = np.abs(samples).max(axis=1)
-    peaks = np.maximum(peaks if granularity == "per_channel" else np.full_like(peaks, peaks.max()), 1e-8)
-    errors = np.stack([_error(samples, weights, peaks * clip / LEVELS) for clip in CLIPS])
-    if granularity == "per_tensor":
-        errors = np.broadcast_to(errors.sum((1, 2), keepdims=True), (len(CLIPS), heads, dim))
-    steps: Array = peaks * CLIPS[errors.argmin(0)] / LEVELS
-    return steps
-
-
-def _error(samples: Array, weights: Array, steps: Array) -> Array:
-    """[heads, dim] weighted sum of the fourth power of the rounding and clipping error."""
-    scaled = samples / steps[:, None]
-    error = (np.clip(np.round(scaled), -LEVELS, LEVELS) - scaled) * steps[:, None]
-    powered: Array = np.einsum("hnd,hn->hd", np.square(np.square(error)), weights)
-    return powered
+INTEGERS = ("int8", "int4")
 
 
 class KvQuant(Method):
-    """Static symmetric int8, per channel or per tensor."""
+    """Static symmetric int8 or int4, per channel or per tensor."""
 
     name: ClassVar[str] = "kv_quant"
     order: ClassVar[int] = 20
-    summary: ClassVar[str] = "8-bit integer cache with static scales chosen by error"
+    summary: ClassVar[str] = "8- or 4-bit integer cache with static scales chosen by error"
 
-    bits: Literal[8] = Field(8, description="bits per cached number")
+    bits: Literal[8, 4] = Field(8, description="bits per cached number")
     granularity: Granularity = Field("per_channel", description="one step per channel, or one for a layer's side")
+    clip: Clip = Field("error", description="error takes the clip that costs least; minmax clips nothing")
+    centre: bool = Field(True, description="whether keys may be centred where that makes rounding cheaper")
 
     def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
-        """Makes every layer's cache int8."""
-        reasons = ("int8" if layer.reason == "kept" else f"{layer.reason}; int8" for layer in plan.layers)
-        layers = tuple(
-            layer.model_copy(update={"cache": "int8", "granularity": self.granularity, "reason": reason})
-            for layer, reason in zip(plan.layers, reasons, strict=True)
-        )
-        return plan.model_copy(update={"layers": layers})
+        """Makes every layer's cache integer, and centres the keys of layers where that pays."""
+        update = {"cache": f"int{self.bits}", "granularity": self.granularity, "clip": self.clip}
+        return with_integers(spec, statistics, plan, update, self.centre)
 
     def apply(
         self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, codes: tuple[LayerCodes, ...]
     ) -> tuple[LayerCodes, ...]:
         """Adds scales fitted to each layer's coded keys and values."""
         return tuple(
-            code if layer.cache == "float32" else self._scaled(statistics, layer.layer, layer.granularity, code)
+            scaled(statistics, layer, code) if layer.cache in INTEGERS else code
             for layer, code in zip(plan.layers, codes, strict=True)
         )
 
-    def _scaled(
-        self, statistics: CalibrationStatistics, layer: int, granularity: Granularity, code: LayerCodes
-    ) -> LayerCodes:
-        weights = _weights(statistics, layer)
-        keys = np.concatenate([statistics.key_samples[layer], statistics.sink_keys[layer]], axis=1)
-        values = np.concatenate([statistics.value_samples[layer], statistics.sink_values[layer]], axis=1)
-        return replace(
-            code,
-            cache="int8",
-            key_scale=fit_steps(_coded(keys, code.key_encoder), weights, granularity),
-            value_scale=fit_steps(_coded(values, code.value_encoder), weights, granularity),
-            per_tensor=granularity == "per_tensor",
-        )
+
+def with_integers(
+    spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, update: Mapping[str, object], centre: bool
+) -> Plan:
+    """The plan with integer caches, keys centred in the layers where that makes rounding cheaper."""
+    from kvslim.methods.fitting import fit
+
+    layers = tuple(layer.model_copy(update=update) for layer in plan.layers)
+    coded = fit(spec, statistics, plan.model_copy(update={"layers": layers}), before=KvQuant.order)
+    chosen = []
+    for layer, code in zip(layers, coded, strict=True):
+        errors = {way: key_error(statistics, layer.model_copy(update={"centred": way}), code) for way in (False, True)}
+        centred = centre and errors[True] < errors[False]
+        words = [] if layer.reason == "kept" else [layer.reason]
+        words += [layer.cache + (f", centring takes {1 - errors[True] / errors[False]:.0%} of the error" * centred)]
+        chosen.append(layer.model_copy(update={"centred": centred, "reason": "; ".join(words)}))
+    return plan.model_copy(update={"layers": tuple(chosen)})
+
+
+def scaled(statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes) -> LayerCodes:
+    """A layer's codes with the offset of its keys and the steps of both sides."""
+    keys = _coded(key_samples(statistics, layer.layer), code.key_encoder)
+    values = _coded(value_samples(statistics, layer.layer), code.value_encoder)
+    offset = _middle(keys) if layer.centred else None
+    keys = keys if offset is None else keys - offset[:, None]
+    weights = sample_weights(statistics, layer.layer)
+    return replace(
+        code,
+        cache=layer.cache,
+        key_offset=offset,
+        key_scale=_steps(keys, weights, layer, code.refined),
+        value_scale=_steps(values, weights, layer, code.value_refined),
+        per_tensor=layer.granularity == "per_tensor",
+    )
+
+
+def key_error(statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes) -> float:
+    """What rounding a layer's keys does to its scores: mean square, but for what all keys share."""
+    made = scaled(statistics, layer, code)
+    keys = _coded(key_samples(statistics, layer.layer), code.key_encoder)
+    keys = keys if made.key_offset is None else keys - made.key_offset[:, None]
+    assert made.key_scale is not None  # scaled sets it
+    error = rounded(keys, made.key_scale, BITS[layer.cache], code.refined) - keys
+    weights = sample_weights(statistics, layer.layer)
+    error -= np.einsum("hn,hnd->hd", weights, error)[:, None]
+    return score_error(error, weights, _reader_moment(statistics, layer.layer, code))
+
+
+def _reader_moment(statistics: CalibrationStatistics, layer: int, code: LayerCodes) -> Array:
+    """[kv_heads, rank, rank] second moment of the coded queries."""
+    moment = statistics.query_moment[layer]
+    if code.query_encoder is None:
+        return moment
+    decoder = code.query_encoder[:: len(code.query_encoder) // len(moment)]
+    return np.asarray(decoder.swapaxes(1, 2) @ moment @ decoder)
+
+
+def _steps(samples: Array, weights: Array, layer: LayerPlan, refined: int) -> Array:
+    bits = BITS[layer.cache]
+    if layer.clip == "minmax":
+        return peak_steps(samples, layer.granularity, bits)
+    if not refined:
+        return fit_steps(samples, weights, layer.granularity, bits)
+    # What is held twice must not be clipped: as fine as it becomes, clipping would be all its error.
+    top = fit_steps(samples[..., :refined], weights, layer.granularity, 2 * bits) * (1 << bits)
+    return np.concatenate([top, fit_steps(samples[..., refined:], weights, layer.granularity, bits)], axis=1)
+
+
+def _middle(samples: Array) -> Array:
+    """[heads, dim] middle between the least and the largest sample."""
+    return np.asarray((samples.max(axis=1) + samples.min(axis=1)) / 2)
 
 
 def _coded(samples: Array, encoder: Array | None) -> Array:
     return samples if encoder is None else samples @ encoder
-
-
-def _weights(statistics: CalibrationStatistics, layer: int) -> Array:
-    """[heads, samples] weights that sum to 1: sinks share the attention mass they get, the others the rest."""
-    body, sinks = statistics.key_samples.shape[2], statistics.sink_keys.shape[2]
-    mass = statistics.sink_mass[layer][:, None]
-    return np.concatenate([np.repeat((1 - mass) / body, body, 1), np.repeat(mass / sinks, sinks, 1)], axis=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
@@ -66,9 +67,10 @@ class SlimAttention(nn.Module):
         query_bias, key_bias, value_bias: [heads * dim], or None.
         query_encoder: [q_heads, head_dim, rank], or None; applied after RoPE.
         key_encoder: [kv_heads, head_dim, rank], or None.
+        refined, value_refined: Leading coordinates of keys and values that the cache holds twice.
         key_offset: [kv_heads, rank], subtracted from coded keys, or None.
         cache: How keys and values are stored.
-        key_scale, value_scale: [kv_heads, rank] steps of an integer cache, or None for a float32 one.
+        key_scale, value_scale: [kv_heads, rank + refined] steps of an integer cache, or None for a float32 one.
         key_levels, value_levels: [2 ** bits] levels of packed codes in units of the scales, or None.
         ring: Sinks and recent tokens of a layer that keeps no more exactly, or None.
         rotary: RoPE of this layer, or None.
@@ -97,6 +99,7 @@ class SlimAttention(nn.Module):
         for name in ("key_scale", "value_scale", "key_levels", "value_levels"):
             self.register_buffer(name, None)
         self.cache: CacheType = "float32"
+        self.refined = self.value_refined = 0
         self.ring: Ring | None = None
         self.per_tensor = False
         self.rotary, self.window = rotary, window
@@ -127,8 +130,7 @@ class SlimAttention(nn.Module):
             query, key = self.rotary.rotated(query), self.rotary.rotated(key)
         if self.observer is not None:
             self.observer(Observed(query, key, value, bare_query, bare_key, scoring))
-        query, key = self._coded(query, key)
-        return self._evaluated(query, key, value, scoring)
+        return self._evaluated(*self._coded(query, key, value), scoring)
 
     def scoring(self, scale: float, softcap: float | None) -> Scoring:
         """How this layer's scores become weights; packed codes hide no token."""
@@ -164,7 +166,7 @@ class SlimAttention(nn.Module):
         inside = step.layout == "gqa" and self.ring is None and self._rotates_inside(query.shape[-1])
         if self.rotary is not None and not inside:
             query, key = (rotary_embedding(states, step.positions, self.rotary) for states in (query, key))
-        states = (*self._coded(query, key), value)
+        states = self._coded(query, key, value)
         if self.ring is not None and self.cache in CODES:
             return packed_attention(step, states, scoring, self.ring, self._codebooks())
         if self.ring is not None:
@@ -175,13 +177,26 @@ class SlimAttention(nn.Module):
         scales = self._kernel_scales()
         return group_query_attention(step, states, scoring, rotary=rotary, cache=self.cache, scales=scales)
 
-    def _coded(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Query and key as the cache knows them."""
+    def _coded(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value as the cache knows them."""
         if self.query_encoder is not None:
             query = query @ self.query_encoder
         if self.key_encoder is not None:
             key = key @ self.key_encoder
-        return query, key if self.key_offset is None else key - self.key_offset[:, None]
+        if self.key_offset is not None:
+            key = key - self.key_offset[:, None]
+        return (
+            query,
+            self._refined(key, self.key_scale, self.refined),
+            self._refined(value, self.value_scale, self.value_refined),
+        )
+
+    def _refined(self, states: Tensor, scale: Tensor | None, count: int) -> Tensor:
+        """The states, and behind them what rounding leaves of their first `count` coordinates."""
+        if not count or scale is None:
+            return states
+        top = states[..., :count]
+        return torch.cat([states, top - self._rounded(top, scale[:, :count])], dim=-1)
 
     def _rounded(self, states: Tensor, scale: Tensor | None) -> Tensor:
         """What the cache gives back of keys or values."""

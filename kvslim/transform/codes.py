@@ -9,6 +9,7 @@ import numpy as np
 from kvslim.types import CacheType
 
 Array = np.ndarray
+REFINEMENT = 16  # how many times finer the second copy of a refined coordinate is stored
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class LayerCodes:
         value_encoder: [kv_heads, head_dim, rank]; folded into the value projection.
         value_decoder: [q_heads, rank, head_dim]; folded into the output projection.
         value_offset: [q_heads, head_dim]; added to each decoded head output (a bias, since softmax weights sum to 1).
+        refined: Leading coordinates of the cached key that are stored twice: rounded, and what rounding left of them.
+        value_refined: The same for values.
         key_offset: [kv_heads, rank], subtracted from each coded key: the same for all keys, so no softmax sees it.
         cache: How the codes are stored.
         key_scale: [kv_heads, rank], the step of the cached integers.
@@ -32,6 +35,8 @@ class LayerCodes:
         window: Recent tokens that are kept, or with packed codes kept exact; None for all.
         sinks: First tokens kept beside the window.
         per_tensor: Whether all entries of each scale are equal and the kernel may use one.
+        output_weight: [hidden, q_heads * rank] an output projection fitted to the codes, decoders included.
+        output_bias: [hidden], its bias.
     """
 
     key_encoder: Array | None = None
@@ -39,6 +44,8 @@ class LayerCodes:
     value_encoder: Array | None = None
     value_decoder: Array | None = None
     value_offset: Array | None = None
+    refined: int = 0
+    value_refined: int = 0
     key_offset: Array | None = None
     cache: CacheType = "float32"
     key_scale: Array | None = None
@@ -48,3 +55,5 @@ class LayerCodes:
     window: int | None = None
     sinks: int = 0
     per_tensor: bool = False
+    output_weight: Array | None = None
+    output_bias: Array | None = None

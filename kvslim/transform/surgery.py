@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kvslim.load.architecture import Architecture
 from kvslim.transform.attention import NAME, SlimAttention, register
-from kvslim.transform.codes import Array, LayerCodes
+from kvslim.transform.codes import REFINEMENT, Array, LayerCodes
 from kvslim.transform.normal import normalise
 from kvslim.transform.rotary import take_over
 from kvslim.transform.streaming import Ring
@@ -120,18 +120,39 @@ def install(model: nn.Module, architecture: Architecture, codes: tuple[LayerCode
     for attention, code in zip(attention_modules(model, architecture), codes, strict=True):
         slim: SlimAttention = attention.kvslim  # type: ignore[assignment]
         if code.key_encoder is not None and code.query_encoder is not None:
-            _install_key_code(attention, slim, architecture, code.query_encoder, code.key_encoder)
+            query_encoder = _with_copies(code.query_encoder, code.refined, axis=2)
+            _install_key_code(attention, slim, architecture, query_encoder, code.key_encoder)
         if code.value_encoder is not None:
             _install_value_code(attention, slim, architecture, code)
+        if code.output_weight is not None and code.output_bias is not None:
+            _set_output(attention, architecture, code.output_weight, code.output_bias)
+        slim.refined, slim.value_refined = code.refined, code.value_refined
         if code.key_offset is not None:
             slim.key_offset = _tensor(code.key_offset)
         if code.key_scale is not None and code.value_scale is not None:
-            slim.key_scale, slim.value_scale = _tensor(code.key_scale), _tensor(code.value_scale)
+            slim.key_scale = _tensor(_with_finer(code.key_scale, code.refined))
+            slim.value_scale = _tensor(_with_finer(code.value_scale, code.value_refined))
             slim.cache, slim.per_tensor = code.cache, code.per_tensor
         if code.key_levels is not None and code.value_levels is not None:
             slim.key_levels, slim.value_levels = _tensor(code.key_levels), _tensor(code.value_levels)
         if code.window is not None:
             slim.ring = Ring(code.window, code.sinks)
+
+
+@contextlib.contextmanager
+def trial(model: nn.Module, architecture: Architecture, codes: tuple[LayerCodes, ...]) -> Iterator[None]:
+    """Within the block a prepared model computes with `codes`; after it, as before."""
+    attentions = attention_modules(model, architecture)
+    outputs = [attention.get_submodule(architecture.output) for attention in attentions]
+    slims = slim_modules(model, architecture)
+    before = [{**vars(slim), "_buffers": dict(slim._buffers)} for slim in slims]
+    try:
+        install(model, architecture, codes)
+        yield
+    finally:
+        for attention, output, slim, state in zip(attentions, outputs, slims, before, strict=True):
+            attention.set_submodule(architecture.output, output)
+            vars(slim).update(state)
 
 
 def projection(attention: nn.Module, architecture: Architecture, side: str) -> tuple[Array, Array | None]:
@@ -164,16 +185,31 @@ def _install_value_code(
         raise ValueError("a value code needs encoder, decoder and offset")
     _fold(attention, slim, architecture, "value", encoder)
     weight, bias = projection(attention, architecture, "output")
+    decoder = _with_copies(decoder, code.value_refined, axis=1)
     heads, rank, head_dim = decoder.shape
     if weight.shape[1] != heads * head_dim:
         raise ValueError(f"output projection reads {weight.shape[1]} values, the code gives {heads} x {head_dim}")
     by_head = weight.reshape(-1, heads, head_dim)
     folded = np.einsum("ohd,hrd->ohr", by_head, decoder).reshape(-1, heads * rank)
     shift = np.einsum("ohd,hd->o", by_head, offset)
-    output = nn.Linear(heads * rank, len(folded))
-    output.weight = nn.Parameter(_tensor(folded), requires_grad=False)
-    output.bias = nn.Parameter(_tensor(shift if bias is None else bias + shift), requires_grad=False)
+    _set_output(attention, architecture, folded, shift if bias is None else bias + shift)
+
+
+def _set_output(attention: nn.Module, architecture: Architecture, weight: Array, bias: Array) -> None:
+    output = nn.Linear(weight.shape[1], len(weight))
+    output.weight = nn.Parameter(_tensor(weight), requires_grad=False)
+    output.bias = nn.Parameter(_tensor(bias), requires_grad=False)
     attention.set_submodule(architecture.output, output)
+
+
+def _with_copies(array: Array, count: int, axis: int) -> Array:
+    """An array whose first `count` entries along an axis stand behind it once more."""
+    return np.concatenate([array, np.take(array, range(count), axis)], axis)
+
+
+def _with_finer(scale: Array, count: int) -> Array:
+    """Steps [heads, rank] with those of the refinement of the first `count`."""
+    return np.concatenate([scale, scale[:, :count] / REFINEMENT], axis=1)
 
 
 def _fold(attention: nn.Module, slim: SlimAttention, architecture: Architecture, side: str, encoder: Array) -> None:

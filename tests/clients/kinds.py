@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 
 from kvslim.load.source import read_spec, resolve
 from kvslim.methods import KvPca, KvQuant, Method
-from kvslim.pipeline import decide, fit
+from kvslim.pipeline import decide
 from kvslim.types import KVLayout, LayerPlan, Layout, ModelSpec, Plan, Weights
 
 PRESENT = "present.{}.key"
@@ -49,7 +49,7 @@ def make_artifact(model: Path | str, kind: Kind, folder: Path) -> Path:
     workshop = open_workshop(model, recipe)
     statistics = workshop.statistics()
     plan = _rank_per_layer(workshop.spec) if kind.rank_per_layer else decide(workshop.recipe, workshop.spec, statistics)
-    workshop.install(fit(workshop.recipe, workshop.spec, statistics, plan))
+    workshop.install(workshop.codes(statistics, plan))
     folder.mkdir()
     inputs = workshop.export(plan, folder)
     workshop.write_companions(folder, KVLayout.of(workshop.spec, plan), inputs)
