@@ -5,11 +5,13 @@ ring has rows for S sinks and W recent tokens: token p < S lies in row p, a late
 cached after RoPE, so the order of the rows does not matter; which token a row holds follows from the number of tokens
 so far.
 
-Only one Concat reads a ring, and all else reads what it made: so past and present may lie in one memory.
+New tokens are written into the ring's own rows. Where past and present lie in one memory, onnxruntime writes these rows
+and copies nothing; so the write must come after every read of the ring, and says so by taking a nothing from each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +27,7 @@ _EMPTY = 1 << 40  # the position of what a row holds before a token comes: after
 Stores = tuple[Integers, Integers] | None
 Codebooks = tuple[Levels, Levels] | None
 States = tuple[Tensor, Tensor, Tensor]
+Span = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,16 @@ class Ring:
         kept = (held <= last) & ((rows < self.sinks) | (held >= self.sinks))
         return torch.where(kept, held, _EMPTY)
 
-    def sources(self, start: Tensor, total: Tensor) -> Tensor:
-        """Where each row's token lies in the ring and the tokens `start` to `total` [batch] behind it: [batch, S + W].
+    def survivors(self, start: Tensor, total: Tensor, length: int) -> Tensor:
+        """For each of `length` new tokens from `start` on, the one that its row holds in the end: [batch, length].
 
-        Tokens at `total` or beyond fill up a batch and are not kept.
+        That is the last of those that share the row. Tokens at `total` [batch] or beyond only fill up a batch: the last
+        true one stands for them.
         """
-        rows, held = torch.arange(self.sinks + self.window), self.positions(total)
-        arrives = (held >= start[:, None]) & (held < _EMPTY)
-        return torch.where(arrives, self.sinks + self.window + held - start[:, None], rows)
+        last, start = total[:, None] - 1, start[:, None]
+        tokens = torch.minimum(start + torch.arange(length), last)
+        later = tokens + torch.div(last - tokens, self.window, rounding_mode="floor") * self.window
+        return torch.where(tokens < self.sinks, tokens, later) - start
 
     def row(self, positions: Tensor) -> Tensor:
         """Row of each position."""
@@ -77,20 +82,17 @@ def ring_attention(step: ExportStep, states: States, scoring: Scoring, ring: Rin
         [batch, length, q_heads, dim].
     """
     query, key, value = states
-    total = step.mask.sum(-1)
-    start = (total - query.shape[2]).clamp(min=0)
-    grouped = _grouped(query, key.shape[1]) * scoring.scale
-    if stores is not None:
-        key, value = (store.stored(new) for store, new in zip(stores, (key, value), strict=True))
-        grouped = grouped * stores[0].step[:, None]
-    keys, values = (torch.cat([past, new], dim=2) for past, new in zip(step.past, (key, value), strict=True))
-    step.present = _present((keys, values), ring.sources(start, total))
-    if stores is not None:
-        keys, values = (store.read(held) for store, held in zip(stores, (keys, values), strict=True))
-    hidden = _hidden(start, query.shape[2], scoring, ring, query.shape[1] // key.shape[1])
-    weights = scoring.capped(grouped @ keys.transpose(-1, -2)).masked_fill(hidden, -torch.inf).softmax(-1)
-    attended = weights @ values
-    return _ungrouped(attended if stores is None else attended * stores[1].step[:, None], query)
+    span, grouped = _span(step, query), _grouped(query, key.shape[1]) * scoring.scale
+    hidden = _hidden(ring, span, scoring, query, key)
+    if stores is None:
+        attended = _attend(scoring, [grouped] * 2, [step.past[0], key], [step.past[1], value], hidden)
+        step.present = _written(ring, span, step.past, (key, value), after=attended[:1])
+        return _ungrouped(attended[0] + attended[1], query)
+    new = stores[0].stored(key), stores[1].stored(value)
+    keys, values = ([store.read(rows) for rows in pair] for store, *pair in zip(stores, step.past, new, strict=True))
+    attended = _attend(scoring, [grouped * stores[0].step[:, None]] * 2, keys, values, hidden)
+    step.present = _written(ring, span, step.past, new, after=attended[:1])
+    return _ungrouped((attended[0] + attended[1]) * stores[1].step[:, None], query)
 
 
 def packed_attention(step: ExportStep, states: States, scoring: Scoring, ring: Ring, books: Codebooks) -> Tensor:
@@ -101,28 +103,16 @@ def packed_attention(step: ExportStep, states: States, scoring: Scoring, ring: R
     """
     assert books is not None
     query, key, value = states
-    total = step.mask.sum(-1)
-    start = (total - query.shape[2]).clamp(min=0)
-    grouped = _grouped(query, key.shape[1]) * scoring.scale
-    rings = [torch.cat([past, new], dim=2) for past, new in zip(step.past[:2], (key, value), strict=True)]
-    leaving = _leaving(ring, start[0], total[0], query.shape[2])
-    new_codes = [
-        book.stored(torch.index_select(held, 2, leaving).transpose(1, 2))
-        for book, held in zip(books, rings, strict=True)
-    ]
-    step.present = (*_present((rings[0], rings[1]), ring.sources(start, total)), *new_codes)
-    group = query.shape[1] // key.shape[1]
-    coded_keys = books[0].read(step.past[2].transpose(1, 2))
-    coded = scoring.capped((grouped * books[0].scale[:, None]) @ coded_keys.transpose(-1, -2))
-    if scoring.window is not None:
-        hidden = _hidden_codes(start, query.shape[2], step.past[2].shape[1], scoring, ring, group)
-        coded = coded.masked_fill(hidden, -torch.inf)
-    hidden = _hidden(start, query.shape[2], scoring, ring, group)
-    exact = scoring.capped(grouped @ rings[0].transpose(-1, -2)).masked_fill(hidden, -torch.inf)
-    weights = torch.cat([coded, exact], dim=-1).softmax(-1)
-    of_codes, of_ring = weights.split([coded.shape[-1], exact.shape[-1]], dim=-1)
-    decoded = of_codes @ books[1].read(step.past[3].transpose(1, 2)) * books[1].scale[:, None]
-    return _ungrouped(decoded + of_ring @ rings[1], query)
+    past, codes = step.past[:2], step.past[2:]
+    span, grouped = _span(step, query), _grouped(query, key.shape[1]) * scoring.scale
+    left = [_leaving(ring, span, query.shape[2], held, new) for held, new in zip(past, (key, value), strict=True)]
+    read = [book.read(rows.transpose(1, 2)) for book, rows in zip(books, codes, strict=True)]
+    hidden = [_hidden_codes(ring, span, scoring, query, key, codes[0]), *_hidden(ring, span, scoring, query, key)]
+    queries = [grouped * books[0].scale[:, None], grouped, grouped]
+    attended = _attend(scoring, queries, [read[0], past[0], key], [read[1], past[1], value], hidden)
+    rings = _written(ring, span, past, (key, value), after=[attended[1], *left])
+    step.present = (*rings, *(book.stored(rows) for book, rows in zip(books, left, strict=True)))
+    return _ungrouped(attended[0] * books[1].scale[:, None] + attended[1] + attended[2], query)
 
 
 def evaluated_packed_attention(states: States, scoring: Scoring, ring: Ring, books: Codebooks) -> Tensor:
@@ -146,6 +136,12 @@ def evaluated_packed_attention(states: States, scoring: Scoring, ring: Ring, boo
     return (weights * exact) @ value + (weights * ~exact) @ coded_value
 
 
+def _span(step: ExportStep, query: Tensor) -> Span:
+    """Tokens before this step and after it, [batch] each; padding of a first, unequal batch is not counted."""
+    total = step.mask.sum(-1)
+    return (total - query.shape[2]).clamp(min=0), total
+
+
 def _grouped(query: Tensor, kv_heads: int) -> Tensor:
     """[batch, q_heads, length, dim] as [batch, kv_heads, group * length, dim]: keys and values are not repeated."""
     batch, q_heads, length, dim = query.shape
@@ -158,41 +154,72 @@ def _ungrouped(attended: Tensor, query: Tensor) -> Tensor:
     return attended.reshape(batch, q_heads, length, attended.shape[-1]).transpose(1, 2)
 
 
-def _hidden(start: Tensor, length: int, scoring: Scoring, ring: Ring, group: int) -> Tensor:
-    """Which rows and new tokens a query does not see, bool [batch, 1, group * length, S + W + length].
+def _attend(
+    scoring: Scoring, queries: list[Tensor], keys: list[Tensor], values: list[Tensor], hidden: list[Tensor | None]
+) -> list[Tensor]:
+    """What one softmax over blocks of rows gives of each block: weights times values, to be scaled and summed.
 
-    It is not added to the scores as a bias, which the exporter would take for another operator's attention.
+    The scores are put together and not the rows: they are fewer numbers. Hidden rows are not added to the scores as a
+    bias, which the exporter would take for another operator's attention.
     """
-    new = start[:, None] + torch.arange(length)
-    return _by_group(scoring.hidden(new, torch.cat([ring.positions(start), new], dim=1)), group)
+    scores = [scoring.capped(query @ rows.transpose(-1, -2)) for query, rows in zip(queries, keys, strict=True)]
+    seen = [
+        block if mask is None else block.masked_fill(mask, -torch.inf)
+        for block, mask in zip(scores, hidden, strict=True)
+    ]
+    weights = torch.cat(seen, dim=-1).softmax(-1).split([rows.shape[2] for rows in keys], dim=-1)
+    return [weight @ rows for weight, rows in zip(weights, values, strict=True)]
 
 
-def _hidden_codes(start: Tensor, length: int, rows: int, scoring: Scoring, ring: Ring, group: int) -> Tensor:
-    """The same for packed codes, [batch, 1, group * length, rows]: their tokens are S, S + 1 and so on."""
-    new = start[:, None] + torch.arange(length)
-    return _by_group(scoring.hidden(new, (ring.sinks + torch.arange(rows))[None]), group)
+def _hidden(ring: Ring, span: Span, scoring: Scoring, query: Tensor, key: Tensor) -> list[Tensor | None]:
+    """Rows of the ring, and new tokens, that a query is not to see: bool [batch, 1, group * length, rows] each."""
+    new = span[0][:, None] + torch.arange(query.shape[2])
+    group = query.shape[1] // key.shape[1]
+    return [_by_group(scoring.hidden(new, tokens), group) for tokens in (ring.positions(span[0]), new)]
+
+
+def _hidden_codes(ring: Ring, span: Span, scoring: Scoring, query: Tensor, key: Tensor, codes: Tensor) -> Tensor | None:
+    """The same for packed codes, whose tokens are S, S + 1 and so on; None where every query sees all."""
+    if scoring.window is None:
+        return None
+    new = span[0][:, None] + torch.arange(query.shape[2])
+    tokens = ring.sinks + torch.arange(codes.shape[1])
+    return _by_group(scoring.hidden(new, tokens[None]), query.shape[1] // key.shape[1])
 
 
 def _by_group(hidden: Tensor, group: int) -> Tensor:
     return hidden[:, None].repeat(1, 1, group, 1)
 
 
-def _leaving(ring: Ring, start: Tensor, total: Tensor, length: int) -> Tensor:
-    """Rows, in the ring and the new tokens behind it, of what leaves the window in this step, oldest first."""
-    oldest = (start - ring.window).clamp(min=ring.sinks)
-    tokens = oldest + torch.arange(length)
+def _leaving(ring: Ring, span: Span, length: int, held: Tensor, new: Tensor) -> Tensor:
+    """Keys or values of the tokens that leave the window in this step, oldest first: [batch, tokens, heads, dim]."""
+    start, total = span[0][0], span[1][0]
+    tokens = (start - ring.window).clamp(min=ring.sinks) + torch.arange(length)
     tokens = tokens[tokens < total - ring.window]
-    return torch.where(tokens < start, ring.row(tokens), ring.sinks + ring.window + tokens - start)
+    arrived = torch.index_select(new, 2, (tokens - start).clamp(min=0))
+    rows = torch.where((tokens < start)[:, None], torch.index_select(held, 2, ring.row(tokens)), arrived)
+    return rows.transpose(1, 2)
 
 
-def _present(held: tuple[Tensor, Tensor], sources: Tensor) -> tuple[Tensor, Tensor]:
-    """The rings after the step: of ring and new tokens, the row that each row's token lies in."""
-    heads = held[0].shape[1]
-    index = sources[:, None, :, None].expand(-1, heads, -1, -1)
-    shape = (*held[0].shape[:2], sources.shape[1])
-    return tuple(  # type: ignore[return-value]
-        torch.onnx.ops.symbolic(
-            "GatherND", [rows, index], attrs={"batch_dims": 2}, dtype=rows.dtype, shape=(*shape, rows.shape[3])
-        )
-        for rows in held
+def _written(
+    ring: Ring, span: Span, past: Sequence[Tensor], new: tuple[Tensor, Tensor], after: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The rings with the new tokens in their rows, written once the tensors `after` are there."""
+    length, columns = new[0].shape[2:]
+    survivors = ring.survivors(*span, length)
+    rows = ring.row(span[0][:, None] + survivors) + _nothing(after)
+    rows, chosen = (index[:, None, :, None].expand(-1, past[0].shape[1], -1, columns) for index in (rows, survivors))
+    key, value = (
+        torch.scatter(held, 2, rows, torch.gather(rows_new, 2, chosen))
+        for held, rows_new in zip(past, new, strict=True)
     )
+    return key, value
+
+
+def _nothing(after: Sequence[Tensor]) -> Tensor:
+    """Zero, [1], that cannot be had before the tensors `after`, the first of which is not empty.
+
+    Their shapes would not do: exporter and runtime know them beforehand.
+    """
+    first = torch.cat([tensor.reshape(-1) for tensor in after])[:1]
+    return (first > torch.inf).long()
