@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvslim.types import KVLayout, ModelSpec
+from kvslim.types import WINDOW_SLACK, KVLayout, ModelSpec
 
 GENAI_MAX_LENGTH = 2048
 SAMPLING = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
@@ -68,6 +68,7 @@ def _genai_decoder(spec: ModelSpec, layout: KVLayout, inputs: tuple[str, ...]) -
         "num_attention_heads": spec.q_heads,
         "num_key_value_heads": max(tensor.heads for tensor in layout.tensors),
         "num_hidden_layers": spec.layers,
+        **_sliding_window(layout),
         "inputs": {
             **{name: name for name in inputs},
             "past_key_names": "past_key_values.%d.key",
@@ -79,6 +80,20 @@ def _genai_decoder(spec: ModelSpec, layout: KVLayout, inputs: tuple[str, ...]) -
             "present_value_names": "present.%d.value",
         },
     }
+
+
+def _sliding_window(layout: KVLayout) -> dict[str, Any]:
+    """The layers whose cache has a fixed number of rows, where others have not; genai then gives those their rows.
+
+    It knows one number for all, and allocates the operator's slack beside the window that it is told.
+    """
+    kept = {tensor.layer: tensor.kept for tensor in layout.tensors}
+    fixed = {layer: rows for layer, rows in kept.items() if rows is not None}
+    rows = next(iter(fixed.values()), 0)
+    if len(fixed) == len(kept) or set(fixed.values()) != {rows} or rows <= WINDOW_SLACK:
+        return {}
+    window = {"window_size": rows - WINDOW_SLACK, "layers": sorted(fixed)}
+    return {"sliding_window": {**window, "slide_key_value_cache": False, "slide_inputs": False}}
 
 
 def _genai_search(max_length: int, generation: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from models import open_workshop, recipe_of
 from onnx import helper, numpy_helper
 
 from kvslim.load.source import read_spec, resolve
-from kvslim.methods import KvPca, KvQuant, Method
+from kvslim.methods import KvPca, KvQuant, KvWindow, Method
 from kvslim.pipeline import decide
 from kvslim.types import KVLayout, LayerPlan, Layout, ModelSpec, Plan, Weights
 
@@ -30,12 +30,15 @@ class Kind:
 
 
 HALF = KvPca(rank_ratio=0.5)
+RING = KvWindow(window=16, sinks=2)
 GAP = "a layer without cache"
 KINDS: dict[str, Kind] = {
     "plain": Kind(),
     "kv_pca": Kind((HALF,)),
     "kv_quant": Kind((KvQuant(),)),
     "kv_pca + kv_quant": Kind((HALF, KvQuant())),
+    "kv_window": Kind((RING,)),
+    "kv_pca + kv_window + kv_quant": Kind((HALF, RING, KvQuant())),
     "int4 weights": Kind(weights="int4"),
     "a rank per layer": Kind((HALF,), rank_per_layer=True),
 }

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from clients.conftest import ArtifactOf
-from clients.kinds import KINDS, make_artifact
+from clients.kinds import KINDS, Kind, make_artifact
 from clients.runners import genai_tokens, our_tokens
+from kvslim.methods import KvWindow
 from kvslim.runtime.generate import eos_ids, load_tokenizer
 
 PLAIN = KINDS["plain"]
@@ -70,3 +71,21 @@ def test_genai_tokenizer_gives_our_ids_when_asked_for_special_tokens(artifact: A
     tokenizer = genai.Tokenizer(genai.Model(str(folder)))
     tokenizer.update_options(add_special_tokens=True)
     assert tokenizer.encode(text).tolist() == load_tokenizer(folder).encode(text).ids
+
+
+@pytest.mark.clients
+def test_genai_runs_rings_beside_full_caches_when_buffers_are_shared(tiny_llama: Path, tmp_path: Path) -> None:
+    kind = Kind((KvWindow(window=21, sinks=2, layers=(1,)),))
+    folder = make_artifact(tiny_llama, kind, tmp_path / "mixed")
+    prompt = list(range(5, 45))
+    prompts = [prompt, prompt[::-1]]
+    assert genai_tokens(folder, prompts) == [our_tokens(folder, ids) for ids in prompts]
+    with pytest.raises(RuntimeError, match="invalid dimensions"):
+        genai_tokens(folder, prompts, shared_buffer=False)
+
+
+@pytest.mark.clients
+def test_genai_runs_a_model_with_windows_in_some_layers(tiny_model: ModelOf, tmp_path: Path) -> None:
+    folder = make_artifact(tiny_model("gemma3_text"), PLAIN, tmp_path / "plain")
+    prompt = list(range(5, 45))
+    assert genai_tokens(folder, [prompt]) == [our_tokens(folder, prompt)]
