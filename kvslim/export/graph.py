@@ -52,9 +52,10 @@ class _Decoder(nn.Module):
         past: list[tuple[Tensor, ...]],
     ) -> tuple[Tensor, list[tuple[Tensor, ...] | None]]:
         rows = past[0][0].shape[2]
+        shared: dict[object, Tensor] = {}
         for slim, tensors, layer_past in zip(self.slims, _by_layer(self.layout), past, strict=True):
             windowed = tensors[0].window is not None
-            slim.step = ExportStep(self.layout.layout, windowed, layer_past, rows, attention_mask, position_ids)
+            slim.step = ExportStep(self.layout.layout, windowed, layer_past, rows, attention_mask, position_ids, shared)
         head = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))
         try:
             output = self.model(

@@ -31,6 +31,7 @@ class ExportStep:
         rows: Rows of every cache in layout attention24, read off one, so that all layers share what masks them.
         mask: [batch, total] int64, 1 for every token so far and of this step.
         positions: [batch, length] int64, of the new tokens.
+        shared: What is the same in all layers of a step and better traced once, by the name that a layer gives it.
         present: Key and value cache with the new tokens, once attention has run; then new rows of packed codes.
     """
 
@@ -40,6 +41,7 @@ class ExportStep:
     rows: int
     mask: Tensor
     positions: Tensor
+    shared: dict[object, Tensor]
     present: tuple[Tensor, ...] | None = field(default=None, init=False)
 
 

@@ -105,7 +105,9 @@ def packed_attention(step: ExportStep, states: States, scoring: Scoring, ring: R
     query, key, value = states
     past, codes = step.past[:2], step.past[2:]
     span, grouped = _span(step, query), _grouped(query, key.shape[1]) * scoring.scale
-    left = [_leaving(ring, span, query.shape[2], held, new) for held, new in zip(past, (key, value), strict=True)]
+    if ring not in step.shared:  # its length is known to no one before it runs, and dear to trace in every layer
+        step.shared[ring] = _leaving(ring, span, query.shape[2])
+    left = [_left(ring, span, step.shared[ring], held, new) for held, new in zip(past, (key, value), strict=True)]
     read = [book.read(rows.transpose(1, 2)) for book, rows in zip(books, codes, strict=True)]
     hidden = [_hidden_codes(ring, span, scoring, query, key, codes[0]), *_hidden(ring, span, scoring, query, key)]
     queries = [grouped * books[0].scale[:, None], grouped, grouped]
@@ -191,11 +193,15 @@ def _by_group(hidden: Tensor, group: int) -> Tensor:
     return hidden[:, None].repeat(1, 1, group, 1)
 
 
-def _leaving(ring: Ring, span: Span, length: int, held: Tensor, new: Tensor) -> Tensor:
-    """Keys or values of the tokens that leave the window in this step, oldest first: [batch, tokens, heads, dim]."""
-    start, total = span[0][0], span[1][0]
-    tokens = (start - ring.window).clamp(min=ring.sinks) + torch.arange(length)
-    tokens = tokens[tokens < total - ring.window]
+def _leaving(ring: Ring, span: Span, length: int) -> Tensor:
+    """Positions of the tokens that leave the window in this step, oldest first."""
+    tokens = (span[0][0] - ring.window).clamp(min=ring.sinks) + torch.arange(length)
+    return tokens[tokens < span[1][0] - ring.window]
+
+
+def _left(ring: Ring, span: Span, tokens: Tensor, held: Tensor, new: Tensor) -> Tensor:
+    """Keys or values of tokens, from the ring or the new ones: [batch, tokens, heads, dim]."""
+    start = span[0][0]
     arrived = torch.index_select(new, 2, (tokens - start).clamp(min=0))
     rows = torch.where((tokens < start)[:, None], torch.index_select(held, 2, ring.row(tokens)), arrived)
     return rows.transpose(1, 2)
