@@ -103,19 +103,12 @@ def test_layout_attention24_refuses_rings() -> None:
         ({"window": 8, "sinks": -1}, "-1 sinks"),
         ({"sinks": 4}, "sinks without a window"),
         ({"cache": "codes2"}, "cache codes2 without a window"),
-        ({"window": 8, "cache": "codes2"}, "kv_hdc"),
     ],
 )
 def test_plan_is_refused_when_a_ring_cannot_be(layer: dict[str, object], fault: str) -> None:
     layers = (LayerPlan.model_validate({"layer": 0, **layer}), *(LayerPlan(layer=i) for i in range(1, SPEC.layers)))
     with pytest.raises(UsageError, match=fault):
-        check_plan(Plan(layers=layers), recipe_of([KvWindow()]), SPEC)
-
-
-def test_plan_is_refused_when_the_recipe_has_no_kv_window() -> None:
-    layers = tuple(LayerPlan(layer=index, window=8) for index in range(SPEC.layers))
-    with pytest.raises(UsageError, match="the plan needs kv_window"):
-        check_plan(Plan(layers=layers), recipe_of(), SPEC)
+        check_plan(Plan(layers=layers), SPEC)
 
 
 def test_inspect_counts_sinks_window_and_codes(tmp_path: Path) -> None:
