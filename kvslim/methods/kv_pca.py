@@ -33,16 +33,17 @@ class Basis(NamedTuple):
     Attributes:
         encoder: [heads, d, d]; a cached vector x is stored as `x @ encoder`.
         decoder: [heads, d, d]; a vector y that x meets in a product is read as `y @ decoder`.
-        energy: [heads, d]; the share of E[(x . y)^2] that the first r coordinates keep is `energy[:, r - 1]`.
+        values: [heads, d]; what each coordinate adds to E[(x . y)^2].
     """
 
     encoder: Array
     decoder: Array
-    energy: Array
+    values: Array
 
-    def truncated(self, rank: int | None) -> Basis:
-        """The best code of a rank."""
-        return Basis(self.encoder[..., :rank], self.decoder[..., :rank], self.energy[..., :rank])
+    @property
+    def energy(self) -> Array:
+        """[heads, d]; the share of E[(x . y)^2] that the first r of all d coordinates keep is `energy[:, r - 1]`."""
+        return np.asarray(np.cumsum(self.values, axis=-1) / self.values.sum(-1, keepdims=True))
 
 
 def balanced_basis(moment: Array, metric: Array, damping: float) -> Basis:
@@ -63,7 +64,7 @@ def balanced_basis(moment: Array, metric: Array, damping: float) -> Basis:
     quarter = values[:, None, :] ** 0.25
     encoder = root @ vectors / quarter
     decoder = np.linalg.solve(root.swapaxes(-1, -2), vectors) * quarter
-    return Basis(encoder, decoder, np.cumsum(values, axis=-1) / values.sum(-1, keepdims=True))
+    return Basis(encoder, decoder, values)
 
 
 def _damped(matrix: Array, damping: float) -> Array:
@@ -129,7 +130,7 @@ class KvPca(Method):
         """Sets each layer's ranks and objective, with the least energy kept by any of its heads as score."""
         layers = []
         for layer in plan.layers:
-            bases = self._bases(statistics, layer.layer, self.objective)
+            bases = self.bases(statistics, layer.layer, self.objective)
             key, value = (basis.energy.min(0) for basis in bases)
             step = rank_step(spec.windows[layer.layer])
             if plan.layout == "gqa":
@@ -163,7 +164,7 @@ class KvPca(Method):
         enough = int((energy < self.energy).sum()) + 1
         return min(spec.head_dim, -(-enough // step) * step)
 
-    def _bases(self, statistics: CalibrationStatistics, layer: int, objective: Objective) -> tuple[Basis, Basis]:
+    def bases(self, statistics: CalibrationStatistics, layer: int, objective: Objective) -> tuple[Basis, Basis]:
         """Bases of keys and of values of one layer."""
         balanced = objective == "balanced"
         key, value = statistics.key_moment[layer], statistics.output_moment[layer]
@@ -176,18 +177,19 @@ class KvPca(Method):
     def _code(
         self, spec: ModelSpec, statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes
     ) -> LayerCodes:
-        key, value = self._bases(statistics, layer.layer, layer.objective)
-        key, value = key.truncated(layer.rank), value.truncated(layer.value_rank or layer.rank)
+        key, value = self.bases(statistics, layer.layer, layer.objective)
+        key_rank, value_rank = layer.rank, layer.value_rank or layer.rank
         by_query = lambda array: np.repeat(array, spec.group_size, axis=0)  # noqa: E731
-        encoder, decoder, mean = by_query(value.encoder), by_query(value.decoder), statistics.output_mean[layer.layer]
+        encoder, decoder = by_query(value.encoder[..., :value_rank]), by_query(value.decoder[..., :value_rank])
+        mean = statistics.output_mean[layer.layer]
         extra = layer.refined if layer.value_refined is None else layer.value_refined
         return replace(
             code,
             refined=layer.refined,
             value_refined=extra,
-            key_encoder=key.encoder,
-            query_encoder=by_query(key.decoder),
-            value_encoder=value.encoder,
+            key_encoder=key.encoder[..., :key_rank],
+            query_encoder=by_query(key.decoder[..., :key_rank]),
+            value_encoder=value.encoder[..., :value_rank],
             value_decoder=decoder.swapaxes(-1, -2),
             value_offset=mean - np.einsum("hd,hdr,her->he", mean, encoder, decoder),
         )

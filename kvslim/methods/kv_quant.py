@@ -70,7 +70,10 @@ def with_integers(
     coded = fit(spec, statistics, plan.model_copy(update={"layers": layers}), before=KvQuant.order)
     chosen = []
     for layer, code in zip(layers, coded, strict=True):
-        errors = {way: key_error(statistics, layer.model_copy(update={"centred": way}), code) for way in (False, True)}
+        errors = {
+            way: rounding_errors(statistics, layer.model_copy(update={"centred": way}), code)[0]
+            for way in (False, True)
+        }
         centred = centre and errors[True] < errors[False]
         words = [] if layer.reason == "kept" else [layer.reason]
         words += [layer.cache + (f", centring takes {1 - errors[True] / errors[False]:.0%} of the error" * centred)]
@@ -95,25 +98,26 @@ def scaled(statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes
     )
 
 
-def key_error(statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes) -> float:
-    """What rounding a layer's keys does to its scores: mean square, but for what all keys share."""
-    made = scaled(statistics, layer, code)
+def rounding_errors(statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes) -> tuple[float, float]:
+    """What rounding a layer's keys does to its scores, but for what all keys share, and its values to the output.
+
+    Both are mean squares, summed over heads.
+    """
+    made, bits = scaled(statistics, layer, code), BITS[layer.cache]
     keys = _coded(key_samples(statistics, layer.layer), code.key_encoder)
     keys = keys if made.key_offset is None else keys - made.key_offset[:, None]
-    assert made.key_scale is not None  # scaled sets it
-    error = rounded(keys, made.key_scale, BITS[layer.cache], code.refined) - keys
+    values = _coded(value_samples(statistics, layer.layer), code.value_encoder)
     weights = sample_weights(statistics, layer.layer)
-    error -= np.einsum("hn,hnd->hd", weights, error)[:, None]
-    return score_error(error, weights, _reader_moment(statistics, layer.layer, code))
-
-
-def _reader_moment(statistics: CalibrationStatistics, layer: int, code: LayerCodes) -> Array:
-    """[kv_heads, rank, rank] second moment of the coded queries."""
-    moment = statistics.query_moment[layer]
-    if code.query_encoder is None:
-        return moment
-    decoder = code.query_encoder[:: len(code.query_encoder) // len(moment)]
-    return np.asarray(decoder.swapaxes(1, 2) @ moment @ decoder)
+    key_error = rounded(keys, np.asarray(made.key_scale), bits, code.refined) - keys
+    key_error -= np.einsum("hn,hnd->hd", weights, key_error)[:, None]
+    value_error = rounded(values, np.asarray(made.value_scale), bits, code.value_refined) - values
+    query_moment, gram = statistics.query_moment[layer.layer], statistics.output_gram[layer.layer]
+    if code.query_encoder is not None and code.value_decoder is not None:
+        decoder = code.query_encoder[:: len(code.query_encoder) // len(keys)]
+        query_moment = decoder.swapaxes(1, 2) @ query_moment @ decoder
+        decoder = code.value_decoder[:: len(code.value_decoder) // len(values)]
+        gram = decoder @ gram @ decoder.swapaxes(1, 2)
+    return score_error(key_error, weights, query_moment), score_error(value_error, weights, gram)
 
 
 def _steps(samples: Array, weights: Array, layer: LayerPlan, refined: int) -> Array:

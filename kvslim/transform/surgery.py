@@ -129,10 +129,11 @@ def install(model: nn.Module, architecture: Architecture, codes: tuple[LayerCode
         slim.refined, slim.value_refined = code.refined, code.value_refined
         if code.key_offset is not None:
             slim.key_offset = _tensor(code.key_offset)
-        if code.key_scale is not None and code.value_scale is not None:
+        if code.key_scale is not None:
             slim.key_scale = _tensor(_with_finer(code.key_scale, code.refined))
+        if code.value_scale is not None:
             slim.value_scale = _tensor(_with_finer(code.value_scale, code.value_refined))
-            slim.cache, slim.per_tensor = code.cache, code.per_tensor
+        slim.cache, slim.per_tensor = code.cache, code.per_tensor
         if code.key_levels is not None and code.value_levels is not None:
             slim.key_levels, slim.value_levels = _tensor(code.key_levels), _tensor(code.value_levels)
         if code.window is not None:

@@ -1,0 +1,111 @@
+"""What a choice costs: the score energy that a rank drops, and the noise that rounding adds.
+
+In the balanced basis coordinate j of the cache has power sqrt(lam_j) and so has its reader: dropping it costs lam_j,
+and rounding noise, spread evenly over a group of n coordinates by their roles, costs (sum of sqrt(lam_j))^2 / n times
+a factor of the quantiser. The factor is measured on samples, once per layer and side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from kvslim.methods.fitting import fit
+from kvslim.methods.kv_hdc import KvHdc
+from kvslim.methods.kv_pca import KvPca, rank_step
+from kvslim.methods.kv_quant import rounding_errors
+from kvslim.methods.roles import has_item_memory
+from kvslim.types import LayerPlan, ModelSpec, Plan
+
+if TYPE_CHECKING:
+    from kvslim.calibrate.statistics import CalibrationStatistics
+
+Array = np.ndarray
+STEP = 8
+FINER = 100.0  # an 8-bit step has room to spare, so its noise is not quite 16^2 times less than that of 4 bits
+
+
+class Choice(NamedTuple):
+    """What one side of a layer keeps: coordinates, and how many of them twice."""
+
+    rank: int
+    refined: int
+
+
+class Cost(NamedTuple):
+    """What a choice adds to a side's scores: dropped energy and rounding noise."""
+
+    dropped: float
+    noise: float
+
+
+@dataclass(frozen=True)
+class SideCosts:
+    """Costs of one side of one layer.
+
+    Attributes:
+        values: [heads, head_dim] eigenvalues of the balanced basis, largest first.
+        factor: Noise of 4-bit rounding per unit of evenly spread power.
+    """
+
+    values: Array
+    factor: float
+
+    def cost(self, choice: Choice, bits: int) -> Cost:
+        """The cost of a choice stored in 8 or 4 bits."""
+        rank, refined = choice
+        kept, twice = self._spread(refined, rank), self._spread(0, refined)
+        noise = self.factor * (kept + twice / FINER)
+        return Cost(float(self.values[:, rank:].sum()), noise if bits == 4 else noise / FINER)
+
+    def _spread(self, start: int, stop: int) -> float:
+        if start == stop:
+            return 0.0
+        amplitude = np.sqrt(np.maximum(self.values[:, start:stop], 0)).sum(1)
+        return float(np.square(amplitude).sum() / (stop - start))
+
+
+def side_costs(spec: ModelSpec, statistics: CalibrationStatistics) -> list[tuple[SideCosts, SideCosts]]:
+    """Costs of keys and of values, layer by layer."""
+    whole = tuple(bundled(LayerPlan(layer=layer), Choice(spec.head_dim, 0), None, 4) for layer in range(spec.layers))
+    codes = fit(spec, statistics, Plan(layers=whole))
+    costs = []
+    for layer, code in zip(whole, codes, strict=True):
+        sides = []
+        bases = KvPca().bases(statistics, layer.layer, "balanced")
+        for basis, noise in zip(bases, rounding_errors(statistics, layer, code), strict=True):
+            bare = SideCosts(basis.values, 1.0)
+            sides.append(SideCosts(basis.values, noise / bare.cost(Choice(spec.head_dim, 0), 4).noise))
+        costs.append((sides[0], sides[1]))
+    return costs
+
+
+def choices(spec: ModelSpec, window: int | None, width: int, bits: int) -> Iterator[Choice]:
+    """All that one side can keep in a cache of `width` numbers per head."""
+    for refined in range(0, width // 2 + 1, STEP) if bits == 4 else (0,):
+        rank = width - refined
+        if rank <= spec.head_dim and width % rank_step(window) == 0 and _has_roles(rank, refined):
+            yield Choice(rank, refined)
+
+
+def bundled(layer: LayerPlan, key: Choice, value: Choice | None, bits: int) -> LayerPlan:
+    """A layer's plan with these choices, as hyperdimensional codes in integers."""
+    value = value or key
+    return layer.model_copy(
+        update={
+            "rank": key.rank,
+            "value_rank": None if value.rank == key.rank else value.rank,
+            "refined": key.refined,
+            "value_refined": None if value.refined == key.refined else value.refined,
+            "roles": KvHdc().seed,
+            "cache": f"int{bits}",
+            "granularity": "per_channel" if bits == 4 else "per_tensor",
+        }
+    )
+
+
+def _has_roles(rank: int, refined: int) -> bool:
+    return has_item_memory(rank - refined) and has_item_memory(refined)

@@ -1,0 +1,104 @@
+"""How far a model with codes is from itself without, in torch, before any graph is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvslim.load.architecture import Architecture
+from kvslim.transform.codes import Array, LayerCodes
+from kvslim.transform.surgery import trial
+
+UNCHANGED = LayerCodes()
+
+
+class Judge:
+    """Divergence from the model as it is, on a few windows of text.
+
+    What the layers give without codes is remembered, so that a trial costs only the layers from the first changed one.
+
+    Args:
+        model: The prepared model, without codes.
+        architecture: Where its parts live.
+        windows: [n, length] token ids.
+    """
+
+    def __init__(self, model: Any, architecture: Architecture, windows: Array) -> None:
+        self.model, self.architecture = model, architecture
+        self.layers = list(model.get_submodule(architecture.layers).children())
+        self.windows = [torch.from_numpy(window[None]) for window in windows]
+        self._outputs: list[list[Any]] = []
+        self._reference: list[Tensor] = []
+        for window in self.windows:
+            with self._remembering() as outputs:
+                self._reference.append(self._log_probabilities(window))
+            self._outputs.append(outputs)
+
+    def kl(self, codes: tuple[LayerCodes, ...]) -> float:
+        """Mean KL(model || model with codes), nats per token."""
+        first = next((layer for layer, code in enumerate(codes) if code is not UNCHANGED), None)
+        if first is None:
+            return 0.0
+        total = 0.0
+        with trial(self.model, self.architecture, codes):
+            for window, outputs, reference in zip(self.windows, self._outputs, self._reference, strict=True):
+                with self._replaying(outputs, first):
+                    student = self._log_probabilities(window)
+                divergence = (reference.exp() * (reference - student)).sum(-1)
+                total += float(divergence.double().mean())
+        return max(total / len(self.windows), 0.0)
+
+    def recall(self, codes: tuple[LayerCodes, ...], items: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float:
+        """Share of answer tokens that the model with codes finds most likely; items are prompts with answers."""
+        hits = count = 0
+        with trial(self.model, self.architecture, codes), torch.inference_mode():
+            for prompt, answer in items:
+                ids = torch.tensor([[*prompt, *answer]])
+                logits = self.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+                hits += int((logits.argmax(-1) == torch.tensor(answer)).sum())
+                count += len(answer)
+        return hits / count
+
+    def _log_probabilities(self, window: Tensor) -> Tensor:
+        with torch.inference_mode():
+            result: Tensor = self.model(input_ids=window, use_cache=False).logits[0].float().log_softmax(-1)
+        return result
+
+    @contextmanager
+    def _remembering(self) -> Iterator[list[Any]]:
+        outputs: list[Any] = []
+        hooks = [layer.register_forward_hook(lambda *call: outputs.append(call[2])) for layer in self.layers]
+        try:
+            yield outputs
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def _replaying(self, outputs: list[Any], first: int) -> Iterator[None]:
+        """Within the block the layers before `first` give what they gave without codes."""
+        try:
+            for layer, output in zip(self.layers[:first], outputs, strict=False):
+                layer.forward = lambda *_, output=output, **__: output
+            yield
+        finally:
+            for layer in self.layers[:first]:
+                del layer.forward
+
+
+def probe_windows(windows: Array, vocab_size: int, layers: int) -> Array:
+    """So many of the windows that judging stays quick and small: the larger the model, the fewer, at least two.
+
+    Args:
+        windows: [n, length] token ids.
+        vocab_size: Entries of one row of logits, which are remembered for all tokens.
+        layers: Of the model; each is probed several times.
+    """
+    tokens = min(2**27 // vocab_size, 2**17 // layers**2)
+    length = min(windows.shape[1], 512)
+    return np.ascontiguousarray(windows[: max(2, tokens // length), :length])
