@@ -125,6 +125,16 @@ class Plan(Frozen):
         return cls(layout=layout, window_cache=window_cache, layers=layers)
 
 
+class PlanPoint(Frozen):
+    """A plan that was measured in torch on calibration text, before any graph was made."""
+
+    cache: CacheType
+    kv_bytes_per_token: float = Field(description="of a cache at the target context")
+    kv_ratio: float = Field(description="plain fp32 cache over this one")
+    kl: float = Field(description="mean KL to the model as it is, nats per token")
+    recall_drop: float | None = Field(None, description="recall lost, as a share; None where no limit asks for it")
+
+
 class KVTensor(Frozen):
     """One KV input of the graph.
 

@@ -35,21 +35,14 @@ def allocate(layers: Sequence[Sequence[Option]], budget: float) -> list[Option] 
         The options, or None when even the smallest do not fit.
     """
     hulls = [hull(options) for options in layers]
-    taken = [0] * len(hulls)
-    room = budget - sum(options[0].size for options in hulls)
-    if room < 0:
+    taken = [options[0] for options in hulls]
+    if sum(option.size for option in taken) > budget:
         return None
-    while True:
-        steps = [
-            (_gain(options, place), layer)
-            for layer, (options, place) in enumerate(zip(hulls, taken, strict=True))
-            if place + 1 < len(options) and options[place + 1].size - options[place].size <= room
-        ]
-        if not steps:
-            return [options[place] for options, place in zip(hulls, taken, strict=True)]
-        _, layer = max(steps)
-        room -= hulls[layer][taken[layer] + 1].size - hulls[layer][taken[layer]].size
-        taken[layer] += 1
+    for open_options in (hulls, layers):  # along the hulls, then whatever still fits between them
+        while step := _best_step(open_options, taken, budget - sum(option.size for option in taken)):
+            layer, option = step
+            taken[layer] = option
+    return taken
 
 
 def hull(options: Sequence[Option]) -> list[Option]:
@@ -64,8 +57,18 @@ def hull(options: Sequence[Option]) -> list[Option]:
     return kept
 
 
-def _gain(options: Sequence[Option], place: int) -> float:
-    return _slope(options[place], options[place + 1])
+def _best_step(layers: Sequence[Sequence[Option]], taken: Sequence[Option], room: float) -> tuple[int, Option] | None:
+    """The layer and its larger option that take most loss per byte added, of those that fit."""
+    steps = [
+        (_slope(now, option), layer, option)
+        for layer, (options, now) in enumerate(zip(layers, taken, strict=True))
+        for option in options
+        if option.loss < now.loss and now.size < option.size <= now.size + room
+    ]
+    if not steps:
+        return None
+    _, layer, option = max(steps)
+    return layer, option
 
 
 def _slope(smaller: Option, larger: Option) -> float:

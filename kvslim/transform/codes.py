@@ -12,7 +12,7 @@ Array = np.ndarray
 REFINEMENT = 16  # how many times finer the second copy of a refined coordinate is stored
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerCodes:
     """Linear codes and quantisation scales of one layer's cache; None leaves that part of the layer as it is.
 
@@ -57,3 +57,9 @@ class LayerCodes:
     per_tensor: bool = False
     output_weight: Array | None = None
     output_bias: Array | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the layer stays as it is."""
+        parts = (self.key_encoder, self.value_encoder, self.key_offset, self.key_scale, self.value_scale)
+        return all(part is None for part in (*parts, self.window, self.output_weight))

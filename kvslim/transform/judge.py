@@ -14,8 +14,6 @@ from kvslim.load.architecture import Architecture
 from kvslim.transform.codes import Array, LayerCodes
 from kvslim.transform.surgery import trial
 
-UNCHANGED = LayerCodes()
-
 
 class Judge:
     """Divergence from the model as it is, on a few windows of text.
@@ -41,7 +39,7 @@ class Judge:
 
     def kl(self, codes: tuple[LayerCodes, ...]) -> float:
         """Mean KL(model || model with codes), nats per token."""
-        first = next((layer for layer, code in enumerate(codes) if code is not UNCHANGED), None)
+        first = next((layer for layer, code in enumerate(codes) if not code.is_empty), None)
         if first is None:
             return 0.0
         total = 0.0
