@@ -29,7 +29,8 @@ def check_task(recipe: Recipe, spec: ModelSpec) -> None:
     """
     gates = {name for name, limit in recipe.gates if limit is not None}
     if spec.is_encoder:
-        misfits = [method.name for method in recipe.methods] + sorted(gates - ENCODER_GATES)
+        asked = [method.name for method in recipe.methods] + ["a budget"] * (recipe.budget is not None)
+        misfits = asked + sorted(gates - ENCODER_GATES)
         kind, lack, fix = "an encoder", "which has no KV cache", "use `-r encoder`"
     else:
         misfits = sorted(gates & ENCODER_GATES)
@@ -48,6 +49,12 @@ def check_layout(recipe: Recipe) -> None:
     Raises:
         UsageError: Naming the method.
     """
+    names = {method.name for method in recipe.methods}
+    if recipe.layout == "attention24" and recipe.budget is not None:
+        raise UsageError("the planner plans for layout gqa", where="recipe: budget", fix="use layout gqa")
+    if {"kv_hdc", "kv_quant"} <= names:
+        message = "kv_hdc and kv_quant both choose how the cache is stored"
+        raise UsageError(message, where="recipe: methods", fix="drop one of them")
     for method in recipe.methods:
         if recipe.layout == "attention24" and method.name in LACKING:
             raise UsageError(

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
 from kvslim.calibrate.corpus import check_source
 from kvslim.checks import check_context, check_encoders, check_layout, check_lengths, check_plan, check_task
 from kvslim.errors import NotFoundError, UnsupportedError, UsageError
@@ -20,7 +22,7 @@ from kvslim.methods import Method
 from kvslim.progress import Progress, Silent
 from kvslim.recipe import Recipe, parse_recipe
 from kvslim.report.card import write_card
-from kvslim.types import Frozen, KVLayout, Manifest, Measures, ModelSpec, Plan, Report, Source
+from kvslim.types import Frozen, KVLayout, Manifest, Measures, ModelSpec, Plan, PlanPoint, Report, Source
 from kvslim.validate.encoder import encoder_costs, measure_encoder
 from kvslim.validate.measure import measure, measure_costs
 
@@ -38,6 +40,8 @@ class PlanSummary(Frozen):
     plan: Plan
     kv_bytes_per_token: float
     plain_kv_bytes_per_token: float
+    kl: float = Field(description="mean KL measured in torch on calibration text that no projection was fitted to")
+    frontier: tuple[PlanPoint, ...] = Field((), description="what the planner saw at other sizes, the largest first")
 
 
 def compress(
@@ -74,7 +78,7 @@ def compress(
         workshop = _open(snapshot, spec, recipe, progress)
         progress.stage("calibrate")
         statistics = workshop.statistics()
-        plan = plan or decide(recipe, spec, statistics)
+        plan = plan or _planned(workshop, statistics, progress).plan
         progress.stage("held-out text")
         evaluation = workshop.evaluation()
         progress.stage("export the plain baseline")
@@ -109,13 +113,7 @@ def plan(model: str, recipe: Recipe, *, progress: Progress | None = None) -> Pla
     workshop = _open(snapshot, spec, recipe, progress)
     progress.stage("calibrate")
     statistics = workshop.statistics()
-    decided = decide(recipe, spec, statistics)
-    context = recipe.calibration.target(spec)
-    return PlanSummary(
-        plan=decided,
-        kv_bytes_per_token=KVLayout.of(spec, decided).bytes_per_token(context),
-        plain_kv_bytes_per_token=KVLayout.of(spec, Plan.identity(spec)).bytes_per_token(context),
-    )
+    return _planned(workshop, statistics, progress)
 
 
 def validate(artifact: Path, *, against: str | None = None, progress: Progress | None = None) -> Report:
@@ -168,6 +166,27 @@ def decide(recipe: Recipe, spec: ModelSpec, statistics: CalibrationStatistics) -
     for method in _in_order(recipe):
         plan = method.decide(spec, statistics, plan)
     return plan
+
+
+def _planned(workshop: Workshop, statistics: CalibrationStatistics, progress: Progress) -> PlanSummary:
+    """The plan of the recipe's methods or of its budget, with output projections fitted again where that pays."""
+    recipe, spec = workshop.recipe, workshop.spec
+    frontier: tuple[PlanPoint, ...] = ()
+    progress.stage("plan")
+    if recipe.budget is None:
+        plan = decide(recipe, spec, statistics)
+    else:
+        chosen, frontier = workshop.chosen(statistics, recipe.budget)
+        plan = chosen.plan
+    plan, kl = workshop.compensated(statistics, plan)
+    context = recipe.calibration.target(spec)
+    return PlanSummary(
+        plan=plan,
+        kv_bytes_per_token=KVLayout.of(spec, plan).bytes_per_token(context),
+        plain_kv_bytes_per_token=KVLayout.of(spec, Plan.identity(spec)).bytes_per_token(context),
+        kl=kl,
+        frontier=frontier,
+    )
 
 
 def _checked(model: str, recipe: Recipe, plan: Plan | None) -> tuple[Snapshot, ModelSpec]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, field_serializer
+from pydantic import BeforeValidator, Field, ValidationError, field_serializer, model_validator
 
 from kvslim.errors import NotFoundError, UsageError, suggestion
 from kvslim.methods import Method, method_class
@@ -80,6 +80,32 @@ class Validation(Frozen):
     seed: int = Field(1, description="of the model's own samples and of the recall questions")
 
 
+class Budget(Frozen):
+    """What a cache may cost; the planner picks methods, ranks and bits for it."""
+
+    kv_ratio: Number | None = Field(None, gt=1, description="how many times smaller than the plain fp32 cache")
+    kv_mib: Number | None = Field(None, gt=0, description="MiB of the cache at `context` tokens")
+    context: int | None = Field(None, ge=8, description="goes with kv_mib")
+    max_kl: Number | None = Field(None, gt=0, description="mean KL to the plain model, nats per token")
+    max_recall_drop: Number | None = Field(None, ge=0, le=1, description="share of recall that may be lost")
+
+    @model_validator(mode="after")
+    def _limited(self) -> Budget:
+        if all(limit is None for limit in (self.kv_ratio, self.kv_mib, self.max_kl, self.max_recall_drop)):
+            raise ValueError("give kv_ratio, kv_mib, max_kl or max_recall_drop")
+        if (self.kv_mib is None) != (self.context is None):
+            raise ValueError("kv_mib and context go together")
+        if self.kv_ratio is not None and self.kv_mib is not None:
+            raise ValueError("give kv_ratio or kv_mib, not both")
+        return self
+
+    def bytes_limit(self, plain: float) -> float | None:
+        """Bytes that the cache may take where the plain one takes `plain`; None for no limit."""
+        if self.kv_ratio is not None:
+            return plain / self.kv_ratio
+        return None if self.kv_mib is None else self.kv_mib * 2**20
+
+
 class Gates(Frozen):
     """Limits; a gate that is not set is not checked."""
 
@@ -101,12 +127,32 @@ class Recipe(Frozen):
     name: str = Field(description="by default the file's name")
     description: str = Field("", description="one line for `kvslim recipes`")
     methods: tuple[MethodEntry, ...] = Field((), description="names, or `name: options` pairs; see below")
+    budget: Budget | None = Field(None, description="lets the planner pick the methods; then give none")
+    compensate: bool = Field(True, description="fit output projections again where held-out text gains by it")
     weights: Weights = WeightFormat()
     layout: Layout = Field("gqa", description="attention operators: gqa is fused and fast, attention24 standard ONNX")
     window_cache: bool = Field(True, description="give sliding-window layers a cache of their window's size")
     calibration: Calibration = Calibration()
     validation: Validation = Validation()
     gates: Gates = Gates()
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Recipe:
+        if self.budget is not None and self.methods:
+            raise ValueError("give methods or a budget, not both")
+        return self
+
+    def within(self, budget: Budget) -> Recipe:
+        """This recipe with the planner in place of its methods, and the budget's limits as gates."""
+        gates = self.gates.model_copy(
+            update={
+                "max_kl": budget.max_kl,
+                "min_top1_agreement": None,
+                "max_recall_drop": budget.max_recall_drop,
+                "max_kv_ratio": None if budget.kv_ratio is None else 1 / budget.kv_ratio,
+            }
+        )
+        return self.model_copy(update={"methods": (), "budget": budget, "gates": gates})
 
     @field_serializer("methods")
     def _dump_methods(self, methods: tuple[Method, ...]) -> list[dict[str, Any]]:

@@ -21,14 +21,21 @@ from kvslim.load.architecture import architecture_of
 from kvslim.load.model import load_model, load_tokenizer
 from kvslim.load.source import Snapshot
 from kvslim.methods.fitting import fit
+from kvslim.plan.choose import Chosen, choose
+from kvslim.plan.planner import Planner
 from kvslim.progress import Progress
-from kvslim.recipe import Calibration, Recipe, Validation
+from kvslim.recipe import Budget, Calibration, Recipe, Validation
 from kvslim.transform.codes import LayerCodes
+from kvslim.transform.compensate import refitted
+from kvslim.transform.judge import Judge, probe_windows
 from kvslim.transform.surgery import install, prepare
 from kvslim.types import KVLayout, ModelSpec, Plan
 from kvslim.validate.measure import Evaluation
 from kvslim.validate.recall import RecallItem, repeated_spans
 
+REFIT_TOKENS = 12_288
+RECALL_ITEMS = 50
+LEAST_GAIN = 0.03  # of the divergence; less is the noise of a few windows of text
 CALIBRATION_SHARE, VALIDATION_SHARE = (0.0, 0.8), (0.8, 1.0)
 
 
@@ -72,7 +79,61 @@ class Workshop:
 
     def codes(self, statistics: CalibrationStatistics, plan: Plan) -> tuple[LayerCodes, ...]:
         """What a plan puts into the model, one entry per layer."""
-        return fit(self.spec, statistics, plan, self.recipe.methods)
+        codes = fit(self.spec, statistics, plan, self.recipe.methods)
+        if not any(layer.refit for layer in plan.layers):
+            return codes
+        again = self._refitted(statistics, codes)
+        return tuple(new if layer.refit else old for layer, old, new in zip(plan.layers, codes, again, strict=True))
+
+    def chosen(self, statistics: CalibrationStatistics, budget: Budget) -> Chosen:
+        """The planner's choice for a budget."""
+        fitting, held_out = _split(statistics.windows)
+        sizes = self.spec.vocab_size, self.spec.layers
+        judges = [Judge(self.model, self.architecture, probe_windows(text, *sizes)) for text in (fitting, held_out)]
+        planner = Planner(
+            self.spec,
+            statistics,
+            Plan.identity(self.spec, window_cache=self.recipe.window_cache),
+            budget.context or self.recipe.calibration.target(self.spec),
+            judges[0].kl,
+            judges[1].kl,
+            lambda layers: self.progress.track(layers, "layers probed"),
+        )
+        return choose(planner, budget, lambda planned: self._recall_drop(judges[1], statistics, planned.plan))
+
+    def compensated(self, statistics: CalibrationStatistics, plan: Plan) -> tuple[Plan, float]:
+        """The plan with its output projections fitted again where that pays, and its divergence on held-out text."""
+        _, held_out = _split(statistics.windows)
+        judge = Judge(self.model, self.architecture, probe_windows(held_out, self.spec.vocab_size, self.spec.layers))
+        codes = self.codes(statistics, plan)
+        before = judge.kl(codes)
+        if not self.recipe.compensate or all(code.is_empty for code in codes):
+            return plan, before
+        after = judge.kl(self._refitted(statistics, codes))
+        if after > (1 - LEAST_GAIN) * before:
+            return plan, before
+        reason = f"output refitted, which takes {1 - after / before:.0%} of the KL"
+        layers = tuple(
+            layer if code.is_empty else layer.model_copy(update={"refit": True, "reason": f"{layer.reason}; {reason}"})
+            for layer, code in zip(plan.layers, codes, strict=True)
+        )
+        return plan.model_copy(update={"layers": layers}), after
+
+    def _refitted(self, statistics: CalibrationStatistics, codes: tuple[LayerCodes, ...]) -> tuple[LayerCodes, ...]:
+        fitting, _ = _split(statistics.windows)
+        count = max(1, REFIT_TOKENS // fitting.shape[1])
+        windows = self.progress.track(fitting[:count], "windows for the outputs")
+        return refitted(self.model, self.architecture, codes, windows)
+
+    def _recall_drop(self, judge: Judge, statistics: CalibrationStatistics, plan: Plan) -> float:
+        settings = self.recipe.validation
+        fewer = settings.model_copy(
+            update={"seed": settings.seed + 1, "recall_items": min(settings.recall_items, RECALL_ITEMS)}
+        )
+        items = self._recall_items(statistics.windows, fewer)
+        pairs = [(item.prompt, item.answer) for item in items]
+        none = tuple(LayerCodes() for _ in plan.layers)
+        return judge.recall(none, pairs) - judge.recall(self.codes(statistics, plan), pairs)
 
     def install(self, codes: tuple[LayerCodes, ...]) -> None:
         """Puts codes into the model, for good."""
@@ -113,7 +174,7 @@ class Workshop:
         """Held-out windows and recall questions; the model must not have codes yet, as it may write them itself."""
         settings = self.recipe.validation
         windows = self._windows(settings, VALIDATION_SHARE if self._shared_text() else WHOLE)
-        return Evaluation(windows, self._recall_items(windows))
+        return Evaluation(windows, self._recall_items(windows, settings))
 
     def _shared_text(self) -> bool:
         """Whether calibration and validation read one text, which is then split."""
@@ -139,8 +200,7 @@ class Workshop:
                 batches=lambda batches: self.progress.track(batches, "the model's own samples"),
             )
 
-    def _recall_items(self, windows: np.ndarray) -> list[RecallItem]:
-        settings = self.recipe.validation
+    def _recall_items(self, windows: np.ndarray, settings: Validation) -> list[RecallItem]:
         count, distance, seed = settings.recall_items, settings.recall_distance, settings.seed
         if not self.snapshot.is_demo:
             return list(repeated_spans(windows, count=count, distance=distance, seed=seed))
@@ -150,3 +210,9 @@ class Workshop:
     def _ids(self, text: str, start: bool = True) -> tuple[int, ...]:
         encoded: Any = self.tokenizer(text, add_special_tokens=start, verbose=False)
         return tuple(encoded.input_ids)
+
+
+def _split(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Calibration text to fit on, and the last quarter to judge on; one window serves both."""
+    held_out = max(1, len(windows) // 4)
+    return windows[: max(1, len(windows) - held_out)], windows[-held_out:]

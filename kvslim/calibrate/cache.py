@@ -14,7 +14,7 @@ import numpy as np
 
 from kvslim.calibrate.statistics import CalibrationStatistics
 
-FORMAT = 2
+FORMAT = 3
 
 
 def cache_folder() -> Path:

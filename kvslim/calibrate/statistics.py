@@ -44,6 +44,7 @@ class CalibrationStatistics:
         sink_keys: [L, H, m, d] keys of the first tokens, at their own positions.
         sink_values: [L, H, m, d] values of the first tokens.
         sink_mass: [L, H] mean attention that the first tokens receive.
+        windows: [n, length] token ids of the text.
         age_mass: [L, H, n] mean attention to other tokens by age; bucket b holds the ages 2^b - 1 to 2^(b+1) - 2.
     """
 
@@ -58,6 +59,8 @@ class CalibrationStatistics:
     sink_values: Array
     sink_mass: Array
     age_mass: Array
+
+    windows: Array
 
     def arrays(self) -> dict[str, Array]:
         """The fields by name, as they are stored."""
@@ -160,7 +163,8 @@ def collect(
             slim.observer, slim.hidden = None, None
     grams = [_output_gram(attention, architecture, spec) for attention in attention_modules(model, architecture)]
     layers = [recorder.finish(context, positions, gram) for recorder, gram in zip(recorders, grams, strict=True)]
-    return CalibrationStatistics(**{name: np.stack([layer[name] for layer in layers]) for name in layers[0]})
+    by_name = {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
+    return CalibrationStatistics(**by_name, windows=windows)
 
 
 def rope_frequencies(slim: SlimAttention) -> Array:

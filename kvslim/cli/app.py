@@ -24,7 +24,13 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="demo, a model folder, a hub id, or id@revision")]
 Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="a folder that `kvslim compress` wrote")]
-RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="a shipped recipe (see `kvslim recipes`) or a file")]
+RecipeName = Annotated[
+    str | None, typer.Option("--recipe", "-r", help="a shipped recipe or a file; default: balanced, for a budget small")
+]
+Ratio = Annotated[float | None, typer.Option("--kv-ratio", help="budget: cache so many times smaller than plain fp32")]
+MibAt = Annotated[str | None, typer.Option("--kv-mib-at", metavar="TOKENS=MIB", help="budget: such as 16k=64")]
+MaxKl = Annotated[float | None, typer.Option("--max-kl", help="budget: mean KL to plain, nats per token")]
+MaxDrop = Annotated[float | None, typer.Option("--max-recall-drop", help="budget: recall lost, in points of 100")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key of the recipe")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Threads = Annotated[int | None, typer.Option(min=1, help="threads of one operator; default: onnxruntime's choice")]
@@ -77,7 +83,11 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 def compress(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="the folder to make")],
-    recipe: RecipeName = "balanced",
+    recipe: RecipeName = None,
+    kv_ratio: Ratio = None,
+    kv_mib_at: MibAt = None,
+    max_kl: MaxKl = None,
+    max_recall_drop: MaxDrop = None,
     plan: Annotated[Path | None, typer.Option(help="use these decisions (see `kvslim plan`)")] = None,
     overrides: Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="replace the artifact that is there")] = False,
@@ -85,12 +95,13 @@ def compress(
 ) -> int:
     """Make an artifact from a model.
 
-    It is measured against the plain export; exit code 3 when a gate of the recipe fails.
+    It is measured against the plain export; exit code 3 when a gate of the recipe fails. With a budget the planner
+    picks methods, ranks and bits, and the budget's limits are the gates.
     """
-    from kvslim.cli.inputs import read_plan
-    from kvslim.recipe import load_recipe
+    from kvslim.cli.inputs import read_budget, read_plan, read_recipe
 
-    typed, decisions = load_recipe(recipe, overrides or ()), read_plan(plan) if plan else None
+    typed = read_recipe(recipe, overrides or (), read_budget(kv_ratio, kv_mib_at, max_kl, max_recall_drop))
+    decisions = read_plan(plan) if plan else None
     from kvslim import pipeline
     from kvslim.report.tables import gates_table, report_table
 
@@ -109,21 +120,24 @@ def compress(
 @app.command()
 def plan(
     model: Model,
-    recipe: RecipeName = "balanced",
+    recipe: RecipeName = None,
+    kv_ratio: Ratio = None,
+    kv_mib_at: MibAt = None,
+    max_kl: MaxKl = None,
+    max_recall_drop: MaxDrop = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="write the plan to this JSON file")] = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Show what compress would decide.
 
-    Calibrates and predicts the bytes of the cache; writes no graph.
+    Calibrates, and predicts the bytes of the cache and its KL; with a budget, shows the sizes it saw. Writes no graph.
     """
-    from kvslim.cli.inputs import write_plan
-    from kvslim.recipe import load_recipe
+    from kvslim.cli.inputs import read_budget, read_recipe, write_plan
 
-    typed = load_recipe(recipe, overrides or ())
+    typed = read_recipe(recipe, overrides or (), read_budget(kv_ratio, kv_mib_at, max_kl, max_recall_drop))
     from kvslim import pipeline
-    from kvslim.report.tables import plan_table
+    from kvslim.report.tables import frontier_table, plan_table
 
     with console.library_output_on_stderr():
         summary = pipeline.plan(model, typed, progress=console.Terminal())
@@ -132,9 +146,10 @@ def plan(
     if as_json:
         console.print_json(summary.model_dump(mode="json"))
         return
-    console.print_tables(plan_table(summary.plan))
+    console.print_tables(plan_table(summary.plan), frontier_table(summary.frontier))
     slim, plain = summary.kv_bytes_per_token, summary.plain_kv_bytes_per_token
     console.print_text(f"KV cache: {slim:,.0f} bytes per token, {slim / plain:.3g} of plain fp32 ({plain:,.0f})\n")
+    console.print_text(f"KL to plain: {summary.kl:.2g} on held-out calibration text\n")
 
 
 @app.command()

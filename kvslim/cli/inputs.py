@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from kvslim.errors import NotFoundError, OutputError, UsageError
 from kvslim.export.manifest import MANIFEST, read_manifest
+from kvslim.recipe import Budget, Recipe, load_recipe
 from kvslim.report.memory import CacheMemory, artifact_memory, model_memory
 from kvslim.types import Plan
 
@@ -71,6 +72,47 @@ def read_memory(model: str, contexts: Sequence[int]) -> CacheMemory:
     from kvslim.load.source import read_spec, resolve
 
     return model_memory(read_spec(resolve(model)), contexts)
+
+
+def read_budget(
+    kv_ratio: float | None, kv_mib_at: str | None, max_kl: float | None, max_recall_drop: float | None
+) -> Budget | None:
+    """The budget of the options; None when none is given.
+
+    Raises:
+        UsageError: A value is out of range, or two limit the bytes.
+    """
+    limits = {
+        "--kv-ratio": ("kv_ratio", kv_ratio),
+        "--max-kl": ("max_kl", max_kl),
+        "--max-recall-drop": ("max_recall_drop", None if max_recall_drop is None else max_recall_drop / 100),
+    }
+    given = {name: value for name, value in limits.values() if value is not None}
+    if kv_mib_at is not None:
+        tokens, _, mib = kv_mib_at.partition("=")
+        try:
+            given |= {"context": _length(tokens, "--kv-mib-at"), "kv_mib": float(mib)}
+        except ValueError:
+            raise UsageError(f"cannot read {kv_mib_at!r}", where="--kv-mib-at", fix="write 16k=64") from None
+    if not given:
+        return None
+    try:
+        return Budget.model_validate(given)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        options = {name: option for option, (name, _) in limits.items()} | {"kv_mib": "--kv-mib-at"}
+        where = options.get(str(fault["loc"][0]), "--kv-mib-at") if fault["loc"] else "--kv-ratio, --kv-mib-at"
+        raise UsageError(f"{fault['msg']}", where=where, fix="see `kvslim compress --help`") from error
+
+
+def read_recipe(name: str | None, overrides: Sequence[str], budget: Budget | None) -> Recipe:
+    """The recipe of the options, with the budget in place of its methods.
+
+    Raises:
+        NotFoundError, UsageError: As `load_recipe`.
+    """
+    recipe = load_recipe(name or ("small" if budget else "balanced"), overrides)
+    return recipe.within(budget) if budget else recipe
 
 
 def _length(text: str, option: str) -> int:

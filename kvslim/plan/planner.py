@@ -20,7 +20,7 @@ from kvslim.types import KVLayout, LayerPlan, ModelSpec, Plan, PlanPoint
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
 
-RATIOS = (4.0, 5.33, 6.4, 8.0, 10.67, 12.8, 16.0, 21.33)  # of the frontier, against the plain fp32 cache
+RATIOS = (4, 16 / 3, 32 / 5, 8, 32 / 3, 64 / 5, 16, 64 / 3)  # of the frontier, against the plain fp32 cache
 LARGEST_INT8 = 6  # times smaller than plain; beyond, int8 would cost too much rank
 FASTER = 1.1  # an int8 cache is read faster than int4: it may lose this much more
 MARGIN = 1.25  # other text loses more than calibration text by about so much

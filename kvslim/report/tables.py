@@ -10,7 +10,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from kvslim.report.memory import CacheMemory
-from kvslim.types import GateResult, Measures, Plan, Report
+from kvslim.types import GateResult, Measures, Plan, PlanPoint, Report
 
 RATIO = "ratio"
 NONE = "-"
@@ -97,6 +97,15 @@ def plan_table(plan: Plan) -> Table:
         for layer in plan.layers
     )
     return Table(("layer", "rank", "cache", *([WINDOW] if windowed else []), "score", "reason"), rows, words=True)
+
+
+def frontier_table(frontier: Sequence[PlanPoint]) -> Table:
+    """The sizes that the planner saw, and what each loses."""
+    rows = tuple(
+        (f"{point.kv_ratio:.2f}x", f"{point.kv_bytes_per_token:,.0f}", point.cache, f"{point.kl:.2g}")
+        for point in frontier
+    )
+    return Table(("smaller by", "bytes per token", "cache", "KL"), rows)
 
 
 def layers_table(memory: CacheMemory) -> Table:

@@ -1,0 +1,97 @@
+"""From a budget to one plan: the limits that a user gives, and the plans that meet them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from kvslim.errors import GateError
+from kvslim.plan.planner import MARGIN, Planned, Planner
+from kvslim.recipe import Budget
+from kvslim.types import PlanPoint
+
+MIB = 2**20
+
+
+class Chosen(NamedTuple):
+    """A plan with what it was chosen among.
+
+    Attributes:
+        planned: The plan and its point.
+        frontier: Points of other sizes, the largest first.
+    """
+
+    planned: Planned
+    frontier: tuple[PlanPoint, ...]
+
+
+def choose(planner: Planner, budget: Budget, recall_drop: Callable[[Planned], float]) -> Chosen:
+    """The plan that loses least within a number of bytes, or else the smallest one within the limits of quality.
+
+    Args:
+        planner: Finds and measures plans.
+        budget: The limits.
+        recall_drop: Share of recall that a plan loses.
+
+    Raises:
+        GateError: No plan found meets all limits.
+    """
+    frontier = planner.frontier()
+    if budget.bytes_limit(planner.plain_bytes) is not None:
+        chosen = _within_bytes(planner, budget, frontier)
+        if budget.max_recall_drop is not None:
+            chosen = _told(chosen, recall_drop)
+            _check_recall(chosen, budget.max_recall_drop)
+    else:
+        chosen = _within_quality(planner, budget, frontier, recall_drop)
+    return Chosen(chosen, tuple(planned.point for planned in frontier))
+
+
+def _within_bytes(planner: Planner, budget: Budget, frontier: list[Planned]) -> Planned:
+    limit = budget.bytes_limit(planner.plain_bytes) or 0.0
+    planned = planner.allocated(limit)
+    if planned is None:
+        least = frontier[-1].point.kv_ratio if frontier else 1.0
+        raise GateError(
+            f"no plan fits into {limit / MIB:.3g} MiB at {planner.context:,} tokens",
+            where="budget",
+            fix=f"ask for a smaller ratio, such as {least:.3g}",
+        )
+    planned = planner.never_worse(planned)
+    if budget.max_kl is not None and planned.point.kl > MARGIN * budget.max_kl:
+        within = [other.point.kv_ratio for other in frontier if other.point.kl * MARGIN <= budget.max_kl]
+        raise GateError(
+            f"at {planned.point.kv_ratio:.3g} times smaller KL is about {planned.point.kl:.2g}, not {budget.max_kl:g}",
+            where="budget.max_kl",
+            fix=f"ask for a ratio of {within[-1]:.3g}, or allow more" if within else "allow more",
+        )
+    return planned
+
+
+def _within_quality(
+    planner: Planner, budget: Budget, frontier: list[Planned], recall_drop: Callable[[Planned], float]
+) -> Planned:
+    chosen = frontier[-1] if budget.max_kl is None else planner.smallest(budget.max_kl, frontier)
+    chosen = planner.never_worse(chosen)
+    if budget.max_recall_drop is None:
+        return chosen
+    larger = [other for other in frontier if other.point.kv_ratio < chosen.point.kv_ratio]
+    for planned in [chosen, *reversed(larger)]:
+        told = _told(planned, recall_drop)
+        if (told.point.recall_drop or 0.0) <= budget.max_recall_drop:
+            return told
+    _check_recall(told, budget.max_recall_drop)
+    return told
+
+
+def _told(planned: Planned, recall_drop: Callable[[Planned], float]) -> Planned:
+    return Planned(planned.plan, planned.point.model_copy(update={"recall_drop": recall_drop(planned)}))
+
+
+def _check_recall(planned: Planned, limit: float) -> None:
+    if (planned.point.recall_drop or 0.0) > limit:
+        raise GateError(
+            f"at {planned.point.kv_ratio:.3g} times smaller recall drops by {planned.point.recall_drop:.1%}",
+            where="budget.max_recall_drop",
+            fix="ask for a smaller ratio, or allow more",
+        )
