@@ -210,7 +210,10 @@ def _by_age(weights: Tensor, lead: int, buckets: int) -> Tensor:
         lead: Age of the first key at the first query.
         buckets: Number of them.
     """
-    _, queries, keys = weights.shape
-    age = (lead + torch.arange(queries)[:, None] - torch.arange(keys)).clamp(min=0)
+    heads, queries, keys = weights.shape
+    # Each row a place further right than the one above it: columns are then ages, and one sum serves a diagonal.
+    skewed = torch.nn.functional.pad(weights.flip(-1), (0, queries)).flatten(1)[:, : queries * (keys + queries - 1)]
+    sums = skewed.unflatten(1, (queries, keys + queries - 1)).sum(1).double()
+    age = (torch.arange(keys + queries - 1) + lead - keys + 1).clamp(min=0)
     bucket = (age + 1).float().log2().floor().long()
-    return torch.stack([(weights * (bucket == index)).sum((1, 2)) for index in range(buckets)], dim=1)
+    return torch.zeros(heads, buckets, dtype=torch.float64).index_add_(1, bucket, sums)
