@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvslim.errors import UnsupportedError, UsageError
+from kvslim.methods.kv_hdc import KvHdc
 from kvslim.methods.kv_pca import STEP, check_rank
 from kvslim.methods.kv_quant import INTEGERS
+from kvslim.methods.kv_window import KvWindow
 from kvslim.methods.roles import has_item_memory
 from kvslim.recipe import Recipe
 from kvslim.types import CODES, LayerPlan, ModelSpec, Plan
@@ -55,6 +57,9 @@ def check_layout(recipe: Recipe) -> None:
     if {"kv_hdc", "kv_quant"} <= names:
         message = "kv_hdc and kv_quant both choose how the cache is stored"
         raise UsageError(message, where="recipe: methods", fix="drop one of them")
+    if any(isinstance(method, KvHdc) and method.bits <= 3 for method in recipe.methods) and "kv_window" in names:
+        message = "packed codes keep what leaves their window, kv_window drops it"
+        raise UsageError(message, where="recipe: methods", fix="drop kv_window, or use kv_hdc with 8 or 4 bits")
     for method in recipe.methods:
         if recipe.layout == "attention24" and method.name in LACKING:
             raise UsageError(
@@ -77,6 +82,9 @@ def check_lengths(recipe: Recipe, spec: ModelSpec) -> None:
         UsageError: Naming the key and the limit.
     """
     calibration, validation = recipe.calibration, recipe.validation
+    for method in recipe.methods:
+        if isinstance(method, KvWindow) and method.lazy:
+            _check_lazy(method, recipe)
     lengths = {"validation.length": validation.length, "validation.prompts": max(validation.prompts)}
     if not spec.is_encoder:
         lengths |= {
@@ -90,6 +98,21 @@ def check_lengths(recipe: Recipe, spec: ModelSpec) -> None:
                 f"{key} needs {length} positions, the model has {spec.max_context}",
                 where=f"recipe: {key}",
                 fix=f"--set {key}={max(1, spec.max_context // 2)}",
+            )
+
+
+def _check_lazy(method: KvWindow, recipe: Recipe) -> None:
+    kept = method.window + method.sinks
+    lengths = {
+        "calibration.length": recipe.calibration.length,
+        "validation.recall_distance": recipe.validation.recall_distance,
+    }
+    for key, length in lengths.items():
+        if length <= kept:
+            raise UsageError(
+                f"{key} of {length} tokens never leaves a window of {kept}, so no layer can be judged by it",
+                where="recipe: methods.kv_window.lazy",
+                fix=f"--set {key}={2 * kept}, or name the layers",
             )
 
 

@@ -174,7 +174,7 @@ def _planned(workshop: Workshop, statistics: CalibrationStatistics, progress: Pr
     frontier: tuple[PlanPoint, ...] = ()
     progress.stage("plan")
     if recipe.budget is None:
-        plan = decide(recipe, spec, statistics)
+        plan = decide(workshop.measured_recipe(statistics), spec, statistics)
     else:
         chosen, frontier = workshop.chosen(statistics, recipe.budget)
         plan = chosen.plan

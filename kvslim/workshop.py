@@ -20,8 +20,10 @@ from kvslim.export.weights import quantise_weights
 from kvslim.load.architecture import architecture_of
 from kvslim.load.model import load_model, load_tokenizer
 from kvslim.load.source import Snapshot
+from kvslim.methods import KvWindow
 from kvslim.methods.fitting import fit
 from kvslim.plan.choose import Chosen, choose
+from kvslim.plan.lazy import laziest
 from kvslim.plan.planner import Planner
 from kvslim.progress import Progress
 from kvslim.recipe import Budget, Calibration, Recipe, Validation
@@ -34,7 +36,7 @@ from kvslim.validate.measure import Evaluation
 from kvslim.validate.recall import RecallItem, repeated_spans
 
 REFIT_TOKENS = 12_288
-RECALL_ITEMS = 50
+RECALL_ITEMS, LAZY_ITEMS = 50, 8
 LEAST_GAIN = 0.03  # of the divergence; less is the noise of a few windows of text
 CALIBRATION_SHARE, VALIDATION_SHARE = (0.0, 0.8), (0.8, 1.0)
 
@@ -88,23 +90,43 @@ class Workshop:
     def chosen(self, statistics: CalibrationStatistics, budget: Budget) -> Chosen:
         """The planner's choice for a budget."""
         fitting, held_out = _split(statistics.windows)
-        sizes = self.spec.vocab_size, self.spec.layers
-        judges = [Judge(self.model, self.architecture, probe_windows(text, *sizes)) for text in (fitting, held_out)]
+        probe, judge = self._judge(fitting), self._judge(held_out)
         planner = Planner(
             self.spec,
             statistics,
             Plan.identity(self.spec, window_cache=self.recipe.window_cache),
             budget.context or self.recipe.calibration.target(self.spec),
-            judges[0].kl,
-            judges[1].kl,
+            probe.kl,
+            judge.kl,
             lambda layers: self.progress.track(layers, "layers probed"),
         )
-        return choose(planner, budget, lambda planned: self._recall_drop(judges[1], statistics, planned.plan))
+        return choose(planner, budget, lambda planned: self._recall_drop(judge, statistics, planned.plan))
+
+    def measured_recipe(self, statistics: CalibrationStatistics) -> Recipe:
+        """The recipe with the layers that windows go to, where it leaves them to measuring."""
+        if not any(isinstance(method, KvWindow) and method.lazy for method in self.recipe.methods):
+            return self.recipe
+        judge = self._judge(_split(statistics.windows)[1])
+        items = self._trial_items(statistics, LAZY_ITEMS)
+        plain = judge.recall((), items)
+        methods = tuple(
+            laziest(
+                method,
+                self.spec,
+                judge.kl,
+                lambda codes: plain - judge.recall(codes, items),
+                lambda layers: self.progress.track(layers, "layers tried with a window"),
+            )
+            if isinstance(method, KvWindow) and method.lazy
+            else method
+            for method in self.recipe.methods
+        )
+        return self.recipe.model_copy(update={"methods": methods})
 
     def compensated(self, statistics: CalibrationStatistics, plan: Plan) -> tuple[Plan, float]:
         """The plan with its output projections fitted again where that pays, and its divergence on held-out text."""
         _, held_out = _split(statistics.windows)
-        judge = Judge(self.model, self.architecture, probe_windows(held_out, self.spec.vocab_size, self.spec.layers))
+        judge = self._judge(held_out)
         codes = self.codes(statistics, plan)
         before = judge.kl(codes)
         if not self.recipe.compensate or all(code.is_empty for code in codes):
@@ -126,14 +148,17 @@ class Workshop:
         return refitted(self.model, self.architecture, codes, windows)
 
     def _recall_drop(self, judge: Judge, statistics: CalibrationStatistics, plan: Plan) -> float:
+        items = self._trial_items(statistics, RECALL_ITEMS)
+        return judge.recall((), items) - judge.recall(self.codes(statistics, plan), items)
+
+    def _trial_items(self, statistics: CalibrationStatistics, count: int) -> list[RecallItem]:
+        """Recall questions other than those of the validation."""
         settings = self.recipe.validation
-        fewer = settings.model_copy(
-            update={"seed": settings.seed + 1, "recall_items": min(settings.recall_items, RECALL_ITEMS)}
-        )
-        items = self._recall_items(statistics.windows, fewer)
-        pairs = [(item.prompt, item.answer) for item in items]
-        none = tuple(LayerCodes() for _ in plan.layers)
-        return judge.recall(none, pairs) - judge.recall(self.codes(statistics, plan), pairs)
+        fewer = {"seed": settings.seed + 1, "recall_items": min(settings.recall_items, count)}
+        return self._recall_items(statistics.windows, settings.model_copy(update=fewer))
+
+    def _judge(self, windows: np.ndarray) -> Judge:
+        return Judge(self.model, self.architecture, probe_windows(windows, self.spec.vocab_size, self.spec.layers))
 
     def install(self, codes: tuple[LayerCodes, ...]) -> None:
         """Puts codes into the model, for good."""

@@ -46,7 +46,7 @@ class KvWindow(Method):
     window: int = Field(256, ge=1, description="recent tokens that a layer keeps")
     sinks: int = Field(4, ge=0, description="first tokens that it keeps beside them")
     layers: tuple[int, ...] | None = Field(None, description="indices of the layers; by default all")
-    lazy: int | None = Field(None, ge=1, description="number of layers, those whose heads keep most of their attention")
+    lazy: int | None = Field(None, ge=1, description="number of layers, those that lose least KL and no recall")
 
     @model_validator(mode="after")
     def _one_choice(self) -> KvWindow:
@@ -65,13 +65,17 @@ class KvWindow(Method):
                 fix=f"use 0 to {spec.layers - 1}" if beyond else f"use at most {spec.layers}",
             )
 
+    def able(self, spec: ModelSpec) -> list[int]:
+        """The layers that see further than the window."""
+        return [layer for layer, own in enumerate(spec.windows) if own is None or own > self.window]
+
     def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
         """Gives the chosen layers a window, with the attention that it keeps as reason.
 
         A layer whose own window is no longer keeps that.
         """
         kept = kept_attention(statistics, self.window).min(axis=1)
-        able = [layer for layer, own in enumerate(spec.windows) if own is None or own > self.window]
+        able = self.able(spec)
         chosen = set(able if self.layers is None else self.layers).intersection(able)
         if self.lazy is not None:
             chosen = set(sorted(able, key=lambda layer: -kept[layer])[: self.lazy])

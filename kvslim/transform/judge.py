@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,18 @@ from torch import Tensor
 from kvslim.load.architecture import Architecture
 from kvslim.transform.codes import Array, LayerCodes
 from kvslim.transform.surgery import trial
+
+
+class Question(Protocol):
+    """A prompt and the answer that stands in it, as token ids."""
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """Up to the answer."""
+
+    @property
+    def answer(self) -> Sequence[int]:
+        """What must follow."""
 
 
 class Judge:
@@ -51,15 +63,16 @@ class Judge:
                 total += float(divergence.double().mean())
         return max(total / len(self.windows), 0.0)
 
-    def recall(self, codes: tuple[LayerCodes, ...], items: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float:
-        """Share of answer tokens that the model with codes finds most likely; items are prompts with answers."""
+    def recall(self, codes: tuple[LayerCodes, ...], items: Sequence[Question]) -> float:
+        """Share of answer tokens that the model finds most likely, with codes if there are any."""
         hits = count = 0
+        codes = codes or tuple(LayerCodes() for _ in self.layers)
         with trial(self.model, self.architecture, codes), torch.inference_mode():
-            for prompt, answer in items:
-                ids = torch.tensor([[*prompt, *answer]])
-                logits = self.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-                hits += int((logits.argmax(-1) == torch.tensor(answer)).sum())
-                count += len(answer)
+            for item in items:
+                ids = torch.tensor([[*item.prompt, *item.answer]])
+                logits = self.model(input_ids=ids, use_cache=False).logits[0, len(item.prompt) - 1 : -1]
+                hits += int((logits.argmax(-1) == torch.tensor(item.answer)).sum())
+                count += len(item.answer)
         return hits / count
 
     def _log_probabilities(self, window: Tensor) -> Tensor:

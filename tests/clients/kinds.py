@@ -12,7 +12,7 @@ from models import open_workshop, recipe_of
 from onnx import helper, numpy_helper
 
 from kvslim.load.source import read_spec, resolve
-from kvslim.methods import KvPca, KvQuant, KvWindow, Method
+from kvslim.methods import KvHdc, KvPca, KvQuant, KvWindow, Method
 from kvslim.pipeline import decide
 from kvslim.types import KVLayout, LayerPlan, Layout, ModelSpec, Plan, Weights
 
@@ -21,11 +21,14 @@ PRESENT = "present.{}.key"
 
 @dataclass(frozen=True)
 class Kind:
-    """How an artifact is made: methods, weights, whether every layer has a rank of its own, and its operators."""
+    """How an artifact is made: methods, weights, whether every layer has a rank of its own,
+    how many coordinates are stored twice, and its operators.
+    """
 
     methods: tuple[Method, ...] = ()
     weights: Weights = "fp32"
     rank_per_layer: bool = False
+    refined: int = 0
     layout: Layout = "gqa"
 
 
@@ -36,6 +39,8 @@ KINDS: dict[str, Kind] = {
     "plain": Kind(),
     "kv_pca": Kind((HALF,)),
     "kv_quant": Kind((KvQuant(),)),
+    "kv_quant, int4": Kind((KvQuant(bits=4),)),
+    "kv_hdc, int4, refined": Kind((KvHdc(bits=4, granularity="per_channel"),), refined=8),
     "kv_pca + kv_quant": Kind((HALF, KvQuant())),
     "kv_window": Kind((RING,)),
     "kv_pca + kv_window + kv_quant": Kind((HALF, RING, KvQuant())),
@@ -52,6 +57,9 @@ def make_artifact(model: Path | str, kind: Kind, folder: Path) -> Path:
     workshop = open_workshop(model, recipe)
     statistics = workshop.statistics()
     plan = _rank_per_layer(workshop.spec) if kind.rank_per_layer else decide(workshop.recipe, workshop.spec, statistics)
+    if kind.refined:
+        sizes = {"rank": workshop.spec.head_dim - kind.refined, "refined": kind.refined}
+        plan = plan.model_copy(update={"layers": tuple(layer.model_copy(update=sizes) for layer in plan.layers)})
     workshop.install(workshop.codes(statistics, plan))
     folder.mkdir()
     inputs = workshop.export(plan, folder)
