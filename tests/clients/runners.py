@@ -121,7 +121,7 @@ def optimum(folder: Path, text: str) -> Answer:
 
 def optimum_with_rank(folder: Path, text: str) -> Answer:
     """`ORTModelForCausalLM`, told the width of the first layer's cache."""
-    dim = DecodeSession(folder, capacity=1).layout.tensors[0].dim
+    dim = DecodeSession(folder, capacity=1).layout.tensors[0].columns
     return _from_process(_optimum(folder, text, dim), folder)
 
 

@@ -101,13 +101,13 @@ def check(client: Client, folder: Path) -> str:
 
 
 def widths(folder: Path) -> set[int]:
-    return {tensor.dim for tensor in layout_of(open_session(folder)).tensors}
+    return {tensor.columns for tensor in layout_of(open_session(folder)).tensors}
 
 
 def taken_width(client: str, folder: Path) -> set[int]:
     """The width that optimum takes all heads to have: from the config, or as it was told."""
     if OPTIMUM[client] is runners.optimum_with_rank:
-        return {layout_of(open_session(folder)).tensors[0].dim}
+        return {layout_of(open_session(folder)).tensors[0].columns}
     config = json.loads((folder / "config.json").read_text())
     return {config["hidden_size"] // config["num_attention_heads"]}
 
