@@ -120,7 +120,7 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "rank_no_multiple_of_8": (lambda i: i.recipe("methods: [{kv_pca: {rank: 12}}]"), USAGE, "rank 12"),
     "rank_over_head_dim": (lambda i: i.recipe("methods: [{kv_pca: {rank: 24}}]"), USAGE, "head_dim 16"),
     "rank_negative": (lambda i: i.recipe("methods: [{kv_pca: {rank: -8}}]"), USAGE, "rank"),
-    "rank_and_energy": (lambda i: i.recipe("methods: [{kv_pca: {rank: 8, energy: 0.9}}]"), USAGE, "exactly one"),
+    "rank_and_energy": (lambda i: i.recipe("methods: [{kv_pca: {rank: 8, energy: 0.9}}]"), USAGE, "one of rank"),
     "set_without_value": (lambda i: i.settings("weights"), USAGE, "--set"),
     "set_unknown_key": (lambda i: i.settings("calibration.sample=4"), USAGE, "calibration.sample"),
     "set_unknown_method": (lambda i: i.settings("methods.kv_pc.rank=8"), USAGE, "'kv_pca'"),

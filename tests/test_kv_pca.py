@@ -87,9 +87,14 @@ def test_rank_is_the_least_that_keeps_the_energy_when_energy_is_given() -> None:
         assert plan.layers[0].rank == rank
 
 
-@pytest.mark.parametrize("options", [{}, {"rank": 8, "energy": 0.9}, {"energy": 0.9, "rank_ratio": 0.5}])
-def test_options_are_refused_when_not_exactly_one_size_is_given(options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="exactly one"):
+def test_all_coordinates_stay_when_no_size_is_given() -> None:
+    plan = KvPca().decide(SPEC, statistics_of(SPEC), Plan.identity(SPEC))
+    assert [(layer.rank, layer.score) for layer in plan.layers] == [(SPEC.head_dim, pytest.approx(1.0))] * SPEC.layers
+
+
+@pytest.mark.parametrize("options", [{"rank": 8, "energy": 0.9}, {"energy": 0.9, "rank_ratio": 0.5}])
+def test_options_are_refused_when_more_than_one_size_is_given(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="one of rank"):
         KvPca.model_validate(options)
 
 

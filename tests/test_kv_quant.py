@@ -8,14 +8,16 @@ from numbers_of_a_model import SPEC, statistics_of
 
 from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_quant import KvQuant
-from kvslim.methods.rounding import fit_steps
+from kvslim.methods.rounding import HEADROOM, fit_steps, peak_steps, rounded
 from kvslim.transform.codes import LayerCodes
-from kvslim.types import Plan
+from kvslim.types import Granularity, Plan
 
 
-def fourth_power(samples: np.ndarray, steps: np.ndarray, weights: np.ndarray) -> float:
-    rounded = np.clip(np.round(samples / steps[:, None]), -LEVELS, LEVELS) * steps[:, None]
-    return float(((rounded - samples) ** 4 * weights[..., None]).sum())
+MOST = {8: 127, 4: 7}
+
+
+def fourth_power(samples: np.ndarray, steps: np.ndarray, weights: np.ndarray, bits: int) -> float:
+    return float(((rounded(samples, steps, bits) - samples) ** 4 * weights[..., None]).sum())
 
 
 @pytest.fixture
@@ -26,16 +28,17 @@ def samples() -> np.ndarray:
     return values
 
 
-def test_steps_beat_minmax_in_the_fourth_power_of_the_error(samples: np.ndarray) -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+def test_steps_lose_less_than_minmax_in_the_fourth_power_of_the_error(samples: np.ndarray, bits: int) -> None:
     weights = np.full(samples.shape[:2], 1 / samples.shape[1])
-    minmax = np.abs(samples).max(axis=1) / LEVELS
-    fitted = fit_steps(samples, weights, "per_channel")
-    assert (fitted <= minmax + 1e-12).all()
-    assert fourth_power(samples, fitted, weights) <= fourth_power(samples, minmax, weights)
+    minmax = peak_steps(samples, "per_channel", bits)
+    fitted = fit_steps(samples, weights, "per_channel", bits) / (HEADROOM if bits == 8 else 1)
+    assert (fitted <= minmax * (1 + 1e-6)).all()
+    assert fourth_power(samples, fitted, weights, bits) < fourth_power(samples, minmax, weights, bits)
 
 
 def test_per_tensor_gives_one_step_when_channels_differ(samples: np.ndarray) -> None:
-    steps = fit_steps(samples * np.arange(1, 9), np.full(samples.shape[:2], 1e-3), "per_tensor")
+    steps = fit_steps(samples * np.arange(1, 9), np.full(samples.shape[:2], 1e-3), "per_tensor", 4)
     assert np.unique(steps).size == 1
 
 
@@ -44,21 +47,25 @@ def test_clip_spares_a_sample_when_its_weight_is_large() -> None:
     values[0, 0, 0] = 3.0
     weights = np.full((1, 500), 1e-9)
     weights[0, 0] = 1.0
-    assert fit_steps(values, weights, "per_channel")[0, 0] * LEVELS == pytest.approx(3.0, rel=0.02)
+    assert fit_steps(values, weights, "per_channel", 4)[0, 0] * MOST[4] == pytest.approx(3.0, rel=0.02)
 
 
-def test_steps_are_positive_when_a_channel_is_silent() -> None:
-    assert (fit_steps(np.zeros((1, 10, 8)), np.full((1, 10), 0.1), "per_channel") > 0).all()
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_steps_are_positive_when_a_channel_is_silent(granularity: Granularity, bits: int) -> None:
+    silent = np.zeros((1, 10, 8))
+    assert (fit_steps(silent, np.full((1, 10), 0.1), granularity, bits) > 0).all()
+    assert (peak_steps(silent, granularity, bits) > 0).all()
 
 
 def test_sinks_are_within_range_when_attention_rests_on_them() -> None:
     statistics = statistics_of(SPEC)
-    method = KvQuant()
+    method = KvQuant(centre=False)
     plan = method.decide(SPEC, statistics, Plan.identity(SPEC))
     codes = method.apply(SPEC, statistics, plan, (LayerCodes(),) * SPEC.layers)
     for layer, code in enumerate(codes):
         assert code.key_scale is not None
-        worst = np.abs(statistics.sink_keys[layer]).max(axis=1) - code.key_scale * LEVELS
+        worst = np.abs(statistics.sink_keys[layer]).max(axis=1) - code.key_scale * MOST[8]
         assert (worst <= 0.1 * np.abs(statistics.sink_keys[layer]).max()).all()
 
 
