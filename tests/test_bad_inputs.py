@@ -85,6 +85,11 @@ def layers(*ranks: int) -> Plan:
     return Plan(layers=tuple(LayerPlan(layer=index, rank=rank) for index, rank in enumerate(ranks)))
 
 
+def planned(**layer: Any) -> Plan:
+    """Layer 1 with these entries; layer 0 is kept."""
+    return Plan(layers=(LayerPlan(layer=0), LayerPlan(layer=1, **layer)))
+
+
 Case = Callable[[Inputs], list[object]]
 CASES: dict[str, tuple[Case, int, str]] = {
     # the model
@@ -121,6 +126,9 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "rank_over_head_dim": (lambda i: i.recipe("methods: [{kv_pca: {rank: 24}}]"), USAGE, "head_dim 16"),
     "rank_negative": (lambda i: i.recipe("methods: [{kv_pca: {rank: -8}}]"), USAGE, "rank"),
     "rank_and_energy": (lambda i: i.recipe("methods: [{kv_pca: {rank: 8, energy: 0.9}}]"), USAGE, "one of rank"),
+    "hdc_with_quant": (lambda i: i.recipe("methods: [kv_hdc, kv_quant]"), USAGE, "drop one"),
+    "hdc_in_attention24": (lambda i: i.recipe("layout: attention24\nmethods: [kv_hdc]"), USAGE, "attention24 has no"),
+    "hdc_bits_unknown": (lambda i: i.recipe("methods: [{kv_hdc: {bits: 5}}]"), USAGE, "bits"),
     "set_without_value": (lambda i: i.settings("weights"), USAGE, "--set"),
     "set_unknown_key": (lambda i: i.settings("calibration.sample=4"), USAGE, "calibration.sample"),
     "set_unknown_method": (lambda i: i.settings("methods.kv_pc.rank=8"), USAGE, "'kv_pca'"),
@@ -144,6 +152,33 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "plan_of_another_model": (lambda i: i.plan(layers(8, 8, 8)), USAGE, "3 layers"),
     "plan_rank_no_multiple_of_8": (lambda i: i.plan(layers(8, 12)), USAGE, "rank 12"),
     "plan_rank_over_head_dim": (lambda i: i.plan(layers(8, 32)), USAGE, "head_dim 16"),
+    "plan_widths_differ": (lambda i: i.plan(planned(rank=8, value_rank=16)), USAGE, "one size, not 8 and 16"),
+    "plan_refined_odd": (lambda i: i.plan(planned(rank=16, refined=4, cache="int4")), USAGE, "refined 4"),
+    "plan_refined_over_rank": (lambda i: i.plan(planned(rank=8, refined=16, cache="int4")), USAGE, "refined 16"),
+    "plan_refined_negative": (lambda i: i.plan(planned(rank=16, refined=-8, cache="int4")), USAGE, "does not fit"),
+    "plan_refined_in_float": (lambda i: i.plan(planned(rank=8, refined=8)), USAGE, "an integer cache"),
+    "plan_refined_without_rank": (lambda i: i.plan(planned(refined=8, cache="int8")), USAGE, "need a rank"),
+    "plan_roles_without_rank": (lambda i: i.plan(planned(roles=0, cache="int8")), USAGE, "roles a rank"),
+    "plan_packed_without_window": (lambda i: i.plan(planned(rank=8, cache="codes2")), USAGE, "without a window"),
+    "plan_cache_unknown": (lambda i: i.plan('{"layers": [{"layer": 0, "cache": "int3"}]}'), USAGE, "layers.0.cache"),
+    # the budget
+    "budget_with_methods": (lambda i: i.recipe("methods: [kv_quant]\nbudget: {kv_ratio: 8}"), USAGE, "not both"),
+    "budget_empty": (lambda i: i.recipe("budget: {}"), USAGE, "budget"),
+    "budget_in_attention24": (lambda i: i.recipe("layout: attention24\nbudget: {kv_ratio: 8}"), USAGE, "gqa"),
+    "ratio_of_1": (lambda i: i.compress("--kv-ratio", "1"), USAGE, "--kv-ratio"),
+    "ratio_no_number": (lambda i: i.compress("--kv-ratio", "eight"), USAGE, "--kv-ratio"),
+    "ratio_not_finite": (lambda i: i.compress("--kv-ratio", "inf"), USAGE, "--kv-ratio"),
+    "ratio_beside_mib": (lambda i: i.compress("--kv-ratio=8", "--kv-mib-at=1k=1"), USAGE, "not both"),
+    "mib_without_tokens": (lambda i: i.compress("--kv-mib-at", "64"), USAGE, "--kv-mib-at"),
+    "mib_without_equals": (lambda i: i.compress("--kv-mib-at", "16k"), USAGE, "write 16k=64"),
+    "mib_no_number": (lambda i: i.compress("--kv-mib-at", "16k=many"), USAGE, "write 16k=64"),
+    "mib_at_no_length": (lambda i: i.compress("--kv-mib-at", "16q=64"), USAGE, "'16q'"),
+    "mib_of_nothing": (lambda i: i.compress("--kv-mib-at", "16k=0"), USAGE, "--kv-mib-at"),
+    "mib_at_few_tokens": (lambda i: i.compress("--kv-mib-at", "4=64"), USAGE, "--kv-mib-at"),
+    "kl_of_0": (lambda i: i.compress("--max-kl", "0"), USAGE, "--max-kl"),
+    "recall_drop_over_100": (lambda i: i.compress("--max-recall-drop", "150"), USAGE, "--max-recall-drop"),
+    "recall_drop_negative": (lambda i: ["plan", i.tiny, "--max-recall-drop", "-1"], USAGE, "--max-recall-drop"),
+    "plan_ratio_of_0": (lambda i: ["plan", i.tiny, "--kv-ratio", "0"], USAGE, "--kv-ratio"),
     # the output
     "out_not_ours": (lambda i: i.compress("--force", out=i.file("mine/thesis.txt").parent), USAGE, "not an artifact"),
     "out_is_a_file": (lambda i: i.compress("--force", out=i.file("thesis.txt")), USAGE, "this is a file"),

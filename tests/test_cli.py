@@ -240,7 +240,8 @@ def test_methods_lists_the_registry(run: Run) -> None:
 def test_recipes_lists_and_prints(run: Run) -> None:
     assert set(json.loads(run("recipes", "--json")[1])) == set(shipped_recipes()) >= {"lossless", "balanced", "small"}
     assert "balanced" in run("recipes")[1]
-    assert yaml.safe_load(run("recipes", "small")[1])["methods"]
+    assert yaml.safe_load(run("recipes", "balanced")[1])["methods"]
+    assert yaml.safe_load(run("recipes", "small")[1])["budget"] == {"kv_ratio": 8}
 
 
 def test_doctor_finds_the_kernels(run: Run) -> None:

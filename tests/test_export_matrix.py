@@ -18,9 +18,10 @@ from models import (
 )
 from tiny_decoders import FAMILIES
 
-from kvslim.methods import METHODS, KvPca, KvQuant, KvWindow, Method
+from kvslim.checks import check_plan
+from kvslim.methods import METHODS, KvHdc, KvPca, KvQuant, KvWindow, Method
 from kvslim.runtime.graph import layout_of, open_session
-from kvslim.types import KVLayout, Plan
+from kvslim.types import KVLayout, LayerPlan, Plan
 
 PLANS: dict[str, Sequence[Method]] = {
     "plain": (),
@@ -30,13 +31,16 @@ PLANS: dict[str, Sequence[Method]] = {
     "window": (KvWindow(window=12, sinks=3),),
     "pca_window_int8": (KvPca(rank_ratio=0.5), KvWindow(window=12, sinks=3), KvQuant()),
     "pca_int8": (KvQuant(granularity="per_tensor"), KvPca(rank_ratio=0.5)),
+    "int4": (KvQuant(bits=4),),
+    "hdc_int8": (KvHdc(),),
+    "pca_hdc_int4": (KvHdc(bits=4, granularity="per_channel"), KvPca(rank_ratio=0.5)),
 }
 CORE = ("llama", "gpt2")  # with RoPE, and with learned positions
 
 
 def plans_of(family: str) -> tuple[str, ...]:
     """Every family is tried plain and slim; a variant of one, which differs in its RoPE alone, plain."""
-    return ("plain",) if "-" in family else ("plain", "pca_int8")
+    return ("plain",) if "-" in family else ("plain", "pca_hdc_int4")
 
 
 ModelOf = Callable[[str], Path]
@@ -63,8 +67,28 @@ def test_graph_equals_torch_in_prefill_and_cached_decode(
     effect = np.abs(slim - original).max()
     assert effect > 1e-4 if PLANS[plan] else effect < 2e-5
     # A number on the edge between two integers may round to either side, which moves all later logits a little.
-    tolerance = max(1e-4, 0.1 * effect) if "int8" in plan else 1e-4
+    tolerance = max(1e-4, 0.1 * effect) if "int" in plan else 1e-4
     assert np.abs(cached_logits(tmp_path / "slim", tokens) - slim).max() < tolerance
+
+
+@pytest.mark.parametrize("family", CORE)
+def test_graph_equals_torch_when_keys_and_values_refine_different_ranks(
+    tiny_model: ModelOf, tmp_path: Path, family: str
+) -> None:
+    workshop = open_workshop(tiny_model(family), recipe_of())
+    halves = {"rank": 8, "refined": 8, "value_rank": 16, "value_refined": 0, "roles": 0, "cache": "int4"}
+    layers = tuple(LayerPlan(layer=layer, centred=True, **halves) for layer in range(workshop.spec.layers))
+    plan = Plan(layers=layers)
+    check_plan(plan, workshop.spec)
+    tokens = tokens_of(workshop)
+    workshop.install(workshop.codes(workshop.statistics(), plan))
+    (tmp_path / "slim").mkdir()
+    workshop.export(plan, tmp_path / "slim")
+    slim = torch_logits(workshop, tokens)
+    effect = np.abs(slim - original_logits(tiny_model(family), tokens)).max()
+    assert effect > 1e-4
+    assert layout_of(open_session(tmp_path / "slim")) == KVLayout.of(workshop.spec, plan)
+    assert np.abs(cached_logits(tmp_path / "slim", tokens) - slim).max() < 0.1 * effect
 
 
 @pytest.mark.parametrize("family", [*CORE, "gemma3_text", "opt"])

@@ -12,7 +12,7 @@ from models import CALIBRATION, VALIDATION, recipe_of
 from kvslim import pipeline
 from kvslim.errors import NotFoundError, UsageError
 from kvslim.export.manifest import read_manifest, verify, write_manifest
-from kvslim.methods import KvPca, KvQuant
+from kvslim.methods import KvHdc, KvPca, KvQuant
 from kvslim.recipe import Gates, Recipe, Validation
 from kvslim.types import Manifest, Plan
 
@@ -83,10 +83,11 @@ def test_plan_predicts_the_bytes_and_survives_a_round_trip(
     assert [tensor.dim for tensor in manifest.kv_layout.tensors] == [8, 8, 16, 16]
 
 
-def test_plan_is_refused_when_the_recipe_lacks_its_method(tiny_llama: Path, tmp_path: Path) -> None:
-    plan = pipeline.plan(str(tiny_llama), recipe_of(METHODS)).plan
-    with pytest.raises(UsageError, match="kv_pca"):
-        pipeline.compress(str(tiny_llama), recipe_of([KvQuant()]), tmp_path / "out", plan=plan)
+def test_plan_decides_alone_when_the_recipe_names_other_methods(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = pipeline.plan(str(tiny_llama), recipe_of([KvPca(rank=8), KvHdc(bits=4)])).plan
+    manifest = pipeline.compress(str(tiny_llama), recipe_of([KvQuant()]), tmp_path / "out", plan=plan)
+    assert manifest.plan == plan
+    assert {(tensor.dim, tensor.dtype) for tensor in manifest.kv_layout.tensors} == {(8, "int4")}
 
 
 def test_validate_repeats_the_quality_of_the_report(made: tuple[Path, Manifest]) -> None:
