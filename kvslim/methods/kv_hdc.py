@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from kvslim.errors import UsageError
 from kvslim.methods.base import Method
 from kvslim.methods.kv_quant import with_integers
 from kvslim.methods.levels import fit_levels
-from kvslim.methods.roles import item_memory
+from kvslim.methods.roles import has_item_memory, item_memory
 from kvslim.methods.rounding import TINY, sample_weights
 from kvslim.transform.codes import Array, LayerCodes
 from kvslim.types import CODES, CacheType, Granularity, LayerPlan, ModelSpec, Plan
@@ -45,7 +46,11 @@ class KvHdc(Method):
     sinks: int = Field(4, ge=0, description="with 3, 2 or 1 bits: first tokens kept exact")
 
     def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
-        """Bundles every layer's coefficients, all of them where no rank is chosen yet."""
+        """Bundles every layer's coefficients, all of them where no rank is chosen yet.
+
+        Raises:
+            UsageError: A layer's rank has no item memory.
+        """
         layers = tuple(self._bundled(spec, layer) for layer in plan.layers)
         plan, stored = plan.model_copy(update={"layers": layers}), STORED[self.bits]
         if stored not in CODES:
@@ -72,6 +77,12 @@ class KvHdc(Method):
         words = [] if layer.reason == "kept" else [layer.reason]
         words += ["bundled over roles" + ("" if self.bits > 3 else f"; {self.bits}-bit levels")]
         rank = layer.rank or spec.head_dim
+        if not has_item_memory(rank):
+            raise UsageError(
+                f"no item memory of order {rank}, the rank of layer {layer.layer}",
+                where="recipe: methods.kv_hdc",
+                fix="use another rank, or kv_quant",
+            )
         return layer.model_copy(update={"roles": self.seed, "rank": rank, "reason": "; ".join(words)})
 
 
