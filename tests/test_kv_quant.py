@@ -12,7 +12,6 @@ from kvslim.methods.rounding import HEADROOM, fit_steps, peak_steps, rounded
 from kvslim.transform.codes import LayerCodes
 from kvslim.types import Granularity, Plan
 
-
 MOST = {8: 127, 4: 7}
 
 

@@ -1,0 +1,135 @@
+"""Integer caches: their range and steps, refined coordinates, and what centring does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import open_workshop, recipe_of, tokens_of, torch_logits
+from numbers_of_a_model import SPEC, statistics_of
+from test_statistics import gather, states, windows_of
+
+from kvslim.methods import KvQuant
+from kvslim.methods.fitting import fit
+from kvslim.methods.kv_quant import rounding_errors, scaled
+from kvslim.methods.rounding import fit_steps, peak_steps, rounded, sample_weights
+from kvslim.transform.codes import LayerCodes
+from kvslim.types import CacheType, Granularity, LayerPlan, Plan
+
+ONE = np.ones((1, 1))
+
+
+def column(*values: float) -> np.ndarray:
+    """[1, n, 1] samples of one head and coordinate."""
+    return np.array(values)[None, :, None]
+
+
+def even(samples: np.ndarray) -> np.ndarray:
+    return np.full(samples.shape[:2], 1 / samples.shape[1])
+
+
+@pytest.mark.parametrize(("bits", "least", "most"), [(4, -8, 7), (8, -128, 127)])
+def test_range_is_that_of_twos_complement(bits: int, least: int, most: int) -> None:
+    given = rounded(column(-1000, least - 0.4, most + 0.4, 1000), ONE, bits)
+    np.testing.assert_array_equal(given, column(least, least, most, most))
+
+
+def test_halves_are_rounded_to_even() -> None:
+    given = rounded(column(-2.5, -1.5, -0.5, 0.5, 1.5, 2.5), ONE, 4)
+    np.testing.assert_array_equal(given, column(-2, -2, 0, 0, 2, 2))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_refined_coordinates_are_finer_and_the_others_as_before(bits: int) -> None:
+    samples = np.random.default_rng(0).standard_normal((2, 500, 8))
+    steps = peak_steps(samples, "per_channel", bits)
+    coarse, refined = (np.abs(rounded(samples, steps, bits, count) - samples) for count in (0, 4))
+    # The finer step is a 16th; 8 of those either way reach every remainder of 4 bits but its very half.
+    assert refined[..., :4].max() <= 1.01 * coarse[..., :4].max() / 8
+    assert refined[..., :4].mean() < coarse[..., :4].mean() / 10
+    np.testing.assert_array_equal(refined[..., 4:], coarse[..., 4:])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_minmax_clips_nothing(granularity: Granularity, bits: int) -> None:
+    samples = np.random.default_rng(0).standard_t(3, (2, 400, 8))
+    steps = peak_steps(samples, granularity, bits)
+    assert (np.abs(rounded(samples, steps, bits) - samples) <= steps[:, None] / 2 + 1e-12).all()
+
+
+def test_per_channel_loses_less_than_per_tensor_when_channels_differ() -> None:
+    samples = np.random.default_rng(0).standard_normal((2, 400, 8)) * 2.0 ** np.arange(8)
+    errors = {}
+    for granularity in ("per_channel", "per_tensor"):
+        steps = fit_steps(samples, even(samples), granularity, 4)
+        errors[granularity] = np.square(rounded(samples, steps, 4) - samples)[..., 0].mean()
+    assert errors["per_channel"] < 0.1 * errors["per_tensor"]
+
+
+def test_weights_sum_to_1_and_give_sinks_their_attention() -> None:
+    statistics = statistics_of(SPEC)
+    weights = sample_weights(statistics, 0)
+    body = statistics.key_samples.shape[2]
+    np.testing.assert_allclose(weights.sum(1), 1)
+    np.testing.assert_allclose(weights[:, body:].sum(1), statistics.sink_mass[0])
+
+
+@pytest.mark.parametrize("cache", ["int8", "int4"])
+def test_centring_lowers_the_error_when_keys_lie_far_from_zero(cache: CacheType) -> None:
+    statistics = statistics_of(SPEC)
+    statistics = replace(statistics, key_samples=statistics.key_samples + 20, sink_keys=statistics.sink_keys + 17)
+    layer = LayerPlan(layer=0, cache=cache)
+    errors = [
+        rounding_errors(statistics, layer.model_copy(update={"centred": way}), LayerCodes())[0] for way in (True, False)
+    ]
+    assert 0 < errors[0] < 0.5 * errors[1]
+    plan = KvQuant(bits=8 if cache == "int8" else 4).decide(SPEC, statistics, Plan.identity(SPEC))
+    assert plan.layers[0].centred
+    assert f"{1 - errors[0] / errors[1]:.0%}" in plan.layers[0].reason
+
+
+def test_keys_stay_where_they_are_when_centring_is_not_wanted() -> None:
+    statistics = statistics_of(SPEC)
+    statistics = replace(statistics, key_samples=statistics.key_samples + 20, sink_keys=statistics.sink_keys + 17)
+    plan = KvQuant(centre=False).decide(SPEC, statistics, Plan.identity(SPEC))
+    assert not any(layer.centred for layer in plan.layers)
+    assert all(code.key_offset is None for code in fit(SPEC, statistics, plan))
+
+
+def test_offset_of_all_keys_changes_no_logits_when_nothing_is_rounded(tiny_llama: Path) -> None:
+    workshop = open_workshop(tiny_llama, recipe_of())
+    tokens = tokens_of(workshop)
+    before = torch_logits(workshop, tokens)
+    spec = workshop.spec
+    offset = np.random.default_rng(0).standard_normal((spec.kv_heads, spec.head_dim))
+    workshop.install((LayerCodes(key_offset=offset),) * spec.layers)
+    np.testing.assert_allclose(torch_logits(workshop, tokens), before, atol=2e-5)
+
+
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_refined_steps_clip_no_sample_of_the_coordinates_held_twice(granularity: Granularity) -> None:
+    statistics = statistics_of(SPEC)
+    layer = LayerPlan(layer=0, rank=16, refined=8, cache="int4", granularity=granularity)
+    code = fit(SPEC, statistics, Plan(layers=(layer, LayerPlan(layer=1))), before=KvQuant.order)[0]
+    steps = scaled(statistics, layer, code).key_scale
+    assert steps is not None
+    keys = np.concatenate([statistics.key_samples[0], statistics.sink_keys[0]], axis=1) @ code.key_encoder
+    worst = np.abs(keys[..., :8]).max(1)
+    assert (worst <= 8 * steps[:, :8] + steps[:, :8] / 2).all()
+
+
+def test_steps_hold_beyond_the_calibration_length_when_keys_turn(tiny_llama: Path) -> None:
+    """Windows of 48 tokens; keys are those of any position up to the target context."""
+    workshop = open_workshop(tiny_llama, recipe_of())
+    short, long = windows_of(workshop, 20), np.random.default_rng(5).integers(0, workshop.spec.vocab_size, (1, 400))
+    statistics = gather(workshop, short)
+    plan = KvQuant().decide(workshop.spec, statistics, Plan.identity(workshop.spec))
+    codes = fit(workshop.spec, statistics, plan)
+    for layer, code in enumerate(codes):
+        keys = states(workshop, long, layer)["k"][0][:, 200:]
+        keys = keys if code.key_offset is None else keys - code.key_offset[:, None]
+        beyond = (np.abs(keys) > 128 * code.key_scale[:, None]).mean()
+        assert beyond < 1e-3
