@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kvslim.errors import UnsupportedError, UsageError
 from kvslim.methods.kv_hdc import KvHdc
-from kvslim.methods.kv_pca import STEP, check_rank
+from kvslim.methods.kv_pca import STEP, check_rank, check_width
 from kvslim.methods.kv_quant import INTEGERS
 from kvslim.methods.kv_window import KvWindow
 from kvslim.methods.roles import has_item_memory
@@ -168,7 +168,7 @@ def _check_sizes(plan: Plan, layer: LayerPlan, spec: ModelSpec, where: str) -> N
     extras = (layer.refined, layer.value_refined or 0)
     ranks = (layer.rank or spec.head_dim, layer.value_rank or layer.rank or spec.head_dim)
     for rank in ranks:
-        check_rank(rank, spec, spec.windows[layer.layer], where)
+        check_rank(rank, spec, None, where)
     if plan.layout == "gqa" and len(set(layer.widths(spec.head_dim))) > 1:
         key, value = layer.widths(spec.head_dim)
         raise UsageError(
@@ -186,8 +186,18 @@ def _check_sizes(plan: Plan, layer: LayerPlan, spec: ModelSpec, where: str) -> N
             where=where,
             fix="give them, or drop it",
         )
-    if layer.roles is not None and not all(has_item_memory(rank) for rank in ranks):
-        raise UsageError(f"no item memory of order {max(ranks)}", where=where, fix="use another rank, or no roles")
+    _check_roles(layer, ranks, where)
+    check_width(layer, spec, where)
+
+
+def _check_roles(layer: LayerPlan, ranks: tuple[int, int], where: str) -> None:
+    """Refined coordinates are bundled among themselves, and the others among themselves."""
+    twice = (layer.refined, layer.refined if layer.value_refined is None else layer.value_refined)
+    orders = (*twice, *(rank - extra for rank, extra in zip(ranks, twice, strict=True)))
+    missing = [order for order in orders if not has_item_memory(order)]
+    if layer.roles is not None and missing:
+        fix = "use another rank or another number of refined coordinates, or no roles"
+        raise UsageError(f"no item memory of order {missing[0]}", where=where, fix=fix)
 
 
 def _check_operators(plan: Plan, layer: LayerPlan, where: str) -> None:

@@ -16,7 +16,7 @@ from models import (
     tokens_of,
     torch_logits,
 )
-from tiny_decoders import FAMILIES
+from tiny_decoders import CONFIGS, FAMILIES
 
 from kvslim.checks import check_plan
 from kvslim.methods import METHODS, KvHdc, KvPca, KvQuant, KvWindow, Method
@@ -40,7 +40,10 @@ CORE = ("llama", "gpt2")  # with RoPE, and with learned positions
 
 def plans_of(family: str) -> tuple[str, ...]:
     """Every family is tried plain and slim; a variant of one, which differs in its RoPE alone, plain."""
-    return ("plain",) if "-" in family else ("plain", "pca_hdc_int4")
+    if "-" in family:
+        return ("plain",)
+    # In a window the kernel takes int4 in heads of 32 and more: too large for half the head_dim of these.
+    return ("plain", "pca_int8" if CONFIGS[family].get("sliding_window") else "pca_hdc_int4")
 
 
 ModelOf = Callable[[str], Path]

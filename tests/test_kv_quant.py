@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 from numbers_of_a_model import SPEC, statistics_of
 
+from kvslim.checks import check_plan
+from kvslim.errors import UsageError
 from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_quant import KvQuant
 from kvslim.methods.rounding import HEADROOM, fit_steps, peak_steps, rounded
 from kvslim.transform.codes import LayerCodes
-from kvslim.types import Granularity, Plan
+from kvslim.types import Granularity, LayerPlan, Plan
 
 MOST = {8: 127, 4: 7}
 
@@ -66,6 +70,25 @@ def test_sinks_are_within_range_when_attention_rests_on_them() -> None:
         assert code.key_scale is not None
         worst = np.abs(statistics.sink_keys[layer]).max(axis=1) - code.key_scale * MOST[8]
         assert (worst <= 0.1 * np.abs(statistics.sink_keys[layer]).max()).all()
+
+
+WINDOWED = SPEC.model_copy(update={"windows": (None, 8)})
+
+
+def test_int4_is_refused_when_a_window_needs_larger_heads() -> None:
+    statistics, plan = statistics_of(SPEC), Plan.identity(SPEC)
+    with pytest.raises(UsageError, match="16 numbers per head in int4 do not fit the window of layer 1") as caught:
+        KvQuant(bits=4).decide(WINDOWED, statistics, plan)
+    assert "multiple of 32" in caught.value.fix
+    KvQuant(bits=8).decide(WINDOWED, statistics, plan)
+
+
+@pytest.mark.parametrize(("layer", "fits"), [({"refined": 0}, False), ({"refined": 16}, True), ({"window": 4}, True)])
+def test_plan_in_int4_is_judged_by_the_width_of_its_heads(layer: dict[str, int], fits: bool) -> None:
+    stored = LayerPlan.model_validate({"layer": 1, "rank": 16, "cache": "int4", **layer})
+    plan = Plan(layers=(LayerPlan(layer=0), stored))
+    with contextlib.nullcontext() if fits else pytest.raises(UsageError, match="numbers per head in int4"):
+        check_plan(plan, WINDOWED)
 
 
 def test_scales_are_those_of_the_coded_cache_when_pca_comes_before() -> None:

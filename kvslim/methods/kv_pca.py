@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from kvslim.errors import UsageError
 from kvslim.methods.base import Method
 from kvslim.transform.codes import Array, LayerCodes
-from kvslim.types import LayerPlan, ModelSpec, Objective, Plan
+from kvslim.types import CacheType, LayerPlan, ModelSpec, Objective, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
@@ -76,6 +76,28 @@ def _damped(matrix: Array, damping: float) -> Array:
 def rank_step(window: int | None) -> int:
     """The step of the ranks that a layer with this window can have."""
     return STEP if window is None else WINDOW_STEP
+
+
+def width_step(window: int | None, cache: CacheType) -> int:
+    """The step of the numbers per head that a layer with this window can cache; two of int4 lie in a byte."""
+    return rank_step(window) * (2 if window is not None and cache == "int4" else 1)
+
+
+def check_width(layer: LayerPlan, spec: ModelSpec, where: str) -> None:
+    """Refuses a cache whose heads are no multiple of what the kernel takes.
+
+    Raises:
+        UsageError: Naming `where` it was asked for.
+    """
+    window = spec.windows[layer.layer]
+    step = rank_step(window) if layer.window is not None else width_step(window, layer.cache)
+    for width in layer.widths(spec.head_dim):
+        if width % step:
+            raise UsageError(
+                f"{width} numbers per head in {layer.cache} do not fit the window of layer {layer.layer}",
+                where=where,
+                fix=f"use a multiple of {step}, or more bits",
+            )
 
 
 def check_rank(rank: int, spec: ModelSpec, window: int | None, where: str) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from kvslim.methods.base import Method
+from kvslim.methods.kv_pca import check_width
 from kvslim.methods.rounding import (
     fit_steps,
     key_samples,
@@ -63,10 +64,16 @@ class KvQuant(Method):
 def with_integers(
     spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, update: Mapping[str, object], centre: bool
 ) -> Plan:
-    """The plan with integer caches, keys centred in the layers where that makes rounding cheaper."""
+    """The plan with integer caches, keys centred in the layers where that makes rounding cheaper.
+
+    Raises:
+        UsageError: The kernel cannot take a layer's cache.
+    """
     from kvslim.methods.fitting import fit
 
     layers = tuple(layer.model_copy(update=update) for layer in plan.layers)
+    for layer in layers:
+        check_width(layer, spec, "recipe: methods")
     coded = fit(spec, statistics, plan.model_copy(update={"layers": layers}), before=KvQuant.order)
     chosen = []
     for layer, code in zip(layers, coded, strict=True):

@@ -15,7 +15,7 @@ import numpy as np
 
 from kvslim.methods.fitting import fit
 from kvslim.methods.kv_hdc import KvHdc
-from kvslim.methods.kv_pca import KvPca, rank_step
+from kvslim.methods.kv_pca import KvPca, width_step
 from kvslim.methods.kv_quant import rounding_errors
 from kvslim.methods.roles import has_item_memory
 from kvslim.types import LayerPlan, ModelSpec, Plan
@@ -85,9 +85,10 @@ def side_costs(spec: ModelSpec, statistics: CalibrationStatistics) -> list[tuple
 
 def choices(spec: ModelSpec, window: int | None, width: int, bits: int) -> Iterator[Choice]:
     """All that one side can keep in a cache of `width` numbers per head."""
+    step = width_step(window, "int4" if bits == 4 else "int8")
     for refined in range(0, width // 2 + 1, STEP) if bits == 4 else (0,):
         rank = width - refined
-        if rank <= spec.head_dim and width % rank_step(window) == 0 and _has_roles(rank, refined):
+        if rank <= spec.head_dim and width % step == 0 and _has_roles(rank, refined):
             yield Choice(rank, refined)
 
 
