@@ -1,0 +1,170 @@
+"""Judging codes in torch: replayed layers change no number, and a trial leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import open_workshop, recipe_of, tokens_of, torch_logits
+
+from kvslim.methods import KvHdc
+from kvslim.methods.fitting import fit
+from kvslim.transform import compensate
+from kvslim.transform.codes import LayerCodes
+from kvslim.transform.judge import Judge, probe_windows
+from kvslim.transform.surgery import trial
+from kvslim.types import LayerPlan, Plan
+from kvslim.workshop import Workshop
+
+Codes = tuple[LayerCodes, ...]
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def workshop(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> Workshop:
+    return open_workshop(tiny_model(request.param), recipe_of())
+
+
+def windows_of(workshop: Workshop, count: int = 3, length: int = 32) -> np.ndarray:
+    return np.random.default_rng(7).integers(0, workshop.spec.vocab_size, (count, length))
+
+
+def codes_of(workshop: Workshop, **layer: object) -> Codes:
+    """All layers alike, with values and keys in half the rank unless said otherwise."""
+    entries = {"rank": 8, **layer}
+    layers = tuple(LayerPlan.model_validate({"layer": i, **entries}) for i in range(workshop.spec.layers))
+    return fit(workshop.spec, workshop.statistics(), Plan(layers=layers))
+
+
+def judge_of(workshop: Workshop, windows: np.ndarray) -> Judge:
+    return Judge(workshop.model, workshop.architecture, windows)
+
+
+def divergence(plain: np.ndarray, slim: np.ndarray) -> float:
+    logs = [torch.from_numpy(logits).double().log_softmax(-1) for logits in (plain, slim)]
+    return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
+
+
+def test_kl_is_zero_when_nothing_is_coded(workshop: Workshop) -> None:
+    assert judge_of(workshop, windows_of(workshop)).kl((LayerCodes(),) * workshop.spec.layers) == 0.0
+
+
+def test_kl_is_that_of_the_logits(workshop: Workshop) -> None:
+    windows, codes = windows_of(workshop), codes_of(workshop, roles=0, cache="int4")
+    plain = [torch_logits(workshop, window) for window in windows]
+    with trial(workshop.model, workshop.architecture, codes):
+        slim = [torch_logits(workshop, window) for window in windows]
+    expected = np.mean([divergence(*pair) for pair in zip(plain, slim, strict=True)])
+    assert expected > 1e-3
+    assert judge_of(workshop, windows).kl(codes) == pytest.approx(expected, rel=1e-4)
+
+
+def test_replayed_layers_give_the_number_of_a_full_run(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes of the last layer alone: all layers before it are replayed, then none."""
+    bare, last = (LayerCodes(),) * (workshop.spec.layers - 1), codes_of(workshop)[-1]
+    judge, runs = judge_of(workshop, windows_of(workshop)), []
+    judge.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    replayed = judge.kl((*bare, last))
+    assert replayed > 0
+    assert runs == [1] * 3  # called, but to hand out what it gave before
+    monkeypatch.setattr(judge, "_replaying", lambda *_: torch.inference_mode())
+    assert judge.kl((*bare, last)) == pytest.approx(replayed, rel=1e-6)
+
+
+def test_kl_is_repeatable_when_another_trial_lies_between(workshop: Workshop) -> None:
+    judge = judge_of(workshop, windows_of(workshop))
+    one, other = codes_of(workshop), codes_of(workshop, roles=0, cache="int4")
+    first = judge.kl(one)
+    assert judge.kl(other) != first
+    assert judge.kl(one) == first
+
+
+def test_model_is_as_before_after_a_trial(workshop: Workshop) -> None:
+    tokens, codes = tokens_of(workshop), codes_of(workshop, roles=0, cache="int4", centred=True)
+    before = torch_logits(workshop, tokens)
+    with trial(workshop.model, workshop.architecture, codes):
+        assert np.abs(torch_logits(workshop, tokens) - before).max() > 1e-3
+    np.testing.assert_array_equal(torch_logits(workshop, tokens), before)
+
+
+def test_model_is_as_before_when_a_trial_or_its_installation_fails(workshop: Workshop) -> None:
+    tokens, codes = tokens_of(workshop), codes_of(workshop)
+    before = torch_logits(workshop, tokens)
+    with pytest.raises(KeyError), trial(workshop.model, workshop.architecture, codes):
+        raise KeyError
+    np.testing.assert_array_equal(torch_logits(workshop, tokens), before)
+    broken = (*codes[:-1], replace(codes[-1], value_decoder=None))
+    with pytest.raises(ValueError, match="value code"), trial(workshop.model, workshop.architecture, broken):
+        pytest.fail("such codes cannot be installed")
+    np.testing.assert_array_equal(torch_logits(workshop, tokens), before)
+
+
+def test_recall_is_whole_when_answers_are_what_the_model_says(workshop: Workshop) -> None:
+    judge, none = judge_of(workshop, windows_of(workshop)), (LayerCodes(),) * workshop.spec.layers
+    prompts = [tuple(window) for window in windows_of(workshop).tolist()]
+    said = [int(torch_logits(workshop, np.array(prompt))[-1].argmax()) for prompt in prompts]
+    assert judge.recall(none, [(prompt, (answer,)) for prompt, answer in zip(prompts, said, strict=True)]) == 1.0
+    wrong = [(prompt, ((answer + 1) % 200,)) for prompt, answer in zip(prompts, said, strict=True)]
+    assert judge.recall(none, wrong) == 0.0
+
+
+def test_probe_windows_are_fewer_when_the_model_is_larger() -> None:
+    windows = np.zeros((500, 600), np.int64)
+    small, large = probe_windows(windows, 300, 2), probe_windows(windows, 150_000, 32)
+    assert small.shape == (64, 512)
+    assert large.shape == (2, 512)
+
+
+def test_refitted_outputs_lower_the_kl_on_the_text_they_were_fitted_to(workshop: Workshop) -> None:
+    windows, codes = windows_of(workshop, 16, 64), codes_of(workshop)
+    again = compensate.refitted(workshop.model, workshop.architecture, codes, windows)
+    judge = judge_of(workshop, windows)
+    assert 0 < judge.kl(again) < 0.9 * judge.kl(codes)
+
+
+def test_refitting_leaves_layers_without_codes_alone(workshop: Workshop) -> None:
+    windows = windows_of(workshop)
+    tokens, before = tokens_of(workshop), torch_logits(workshop, tokens_of(workshop))
+    none = (LayerCodes(),) * workshop.spec.layers
+    assert compensate.refitted(workshop.model, workshop.architecture, none, windows) == none
+    mixed = (LayerCodes(), *codes_of(workshop)[1:])
+    again = compensate.refitted(workshop.model, workshop.architecture, mixed, windows)
+    assert [code.output_weight is None for code in again] == [True, *[False] * (workshop.spec.layers - 1)]
+    np.testing.assert_array_equal(torch_logits(workshop, tokens), before)
+
+
+def test_refitting_changes_nothing_when_the_codes_lose_nothing(workshop: Workshop) -> None:
+    windows, full = windows_of(workshop), codes_of(workshop, rank=16)
+    judge = judge_of(workshop, windows)
+    assert judge.kl(compensate.refitted(workshop.model, workshop.architecture, full, windows)) < 1e-8
+
+
+def test_compensation_stays_off_when_it_does_not_help(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    statistics = workshop.statistics()
+    plan = KvHdc(bits=4).decide(workshop.spec, statistics, Plan.identity(workshop.spec))
+    codes = workshop.codes(statistics, plan)
+    monkeypatch.setattr(workshop, "_refitted", lambda *_: codes)
+    kept, kl = workshop.compensated(statistics, plan)
+    assert kept == plan
+    assert kl > 0
+    monkeypatch.setattr(workshop, "_refitted", lambda *_: tuple(LayerCodes() for _ in codes))
+    refit, better = workshop.compensated(statistics, plan)
+    assert better == 0.0
+    assert all(layer.refit and "100%" in layer.reason for layer in refit.layers)
+
+
+def test_compensation_stays_off_when_the_recipe_says_so(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    statistics = workshop.statistics()
+    plan = Plan(layers=tuple(LayerPlan(layer=layer, rank=8) for layer in range(workshop.spec.layers)))
+    monkeypatch.setattr(workshop, "recipe", workshop.recipe.model_copy(update={"compensate": False}))
+    kept, kl = workshop.compensated(statistics, plan)
+    assert kept == plan
+    assert kl > 0
+
+
+def test_uncompressed_plan_is_not_compensated(workshop: Workshop) -> None:
+    plan = Plan.identity(workshop.spec)
+    assert workshop.compensated(workshop.statistics(), plan) == (plan, 0.0)
