@@ -66,16 +66,16 @@ def prices(
         divergence: Of the model with the codes given, on calibration text.
         layers: Wraps the iterable of layers, to show progress.
     """
-    little, much = (max(8, int(spec.head_dim * share) // 8 * 8) for share in (LITTLE, MUCH))
-    ranks = {rank: _coded(spec, statistics, rank) for rank in (little, much)}
+    ranks = [max(8, int(spec.head_dim * share) // 8 * 8) for share in (LITTLE, MUCH)]
+    probes = [_coded(spec, statistics, rank) for rank in ranks]
     whole = tuple(bundled(LayerPlan(layer=layer), Choice(spec.head_dim, 0), None, 4) for layer in range(spec.layers))
     rounded = fit(spec, statistics, Plan(layers=whole))
     priced = []
     for layer in layers(range(spec.layers)):
         sides = []
         for side, side_cost in enumerate(costs[layer]):
-            energies = [side_cost.cost(Choice(rank, 0), 8).dropped for rank in (little, much)]
-            kls = [divergence(_alone(codes, layer, side)) for codes in ranks.values()]
+            energies = [side_cost.cost(Choice(rank, 0), 8).dropped for rank in ranks]
+            kls = [divergence(_alone(codes, layer, side)) for codes in probes]
             noise = divergence(_alone(rounded, layer, side))
             per_noise = noise / side_cost.cost(Choice(spec.head_dim, 0), 4).noise
             sides.append(_price(energies, kls, per_noise))
