@@ -1,0 +1,219 @@
+"""Budgets: the plan keeps every limit, holds the bytes it tells, and is never worse than all layers alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import CALIBRATION, open_workshop, recipe_of
+from models import VALIDATION as SMALL
+
+from kvslim import pipeline
+from kvslim.calibrate.statistics import CalibrationStatistics
+from kvslim.checks import check_plan
+from kvslim.cli import app
+from kvslim.errors import GateError
+from kvslim.methods import KvPca
+from kvslim.plan.choose import Chosen, choose
+from kvslim.plan.planner import MARGIN, Planned, Planner
+from kvslim.recipe import Budget, Recipe, load_recipe
+from kvslim.runtime.graph import layout_of, open_session
+from kvslim.runtime.session import DecodeSession
+from kvslim.transform.judge import Judge
+from kvslim.types import KVLayout, Plan
+from kvslim.validate.quality import measure_quality
+from kvslim.workshop import Workshop
+
+CONTEXT = 2048
+
+
+def budget_of(**limits: float | int) -> Recipe:
+    recipe = Recipe(name="test", calibration=CALIBRATION, validation=SMALL)
+    return recipe.model_copy(update={"budget": Budget.model_validate(limits)})
+
+
+@pytest.fixture(scope="module")
+def workshop(tiny_model: Callable[[str], Path]) -> Workshop:
+    return open_workshop(tiny_model("llama"), recipe_of())
+
+
+@pytest.fixture(scope="module")
+def statistics(workshop: Workshop) -> CalibrationStatistics:
+    return workshop.statistics()
+
+
+def planner_of(workshop: Workshop, statistics: CalibrationStatistics) -> Planner:
+    judge = Judge(workshop.model, workshop.architecture, statistics.windows)
+    base = Plan.identity(workshop.spec)
+    return Planner(workshop.spec, statistics, base, CONTEXT, judge.kl, judge.kl, iter)
+
+
+@pytest.fixture(scope="module")
+def planner(workshop: Workshop, statistics: CalibrationStatistics) -> Planner:
+    return planner_of(workshop, statistics)
+
+
+def no_drop(_: Planned) -> float:
+    return 0.0
+
+
+def chosen_for(planner: Planner, drop: Callable[[Planned], float] = no_drop, **limits: float | int) -> Chosen:
+    return choose(planner, Budget.model_validate(limits), drop)
+
+
+@pytest.mark.parametrize("ratio", [4, 6, 8, 9.5, 16])
+def test_plan_holds_the_bytes_it_tells_within_its_ratio(workshop: Workshop, planner: Planner, ratio: float) -> None:
+    planned = chosen_for(planner, kv_ratio=ratio).planned
+    check_plan(planned.plan, workshop.spec)
+    size = KVLayout.of(workshop.spec, planned.plan).bytes_at(CONTEXT)
+    assert size == planned.point.kv_bytes_per_token * CONTEXT
+    assert size * ratio <= planner.plain_bytes
+    assert planned.point.kv_ratio == pytest.approx(planner.plain_bytes / size)
+
+
+def test_mib_and_ratio_choose_one_plan_when_they_mean_the_same(planner: Planner) -> None:
+    mib = planner.plain_bytes / 10 / 2**20
+    by_mib, by_ratio = chosen_for(planner, kv_mib=mib, context=CONTEXT), chosen_for(planner, kv_ratio=10)
+    assert by_mib.planned == by_ratio.planned
+
+
+@pytest.mark.parametrize("place", [0, 2, -1])
+def test_plan_is_within_the_kl_and_not_larger_than_its_frontier(planner: Planner, place: int) -> None:
+    frontier = planner.frontier()
+    limit = 1.01 * MARGIN * frontier[place].point.kl
+    planned = chosen_for(planner, max_kl=limit).planned
+    assert planned.point.kl * MARGIN <= limit
+    assert planned.point.kv_ratio >= frontier[place].point.kv_ratio
+
+
+def test_recall_drop_decides_when_it_is_the_only_limit(planner: Planner) -> None:
+    def drop(planned: Planned) -> float:
+        return 0.5 if planned.point.kv_ratio > 9 else 0.0
+
+    planned = chosen_for(planner, drop, max_recall_drop=0.01).planned
+    assert planned.point.recall_drop == 0.0
+    assert 6 < planned.point.kv_ratio <= 9
+
+
+@pytest.mark.parametrize(
+    ("limits", "where"),
+    [
+        ({"kv_ratio": 1000}, "budget"),
+        ({"kv_mib": 0.001, "context": CONTEXT}, "budget"),
+        ({"max_kl": 1e-12}, "max_kl"),
+        ({"kv_ratio": 16, "max_kl": 1e-12}, "budget.max_kl"),
+        ({"max_recall_drop": 0.1}, "budget.max_recall_drop"),
+        ({"kv_ratio": 8, "max_recall_drop": 0.1}, "budget.max_recall_drop"),
+    ],
+)
+def test_budget_is_refused_when_no_plan_keeps_it(planner: Planner, limits: dict[str, float], where: str) -> None:
+    with pytest.raises(GateError) as caught:
+        chosen_for(planner, lambda _: 0.9, **limits)
+    assert caught.value.where == where
+    assert caught.value.fix
+
+
+def test_frontier_loses_more_as_it_gets_smaller(planner: Planner) -> None:
+    points = [planned.point for planned in planner.frontier()]
+    assert len(points) >= 5
+    sizes = [point.kv_bytes_per_token for point in points]
+    assert sizes == sorted(sizes, reverse=True)
+    assert points[0].kl < points[-1].kl
+
+
+@pytest.mark.parametrize("ratio", [5, 8, 16])
+def test_plan_is_not_worse_than_uniform(planner: Planner, ratio: float) -> None:
+    planned = chosen_for(planner, kv_ratio=ratio).planned
+    budget = planned.point.kv_bytes_per_token * CONTEXT
+    alike = [
+        planner._planned([layer[place][1] for layer in planner.ways[4]])
+        for place in range(len(planner.ways[4][0]))
+        if sum(layer[place][0].size for layer in planner.ways[4]) <= budget
+    ]
+    assert alike
+    assert planned.point.kl <= alike[-1].point.kl
+
+
+def test_same_inputs_give_the_same_plan(workshop: Workshop, statistics: CalibrationStatistics) -> None:
+    first, second = (chosen_for(planner_of(workshop, statistics), kv_ratio=8) for _ in range(2))
+    assert first == second
+
+
+def test_int4_plan_of_a_sliding_window_model_runs(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """In a window the kernel takes int4 in heads of 32 and more alone."""
+    model = str(tiny_model("mistral"))
+    summary = pipeline.plan(model, budget_of(kv_ratio=7))
+    assert {layer.cache for layer in summary.plan.layers} == {"int4"}
+    manifest = pipeline.compress(model, budget_of(kv_ratio=7), tmp_path / "out", plan=summary.plan)
+    assert manifest.report is not None
+    assert manifest.report.artifact.kv_bytes_per_token == summary.kv_bytes_per_token
+    assert summary.kv_bytes_per_token * 7 <= summary.plain_kv_bytes_per_token
+
+
+def test_plan_tells_kl_and_frontier_as_json(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["calibration.samples=4", "calibration.length=48"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    out = tmp_path / "plan.json"
+    command = ["plan", str(tiny_llama), "-r", "lossless", "--kv-ratio", "8", "-o", str(out), "--json", *options]
+    assert app.run(command) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["kl"] > 0
+    assert told["kv_bytes_per_token"] * 8 <= told["plain_kv_bytes_per_token"]
+    assert set(told["frontier"][0]) == {"cache", "kv_bytes_per_token", "kv_ratio", "kl", "recall_drop"}
+    assert all(layer["roles"] == 0 for layer in told["plan"]["layers"])
+    assert Plan.model_validate_json(out.read_text()) == Plan.model_validate(told["plan"])
+    assert app.run(["plan", str(tiny_llama), "--kv-mib-at", "1k=0.0625", *options]) == 0
+    table = capsys.readouterr().out
+    assert "KL to plain" in table
+    assert "int4" in table
+
+
+@pytest.mark.parametrize("limit", [("--kv-ratio", "1000"), ("--kv-mib-at", "2k=0.001"), ("--max-kl", "1e-12")])
+@pytest.mark.parametrize("verb", ["plan", "compress"])
+def test_impossible_budget_exits_3_and_writes_nothing(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str, limit: tuple[str, str]
+) -> None:
+    command = [verb, str(tiny_llama), "-o", str(tmp_path / "out"), *limit]
+    settings = ["--set", "calibration.samples=4", "--set", "calibration.length=48"]
+    assert app.run([*command, *settings]) == GateError.exit_code
+    assert "  fix: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_budget_replaces_methods_and_sets_the_gates() -> None:
+    lossless = load_recipe("lossless")
+    recipe = lossless.within(Budget(kv_ratio=10, max_kl=0.05))
+    assert lossless.methods
+    assert recipe.methods == ()
+    assert recipe.budget == Budget(kv_ratio=10, max_kl=0.05)
+    assert (recipe.gates.max_kv_ratio, recipe.gates.max_kl, recipe.gates.max_recall_drop) == (0.1, 0.05, None)
+
+
+@pytest.mark.golden
+def test_predicted_kl_is_near_the_measured_one_and_better_than_ranks_alone(tmp_path: Path) -> None:
+    """The demo model at an eighth, and its KL through onnxruntime on the text that the planner compared on."""
+    recipe = load_recipe("small", ["calibration.samples=16"])
+    workshop = open_workshop("demo", recipe)
+    statistics = workshop.statistics()
+    assert recipe.budget is not None
+    chosen = workshop.chosen(statistics, recipe.budget)
+    ranks = KvPca(rank=16).decide(workshop.spec, statistics, Plan.identity(workshop.spec))
+    windows = statistics.windows[-2:]
+    kl = {}
+    for name, plan in {"plain": Plan.identity(workshop.spec), "ranks": ranks, "plan": chosen.planned.plan}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        workshop = open_workshop("demo", recipe)
+        workshop.install(workshop.codes(statistics, plan))
+        workshop.export(plan, folder)
+        sessions = [DecodeSession(tmp_path / which, windows.shape[1], all_positions=True) for which in ("plain", name)]
+        kl[name] = measure_quality(*sessions, windows, chunk=16).kl_mean
+    assert layout_of(open_session(tmp_path / "plan")) == KVLayout.of(workshop.spec, chosen.planned.plan)
+    assert chosen.planned.point.kv_ratio >= 8
+    assert kl["plan"] < kl["ranks"]
+    assert np.log(kl["plan"] / chosen.planned.point.kl) == pytest.approx(0, abs=np.log(1.5))
