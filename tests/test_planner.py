@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 from models import CALIBRATION, open_workshop, recipe_of
 from models import VALIDATION as SMALL
+from tiny_artifact import SPEC
 
 from kvslim import pipeline
 from kvslim.calibrate.statistics import CalibrationStatistics
-from kvslim.checks import check_plan
+from kvslim.checks import check_plan, check_task
 from kvslim.cli import app
-from kvslim.errors import GateError
+from kvslim.errors import GateError, UnsupportedError
+from kvslim.export.manifest import read_manifest
 from kvslim.methods import KvPca
 from kvslim.plan.choose import Chosen, choose
 from kvslim.plan.planner import MARGIN, Planned, Planner
-from kvslim.recipe import Budget, Recipe, load_recipe
+from kvslim.recipe import Budget, Recipe, load_recipe, parse_recipe
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
 from kvslim.transform.judge import Judge
@@ -192,6 +194,32 @@ def test_budget_replaces_methods_and_sets_the_gates() -> None:
     assert recipe.methods == ()
     assert recipe.budget == Budget(kv_ratio=10, max_kl=0.05)
     assert (recipe.gates.max_kv_ratio, recipe.gates.max_kl, recipe.gates.max_recall_drop) == (0.1, 0.05, None)
+
+
+def test_budget_is_refused_when_the_model_has_no_cache() -> None:
+    encoder = SPEC.model_copy(update={"task": "fill-mask", "model_type": "bert"})
+    with pytest.raises(UnsupportedError, match="asks for a budget"):
+        check_task(Recipe(name="test", budget=Budget(kv_ratio=8)), encoder)
+
+
+def test_compress_within_a_budget_is_its_recipe_with_the_planner(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    validation = {"samples": 2, "length": 48, "recall_items": 2, "recall_distance": 16, "repeats": 3}
+    settings = {f"validation.{key}": value for key, value in validation.items()}
+    settings |= {"validation.prompts": [16], "validation.contexts": [32]}
+    settings |= {"calibration.samples": 4, "calibration.length": 48}
+    options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    out = tmp_path / "out"
+    command = ["compress", str(tiny_llama), "-o", str(out), "-r", "lossless", "--kv-ratio", "8", "--max-kl", "5"]
+    assert app.run([*command, "--json", *options]) == 0
+    told = json.loads(capsys.readouterr().out)
+    manifest = read_manifest(out)
+    recipe = parse_recipe(manifest.recipe, "test")
+    assert (recipe.name, recipe.methods, recipe.budget) == ("lossless", (), Budget(kv_ratio=8, max_kl=5))
+    assert {gate["name"]: gate["limit"] for gate in told["gates"]} == {"max_kl": 5, "max_kv_ratio": 0.125}
+    assert told["ratio"]["kv_bytes_per_token"] <= 1 / 8
+    assert layout_of(open_session(out)) == KVLayout.of(manifest.spec, manifest.plan)
 
 
 @pytest.mark.golden
