@@ -17,6 +17,7 @@ from kvslim.recipe import Recipe, load_recipe
 from kvslim.report.tables import plan_table
 from kvslim.runtime.generate import load_tokenizer
 from kvslim.runtime.session import DecodeSession
+from kvslim.transform.judge import Judge
 from kvslim.types import KVLayout, Plan, Report
 from kvslim.validate.quality import measure_quality
 
@@ -61,6 +62,22 @@ def test_small_tells_what_the_planner_did_to_each_layer(demo_artifact: ArtifactO
     assert manifest.kv_layout == KVLayout.of(manifest.spec, manifest.plan)
     table = plan_table(manifest.plan).markdown()
     assert all(layer.reason in table and "expected to cost" in layer.reason for layer in manifest.plan.layers)
+
+
+def test_kl_of_the_plan_in_torch_is_that_of_the_graph(demo_artifact: ArtifactOf, tmp_path: Path) -> None:
+    """What the planner compares plans by, and the same text through onnxruntime and its cache."""
+    folder = demo_artifact("small")
+    workshop = open_workshop("demo", load_recipe("small"))
+    statistics = workshop.statistics()
+    windows = statistics.windows[-2:]
+    plan = read_manifest(folder).plan
+    codes = workshop.codes(statistics, plan)
+    expected = Judge(workshop.model, workshop.architecture, windows).kl(codes)
+    workshop.export(Plan.identity(workshop.spec), tmp_path)
+    length = windows.shape[1]
+    sessions = [DecodeSession(path, capacity=length, all_positions=True) for path in (tmp_path, folder)]
+    measured = measure_quality(*sessions, windows, chunk=16).kl_mean
+    assert 1 / 1.2 < measured / expected < 1.2
 
 
 def test_genai_says_what_we_say(demo_artifact: ArtifactOf) -> None:
