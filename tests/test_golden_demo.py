@@ -21,7 +21,7 @@ from kvslim.transform.judge import Judge
 from kvslim.types import KVLayout, Plan, Report
 from kvslim.validate.quality import measure_quality
 
-pytestmark = pytest.mark.golden
+pytestmark = [pytest.mark.golden, pytest.mark.timeout(900)]  # planning takes minutes on a busy machine
 ArtifactOf = Callable[[str], Path]
 
 
