@@ -89,18 +89,28 @@ class Workshop:
 
     def chosen(self, statistics: CalibrationStatistics, budget: Budget) -> Chosen:
         """The planner's choice for a budget."""
+        judges = self.judges(statistics)
+        planner = self.planner(statistics, judges, budget.context)
+        return choose(planner, budget, lambda planned: self._recall_drop(judges[1], statistics, planned.plan))
+
+    def judges(self, statistics: CalibrationStatistics) -> tuple[Judge, Judge]:
+        """Judges on calibration text: one to fit on, and one to compare on."""
         fitting, held_out = _split(statistics.windows)
-        probe, judge = self._judge(fitting), self._judge(held_out)
-        planner = Planner(
+        return self._judge(fitting), self._judge(held_out)
+
+    def planner(
+        self, statistics: CalibrationStatistics, judges: tuple[Judge, Judge], context: int | None = None
+    ) -> Planner:
+        """A planner that has probed every layer; bytes count at a context, by default the target."""
+        return Planner(
             self.spec,
             statistics,
             Plan.identity(self.spec, window_cache=self.recipe.window_cache),
-            budget.context or self.recipe.calibration.target(self.spec),
-            probe.kl,
-            judge.kl,
+            context or self.recipe.calibration.target(self.spec),
+            judges[0].kl,
+            judges[1].kl,
             lambda layers: self.progress.track(layers, "layers probed"),
         )
-        return choose(planner, budget, lambda planned: self._recall_drop(judge, statistics, planned.plan))
 
     def measured_recipe(self, statistics: CalibrationStatistics) -> Recipe:
         """The recipe with the layers that windows go to, where it leaves them to measuring."""

@@ -1,0 +1,137 @@
+"""What each codec of the cache costs, by bytes per token: mean KL and recall of the exported graph on held-out text.
+
+    python benchmarks/codecs.py [--plot]
+
+Calibrated on 64 x 512 tokens, judged on 24 x 512 through the cache in chunks of 16, in onnxruntime. Rows of the planner
+are as `kvslim compress --kv-ratio` makes them; the others keep the output projections that the model had. `--plot` also
+draws docs/images/codecs.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from subjects import LENGTH, Subject, subjects
+
+from kvslim.types import Plan
+
+FIGURE = Path(__file__).resolve().parent.parent / "docs" / "images" / "codecs.svg"
+LONG = 16384
+MINMAX = {"granularity": "per_channel", "clip": "minmax", "centre": False}
+RATIOS = (16 / 3, 8, 32 / 3, 64 / 5, 16)
+REFERENCE = "minmax int4"
+CODECS: dict[str, list[dict[str, Any]]] = {
+    "minmax int8": [{"kv_quant": {**MINMAX, "bits": 8}}],
+    REFERENCE: [{"kv_quant": {**MINMAX, "bits": 4}}],
+    "`kv_quant` int8": [{"kv_quant": {"bits": 8}}],
+    "`kv_quant` int4": [{"kv_quant": {"bits": 4}}],
+    "`kv_pca` rank 32, int8": [{"kv_pca": {"rank": 32}}, {"kv_quant": {"bits": 8}}],
+    "`kv_hdc` int8, one step": [{"kv_hdc": {"bits": 8}}],
+    "`kv_hdc` int8, per channel": [{"kv_hdc": {"bits": 8, "granularity": "per_channel"}}],
+    "`kv_hdc` int4, one step": [{"kv_hdc": {"bits": 4}}],
+    "`kv_hdc` int4, per channel": [{"kv_hdc": {"bits": 4, "granularity": "per_channel"}}],
+    "packed 2 bits, window 128": [{"kv_hdc": {"bits": 2, "window": 128}}],
+}
+
+
+class Row(NamedTuple):
+    """A codec on one model; `expected` is the planner's own KL before anything was exported."""
+
+    name: str
+    bytes: float
+    ratio: float
+    kl: float
+    recall: float
+    expected: float | None = None
+    long: float | None = None
+
+
+def main() -> None:
+    """Prints one markdown table per model, and draws them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--plot", action="store_true")
+    plot = parser.parse_args().plot
+    tables = {}
+    for subject in subjects():
+        tables[subject.name] = list(rows(subject))
+        print(table(subject.name, tables[subject.name]), flush=True)
+    if plot:
+        draw(tables)
+
+
+def rows(subject: Subject) -> Iterator[Row]:
+    """Every codec, measured."""
+    for name, plan, expected in plans(subject):
+        print(f"{subject.name}: {name}", file=sys.stderr)
+        measured, size = subject.measured(plan), subject.size(plan)
+        long = subject.size(plan, LONG) if any(layer.window for layer in plan.layers) else None
+        yield Row(name, size, subject.size(subject.identity) / size, *measured, expected, long)
+
+
+def plans(subject: Subject) -> Iterator[tuple[str, Plan, float | None]]:
+    """Name and plan of each codec, and what the planner expects of its own."""
+    for name, methods in CODECS.items():
+        yield name, subject.decided(*methods), None
+    for ratio in RATIOS:
+        plan, expected = subject.workshop.compensated(subject.statistics, subject.planned(ratio).plan)
+        yield f"planner, {ratio:.4g} times", plan, expected
+
+
+def table(title: str, measured: list[Row]) -> str:
+    """A markdown table under a line with the model's name."""
+    reference = next(row.kl for row in measured if row.name == REFERENCE)
+    lines = [
+        f"{title[0].upper()}{title[1:]}:\n",
+        f"| codec | bytes per token | times smaller | KL | of {REFERENCE} | expected KL | recall |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in measured:
+        expected = "" if row.expected is None else f"{row.expected:.2g}"
+        size = f"{row.bytes:,.0f}" + ("" if row.long is None else f" ({row.long:,.0f} at {LONG:,})")
+        lines.append(
+            f"| {row.name} | {size} | {row.ratio:.2f} | {row.kl:.2g} | {row.kl / reference:.2g} | {expected} |"
+            f" {row.recall:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(tables: dict[str, list[Row]]) -> None:
+    """KL and recall against bytes per token, one column per model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "kvslim"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(tables), figsize=(5 * len(tables), 6), sharex=True, squeeze=False)
+    for (title, measured), (above, below) in zip(tables.items(), axes.T, strict=True):
+        for family, marker in {
+            "minmax": "x",
+            "`kv_quant`": "s",
+            "`kv_pca`": "^",
+            "`kv_hdc`": "o",
+            "packed": "d",
+        }.items():
+            _dots(above, below, [row for row in measured if row.name.startswith(family)], marker, family.strip("`"))
+        _dots(above, below, [row for row in measured if row.name.startswith("planner")], ".-", "planner")
+        above.set(title=title, yscale="log", ylabel="mean KL, nats per token")
+        below.set(xlabel=f"bytes per token at {LENGTH} tokens", ylabel="recall", ylim=(-0.03, 1.03))
+        above.grid(alpha=0.3)
+        below.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize="small")
+    figure.tight_layout()
+    FIGURE.parent.mkdir(exist_ok=True)
+    figure.savefig(FIGURE, metadata={"Date": None})
+
+
+def _dots(above: Any, below: Any, measured: list[Row], style: str, label: str) -> None:
+    for axis, values in ((above, [row.kl for row in measured]), (below, [row.recall for row in measured])):
+        axis.plot([row.bytes for row in measured], values, style, label=label)
+
+
+if __name__ == "__main__":
+    main()

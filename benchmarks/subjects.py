@@ -1,0 +1,111 @@
+"""The models that codecs are compared on: the demo, and beside the checkout a model of English prose, if it is there."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kvslim.load.source import read_spec, resolve
+from kvslim.pipeline import decide
+from kvslim.plan.planner import Planned, Planner
+from kvslim.progress import Silent
+from kvslim.recipe import parse_recipe
+from kvslim.runtime.session import DecodeSession
+from kvslim.transform.codes import LayerCodes
+from kvslim.transform.judge import Judge
+from kvslim.transform.surgery import trial
+from kvslim.types import KVLayout, Plan
+from kvslim.validate.quality import measure_quality
+from kvslim.validate.recall import measure_recall
+from kvslim.workshop import Workshop
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+LENGTH = 512
+SETTINGS = {
+    "calibration": {"samples": 64, "length": LENGTH, "context": LENGTH},
+    "validation": {"samples": 24, "length": LENGTH, "recall_items": 100, "recall_distance": 320},
+}
+
+
+class Measured(NamedTuple):
+    """An exported artifact against the plain export: mean KL in nats per token, recall as a share."""
+
+    kl: float
+    recall: float
+
+
+class Subject:
+    """A model with its statistics, held-out text and recall questions.
+
+    Args:
+        name: For headings.
+        model: What `kvslim compress` takes.
+        texts: Sources of calibration and of validation.
+    """
+
+    def __init__(self, name: str, model: str, texts: tuple[str, str] = ("self", "self")) -> None:
+        snapshot, self.name = resolve(model), name
+        sources = dict(zip(SETTINGS, texts, strict=True))
+        settings = {part: {**values, "source": sources[part]} for part, values in SETTINGS.items()}
+        recipe = parse_recipe({"name": "benchmark", **settings}, where="benchmark")
+        self.workshop = Workshop(snapshot, read_spec(snapshot), recipe, Silent())
+        self.spec, self.recipe = self.workshop.spec, recipe
+        self.statistics = self.workshop.statistics()
+        self.windows, self.items = self.workshop.evaluation()
+        self.identity = Plan.identity(self.spec)
+
+    @cached_property
+    def planner(self) -> Planner:
+        """The planner of `kvslim compress`, its layers probed once for all budgets."""
+        return self.workshop.planner(self.statistics, self.workshop.judges(self.statistics), LENGTH)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Divergence in torch on the held-out windows."""
+        return Judge(self.workshop.model, self.workshop.architecture, self.windows)
+
+    def planned(self, ratio: float) -> Planned:
+        """The planner's plan for a cache so many times smaller."""
+        planned = self.planner.allocated(self.planner.plain_bytes / ratio)
+        assert planned is not None, f"nothing is {ratio:.3g} times smaller"
+        return self.planner.never_worse(planned)
+
+    def size(self, plan: Plan, context: int = LENGTH) -> float:
+        """Bytes of the cache per token at a context."""
+        return KVLayout.of(self.spec, plan).bytes_per_token(context)
+
+    @cached_property
+    def plain(self) -> DecodeSession:
+        """The plain export."""
+        return self.session(self.identity, tuple(LayerCodes() for _ in self.identity.layers))
+
+    def session(self, plan: Plan, codes: tuple[LayerCodes, ...]) -> DecodeSession:
+        """The model with codes, exported and opened."""
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            trial(self.workshop.model, self.workshop.architecture, codes),
+        ):
+            self.workshop.export(plan, Path(folder))
+            return DecodeSession(Path(folder), capacity=LENGTH, all_positions=True)
+
+    def decided(self, *methods: Mapping[str, Any]) -> Plan:
+        """What methods decide, written as in a recipe."""
+        recipe = parse_recipe({"name": "benchmark", "methods": list(methods)}, where="benchmark")
+        return decide(recipe, self.spec, self.statistics)
+
+    def measured(self, plan: Plan) -> Measured:
+        """Quality of a plan through its exported graph and its cache, in chunks of 16."""
+        session = self.session(plan, self.workshop.codes(self.statistics, plan))
+        kl = measure_quality(self.plain, session, self.windows).kl_mean
+        return Measured(kl, measure_recall(session, self.items))
+
+
+def subjects(shared: Path = SHARED) -> Iterator[Subject]:
+    """The demo, and `models/books-llama` with its texts where the shared folder is there."""
+    yield Subject("the demo model, on stories", "demo")
+    if (shared / "models").is_dir():
+        texts = str(shared / "text" / "calibration.txt"), str(shared / "text" / "heldout.txt")
+        yield Subject("books-llama, on prose", str(shared / "models" / "books-llama"), texts)
