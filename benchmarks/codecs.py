@@ -66,10 +66,11 @@ def main() -> None:
 def rows(subject: Subject) -> Iterator[Row]:
     """Every codec, measured."""
     for name, plan, expected in plans(subject):
-        print(f"{subject.name}: {name}", file=sys.stderr)
         measured, size = subject.measured(plan), subject.size(plan)
         long = subject.size(plan, LONG) if any(layer.window for layer in plan.layers) else None
-        yield Row(name, size, subject.size(subject.identity) / size, *measured, expected, long)
+        row = Row(name, size, subject.size(subject.identity) / size, *measured, expected, long)
+        print(f"{subject.name}: {row}", file=sys.stderr)
+        yield row
 
 
 def plans(subject: Subject) -> Iterator[tuple[str, Plan, float | None]]:

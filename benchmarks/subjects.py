@@ -1,4 +1,4 @@
-"""The models that codecs are compared on: the demo, and beside the checkout a model of English prose, if it is there."""
+"""The models that codecs are compared on: the demo and, if it lies beside the checkout, a model of English prose."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Subject:
             trial(self.workshop.model, self.workshop.architecture, codes),
         ):
             self.workshop.export(plan, Path(folder))
-            return DecodeSession(Path(folder), capacity=LENGTH, all_positions=True)
+            return DecodeSession(Path(folder), capacity=LENGTH, threads=1, all_positions=True)
 
     def decided(self, *methods: Mapping[str, Any]) -> Plan:
         """What methods decide, written as in a recipe."""
