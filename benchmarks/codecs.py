@@ -36,6 +36,7 @@ CODECS: dict[str, list[dict[str, Any]]] = {
     "`kv_hdc` int4, per channel": [{"kv_hdc": {"bits": 4, "granularity": "per_channel"}}],
     "packed 2 bits, window 128": [{"kv_hdc": {"bits": 2, "window": 128}}],
 }
+STYLES = {"minmax": "x", "`kv_quant`": "s", "`kv_pca`": "^", "`kv_hdc`": "o", "packed": "d", "planner": ".-"}
 
 
 class Row(NamedTuple):
@@ -45,7 +46,7 @@ class Row(NamedTuple):
     bytes: float
     ratio: float
     kl: float
-    recall: float
+    recall: float | None
     expected: float | None = None
     long: float | None = None
 
@@ -85,53 +86,46 @@ def plans(subject: Subject) -> Iterator[tuple[str, Plan, float | None]]:
 def table(title: str, measured: list[Row]) -> str:
     """A markdown table under a line with the model's name."""
     reference = next(row.kl for row in measured if row.name == REFERENCE)
+    asked = measured[0].recall is not None
     lines = [
         f"{title[0].upper()}{title[1:]}:\n",
-        f"| codec | bytes per token | times smaller | KL | of {REFERENCE} | expected KL | recall |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| codec | bytes per token | times smaller | KL | of {REFERENCE} | expected KL |" + " recall |" * asked,
+        "|---|---:|---:|---:|---:|---:|" + "---:|" * asked,
     ]
     for row in measured:
         expected = "" if row.expected is None else f"{row.expected:.2g}"
         size = f"{row.bytes:,.0f}" + ("" if row.long is None else f" ({row.long:,.0f} at {LONG:,})")
-        lines.append(
-            f"| {row.name} | {size} | {row.ratio:.2f} | {row.kl:.2g} | {row.kl / reference:.2g} | {expected} |"
-            f" {row.recall:.0%} |"
-        )
+        recall = "" if row.recall is None else f" {row.recall:.0%} |"
+        share = f"{row.kl / reference:.2g}"
+        lines.append(f"| {row.name} | {size} | {row.ratio:.2f} | {row.kl:.2g} | {share} | {expected} |{recall}")
     return "\n".join(lines) + "\n"
 
 
 def draw(tables: dict[str, list[Row]]) -> None:
-    """KL and recall against bytes per token, one column per model."""
+    """KL, and recall where it was measured, against bytes per token."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "kvslim"
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, len(tables), figsize=(5 * len(tables), 6), sharex=True, squeeze=False)
-    for (title, measured), (above, below) in zip(tables.items(), axes.T, strict=True):
-        for family, marker in {
-            "minmax": "x",
-            "`kv_quant`": "s",
-            "`kv_pca`": "^",
-            "`kv_hdc`": "o",
-            "packed": "d",
-        }.items():
-            _dots(above, below, [row for row in measured if row.name.startswith(family)], marker, family.strip("`"))
-        _dots(above, below, [row for row in measured if row.name.startswith("planner")], ".-", "planner")
-        above.set(title=title, yscale="log", ylabel="mean KL, nats per token")
-        below.set(xlabel=f"bytes per token at {LENGTH} tokens", ylabel="recall", ylim=(-0.03, 1.03))
-        above.grid(alpha=0.3)
-        below.grid(alpha=0.3)
+    panels = [(title, measured, "kl") for title, measured in tables.items()]
+    panels += [(title, measured, "recall") for title, measured in tables.items() if measured[0].recall is not None]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), squeeze=False)
+    for axis, (title, measured, quantity) in zip(axes[0], panels, strict=True):
+        for family, style in STYLES.items():
+            of = [row for row in measured if row.name.startswith(family)]
+            axis.plot([row.bytes for row in of], [getattr(row, quantity) for row in of], style, label=family.strip("`"))
+        axis.set(title=title, xlabel=f"bytes per token at {LENGTH} tokens")
+        axis.grid(alpha=0.3)
+        if quantity == "kl":
+            axis.set(yscale="log", ylabel="mean KL, nats per token")
+        else:
+            axis.set(ylim=(-0.03, 1.03), ylabel="recall")
     axes[0, 0].legend(fontsize="small")
     figure.tight_layout()
     FIGURE.parent.mkdir(exist_ok=True)
     figure.savefig(FIGURE, metadata={"Date": None})
-
-
-def _dots(above: Any, below: Any, measured: list[Row], style: str, label: str) -> None:
-    for axis, values in ((above, [row.kl for row in measured]), (below, [row.recall for row in measured])):
-        axis.plot([row.bytes for row in measured], values, style, label=label)
 
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ SETTINGS = {
 
 
 class Measured(NamedTuple):
-    """An exported artifact against the plain export: mean KL in nats per token, recall as a share."""
+    """An exported artifact against the plain export: mean KL in nats per token, recall as a share, where asked for."""
 
     kl: float
-    recall: float
+    recall: float | None
 
 
 class Subject:
@@ -44,10 +44,11 @@ class Subject:
         name: For headings.
         model: What `kvslim compress` takes.
         texts: Sources of calibration and of validation.
+        asked: Whether recall is measured.
     """
 
-    def __init__(self, name: str, model: str, texts: tuple[str, str] = ("self", "self")) -> None:
-        snapshot, self.name = resolve(model), name
+    def __init__(self, name: str, model: str, texts: tuple[str, str] = ("self", "self"), *, asked: bool = True) -> None:
+        snapshot, self.name, self.asked = resolve(model), name, asked
         sources = dict(zip(SETTINGS, texts, strict=True))
         settings = {part: {**values, "source": sources[part]} for part, values in SETTINGS.items()}
         recipe = parse_recipe({"name": "benchmark", **settings}, where="benchmark")
@@ -100,7 +101,7 @@ class Subject:
         """Quality of a plan through its exported graph and its cache, in chunks of 16."""
         session = self.session(plan, self.workshop.codes(self.statistics, plan))
         kl = measure_quality(self.plain, session, self.windows).kl_mean
-        return Measured(kl, measure_recall(session, self.items))
+        return Measured(kl, measure_recall(session, self.items) if self.asked else None)
 
 
 def subjects(shared: Path = SHARED) -> Iterator[Subject]:
@@ -108,4 +109,4 @@ def subjects(shared: Path = SHARED) -> Iterator[Subject]:
     yield Subject("the demo model, on stories", "demo")
     if (shared / "models").is_dir():
         texts = str(shared / "text" / "calibration.txt"), str(shared / "text" / "heldout.txt")
-        yield Subject("books-llama, on prose", str(shared / "models" / "books-llama"), texts)
+        yield Subject("books-llama, on prose", str(shared / "models" / "books-llama"), texts, asked=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -22,12 +22,18 @@ def main() -> None:
 def _rows(prefix: str, model: type[BaseModel]) -> None:
     properties = model.model_json_schema()["properties"]
     for name, field in model.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            _rows(f"{prefix}{name}.", annotation)
+        parts = _parts(field.annotation)
+        if parts:
+            _rows(f"{prefix}{name}.", parts[0])
             continue
         default = "required" if field.is_required() else f"`{json.dumps(field.get_default())}`"
         print(f"| `{prefix}{name}` | {_type(properties[name])} | {default} | {field.description} |")
+
+
+def _parts(annotation: Any) -> list[type[BaseModel]]:
+    """The model that an annotation names, perhaps beside None; methods are keys of their own."""
+    kinds = get_args(annotation) or (annotation,)
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
 def _type(schema: dict[str, Any]) -> str:
