@@ -1,14 +1,16 @@
 """One decode step of the attention operator by kind of cache: the time that one step per tensor saves, or bits cost.
 
-    python benchmarks/hdc_kernel.py [--contexts 4096,16384] [--repeats 60] [--threads 2]
+    python benchmarks/hdc_kernel.py [--contexts 4096,16384] [--repeats 60]
 
 SmolLM2-135M's attention (9 query heads, 3 kv heads, head size 64), one GroupQueryAttention that appends in place.
-Kinds run in turns; ratios are of medians over neighbouring turns, to float32.
+Kinds run in turns; CPU time of one thread, which other load on the machine changes little. Ratios are to float32,
+medians over neighbouring turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -16,7 +18,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from kvslim.validate.latency import in_turns, milliseconds
+from kvslim.validate.latency import in_turns
 
 HEADS, KV_HEADS, DIM = 9, 3, 64
 CACHES = 8  # as many layers, so that the last step's cache has left the processor's
@@ -34,23 +36,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contexts", default="4096,16384")
     parser.add_argument("--repeats", type=int, default=60)
-    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     contexts = [int(text) for text in arguments.contexts.split(",")]
     print("| cache |" + "".join(f" ms at {context:,} | ratio |" for context in contexts))
     print("|---|" + "---:|---:|" * len(contexts))
-    columns = [timed(context, arguments.repeats, arguments.threads) for context in contexts]
+    columns = [timed(context, arguments.repeats) for context in contexts]
     for kind in KINDS:
         print(f"| {kind} |" + "".join(f" {times[kind][0]:.2f} | {times[kind][1]:.2f} |" for times in columns))
 
 
-def timed(context: int, repeats: int, threads: int) -> dict[str, tuple[float, float]]:
+def timed(context: int, repeats: int) -> dict[str, tuple[float, float]]:
     """Median milliseconds of each kind, and its median ratio to float32."""
-    steps = {kind: step(kind, context, threads) for kind in KINDS}
+    steps = {kind: step(kind, context) for kind in KINDS}
 
     def once(kind: str) -> float:
-        steps[kind]()  # wakes the kind's own threads, while those of the kind before fall asleep
-        return milliseconds(steps[kind])
+        start = time.thread_time()
+        steps[kind]()
+        return (time.thread_time() - start) * 1e3
 
     times = in_turns(list(KINDS), once, repeats)
     paired = {kind: row[1:] + row[:-1] for kind, row in times.items()}  # neighbouring turns, one in either order
@@ -59,10 +61,10 @@ def timed(context: int, repeats: int, threads: int) -> dict[str, tuple[float, fl
     }
 
 
-def step(kind: str, context: int, threads: int) -> Callable[[], None]:
+def step(kind: str, context: int) -> Callable[[], None]:
     """A decode step at a context, on one cache after the other."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1  # whose time is then that of the calling thread
     session = ort.InferenceSession(graph(kind).SerializeToString(), options, providers=["CPUExecutionProvider"])
     bindings = [_binding(session, kind, context) for _ in range(CACHES)]
     turn = iter(range(10**9))
