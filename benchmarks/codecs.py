@@ -106,7 +106,7 @@ def draw(tables: dict[str, list[Row]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "kvslim"
+    matplotlib.rcParams.update({"svg.hashsalt": "kvslim", "svg.fonttype": "none"})
     from matplotlib import pyplot
 
     panels = [(title, measured, "kl") for title, measured in tables.items()]
