@@ -1,7 +1,8 @@
 """Output projections fitted again, so that what a compressed cache gives comes as near as can be to what it gave.
 
-Every layer sees what the compressed layers below it give, and its output projection is the ridge regression from its
-own attention outputs to those of the uncompressed model (closed form; towards the projection it had, not towards zero).
+Every layer sees what the compressed layers below it give, and its output projection becomes the ridge regression from
+its attention outputs there to those of the uncompressed model, in closed form, towards the projection it had. All layers
+are fitted to one pass, so none sees yet what the refit of those below it mends.
 """
 
 from __future__ import annotations
