@@ -18,6 +18,7 @@ from kvslim.transform.codes import LayerCodes
 from kvslim.transform.judge import Judge, probe_windows
 from kvslim.transform.surgery import trial
 from kvslim.types import LayerPlan, Plan
+from kvslim.validate.recall import RecallItem
 from kvslim.workshop import Workshop
 
 Codes = tuple[LayerCodes, ...]
@@ -103,12 +104,12 @@ def test_model_is_as_before_when_a_trial_or_its_installation_fails(workshop: Wor
 
 
 def test_recall_is_whole_when_answers_are_what_the_model_says(workshop: Workshop) -> None:
-    judge, none = judge_of(workshop, windows_of(workshop)), (LayerCodes(),) * workshop.spec.layers
+    judge = judge_of(workshop, windows_of(workshop))
     prompts = [tuple(window) for window in windows_of(workshop).tolist()]
     said = [int(torch_logits(workshop, np.array(prompt))[-1].argmax()) for prompt in prompts]
-    assert judge.recall(none, [(prompt, (answer,)) for prompt, answer in zip(prompts, said, strict=True)]) == 1.0
-    wrong = [(prompt, ((answer + 1) % 200,)) for prompt, answer in zip(prompts, said, strict=True)]
-    assert judge.recall(none, wrong) == 0.0
+    right = [RecallItem(prompt, (answer,)) for prompt, answer in zip(prompts, said, strict=True)]
+    wrong = [RecallItem(prompt, ((answer + 1) % 200,)) for prompt, answer in zip(prompts, said, strict=True)]
+    assert (judge.recall((), right), judge.recall((), wrong)) == (1.0, 0.0)
 
 
 def test_probe_windows_are_fewer_when_the_model_is_larger() -> None:
