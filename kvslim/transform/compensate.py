@@ -1,8 +1,8 @@
 """Output projections fitted again, so that what a compressed cache gives comes as near as can be to what it gave.
 
 Every layer sees what the compressed layers below it give, and its output projection becomes the ridge regression from
-its attention outputs there to those of the uncompressed model, in closed form, towards the projection it had. All layers
-are fitted to one pass, so none sees yet what the refit of those below it mends.
+its attention outputs there to those of the uncompressed model, in closed form, towards the projection it had. All
+layers are fitted to one pass, so none sees yet what the refit of those below it mends.
 """
 
 from __future__ import annotations
