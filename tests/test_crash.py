@@ -12,7 +12,15 @@ import pytest
 
 from kvslim.export.package import check_output, staging
 
-STAGES = ["load", "calibrate", "held-out text", "export the plain baseline", "export the slim graph", "validate"]
+STAGES = [
+    "load",
+    "calibrate",
+    "plan",
+    "held-out text",
+    "export the plain baseline",
+    "export the slim graph",
+    "validate",
+]
 # One process imports torch and forks a child for each stage, which saves the imports of all but one.
 DRIVER = """
 import json, os, signal, sys
@@ -35,7 +43,7 @@ class Killer:
         yield from items
 
 brief = ["validation.recall_items=2", "validation.samples=2", "calibration.samples=2", "calibration.length=32"]
-for at in range(1, 7):
+for at in range(1, 8):
     child = os.fork()
     if child == 0:
         try:

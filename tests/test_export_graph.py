@@ -78,7 +78,7 @@ LAYER |= {"Sigmoid": 1, "Mul": 2}
 ONCE = {"MatMulNBits": 1, "GatherBlockQuantized": 1, "SimplifiedLayerNormalization": 1, "Shape": 1, "Squeeze": 1}
 ONCE |= {"Cast": 2, "ReduceSum": 1, "Sub": 1, "Slice": 1}
 # Codes of q and k work on [batch, heads, length, dim]: rotated, split, coded and merged again, each.
-CODED = {"Split": 1, "RotaryEmbedding": 2, "Reshape": 4, "Transpose": 4, "MatMul": 2}
+CODED = {"Split": 1, "RotaryEmbedding": 2, "Reshape": 4, "Transpose": 4, "MatMul": 2, "Sub": 1}
 
 
 def count_of(folder: Path) -> Counter[str]:
