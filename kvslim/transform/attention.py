@@ -68,7 +68,7 @@ class SlimAttention(nn.Module):
         query_encoder: [q_heads, head_dim, rank], or None; applied after RoPE.
         key_encoder: [kv_heads, head_dim, rank], or None.
         refined, value_refined: Leading coordinates of keys and values that the cache holds twice.
-        key_offset: [kv_heads, rank], subtracted from coded keys, or None.
+        key_offset: [kv_heads, 1, rank], subtracted from coded keys, or None.
         cache: How keys and values are stored.
         key_scale, value_scale: [kv_heads, rank + refined] steps of an integer cache, or None for a float32 one.
         key_levels, value_levels: [2 ** bits] levels of packed codes in units of the scales, or None.
@@ -184,7 +184,7 @@ class SlimAttention(nn.Module):
         if self.key_encoder is not None:
             key = key @ self.key_encoder
         if self.key_offset is not None:
-            key = key - self.key_offset[:, None]
+            key = key - self.key_offset
         return (
             query,
             self._refined(key, self.key_scale, self.refined),

@@ -128,7 +128,7 @@ def install(model: nn.Module, architecture: Architecture, codes: tuple[LayerCode
             _set_output(attention, architecture, code.output_weight, code.output_bias)
         slim.refined, slim.value_refined = code.refined, code.value_refined
         if code.key_offset is not None:
-            slim.key_offset = _tensor(code.key_offset)
+            slim.key_offset = _tensor(code.key_offset[:, None])
         if code.key_scale is not None:
             slim.key_scale = _tensor(_with_finer(code.key_scale, code.refined))
         if code.value_scale is not None:
