@@ -3,8 +3,8 @@
     python benchmarks/ablation.py [--ratios 8,16]
 
 In torch on 24 x 512 held-out tokens. Each row changes one thing in the finished plan and fits all else again; "uniform"
-gives all layers one rank, and "no refinement" lets the planner choose anew. Moments are also taken from windows of 128
-tokens, as many tokens in all: once averaged over 512 positions, as KVSlim does, and once as seen.
+gives all layers one rank; "no refinement" and "no windows" let the planner choose anew. Moments are also taken from
+windows of 128 tokens, as many tokens in all: once averaged over 512 positions, as KVSlim does, and once as seen.
 """
 
 from __future__ import annotations
@@ -59,10 +59,11 @@ def variants(subject: Subject, ratio: float) -> Iterator[tuple[str, Plan, Calibr
     """Name, plan and statistics of each row; only the plan's own choice of refitting is kept throughout."""
     statistics = subject.statistics
     bare = subject.planned(ratio).plan
-    whole, _ = subject.workshop.compensated(statistics, bare)
+    whole, _ = subject.workshop.compensated(statistics, subject.held_out, bare)
     refit = whole.layers[0].refit
     yield "all parts", whole, statistics
     yield "no refit of the output", bare, statistics
+    yield "no windows", _with(_unwindowed(subject, ratio), refit=refit), statistics
     yield "uniform ranks", _with(_uniform(subject, ratio), refit=refit), statistics
     yield "no refinement", _with(_unrefined(subject, ratio), refit=refit), statistics
     yield "key PCA, not balanced", _centred(subject, _with(whole, objective="key")), statistics
@@ -96,7 +97,17 @@ def _unrefined(subject: Subject, ratio: float) -> Plan:
         return (choice for choice in cost.choices(*of) if not choice.refined)  # type: ignore[arg-type]
 
     with patch("kvslim.plan.planner.choices", once):
-        planner = subject.workshop.planner(subject.statistics, subject.workshop.judges(subject.statistics), LENGTH)
+        return _planned_anew(subject, ratio)
+
+
+def _unwindowed(subject: Subject, ratio: float) -> Plan:
+    """The plan of a planner that lets every layer keep all tokens."""
+    with patch("kvslim.plan.windows.SHARES", ()):
+        return _planned_anew(subject, ratio)
+
+
+def _planned_anew(subject: Subject, ratio: float) -> Plan:
+    planner = subject.workshop.planner(subject.statistics, subject.held_out, LENGTH)
     planned = planner.allocated(planner.plain_bytes / ratio)
     assert planned is not None
     return planner.never_worse(planned).plan

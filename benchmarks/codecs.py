@@ -79,7 +79,8 @@ def plans(subject: Subject) -> Iterator[tuple[str, Plan, float | None]]:
     for name, methods in CODECS.items():
         yield name, subject.decided(*methods), None
     for ratio in RATIOS:
-        plan, expected = subject.workshop.compensated(subject.statistics, subject.planned(ratio).plan)
+        planned = subject.planned(ratio)
+        plan, expected = subject.workshop.compensated(subject.statistics, subject.held_out, planned.plan)
         yield f"planner, {ratio:.4g} times", plan, expected
 
 

@@ -61,7 +61,12 @@ class Subject:
     @cached_property
     def planner(self) -> Planner:
         """The planner of `kvslim compress`, its layers probed once for all budgets."""
-        return self.workshop.planner(self.statistics, self.workshop.judges(self.statistics), LENGTH)
+        return self.workshop.planner(self.statistics, self.held_out, LENGTH)
+
+    @cached_property
+    def held_out(self) -> Judge:
+        """The planner's own judge, on calibration text."""
+        return self.workshop.held_out_judge(self.statistics)
 
     @cached_property
     def judge(self) -> Judge:

@@ -165,8 +165,7 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
 
 
 def _check_sizes(plan: Plan, layer: LayerPlan, spec: ModelSpec, where: str) -> None:
-    extras = (layer.refined, layer.value_refined or 0)
-    ranks = (layer.rank or spec.head_dim, layer.value_rank or layer.rank or spec.head_dim)
+    extras, ranks = layer.twice, layer.ranks(spec.head_dim)
     for rank in ranks:
         check_rank(rank, spec, None, where)
     if plan.layout == "gqa" and len(set(layer.widths(spec.head_dim))) > 1:
@@ -186,14 +185,15 @@ def _check_sizes(plan: Plan, layer: LayerPlan, spec: ModelSpec, where: str) -> N
             where=where,
             fix="give them, or drop it",
         )
+    if any(extras) and layer.granularity == "per_tensor":
+        raise UsageError("refined coordinates have steps of their own", where=where, fix="use granularity per_channel")
     _check_roles(layer, ranks, where)
     check_width(layer, spec, where)
 
 
 def _check_roles(layer: LayerPlan, ranks: tuple[int, int], where: str) -> None:
     """Refined coordinates are bundled among themselves, and the others among themselves."""
-    twice = (layer.refined, layer.refined if layer.value_refined is None else layer.value_refined)
-    orders = (*twice, *(rank - extra for rank, extra in zip(ranks, twice, strict=True)))
+    orders = (*layer.twice, *(rank - extra for rank, extra in zip(ranks, layer.twice, strict=True)))
     missing = [order for order in orders if not has_item_memory(order)]
     if layer.roles is not None and missing:
         fix = "use another rank or another number of refined coordinates, or no roles"

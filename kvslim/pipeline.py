@@ -173,12 +173,13 @@ def _planned(workshop: Workshop, statistics: CalibrationStatistics, progress: Pr
     recipe, spec = workshop.recipe, workshop.spec
     frontier: tuple[PlanPoint, ...] = ()
     progress.stage("plan")
+    held_out = workshop.held_out_judge(statistics)
     if recipe.budget is None:
-        plan = decide(workshop.measured_recipe(statistics), spec, statistics)
+        plan = decide(workshop.measured_recipe(statistics, held_out), spec, statistics)
     else:
-        chosen, frontier = workshop.chosen(statistics, recipe.budget)
+        chosen, frontier = workshop.chosen(statistics, held_out, recipe.budget)
         plan = chosen.plan
-    plan, kl = workshop.compensated(statistics, plan)
+    plan, kl = workshop.compensated(statistics, held_out, plan)
     context = recipe.calibration.target(spec)
     return PlanSummary(
         plan=plan,

@@ -104,11 +104,20 @@ class LayerPlan(Frozen):
     score: float | None = Field(None, description="share of the score energy that the rank keeps, the worse of K and V")
     reason: str = "kept"
 
+    def ranks(self, head_dim: int) -> tuple[int, int]:
+        """Dimensions that are kept of a key, and of a value."""
+        rank = self.rank or head_dim
+        return rank, self.value_rank or rank
+
+    @property
+    def twice(self) -> tuple[int, int]:
+        """Coordinates of a key that are stored twice, and of a value."""
+        return self.refined, self.refined if self.value_refined is None else self.value_refined
+
     def widths(self, head_dim: int) -> tuple[int, int]:
         """Numbers that a head of the cache holds of a token's key, and of its value."""
-        rank = self.rank or head_dim
-        extra = self.refined if self.value_refined is None else self.value_refined
-        return rank + self.refined, (self.value_rank or rank) + extra
+        (key, value), (more_key, more_value) = self.ranks(head_dim), self.twice
+        return key + more_key, value + more_value
 
 
 class Plan(Frozen):

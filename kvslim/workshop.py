@@ -25,17 +25,18 @@ from kvslim.methods.fitting import fit
 from kvslim.plan.choose import Chosen, choose
 from kvslim.plan.lazy import laziest
 from kvslim.plan.planner import Planner
+from kvslim.plan.windows import SINKS, WindowTrials
 from kvslim.progress import Progress
 from kvslim.recipe import Budget, Calibration, Recipe, Validation
 from kvslim.transform.codes import LayerCodes
 from kvslim.transform.compensate import refitted
-from kvslim.transform.judge import Judge, probe_windows
+from kvslim.transform.judge import Judge, RecallTrials, judged_windows, probe_windows
 from kvslim.transform.surgery import install, prepare
 from kvslim.types import KVLayout, ModelSpec, Plan
 from kvslim.validate.measure import Evaluation
 from kvslim.validate.recall import RecallItem, repeated_spans
 
-REFIT_TOKENS = 12_288
+REFIT_TOKENS = 6_144, 12_288  # for many layers, for few
 RECALL_ITEMS, LAZY_ITEMS = 50, 8
 LEAST_GAIN = 0.03  # of the divergence; less is the noise of a few windows of text
 CALIBRATION_SHARE, VALIDATION_SHARE = (0.0, 0.8), (0.8, 1.0)
@@ -87,44 +88,46 @@ class Workshop:
         again = self._refitted(statistics, codes)
         return tuple(new if layer.refit else old for layer, old, new in zip(plan.layers, codes, again, strict=True))
 
-    def chosen(self, statistics: CalibrationStatistics, budget: Budget) -> Chosen:
+    def chosen(self, statistics: CalibrationStatistics, held_out: Judge, budget: Budget) -> Chosen:
         """The planner's choice for a budget."""
-        judges = self.judges(statistics)
-        planner = self.planner(statistics, judges, budget.context)
-        return choose(planner, budget, lambda planned: self._recall_drop(judges[1], statistics, planned.plan))
+        planner = self.planner(statistics, held_out, budget.context)
+        trials = self._recall_trials(statistics, held_out, RECALL_ITEMS)
+        return choose(planner, budget, lambda planned: trials.drop(self.codes(statistics, planned.plan)))
 
-    def judges(self, statistics: CalibrationStatistics) -> tuple[Judge, Judge]:
-        """Judges on calibration text: one to fit on, and one to compare on."""
-        fitting, held_out = _split(statistics.windows)
-        return self._judge(fitting), self._judge(held_out)
+    def held_out_judge(self, statistics: CalibrationStatistics) -> Judge:
+        """The judge on that part of the calibration text which nothing is fitted to."""
+        windows = judged_windows(_split(statistics.windows)[1], self.spec.vocab_size)
+        return Judge(self.model, self.architecture, windows)
 
-    def planner(
-        self, statistics: CalibrationStatistics, judges: tuple[Judge, Judge], context: int | None = None
-    ) -> Planner:
+    def planner(self, statistics: CalibrationStatistics, held_out: Judge, context: int | None = None) -> Planner:
         """A planner that has probed every layer; bytes count at a context, by default the target."""
+        context = context or self.recipe.calibration.target(self.spec)
+        fitting = probe_windows(_split(statistics.windows)[0], self.spec.layers)
+        probe = Judge(self.model, self.architecture, fitting, probing=True)
+        seen = min(held_out.windows[0].shape[1], 2 * (self.recipe.validation.recall_distance - SINKS))
+        recall = self._recall_trials(statistics, held_out, LAZY_ITEMS)
         return Planner(
             self.spec,
             statistics,
             Plan.identity(self.spec, window_cache=self.recipe.window_cache),
-            context or self.recipe.calibration.target(self.spec),
-            judges[0].kl,
-            judges[1].kl,
+            context,
+            probe.kl,
+            held_out.kl,
             lambda layers: self.progress.track(layers, "layers probed"),
+            WindowTrials(seen, held_out.kl, recall.drop),
         )
 
-    def measured_recipe(self, statistics: CalibrationStatistics) -> Recipe:
+    def measured_recipe(self, statistics: CalibrationStatistics, held_out: Judge) -> Recipe:
         """The recipe with the layers that windows go to, where it leaves them to measuring."""
         if not any(isinstance(method, KvWindow) and method.lazy for method in self.recipe.methods):
             return self.recipe
-        judge = self._judge(_split(statistics.windows)[1])
-        items = self._trial_items(statistics, LAZY_ITEMS)
-        plain = judge.recall((), items)
+        trials = self._recall_trials(statistics, held_out, LAZY_ITEMS)
         methods = tuple(
             laziest(
                 method,
                 self.spec,
-                judge.kl,
-                lambda codes: plain - judge.recall(codes, items),
+                held_out.kl,
+                trials.drop,
                 lambda layers: self.progress.track(layers, "layers tried with a window"),
             )
             if isinstance(method, KvWindow) and method.lazy
@@ -133,15 +136,13 @@ class Workshop:
         )
         return self.recipe.model_copy(update={"methods": methods})
 
-    def compensated(self, statistics: CalibrationStatistics, plan: Plan) -> tuple[Plan, float]:
+    def compensated(self, statistics: CalibrationStatistics, held_out: Judge, plan: Plan) -> tuple[Plan, float]:
         """The plan with its output projections fitted again where that pays, and its divergence on held-out text."""
-        _, held_out = _split(statistics.windows)
-        judge = self._judge(held_out)
         codes = self.codes(statistics, plan)
-        before = judge.kl(codes)
+        before = held_out.kl(codes)
         if not self.recipe.compensate or all(code.is_empty for code in codes):
             return plan, before
-        after = judge.kl(self._refitted(statistics, codes))
+        after = held_out.kl(self._refitted(statistics, codes))
         if after > (1 - LEAST_GAIN) * before:
             return plan, before
         reason = f"output refitted, which takes {1 - after / before:.0%} of the KL"
@@ -153,22 +154,16 @@ class Workshop:
 
     def _refitted(self, statistics: CalibrationStatistics, codes: tuple[LayerCodes, ...]) -> tuple[LayerCodes, ...]:
         fitting, _ = _split(statistics.windows)
-        count = max(1, REFIT_TOKENS // fitting.shape[1])
-        windows = self.progress.track(fitting[:count], "windows for the outputs")
-        return refitted(self.model, self.architecture, codes, windows)
+        tokens = min(max(REFIT_TOKENS[0], 2**17 // self.spec.layers), REFIT_TOKENS[1])
+        count = max(1, tokens // fitting.shape[1])
+        layers = lambda layers: self.progress.track(layers, "layers refitted")  # noqa: E731
+        return refitted(self.model, self.architecture, codes, fitting[:count], layers)
 
-    def _recall_drop(self, judge: Judge, statistics: CalibrationStatistics, plan: Plan) -> float:
-        items = self._trial_items(statistics, RECALL_ITEMS)
-        return judge.recall((), items) - judge.recall(self.codes(statistics, plan), items)
-
-    def _trial_items(self, statistics: CalibrationStatistics, count: int) -> list[RecallItem]:
+    def _recall_trials(self, statistics: CalibrationStatistics, judge: Judge, count: int) -> RecallTrials:
         """Recall questions other than those of the validation."""
         settings = self.recipe.validation
         fewer = {"seed": settings.seed + 1, "recall_items": min(settings.recall_items, count)}
-        return self._recall_items(statistics.windows, settings.model_copy(update=fewer))
-
-    def _judge(self, windows: np.ndarray) -> Judge:
-        return Judge(self.model, self.architecture, probe_windows(windows, self.spec.vocab_size, self.spec.layers))
+        return RecallTrials(judge, self._recall_items(statistics.windows, settings.model_copy(update=fewer)))
 
     def install(self, codes: tuple[LayerCodes, ...]) -> None:
         """Puts codes into the model, for good."""

@@ -157,6 +157,11 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "plan_refined_over_rank": (lambda i: i.plan(planned(rank=8, refined=16, cache="int4")), USAGE, "refined 16"),
     "plan_refined_negative": (lambda i: i.plan(planned(rank=16, refined=-8, cache="int4")), USAGE, "does not fit"),
     "plan_refined_in_float": (lambda i: i.plan(planned(rank=8, refined=8)), USAGE, "an integer cache"),
+    "plan_refined_per_tensor": (
+        lambda i: i.plan(planned(rank=16, refined=8, cache="int4", granularity="per_tensor")),
+        USAGE,
+        "steps of their own",
+    ),
     "plan_refined_without_rank": (lambda i: i.plan(planned(refined=8, cache="int8")), USAGE, "need a rank"),
     "plan_roles_without_rank": (lambda i: i.plan(planned(roles=0, cache="int8")), USAGE, "roles a rank"),
     "plan_packed_without_window": (lambda i: i.plan(planned(rank=8, cache="codes2")), USAGE, "without a window"),

@@ -14,8 +14,9 @@ from models import open_workshop, recipe_of, tokens_of, torch_logits
 from kvslim.methods import KvHdc
 from kvslim.methods.fitting import fit
 from kvslim.transform import compensate
+from kvslim.transform import judge as judge_module
 from kvslim.transform.codes import LayerCodes
-from kvslim.transform.judge import Judge, probe_windows
+from kvslim.transform.judge import Judge, judged_windows, probe_windows
 from kvslim.transform.surgery import trial
 from kvslim.types import LayerPlan, Plan
 from kvslim.validate.recall import RecallItem
@@ -42,6 +43,10 @@ def codes_of(workshop: Workshop, **layer: object) -> Codes:
 
 def judge_of(workshop: Workshop, windows: np.ndarray) -> Judge:
     return Judge(workshop.model, workshop.architecture, windows)
+
+
+def refitted_on(workshop: Workshop, codes: Codes, windows: np.ndarray) -> Codes:
+    return compensate.refitted(workshop.model, workshop.architecture, codes, windows, iter)
 
 
 def divergence(plain: np.ndarray, slim: np.ndarray) -> float:
@@ -114,14 +119,30 @@ def test_recall_is_whole_when_answers_are_what_the_model_says(workshop: Workshop
 
 def test_probe_windows_are_fewer_when_the_model_is_larger() -> None:
     windows = np.zeros((500, 600), np.int64)
-    small, large = probe_windows(windows, 300, 2), probe_windows(windows, 150_000, 32)
-    assert small.shape == (64, 512)
-    assert large.shape == (2, 512)
+    assert [probe_windows(windows, layers).shape for layers in (2, 6, 32)] == [(64, 512), (7, 512), (2, 256)]
+
+
+def test_judged_windows_are_fewer_when_the_vocabulary_is_larger() -> None:
+    windows = np.zeros((500, 600), np.int64)
+    assert [judged_windows(windows, size).shape for size in (300, 50_000, 150_000)] == [(8, 512), (5, 512), (2, 512)]
+
+
+def test_probing_judges_every_other_token_of_a_large_vocabulary(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows, codes = windows_of(workshop), codes_of(workshop)
+    monkeypatch.setattr(judge_module, "SMALL_VOCABULARY", 1)
+    judge = Judge(workshop.model, workshop.architecture, windows, probing=True)
+    plain = [torch_logits(workshop, window) for window in windows]
+    with trial(workshop.model, workshop.architecture, codes):
+        slim = [torch_logits(workshop, window) for window in windows]
+    every_other = [divergence(*(logits[1::2] for logits in pair)) for pair in zip(plain, slim, strict=True)]
+    assert judge.kl(codes) == pytest.approx(np.mean(every_other), rel=1e-4)
 
 
 def test_refitted_outputs_lower_the_kl_on_the_text_they_were_fitted_to(workshop: Workshop) -> None:
     windows, codes = windows_of(workshop, 16, 64), codes_of(workshop)
-    again = compensate.refitted(workshop.model, workshop.architecture, codes, windows)
+    again = refitted_on(workshop, codes, windows)
     judge = judge_of(workshop, windows)
     assert 0 < judge.kl(again) < 0.9 * judge.kl(codes)
 
@@ -130,9 +151,9 @@ def test_refitting_leaves_layers_without_codes_alone(workshop: Workshop) -> None
     windows = windows_of(workshop)
     tokens, before = tokens_of(workshop), torch_logits(workshop, tokens_of(workshop))
     none = (LayerCodes(),) * workshop.spec.layers
-    assert compensate.refitted(workshop.model, workshop.architecture, none, windows) == none
+    assert refitted_on(workshop, none, windows) == none
     mixed = (LayerCodes(), *codes_of(workshop)[1:])
-    again = compensate.refitted(workshop.model, workshop.architecture, mixed, windows)
+    again = refitted_on(workshop, mixed, windows)
     assert [code.output_weight is None for code in again] == [True, *[False] * (workshop.spec.layers - 1)]
     np.testing.assert_array_equal(torch_logits(workshop, tokens), before)
 
@@ -140,7 +161,22 @@ def test_refitting_leaves_layers_without_codes_alone(workshop: Workshop) -> None
 def test_refitting_changes_nothing_when_the_codes_lose_nothing(workshop: Workshop) -> None:
     windows, full = windows_of(workshop), codes_of(workshop, rank=16)
     judge = judge_of(workshop, windows)
-    assert judge.kl(compensate.refitted(workshop.model, workshop.architecture, full, windows)) < 1e-8
+    assert judge.kl(refitted_on(workshop, full, windows)) < 1e-7
+
+
+def test_layers_run_one_by_one_give_what_the_model_gives(workshop: Workshop) -> None:
+    ids = torch.from_numpy(tokens_of(workshop)[None])
+    model, architecture = workshop.model, workshop.architecture
+    last = model.get_submodule(architecture.layers)[-1]
+    with trial(model, architecture, codes_of(workshop)):
+        given: object = None
+        for layer in range(workshop.spec.layers):
+            given = compensate._run(model, architecture, layer, ids, given).output
+        seen: list[object] = []
+        hook = last.register_forward_hook(lambda *call: seen.append(call[2]))
+        model(input_ids=ids, use_cache=False)
+        hook.remove()
+    torch.testing.assert_close(given, seen[0])
 
 
 def test_compensation_stays_off_when_it_does_not_help(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,11 +184,11 @@ def test_compensation_stays_off_when_it_does_not_help(workshop: Workshop, monkey
     plan = KvHdc(bits=4).decide(workshop.spec, statistics, Plan.identity(workshop.spec))
     codes = workshop.codes(statistics, plan)
     monkeypatch.setattr(workshop, "_refitted", lambda *_: codes)
-    kept, kl = workshop.compensated(statistics, plan)
+    kept, kl = workshop.compensated(statistics, workshop.held_out_judge(statistics), plan)
     assert kept == plan
     assert kl > 0
     monkeypatch.setattr(workshop, "_refitted", lambda *_: tuple(LayerCodes() for _ in codes))
-    refit, better = workshop.compensated(statistics, plan)
+    refit, better = workshop.compensated(statistics, workshop.held_out_judge(statistics), plan)
     assert better == 0.0
     assert all(layer.refit and "100%" in layer.reason for layer in refit.layers)
 
@@ -161,11 +197,11 @@ def test_compensation_stays_off_when_the_recipe_says_so(workshop: Workshop, monk
     statistics = workshop.statistics()
     plan = Plan(layers=tuple(LayerPlan(layer=layer, rank=8) for layer in range(workshop.spec.layers)))
     monkeypatch.setattr(workshop, "recipe", workshop.recipe.model_copy(update={"compensate": False}))
-    kept, kl = workshop.compensated(statistics, plan)
+    kept, kl = workshop.compensated(statistics, workshop.held_out_judge(statistics), plan)
     assert kept == plan
     assert kl > 0
 
 
 def test_uncompressed_plan_is_not_compensated(workshop: Workshop) -> None:
-    plan = Plan.identity(workshop.spec)
-    assert workshop.compensated(workshop.statistics(), plan) == (plan, 0.0)
+    plan, statistics = Plan.identity(workshop.spec), workshop.statistics()
+    assert workshop.compensated(statistics, workshop.held_out_judge(statistics), plan) == (plan, 0.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,24 +71,26 @@ def test_refined_components_are_bundled_among_themselves() -> None:
             np.testing.assert_allclose(*spans, atol=1e-9)
 
 
-def test_one_step_for_all_costs_little_after_roles_and_much_without() -> None:
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("cache", ["int8", "int4"])
+@pytest.mark.parametrize("roles", [None, 0])
+def test_one_step_for_a_side_costs_coded_coordinates_nothing(roles: int | None, cache: str, centred: bool) -> None:
     statistics = statistics_of(SPEC)
-    alike = statistics.value_samples[:, :1].repeat(SPEC.kv_heads, 1)
-    statistics = replace(
-        statistics,
-        value_samples=alike,
-        sink_values=alike[:, :, :40],
-        output_moment=statistics.output_moment[:, :1].repeat(SPEC.kv_heads, 1),
-        output_gram=statistics.output_gram[:, :1].repeat(SPEC.kv_heads, 1),
+    apart, one = (
+        same(rank=16, roles=roles, cache=cache, centred=centred, granularity=granularity)
+        for granularity in ("per_channel", "per_tensor")
     )
-    errors = {}
-    for roles in (None, 0):
-        for granularity in ("per_channel", "per_tensor"):
-            plan = same(rank=16, roles=roles, cache="int4", granularity=granularity)
-            code = fit(SPEC, statistics, plan, before=KvQuant.order)[0]
-            errors[roles, granularity] = rounding_errors(statistics, plan.layers[0], code)[1]
-    assert errors[0, "per_tensor"] < 1.3 * errors[0, "per_channel"]
-    assert errors[0, "per_tensor"] < errors[None, "per_tensor"]
+    errors = [
+        rounding_errors(statistics, plan.layers[0], fit(SPEC, statistics, plan, before=KvQuant.order)[0])
+        for plan in (apart, one)
+    ]
+    np.testing.assert_allclose(errors[1], errors[0], rtol=1e-6)
+    for plan, steps in ((apart, 16), (one, 1)):
+        code = fit(SPEC, statistics, plan)[0]
+        assert code.per_tensor == (steps == 1)
+        for scale in (code.key_scale, code.value_scale):
+            assert len(np.unique(np.asarray(scale)[0])) == steps
+            assert steps > 1 or len(np.unique(scale)) == 1
 
 
 def test_rank_of_a_method_before_is_kept_and_told() -> None:

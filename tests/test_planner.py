@@ -19,6 +19,7 @@ from kvslim.errors import GateError, UnsupportedError
 from kvslim.export.manifest import read_manifest
 from kvslim.plan.choose import Chosen, choose
 from kvslim.plan.planner import MARGIN, Planned, Planner
+from kvslim.plan.windows import WindowTrials
 from kvslim.recipe import Budget, Recipe, load_recipe, parse_recipe
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.transform.judge import Judge
@@ -46,7 +47,8 @@ def statistics(workshop: Workshop) -> CalibrationStatistics:
 def planner_of(workshop: Workshop, statistics: CalibrationStatistics) -> Planner:
     judge = Judge(workshop.model, workshop.architecture, statistics.windows)
     base = Plan.identity(workshop.spec)
-    return Planner(workshop.spec, statistics, base, CONTEXT, judge.kl, judge.kl, iter)
+    trials = WindowTrials(0, judge.kl, lambda _: 0.0)
+    return Planner(workshop.spec, statistics, base, CONTEXT, judge.kl, judge.kl, iter, trials)
 
 
 @pytest.fixture(scope="module")

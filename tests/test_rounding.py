@@ -109,10 +109,9 @@ def test_offset_of_all_keys_changes_no_logits_when_nothing_is_rounded(tiny_llama
     np.testing.assert_allclose(torch_logits(workshop, tokens), before, atol=2e-5)
 
 
-@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
-def test_refined_steps_clip_no_sample_of_the_coordinates_held_twice(granularity: Granularity) -> None:
+def test_refined_steps_clip_no_sample_of_the_coordinates_held_twice() -> None:
     statistics = statistics_of(SPEC)
-    layer = LayerPlan(layer=0, rank=16, refined=8, cache="int4", granularity=granularity)
+    layer = LayerPlan(layer=0, rank=16, refined=8, cache="int4")
     code = fit(SPEC, statistics, Plan(layers=(layer, LayerPlan(layer=1))), before=KvQuant.order)[0]
     steps = scaled(statistics, layer, code).key_scale
     assert steps is not None

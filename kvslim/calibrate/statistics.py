@@ -59,7 +59,6 @@ class CalibrationStatistics:
     sink_values: Array
     sink_mass: Array
     age_mass: Array
-
     windows: Array
 
     def arrays(self) -> dict[str, Array]:

@@ -200,15 +200,15 @@ class KvPca(Method):
         self, spec: ModelSpec, statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes
     ) -> LayerCodes:
         key, value = self.bases(statistics, layer.layer, layer.objective)
-        key_rank, value_rank = layer.rank, layer.value_rank or layer.rank
+        key_rank, value_rank = layer.ranks(spec.head_dim)
+        key_refined, value_refined = layer.twice
         by_query = lambda array: np.repeat(array, spec.group_size, axis=0)  # noqa: E731
         encoder, decoder = by_query(value.encoder[..., :value_rank]), by_query(value.decoder[..., :value_rank])
         mean = statistics.output_mean[layer.layer]
-        extra = layer.refined if layer.value_refined is None else layer.value_refined
         return replace(
             code,
-            refined=layer.refined,
-            value_refined=extra,
+            refined=key_refined,
+            value_refined=value_refined,
             key_encoder=key.encoder[..., :key_rank],
             query_encoder=by_query(key.decoder[..., :key_rank]),
             value_encoder=value.encoder[..., :value_rank],

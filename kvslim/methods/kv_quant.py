@@ -89,7 +89,12 @@ def with_integers(
 
 
 def scaled(statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes) -> LayerCodes:
-    """A layer's codes with the offset of its keys and the steps of both sides."""
+    """A layer's codes with the offset of its keys and the steps of both sides.
+
+    One step for a side costs coded coordinates nothing: each is scaled to it, and its reader back.
+    """
+    if layer.granularity == "per_tensor" and code.key_encoder is not None:
+        return _evened(scaled(statistics, layer.model_copy(update={"granularity": "per_channel"}), code))
     keys = _coded(key_samples(statistics, layer.layer), code.key_encoder)
     values = _coded(value_samples(statistics, layer.layer), code.value_encoder)
     offset = _middle(keys) if layer.centred else None
@@ -111,20 +116,40 @@ def rounding_errors(statistics: CalibrationStatistics, layer: LayerPlan, code: L
     Both are mean squares, summed over heads.
     """
     made, bits = scaled(statistics, layer, code), BITS[layer.cache]
-    keys = _coded(key_samples(statistics, layer.layer), code.key_encoder)
+    keys = _coded(key_samples(statistics, layer.layer), made.key_encoder)
     keys = keys if made.key_offset is None else keys - made.key_offset[:, None]
-    values = _coded(value_samples(statistics, layer.layer), code.value_encoder)
+    values = _coded(value_samples(statistics, layer.layer), made.value_encoder)
     weights = sample_weights(statistics, layer.layer)
     key_error = rounded(keys, np.asarray(made.key_scale), bits, code.refined) - keys
     key_error -= np.einsum("hn,hnd->hd", weights, key_error)[:, None]
     value_error = rounded(values, np.asarray(made.value_scale), bits, code.value_refined) - values
     query_moment, gram = statistics.query_moment[layer.layer], statistics.output_gram[layer.layer]
-    if code.query_encoder is not None and code.value_decoder is not None:
-        decoder = code.query_encoder[:: len(code.query_encoder) // len(keys)]
+    if made.query_encoder is not None and made.value_decoder is not None:
+        decoder = made.query_encoder[:: len(made.query_encoder) // len(keys)]
         query_moment = decoder.swapaxes(1, 2) @ query_moment @ decoder
-        decoder = code.value_decoder[:: len(code.value_decoder) // len(values)]
+        decoder = made.value_decoder[:: len(made.value_decoder) // len(values)]
         gram = decoder @ gram @ decoder.swapaxes(1, 2)
     return score_error(key_error, weights, query_moment), score_error(value_error, weights, gram)
+
+
+def _evened(code: LayerCodes) -> LayerCodes:
+    """The code with its coordinates scaled so that all of a side have one step."""
+    key_scale, value_scale = np.asarray(code.key_scale), np.asarray(code.value_scale)
+    key_step, value_step = (np.exp(np.log(scale).mean()) for scale in (key_scale, value_scale))
+    to_key, to_value = key_step / key_scale, value_step / value_scale
+    by_query = len(np.asarray(code.query_encoder)) // len(key_scale)
+    from_key, from_value = (np.repeat(1 / to, by_query, axis=0) for to in (to_key, to_value))
+    return replace(
+        code,
+        key_encoder=code.key_encoder * to_key[:, None],
+        query_encoder=code.query_encoder * from_key[:, None],
+        value_encoder=code.value_encoder * to_value[:, None],
+        value_decoder=code.value_decoder * from_value[..., None],
+        key_offset=None if code.key_offset is None else code.key_offset * to_key,
+        key_scale=np.full_like(key_scale, key_step),
+        value_scale=np.full_like(value_scale, value_step),
+        per_tensor=True,
+    )
 
 
 def _steps(samples: Array, weights: Array, layer: LayerPlan, refined: int) -> Array:

@@ -11,9 +11,11 @@ from kvslim.errors import GateError
 from kvslim.methods.fitting import fit
 from kvslim.methods.kv_pca import rank_step
 from kvslim.methods.kv_quant import with_integers
-from kvslim.plan.allocate import Option, allocate
+from kvslim.methods.kv_window import KvWindow
+from kvslim.plan.allocate import Option, allocate, hull
 from kvslim.plan.cost import STEP, SideCosts, bundled, choices, side_costs
 from kvslim.plan.probes import Divergence, Price, prices
+from kvslim.plan.windows import SINKS, WindowTrials, alone, keeping_recall
 from kvslim.transform.codes import LayerCodes
 from kvslim.types import KVLayout, LayerPlan, ModelSpec, Plan, PlanPoint
 
@@ -25,6 +27,8 @@ LARGEST_INT8 = 6  # times smaller than plain; beyond, int8 would cost too much r
 FASTER = 1.1  # an int8 cache is read faster than int4: it may lose this much more
 MARGIN = 1.25  # other text loses more than calibration text by about so much
 SEARCHES = 4
+Layers = Callable[[Iterable[int]], Iterable[int]]
+Way = tuple[Option, LayerPlan]
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Planner:
         probe: Divergence of the model with the codes given, on the text that prices come from.
         judge: The same on other calibration text, which plans are compared on.
         layers: Wraps the iterable of probed layers, to show progress.
+        trials: How windows are tried.
     """
 
     def __init__(
@@ -61,15 +66,21 @@ class Planner:
         context: int,
         probe: Divergence,
         judge: Divergence,
-        layers: Callable[[Iterable[int]], Iterable[int]],
+        layers: Layers,
+        trials: WindowTrials,
     ) -> None:
         self.spec, self.statistics, self.base, self.context, self.judge = spec, statistics, base, context, judge
         self.plain_bytes = KVLayout.of(spec, base).bytes_at(context)
         costs = side_costs(spec, statistics)
         priced = prices(spec, statistics, costs, probe, layers)
-        self.ways = {
+        self.whole = {
             bits: [self._ways(*layer, bits) for layer in zip(base.layers, costs, priced, strict=True)]
             for bits in (8, 4)
+        }
+        windows = self._windows(layers, trials)
+        self.ways = {
+            bits: [self._with_windows(*layer) for layer in zip(ways, windows, strict=True)]
+            for bits, ways in self.whole.items()
         }
         self._fitted: dict[LayerPlan, tuple[LayerPlan, LayerCodes]] = {}
 
@@ -88,7 +99,7 @@ class Planner:
 
     def never_worse(self, planned: Planned) -> Planned:
         """The plan, or all layers alike at no more bytes, where that loses less."""
-        ways, budget = self.ways[4], planned.point.kv_bytes_per_token * self.context
+        ways, budget = self.whole[4], planned.point.kv_bytes_per_token * self.context
         sizes = range(min(len(layer) for layer in ways))
         fitting = [place for place in sizes if sum(layer[place][0].size for layer in ways) <= budget]
         if not fitting:
@@ -122,10 +133,10 @@ class Planner:
 
     def _ways(
         self, layer: LayerPlan, costs: tuple[SideCosts, SideCosts], priced: tuple[Price, Price], bits: int
-    ) -> list[tuple[Option, LayerPlan]]:
+    ) -> list[Way]:
         """The best way to store a layer in each size, with what it is expected to lose."""
         window = self.spec.windows[layer.layer]
-        ways: list[tuple[Option, LayerPlan]] = []
+        ways: list[Way] = []
         for width in range(rank_step(window), (2 if bits == 4 else 1) * self.spec.head_dim + 1, STEP):
             possible = list(choices(self.spec, window, width, bits))
             if not possible:
@@ -138,13 +149,59 @@ class Planner:
             ways.append((Option(self._bytes(stored), key_loss + value_loss, len(ways)), stored))
         return ways
 
+    def _windows(self, layers: Layers, trials: WindowTrials) -> list[dict[int, float]]:
+        """The windows that each layer may have, with the divergence that each is expected to make."""
+        offered: list[dict[int, float]] = [{} for _ in range(self.spec.layers)]
+        taken: dict[int, int] = {}
+        refused: set[int] = set()
+        for window in trials.lengths(self.context):
+            losses: dict[int, float] = {}
+            for layer in layers(KvWindow(window=window).able(self.spec)):
+                seen = trials.divergence(alone({layer: window}, self.spec.layers))
+                loss = trials.at_context(seen, window, self.context)
+                if layer not in refused and self._pays(layer, window, loss):
+                    losses[layer] = loss
+            wanted = [(layer, window) for layer in sorted(losses, key=losses.__getitem__)]
+            taken = keeping_recall(wanted, taken, self.spec.layers, trials.recall_drop)
+            for layer, _ in wanted:
+                if taken.get(layer) == window:
+                    offered[layer][window] = losses[layer]
+                else:
+                    refused.add(layer)
+        return offered
+
+    def _pays(self, layer: int, window: int, loss: float) -> bool:
+        """Whether a window is the best choice of a layer at any price per byte, and loses less than the least rank."""
+        for ways in self.whole.values():
+            both = [option for option, _ in self._with_windows(ways[layer], {window: loss})]
+            most = max(option.loss for option in both[: len(ways[layer])])
+            if any(option.name >= len(ways[layer]) and option.loss < most for option in hull(both)):
+                return True
+        return False
+
+    def _with_windows(self, ways: list[Way], losses: dict[int, float]) -> list[Way]:
+        """Ways to store a layer, and the same in windows that make such a divergence."""
+        found = list(ways)
+        for window, more in losses.items():
+            for option, layer in ways:
+                loss = option.loss + more
+                stored = layer.model_copy(update={"window": window, "sinks": SINKS, "score": loss})
+                found.append((Option(self._bytes(stored), loss, len(found)), stored))
+        return found
+
     def _bytes(self, layer: LayerPlan) -> int:
         """What one layer takes at the target context."""
         tensors = KVLayout.of(self.spec, self.base.model_copy(update={"layers": (layer,)})).tensors
         return sum(tensor.bytes_per_token * tensor.rows(self.context) for tensor in tensors)
 
     def _allocated(self, budget: float, bits: int) -> Planned | None:
-        ways = self.ways[bits]
+        """The best plan with windows, or without any where that loses less."""
+        found = [self._filled(budget, self.ways[bits])]
+        if found[0] is not None and any(layer.window is not None for layer in found[0].plan.layers):
+            found.append(self._filled(budget, self.whole[bits]))
+        return min((planned for planned in found if planned is not None), key=_divergence, default=None)
+
+    def _filled(self, budget: float, ways: list[list[Way]]) -> Planned | None:
         options = allocate([[option for option, _ in layer] for layer in ways], budget)
         if options is None:
             return None
@@ -180,8 +237,8 @@ def _divergence(planned: Planned) -> float:
 
 
 def _words(layer: LayerPlan, spec: ModelSpec) -> str:
-    value_rank = layer.value_rank or layer.rank
-    ranks = f"rank {layer.rank}" if layer.rank == value_rank else f"ranks {layer.rank} and {value_rank}"
-    extra = layer.refined if layer.value_refined is None else layer.value_refined
-    refined = f", {layer.refined} and {extra} of them refined" if layer.refined or extra else ""
-    return f"{ranks} of {spec.head_dim}{refined}, expected to cost {layer.score:.1e} nats"
+    key, value = layer.ranks(spec.head_dim)
+    ranks = f"rank {key}" if key == value else f"ranks {key} and {value}"
+    refined = ", {} and {} of them refined".format(*layer.twice) if any(layer.twice) else ""
+    window = "" if layer.window is None else f", of {layer.sinks} sinks and {layer.window} recent tokens"
+    return f"{ranks} of {spec.head_dim}{refined}{window}, expected to cost {layer.score:.1e} nats"

@@ -1,30 +1,33 @@
 """Output projections fitted again, so that what a compressed cache gives comes as near as can be to what it gave.
 
-Every layer sees what the compressed layers below it give, and its output projection becomes the ridge regression from
-its attention outputs there to those of the uncompressed model, in closed form, towards the projection it had. All
-layers are fitted to one pass, so none sees yet what the refit of those below it mends.
+Layer by layer from the first, each sees what the compressed and refitted layers below it give, and its output
+projection becomes the ridge regression from its attention outputs there to those of the uncompressed model, in closed
+form, towards the projection it had.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvslim.load.architecture import Architecture
 from kvslim.transform.codes import Array, LayerCodes
 from kvslim.transform.surgery import attention_modules, projection, trial
 
-RIDGE = 1e-2  # of the inputs' mean power
+RIDGE = 0.1  # of the inputs' mean power
 
 
 def refitted(
-    model: Any, architecture: Architecture, codes: tuple[LayerCodes, ...], windows: Iterable[Array]
+    model: Any,
+    architecture: Architecture,
+    codes: tuple[LayerCodes, ...],
+    windows: Array,
+    layers: Callable[[Iterable[int]], Iterable[int]],
 ) -> tuple[LayerCodes, ...]:
     """The codes with output projections fitted to them; layers without codes stay as they are.
 
@@ -32,26 +35,30 @@ def refitted(
         model: The prepared model, without codes.
         architecture: Where its parts live.
         codes: One entry per layer.
-        windows: Token ids [length] each.
+        windows: [n, length] token ids.
+        layers: Wraps the iterable of layers, to show progress.
     """
-    layers = [layer for layer, code in enumerate(codes) if not code.is_empty]
-    sums: dict[int, _Sums] = {}
-    for window in windows:
-        ids = torch.from_numpy(window[None])
-        with _outputs(model, architecture) as wanted, torch.inference_mode():
-            model.base_model(input_ids=ids, use_cache=False)
-        with trial(model, architecture, codes), _outputs(model, architecture) as given, torch.inference_mode():
-            model.base_model(input_ids=ids, use_cache=False)
-            weights = {
-                layer: projection(module, architecture, "output") for layer, module in _indexed(model, architecture)
-            }
-        for layer in layers:
-            sums.setdefault(layer, _Sums(*weights[layer])).add(given[layer][0], wanted[layer][1])
-    fitted = {layer: total.solve() for layer, total in sums.items()}
-    return tuple(
-        replace(code, output_weight=fitted[layer][0], output_bias=fitted[layer][1]) if layer in fitted else code
-        for layer, code in enumerate(codes)
-    )
+    tokens = [torch.from_numpy(window[None]) for window in windows]
+    plain: list[Any] = [None] * len(tokens)  # what the layer below gives, in the model as it is
+    coded = plain  # and in the one with codes
+    fitted: list[LayerCodes] = []
+    for index in layers(range(len(codes))):
+        runs = [_run(model, architecture, index, *given) for given in zip(tokens, plain, strict=True)]
+        plain = [run.output for run in runs]
+        with trial(model, architecture, _alone(codes[index], index, len(codes))):
+            trials = [_run(model, architecture, index, *given) for given in zip(tokens, coded, strict=True)]
+            sums = _Sums(*projection(attention_modules(model, architecture)[index], architecture, "output"))
+        if codes[index].is_empty:
+            fitted.append(codes[index])
+            coded = [run.output for run in trials]
+            continue
+        for run, wanted in zip(trials, runs, strict=True):
+            sums.add(run.attended, wanted.projected)
+        weight, bias = sums.solve()
+        fitted.append(replace(codes[index], output_weight=weight, output_bias=bias))
+        with trial(model, architecture, _alone(fitted[index], index, len(codes))):
+            coded = [_run(model, architecture, index, *given).output for given in zip(tokens, coded, strict=True)]
+    return tuple(fitted)
 
 
 @dataclass
@@ -87,22 +94,44 @@ class _Sums:
         return self.weight + change[:, :-1], change[:, -1] + (0.0 if self.bias is None else self.bias)
 
 
-def _indexed(model: Any, architecture: Architecture) -> Iterable[tuple[int, nn.Module]]:
-    return enumerate(attention_modules(model, architecture))
+class _Run(NamedTuple):
+    """What one layer did.
+
+    Attributes:
+        output: As the layer gives it.
+        attended: [1, length, inputs], what its output projection read.
+        projected: [1, length, hidden], what that gave.
+    """
+
+    output: Any
+    attended: Tensor
+    projected: Tensor
 
 
-@contextmanager
-def _outputs(model: Any, architecture: Architecture) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Within the block: input and output of each layer's output projection, as they come."""
+def _run(model: Any, architecture: Architecture, index: int, tokens: Tensor, before: Any) -> _Run:
+    """One layer on what the layer below it gives; the others do nothing."""
+    layers = list(model.get_submodule(architecture.layers).children())
+    output = attention_modules(model, architecture)[index].get_submodule(architecture.output)
+    given: list[Any] = []
     seen: list[tuple[Tensor, Tensor]] = []
     hooks = [
-        attention.get_submodule(architecture.output).register_forward_hook(
-            lambda _, inputs, output: seen.append((inputs[0], output))
-        )
-        for attention in attention_modules(model, architecture)
+        layers[index].register_forward_hook(lambda *call: given.append(call[2])),
+        output.register_forward_hook(lambda _, inputs, result: seen.append((inputs[0], result))),
     ]
+    others = [layer for layer in layers if layer is not layers[index]]
+    for layer in others:
+        layer.forward = lambda *_, **__: given[0] if given else before
     try:
-        yield seen
+        with torch.inference_mode():
+            model.base_model(input_ids=tokens, use_cache=False)
     finally:
+        for layer in others:
+            del layer.forward
         for hook in hooks:
             hook.remove()
+    return _Run(given[0], *seen[0])
+
+
+def _alone(code: LayerCodes, index: int, count: int) -> tuple[LayerCodes, ...]:
+    """Codes of one layer of `count`, and none of any other."""
+    return tuple(code if place == index else LayerCodes() for place in range(count))

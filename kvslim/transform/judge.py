@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +14,9 @@ from torch import Tensor
 from kvslim.load.architecture import Architecture
 from kvslim.transform.codes import Array, LayerCodes
 from kvslim.transform.surgery import trial
+
+LENGTH = 512  # tokens of a window that is judged
+SMALL_VOCABULARY = 2**14
 
 
 class Question(Protocol):
@@ -36,10 +40,12 @@ class Judge:
         model: The prepared model, without codes.
         architecture: Where its parts live.
         windows: [n, length] token ids.
+        probing: Whether divergence is taken at every other token alone, where a large vocabulary makes that costly.
     """
 
-    def __init__(self, model: Any, architecture: Architecture, windows: Array) -> None:
+    def __init__(self, model: Any, architecture: Architecture, windows: Array, *, probing: bool = False) -> None:
         self.model, self.architecture = model, architecture
+        self.stride = 2 if probing and model.config.vocab_size > SMALL_VOCABULARY else 1
         self.layers = list(model.get_submodule(architecture.layers).children())
         self.windows = [torch.from_numpy(window[None]) for window in windows]
         self._outputs: list[list[Any]] = []
@@ -76,9 +82,14 @@ class Judge:
         return hits / count
 
     def _log_probabilities(self, window: Tensor) -> Tensor:
-        with torch.inference_mode():
-            result: Tensor = self.model(input_ids=window, use_cache=False).logits[0].float().log_softmax(-1)
-        return result
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, self.stride - 1 :: self.stride],))
+        try:
+            with torch.inference_mode():
+                logits: Tensor = self.model(input_ids=window, use_cache=False).logits[0]
+        finally:
+            hook.remove()
+        return logits.float().log_softmax(-1)
 
     @contextmanager
     def _remembering(self) -> Iterator[list[Any]]:
@@ -102,14 +113,46 @@ class Judge:
                 del layer.forward
 
 
-def probe_windows(windows: Array, vocab_size: int, layers: int) -> Array:
-    """So many of the windows that judging stays quick and small: the larger the model, the fewer, at least two.
+class RecallTrials:
+    """Recall questions put to a model again and again.
+
+    Args:
+        judge: Asks them.
+        items: The questions.
+    """
+
+    def __init__(self, judge: Judge, items: Sequence[Question]) -> None:
+        self.judge, self.items = judge, items
+
+    @cached_property
+    def plain(self) -> float:
+        """Recall of the model without codes."""
+        return self.judge.recall((), self.items)
+
+    def drop(self, codes: tuple[LayerCodes, ...]) -> float:
+        """Share of recall that the model loses with codes."""
+        return self.plain - self.judge.recall(codes, self.items)
+
+
+def probe_windows(windows: Array, layers: int) -> Array:
+    """So much of the windows that many probes stay quick: the deeper the model the less, at least two of 256 tokens.
 
     Args:
         windows: [n, length] token ids.
-        vocab_size: Entries of one row of logits, which are remembered for all tokens.
         layers: Of the model; each is probed several times.
     """
-    tokens = min(2**27 // vocab_size, 2**17 // layers**2)
-    length = min(windows.shape[1], 512)
+    tokens = max(2 * 256, 2**17 // layers**2)
+    length = min(windows.shape[1], LENGTH, tokens // 2)
+    return np.ascontiguousarray(windows[: max(2, tokens // length), :length])
+
+
+def judged_windows(windows: Array, vocab_size: int) -> Array:
+    """So many of the windows that the logits of all their tokens stay small, at least two.
+
+    Args:
+        windows: [n, length] token ids.
+        vocab_size: Entries of one row of logits.
+    """
+    length = min(windows.shape[1], LENGTH)
+    tokens = min(2**27 // vocab_size, 2**12)
     return np.ascontiguousarray(windows[: max(2, tokens // length), :length])

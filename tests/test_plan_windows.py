@@ -1,0 +1,142 @@
+"""Windows that the planner offers: seen to lose little, kept from costing recall, and counted in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from models import open_workshop, recipe_of
+
+from kvslim.calibrate.statistics import CalibrationStatistics
+from kvslim.plan.planner import Planner
+from kvslim.plan.windows import SINKS, WindowTrials, keeping_recall
+from kvslim.transform.codes import LayerCodes
+from kvslim.transform.judge import Judge
+from kvslim.types import KVLayout, Plan
+from kvslim.workshop import Workshop
+
+Codes = tuple[LayerCodes, ...]
+CONTEXT = 128
+
+
+def nothing(_: Codes) -> float:
+    return 0.0
+
+
+def windows_in(codes: Codes) -> dict[int, int]:
+    return {layer: code.window for layer, code in enumerate(codes) if code.window is not None}
+
+
+@pytest.mark.parametrize(
+    ("seen", "context", "lengths"),
+    [(512, 512, [128, 64, 32]), (512, 2048, [256, 128]), (512, 2049, []), (100, 128, [32, 16, 8]), (8, 16, [])],
+)
+def test_windows_are_tried_on_text_twice_as_long_and_a_quarter_of_the_context(
+    seen: int, context: int, lengths: list[int]
+) -> None:
+    assert WindowTrials(seen, nothing, nothing).lengths(context) == lengths
+
+
+def test_loss_grows_with_the_share_of_tokens_beyond_the_window() -> None:
+    trials = WindowTrials(512, nothing, nothing)
+    assert trials.at_context(0.1, 128, 512) == pytest.approx(0.1)
+    # Three quarters of the text lie beyond 128 tokens, 15 of 16 parts of a context of 2,048.
+    assert trials.at_context(0.75, 128, 2048) == pytest.approx(15 / 16)
+
+
+def test_windows_that_keep_recall_are_taken_at_once() -> None:
+    asked: list[dict[int, int]] = []
+
+    def drop(codes: Codes) -> float:
+        asked.append(windows_in(codes))
+        return 0.0
+
+    wanted = dict.fromkeys(range(5), 64)
+    assert keeping_recall(list(wanted.items()), {}, 8, drop) == wanted
+    assert asked == [wanted]
+
+
+@pytest.mark.parametrize("forgetful", [{0}, {3}, {1, 4}, set(range(5))])
+def test_layers_that_recall_needs_keep_all_tokens(forgetful: set[int]) -> None:
+    def drop(codes: Codes) -> float:
+        return 0.5 * bool(forgetful & set(windows_in(codes)))
+
+    wanted = [(layer, 64) for layer in range(5)]
+    assert set(keeping_recall(wanted, {}, 5, drop)) == set(range(5)) - forgetful
+
+
+def test_windows_that_cost_recall_only_together_are_not_all_taken() -> None:
+    taken = keeping_recall([(layer, 64) for layer in range(6)], {}, 6, lambda codes: 0.1 * (len(windows_in(codes)) > 4))
+    assert taken == dict.fromkeys(range(4), 64)
+
+
+def test_larger_window_stays_when_the_smaller_costs_recall() -> None:
+    taken = keeping_recall([(0, 32), (1, 32)], {0: 64, 1: 64}, 2, lambda codes: float(windows_in(codes)[1] < 64))
+    assert taken == {0: 32, 1: 64}
+
+
+@pytest.fixture(scope="module")
+def workshop(tiny_model: Callable[[str], Path]) -> Workshop:
+    return open_workshop(tiny_model("llama"), recipe_of())
+
+
+@pytest.fixture(scope="module")
+def statistics(workshop: Workshop) -> CalibrationStatistics:
+    return workshop.statistics()
+
+
+@pytest.fixture(scope="module")
+def planner_with(workshop: Workshop, statistics: CalibrationStatistics) -> Callable[..., Planner]:
+    judge = Judge(workshop.model, workshop.architecture, statistics.windows)
+
+    def made(divergence: Callable[[Codes], float] = nothing, drop: Callable[[Codes], float] = nothing) -> Planner:
+        trials = WindowTrials(CONTEXT, divergence, drop)
+        base = Plan.identity(workshop.spec)
+        return Planner(workshop.spec, statistics, base, CONTEXT, judge.kl, judge.kl, iter, trials)
+
+    return made
+
+
+def test_window_that_loses_nothing_is_offered_in_every_layer(
+    workshop: Workshop, planner_with: Callable[..., Planner]
+) -> None:
+    planner = planner_with()
+    for bits in (8, 4):
+        assert {layer.window for _, layer in planner.ways[bits][0]} == {None, 32, 16, 8}
+        assert {layer.window for _, layer in planner.whole[bits][0]} == {None}
+    planned = planner._filled(planner.plain_bytes / 20, planner.ways[4])
+    assert planned is not None
+    windowed = [layer for layer in planned.plan.layers if layer.window is not None]
+    assert windowed
+    assert all(layer.sinks == SINKS and "recent tokens" in layer.reason for layer in windowed)
+    assert planned.point.kv_bytes_per_token * CONTEXT == KVLayout.of(workshop.spec, planned.plan).bytes_at(CONTEXT)
+    assert planned.point.kv_ratio >= 20
+
+
+def test_plan_is_no_worse_than_one_without_windows(planner_with: Callable[..., Planner]) -> None:
+    """Windows that seemed to lose nothing lose much in the judge's text."""
+    misled, whole = planner_with(), planner_with(lambda _: 1e9)
+    for ratio in (8, 16):
+        plans = [planner.allocated(planner.plain_bytes / ratio) for planner in (misled, whole)]
+        assert plans[0] is not None
+        assert plans[1] is not None
+        assert plans[0].point.kl <= plans[1].point.kl
+
+
+@pytest.mark.parametrize(
+    "refusal", [{"divergence": lambda _: 1e9}, {"drop": lambda _: 0.5}], ids=["divergence", "recall"]
+)
+def test_no_window_is_offered_when_it_costs_too_much(
+    planner_with: Callable[..., Planner], refusal: dict[str, Callable[[Codes], float]]
+) -> None:
+    planner = planner_with(**refusal)
+    assert planner.ways == planner.whole
+
+
+def test_workshop_plans_with_windows_where_its_text_allows(
+    workshop: Workshop, statistics: CalibrationStatistics
+) -> None:
+    """The tests' windows have 48 tokens and their questions reach back 16, so windows of up to 12 can be judged."""
+    planner = workshop.planner(statistics, workshop.held_out_judge(statistics), 48)
+    assert {layer.window for ways in planner.ways[4] for _, layer in ways} <= {None, 12, 6}
