@@ -9,7 +9,7 @@ import pytest
 from models import open_workshop, recipe_of
 
 from kvslim.calibrate.statistics import CalibrationStatistics
-from kvslim.plan.planner import Planner
+from kvslim.plan.planner import Planner, _filled
 from kvslim.plan.windows import SINKS, WindowTrials, keeping_recall
 from kvslim.transform.codes import LayerCodes
 from kvslim.transform.judge import Judge
@@ -30,7 +30,14 @@ def windows_in(codes: Codes) -> dict[int, int]:
 
 @pytest.mark.parametrize(
     ("seen", "context", "lengths"),
-    [(512, 512, [128, 64, 32]), (512, 2048, [256, 128]), (512, 2049, []), (100, 128, [32, 16, 8]), (8, 16, [])],
+    [
+        (512, 512, [128, 64, 32]),
+        (512, 2048, [256, 128]),
+        (512, 2049, []),
+        (100, 128, [32, 16]),
+        (32, 64, [16]),
+        (16, 64, []),
+    ],
 )
 def test_windows_are_tried_on_text_twice_as_long_and_a_quarter_of_the_context(
     seen: int, context: int, lengths: list[int]
@@ -39,10 +46,17 @@ def test_windows_are_tried_on_text_twice_as_long_and_a_quarter_of_the_context(
 
 
 def test_loss_grows_with_the_share_of_tokens_beyond_the_window() -> None:
-    trials = WindowTrials(512, nothing, nothing)
-    assert trials.at_context(0.1, 128, 512) == pytest.approx(0.1)
+    asked: list[dict[int, int]] = []
+
+    def divergence(codes: Codes) -> float:
+        asked.append(windows_in(codes))
+        return 0.75
+
+    trials = WindowTrials(512, divergence, nothing)
+    assert trials.loss(1, 128, 4, context=512) == pytest.approx(0.75)
     # Three quarters of the text lie beyond 128 tokens, 15 of 16 parts of a context of 2,048.
-    assert trials.at_context(0.75, 128, 2048) == pytest.approx(15 / 16)
+    assert trials.loss(1, 128, 4, context=2048) == pytest.approx(15 / 16)
+    assert asked == [{1: 128}] * 2
 
 
 def test_windows_that_keep_recall_are_taken_at_once() -> None:
@@ -52,9 +66,8 @@ def test_windows_that_keep_recall_are_taken_at_once() -> None:
         asked.append(windows_in(codes))
         return 0.0
 
-    wanted = dict.fromkeys(range(5), 64)
-    assert keeping_recall(list(wanted.items()), {}, 8, drop) == wanted
-    assert asked == [wanted]
+    assert keeping_recall(range(5), 64, 8, drop) == [0, 1, 2, 3, 4]
+    assert asked == [dict.fromkeys(range(5), 64)]
 
 
 @pytest.mark.parametrize("forgetful", [{0}, {3}, {1, 4}, set(range(5))])
@@ -62,18 +75,11 @@ def test_layers_that_recall_needs_keep_all_tokens(forgetful: set[int]) -> None:
     def drop(codes: Codes) -> float:
         return 0.5 * bool(forgetful & set(windows_in(codes)))
 
-    wanted = [(layer, 64) for layer in range(5)]
-    assert set(keeping_recall(wanted, {}, 5, drop)) == set(range(5)) - forgetful
+    assert set(keeping_recall([4, 2, 0, 1, 3], 64, 5, drop)) == set(range(5)) - forgetful
 
 
 def test_windows_that_cost_recall_only_together_are_not_all_taken() -> None:
-    taken = keeping_recall([(layer, 64) for layer in range(6)], {}, 6, lambda codes: 0.1 * (len(windows_in(codes)) > 4))
-    assert taken == dict.fromkeys(range(4), 64)
-
-
-def test_larger_window_stays_when_the_smaller_costs_recall() -> None:
-    taken = keeping_recall([(0, 32), (1, 32)], {0: 64, 1: 64}, 2, lambda codes: float(windows_in(codes)[1] < 64))
-    assert taken == {0: 32, 1: 64}
+    assert keeping_recall([5, 3, 1, 0, 2, 4], 64, 6, lambda codes: 0.1 * (len(windows_in(codes)) > 4)) == [5, 3, 1, 0]
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +108,10 @@ def test_window_that_loses_nothing_is_offered_in_every_layer(
     workshop: Workshop, planner_with: Callable[..., Planner]
 ) -> None:
     planner = planner_with()
-    for bits in (8, 4):
-        assert {layer.window for _, layer in planner.ways[bits][0]} == {None, 32, 16, 8}
-        assert {layer.window for _, layer in planner.whole[bits][0]} == {None}
-    planned = planner._filled(planner.plain_bytes / 20, planner.ways[4])
-    assert planned is not None
+    for ways in planner.ways.values():
+        offered = [{layer.window for _, layer in ways[index]} for ways in ways for index in range(workshop.spec.layers)]
+        assert offered == [{None}] * 2 + [{None, 32}] * 2 + [{None, 16}] * 2
+    planned = planner._planned(_filled(planner.plain_bytes / 20, planner.ways[4][1]) or ())
     windowed = [layer for layer in planned.plan.layers if layer.window is not None]
     assert windowed
     assert all(layer.sinks == SINKS and "recent tokens" in layer.reason for layer in windowed)
@@ -131,12 +136,18 @@ def test_no_window_is_offered_when_it_costs_too_much(
     planner_with: Callable[..., Planner], refusal: dict[str, Callable[[Codes], float]]
 ) -> None:
     planner = planner_with(**refusal)
-    assert planner.ways == planner.whole
+    assert planner.ways == {bits: [whole] for bits, whole in planner.whole.items()}
 
 
 def test_workshop_plans_with_windows_where_its_text_allows(
     workshop: Workshop, statistics: CalibrationStatistics
 ) -> None:
-    """The tests' windows have 48 tokens and their questions reach back 16, so windows of up to 12 can be judged."""
-    planner = workshop.planner(statistics, workshop.held_out_judge(statistics), 48)
-    assert {layer.window for ways in planner.ways[4] for _, layer in ways} <= {None, 12, 6}
+    """The text has windows of 48 tokens, and its questions reach back far enough for all of these."""
+    held_out = workshop.held_out_judge(statistics)
+    validation = workshop.recipe.validation.model_copy(update={"recall_distance": 32})
+    recipe, workshop.recipe = workshop.recipe, workshop.recipe.model_copy(update={"validation": validation})
+    try:
+        planner = workshop.planner(statistics, held_out, 80)
+    finally:
+        workshop.recipe = recipe
+    assert {layer.window for ways in planner.ways[4] for layers in ways for _, layer in layers} == {None, 20}

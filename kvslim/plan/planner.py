@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from kvslim.methods.kv_window import KvWindow
 from kvslim.plan.allocate import Option, allocate, hull
 from kvslim.plan.cost import STEP, SideCosts, bundled, choices, side_costs
 from kvslim.plan.probes import Divergence, Price, prices
-from kvslim.plan.windows import SINKS, WindowTrials, alone, keeping_recall
+from kvslim.plan.windows import SINKS, Window, WindowTrials, keeping_recall
 from kvslim.transform.codes import LayerCodes
 from kvslim.types import KVLayout, LayerPlan, ModelSpec, Plan, PlanPoint
 
@@ -73,15 +73,12 @@ class Planner:
         self.plain_bytes = KVLayout.of(spec, base).bytes_at(context)
         costs = side_costs(spec, statistics)
         priced = prices(spec, statistics, costs, probe, layers)
-        self.whole = {
+        whole = self.whole = {
             bits: [self._ways(*layer, bits) for layer in zip(base.layers, costs, priced, strict=True)]
             for bits in (8, 4)
         }
         windows = self._windows(layers, trials)
-        self.ways = {
-            bits: [self._with_windows(*layer) for layer in zip(ways, windows, strict=True)]
-            for bits, ways in self.whole.items()
-        }
+        self.ways = {bits: [ways, *(self._with(ways, window) for window in windows)] for bits, ways in whole.items()}
         self._fitted: dict[LayerPlan, tuple[LayerPlan, LayerCodes]] = {}
 
     def frontier(self) -> list[Planned]:
@@ -149,44 +146,41 @@ class Planner:
             ways.append((Option(self._bytes(stored), key_loss + value_loss, len(ways)), stored))
         return ways
 
-    def _windows(self, layers: Layers, trials: WindowTrials) -> list[dict[int, float]]:
-        """The windows that each layer may have, with the divergence that each is expected to make."""
-        offered: list[dict[int, float]] = [{} for _ in range(self.spec.layers)]
-        taken: dict[int, int] = {}
+    def _windows(self, layers: Layers, trials: WindowTrials) -> list[Window]:
+        """The windows that layers may have; in one plan all are of one length, as onnxruntime-genai needs it."""
+        offered: list[Window] = []
         refused: set[int] = set()
-        for window in trials.lengths(self.context):
+        for length in trials.lengths(self.context):
             losses: dict[int, float] = {}
-            for layer in layers(KvWindow(window=window).able(self.spec)):
-                seen = trials.divergence(alone({layer: window}, self.spec.layers))
-                loss = trials.at_context(seen, window, self.context)
-                if layer not in refused and self._pays(layer, window, loss):
+            for layer in layers(KvWindow(window=length).able(self.spec)):
+                loss = trials.loss(layer, length, self.spec.layers, self.context)
+                if layer not in refused and self._pays(layer, Window(length, {layer: loss})):
                     losses[layer] = loss
-            wanted = [(layer, window) for layer in sorted(losses, key=losses.__getitem__)]
-            taken = keeping_recall(wanted, taken, self.spec.layers, trials.recall_drop)
-            for layer, _ in wanted:
-                if taken.get(layer) == window:
-                    offered[layer][window] = losses[layer]
-                else:
-                    refused.add(layer)
+            kept = keeping_recall(sorted(losses, key=losses.__getitem__), length, self.spec.layers, trials.recall_drop)
+            refused |= losses.keys() - kept
+            if kept:
+                offered.append(Window(length, {layer: losses[layer] for layer in kept}))
         return offered
 
-    def _pays(self, layer: int, window: int, loss: float) -> bool:
+    def _pays(self, layer: int, window: Window) -> bool:
         """Whether a window is the best choice of a layer at any price per byte, and loses less than the least rank."""
         for ways in self.whole.values():
-            both = [option for option, _ in self._with_windows(ways[layer], {window: loss})]
-            most = max(option.loss for option in both[: len(ways[layer])])
-            if any(option.name >= len(ways[layer]) and option.loss < most for option in hull(both)):
+            both = [option for option, _ in self._with(ways, window)[layer]]
+            whole = both[: len(ways[layer])]
+            most = max(option.loss for option in whole)
+            if any(option.name >= len(whole) and option.loss < most for option in hull(both)):
                 return True
         return False
 
-    def _with_windows(self, ways: list[Way], losses: dict[int, float]) -> list[Way]:
-        """Ways to store a layer, and the same in windows that make such a divergence."""
-        found = list(ways)
-        for window, more in losses.items():
-            for option, layer in ways:
+    def _with(self, ways: list[list[Way]], window: Window) -> list[list[Way]]:
+        """Ways to store each layer, and behind them the same with a window."""
+        found = [list(layer) for layer in ways]
+        for index, more in window.losses.items():
+            for option, layer in ways[index]:
                 loss = option.loss + more
-                stored = layer.model_copy(update={"window": window, "sinks": SINKS, "score": loss})
-                found.append((Option(self._bytes(stored), loss, len(found)), stored))
+                update = {"window": window.length, "sinks": SINKS, "score": loss}
+                stored = layer.model_copy(update=update)
+                found[index].append((Option(self._bytes(stored), loss, len(found[index])), stored))
         return found
 
     def _bytes(self, layer: LayerPlan) -> int:
@@ -195,19 +189,11 @@ class Planner:
         return sum(tensor.bytes_per_token * tensor.rows(self.context) for tensor in tensors)
 
     def _allocated(self, budget: float, bits: int) -> Planned | None:
-        """The best plan with windows, or without any where that loses less."""
-        found = [self._filled(budget, self.ways[bits])]
-        if found[0] is not None and any(layer.window is not None for layer in found[0].plan.layers):
-            found.append(self._filled(budget, self.whole[bits]))
-        return min((planned for planned in found if planned is not None), key=_divergence, default=None)
+        """The best plan without windows or with windows of any one length."""
+        found = {layers: None for ways in self.ways[bits] if (layers := _filled(budget, ways))}
+        return min(map(self._planned, found), key=_divergence, default=None)
 
-    def _filled(self, budget: float, ways: list[list[Way]]) -> Planned | None:
-        options = allocate([[option for option, _ in layer] for layer in ways], budget)
-        if options is None:
-            return None
-        return self._planned([layer[option.name][1] for layer, option in zip(ways, options, strict=True)])
-
-    def _planned(self, layers: list[LayerPlan], how: str = "") -> Planned:
+    def _planned(self, layers: Sequence[LayerPlan], how: str = "") -> Planned:
         """Those layers with keys centred where that pays, measured."""
         fitted = [self._fit(layer) for layer in layers]
         told = tuple(layer.model_copy(update={"reason": how + layer.reason}) for layer, _ in fitted)
@@ -230,6 +216,14 @@ class Planner:
             final = with_integers(self.spec, self.statistics, alone, {}, True)
             self._fitted[layer] = final.layers[0], fit(self.spec, self.statistics, final)[0]
         return self._fitted[layer]
+
+
+def _filled(budget: float, ways: list[list[Way]]) -> tuple[LayerPlan, ...] | None:
+    """The best way to store each layer within a budget; None if none fits."""
+    options = allocate([[option for option, _ in layer] for layer in ways], budget)
+    if options is None:
+        return None
+    return tuple(layer[option.name][1] for layer, option in zip(ways, options, strict=True))
 
 
 def _divergence(planned: Planned) -> float:

@@ -15,6 +15,14 @@ from kvslim.transform.codes import LayerCodes
 Measure = Callable[[tuple[LayerCodes, ...]], float]
 SHARES = (1 / 4, 1 / 8, 1 / 16)  # of the target context, the largest first
 SINKS = 4
+LEAST = 16  # tokens; onnxruntime-genai takes no shorter ring beside full caches
+
+
+class Window(NamedTuple):
+    """A length, and the divergence that it is expected to make in each layer that may have it."""
+
+    length: int
+    losses: dict[int, float]
 
 
 class WindowTrials(NamedTuple):
@@ -33,43 +41,38 @@ class WindowTrials(NamedTuple):
     def lengths(self, context: int) -> list[int]:
         """The windows to try for a target context, the longest first."""
         windows = [int(context * share) for share in SHARES if context <= 4 * self.seen]
-        return [window for window in windows if window > SINKS and 2 * window <= self.seen]
+        return [window for window in windows if window >= LEAST and 2 * window <= self.seen]
 
-    def at_context(self, loss: float, window: int, context: int) -> float:
-        """A loss seen on the trial text, where it falls on the tokens beyond the window, at a target context."""
-        return loss * (1 - window / context) / (1 - window / self.seen)
-
-
-def alone(windows: dict[int, int], layers: int) -> tuple[LayerCodes, ...]:
-    """Codes of a model with windows in some layers and nothing else."""
-    return tuple(
-        LayerCodes(window=windows[layer], sinks=SINKS) if layer in windows else LayerCodes() for layer in range(layers)
-    )
+    def loss(self, layer: int, window: int, layers: int, context: int) -> float:
+        """What a window in one of the layers loses at a target context, for the tokens that lie beyond the window."""
+        seen = self.divergence(windowed([layer], window, layers))
+        return seen * (1 - window / context) / (1 - window / self.seen)
 
 
-def keeping_recall(
-    wanted: Sequence[tuple[int, int]], taken: dict[int, int], layers: int, recall_drop: Measure
-) -> dict[int, int]:
-    """As many windows as together cost no recall.
+def windowed(chosen: Sequence[int], window: int, layers: int) -> tuple[LayerCodes, ...]:
+    """Codes of a model with a window in some layers and nothing else."""
+    return tuple(LayerCodes(window=window, sinks=SINKS) if layer in chosen else LayerCodes() for layer in range(layers))
+
+
+def keeping_recall(wanted: Sequence[int], window: int, layers: int, recall_drop: Measure) -> list[int]:
+    """As many layers as can have a window together at no cost of recall.
 
     Halves of the row are tried as one, and only those that fail are taken apart.
 
     Args:
-        wanted: Layer and window, those that lose least first.
-        taken: Windows of layers, already accepted; a layer that is wanted again takes its new one.
+        wanted: Layers, those that lose least first.
+        window: Its length.
         layers: Of the model.
         recall_drop: Share of recall that the model loses with codes.
-
-    Returns:
-        The windows accepted, by layer, those taken before among them.
     """
-    if not wanted:
-        return taken
-    together = {**taken, **dict(wanted)}
-    if recall_drop(alone(together, layers)) <= MOST_RECALL:
-        return together
-    if len(wanted) == 1:
-        return taken
-    middle = len(wanted) // 2
-    taken = keeping_recall(wanted[:middle], taken, layers, recall_drop)
-    return keeping_recall(wanted[middle:], taken, layers, recall_drop)
+
+    def kept(taken: list[int], more: Sequence[int]) -> list[int]:
+        together = [*taken, *more]
+        if not more or recall_drop(windowed(together, window, layers)) <= MOST_RECALL:
+            return together
+        if len(more) == 1:
+            return taken
+        middle = len(more) // 2
+        return kept(kept(taken, more[:middle]), more[middle:])
+
+    return kept([], wanted)
