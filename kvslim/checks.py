@@ -10,6 +10,7 @@ from kvslim.methods.kv_hdc import KvHdc
 from kvslim.methods.kv_pca import STEP, check_rank, check_width
 from kvslim.methods.kv_quant import INTEGERS
 from kvslim.methods.kv_window import KvWindow
+from kvslim.methods.prune_heads import check_heads
 from kvslim.methods.roles import has_item_memory
 from kvslim.recipe import Recipe
 from kvslim.types import CODES, LayerPlan, ModelSpec, Plan
@@ -158,8 +159,12 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
             where="--plan",
             fix="make one for this model with `kvslim plan MODEL -o plan.json`",
         )
+    if all(layer.heads == () for layer in plan.layers):
+        raise UsageError("no layer keeps a head", where="--plan", fix="leave attention to one layer at least")
     for layer in plan.layers:
         where = f"--plan: layers.{layer.layer}"
+        if layer.heads is not None:
+            check_heads(layer.heads, spec, where)
         _check_sizes(plan, layer, spec, where)
         _check_operators(plan, layer, where)
 

@@ -88,6 +88,9 @@ class LayerPlan(Frozen):
     """What happens to the KV cache of one layer, and why."""
 
     layer: int
+    heads: tuple[int, ...] | None = Field(
+        None, description="query heads kept, and with them the kv heads that they read; none: no attention, no cache"
+    )
     rank: int | None = Field(None, description="cached dimensions per kv head; None keeps head_dim untouched")
     value_rank: int | None = Field(None, description="the same for values, where it differs (layout attention24)")
     objective: Objective = "balanced"
@@ -103,6 +106,11 @@ class LayerPlan(Frozen):
     refit: bool = Field(False, description="whether the output projection is fitted again to the compressed cache")
     score: float | None = Field(None, description="share of the score energy that the rank keeps, the worse of K and V")
     reason: str = "kept"
+
+    def kv_heads(self, spec: ModelSpec) -> tuple[int, ...]:
+        """The kv heads that are kept: those that a kept query head reads."""
+        heads = range(spec.q_heads) if self.heads is None else self.heads
+        return tuple(sorted({head // spec.group_size for head in heads}))
 
     def ranks(self, head_dim: int) -> tuple[int, int]:
         """Dimensions that are kept of a key, and of a value."""
@@ -224,14 +232,15 @@ class KVLayout(Frozen):
             return cls(tensors=())
         windowed = plan.window_cache and plan.layout == "gqa"
         windows = spec.windows if windowed else (None,) * spec.layers
-        tensors = (tensor for layer in plan.layers for tensor in _layer_tensors(spec, layer, windows[layer.layer]))
+        cached = (layer for layer in plan.layers if layer.heads != ())
+        tensors = (tensor for layer in cached for tensor in _layer_tensors(spec, layer, windows[layer.layer]))
         return cls(layout=plan.layout, tensors=tuple(tensors))
 
 
 def _layer_tensors(spec: ModelSpec, layer: LayerPlan, window: int | None) -> list[KVTensor]:
     """The KV inputs of one layer: its cache or ring, then the packed codes of what left the ring."""
-    streams = layer.window is not None
-    common = {"layer": layer.layer, "heads": spec.kv_heads, "window": layer.window if streams else window}
+    streams, heads = layer.window is not None, len(layer.kv_heads(spec))
+    common = {"layer": layer.layer, "heads": heads, "window": layer.window if streams else window}
     common |= {"sinks": layer.sinks if streams else None}
     exact = "float32" if layer.cache in CODES else layer.cache
     dims = dict(zip(("key", "value"), layer.widths(spec.head_dim), strict=True))

@@ -20,7 +20,7 @@ from kvslim.export.weights import quantise_weights
 from kvslim.load.architecture import architecture_of
 from kvslim.load.model import load_model, load_tokenizer
 from kvslim.load.source import Snapshot
-from kvslim.methods import KvWindow
+from kvslim.methods import KvWindow, Method, PruneHeads
 from kvslim.methods.fitting import fit
 from kvslim.plan.choose import Chosen, choose
 from kvslim.plan.lazy import laziest
@@ -36,7 +36,7 @@ from kvslim.types import KVLayout, ModelSpec, Plan
 from kvslim.validate.measure import Evaluation
 from kvslim.validate.recall import RecallItem, repeated_spans
 
-REFIT_TOKENS = 6_144, 12_288  # for many layers, for few
+REFIT_TOKENS = 4_096, 12_288  # for many layers, for few
 RECALL_ITEMS, LAZY_ITEMS = 50, 8
 LEAST_GAIN = 0.03  # of the divergence; less is the noise of a few windows of text
 CALIBRATION_SHARE, VALIDATION_SHARE = (0.0, 0.8), (0.8, 1.0)
@@ -85,7 +85,7 @@ class Workshop:
         codes = fit(self.spec, statistics, plan, self.recipe.methods)
         if not any(layer.refit for layer in plan.layers):
             return codes
-        again = self._refitted(statistics, codes)
+        again = self.refitted(statistics, codes)
         return tuple(new if layer.refit else old for layer, old, new in zip(plan.layers, codes, again, strict=True))
 
     def chosen(self, statistics: CalibrationStatistics, held_out: Judge, budget: Budget) -> Chosen:
@@ -118,23 +118,26 @@ class Workshop:
         )
 
     def measured_recipe(self, statistics: CalibrationStatistics, held_out: Judge) -> Recipe:
-        """The recipe with the layers that windows go to, where it leaves them to measuring."""
-        if not any(isinstance(method, KvWindow) and method.lazy for method in self.recipe.methods):
-            return self.recipe
-        trials = self._recall_trials(statistics, held_out, LAZY_ITEMS)
-        methods = tuple(
-            laziest(
-                method,
-                self.spec,
-                held_out.kl,
-                trials.drop,
-                lambda layers: self.progress.track(layers, "layers tried with a window"),
-            )
-            if isinstance(method, KvWindow) and method.lazy
-            else method
-            for method in self.recipe.methods
-        )
+        """The recipe with the layers that windows go to, and the heads that go, where it leaves them to measuring."""
+        methods = tuple(self._measured(method, statistics, held_out) for method in self.recipe.methods)
         return self.recipe.model_copy(update={"methods": methods})
+
+    def _measured(self, method: Method, statistics: CalibrationStatistics, held_out: Judge) -> Method:
+        """A method with what it leaves to measuring filled in."""
+        if isinstance(method, KvWindow) and method.lazy:
+            trials = self._recall_trials(statistics, held_out, LAZY_ITEMS)
+            layers = lambda layers: self.progress.track(layers, "layers tried with a window")  # noqa: E731
+            return laziest(method, self.spec, held_out.kl, trials.drop, layers)
+        if isinstance(method, PruneHeads) and method.is_measured:
+            return method.chosen(self.spec, lambda *step: held_out.kl(self.without_heads(statistics, *step)))
+        return method
+
+    def without_heads(
+        self, statistics: CalibrationStatistics, layer: int, gone: tuple[int, ...]
+    ) -> tuple[LayerCodes, ...]:
+        """Codes of the model without some query heads of one layer, and else as it is."""
+        plan = PruneHeads(heads={layer: gone}).decide(self.spec, statistics, Plan.identity(self.spec))
+        return fit(self.spec, statistics, plan)
 
     def compensated(self, statistics: CalibrationStatistics, held_out: Judge, plan: Plan) -> tuple[Plan, float]:
         """The plan with its output projections fitted again where that pays, and its divergence on held-out text."""
@@ -142,7 +145,7 @@ class Workshop:
         before = held_out.kl(codes)
         if not self.recipe.compensate or all(code.is_empty for code in codes):
             return plan, before
-        after = held_out.kl(self._refitted(statistics, codes))
+        after = held_out.kl(self.refitted(statistics, codes))
         if after > (1 - LEAST_GAIN) * before:
             return plan, before
         reason = f"output refitted, which takes {1 - after / before:.0%} of the KL"
@@ -152,7 +155,8 @@ class Workshop:
         )
         return plan.model_copy(update={"layers": layers}), after
 
-    def _refitted(self, statistics: CalibrationStatistics, codes: tuple[LayerCodes, ...]) -> tuple[LayerCodes, ...]:
+    def refitted(self, statistics: CalibrationStatistics, codes: tuple[LayerCodes, ...]) -> tuple[LayerCodes, ...]:
+        """The codes with output projections fitted to them, on some of the text that serves for fitting."""
         fitting, _ = _split(statistics.windows)
         tokens = min(max(REFIT_TOKENS[0], 2**17 // self.spec.layers), REFIT_TOKENS[1])
         count = max(1, tokens // fitting.shape[1])

@@ -30,6 +30,7 @@ def statistics_of(spec: ModelSpec, seed: int = 0) -> CalibrationStatistics:
         query_moment=moment(queries),
         output_moment=moment(values),
         output_mean=rng.standard_normal((spec.layers, spec.q_heads, dim)) + 0.5,
+        fluctuation=rng.uniform(0.1, 1, (spec.layers, spec.q_heads)),
         output_gram=moment(weights),
         key_samples=keys,
         value_samples=values,

@@ -183,11 +183,11 @@ def test_compensation_stays_off_when_it_does_not_help(workshop: Workshop, monkey
     statistics = workshop.statistics()
     plan = KvHdc(bits=4).decide(workshop.spec, statistics, Plan.identity(workshop.spec))
     codes = workshop.codes(statistics, plan)
-    monkeypatch.setattr(workshop, "_refitted", lambda *_: codes)
+    monkeypatch.setattr(workshop, "refitted", lambda *_: codes)
     kept, kl = workshop.compensated(statistics, workshop.held_out_judge(statistics), plan)
     assert kept == plan
     assert kl > 0
-    monkeypatch.setattr(workshop, "_refitted", lambda *_: tuple(LayerCodes() for _ in codes))
+    monkeypatch.setattr(workshop, "refitted", lambda *_: tuple(LayerCodes() for _ in codes))
     refit, better = workshop.compensated(statistics, workshop.held_out_judge(statistics), plan)
     assert better == 0.0
     assert all(layer.refit and "100%" in layer.reason for layer in refit.layers)

@@ -14,7 +14,7 @@ from kvslim.checks import check_layout
 from kvslim.errors import UsageError
 from kvslim.methods import KvHdc, KvPca, KvQuant
 from kvslim.methods.fitting import fit
-from kvslim.methods.kv_quant import rounding_errors
+from kvslim.methods.rounding import rounded
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
 from kvslim.transform.codes import LayerCodes
@@ -80,17 +80,22 @@ def test_one_step_for_a_side_costs_coded_coordinates_nothing(roles: int | None, 
         same(rank=16, roles=roles, cache=cache, centred=centred, granularity=granularity)
         for granularity in ("per_channel", "per_tensor")
     )
-    errors = [
-        rounding_errors(statistics, plan.layers[0], fit(SPEC, statistics, plan, before=KvQuant.order)[0])
-        for plan in (apart, one)
-    ]
-    np.testing.assert_allclose(errors[1], errors[0], rtol=1e-6)
+    bits = {"int8": 8, "int4": 4}[cache]
+    read = []
     for plan, steps in ((apart, 16), (one, 1)):
         code = fit(SPEC, statistics, plan)[0]
+        keys = statistics.key_samples[0] @ code.key_encoder
+        keys = keys - code.key_offset[:, None] if centred else keys
+        values = statistics.value_samples[0] @ code.value_encoder
+        group = SPEC.group_size
+        read.append(rounded(keys, code.key_scale, bits) @ code.query_encoder[::group].swapaxes(1, 2))
+        read.append(rounded(values, code.value_scale, bits) @ code.value_decoder[::group])
         assert code.per_tensor == (steps == 1)
         for scale in (code.key_scale, code.value_scale):
             assert len(np.unique(np.asarray(scale)[0])) == steps
             assert steps > 1 or len(np.unique(scale)) == 1
+    np.testing.assert_allclose(read[2], read[0], atol=1e-9)
+    np.testing.assert_allclose(read[3], read[1], atol=1e-9)
 
 
 def test_rank_of_a_method_before_is_kept_and_told() -> None:

@@ -13,7 +13,7 @@ from test_statistics import gather, states, windows_of
 
 from kvslim.methods import KvQuant
 from kvslim.methods.fitting import fit
-from kvslim.methods.kv_quant import rounding_errors, scaled
+from kvslim.methods.kv_quant import key_rounding_error, scaled
 from kvslim.methods.rounding import fit_steps, peak_steps, rounded, sample_weights
 from kvslim.transform.codes import LayerCodes
 from kvslim.types import CacheType, Granularity, LayerPlan, Plan
@@ -83,7 +83,7 @@ def test_centring_lowers_the_error_when_keys_lie_far_from_zero(cache: CacheType)
     statistics = replace(statistics, key_samples=statistics.key_samples + 20, sink_keys=statistics.sink_keys + 17)
     layer = LayerPlan(layer=0, cache=cache)
     errors = [
-        rounding_errors(statistics, layer.model_copy(update={"centred": way}), LayerCodes())[0] for way in (True, False)
+        key_rounding_error(statistics, layer.model_copy(update={"centred": way}), LayerCodes()) for way in (True, False)
     ]
     assert 0 < errors[0] < 0.5 * errors[1]
     plan = KvQuant(bits=8 if cache == "int8" else 4).decide(SPEC, statistics, Plan.identity(SPEC))

@@ -38,6 +38,7 @@ class CalibrationStatistics:
         query_moment: [L, H, d, d] second moment of the group's queries after RoPE, mean over the group.
         output_moment: [L, H, d, d] covariance of attention outputs (weighted sums of values), mean over the group.
         output_mean: [L, Q, d] mean attention output of each of the Q query heads.
+        fluctuation: [L, Q] variance of what each query head adds to the hidden states, summed over these.
         output_gram: [L, H, d, d] sum over the group's heads of W_O^T W_O: what an error in a value costs downstream.
         key_samples: [L, H, n, d] keys turned to random positions of the target context.
         value_samples: [L, H, n, d] values of the same tokens.
@@ -52,6 +53,7 @@ class CalibrationStatistics:
     query_moment: Array
     output_moment: Array
     output_mean: Array
+    fluctuation: Array
     output_gram: Array
     key_samples: Array
     value_samples: Array
@@ -86,7 +88,7 @@ class _LayerRecorder:
         grouped = bare_query.unflatten(1, (self.spec.kv_heads, -1))
         self._add("query", torch.einsum("bhgsd,bhgse->hde", grouped, grouped) / grouped[0, 0, :, :, 0].numel())
         self._add("output_mean", outputs.mean(3).sum(0))
-        self._add("output", torch.einsum("bhgsd,bhgse->hde", outputs, outputs) / outputs[0, 0, :, :, 0].numel())
+        self._add("output", torch.einsum("bhgsd,bhgse->hgde", outputs, outputs) / outputs.shape[3])
         self.windows += key.shape[0]
         self._sample(bare_key, key, seen.value)
 
@@ -106,19 +108,21 @@ class _LayerRecorder:
             self.samples["sink_value"].append(value[:, :, :SINKS].transpose(0, 1).flatten(1, 2))
 
     def finish(self, context: int, positions: Array, gram: Array) -> dict[str, Array]:
-        """The statistics of this layer, by field name."""
+        """The statistics of this layer, by field name; `gram` is [H, group, d, d], of each query head."""
         frequencies = self.frequencies
         mean = {name: (total / self.windows).numpy() for name, total in self.sums.items()}
         key_mean = rope.average_mean(mean["key_mean"], frequencies, context) + mean["sink_mean"]
         key_square = rope.average_moment(mean["key"], frequencies, context) + mean["sink"]
         group_mean = mean["output_mean"]
+        covariance = mean["output"] - np.einsum("hgd,hge->hgde", group_mean, group_mean)
         samples = {name: torch.cat(parts, dim=1).numpy() for name, parts in self.samples.items()}
         return {
             "key_moment": key_square - key_mean[:, :, None] * key_mean[:, None, :],
             "query_moment": rope.average_moment(mean["query"], frequencies, context),
-            "output_moment": mean["output"] - np.einsum("hgd,hge->hde", group_mean, group_mean) / group_mean.shape[1],
+            "output_moment": covariance.mean(1),
             "output_mean": group_mean.reshape(-1, group_mean.shape[-1]),
-            "output_gram": gram,
+            "fluctuation": np.einsum("hgde,hgde->hg", covariance, gram).ravel(),
+            "output_gram": gram.sum(1),
             "key_samples": rope.rotate(samples["key"], positions, frequencies).astype(np.float32),
             "value_samples": samples["value"],
             "sink_keys": samples["sink_key"],
@@ -174,7 +178,7 @@ def rope_frequencies(slim: SlimAttention) -> Array:
 def _output_gram(attention: Any, architecture: Architecture, spec: ModelSpec) -> Array:
     weight, _ = projection(attention, architecture, "output")
     by_head = weight.reshape(-1, spec.kv_heads, spec.group_size, spec.head_dim)
-    return np.einsum("ohgd,ohge->hde", by_head, by_head)
+    return np.einsum("ohgd,ohge->hgde", by_head, by_head)
 
 
 def _attend(seen: Observed) -> tuple[Tensor, Tensor, Tensor]:

@@ -53,7 +53,8 @@ class _Decoder(nn.Module):
     ) -> tuple[Tensor, list[tuple[Tensor, ...] | None]]:
         rows = past[0][0].shape[2]
         shared: dict[object, Tensor] = {}
-        for slim, tensors, layer_past in zip(self.slims, _by_layer(self.layout), past, strict=True):
+        cached = [slim for slim in self.slims if not slim.is_dropped]
+        for slim, tensors, layer_past in zip(cached, _by_layer(self.layout), past, strict=True):
             windowed = tensors[0].window is not None
             slim.step = ExportStep(self.layout.layout, windowed, layer_past, rows, attention_mask, position_ids, shared)
         head = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))
@@ -63,7 +64,7 @@ class _Decoder(nn.Module):
             )
         finally:
             head.remove()
-        return output.logits, [slim.step.present if slim.step else None for slim in self.slims]
+        return output.logits, [slim.step.present if slim.step else None for slim in cached]
 
 
 def build_graph(model: Any, architecture: Architecture, layout: KVLayout) -> ir.Model:

@@ -5,5 +5,6 @@ from kvslim.methods.kv_hdc import KvHdc
 from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_quant import KvQuant
 from kvslim.methods.kv_window import KvWindow
+from kvslim.methods.prune_heads import PruneHeads
 
-__all__ = ["METHODS", "KvHdc", "KvPca", "KvQuant", "KvWindow", "Method", "method_class"]
+__all__ = ["METHODS", "KvHdc", "KvPca", "KvQuant", "KvWindow", "Method", "PruneHeads", "method_class"]

@@ -162,6 +162,7 @@ class KvPca(Method):
             score = float(min(key[rank - 1], value[value_rank - 1]))
             ranks = f"rank {rank}" if rank == value_rank else f"ranks {rank} and {value_rank}"
             reason = f"{ranks} of {spec.head_dim} keep{'s' * (rank == value_rank)} {score:.2%} of the energy"
+            reason = reason if layer.reason == "kept" else f"{layer.reason}; {reason}"
             update = {"rank": rank, "objective": self.objective, "score": score, "reason": reason}
             update |= {} if rank == value_rank else {"value_rank": value_rank}
             layers.append(layer.model_copy(update=update))

@@ -78,7 +78,7 @@ def with_integers(
     chosen = []
     for layer, code in zip(layers, coded, strict=True):
         errors = {
-            way: rounding_errors(statistics, layer.model_copy(update={"centred": way}), code)[0]
+            way: key_rounding_error(statistics, layer.model_copy(update={"centred": way}), code)
             for way in (False, True)
         }
         centred = centre and errors[True] < errors[False]
@@ -93,43 +93,44 @@ def scaled(statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes
 
     One step for a side costs coded coordinates nothing: each is scaled to it, and its reader back.
     """
-    if layer.granularity == "per_tensor" and code.key_encoder is not None:
-        return _evened(scaled(statistics, layer.model_copy(update={"granularity": "per_channel"}), code))
-    keys = _coded(key_samples(statistics, layer.layer), code.key_encoder)
-    values = _coded(value_samples(statistics, layer.layer), code.value_encoder)
-    offset = _middle(keys) if layer.centred else None
-    keys = keys if offset is None else keys - offset[:, None]
-    weights = sample_weights(statistics, layer.layer)
-    return replace(
-        code,
+    code = replace(
+        _with_key_steps(statistics, layer, code),
         cache=layer.cache,
-        key_offset=offset,
-        key_scale=_steps(keys, weights, layer, code.refined),
-        value_scale=_steps(values, weights, layer, code.value_refined),
+        value_scale=_steps(statistics, layer, code, _values(statistics, layer, code), code.value_refined),
         per_tensor=layer.granularity == "per_tensor",
     )
+    return _evened(code) if code.per_tensor and code.key_encoder is not None else code
 
 
-def rounding_errors(statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes) -> tuple[float, float]:
-    """What rounding a layer's keys does to its scores, but for what all keys share, and its values to the output.
+def key_rounding_error(statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes) -> float:
+    """What rounding a layer's keys does to its scores, but for what all keys share: mean square, summed over heads."""
+    made = _with_key_steps(statistics, layer, code)
+    keys, weights = _keys(statistics, layer, made), sample_weights(statistics, layer.layer)
+    error = rounded(keys, np.asarray(made.key_scale), BITS[layer.cache], code.refined) - keys
+    error -= np.einsum("hn,hnd->hd", weights, error)[:, None]
+    metric = statistics.query_moment[layer.layer]
+    if code.query_encoder is not None:
+        decoder = code.query_encoder[:: len(code.query_encoder) // len(keys)]
+        metric = decoder.swapaxes(1, 2) @ metric @ decoder
+    return score_error(error, weights, metric)
 
-    Both are mean squares, summed over heads.
-    """
-    made, bits = scaled(statistics, layer, code), BITS[layer.cache]
-    keys = _coded(key_samples(statistics, layer.layer), made.key_encoder)
-    keys = keys if made.key_offset is None else keys - made.key_offset[:, None]
-    values = _coded(value_samples(statistics, layer.layer), made.value_encoder)
-    weights = sample_weights(statistics, layer.layer)
-    key_error = rounded(keys, np.asarray(made.key_scale), bits, code.refined) - keys
-    key_error -= np.einsum("hn,hnd->hd", weights, key_error)[:, None]
-    value_error = rounded(values, np.asarray(made.value_scale), bits, code.value_refined) - values
-    query_moment, gram = statistics.query_moment[layer.layer], statistics.output_gram[layer.layer]
-    if made.query_encoder is not None and made.value_decoder is not None:
-        decoder = made.query_encoder[:: len(made.query_encoder) // len(keys)]
-        query_moment = decoder.swapaxes(1, 2) @ query_moment @ decoder
-        decoder = made.value_decoder[:: len(made.value_decoder) // len(values)]
-        gram = decoder @ gram @ decoder.swapaxes(1, 2)
-    return score_error(key_error, weights, query_moment), score_error(value_error, weights, gram)
+
+def value_rounding_error(statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes) -> float:
+    """What rounding a layer's values does to its output: mean square, summed over heads."""
+    values, weights = _values(statistics, layer, code), sample_weights(statistics, layer.layer)
+    steps = _steps(statistics, layer, code, values, code.value_refined)
+    error = rounded(values, steps, BITS[layer.cache], code.value_refined) - values
+    metric = statistics.output_gram[layer.layer]
+    if code.value_decoder is not None:
+        decoder = code.value_decoder[:: len(code.value_decoder) // len(values)]
+        metric = decoder @ metric @ decoder.swapaxes(1, 2)
+    return score_error(error, weights, metric)
+
+
+def _with_key_steps(statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes) -> LayerCodes:
+    offset = _middle(_keys(statistics, layer, code)) if layer.centred else None
+    code = replace(code, key_offset=offset)
+    return replace(code, key_scale=_steps(statistics, layer, code, _keys(statistics, layer, code), code.refined))
 
 
 def _evened(code: LayerCodes) -> LayerCodes:
@@ -152,15 +153,30 @@ def _evened(code: LayerCodes) -> LayerCodes:
     )
 
 
-def _steps(samples: Array, weights: Array, layer: LayerPlan, refined: int) -> Array:
-    bits = BITS[layer.cache]
+def _keys(statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes) -> Array:
+    """[heads, samples, rank] of keys as they are rounded."""
+    keys = _coded(key_samples(statistics, layer.layer), code.key_encoder)
+    return keys if code.key_offset is None else keys - code.key_offset[:, None]
+
+
+def _values(statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes) -> Array:
+    """[heads, samples, rank] of values as they are rounded."""
+    return _coded(value_samples(statistics, layer.layer), code.value_encoder)
+
+
+def _steps(
+    statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes, samples: Array, refined: int
+) -> Array:
+    """[heads, rank] steps of samples; those of coded coordinates are evened later."""
+    bits, weights = BITS[layer.cache], sample_weights(statistics, layer.layer)
+    granularity = layer.granularity if code.key_encoder is None else "per_channel"
     if layer.clip == "minmax":
-        return peak_steps(samples, layer.granularity, bits)
+        return peak_steps(samples, granularity, bits)
     if not refined:
-        return fit_steps(samples, weights, layer.granularity, bits)
+        return fit_steps(samples, weights, granularity, bits)
     # What is held twice must not be clipped: as fine as it becomes, clipping would be all its error.
-    top = fit_steps(samples[..., :refined], weights, layer.granularity, 2 * bits) * (1 << bits)
-    return np.concatenate([top, fit_steps(samples[..., refined:], weights, layer.granularity, bits)], axis=1)
+    top = fit_steps(samples[..., :refined], weights, granularity, 2 * bits) * (1 << bits)
+    return np.concatenate([top, fit_steps(samples[..., refined:], weights, granularity, bits)], axis=1)
 
 
 def _middle(samples: Array) -> Array:

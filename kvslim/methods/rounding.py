@@ -96,5 +96,6 @@ def _fourth_power(samples: Array, weights: Array, steps: Array, bits: int) -> Ar
     error -= np.clip(np.rint(error), -most, most - 1)
     error *= steps[:, None]
     np.square(error, out=error)
-    powered: Array = np.einsum("hnd,hnd,hn->hd", error, error, weights.astype(np.float32))
+    np.square(error, out=error)
+    powered: Array = (weights[:, None].astype(np.float32) @ error)[:, 0]
     return powered

@@ -16,7 +16,7 @@ import numpy as np
 from kvslim.methods.fitting import fit
 from kvslim.methods.kv_hdc import KvHdc
 from kvslim.methods.kv_pca import KvPca, width_step
-from kvslim.methods.kv_quant import rounding_errors
+from kvslim.methods.kv_quant import key_rounding_error, value_rounding_error
 from kvslim.methods.roles import has_item_memory
 from kvslim.types import LayerPlan, ModelSpec, Plan
 
@@ -76,7 +76,8 @@ def side_costs(spec: ModelSpec, statistics: CalibrationStatistics) -> list[tuple
     for layer, code in zip(whole, codes, strict=True):
         sides = []
         bases = KvPca().bases(statistics, layer.layer, "balanced")
-        for basis, noise in zip(bases, rounding_errors(statistics, layer, code), strict=True):
+        noises = (key_rounding_error(statistics, layer, code), value_rounding_error(statistics, layer, code))
+        for basis, noise in zip(bases, noises, strict=True):
             bare = SideCosts(basis.values, 1.0)
             sides.append(SideCosts(basis.values, noise / bare.cost(Choice(spec.head_dim, 0), 4).noise))
         costs.append((sides[0], sides[1]))

@@ -22,7 +22,7 @@ from kvslim.types import KVLayout, LayerPlan, ModelSpec, Plan, PlanPoint
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
 
-RATIOS = (4, 16 / 3, 32 / 5, 8, 32 / 3, 64 / 5, 16, 64 / 3)  # of the frontier, against the plain fp32 cache
+RATIOS = (4, 16 / 3, 8, 32 / 3, 16, 64 / 3)  # of the frontier, against the plain fp32 cache
 LARGEST_INT8 = 6  # times smaller than plain; beyond, int8 would cost too much rank
 FASTER = 1.1  # an int8 cache is read faster than int4: it may lose this much more
 MARGIN = 1.25  # other text loses more than calibration text by about so much
@@ -80,6 +80,7 @@ class Planner:
         windows = self._windows(layers, trials)
         self.ways = {bits: [ways, *(self._with(ways, window) for window in windows)] for bits, ways in whole.items()}
         self._fitted: dict[LayerPlan, tuple[LayerPlan, LayerCodes]] = {}
+        self._divergences: dict[tuple[LayerPlan, ...], float] = {}
 
     def frontier(self) -> list[Planned]:
         """The best plan found at each of a row of sizes, the largest first."""
@@ -198,12 +199,14 @@ class Planner:
         fitted = [self._fit(layer) for layer in layers]
         told = tuple(layer.model_copy(update={"reason": how + layer.reason}) for layer, _ in fitted)
         plan = self.base.model_copy(update={"layers": told})
+        if plan.layers not in self._divergences:
+            self._divergences[plan.layers] = self.judge(tuple(code for _, code in fitted))
         size = KVLayout.of(self.spec, plan).bytes_at(self.context)
         point = PlanPoint(
             cache=plan.layers[0].cache,
             kv_bytes_per_token=size / self.context,
             kv_ratio=self.plain_bytes / size,
-            kl=self.judge(tuple(code for _, code in fitted)),
+            kl=self._divergences[plan.layers],
         )
         return Planned(plan, point)
 

@@ -65,6 +65,7 @@ class SlimAttention(nn.Module):
     Attributes:
         query_weight, key_weight, value_weight: [heads * dim, hidden], projections that replace the model's own.
         query_bias, key_bias, value_bias: [heads * dim], or None.
+        heads: Query, key and value heads that are kept, by side; None for all.
         query_encoder: [q_heads, head_dim, rank], or None; applied after RoPE.
         key_encoder: [kv_heads, head_dim, rank], or None.
         refined, value_refined: Leading coordinates of keys and values that the cache holds twice.
@@ -98,6 +99,7 @@ class SlimAttention(nn.Module):
             self.register_buffer(name, None)
         for name in ("key_scale", "value_scale", "key_levels", "value_levels"):
             self.register_buffer(name, None)
+        self.heads: dict[str, tuple[int, ...]] | None = None
         self.cache: CacheType = "float32"
         self.refined = self.value_refined = 0
         self.ring: Ring | None = None
@@ -117,8 +119,10 @@ class SlimAttention(nn.Module):
             scoring: How scores become weights.
 
         Returns:
-            [batch, length, q_heads, dim], dim being the rank of the value code.
+            [batch, length, q_heads, dim], dim being the rank of the value code; one zero where no head is kept.
         """
+        if self.is_dropped:
+            return query.new_zeros(query.shape[0], query.shape[2], 1, 1)
         query, key, value = (
             self._projected(side, states) for side, states in (("query", query), ("key", key), ("value", value))
         )
@@ -131,6 +135,11 @@ class SlimAttention(nn.Module):
         if self.observer is not None:
             self.observer(Observed(query, key, value, bare_query, bare_key, scoring))
         return self._evaluated(*self._coded(query, key, value), scoring)
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether no head is kept, and so no cache either."""
+        return self.heads is not None and not self.heads["query"]
 
     def scoring(self, scale: float, softcap: float | None) -> Scoring:
         """How this layer's scores become weights; packed codes hide no token."""
@@ -156,11 +165,12 @@ class SlimAttention(nn.Module):
     def _projected(self, side: str, states: Tensor) -> Tensor:
         """The layer's own projection of the hidden states where it has one, else the model's."""
         weight: Tensor | None = getattr(self, f"{side}_weight")
+        heads = range(states.shape[1]) if self.heads is None else self.heads[side]
         if weight is None:
-            return states
+            return states if self.heads is None else states[:, list(heads)]
         assert self.hidden is not None  # the hook runs before attention does
         flat = nn.functional.linear(self.hidden, weight, getattr(self, f"{side}_bias"))
-        return flat.unflatten(-1, (states.shape[1], -1)).transpose(1, 2)
+        return flat.unflatten(-1, (len(heads), -1)).transpose(1, 2)
 
     def _exported(self, step: ExportStep, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         inside = step.layout == "gqa" and self.ring is None and self._rotates_inside(query.shape[-1])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kvslim.types import CacheType
 
 Array = np.ndarray
+OF_QUERY_HEADS = ("query_encoder", "value_decoder", "value_offset")
+OF_KV_HEADS = ("key_encoder", "value_encoder", "key_offset", "key_scale", "value_scale")
 REFINEMENT = 16  # how many times finer the second copy of a refined coordinate is stored
 
 
@@ -18,7 +20,12 @@ class LayerCodes:
 
     Keys and queries are coded after norm and RoPE, so a cached token costs no work later.
 
+    Heads are counted as the model has them; what stands here of heads that are not kept has no effect.
+
     Attributes:
+        heads: Query heads that are kept, or None for all; with none the attention gives its mean output.
+        kv_heads: The kv heads that those read.
+        mean_output: [q_heads, head_dim]; the mean attention output, which stands for heads that are not kept.
         key_encoder: [kv_heads, head_dim, rank]; the cached key is `k @ key_encoder`.
         query_encoder: [q_heads, head_dim, rank]; scores are `(q @ query_encoder) . (k @ key_encoder)`.
         value_encoder: [kv_heads, head_dim, rank]; folded into the value projection.
@@ -39,6 +46,9 @@ class LayerCodes:
         output_bias: [hidden], its bias.
     """
 
+    heads: tuple[int, ...] | None = None
+    kv_heads: tuple[int, ...] = ()
+    mean_output: Array | None = None
     key_encoder: Array | None = None
     query_encoder: Array | None = None
     value_encoder: Array | None = None
@@ -62,4 +72,13 @@ class LayerCodes:
     def is_empty(self) -> bool:
         """Whether the layer stays as it is."""
         parts = (self.key_encoder, self.value_encoder, self.key_offset, self.key_scale, self.value_scale)
-        return all(part is None for part in (*parts, self.window, self.output_weight))
+        return all(part is None for part in (*parts, self.heads, self.window, self.output_weight))
+
+    def of_kept_heads(self) -> LayerCodes:
+        """The same with the kept heads alone in every array."""
+        if self.heads is None:
+            return self
+        heads = {**dict.fromkeys(OF_QUERY_HEADS, self.heads), **dict.fromkeys(OF_KV_HEADS, self.kv_heads)}
+        arrays = {name: getattr(self, name) for name in heads}
+        kept = {name: array[list(heads[name])] for name, array in arrays.items() if array is not None}
+        return replace(self, **kept)

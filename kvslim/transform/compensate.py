@@ -88,7 +88,7 @@ class _Sums:
     def solve(self) -> tuple[Array, Array]:
         """Weight and bias of the regression."""
         moments = np.asarray(self.moments)
-        damping = RIDGE * np.trace(moments[:-1, :-1]) / (len(moments) - 1)
+        damping = RIDGE * np.trace(moments[:-1, :-1]) / (len(moments) - 1) + np.finfo(np.float64).tiny
         ridge = np.diag([*[damping] * (len(moments) - 1), 0.0])
         change = np.linalg.solve(moments + ridge, np.asarray(self.products).T).T
         return self.weight + change[:, :-1], change[:, -1] + (0.0 if self.bias is None else self.bias)

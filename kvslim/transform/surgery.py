@@ -117,27 +117,42 @@ def install(model: nn.Module, architecture: Architecture, codes: tuple[LayerCode
 
     Keys and queries are coded after RoPE; without RoPE their codes fold into the projections too.
     """
-    for attention, code in zip(attention_modules(model, architecture), codes, strict=True):
+    for attention, whole in zip(attention_modules(model, architecture), codes, strict=True):
         slim: SlimAttention = attention.kvslim  # type: ignore[assignment]
-        if code.key_encoder is not None and code.query_encoder is not None:
-            query_encoder = _with_copies(code.query_encoder, code.refined, axis=2)
-            _install_key_code(attention, slim, architecture, query_encoder, code.key_encoder)
-        if code.value_encoder is not None:
-            _install_value_code(attention, slim, architecture, code)
-        if code.output_weight is not None and code.output_bias is not None:
-            _set_output(attention, architecture, code.output_weight, code.output_bias)
-        slim.refined, slim.value_refined = code.refined, code.value_refined
-        if code.key_offset is not None:
-            slim.key_offset = _tensor(code.key_offset[:, None])
-        if code.key_scale is not None:
-            slim.key_scale = _tensor(_with_finer(code.key_scale, code.refined))
-        if code.value_scale is not None:
-            slim.value_scale = _tensor(_with_finer(code.value_scale, code.value_refined))
-        slim.cache, slim.per_tensor = code.cache, code.per_tensor
-        if code.key_levels is not None and code.value_levels is not None:
-            slim.key_levels, slim.value_levels = _tensor(code.key_levels), _tensor(code.value_levels)
-        if code.window is not None:
-            slim.ring = Ring(code.window, code.sinks)
+        if whole.heads is not None:
+            _prune_heads(attention, slim, architecture, whole)
+        if slim.is_dropped:
+            continue
+        code = whole.of_kept_heads()
+        _install_linear_codes(attention, slim, architecture, code)
+        _install_storage(slim, code)
+
+
+def _install_linear_codes(
+    attention: nn.Module, slim: SlimAttention, architecture: Architecture, code: LayerCodes
+) -> None:
+    if code.key_encoder is not None and code.query_encoder is not None:
+        query_encoder = _with_copies(code.query_encoder, code.refined, axis=2)
+        _install_key_code(attention, slim, architecture, query_encoder, code.key_encoder)
+    if code.value_encoder is not None:
+        _install_value_code(attention, slim, architecture, code)
+    if code.output_weight is not None and code.output_bias is not None:
+        _set_output(attention, architecture, code.output_weight, code.output_bias)
+
+
+def _install_storage(slim: SlimAttention, code: LayerCodes) -> None:
+    slim.refined, slim.value_refined = code.refined, code.value_refined
+    if code.key_offset is not None:
+        slim.key_offset = _tensor(code.key_offset[:, None])
+    if code.key_scale is not None:
+        slim.key_scale = _tensor(_with_finer(code.key_scale, code.refined))
+    if code.value_scale is not None:
+        slim.value_scale = _tensor(_with_finer(code.value_scale, code.value_refined))
+    slim.cache, slim.per_tensor = code.cache, code.per_tensor
+    if code.key_levels is not None and code.value_levels is not None:
+        slim.key_levels, slim.value_levels = _tensor(code.key_levels), _tensor(code.value_levels)
+    if code.window is not None:
+        slim.ring = Ring(code.window, code.sinks)
 
 
 @contextlib.contextmanager
@@ -163,6 +178,36 @@ def projection(attention: nn.Module, architecture: Architecture, side: str) -> t
     if side in SIDES and (own := getattr(attention.kvslim, f"{side}_weight")) is not None:
         weight, bias = own, getattr(attention.kvslim, f"{side}_bias")
     return _double(weight), None if bias is None else _double(bias)
+
+
+def _prune_heads(attention: nn.Module, slim: SlimAttention, architecture: Architecture, code: LayerCodes) -> None:
+    """Takes heads out of all projections; their mean output stays, as a bias."""
+    if code.heads is None or code.mean_output is None:
+        raise ValueError("pruned heads need the mean output of all heads")
+    q_heads, head_dim = code.mean_output.shape
+    weight, bias = projection(attention, architecture, "output")
+    by_head = weight.reshape(-1, q_heads, head_dim)
+    gone = [head for head in range(q_heads) if head not in code.heads]
+    shift = np.einsum("ohd,hd->o", by_head[:, gone], code.mean_output[gone])
+    bias = shift if bias is None else bias + shift
+    slim.heads = {"query": code.heads, "key": code.kv_heads, "value": code.kv_heads}
+    if not code.heads:
+        constant = bias if code.output_bias is None else code.output_bias
+        _set_output(attention, architecture, np.zeros((len(weight), 1)), constant)
+        return
+    _set_output(attention, architecture, by_head[:, code.heads].reshape(len(weight), -1), bias)
+    for side, heads in slim.heads.items():
+        if side == "value" or not _is_changed_later(attention, architecture, side):
+            rows, own_bias = projection(attention, architecture, side)
+            _set(slim, side, rows.reshape(-1, head_dim, rows.shape[1])[list(heads)].reshape(-1, rows.shape[1]))
+            if own_bias is not None:
+                _set(slim, side, own_bias.reshape(-1, head_dim)[list(heads)].ravel(), "bias")
+
+
+def _is_changed_later(attention: nn.Module, architecture: Architecture, side: str) -> bool:
+    """Whether the model norms or scales what the projection of queries or keys gives."""
+    normed = any(hasattr(attention, name) for name in ("q_norm", "q_layernorm"))
+    return normed or (side == "query" and architecture.scaled_query)
 
 
 def _install_key_code(

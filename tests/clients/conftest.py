@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clients.kinds import GAP, KINDS, OTHER_LAYOUT, drop_attention, make_artifact
+from clients.kinds import KINDS, OTHER_LAYOUT, make_artifact
 
 ArtifactOf = Callable[[str, str], Path]
 
@@ -20,12 +20,8 @@ def artifact(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     def folder_of(model: str, kind: str) -> Path:
         if (model, kind) not in made:
             folder = tmp_path_factory.mktemp(model) / "artifact"
-            if kind == GAP:
-                drop_attention(folder_of(model, "plain"), folder)
-            else:
-                source = model if model == "demo" else str(tiny_model(model))
-                make_artifact(source, {**KINDS, **OTHER_LAYOUT}[kind], folder)
-            made[model, kind] = folder
+            source = model if model == "demo" else str(tiny_model(model))
+            made[model, kind] = make_artifact(source, {**KINDS, **OTHER_LAYOUT}[kind], folder)
         return made[model, kind]
 
     return folder_of

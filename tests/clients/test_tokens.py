@@ -10,7 +10,7 @@ import pytest
 
 from clients import runners
 from clients.conftest import ArtifactOf
-from clients.kinds import GAP, KINDS, STANDARD
+from clients.kinds import KINDS, STANDARD
 from clients.runners import Answer, RefusedError, our_tokens
 from kvslim.runtime.generate import load_tokenizer
 from kvslim.runtime.graph import layout_of, open_session
@@ -19,7 +19,7 @@ Client = Callable[[Path, str], Answer]
 Record = Callable[[str, object], None]
 
 TEXT = "Here is a story of Mira and Oren. Mira's lamp is red. Oren"
-CASES = [(model, kind) for model in ("llama", "demo") for kind in (*KINDS, GAP)]
+CASES = [(model, kind) for model in ("llama", "demo") for kind in KINDS]
 OTHERS = [(family, kind) for family in ("mistral", "qwen3", "gpt2") for kind in ("plain", "kv_pca + kv_quant")]
 QUICK = [("llama", kind) for kind in ("plain", "kv_pca", "kv_pca + kv_quant")]
 GENAI, WEB = "onnxruntime-genai", "transformers.js, browser build"

@@ -1,0 +1,158 @@
+"""`prune_heads`: attention without the heads that a task needs least.
+
+A head that goes is replaced by its mean output, a bias (An et al., "Fluctuation-based Adaptive Structured Pruning for
+Large Language Models", 2023, section 3.3), so what it costs is how much its output varies: the variance of what it adds
+to the hidden states (their fluctuation metric, section 3.2, without a gradient). Whole kv groups save cache and time;
+query heads inside groups save time, one from every group of a layer, so that groups stay equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from kvslim.errors import UsageError
+from kvslim.methods.base import Method
+from kvslim.transform.codes import LayerCodes
+from kvslim.types import LayerPlan, ModelSpec, Plan
+
+if TYPE_CHECKING:
+    from kvslim.calibrate.statistics import CalibrationStatistics
+
+Heads = tuple[int, ...]
+Loss = Callable[[int, Heads], float]
+
+
+class PruneHeads(Method):
+    """Query heads and kv heads removed, named or chosen by score or by measured KL."""
+
+    name: ClassVar[str] = "prune_heads"
+    order: ClassVar[int] = 5
+    summary: ClassVar[str] = "attention without the heads that matter least; whole kv groups take their cache along"
+
+    groups: int | None = Field(None, ge=1, description="kv heads to remove, over all layers, with their query heads")
+    queries: int | None = Field(None, ge=1, description="layers' times to remove one query head of every kv head")
+    heads: dict[int, tuple[int, ...]] | None = Field(None, description="query heads to remove, by layer")
+    score: Literal["kl", "fluctuation"] = Field("kl", description="measured KL of each removal alone, or a statistic")
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> PruneHeads:
+        if sum(way is not None for way in (self.groups, self.queries, self.heads)) > 1:
+            raise ValueError("give one of groups, queries and heads")
+        return self
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the choice needs the model itself."""
+        return self.heads is None and self.score == "kl"
+
+    def check(self, spec: ModelSpec) -> None:
+        """Refuses heads that the model does not have, unequal groups, and to remove everything."""
+        where = "recipe: methods.prune_heads"
+        if self.groups is None and self.queries is None and not self.heads:
+            raise UsageError("it says not what to remove", where=where, fix="give groups, queries or heads")
+        for layer, gone in (self.heads or {}).items():
+            if not 0 <= layer < spec.layers:
+                raise UsageError(f"the model has {spec.layers} layers, not a layer {layer}", where=where, fix="drop it")
+            check_heads(kept(gone, spec), spec, f"{where}.heads: layer {layer}")
+        most = {"groups": spec.layers * spec.kv_heads - 1, "queries": spec.layers * (spec.group_size - 1)}
+        for name, limit in most.items():
+            if (getattr(self, name) or 0) > limit:
+                fix = f"use at most {limit}" if limit else "use groups; each kv head of this model has one query head"
+                raise UsageError(f"{getattr(self, name)} are too many", where=f"{where}.{name}", fix=fix)
+
+    def chosen(self, spec: ModelSpec, loss: Loss) -> PruneHeads:
+        """The method with the heads that lose least.
+
+        Args:
+            spec: The model's shape.
+            loss: Of removing some query heads of a layer, and nothing else.
+        """
+        removed: dict[int, Heads] = dict.fromkeys(range(spec.layers), ())
+        losses: dict[tuple[int, Heads], float] = {}
+        for _ in range(self.groups or self.queries or 0):
+            steps = list(self._steps(spec, removed))
+            for step in steps:
+                if step not in losses:
+                    losses[step] = loss(*step)
+            layer, gone = min(steps, key=losses.__getitem__)
+            removed[layer] = tuple(sorted((*removed[layer], *gone)))
+        heads = {layer: gone for layer, gone in removed.items() if gone}
+        return self.model_copy(update={"groups": None, "queries": None, "heads": heads})
+
+    def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
+        """Sets the heads that stay, with the share of fluctuation that goes as score."""
+        fluctuation = statistics.fluctuation
+        method = self
+        if self.heads is None:
+            method = self.chosen(spec, lambda layer, gone: float(fluctuation[layer, list(gone)].sum()))
+        layers = []
+        for layer in plan.layers:
+            gone = list((method.heads or {}).get(layer.layer, ()))
+            share = float(fluctuation[layer.layer, gone].sum() / fluctuation[layer.layer].sum())
+            layers.append(_without(layer, kept(gone, spec), spec, share) if gone else layer)
+        return plan.model_copy(update={"layers": tuple(layers)})
+
+    def apply(
+        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, codes: tuple[LayerCodes, ...]
+    ) -> tuple[LayerCodes, ...]:
+        """Adds the kept heads of each layer, and the mean output that stands for the others."""
+        return tuple(
+            code if layer.heads is None else without_heads(code, layer, spec, statistics)
+            for layer, code in zip(plan.layers, codes, strict=True)
+        )
+
+    def _steps(self, spec: ModelSpec, removed: Mapping[int, Heads]) -> Iterator[tuple[int, Heads]]:
+        """Each next removal that is possible: layer and query heads."""
+        for layer, gone in removed.items():
+            left = kept(gone, spec)
+            groups = [[head for head in left if head // spec.group_size == kv] for kv in range(spec.kv_heads)]
+            if self.groups is not None:
+                yield from ((layer, tuple(group)) for group in groups if group)
+            elif len(groups[0]) > 1:
+                yield from ((layer, heads) for heads in zip(*groups, strict=True))
+
+
+def kept(gone: Iterator[int] | Heads | list[int], spec: ModelSpec) -> Heads:
+    """The query heads that stay."""
+    removed = set(gone)
+    return tuple(head for head in range(spec.q_heads) if head not in removed)
+
+
+def check_heads(heads: Heads, spec: ModelSpec, where: str) -> None:
+    """Refuses heads that the model does not have, or that leave groups of different sizes.
+
+    Raises:
+        UsageError: Naming `where` they stand.
+    """
+    if list(heads) != sorted(set(heads) & set(range(spec.q_heads))):
+        raise UsageError(
+            f"heads {list(heads)} are not some of the model's {spec.q_heads}, in order",
+            where=where,
+            fix=f"name heads from 0 to {spec.q_heads - 1}, each once",
+        )
+    sizes = {sum(head // spec.group_size == kv for head in heads) for kv in range(spec.kv_heads)} - {0}
+    if len(sizes) > 1:
+        raise UsageError(
+            f"kv heads would be read by {' or '.join(map(str, sorted(sizes)))} query heads",
+            where=where,
+            fix=f"leave as many of each group of {spec.group_size} that is left at all",
+        )
+
+
+def without_heads(code: LayerCodes, layer: LayerPlan, spec: ModelSpec, statistics: CalibrationStatistics) -> LayerCodes:
+    """A layer's code with the heads alone that its plan keeps."""
+    mean = statistics.output_mean[layer.layer]
+    return replace(code, heads=layer.heads, kv_heads=layer.kv_heads(spec), mean_output=mean)
+
+
+def _without(layer: LayerPlan, heads: Heads, spec: ModelSpec, share: float) -> LayerPlan:
+    update: dict[str, object] = {"heads": heads, "score": 1 - share}
+    layer = layer.model_copy(update=update)
+    count = spec.q_heads - len(heads)
+    cached = f", {len(layer.kv_heads(spec))} of {spec.kv_heads} kv heads left" if heads else ", the cache with them"
+    reason = f"{count} of {spec.q_heads} heads removed with {share:.1%} of the layer's fluctuation{cached}"
+    return layer.model_copy(update={"reason": reason})
