@@ -10,7 +10,7 @@ from kvslim.methods.kv_hdc import KvHdc
 from kvslim.methods.kv_pca import STEP, check_rank, check_width
 from kvslim.methods.kv_quant import INTEGERS
 from kvslim.methods.kv_window import KvWindow
-from kvslim.methods.prune_heads import check_heads
+from kvslim.methods.prune_heads import PruneHeads, check_heads
 from kvslim.methods.roles import has_item_memory
 from kvslim.recipe import Recipe
 from kvslim.types import CODES, LayerPlan, ModelSpec, Plan
@@ -61,6 +61,11 @@ def check_layout(recipe: Recipe) -> None:
     if any(isinstance(method, KvHdc) and method.bits <= 3 for method in recipe.methods) and "kv_window" in names:
         message = "packed codes keep what leaves their window, kv_window drops it"
         raise UsageError(message, where="recipe: methods", fix="drop kv_window, or use kv_hdc with 8 or 4 bits")
+    if "prune_layers" in names and any(
+        isinstance(method, PruneHeads) and not method.heads for method in recipe.methods
+    ):
+        message = "prune_heads cannot count on the heads of layers that prune_layers may take"
+        raise UsageError(message, where="recipe: methods", fix="name the heads: prune_heads: {heads: {2: [0, 1]}}")
     for method in recipe.methods:
         if recipe.layout == "attention24" and method.name in LACKING:
             raise UsageError(

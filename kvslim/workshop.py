@@ -20,7 +20,7 @@ from kvslim.export.weights import quantise_weights
 from kvslim.load.architecture import architecture_of
 from kvslim.load.model import load_model, load_tokenizer
 from kvslim.load.source import Snapshot
-from kvslim.methods import KvWindow, Method, PruneHeads
+from kvslim.methods import KvWindow, Method, PruneHeads, PruneLayers
 from kvslim.methods.fitting import fit
 from kvslim.plan.choose import Chosen, choose
 from kvslim.plan.lazy import laziest
@@ -97,14 +97,14 @@ class Workshop:
     def held_out_judge(self, statistics: CalibrationStatistics) -> Judge:
         """The judge on that part of the calibration text which nothing is fitted to."""
         windows = judged_windows(_split(statistics.windows)[1], self.spec.vocab_size)
-        return Judge(self.model, self.architecture, windows)
+        return Judge(self.model, self.architecture, windows, probing=True)
 
     def planner(self, statistics: CalibrationStatistics, held_out: Judge, context: int | None = None) -> Planner:
         """A planner that has probed every layer; bytes count at a context, by default the target."""
         context = context or self.recipe.calibration.target(self.spec)
         fitting = probe_windows(_split(statistics.windows)[0], self.spec.layers)
         probe = Judge(self.model, self.architecture, fitting, probing=True)
-        seen = min(held_out.windows[0].shape[1], 2 * (self.recipe.validation.recall_distance - SINKS))
+        seen = min(held_out.length, 2 * (self.recipe.validation.recall_distance - SINKS))
         recall = self._recall_trials(statistics, held_out, LAZY_ITEMS)
         return Planner(
             self.spec,
@@ -129,14 +129,19 @@ class Workshop:
             layers = lambda layers: self.progress.track(layers, "layers tried with a window")  # noqa: E731
             return laziest(method, self.spec, held_out.kl, trials.drop, layers)
         if isinstance(method, PruneHeads) and method.is_measured:
-            return method.chosen(self.spec, lambda *step: held_out.kl(self.without_heads(statistics, *step)))
+            return method.chosen(self.spec, lambda *step: held_out.kl(self.without(statistics, {step[0]: step[1]})))
+        if isinstance(method, PruneLayers) and method.attention:
+            every = tuple(range(self.spec.q_heads))
+            return method.chosen(
+                self.spec,
+                lambda gone: held_out.kl(self.without(statistics, dict.fromkeys(gone, every))),
+                lambda layers: self.progress.track(layers, "layers to lose their attention"),
+            )
         return method
 
-    def without_heads(
-        self, statistics: CalibrationStatistics, layer: int, gone: tuple[int, ...]
-    ) -> tuple[LayerCodes, ...]:
-        """Codes of the model without some query heads of one layer, and else as it is."""
-        plan = PruneHeads(heads={layer: gone}).decide(self.spec, statistics, Plan.identity(self.spec))
+    def without(self, statistics: CalibrationStatistics, heads: dict[int, tuple[int, ...]]) -> tuple[LayerCodes, ...]:
+        """Codes of the model without some query heads of some layers, and else as it is."""
+        plan = PruneHeads(heads=heads).decide(self.spec, statistics, Plan.identity(self.spec))
         return fit(self.spec, statistics, plan)
 
     def compensated(self, statistics: CalibrationStatistics, held_out: Judge, plan: Plan) -> tuple[Plan, float]:

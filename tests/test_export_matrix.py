@@ -19,7 +19,7 @@ from models import (
 from tiny_decoders import CONFIGS, FAMILIES
 
 from kvslim.checks import check_plan
-from kvslim.methods import METHODS, KvHdc, KvPca, KvQuant, KvWindow, Method, PruneHeads
+from kvslim.methods import METHODS, KvHdc, KvPca, KvQuant, KvWindow, Method, PruneHeads, PruneLayers
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.types import KVLayout, LayerPlan, Plan
 
@@ -34,7 +34,8 @@ PLANS: dict[str, Sequence[Method]] = {
     "int4": (KvQuant(bits=4),),
     "hdc_int8": (KvHdc(),),
     "pca_hdc_int4": (KvHdc(bits=4, granularity="per_channel"), KvPca(rank_ratio=0.5)),
-    "heads": (PruneHeads(heads={0: (0,)}, score="fluctuation"),),
+    "heads": (PruneHeads(heads={0: (0, 2)}, score="fluctuation"),),
+    "layers": (PruneLayers(layers=(1,)), KvQuant()),
 }
 CORE = ("llama", "gpt2")  # with RoPE, and with learned positions
 

@@ -71,6 +71,7 @@ def test_kl_is_that_of_the_logits(workshop: Workshop) -> None:
 def test_replayed_layers_give_the_number_of_a_full_run(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes of the last layer alone: all layers before it are replayed, then none."""
     bare, last = (LayerCodes(),) * (workshop.spec.layers - 1), codes_of(workshop)[-1]
+    monkeypatch.setattr(judge_module, "BATCH", 40)  # of the windows of 32 tokens one at a time
     judge, runs = judge_of(workshop, windows_of(workshop)), []
     judge.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
     replayed = judge.kl((*bare, last))

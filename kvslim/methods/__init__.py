@@ -6,5 +6,6 @@ from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_quant import KvQuant
 from kvslim.methods.kv_window import KvWindow
 from kvslim.methods.prune_heads import PruneHeads
+from kvslim.methods.prune_layers import PruneLayers
 
-__all__ = ["METHODS", "KvHdc", "KvPca", "KvQuant", "KvWindow", "Method", "PruneHeads", "method_class"]
+__all__ = ["METHODS", "KvHdc", "KvPca", "KvQuant", "KvWindow", "Method", "PruneHeads", "PruneLayers", "method_class"]

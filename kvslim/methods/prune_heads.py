@@ -93,7 +93,7 @@ class PruneHeads(Method):
         for layer in plan.layers:
             gone = list((method.heads or {}).get(layer.layer, ()))
             share = float(fluctuation[layer.layer, gone].sum() / fluctuation[layer.layer].sum())
-            layers.append(_without(layer, kept(gone, spec), spec, share) if gone else layer)
+            layers.append(_without(layer, kept(gone, spec), spec, share) if gone and layer.heads is None else layer)
         return plan.model_copy(update={"layers": tuple(layers)})
 
     def apply(

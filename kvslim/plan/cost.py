@@ -16,7 +16,7 @@ import numpy as np
 from kvslim.methods.fitting import fit
 from kvslim.methods.kv_hdc import KvHdc
 from kvslim.methods.kv_pca import KvPca, width_step
-from kvslim.methods.kv_quant import key_rounding_error, value_rounding_error
+from kvslim.methods.kv_quant import KvQuant, key_rounding_error, value_rounding_error
 from kvslim.methods.roles import has_item_memory
 from kvslim.types import LayerPlan, ModelSpec, Plan
 
@@ -70,10 +70,10 @@ class SideCosts:
 
 def side_costs(spec: ModelSpec, statistics: CalibrationStatistics) -> list[tuple[SideCosts, SideCosts]]:
     """Costs of keys and of values, layer by layer."""
-    whole = tuple(bundled(LayerPlan(layer=layer), Choice(spec.head_dim, 0), None, 4) for layer in range(spec.layers))
-    codes = fit(spec, statistics, Plan(layers=whole))
+    plan = rounded_plan(spec)
+    codes = fit(spec, statistics, plan, before=KvQuant.order)
     costs = []
-    for layer, code in zip(whole, codes, strict=True):
+    for layer, code in zip(plan.layers, codes, strict=True):
         sides = []
         bases = KvPca().bases(statistics, layer.layer, "balanced")
         noises = (key_rounding_error(statistics, layer, code), value_rounding_error(statistics, layer, code))
@@ -82,6 +82,12 @@ def side_costs(spec: ModelSpec, statistics: CalibrationStatistics) -> list[tuple
             sides.append(SideCosts(basis.values, noise / bare.cost(Choice(spec.head_dim, 0), 4).noise))
         costs.append((sides[0], sides[1]))
     return costs
+
+
+def rounded_plan(spec: ModelSpec) -> Plan:
+    """All coordinates of every layer in 4 bits."""
+    whole = Choice(spec.head_dim, 0)
+    return Plan(layers=tuple(bundled(LayerPlan(layer=layer), whole, None, 4) for layer in range(spec.layers)))
 
 
 def choices(spec: ModelSpec, window: int | None, width: int, bits: int) -> Iterator[Choice]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvslim.methods.fitting import fit
-from kvslim.plan.cost import Choice, Cost, SideCosts, bundled
+from kvslim.plan.cost import Choice, Cost, SideCosts, rounded_plan
 from kvslim.transform.codes import LayerCodes
 from kvslim.types import LayerPlan, ModelSpec, Plan
 
@@ -68,8 +68,7 @@ def prices(
     """
     ranks = [max(8, int(spec.head_dim * share) // 8 * 8) for share in (LITTLE, MUCH)]
     probes = [_coded(spec, statistics, rank) for rank in ranks]
-    whole = tuple(bundled(LayerPlan(layer=layer), Choice(spec.head_dim, 0), None, 4) for layer in range(spec.layers))
-    rounded = fit(spec, statistics, Plan(layers=whole))
+    rounded = fit(spec, statistics, rounded_plan(spec))
     priced = []
     for layer in layers(range(spec.layers)):
         sides = []

@@ -16,6 +16,7 @@ from kvslim.transform.codes import Array, LayerCodes
 from kvslim.transform.surgery import trial
 
 LENGTH = 512  # tokens of a window that is judged
+BATCH = 1024  # tokens of a forward pass
 SMALL_VOCABULARY = 2**14
 
 
@@ -47,12 +48,13 @@ class Judge:
         self.model, self.architecture = model, architecture
         self.stride = 2 if probing and model.config.vocab_size > SMALL_VOCABULARY else 1
         self.layers = list(model.get_submodule(architecture.layers).children())
-        self.windows = [torch.from_numpy(window[None]) for window in windows]
+        self.length = windows.shape[1]
+        self.batches = torch.from_numpy(windows).split(max(1, BATCH // self.length))
         self._outputs: list[list[Any]] = []
         self._reference: list[Tensor] = []
-        for window in self.windows:
+        for batch in self.batches:
             with self._remembering() as outputs:
-                self._reference.append(self._log_probabilities(window))
+                self._reference.append(self._log_probabilities(batch))
             self._outputs.append(outputs)
 
     def kl(self, codes: tuple[LayerCodes, ...]) -> float:
@@ -62,12 +64,12 @@ class Judge:
             return 0.0
         total = 0.0
         with trial(self.model, self.architecture, codes):
-            for window, outputs, reference in zip(self.windows, self._outputs, self._reference, strict=True):
+            for batch, outputs, reference in zip(self.batches, self._outputs, self._reference, strict=True):
                 with self._replaying(outputs, first):
-                    student = self._log_probabilities(window)
+                    student = self._log_probabilities(batch)
                 divergence = (reference.exp() * (reference - student)).sum(-1)
-                total += float(divergence.double().mean())
-        return max(total / len(self.windows), 0.0)
+                total += float(divergence.double().sum())
+        return max(total / sum(reference.shape[:2].numel() for reference in self._reference), 0.0)
 
     def recall(self, codes: tuple[LayerCodes, ...], items: Sequence[Question]) -> float:
         """Share of answer tokens that the model finds most likely, with codes if there are any."""
@@ -81,12 +83,12 @@ class Judge:
                 count += len(item.answer)
         return hits / count
 
-    def _log_probabilities(self, window: Tensor) -> Tensor:
+    def _log_probabilities(self, batch: Tensor) -> Tensor:
         head = self.model.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, self.stride - 1 :: self.stride],))
         try:
             with torch.inference_mode():
-                logits: Tensor = self.model(input_ids=window, use_cache=False).logits[0]
+                logits: Tensor = self.model(input_ids=batch, use_cache=False).logits
         finally:
             hook.remove()
         return logits.float().log_softmax(-1)
