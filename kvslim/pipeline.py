@@ -19,6 +19,7 @@ from kvslim.export.package import check_output, staging
 from kvslim.load.encoders import encoder_inputs
 from kvslim.load.source import Snapshot, check_weights, read_spec, resolve
 from kvslim.methods import Method
+from kvslim.plan.analyze import Analysis
 from kvslim.progress import Progress, Silent
 from kvslim.recipe import Recipe, parse_recipe
 from kvslim.report.card import write_card
@@ -103,17 +104,28 @@ def plan(model: str, recipe: Recipe, *, progress: Progress | None = None) -> Pla
         KvslimError: As `compress`.
     """
     snapshot, spec = _checked(model, recipe, None)
-    if spec.is_encoder:
-        raise UnsupportedError(
-            f"{spec.model_type} is an encoder: without a KV cache there is nothing to plan",
-            where="MODEL",
-            fix="make the artifact with `kvslim compress MODEL -r encoder`",
-        )
+    _check_decoder(spec, "nothing to plan")
     progress = progress or Silent()
     workshop = _open(snapshot, spec, recipe, progress)
     progress.stage("calibrate")
     statistics = workshop.statistics()
     return _planned(workshop, statistics, progress)
+
+
+def analyze(model: str, recipe: Recipe, *, progress: Progress | None = None) -> Analysis:
+    """What the calibration text of a recipe needs of a model, layer by layer and head by head.
+
+    Raises:
+        KvslimError: As `compress`.
+    """
+    snapshot, spec = _checked(model, recipe, None)
+    _check_decoder(spec, "nothing to analyze")
+    progress = progress or Silent()
+    workshop = _open(snapshot, spec, recipe, progress)
+    progress.stage("calibrate")
+    statistics = workshop.statistics()
+    progress.stage("analyze")
+    return workshop.analysis(statistics)
 
 
 def validate(artifact: Path, *, against: str | None = None, progress: Progress | None = None) -> Report:
@@ -205,6 +217,15 @@ def _checked(model: str, recipe: Recipe, plan: Plan | None) -> tuple[Snapshot, M
     if plan is not None:
         check_plan(plan, spec)
     return snapshot, spec
+
+
+def _check_decoder(spec: ModelSpec, lack: str) -> None:
+    if spec.is_encoder:
+        raise UnsupportedError(
+            f"{spec.model_type} is an encoder: without a KV cache there is {lack}",
+            where="MODEL",
+            fix="make the artifact with `kvslim compress MODEL -r encoder`",
+        )
 
 
 def _open(snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress: Progress) -> Workshop:

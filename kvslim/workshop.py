@@ -22,6 +22,7 @@ from kvslim.load.model import load_model, load_tokenizer
 from kvslim.load.source import Snapshot
 from kvslim.methods import KvWindow, Method, PruneHeads, PruneLayers
 from kvslim.methods.fitting import fit
+from kvslim.plan.analyze import Analysis, analyze
 from kvslim.plan.choose import Chosen, choose
 from kvslim.plan.lazy import laziest
 from kvslim.plan.planner import Planner
@@ -129,7 +130,11 @@ class Workshop:
             layers = lambda layers: self.progress.track(layers, "layers tried with a window")  # noqa: E731
             return laziest(method, self.spec, held_out.kl, trials.drop, layers)
         if isinstance(method, PruneHeads) and method.is_measured:
-            return method.chosen(self.spec, lambda *step: held_out.kl(self.without(statistics, {step[0]: step[1]})))
+            return method.chosen(
+                self.spec,
+                lambda layer, gone: held_out.kl(self.without(statistics, {layer: gone})),
+                lambda layers: self.progress.track(layers, "layers to lose heads"),
+            )
         if isinstance(method, PruneLayers) and method.attention:
             every = tuple(range(self.spec.q_heads))
             return method.chosen(
@@ -143,6 +148,17 @@ class Workshop:
         """Codes of the model without some query heads of some layers, and else as it is."""
         plan = PruneHeads(heads=heads).decide(self.spec, statistics, Plan.identity(self.spec))
         return fit(self.spec, statistics, plan)
+
+    def analysis(self, statistics: CalibrationStatistics) -> Analysis:
+        """What the calibration text needs of the model."""
+        held_out = self.held_out_judge(statistics)
+        return analyze(
+            self.spec,
+            statistics,
+            self.recipe.calibration.source,
+            lambda heads: held_out.kl(self.without(statistics, heads)),
+            lambda layers: self.progress.track(layers, "layers"),
+        )
 
     def compensated(self, statistics: CalibrationStatistics, held_out: Judge, plan: Plan) -> tuple[Plan, float]:
         """The plan with its output projections fitted again where that pays, and its divergence on held-out text."""

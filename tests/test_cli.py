@@ -17,7 +17,7 @@ import yaml
 from tiny_artifact import SPEC, fill
 
 from kvslim.cli import app, console
-from kvslim.cli.inputs import read_lengths, read_plan, write_plan
+from kvslim.cli.inputs import read_lengths, read_plan, write_text
 from kvslim.errors import GateError, OutputError, UsageError
 from kvslim.export.manifest import read_manifest, verify
 from kvslim.export.package import check_output, staging
@@ -26,7 +26,19 @@ from kvslim.report.card import write_card
 from kvslim.types import GateResult, Measures, Plan, Report
 
 ROOT = Path(__file__).parent.parent
-VERBS = ("compress", "plan", "validate", "bench", "generate", "inspect", "verify", "methods", "recipes", "doctor")
+VERBS = (
+    "compress",
+    "plan",
+    "analyze",
+    "validate",
+    "bench",
+    "generate",
+    "inspect",
+    "verify",
+    "methods",
+    "recipes",
+    "doctor",
+)
 HEAVY = ("torch", "transformers", "onnxruntime", "onnx", "numpy", "matplotlib", "optimum")
 
 Run = Callable[..., tuple[int, str, str]]
@@ -281,10 +293,10 @@ def test_read_lengths_refuses_what_is_no_length(text: str) -> None:
 
 def test_plan_survives_its_file(tmp_path: Path) -> None:
     plan = Plan.identity(SPEC)
-    write_plan(tmp_path / "plan.json", plan)
+    write_text(tmp_path / "plan.json", plan.model_dump_json(), "--out")
     assert read_plan(tmp_path / "plan.json") == plan
     with pytest.raises(OutputError):
-        write_plan(tmp_path / "plan.json" / "below", plan)
+        write_text(tmp_path / "plan.json" / "below", "", "--out")
 
 
 def test_tables_show_what_was_measured_and_nothing_else() -> None:

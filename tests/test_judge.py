@@ -124,8 +124,10 @@ def test_probe_windows_are_fewer_when_the_model_is_larger() -> None:
 
 
 def test_judged_windows_are_fewer_when_the_vocabulary_is_larger() -> None:
-    windows = np.zeros((500, 600), np.int64)
+    windows = np.zeros((500, 512), np.int64)
     assert [judged_windows(windows, size).shape for size in (300, 50_000, 150_000)] == [(8, 512), (5, 512), (2, 512)]
+    long = np.zeros((5, 4096), np.int64)
+    assert [judged_windows(long, size).shape for size in (300, 150_000)] == [(1, 4096), (1, 4096)]
 
 
 def test_probing_judges_every_other_token_of_a_large_vocabulary(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -133,8 +134,9 @@ def plan(
 
     Calibrates, and predicts the bytes of the cache and its KL; with a budget, shows the sizes it saw. Writes no graph.
     """
-    from kvslim.cli.inputs import read_budget, read_recipe, write_plan
+    from kvslim.cli.inputs import check_target, read_budget, read_recipe, write_text
 
+    check_target(out, "--out")
     typed = read_recipe(recipe, overrides or (), read_budget(kv_ratio, kv_mib_at, max_kl, max_recall_drop))
     from kvslim import pipeline
     from kvslim.report.tables import frontier_table, plan_table
@@ -142,7 +144,7 @@ def plan(
     with console.library_output_on_stderr():
         summary = pipeline.plan(model, typed, progress=console.Terminal())
     if out:
-        write_plan(out, summary.plan)
+        write_text(out, summary.plan.model_dump_json(indent=2) + "\n", "--out")
     if as_json:
         console.print_json(summary.model_dump(mode="json"))
         return
@@ -150,6 +152,40 @@ def plan(
     slim, plain = summary.kv_bytes_per_token, summary.plain_kv_bytes_per_token
     console.print_text(f"KV cache: {slim:,.0f} bytes per token, {slim / plain:.3g} of plain fp32 ({plain:,.0f})\n")
     console.print_text(f"KL to plain: {summary.kl:.2g} on held-out calibration text\n")
+
+
+@app.command()
+def analyze(
+    model: Model,
+    data: Annotated[
+        str, typer.Option("--data", "-d", metavar="SOURCE", help="text of the task: self, .txt, .jsonl, or hub:DATASET")
+    ] = "self",
+    svg: Annotated[Path | None, typer.Option(help="draw heads by what they add, into this file")] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Show which layers and heads a task needs least.
+
+    Measures KL on the task's text without each layer's attention and without each kv head. Writes no graph.
+    """
+    from kvslim.cli.inputs import check_target, read_recipe, write_text
+
+    check_target(svg, "--svg")
+    settings = [f"calibration.source={json.dumps(data)}", *(overrides or ())]
+    typed = read_recipe("lossless", settings, None)
+    from kvslim import pipeline
+    from kvslim.report.heatmap import heatmap
+    from kvslim.report.tables import analysis_table
+
+    with console.library_output_on_stderr():
+        analysis = pipeline.analyze(model, typed, progress=console.Terminal())
+    if svg:
+        title = f"What each query head adds: {model}, {analysis.source}"
+        write_text(svg, heatmap(title, [layer.fluctuation for layer in analysis.layers]), "--svg")
+    if as_json:
+        console.print_json(analysis.model_dump(mode="json"))
+    else:
+        console.print_tables(analysis_table(analysis))
 
 
 @app.command()

@@ -49,16 +49,27 @@ def read_plan(path: Path) -> Plan:
         raise UsageError(f"this is not JSON: {error}", where=f"--plan {path}", fix="mend the JSON syntax") from error
 
 
-def write_plan(path: Path, plan: Plan) -> None:
-    """Writes a plan as JSON, made to be edited.
+def check_target(path: Path | None, option: str) -> None:
+    """Refuses a file that cannot be written, before the work that fills it.
+
+    Raises:
+        OutputError: Its folder does not exist, or it is a folder itself.
+    """
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        fault = "it is a folder" if path.is_dir() else "its folder does not exist"
+        raise OutputError(f"cannot write: {fault}", where=str(path), fix=f"give another {option}")
+
+
+def write_text(path: Path, text: str, option: str) -> None:
+    """Writes a text file.
 
     Raises:
         OutputError: The file cannot be written.
     """
     try:
-        path.write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"cannot write: {error.strerror}", where=str(path), fix="give another --out") from error
+        raise OutputError(f"cannot write: {error.strerror}", where=str(path), fix=f"give another {option}") from error
 
 
 def read_memory(model: str, contexts: Sequence[int]) -> CacheMemory:

@@ -2,13 +2,14 @@
 
 A head that goes is replaced by its mean output, a bias (An et al., "Fluctuation-based Adaptive Structured Pruning for
 Large Language Models", 2023, section 3.3), so what it costs is how much its output varies: the variance of what it adds
-to the hidden states (their fluctuation metric, section 3.2, without a gradient). Whole kv groups save cache and time;
+to the hidden states (their fluctuation metric, section 3.2, without a gradient), here over the variance of these, which
+grows with depth. Whole kv groups save cache and time;
 query heads inside groups save time, one from every group of a layer, so that groups stay equal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 Heads = tuple[int, ...]
 Loss = Callable[[int, Heads], float]
+Layers = Callable[[Iterable[int]], Iterable[int]]
 
 
 class PruneHeads(Method):
@@ -64,24 +66,27 @@ class PruneHeads(Method):
                 fix = f"use at most {limit}" if limit else "use groups; each kv head of this model has one query head"
                 raise UsageError(f"{getattr(self, name)} are too many", where=f"{where}.{name}", fix=fix)
 
-    def chosen(self, spec: ModelSpec, loss: Loss) -> PruneHeads:
+    def chosen(self, spec: ModelSpec, loss: Loss, layers: Layers = iter) -> PruneHeads:
         """The method with the heads that lose least.
 
         Args:
             spec: The model's shape.
             loss: Of removing some query heads of a layer, and nothing else.
+            layers: Wraps the iterable of layers, to show progress.
         """
-        removed: dict[int, Heads] = dict.fromkeys(range(spec.layers), ())
+        removed: dict[int, Heads] = {}
         losses: dict[tuple[int, Heads], float] = {}
+        for layer in layers(range(spec.layers)):
+            removed[layer] = ()
+            losses |= {(layer, gone): loss(layer, gone) for gone in self._steps(spec, ())}
         for _ in range(self.groups or self.queries or 0):
-            steps = list(self._steps(spec, removed))
-            for step in steps:
-                if step not in losses:
-                    losses[step] = loss(*step)
-            layer, gone = min(steps, key=losses.__getitem__)
+            layer, gone = min(losses, key=losses.__getitem__)
             removed[layer] = tuple(sorted((*removed[layer], *gone)))
-        heads = {layer: gone for layer, gone in removed.items() if gone}
-        return self.model_copy(update={"groups": None, "queries": None, "heads": heads})
+            known = {heads: losses.pop((where, heads)) for where, heads in list(losses) if where == layer}
+            for heads in self._steps(spec, removed[layer]):
+                losses[layer, heads] = known[heads] if heads in known else loss(layer, heads)
+        named = {layer: gone for layer, gone in removed.items() if gone}
+        return self.model_copy(update={"groups": None, "queries": None, "heads": named})
 
     def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
         """Sets the heads that stay, with the share of fluctuation that goes as score."""
@@ -105,18 +110,17 @@ class PruneHeads(Method):
             for layer, code in zip(plan.layers, codes, strict=True)
         )
 
-    def _steps(self, spec: ModelSpec, removed: Mapping[int, Heads]) -> Iterator[tuple[int, Heads]]:
-        """Each next removal that is possible: layer and query heads."""
-        for layer, gone in removed.items():
-            left = kept(gone, spec)
-            groups = [[head for head in left if head // spec.group_size == kv] for kv in range(spec.kv_heads)]
-            if self.groups is not None:
-                yield from ((layer, tuple(group)) for group in groups if group)
-            elif len(groups[0]) > 1:
-                yield from ((layer, heads) for heads in zip(*groups, strict=True))
+    def _steps(self, spec: ModelSpec, gone: Heads) -> Iterator[Heads]:
+        """The query heads of each removal that is possible next in a layer."""
+        left = kept(gone, spec)
+        groups = [[head for head in left if head // spec.group_size == kv] for kv in range(spec.kv_heads)]
+        if self.groups is not None:
+            yield from (tuple(group) for group in groups if group)
+        elif len(groups[0]) > 1:
+            yield from zip(*groups, strict=True)
 
 
-def kept(gone: Iterator[int] | Heads | list[int], spec: ModelSpec) -> Heads:
+def kept(gone: Iterable[int], spec: ModelSpec) -> Heads:
     """The query heads that stay."""
     removed = set(gone)
     return tuple(head for head in range(spec.q_heads) if head not in removed)

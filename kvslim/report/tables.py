@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table as RichTable
@@ -11,6 +12,9 @@ from rich.text import Text
 
 from kvslim.report.memory import CacheMemory
 from kvslim.types import GateResult, Measures, Plan, PlanPoint, Report
+
+if TYPE_CHECKING:
+    from kvslim.plan.analyze import Analysis
 
 RATIO = "ratio"
 NONE = "-"
@@ -97,6 +101,24 @@ def plan_table(plan: Plan) -> Table:
         for layer in plan.layers
     )
     return Table(("layer", "rank", "cache", *([WINDOW] if windowed else []), "score", "reason"), rows, words=True)
+
+
+def analysis_table(analysis: Analysis) -> Table:
+    """What each layer is worth to a text."""
+    header = ("layer", "KL without attention", "KL without each kv head", "fluctuation of heads", "rank K", "rank V")
+    rows = tuple(
+        (
+            str(layer.layer),
+            f"{layer.attention_kl:.2g}",
+            " ".join(f"{kl:.1g}" for kl in layer.kv_head_kl),
+            " ".join(f"{share:.1g}" for share in layer.fluctuation),
+            str(layer.key_rank),
+            str(layer.value_rank),
+            f"{layer.recent_attention:.0%}",
+        )
+        for layer in analysis.layers
+    )
+    return Table((*header, "recent attention"), rows)
 
 
 def frontier_table(frontier: Sequence[PlanPoint]) -> Table:

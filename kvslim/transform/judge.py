@@ -15,7 +15,6 @@ from kvslim.load.architecture import Architecture
 from kvslim.transform.codes import Array, LayerCodes
 from kvslim.transform.surgery import trial
 
-LENGTH = 512  # tokens of a window that is judged
 BATCH = 1024  # tokens of a forward pass
 SMALL_VOCABULARY = 2**14
 
@@ -144,17 +143,16 @@ def probe_windows(windows: Array, layers: int) -> Array:
         layers: Of the model; each is probed several times.
     """
     tokens = max(2 * 256, 2**17 // layers**2)
-    length = min(windows.shape[1], LENGTH, tokens // 2)
+    length = min(windows.shape[1], 512, tokens // 2)
     return np.ascontiguousarray(windows[: max(2, tokens // length), :length])
 
 
 def judged_windows(windows: Array, vocab_size: int) -> Array:
-    """So many of the windows that the logits of all their tokens stay small, at least two.
+    """So many of the windows that the logits of all their tokens stay small, but of 1,024 tokens at least.
 
     Args:
-        windows: [n, length] token ids.
+        windows: [n, length] token ids; a long text is judged whole, since that is what it was asked for.
         vocab_size: Entries of one row of logits.
     """
-    length = min(windows.shape[1], LENGTH)
-    tokens = min(2**27 // vocab_size, 2**12)
-    return np.ascontiguousarray(windows[: max(2, tokens // length), :length])
+    tokens = max(BATCH, min(2**27 // vocab_size, 2**12))
+    return np.ascontiguousarray(windows[: max(1, tokens // windows.shape[1])])

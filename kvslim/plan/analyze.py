@@ -1,0 +1,82 @@
+"""What a task needs least: what every layer's attention, kv head and query head is worth on its text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import Field
+
+from kvslim.methods.kv_pca import KvPca
+from kvslim.methods.kv_window import kept_attention
+from kvslim.methods.prune_heads import Heads
+from kvslim.types import Frozen, ModelSpec
+
+if TYPE_CHECKING:
+    from kvslim.calibrate.statistics import CalibrationStatistics
+
+ENERGY = 0.99
+RECENT = 256
+
+
+class LayerAnalysis(Frozen):
+    """One layer. KL is in nats per token, to the model as it is, with nothing else removed."""
+
+    layer: int
+    attention_kl: float = Field(description="without the layer's attention, its mean output in its place")
+    kv_head_kl: tuple[float, ...] = Field(description="without each kv head and the query heads that read it")
+    fluctuation: tuple[float, ...] = Field(
+        description="of each query head: variance that it adds, over that of the hidden states behind the layer"
+    )
+    key_rank: int = Field(description="dimensions with which every kv head keeps 99 % of the score energy")
+    value_rank: int = Field(description="the same for values")
+    recent_attention: float = Field(description="least share of a kv head's attention on sinks and 256 recent tokens")
+
+
+class Analysis(Frozen):
+    """What a text needs of a model, layer by layer."""
+
+    source: str = Field(description="the text: self, a file, or a hub data set")
+    tokens: int = Field(description="tokens of it that statistics come from")
+    layers: tuple[LayerAnalysis, ...]
+
+
+def analyze(
+    spec: ModelSpec,
+    statistics: CalibrationStatistics,
+    source: str,
+    kl_without: Callable[[dict[int, Heads]], float],
+    layers: Callable[[Iterable[int]], Iterable[int]],
+) -> Analysis:
+    """Measures every layer's attention and kv heads alone, and reads the rest off the statistics.
+
+    Args:
+        spec: The model's shape.
+        statistics: What is known of its cache on the text.
+        source: What the text is called.
+        kl_without: Divergence of the model without some query heads, by layer.
+        layers: Wraps the iterable of layers, to show progress.
+    """
+    groups = [
+        tuple(range(first, first + spec.group_size))
+        for first in range(0, spec.kv_heads * spec.group_size, spec.group_size)
+    ]
+    recent = kept_attention(statistics, RECENT).min(axis=1)
+    found = []
+    for layer in layers(range(spec.layers)):
+        ranks = [
+            int((basis.energy.min(0) < ENERGY).sum()) + 1 for basis in KvPca().bases(statistics, layer, "balanced")
+        ]
+        found.append(
+            LayerAnalysis(
+                layer=layer,
+                attention_kl=kl_without({layer: tuple(range(spec.q_heads))}),
+                kv_head_kl=tuple(kl_without({layer: heads}) for heads in groups),
+                fluctuation=tuple(statistics.fluctuation[layer].tolist()),
+                key_rank=min(ranks[0], spec.head_dim),
+                value_rank=min(ranks[1], spec.head_dim),
+                recent_attention=float(np.clip(recent[layer], 0, 1)),
+            )
+        )
+    return Analysis(source=source, tokens=int(statistics.windows.size), layers=tuple(found))

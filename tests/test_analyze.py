@@ -1,0 +1,84 @@
+"""What a task needs least: numbers that are measured, a table, JSON, and a heat map."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from models import open_workshop, recipe_of
+from tiny_encoders import save_encoder
+
+from kvslim import pipeline
+from kvslim.cli import app
+from kvslim.errors import OutputError, UnsupportedError
+from kvslim.plan.analyze import Analysis
+from kvslim.report.heatmap import heatmap
+
+SETTINGS = ["--set", "calibration.samples=4", "--set", "calibration.length=48"]
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def analysis(tiny_model: Callable[[str], Path]) -> Analysis:
+    return pipeline.analyze(str(tiny_model("llama")), recipe_of())
+
+
+def test_every_layer_and_head_is_there(analysis: Analysis) -> None:
+    assert [layer.layer for layer in analysis.layers] == [0, 1]
+    assert analysis.tokens == 4 * 48
+    for layer in analysis.layers:
+        assert (len(layer.kv_head_kl), len(layer.fluctuation)) == (2, 4)
+        assert min(layer.attention_kl, *layer.kv_head_kl, *layer.fluctuation) > 0
+        assert 1 <= layer.value_rank <= 16
+        assert 1 <= layer.key_rank <= 16
+        assert layer.recent_attention == pytest.approx(1.0)  # no text is longer than 256 tokens
+
+
+def test_kl_is_that_of_the_model_without_the_head(analysis: Analysis, tiny_model: Callable[[str], Path]) -> None:
+    workshop = open_workshop(tiny_model("llama"), recipe_of())
+    statistics = workshop.statistics()
+    judge = workshop.held_out_judge(statistics)
+    assert analysis.layers[1].kv_head_kl[1] == pytest.approx(judge.kl(workshop.without(statistics, {1: (2, 3)})))
+    assert analysis.layers[0].attention_kl == pytest.approx(judge.kl(workshop.without(statistics, {0: (0, 1, 2, 3)})))
+
+
+def test_task_in_jsonl_gives_table_json_and_heat_map(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = tmp_path / "my task.jsonl"
+    lines = ({"prompt": f"{number} and one is ", "completion": f"{number + 1}."} for number in range(99))
+    task.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    svg = tmp_path / "heads.svg"
+    command = ["analyze", str(tiny_llama), "--data", str(task), "--svg", str(svg), *SETTINGS]
+    assert app.run([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert Analysis.model_validate(told).source == str(task)
+    root = ET.fromstring(svg.read_text())
+    assert len([rect for rect in root.iter(f"{SVG}rect") if rect.find(f"{SVG}title") is not None]) == 2 * 4
+    assert app.run(command) == 0
+    assert "KL without attention" in capsys.readouterr().out
+
+
+def test_heat_map_is_darkest_where_the_value_is_largest_and_escapes_its_title() -> None:
+    root = ET.fromstring(heatmap("a <b> & c", [[1e-4, 1.0], [0.0, 1e-2]]))
+    cells = {rect.findtext(f"{SVG}title"): rect.get("fill") for rect in root.iter(f"{SVG}rect")}
+    assert cells["layer 0, head 1: 1"] == "#08306b"
+    assert cells["layer 0, head 0: 0.0001"] == cells["layer 1, head 0: 0"] == "#ecf4fa"
+    assert "a <b> & c" in [text.text for text in root.iter(f"{SVG}text")]
+
+
+@pytest.mark.parametrize("name", ["nowhere/heads.svg", "."])
+def test_unwritable_heat_map_is_refused_before_any_work(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.run(["analyze", str(tmp_path / "no-model"), "--svg", str(tmp_path / name)]) == OutputError.exit_code
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_encoder_is_refused(tmp_path: Path) -> None:
+    model = save_encoder("bert", "fill-mask", tmp_path / "bert")
+    with pytest.raises(UnsupportedError, match="nothing to analyze"):
+        pipeline.analyze(str(model), recipe_of())
