@@ -38,8 +38,7 @@ class CalibrationStatistics:
         query_moment: [L, H, d, d] second moment of the group's queries after RoPE, mean over the group.
         output_moment: [L, H, d, d] covariance of attention outputs (weighted sums of values), mean over the group.
         output_mean: [L, Q, d] mean attention output of each of the Q query heads.
-        fluctuation: [L, Q] variance of what each query head adds to the hidden states, over the variance that these
-            have behind the layer.
+        fluctuation: [L, Q] variance of what each query head adds to the hidden states, summed over these.
         output_gram: [L, H, d, d] sum over the group's heads of W_O^T W_O: what an error in a value costs downstream.
         key_samples: [L, H, n, d] keys turned to random positions of the target context.
         value_samples: [L, H, n, d] values of the same tokens.
@@ -155,11 +154,6 @@ def collect(
     picks = [SINKS + np.sort(rng.permutation(windows.shape[1] - SINKS)[:per_window]) for _ in windows]
     positions = rng.integers(0, context, per_window * len(windows))
     slims = slim_modules(model, architecture)
-    variances = [_Variance() for _ in slims]
-    hooks = [
-        layer.register_forward_hook(variance)
-        for layer, variance in zip(model.get_submodule(architecture.layers).children(), variances, strict=True)
-    ]
     recorders = [_LayerRecorder(spec, rope_frequencies(slim), picks) for slim in slims]
     for slim, recorder in zip(slims, recorders, strict=True):
         slim.observer = recorder
@@ -170,31 +164,10 @@ def collect(
     finally:
         for slim in slims:
             slim.observer, slim.hidden = None, None
-        for hook in hooks:
-            hook.remove()
     grams = [_output_gram(attention, architecture, spec) for attention in attention_modules(model, architecture)]
     layers = [recorder.finish(context, positions, gram) for recorder, gram in zip(recorders, grams, strict=True)]
     by_name = {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
-    by_name["fluctuation"] /= np.array([[variance.total()] for variance in variances])
     return CalibrationStatistics(**by_name, windows=windows)
-
-
-class _Variance:
-    """Variance of the hidden states behind a layer, summed over their dimensions; a forward hook."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.sum = self.squares = torch.zeros((), dtype=torch.float64)
-
-    def __call__(self, _: Any, __: Any, output: Any) -> None:
-        """Adds one batch."""
-        states = (output[0] if isinstance(output, tuple) else output).double().flatten(0, -2)
-        self.count += len(states)
-        self.sum, self.squares = self.sum + states.sum(0), self.squares + states.square().sum(0)
-
-    def total(self) -> float:
-        """The variance so far."""
-        return float((self.squares / self.count - (self.sum / self.count).square()).sum())
 
 
 def rope_frequencies(slim: SlimAttention) -> Array:

@@ -2,8 +2,7 @@
 
 A head that goes is replaced by its mean output, a bias (An et al., "Fluctuation-based Adaptive Structured Pruning for
 Large Language Models", 2023, section 3.3), so what it costs is how much its output varies: the variance of what it adds
-to the hidden states (their fluctuation metric, section 3.2, without a gradient), here over the variance of these, which
-grows with depth. Whole kv groups save cache and time;
+to the hidden states (their fluctuation metric, section 3.2, without a gradient). Whole kv groups save cache and time;
 query heads inside groups save time, one from every group of a layer, so that groups stay equal.
 """
 

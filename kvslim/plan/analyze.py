@@ -27,7 +27,7 @@ class LayerAnalysis(Frozen):
     attention_kl: float = Field(description="without the layer's attention, its mean output in its place")
     kv_head_kl: tuple[float, ...] = Field(description="without each kv head and the query heads that read it")
     fluctuation: tuple[float, ...] = Field(
-        description="of each query head: variance that it adds, over that of the hidden states behind the layer"
+        description="of each query head: variance of what it adds to the hidden states, summed over these"
     )
     key_rank: int = Field(description="dimensions with which every kv head keeps 99 % of the score energy")
     value_rank: int = Field(description="the same for values")
