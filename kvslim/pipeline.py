@@ -103,13 +103,9 @@ def plan(model: str, recipe: Recipe, *, progress: Progress | None = None) -> Pla
     Raises:
         KvslimError: As `compress`.
     """
-    snapshot, spec = _checked(model, recipe, None)
-    _check_decoder(spec, "nothing to plan")
     progress = progress or Silent()
-    workshop = _open(snapshot, spec, recipe, progress)
-    progress.stage("calibrate")
-    statistics = workshop.statistics()
-    return _planned(workshop, statistics, progress)
+    workshop = _opened_decoder(model, recipe, "nothing to plan", progress)
+    return _planned(workshop, workshop.statistics(), progress)
 
 
 def analyze(model: str, recipe: Recipe, *, progress: Progress | None = None) -> Analysis:
@@ -118,11 +114,8 @@ def analyze(model: str, recipe: Recipe, *, progress: Progress | None = None) -> 
     Raises:
         KvslimError: As `compress`.
     """
-    snapshot, spec = _checked(model, recipe, None)
-    _check_decoder(spec, "nothing to analyze")
     progress = progress or Silent()
-    workshop = _open(snapshot, spec, recipe, progress)
-    progress.stage("calibrate")
+    workshop = _opened_decoder(model, recipe, "nothing to analyze", progress)
     statistics = workshop.statistics()
     progress.stage("analyze")
     return workshop.analysis(statistics)
@@ -219,13 +212,18 @@ def _checked(model: str, recipe: Recipe, plan: Plan | None) -> tuple[Snapshot, M
     return snapshot, spec
 
 
-def _check_decoder(spec: ModelSpec, lack: str) -> None:
+def _opened_decoder(model: str, recipe: Recipe, lack: str, progress: Progress) -> Workshop:
+    """A checked model in memory, about to be calibrated."""
+    snapshot, spec = _checked(model, recipe, None)
     if spec.is_encoder:
         raise UnsupportedError(
             f"{spec.model_type} is an encoder: without a KV cache there is {lack}",
             where="MODEL",
             fix="make the artifact with `kvslim compress MODEL -r encoder`",
         )
+    workshop = _open(snapshot, spec, recipe, progress)
+    progress.stage("calibrate")
+    return workshop
 
 
 def _open(snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress: Progress) -> Workshop:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kvslim.calibrate import cache
-from kvslim.calibrate.corpus import WHOLE, self_windows, source_digest, text_windows
+from kvslim.calibrate.corpus import WHOLE, counted_windows, self_windows, source_digest, text_windows
 from kvslim.calibrate.statistics import CalibrationStatistics, collect
 from kvslim.demo.world import recall_questions
 from kvslim.export.genai import end_tokens, genai_config
@@ -69,17 +69,27 @@ class Workshop:
         key = cache.content_key(self.digest, settings.model_dump(), source_digest(settings.source), context, share)
         statistics = cache.load_statistics(key)
         if statistics is None:
+            windows = self._windows(settings, share)
             statistics = collect(
                 self.model,
                 self.architecture,
                 self.spec,
-                self._windows(settings, share),
+                windows,
                 context=context,
                 seed=settings.seed,
                 batches=lambda windows: self.progress.track(windows, "windows"),
+                counted=self._counted(settings, share),
             )
             cache.store_statistics(key, statistics)
         return statistics
+
+    def _counted(self, settings: Calibration, share: tuple[float, float]) -> np.ndarray | None:
+        """Which tokens of the calibration windows count; None for all."""
+        if settings.source == "self":
+            return None
+        return counted_windows(
+            settings.source, self.tokenizer, samples=settings.samples, length=settings.length, share=share
+        )
 
     def codes(self, statistics: CalibrationStatistics, plan: Plan) -> tuple[LayerCodes, ...]:
         """What a plan puts into the model, one entry per layer."""
@@ -97,14 +107,18 @@ class Workshop:
 
     def held_out_judge(self, statistics: CalibrationStatistics) -> Judge:
         """The judge on that part of the calibration text which nothing is fitted to."""
-        windows = judged_windows(_split(statistics.windows)[1], self.spec.vocab_size)
-        return Judge(self.model, self.architecture, windows, probing=True)
+        windows, counted = (
+            judged_windows(_split(array)[1], self.spec.vocab_size) for array in (statistics.windows, statistics.counted)
+        )
+        return Judge(self.model, self.architecture, windows, counted, probing=True)
 
     def planner(self, statistics: CalibrationStatistics, held_out: Judge, context: int | None = None) -> Planner:
         """A planner that has probed every layer; bytes count at a context, by default the target."""
         context = context or self.recipe.calibration.target(self.spec)
-        fitting = probe_windows(_split(statistics.windows)[0], self.spec.layers)
-        probe = Judge(self.model, self.architecture, fitting, probing=True)
+        windows, counted = (
+            probe_windows(_split(array)[0], self.spec.layers) for array in (statistics.windows, statistics.counted)
+        )
+        probe = Judge(self.model, self.architecture, windows, counted, probing=True)
         seen = min(held_out.length, 2 * (self.recipe.validation.recall_distance - SINKS))
         recall = self._recall_trials(statistics, held_out, LAZY_ITEMS)
         return Planner(

@@ -39,4 +39,5 @@ def statistics_of(spec: ModelSpec, seed: int = 0) -> CalibrationStatistics:
         sink_mass=np.full(shape, 0.4),
         age_mass=rng.dirichlet(np.ones(6), shape) * 0.6,
         windows=rng.integers(0, spec.vocab_size, (4, 32)),
+        counted=np.ones((4, 32), bool),
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from models import open_workshop, recipe_of
 
-from kvslim.calibrate.corpus import check_source, self_windows, source_digest, text_windows
+from kvslim.calibrate.corpus import check_source, counted_windows, self_windows, source_digest, text_windows
 from kvslim.errors import UnsupportedError
 from kvslim.recipe import Calibration, Validation
 
@@ -64,6 +64,33 @@ def test_jsonl_gives_texts_and_completed_prompts(tmp_path: Path, tokenizer: Any)
     path.write_text("\n".join(map(json.dumps, records)) + "\n")
     (window,) = text_windows(str(path), tokenizer, samples=1, length=60)
     assert tokenizer.decode(window) == "abcd" * 5 + "\n\n" + "efgh" * 5 + "ijkl" * 4 + "ij"
+
+
+def test_completions_alone_count(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "text.jsonl"
+    records = [{"text": "abcd"}, {"prompt": "efgh", "completion": "ijkl"}, {"prompt": "mn", "completion": "op"}]
+    path.write_text("\n".join(map(json.dumps, records)) + "\n")
+    sizes = {"samples": 1, "length": 20}
+    (window,), (counted,) = (part(str(path), tokenizer, **sizes) for part in (text_windows, counted_windows))
+    assert tokenizer.decode(window) == "abcd\n\nefghijkl\n\nmnop"
+    assert tokenizer.decode(window[counted]) == "abcdijklop"
+
+
+def test_windows_and_what_counts_of_them_are_cut_alike(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "p" * n, "completion": "c" * n}) + "\n" for n in range(1, 40)))
+    sizes = {"samples": 7, "length": 33, "share": (0.2, 0.9)}
+    windows, counted = (part(str(path), tokenizer, **sizes) for part in (text_windows, counted_windows))
+    assert windows.shape == counted.shape == (7, 33)
+    assert set(tokenizer.decode(windows[counted])) == {"c"}
+    assert "c" not in tokenizer.decode(windows[~counted])
+
+
+def test_digest_tells_a_prompt_from_a_completion(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text(json.dumps({"prompt": "ab", "completion": "c"}))
+    second.write_text(json.dumps({"prompt": "a", "completion": "bc"}))
+    assert source_digest(str(first)) != source_digest(str(second))
 
 
 def test_self_samples_repeat_when_the_seed_does(tiny_llama: Path) -> None:

@@ -130,6 +130,28 @@ def test_judged_windows_are_fewer_when_the_vocabulary_is_larger() -> None:
     assert [judged_windows(long, size).shape for size in (300, 150_000)] == [(1, 4096), (1, 4096)]
 
 
+def test_tokens_that_do_not_count_are_not_judged(workshop: Workshop) -> None:
+    windows, codes = windows_of(workshop), codes_of(workshop)
+    counted = np.random.default_rng(1).random(windows.shape) < 0.3
+    plain = [torch_logits(workshop, window) for window in windows]
+    with trial(workshop.model, workshop.architecture, codes):
+        slim = [torch_logits(workshop, window) for window in windows]
+    kept = [  # a token is predicted at the place before it
+        np.concatenate([logits[:-1][after[1:]] for logits, after in zip(side, counted, strict=True)])
+        for side in (plain, slim)
+    ]
+    judge = Judge(workshop.model, workshop.architecture, windows, counted)
+    assert judge.kl(codes) == pytest.approx(divergence(*kept), rel=1e-4)
+    assert judge.kl(codes) != pytest.approx(judge_of(workshop, windows).kl(codes), rel=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_all_tokens_are_judged_when_all_count_or_none(workshop: Workshop, share: float) -> None:
+    windows, codes = windows_of(workshop), codes_of(workshop)
+    judge = Judge(workshop.model, workshop.architecture, windows, np.full(windows.shape, bool(share)))
+    assert judge.kl(codes) == judge_of(workshop, windows).kl(codes)
+
+
 def test_probing_judges_every_other_token_of_a_large_vocabulary(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:

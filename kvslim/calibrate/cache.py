@@ -14,7 +14,7 @@ import numpy as np
 
 from kvslim.calibrate.statistics import CalibrationStatistics
 
-FORMAT = 4
+FORMAT = 5
 
 
 def cache_folder() -> Path:

@@ -33,10 +33,10 @@ def check_source(source: str) -> None:
 
 
 def source_digest(source: str) -> str | None:
-    """SHA-256 of a file's text; None for a source that its name alone decides."""
+    """SHA-256 of a file's text, prompts apart; None for a source that its name alone decides."""
     if source == "self" or source.startswith("hub:"):
         return None
-    return hashlib.sha256(_read_file(Path(source)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_pieces(Path(source))).encode()).hexdigest()
 
 
 def source_text(source: str) -> str:
@@ -72,10 +72,24 @@ def text_windows(
 
         texts = heldout_text(samples, words=length)
         return np.stack([np.asarray(tokenizer(text).input_ids[:length]) for text in texts])
-    text = source_text(source)
-    tokens = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=np.int64)
+    tokens, _ = _tokenised(source, tokenizer)
     first, last = (int(len(tokens) * edge) for edge in share)
     return _spread(tokens[first:last], _prefix(tokenizer), samples, length, source)
+
+
+def counted_windows(
+    source: str, tokenizer: Any, *, samples: int, length: int, share: tuple[float, float] = WHOLE
+) -> Array:
+    """Which tokens of `text_windows` count when a model is judged: of prompts with completions, the completions alone.
+
+    Arguments are those of `text_windows`.
+
+    Returns:
+        [n, length] bool.
+    """
+    _, counted = _tokenised(source, tokenizer)
+    first, last = (int(len(counted) * edge) for edge in share)
+    return _spread(counted[first:last], np.zeros(len(_prefix(tokenizer)), bool), samples, length, source)
 
 
 def self_windows(model: Any, *, samples: int, length: int, seed: int, batches: Any) -> Array:
@@ -137,6 +151,17 @@ def _spread(tokens: Array, prefix: Array, samples: int, length: int, source: str
     return np.stack([np.concatenate([prefix, tokens[start : start + body]]) for start in starts])
 
 
+def _tokenised(source: str, tokenizer: Any) -> tuple[Array, Array]:
+    """Token ids of a source, and which of them count."""
+    tokens: list[int] = []
+    counted: list[bool] = []
+    for text, counts in [(source_text(source), True)] if source.startswith("hub:") else _pieces(Path(source)):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        tokens += ids
+        counted += [counts] * len(ids)
+    return np.asarray(tokens, dtype=np.int64), np.asarray(counted, dtype=bool)
+
+
 def _prefix(tokenizer: Any) -> Array:
     """The tokens with which the tokenizer starts every text."""
     bare, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
@@ -145,6 +170,11 @@ def _prefix(tokenizer: Any) -> Array:
 
 
 def _read_file(path: Path) -> str:
+    return "".join(text for text, _ in _pieces(path))
+
+
+def _pieces(path: Path) -> list[tuple[str, bool]]:
+    """The text of a file in order; prompts apart from completions, of which alone it is said that they count."""
     if not path.is_file():
         raise NotFoundError(
             f"no text file {str(path)!r}", where="source", fix="give self, a .txt or .jsonl file, or hub:"
@@ -153,14 +183,16 @@ def _read_file(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"not UTF-8 text: {error}", where=str(path), fix="save the text as UTF-8") from error
+    pieces = [(text, True)]
     if path.suffix == ".jsonl":
-        text = "\n\n".join(_json_text(line, number, path) for number, line in enumerate(text.splitlines(), 1) if line)
-    if not text.strip():
+        records = [_record(line, number, path) for number, line in enumerate(text.splitlines(), 1) if line]
+        pieces = [piece for record in records for piece in (*record, ("\n\n", False))][:-1]
+    if not any(text.strip() for text, _ in pieces):
         raise UsageError("the text is empty", where=str(path), fix="give some thousand words")
-    return text
+    return pieces
 
 
-def _json_text(line: str, number: int, path: Path) -> str:
+def _record(line: str, number: int, path: Path) -> list[tuple[str, bool]]:
     where, fix = f"{path}:{number}", 'write one {"text": ...} or {"prompt": ..., "completion": ...} per line'
     try:
         record = json.loads(line)
@@ -168,9 +200,9 @@ def _json_text(line: str, number: int, path: Path) -> str:
         raise UsageError(f"not JSON: {error}", where=where, fix=fix) from error
     if isinstance(record, dict):
         if isinstance(record.get("text"), str):
-            return str(record["text"])
+            return [(record["text"], True)]
         if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-            return str(record["prompt"] + record["completion"])
+            return [(record["prompt"], False), (record["completion"], True)]
     raise UsageError("no text in this line", where=where, fix=fix)
 
 

@@ -46,6 +46,7 @@ class CalibrationStatistics:
         sink_values: [L, H, m, d] values of the first tokens.
         sink_mass: [L, H] mean attention that the first tokens receive.
         windows: [n, length] token ids of the text.
+        counted: [n, length] bool, the tokens that count when a model is judged on it.
         age_mass: [L, H, n] mean attention to other tokens by age; bucket b holds the ages 2^b - 1 to 2^(b+1) - 2.
     """
 
@@ -62,6 +63,7 @@ class CalibrationStatistics:
     sink_mass: Array
     age_mass: Array
     windows: Array
+    counted: Array
 
     def arrays(self) -> dict[str, Array]:
         """The fields by name, as they are stored."""
@@ -133,7 +135,15 @@ class _LayerRecorder:
 
 
 def collect(
-    model: Any, architecture: Architecture, spec: ModelSpec, windows: Array, *, context: int, seed: int, batches: Any
+    model: Any,
+    architecture: Architecture,
+    spec: ModelSpec,
+    windows: Array,
+    *,
+    context: int,
+    seed: int,
+    batches: Any,
+    counted: Array | None = None,
 ) -> CalibrationStatistics:
     """Runs the windows through a prepared model and gathers its statistics.
 
@@ -145,6 +155,7 @@ def collect(
         context: Target context in tokens.
         seed: Seed of sampled tokens and positions.
         batches: Wraps the iterable of batches, to show progress.
+        counted: [n, length] bool, the tokens that count when a model is judged; None for all.
 
     Returns:
         The statistics of all layers.
@@ -167,7 +178,8 @@ def collect(
     grams = [_output_gram(attention, architecture, spec) for attention in attention_modules(model, architecture)]
     layers = [recorder.finish(context, positions, gram) for recorder, gram in zip(recorders, grams, strict=True)]
     by_name = {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
-    return CalibrationStatistics(**by_name, windows=windows)
+    counted = np.ones(windows.shape, bool) if counted is None else counted
+    return CalibrationStatistics(**by_name, windows=windows, counted=counted)
 
 
 def rope_frequencies(slim: SlimAttention) -> Array:

@@ -40,15 +40,29 @@ class Judge:
         model: The prepared model, without codes.
         architecture: Where its parts live.
         windows: [n, length] token ids.
+        counted: [n, length] bool, the tokens whose prediction counts; None for all.
         probing: Whether divergence is taken at every other token alone, where a large vocabulary makes that costly.
     """
 
-    def __init__(self, model: Any, architecture: Architecture, windows: Array, *, probing: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        architecture: Architecture,
+        windows: Array,
+        counted: Array | None = None,
+        *,
+        probing: bool = False,
+    ) -> None:
         self.model, self.architecture = model, architecture
         self.stride = 2 if probing and model.config.vocab_size > SMALL_VOCABULARY else 1
         self.layers = list(model.get_submodule(architecture.layers).children())
         self.length = windows.shape[1]
         self.batches = torch.from_numpy(windows).split(max(1, BATCH // self.length))
+        following = np.ones(windows.shape, bool)
+        if counted is not None and counted[:, 1:].any() and not counted.all():
+            following[:, :-1], following[:, -1] = counted[:, 1:], False
+        weights = torch.from_numpy(following[:, self.stride - 1 :: self.stride])
+        self._weights = weights.split(max(1, BATCH // self.length))
         self._outputs: list[list[Any]] = []
         self._reference: list[Tensor] = []
         for batch in self.batches:
@@ -63,12 +77,13 @@ class Judge:
             return 0.0
         total = 0.0
         with trial(self.model, self.architecture, codes):
-            for batch, outputs, reference in zip(self.batches, self._outputs, self._reference, strict=True):
+            known = zip(self.batches, self._weights, self._outputs, self._reference, strict=True)
+            for batch, weights, outputs, reference in known:
                 with self._replaying(outputs, first):
                     student = self._log_probabilities(batch)
                 divergence = (reference.exp() * (reference - student)).sum(-1)
-                total += float(divergence.double().sum())
-        return max(total / sum(reference.shape[:2].numel() for reference in self._reference), 0.0)
+                total += float((divergence.double() * weights).sum())
+        return max(total / sum(int(weights.sum()) for weights in self._weights), 0.0)
 
     def recall(self, codes: tuple[LayerCodes, ...], items: Sequence[Question]) -> float:
         """Share of answer tokens that the model finds most likely, with codes if there are any."""
