@@ -78,11 +78,11 @@ def test_layout_attention24_runs_where_the_caller_allocates_the_cache(
 @pytest.mark.clients
 @pytest.mark.parametrize("client", OPTIMUM)
 @pytest.mark.parametrize(("model", "kind"), [("demo", "plain"), *(case for case in CASES if case[0] == "llama")])
-def test_optimum_runs_one_width_for_all_and_refuses_others(
+def test_optimum_runs_one_shape_for_all_and_refuses_others(
     artifact: ArtifactOf, record_property: Record, client: str, model: str, kind: str
 ) -> None:
     folder = artifact(model, kind)
-    if taken_width(client, folder) == widths(folder):
+    if shapes(folder) == {taken_shape(client, folder)}:
         version = check(OPTIMUM[client], folder)
         record(record_property, model, kind, client, "same tokens", version)
         return
@@ -100,16 +100,18 @@ def check(client: Client, folder: Path) -> str:
     return answer.version
 
 
-def widths(folder: Path) -> set[int]:
-    return {tensor.columns for tensor in layout_of(open_session(folder)).tensors}
+def shapes(folder: Path) -> set[tuple[int, int, int | None]]:
+    """Heads, width and fixed rows of the caches."""
+    return {(tensor.heads, tensor.columns, tensor.kept) for tensor in layout_of(open_session(folder)).tensors}
 
 
-def taken_width(client: str, folder: Path) -> set[int]:
-    """The width that optimum takes all heads to have: from the config, or as it was told."""
-    if OPTIMUM[client] is runners.optimum_with_rank:
-        return {layout_of(open_session(folder)).tensors[0].columns}
+def taken_shape(client: str, folder: Path) -> tuple[int, int, None]:
+    """What optimum takes all caches to be: heads from the config, and the width too unless it was told that."""
     config = json.loads((folder / "config.json").read_text())
-    return {config["hidden_size"] // config["num_attention_heads"]}
+    width = config["hidden_size"] // config["num_attention_heads"]
+    if OPTIMUM[client] is runners.optimum_with_rank:
+        width = layout_of(open_session(folder)).tensors[0].columns
+    return config["num_key_value_heads"], width, None
 
 
 def record(record_property: Record, model: str, kind: str, client: str, outcome: str, version: str = "") -> None:
