@@ -1,6 +1,7 @@
 """Trains the demo model on generated stories and writes it with its model card.
 
     python tools/train_demo_model.py [--million-tokens 16] [--out kvslim/demo/model]
+    python tools/train_demo_model.py --mha --out tests/mha_model    # each query head with a key-value head of its own
 
 Recall asks for a chain of attention heads: some fetch the words just before, others
 match what those fetched. Learning the first kind takes most of the time of so small a
@@ -32,6 +33,7 @@ BOS, EOS = "<bos>", "<eos>"
 MAX_LENGTH = 2048
 RECALL_WEIGHT = 5.0
 PEAK_LR = 4e-3
+GQA, MHA = (4, 2, 64), (8, 8, 32)  # query heads, key-value heads, their size
 WARMUP_STEPS = 50
 # (end of the phase as a share of the run, tokens per text, texts per step, share of
 # drills). Recall circuits form quickest on short texts dense in facts told again.
@@ -84,16 +86,17 @@ def _tokenizer_text() -> Iterator[str]:
         yield f" {word}" * 50
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, heads: tuple[int, int, int]) -> LlamaForCausalLM:
     torch.manual_seed(seed)
+    q_heads, kv_heads, head_dim = heads
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
         intermediate_size=512,
         num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
+        num_attention_heads=q_heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
         max_position_embeddings=MAX_LENGTH,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
@@ -279,11 +282,12 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 def write_card(run: Run, out: Path) -> None:
     """Measures the saved, rounded weights and writes the model card beside them."""
+    mha = " --mha" if run.model.config.num_key_value_heads == MHA[1] else ""
     record = TrainingRecord(
         minutes=run.minutes,
         million_tokens=run.tokens / 1e6,
         device=run.model.device.type.upper(),
-        command=f"python tools/train_demo_model.py --million-tokens {run.million_tokens:g} --seed {run.seed}",
+        command=f"python tools/train_demo_model.py{mha} --million-tokens {run.million_tokens:g} --seed {run.seed}",
     )
     stored = LlamaForCausalLM.from_pretrained(out).eval()
     (out / "README.md").write_text(model_card(stored, run.tokenizer, record), encoding="utf-8")
@@ -294,13 +298,14 @@ def main() -> None:
     parser.add_argument("--million-tokens", type=float, default=16.0)
     parser.add_argument("--out", type=Path, default=MODEL_DIR)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mha", action="store_true", help="a key-value head for every query head")
     parser.add_argument("--checkpoints", type=Path)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     tokenizer = build_tokenizer()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build_model(tokenizer, args.seed).to(device)
+    model = build_model(tokenizer, args.seed, MHA if args.mha else GQA).to(device)
     run = Run(model, tokenizer, args.million_tokens, args.seed, args.checkpoints)
     run.train()
     save(model, tokenizer, args.out)
