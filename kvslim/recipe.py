@@ -86,13 +86,17 @@ class Budget(Frozen):
     kv_ratio: Number | None = Field(None, gt=1, description="how many times smaller than the plain fp32 cache")
     kv_mib: Number | None = Field(None, gt=0, description="MiB of the cache at `context` tokens")
     context: int | None = Field(None, ge=8, description="goes with kv_mib")
+    time_ratio: Number | None = Field(
+        None, gt=0, lt=1, description="expected time per token at the target context, over the plain model's"
+    )
     max_kl: Number | None = Field(None, gt=0, description="mean KL to the plain model, nats per token")
     max_recall_drop: Number | None = Field(None, ge=0, le=1, description="share of recall that may be lost")
 
     @model_validator(mode="after")
     def _limited(self) -> Budget:
-        if all(limit is None for limit in (self.kv_ratio, self.kv_mib, self.max_kl, self.max_recall_drop)):
-            raise ValueError("give kv_ratio, kv_mib, max_kl or max_recall_drop")
+        limits = (self.kv_ratio, self.kv_mib, self.time_ratio, self.max_kl, self.max_recall_drop)
+        if all(limit is None for limit in limits):
+            raise ValueError("give kv_ratio, kv_mib, time_ratio, max_kl or max_recall_drop")
         if (self.kv_mib is None) != (self.context is None):
             raise ValueError("kv_mib and context go together")
         if self.kv_ratio is not None and self.kv_mib is not None:

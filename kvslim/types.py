@@ -148,6 +148,7 @@ class PlanPoint(Frozen):
     cache: CacheType
     kv_bytes_per_token: float = Field(description="of a cache at the target context")
     kv_ratio: float = Field(description="plain fp32 cache over this one")
+    time_ratio: float = Field(description="expected time of a token at that context, over the plain model's")
     kl: float = Field(description="mean KL to the model as it is, nats per token")
     recall_drop: float | None = Field(None, description="recall lost, as a share; None where no limit asks for it")
 

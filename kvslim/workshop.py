@@ -24,8 +24,10 @@ from kvslim.methods import KvWindow, Method, PruneHeads, PruneLayers
 from kvslim.methods.fitting import fit
 from kvslim.plan.analyze import Analysis, analyze
 from kvslim.plan.choose import Chosen, choose
+from kvslim.plan.decode_time import DecodeTime
 from kvslim.plan.lazy import laziest
-from kvslim.plan.planner import Planner
+from kvslim.plan.planner import Planner, Trials
+from kvslim.plan.removals import RemovalTrials
 from kvslim.plan.windows import SINKS, WindowTrials
 from kvslim.progress import Progress
 from kvslim.recipe import Budget, Calibration, Recipe, Validation
@@ -101,7 +103,7 @@ class Workshop:
 
     def chosen(self, statistics: CalibrationStatistics, held_out: Judge, budget: Budget) -> Chosen:
         """The planner's choice for a budget."""
-        planner = self.planner(statistics, held_out, budget.context)
+        planner = self.planner(statistics, held_out, budget.context, budget.time_ratio)
         trials = self._recall_trials(statistics, held_out, RECALL_ITEMS)
         return choose(planner, budget, lambda planned: trials.drop(self.codes(statistics, planned.plan)))
 
@@ -112,8 +114,14 @@ class Workshop:
         )
         return Judge(self.model, self.architecture, windows, counted, probing=True)
 
-    def planner(self, statistics: CalibrationStatistics, held_out: Judge, context: int | None = None) -> Planner:
-        """A planner that has probed every layer; bytes count at a context, by default the target."""
+    def planner(
+        self,
+        statistics: CalibrationStatistics,
+        held_out: Judge,
+        context: int | None = None,
+        time_ratio: float | None = None,
+    ) -> Planner:
+        """A planner that has probed every layer; bytes and time count at a context, by default the target."""
         context = context or self.recipe.calibration.target(self.spec)
         windows, counted = (
             probe_windows(_split(array)[0], self.spec.layers) for array in (statistics.windows, statistics.counted)
@@ -125,12 +133,27 @@ class Workshop:
             self.spec,
             statistics,
             Plan.identity(self.spec, window_cache=self.recipe.window_cache),
-            context,
-            probe.kl,
-            held_out.kl,
+            self.decode_time(context),
+            Trials(
+                probe.kl,
+                held_out.kl,
+                WindowTrials(seen, held_out.kl, recall.drop),
+                RemovalTrials(
+                    lambda heads: probe.kl(self.without(statistics, heads)),
+                    lambda heads: recall.drop(self.without(statistics, heads)),
+                ),
+            ),
             lambda layers: self.progress.track(layers, "layers probed"),
-            WindowTrials(seen, held_out.kl, recall.drop),
+            time_ratio,
         )
+
+    def decode_time(self, context: int) -> DecodeTime:
+        """What a token costs after so many others."""
+        layers = list(self.model.get_submodule(self.architecture.layers).children())
+        attention = tuple(_matrix_numbers(layer.get_submodule(self.architecture.attention)) for layer in layers)
+        others = tuple(_matrix_numbers(layer) - own for layer, own in zip(layers, attention, strict=True))
+        head = self.spec.vocab_size * self.spec.hidden_size
+        return DecodeTime(self.spec, context, self.recipe.weights.type, attention, others, head)
 
     def measured_recipe(self, statistics: CalibrationStatistics, held_out: Judge) -> Recipe:
         """The recipe with the layers that windows go to, and the heads that go, where it leaves them to measuring."""
@@ -279,6 +302,10 @@ class Workshop:
     def _ids(self, text: str, start: bool = True) -> tuple[int, ...]:
         encoded: Any = self.tokenizer(text, add_special_tokens=start, verbose=False)
         return tuple(encoded.input_ids)
+
+
+def _matrix_numbers(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
 
 
 def _split(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

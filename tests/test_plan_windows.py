@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from models import open_workshop, recipe_of
 
 from kvslim.calibrate.statistics import CalibrationStatistics
-from kvslim.plan.planner import Planner, _filled
+from kvslim.plan.planner import Planner, Trials
+from kvslim.plan.removals import RemovalTrials
 from kvslim.plan.windows import SINKS, WindowTrials, keeping_recall
 from kvslim.transform.codes import LayerCodes
 from kvslim.transform.judge import Judge
@@ -60,26 +61,26 @@ def test_loss_grows_with_the_share_of_tokens_beyond_the_window() -> None:
 
 
 def test_windows_that_keep_recall_are_taken_at_once() -> None:
-    asked: list[dict[int, int]] = []
+    asked: list[list[int]] = []
 
-    def drop(codes: Codes) -> float:
-        asked.append(windows_in(codes))
+    def drop(layers: Sequence[int]) -> float:
+        asked.append(list(layers))
         return 0.0
 
-    assert keeping_recall(range(5), 64, 8, drop) == [0, 1, 2, 3, 4]
-    assert asked == [dict.fromkeys(range(5), 64)]
+    assert keeping_recall(range(5), drop) == [0, 1, 2, 3, 4]
+    assert asked == [[0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("forgetful", [{0}, {3}, {1, 4}, set(range(5))])
 def test_layers_that_recall_needs_keep_all_tokens(forgetful: set[int]) -> None:
-    def drop(codes: Codes) -> float:
-        return 0.5 * bool(forgetful & set(windows_in(codes)))
+    def drop(layers: Sequence[int]) -> float:
+        return 0.5 * bool(forgetful & set(layers))
 
-    assert set(keeping_recall([4, 2, 0, 1, 3], 64, 5, drop)) == set(range(5)) - forgetful
+    assert set(keeping_recall([4, 2, 0, 1, 3], drop)) == set(range(5)) - forgetful
 
 
 def test_windows_that_cost_recall_only_together_are_not_all_taken() -> None:
-    assert keeping_recall([5, 3, 1, 0, 2, 4], 64, 6, lambda codes: 0.1 * (len(windows_in(codes)) > 4)) == [5, 3, 1, 0]
+    assert keeping_recall([5, 3, 1, 0, 2, 4], lambda layers: 0.1 * (len(layers) > 4)) == [5, 3, 1, 0]
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +98,10 @@ def planner_with(workshop: Workshop, statistics: CalibrationStatistics) -> Calla
     judge = Judge(workshop.model, workshop.architecture, statistics.windows)
 
     def made(divergence: Callable[[Codes], float] = nothing, drop: Callable[[Codes], float] = nothing) -> Planner:
-        trials = WindowTrials(CONTEXT, divergence, drop)
+        windows = WindowTrials(CONTEXT, divergence, drop)
+        trials = Trials(judge.kl, judge.kl, windows, RemovalTrials(lambda _: 1e9, lambda _: 0.0))
         base = Plan.identity(workshop.spec)
-        return Planner(workshop.spec, statistics, base, CONTEXT, judge.kl, judge.kl, iter, trials)
+        return Planner(workshop.spec, statistics, base, workshop.decode_time(CONTEXT), trials, iter)
 
     return made
 
@@ -111,7 +113,7 @@ def test_window_that_loses_nothing_is_offered_in_every_layer(
     for ways in planner.ways.values():
         offered = [{layer.window for _, layer in ways[index]} for ways in ways for index in range(workshop.spec.layers)]
         assert offered == [{None}] * 2 + [{None, 32}] * 2 + [{None, 16}] * 2
-    planned = planner._planned(_filled(planner.plain_bytes / 20, planner.ways[4][1]) or ())
+    planned = planner._planned(planner._filled(planner.plain_bytes / 20, planner.ways[4][1]) or ())
     windowed = [layer for layer in planned.plan.layers if layer.window is not None]
     assert windowed
     assert all(layer.sinks == SINKS and "recent tokens" in layer.reason for layer in windowed)

@@ -18,7 +18,8 @@ from kvslim.cli import app
 from kvslim.errors import GateError, UnsupportedError
 from kvslim.export.manifest import read_manifest
 from kvslim.plan.choose import Chosen, choose
-from kvslim.plan.planner import MARGIN, Planned, Planner
+from kvslim.plan.planner import MARGIN, Planned, Planner, Trials
+from kvslim.plan.removals import RemovalTrials
 from kvslim.plan.windows import WindowTrials
 from kvslim.recipe import Budget, Recipe, load_recipe, parse_recipe
 from kvslim.runtime.graph import layout_of, open_session
@@ -47,8 +48,9 @@ def statistics(workshop: Workshop) -> CalibrationStatistics:
 def planner_of(workshop: Workshop, statistics: CalibrationStatistics) -> Planner:
     judge = Judge(workshop.model, workshop.architecture, statistics.windows)
     base = Plan.identity(workshop.spec)
-    trials = WindowTrials(0, judge.kl, lambda _: 0.0)
-    return Planner(workshop.spec, statistics, base, CONTEXT, judge.kl, judge.kl, iter, trials)
+    windows = WindowTrials(0, judge.kl, lambda _: 0.0)
+    trials = Trials(judge.kl, judge.kl, windows, RemovalTrials(lambda _: 1e9, lambda _: 0.0))
+    return Planner(workshop.spec, statistics, base, workshop.decode_time(CONTEXT), trials, iter)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +166,7 @@ def test_plan_tells_kl_and_frontier_as_json(
     told = json.loads(capsys.readouterr().out)
     assert told["kl"] > 0
     assert told["kv_bytes_per_token"] * 8 <= told["plain_kv_bytes_per_token"]
-    assert set(told["frontier"][0]) == {"cache", "kv_bytes_per_token", "kv_ratio", "kl", "recall_drop"}
+    assert set(told["frontier"][0]) == {"cache", "kv_bytes_per_token", "kv_ratio", "time_ratio", "kl", "recall_drop"}
     assert all(layer["roles"] == 0 for layer in told["plan"]["layers"])
     assert Plan.model_validate_json(out.read_text()) == Plan.model_validate(told["plan"])
     assert app.run(["plan", str(tiny_llama), "--kv-mib-at", "1k=0.0625", *options]) == 0

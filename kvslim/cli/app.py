@@ -30,6 +30,9 @@ RecipeName = Annotated[
 ]
 Ratio = Annotated[float | None, typer.Option("--kv-ratio", help="budget: cache so many times smaller than plain fp32")]
 MibAt = Annotated[str | None, typer.Option("--kv-mib-at", metavar="TOKENS=MIB", help="budget: such as 16k=64")]
+TimeRatio = Annotated[
+    float | None, typer.Option("--time-ratio", help="budget: expected time per token over plain's, such as 0.7")
+]
 MaxKl = Annotated[float | None, typer.Option("--max-kl", help="budget: mean KL to plain, nats per token")]
 MaxDrop = Annotated[float | None, typer.Option("--max-recall-drop", help="budget: recall lost, in points of 100")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key of the recipe")]
@@ -87,6 +90,7 @@ def compress(
     recipe: RecipeName = None,
     kv_ratio: Ratio = None,
     kv_mib_at: MibAt = None,
+    time_ratio: TimeRatio = None,
     max_kl: MaxKl = None,
     max_recall_drop: MaxDrop = None,
     plan: Annotated[Path | None, typer.Option(help="use these decisions (see `kvslim plan`)")] = None,
@@ -101,7 +105,7 @@ def compress(
     """
     from kvslim.cli.inputs import read_budget, read_plan, read_recipe
 
-    typed = read_recipe(recipe, overrides or (), read_budget(kv_ratio, kv_mib_at, max_kl, max_recall_drop))
+    typed = read_recipe(recipe, overrides or (), read_budget(kv_ratio, kv_mib_at, time_ratio, max_kl, max_recall_drop))
     decisions = read_plan(plan) if plan else None
     from kvslim import pipeline
     from kvslim.report.tables import gates_table, report_table
@@ -124,6 +128,7 @@ def plan(
     recipe: RecipeName = None,
     kv_ratio: Ratio = None,
     kv_mib_at: MibAt = None,
+    time_ratio: TimeRatio = None,
     max_kl: MaxKl = None,
     max_recall_drop: MaxDrop = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="write the plan to this JSON file")] = None,
@@ -137,7 +142,7 @@ def plan(
     from kvslim.cli.inputs import check_target, read_budget, read_recipe, write_text
 
     check_target(out, "--out")
-    typed = read_recipe(recipe, overrides or (), read_budget(kv_ratio, kv_mib_at, max_kl, max_recall_drop))
+    typed = read_recipe(recipe, overrides or (), read_budget(kv_ratio, kv_mib_at, time_ratio, max_kl, max_recall_drop))
     from kvslim import pipeline
     from kvslim.report.tables import frontier_table, plan_table
 

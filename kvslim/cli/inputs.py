@@ -86,7 +86,11 @@ def read_memory(model: str, contexts: Sequence[int]) -> CacheMemory:
 
 
 def read_budget(
-    kv_ratio: float | None, kv_mib_at: str | None, max_kl: float | None, max_recall_drop: float | None
+    kv_ratio: float | None,
+    kv_mib_at: str | None,
+    time_ratio: float | None,
+    max_kl: float | None,
+    max_recall_drop: float | None,
 ) -> Budget | None:
     """The budget of the options; None when none is given.
 
@@ -95,6 +99,7 @@ def read_budget(
     """
     limits = {
         "--kv-ratio": ("kv_ratio", kv_ratio),
+        "--time-ratio": ("time_ratio", time_ratio),
         "--max-kl": ("max_kl", max_kl),
         "--max-recall-drop": ("max_recall_drop", None if max_recall_drop is None else max_recall_drop / 100),
     }

@@ -26,7 +26,7 @@ class Chosen(NamedTuple):
 
 
 def choose(planner: Planner, budget: Budget, recall_drop: Callable[[Planned], float]) -> Chosen:
-    """The plan that loses least within a number of bytes, or else the smallest one within the limits of quality.
+    """The plan that loses least within bytes and time, or without a limit of bytes the smallest that loses no more.
 
     Args:
         planner: Finds and measures plans.
@@ -36,9 +36,13 @@ def choose(planner: Planner, budget: Budget, recall_drop: Callable[[Planned], fl
     Raises:
         GateError: No plan found meets all limits.
     """
+    _check_time(planner)
     frontier = planner.frontier()
-    if budget.bytes_limit(planner.plain_bytes) is not None:
-        chosen = _within_bytes(planner, budget, frontier)
+    limit = budget.bytes_limit(planner.plain_bytes)
+    if limit is None and budget.max_kl is None and budget.max_recall_drop is None:
+        limit = planner.plain_bytes
+    if limit is not None:
+        chosen = _within_bytes(planner, budget, frontier, limit)
         if budget.max_recall_drop is not None:
             chosen = _told(chosen, recall_drop)
             _check_recall(chosen, budget.max_recall_drop)
@@ -47,8 +51,16 @@ def choose(planner: Planner, budget: Budget, recall_drop: Callable[[Planned], fl
     return Chosen(chosen, tuple(planned.point for planned in frontier))
 
 
-def _within_bytes(planner: Planner, budget: Budget, frontier: list[Planned]) -> Planned:
-    limit = budget.bytes_limit(planner.plain_bytes) or 0.0
+def _check_time(planner: Planner) -> None:
+    if planner.time_ratio is not None and planner.time_ratio < planner.least_time_ratio:
+        raise GateError(
+            f"no plan takes {planner.time_ratio:g} of plain's time per token at {planner.context:,} tokens",
+            where="budget.time_ratio",
+            fix=f"ask for {planner.least_time_ratio + 0.005:.2f} or more",
+        )
+
+
+def _within_bytes(planner: Planner, budget: Budget, frontier: list[Planned], limit: float) -> Planned:
     planned = planner.allocated(limit)
     if planned is None:
         least = frontier[-1].point.kv_ratio if frontier else 1.0

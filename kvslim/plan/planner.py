@@ -1,21 +1,24 @@
-"""One budget over all methods: the ranks, bits and refinements that lose least, measured before any graph is made."""
+"""One budget over all methods: the codes, windows and heads that lose least, measured before any graph is made."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvslim.errors import GateError
 from kvslim.methods.fitting import fit
-from kvslim.methods.kv_pca import rank_step
 from kvslim.methods.kv_quant import with_integers
 from kvslim.methods.kv_window import KvWindow
-from kvslim.plan.allocate import Option, allocate, hull
-from kvslim.plan.cost import STEP, SideCosts, bundled, choices, side_costs
-from kvslim.plan.probes import Divergence, Price, prices
-from kvslim.plan.windows import SINKS, Window, WindowTrials, keeping_recall
+from kvslim.plan.allocate import allocate, allocate_both
+from kvslim.plan.cost import side_costs
+from kvslim.plan.decode_time import DecodeTime
+from kvslim.plan.probes import Divergence, prices
+from kvslim.plan.removals import RemovalTrials, removals
+from kvslim.plan.ways import Change, Way, Ways, words
+from kvslim.plan.windows import SINKS, Window, WindowTrials, keeping_recall, windowed
 from kvslim.transform.codes import LayerCodes
 from kvslim.types import KVLayout, LayerPlan, ModelSpec, Plan, PlanPoint
 
@@ -28,7 +31,6 @@ FASTER = 1.1  # an int8 cache is read faster than int4: it may lose this much mo
 MARGIN = 1.25  # other text loses more than calibration text by about so much
 SEARCHES = 4
 Layers = Callable[[Iterable[int]], Iterable[int]]
-Way = tuple[Option, LayerPlan]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,22 @@ class Planned:
     point: PlanPoint
 
 
+class Trials(NamedTuple):
+    """How a model is measured.
+
+    Attributes:
+        probe: Divergence of the model with codes, on the text that prices come from.
+        judge: The same on other calibration text, which plans are compared on.
+        windows: How windows are tried.
+        removals: How the model is tried without some heads.
+    """
+
+    probe: Divergence
+    judge: Divergence
+    windows: WindowTrials
+    removals: RemovalTrials
+
+
 class Planner:
     """Searches plans for a model.
 
@@ -51,11 +69,10 @@ class Planner:
         spec: The model's shape.
         statistics: What is known of its cache.
         base: The plan that changes nothing.
-        context: Target context in tokens, at which bytes are counted.
-        probe: Divergence of the model with the codes given, on the text that prices come from.
-        judge: The same on other calibration text, which plans are compared on.
+        time: Of a token at the target context, at which bytes are counted too.
+        trials: How the model is measured.
         layers: Wraps the iterable of probed layers, to show progress.
-        trials: How windows are tried.
+        time_ratio: Time of a token over the plain model's, which every plan keeps; None for no limit.
     """
 
     def __init__(
@@ -63,24 +80,34 @@ class Planner:
         spec: ModelSpec,
         statistics: CalibrationStatistics,
         base: Plan,
-        context: int,
-        probe: Divergence,
-        judge: Divergence,
+        time: DecodeTime,
+        trials: Trials,
         layers: Layers,
-        trials: WindowTrials,
+        time_ratio: float | None = None,
     ) -> None:
-        self.spec, self.statistics, self.base, self.context, self.judge = spec, statistics, base, context, judge
-        self.plain_bytes = KVLayout.of(spec, base).bytes_at(context)
+        self.spec, self.statistics, self.base, self.judge = spec, statistics, base, trials.judge
+        self.time, self.context, self.time_ratio = time, time.context, time_ratio
+        self.plain_bytes = KVLayout.of(spec, base).bytes_at(self.context)
+        self.plain_time = time.of_plan(base.layers)
+        self.made = Ways(spec, base, self.context, time.of_layer, timed=time_ratio is not None)
         costs = side_costs(spec, statistics)
-        priced = prices(spec, statistics, costs, probe, layers)
-        whole = self.whole = {
-            bits: [self._ways(*layer, bits) for layer in zip(base.layers, costs, priced, strict=True)]
+        priced = prices(spec, statistics, costs, trials.probe, layers)
+        self.whole = {
+            bits: [self.made.coded(*layer, bits) for layer in zip(base.layers, costs, priced, strict=True)]
             for bits in (8, 4)
         }
-        windows = self._windows(layers, trials)
-        self.ways = {bits: [ways, *(self._with(ways, window) for window in windows)] for bits, ways in whole.items()}
+        windows = [_windowed(window) for window in self._windows(layers, trials.windows)]
+        removed = removals(spec, statistics, trials.removals, self._pays, layers)
+        self.ways = {bits: list(self._offered(whole, windows, removed)) for bits, whole in self.whole.items()}
         self._fitted: dict[LayerPlan, tuple[LayerPlan, LayerCodes]] = {}
         self._divergences: dict[tuple[LayerPlan, ...], float] = {}
+
+    @property
+    def least_time_ratio(self) -> float:
+        """Time of a token over the plain model's that no plan falls below."""
+        kinds = (ways for kinds in self.ways.values() for ways in kinds)
+        least = min(sum(min(option.time for option, _ in layer) for layer in ways) for ways in kinds)
+        return (least + self.time.of_plan(())) / self.plain_time
 
     def frontier(self) -> list[Planned]:
         """The best plan found at each of a row of sizes, the largest first."""
@@ -99,7 +126,7 @@ class Planner:
         """The plan, or all layers alike at no more bytes, where that loses less."""
         ways, budget = self.whole[4], planned.point.kv_bytes_per_token * self.context
         sizes = range(min(len(layer) for layer in ways))
-        fitting = [place for place in sizes if sum(layer[place][0].size for layer in ways) <= budget]
+        fitting = [place for place in sizes if self._keeps([layer[place] for layer in ways], budget)]
         if not fitting:
             return planned
         uniform = self._planned([layer[fitting[-1]][1] for layer in ways], "uniform, which loses less here; ")
@@ -129,24 +156,6 @@ class Planner:
                 best = tried
         return best
 
-    def _ways(
-        self, layer: LayerPlan, costs: tuple[SideCosts, SideCosts], priced: tuple[Price, Price], bits: int
-    ) -> list[Way]:
-        """The best way to store a layer in each size, with what it is expected to lose."""
-        window = self.spec.windows[layer.layer]
-        ways: list[Way] = []
-        for width in range(rank_step(window), (2 if bits == 4 else 1) * self.spec.head_dim + 1, STEP):
-            possible = list(choices(self.spec, window, width, bits))
-            if not possible:
-                continue
-            (key_loss, key), (value_loss, value) = (
-                min((price.of(cost.cost(choice, bits)), choice) for choice in possible)
-                for price, cost in zip(priced, costs, strict=True)
-            )
-            stored = bundled(layer, key, value, bits).model_copy(update={"score": key_loss + value_loss})
-            ways.append((Option(self._bytes(stored), key_loss + value_loss, len(ways)), stored))
-        return ways
-
     def _windows(self, layers: Layers, trials: WindowTrials) -> list[Window]:
         """The windows that layers may have; in one plan all are of one length, as onnxruntime-genai needs it."""
         offered: list[Window] = []
@@ -155,44 +164,55 @@ class Planner:
             losses: dict[int, float] = {}
             for layer in layers(KvWindow(window=length).able(self.spec)):
                 loss = trials.loss(layer, length, self.spec.layers, self.context)
-                if layer not in refused and self._pays(layer, Window(length, {layer: loss})):
+                if layer not in refused and self._pays(layer, _window_of(length, loss)):
                     losses[layer] = loss
-            kept = keeping_recall(sorted(losses, key=losses.__getitem__), length, self.spec.layers, trials.recall_drop)
+            drops = partial(_recall_drop, trials, length, self.spec.layers)
+            kept = keeping_recall(sorted(losses, key=losses.__getitem__), drops)
             refused |= losses.keys() - kept
             if kept:
                 offered.append(Window(length, {layer: losses[layer] for layer in kept}))
         return offered
 
-    def _pays(self, layer: int, window: Window) -> bool:
-        """Whether a window is the best choice of a layer at any price per byte, and loses less than the least rank."""
-        for ways in self.whole.values():
-            both = [option for option, _ in self._with(ways, window)[layer]]
-            whole = both[: len(ways[layer])]
-            most = max(option.loss for option in whole)
-            if any(option.name >= len(whole) and option.loss < most for option in hull(both)):
-                return True
-        return False
+    def _pays(self, layer: int, change: Change) -> bool:
+        """Whether a change could be part of a plan."""
+        return any(self.made.pays(ways[layer], change) for ways in self.whole.values())
 
-    def _with(self, ways: list[list[Way]], window: Window) -> list[list[Way]]:
-        """Ways to store each layer, and behind them the same with a window."""
-        found = [list(layer) for layer in ways]
-        for index, more in window.losses.items():
-            for option, layer in ways[index]:
-                loss = option.loss + more
-                update = {"window": window.length, "sinks": SINKS, "score": loss}
-                stored = layer.model_copy(update=update)
-                found[index].append((Option(self._bytes(stored), loss, len(found[index])), stored))
-        return found
+    def _offered(
+        self, whole: list[list[Way]], windows: list[dict[int, list[Change]]], removed: dict[int, list[Change]]
+    ) -> Iterator[list[list[Way]]]:
+        """What plans are made of: with no window or windows of one length, with all heads or without some."""
+        for window in ({}, *windows):
+            ways = self._changed(whole, window)
+            yield ways
+            if removed:
+                yield self._changed(ways, removed)
 
-    def _bytes(self, layer: LayerPlan) -> int:
-        """What one layer takes at the target context."""
-        tensors = KVLayout.of(self.spec, self.base.model_copy(update={"layers": (layer,)})).tensors
-        return sum(tensor.bytes_per_token * tensor.rows(self.context) for tensor in tensors)
+    def _changed(self, ways: list[list[Way]], changes: dict[int, list[Change]]) -> list[list[Way]]:
+        return [self.made.changed(layer, changes.get(index, ())) for index, layer in enumerate(ways)]
 
     def _allocated(self, budget: float, bits: int) -> Planned | None:
-        """The best plan without windows or with windows of any one length."""
-        found = {layers: None for ways in self.ways[bits] if (layers := _filled(budget, ways))}
+        """The best of the plans within a budget that are made of each kind of ways."""
+        found = {layers: None for ways in self.ways[bits] if (layers := self._filled(budget, ways))}
         return min(map(self._planned, found), key=_divergence, default=None)
+
+    def _filled(self, budget: float, ways: list[list[Way]]) -> tuple[LayerPlan, ...] | None:
+        """The best way to keep each layer within a budget; None if none fits."""
+        offered = [[option for option, _ in layer] for layer in ways]
+        limit = self._time_limit
+        options = allocate(offered, budget) if limit is None else allocate_both(offered, budget, limit)
+        filled = tuple(layer[option.name][1] for layer, option in zip(ways, options or (), strict=False))
+        return filled if any(layer.heads != () for layer in filled) else None
+
+    def _keeps(self, ways: Sequence[Way], budget: float) -> bool:
+        """Whether those ways keep the limits of bytes and time."""
+        options = [option for option, _ in ways]
+        in_time = self._time_limit is None or sum(option.time for option in options) <= self._time_limit
+        return in_time and sum(option.size for option in options) <= budget
+
+    @property
+    def _time_limit(self) -> float | None:
+        """Time that all layers may take together."""
+        return None if self.time_ratio is None else self.time_ratio * self.plain_time - self.time.of_plan(())
 
     def _planned(self, layers: Sequence[LayerPlan], how: str = "") -> Planned:
         """Those layers with keys centred where that pays, measured."""
@@ -203,9 +223,10 @@ class Planner:
             self._divergences[plan.layers] = self.judge(tuple(code for _, code in fitted))
         size = KVLayout.of(self.spec, plan).bytes_at(self.context)
         point = PlanPoint(
-            cache=plan.layers[0].cache,
+            cache=next(layer.cache for layer in plan.layers if layer.heads != ()),
             kv_bytes_per_token=size / self.context,
             kv_ratio=self.plain_bytes / size,
+            time_ratio=self.time.of_plan(plan.layers) / self.plain_time,
             kl=self._divergences[plan.layers],
         )
         return Planned(plan, point)
@@ -213,29 +234,25 @@ class Planner:
     def _fit(self, layer: LayerPlan) -> tuple[LayerPlan, LayerCodes]:
         """A layer's final plan and its codes, fitted once."""
         if layer not in self._fitted:
-            alone = self.base.model_copy(
-                update={"layers": (layer.model_copy(update={"reason": _words(layer, self.spec)}),)}
-            )
-            final = with_integers(self.spec, self.statistics, alone, {}, True)
+            told = layer.model_copy(update={"reason": words(layer, self.spec)})
+            final = self.base.model_copy(update={"layers": (told,)})
+            if layer.heads != ():
+                final = with_integers(self.spec, self.statistics, final, {}, True)
             self._fitted[layer] = final.layers[0], fit(self.spec, self.statistics, final)[0]
         return self._fitted[layer]
 
 
-def _filled(budget: float, ways: list[list[Way]]) -> tuple[LayerPlan, ...] | None:
-    """The best way to store each layer within a budget; None if none fits."""
-    options = allocate([[option for option, _ in layer] for layer in ways], budget)
-    if options is None:
-        return None
-    return tuple(layer[option.name][1] for layer, option in zip(ways, options, strict=True))
+def _recall_drop(trials: WindowTrials, length: int, layers: int, some: Sequence[int]) -> float:
+    return trials.recall_drop(windowed(some, length, layers))
+
+
+def _window_of(length: int, loss: float) -> Change:
+    return Change({"window": length, "sinks": SINKS}, loss)
+
+
+def _windowed(window: Window) -> dict[int, list[Change]]:
+    return {layer: [_window_of(window.length, loss)] for layer, loss in window.losses.items()}
 
 
 def _divergence(planned: Planned) -> float:
     return planned.point.kl
-
-
-def _words(layer: LayerPlan, spec: ModelSpec) -> str:
-    key, value = layer.ranks(spec.head_dim)
-    ranks = f"rank {key}" if key == value else f"ranks {key} and {value}"
-    refined = ", {} and {} of them refined".format(*layer.twice) if any(layer.twice) else ""
-    window = "" if layer.window is None else f", of {layer.sinks} sinks and {layer.window} recent tokens"
-    return f"{ranks} of {spec.head_dim}{refined}{window}, expected to cost {layer.score:.1e} nats"

@@ -54,21 +54,19 @@ def windowed(chosen: Sequence[int], window: int, layers: int) -> tuple[LayerCode
     return tuple(LayerCodes(window=window, sinks=SINKS) if layer in chosen else LayerCodes() for layer in range(layers))
 
 
-def keeping_recall(wanted: Sequence[int], window: int, layers: int, recall_drop: Measure) -> list[int]:
-    """As many layers as can have a window together at no cost of recall.
+def keeping_recall(wanted: Sequence[int], recall_drop: Callable[[Sequence[int]], float]) -> list[int]:
+    """As many of the layers as can change together at no cost of recall.
 
     Halves of the row are tried as one, and only those that fail are taken apart.
 
     Args:
         wanted: Layers, those that lose least first.
-        window: Its length.
-        layers: Of the model.
-        recall_drop: Share of recall that the model loses with codes.
+        recall_drop: Share of recall that the model loses by a change of some layers.
     """
 
     def kept(taken: list[int], more: Sequence[int]) -> list[int]:
         together = [*taken, *more]
-        if not more or recall_drop(windowed(together, window, layers)) <= MOST_RECALL:
+        if not more or recall_drop(together) <= MOST_RECALL:
             return together
         if len(more) == 1:
             return taken

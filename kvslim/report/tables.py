@@ -124,10 +124,16 @@ def analysis_table(analysis: Analysis) -> Table:
 def frontier_table(frontier: Sequence[PlanPoint]) -> Table:
     """The sizes that the planner saw, and what each loses."""
     rows = tuple(
-        (f"{point.kv_ratio:.2f}x", f"{point.kv_bytes_per_token:,.0f}", point.cache, f"{point.kl:.2g}")
+        (
+            f"{point.kv_ratio:.2f}x",
+            f"{point.kv_bytes_per_token:,.0f}",
+            point.cache,
+            f"{point.time_ratio:.2f}",
+            f"{point.kl:.2g}",
+        )
         for point in frontier
     )
-    return Table(("smaller by", "bytes per token", "cache", "KL"), rows)
+    return Table(("smaller by", "bytes per token", "cache", "time", "KL"), rows)
 
 
 def layers_table(memory: CacheMemory) -> Table:

@@ -1,0 +1,61 @@
+"""How long a plan's decode step takes, counted in multiply-accumulates of the float32 attention kernel.
+
+A step reads every weight once and, in every layer, a key and a value of every cached token for each of its query heads:
+the fused kernel's time follows query heads times head size (kv heads change what it reads, hardly how long it takes).
+What one multiply-accumulate costs depends on how weights and cache are stored; `benchmarks/decode_time.py` measures it
+and compares the ratios that follow with measured ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvslim.types import CacheType, LayerPlan, ModelSpec, WeightType
+
+OF_WEIGHTS: dict[WeightType, float] = {"int4": 0.85, "int8": 1.2, "fp32": 3.0}
+OF_CACHE: dict[CacheType, float] = {"float32": 1.0, "int8": 0.62, "int4": 0.69}
+
+
+@dataclass(frozen=True)
+class DecodeTime:
+    """Counts the work of a layer.
+
+    Attributes:
+        spec: The model's shape.
+        context: Cached tokens.
+        weights: How they are stored.
+        attention: Numbers in the matrices of each layer's attention.
+        others: Numbers in the other matrices of each layer.
+        head: Numbers in the output head.
+    """
+
+    spec: ModelSpec
+    context: int
+    weights: WeightType
+    attention: tuple[int, ...]
+    others: tuple[int, ...]
+    head: int
+
+    def of_layer(self, layer: LayerPlan) -> float:
+        """The work of one layer for one token."""
+        others = OF_WEIGHTS[self.weights] * self.others[layer.layer]
+        return others if layer.heads == () else others + self._attention(layer)
+
+    def of_plan(self, layers: Iterable[LayerPlan]) -> float:
+        """The work of a whole plan for one token."""
+        return OF_WEIGHTS[self.weights] * self.head + sum(map(self.of_layer, layers))
+
+    def _attention(self, layer: LayerPlan) -> float:
+        spec, kv_heads = self.spec, len(layer.kv_heads(self.spec))
+        heads = spec.q_heads if layer.heads is None else len(layer.heads)
+        kept = (heads + kv_heads) / (spec.q_heads + spec.kv_heads)
+        coding = 0 if layer.rank is None else (heads + kv_heads) * spec.head_dim * layer.rank
+        seen = min((limit for limit in self._limits(layer) if limit is not None), default=self.context)
+        reading = OF_CACHE[layer.cache] * heads * sum(layer.widths(spec.head_dim)) * min(seen, self.context)
+        return OF_WEIGHTS[self.weights] * kept * self.attention[layer.layer] + coding + reading
+
+    def _limits(self, layer: LayerPlan) -> tuple[int | None, int | None]:
+        """Tokens that the model's own window leaves, and those of a ring."""
+        ring = None if layer.window is None else layer.window + layer.sinks
+        return self.spec.windows[layer.layer], ring

@@ -1,0 +1,177 @@
+"""Heads that the planner may remove, and the time that it keeps to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from models import open_workshop, recipe_of
+from numbers_of_a_model import SPEC, statistics_of
+
+from kvslim.calibrate.statistics import CalibrationStatistics
+from kvslim.checks import check_plan
+from kvslim.cli import app
+from kvslim.errors import GateError
+from kvslim.methods.prune_heads import Heads
+from kvslim.plan.allocate import Option, allocate, allocate_both
+from kvslim.plan.choose import choose
+from kvslim.plan.decode_time import OF_CACHE, OF_WEIGHTS, DecodeTime
+from kvslim.plan.planner import Planner, Trials
+from kvslim.plan.removals import RemovalTrials, removals
+from kvslim.plan.ways import Change
+from kvslim.plan.windows import WindowTrials
+from kvslim.recipe import Budget
+from kvslim.transform.judge import Judge
+from kvslim.types import KVLayout, LayerPlan, Plan
+from kvslim.workshop import Workshop
+
+CONTEXT = 2048
+Loss = Callable[[dict[int, Heads]], float]
+
+
+def no_drop(_: dict[int, Heads]) -> float:
+    return 0.0
+
+
+@pytest.fixture(scope="module")
+def workshop(tiny_model: Callable[[str], Path]) -> Workshop:
+    return open_workshop(tiny_model("llama"), recipe_of())
+
+
+@pytest.fixture(scope="module")
+def statistics(workshop: Workshop) -> CalibrationStatistics:
+    return workshop.statistics()
+
+
+@pytest.fixture(scope="module")
+def planner_with(workshop: Workshop, statistics: CalibrationStatistics) -> Callable[..., Planner]:
+    judge = Judge(workshop.model, workshop.architecture, statistics.windows)
+
+    def made(divergence: Loss, drop: Loss = no_drop, time_ratio: float | None = None) -> Planner:
+        windows = WindowTrials(0, judge.kl, lambda _: 0.0)
+        trials = Trials(judge.kl, judge.kl, windows, RemovalTrials(divergence, drop))
+        base = Plan.identity(workshop.spec)
+        return Planner(workshop.spec, statistics, base, workshop.decode_time(CONTEXT), trials, iter, time_ratio)
+
+    return made
+
+
+def test_both_limits_are_kept_and_none_is_wasted() -> None:
+    """Bytes and time pull to different options; with both limited the mixture is found."""
+    options = [Option(4, 0.0, 0, 4), Option(1, 1.0, 1, 4), Option(4, 1.0, 2, 1), Option(1, 3.0, 3, 1)]
+    layers = [options] * 4
+    for budget, time in [(16, 16), (7, 16), (16, 7), (10, 10), (7, 7), (4, 4)]:
+        taken = allocate_both(layers, budget, time)
+        assert taken is not None
+        assert sum(option.size for option in taken) <= budget
+        assert sum(option.time for option in taken) <= time
+    losses = {
+        limits: sum(o.loss for o in allocate_both(layers, *limits) or ()) for limits in [(16, 16), (7, 16), (4, 4)]
+    }
+    assert losses == {(16, 16): 0.0, (7, 16): 3.0, (4, 4): 12.0}
+    assert allocate_both(layers, 3, 16) is None
+    assert allocate_both(layers, 16, 3) is None
+
+
+def test_time_that_limits_nothing_changes_nothing() -> None:
+    layers = [[Option(size, 1 / size, place, size) for place, size in enumerate((1.0, 2.0, 5.0))]] * 3
+    assert allocate_both(layers, 9, 1e9) == allocate(layers, 9)
+
+
+def test_removals_are_tried_where_their_share_of_fluctuation_could_pay() -> None:
+    statistics = statistics_of(SPEC)
+    asked: list[dict[int, Heads]] = []
+
+    def divergence(heads: dict[int, Heads]) -> float:
+        asked.append(heads)
+        return float(sum(map(len, heads.values())))
+
+    def pays(layer: int, change: Change) -> bool:
+        return layer == 1 and change.loss < SPEC.q_heads
+
+    found = removals(SPEC, statistics, RemovalTrials(divergence, no_drop), pays, iter)
+    assert list(found) == [1]
+    every = tuple(range(SPEC.q_heads))
+    assert [heads for heads in asked if every in heads.values()] == [{layer: every} for layer in range(SPEC.layers)]
+    assert all(1 in heads for heads in asked if every not in heads.values())
+    parts = {change.update["heads"] for change in found[1]}
+    assert all(0 < len(heads) < SPEC.q_heads for heads in parts)
+    assert all(change.share == len(change.update["heads"]) / SPEC.q_heads for change in found[1])
+
+
+def test_removals_that_cost_recall_are_not_offered() -> None:
+    def drop(heads: dict[int, Heads]) -> float:
+        return 0.2 * (0 in heads)
+
+    trials = RemovalTrials(lambda _: 0.1, drop)
+    found = removals(SPEC, statistics_of(SPEC), trials, lambda *_: True, iter)
+    assert set(found) == set(range(1, SPEC.layers))
+
+
+def test_attention_that_loses_nothing_goes_first(workshop: Workshop, planner_with: Callable[..., Planner]) -> None:
+    planner = planner_with(lambda heads: 0.0 if list(heads) == [1] else 1e9)
+    layers = planner._filled(planner.plain_bytes / 12, planner.ways[4][1])
+    assert layers is not None
+    assert layers[1].heads == ()
+    planned = planner._planned(layers)
+    check_plan(planned.plan, workshop.spec)
+    assert "attention removed" in planned.plan.layers[1].reason
+    assert planned.point.kv_bytes_per_token * CONTEXT == KVLayout.of(workshop.spec, planned.plan).bytes_at(CONTEXT)
+    # What the layer does not take, the others have.
+    whole = planner._filled(planner.plain_bytes / 12, planner.ways[4][0])
+    assert whole is not None
+    assert all(layers[index].widths(16) > whole[index].widths(16) for index in range(len(whole)) if index != 1)
+
+
+def test_plan_is_no_worse_than_one_with_all_heads(planner_with: Callable[..., Planner]) -> None:
+    misled, whole = planner_with(no_drop), planner_with(lambda _: 1e9)
+    for ratio in (8, 14):
+        plans = [planner.allocated(planner.plain_bytes / ratio) for planner in (misled, whole)]
+        assert plans[0] is not None
+        assert plans[1] is not None
+        assert plans[0].point.kl <= plans[1].point.kl
+
+
+@pytest.mark.parametrize("time_ratio", [0.9, 0.75])
+def test_plan_keeps_time_and_bytes(workshop: Workshop, planner_with: Callable[..., Planner], time_ratio: float) -> None:
+    planner = planner_with(lambda heads: 0.05 * len(next(iter(heads.values()))), time_ratio=time_ratio)
+    alone = choose(planner, Budget(time_ratio=time_ratio), lambda _: 0.0).planned
+    assert alone.point.time_ratio <= time_ratio
+    both = choose(planner, Budget(time_ratio=time_ratio, kv_ratio=8), lambda _: 0.0).planned
+    assert both.point.time_ratio <= time_ratio
+    assert both.point.kv_ratio >= 8
+    for planned in (alone, both):
+        check_plan(planned.plan, workshop.spec)
+        work = workshop.decode_time(CONTEXT)
+        plain = work.of_plan(Plan.identity(workshop.spec).layers)
+        assert planned.point.time_ratio == pytest.approx(work.of_plan(planned.plan.layers) / plain)
+
+
+def test_impossible_time_is_refused_with_what_is_possible(planner_with: Callable[..., Planner]) -> None:
+    planner = planner_with(lambda _: 1e9, time_ratio=0.01)
+    with pytest.raises(GateError) as caught:
+        choose(planner, Budget(time_ratio=0.01), lambda _: 0.0)
+    assert caught.value.where == "budget.time_ratio"
+    assert f"{planner.least_time_ratio + 0.005:.2f}" in (caught.value.fix or "")
+
+
+def test_time_follows_heads_sizes_and_windows() -> None:
+    spec = SPEC.model_copy(update={"windows": (None,) * SPEC.layers})
+    time = DecodeTime(spec, CONTEXT, "fp32", (100,) * spec.layers, (1000,) * spec.layers, 10)
+    reading = 2 * spec.q_heads * spec.head_dim * CONTEXT
+    assert time.of_layer(LayerPlan(layer=0)) == OF_WEIGHTS["fp32"] * 1100 + reading
+    assert time.of_layer(LayerPlan(layer=0, heads=())) == OF_WEIGHTS["fp32"] * 1000
+    assert time.of_layer(LayerPlan(layer=0, cache="int8")) == OF_WEIGHTS["fp32"] * 1100 + OF_CACHE["int8"] * reading
+    windowed = LayerPlan(layer=0, window=100, sinks=4)
+    assert time.of_layer(windowed) == OF_WEIGHTS["fp32"] * 1100 + reading * 104 / CONTEXT
+    half = LayerPlan(layer=0, heads=tuple(range(spec.q_heads // 2)))
+    assert time.of_layer(half) == OF_WEIGHTS["fp32"] * 1050 + reading / 2
+
+
+def test_time_ratio_is_an_option_of_plan(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("--set", "calibration.samples=4", "--set", "calibration.length=48")
+    assert app.run(["plan", str(tiny_llama), "--time-ratio", "0.9", *settings]) == 0
+    assert "time" in capsys.readouterr().out
+    assert app.run(["plan", str(tiny_llama), "--time-ratio", "1.5", *settings]) == 2
+    assert "--time-ratio" in capsys.readouterr().err
