@@ -23,6 +23,7 @@ from kvslim.plan.analyze import Analysis
 from kvslim.progress import Progress, Silent
 from kvslim.recipe import Recipe, parse_recipe
 from kvslim.report.card import write_card
+from kvslim.report.page import write_report
 from kvslim.types import Frozen, KVLayout, Manifest, Measures, ModelSpec, Plan, PlanPoint, Report, Source
 from kvslim.validate.encoder import encoder_costs, measure_encoder
 from kvslim.validate.measure import measure, measure_costs
@@ -79,7 +80,10 @@ def compress(
         workshop = _open(snapshot, spec, recipe, progress)
         progress.stage("calibrate")
         statistics = workshop.statistics()
-        plan = plan or _planned(workshop, statistics, progress).plan
+        frontier: tuple[PlanPoint, ...] = ()
+        if plan is None:
+            planned = _planned(workshop, statistics, progress)
+            plan, frontier = planned.plan, planned.frontier
         progress.stage("held-out text")
         evaluation = workshop.evaluation()
         progress.stage("export the plain baseline")
@@ -94,7 +98,7 @@ def compress(
         progress.stage("validate")
         report = measure(plain, folder, recipe, evaluation, recipe.calibration.target(spec))
         shutil.rmtree(plain)
-        return _finish(folder, workshop, plan, inputs, report)
+        return _finish(folder, workshop, plan, inputs, report, frontier)
 
 
 def plan(model: str, recipe: Recipe, *, progress: Progress | None = None) -> PlanSummary:
@@ -290,9 +294,14 @@ def _weight_bytes(snapshot: Snapshot) -> int:
 
 
 def _finish(
-    folder: Path, workshop: Workshop | EncoderWorkshop, plan: Plan, inputs: tuple[str, ...], report: Report
+    folder: Path,
+    workshop: Workshop | EncoderWorkshop,
+    plan: Plan,
+    inputs: tuple[str, ...],
+    report: Report,
+    frontier: tuple[PlanPoint, ...] = (),
 ) -> Manifest:
-    """Writes what describes the artifact: model card and manifest."""
+    """Writes what describes the artifact: model card, HTML report and manifest."""
     snapshot = workshop.snapshot
     manifest = Manifest(
         source=Source(model=snapshot.model, revision=snapshot.revision, sha256=workshop.digest),
@@ -300,6 +309,7 @@ def _finish(
         context=workshop.recipe.calibration.target(workshop.spec),
         recipe=workshop.recipe.model_dump(mode="json"),
         plan=plan,
+        frontier=frontier,
         kv_layout=KVLayout.of(workshop.spec, plan),
         weights=workshop.recipe.weights,
         inputs=inputs,
@@ -309,6 +319,7 @@ def _finish(
         passed=report.passed,
     )
     write_card(folder, manifest)
+    write_report(folder, manifest)
     manifest = manifest.model_copy(update={"files": hash_files(folder)})
     write_manifest(folder, manifest)
     return manifest

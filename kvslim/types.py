@@ -314,6 +314,7 @@ class Manifest(Frozen):
     context: int = Field(description="tokens of the cache that bytes per token are counted in")
     recipe: dict[str, object]
     plan: Plan
+    frontier: tuple[PlanPoint, ...] = Field((), description="with a budget: what the planner saw at other sizes")
     kv_layout: KVLayout
     weights: Weights
     inputs: tuple[str, ...] = Field(description="graph inputs that have no default, other than the cache, in order")

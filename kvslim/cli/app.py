@@ -6,7 +6,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -14,6 +14,9 @@ from kvslim import __version__
 from kvslim.cli import console
 from kvslim.cli.failures import InterruptError, bug, usage_error, verdict
 from kvslim.errors import ArtifactError, KvslimError, UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    from kvslim.types import Report
 
 app = typer.Typer(
     name="kvslim",
@@ -37,6 +40,7 @@ MaxKl = Annotated[float | None, typer.Option("--max-kl", help="budget: mean KL t
 MaxDrop = Annotated[float | None, typer.Option("--max-recall-drop", help="budget: recall lost, in points of 100")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key of the recipe")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+Junit = Annotated[Path | None, typer.Option(help="write the gates to this file as JUnit XML")]
 Threads = Annotated[int | None, typer.Option(min=1, help="threads of one operator; default: onnxruntime's choice")]
 
 
@@ -96,6 +100,7 @@ def compress(
     plan: Annotated[Path | None, typer.Option(help="use these decisions (see `kvslim plan`)")] = None,
     overrides: Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="replace the artifact that is there")] = False,
+    junit: Junit = None,
     as_json: Json = False,
 ) -> int:
     """Make an artifact from a model.
@@ -103,8 +108,9 @@ def compress(
     It is measured against the plain export; exit code 3 when a gate of the recipe fails. With a budget the planner
     picks methods, ranks and bits, and the budget's limits are the gates.
     """
-    from kvslim.cli.inputs import read_budget, read_plan, read_recipe
+    from kvslim.cli.inputs import check_target, read_budget, read_plan, read_recipe
 
+    check_target(junit, "--junit")
     typed = read_recipe(recipe, overrides or (), read_budget(kv_ratio, kv_mib_at, time_ratio, max_kl, max_recall_drop))
     decisions = read_plan(plan) if plan else None
     from kvslim import pipeline
@@ -113,6 +119,8 @@ def compress(
     with console.library_output_on_stderr():
         manifest = pipeline.compress(model, typed, out, plan=decisions, overwrite=force, progress=console.Terminal())
     report = manifest.report
+    if report:
+        _write_junit(junit, report, out)
     if as_json:
         block = report.model_dump(mode="json") if report else {"passed": manifest.passed}
         console.print_json({"artifact_folder": str(out), **block})
@@ -197,22 +205,52 @@ def analyze(
 def validate(
     artifact: Artifact,
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="default: the model it was made from")] = None,
+    junit: Junit = None,
     as_json: Json = False,
 ) -> int:
     """Measure an artifact again.
 
     Exit code 3 when a gate of its recipe fails.
     """
+    from kvslim.cli.inputs import check_target
+
+    check_target(junit, "--junit")
     from kvslim import pipeline
     from kvslim.report.tables import gates_table, report_table
 
     with console.library_output_on_stderr():
         report = pipeline.validate(artifact, against=against, progress=console.Terminal())
+    _write_junit(junit, report, artifact)
     if as_json:
         console.print_json(report.model_dump(mode="json"))
     else:
         console.print_tables(report_table(report), gates_table(report.gates))
     return verdict(report.passed, report.gates, str(artifact))
+
+
+@app.command()
+def compare(
+    artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="folders to put side by side")],
+    html: Annotated[Path | None, typer.Option(help="write a page with tables and figures to this file")] = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="baseline: what `kvslim compare --json` printed before")
+    ] = None,
+    fail_on_regression: Annotated[
+        bool, typer.Option("--fail-on-regression", help="exit code 3 when a measure is worse than the baseline")
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """Put artifacts side by side.
+
+    Reads what their manifests say was measured; measures nothing itself. The printed JSON is a baseline for later.
+    """
+    from kvslim.cli.comparing import compare as side_by_side
+    from kvslim.cli.inputs import check_target
+
+    check_target(html, "--html")
+    if fail_on_regression and against is None:
+        raise UsageError("there is no baseline", where="--fail-on-regression", fix="add --against baseline.json")
+    return side_by_side(artifacts, html, against, fail_on_regression, as_json)
 
 
 @app.command()
@@ -372,6 +410,15 @@ def doctor(as_json: Json = False) -> None:
         error = UnsupportedError(f"not fit: {names}", where="this machine", fix=failed[0].fix)
         console.print_error(error)
         raise typer.Exit(error.exit_code)
+
+
+def _write_junit(path: Path | None, report: Report, artifact: Path) -> None:
+    """Writes the gates where a file for them was named; failed ones too."""
+    if path:
+        from kvslim.cli.inputs import write_text
+        from kvslim.report.junit import junit_xml
+
+        write_text(path, junit_xml(report, artifact.resolve().name), "--junit")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def model_card(manifest: Manifest) -> str:
         manifest=manifest,
         encoder=spec.is_encoder,
         front=yaml.safe_dump(_front_matter(manifest), sort_keys=False, allow_unicode=True),
-        name=_name(manifest),
+        name=name_of(manifest),
         recipe=manifest.recipe.get("name", "custom"),
         version=manifest.versions.get("kvslim", ""),
         slim=manifest.kv_layout.bytes_per_token(manifest.context),
@@ -120,6 +120,6 @@ def _front_matter(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _name(manifest: Manifest) -> str:
+def name_of(manifest: Manifest) -> str:
     """The hub id, or the last part of a local path: a card does not tell of its maker's disk."""
     return manifest.source.model if manifest.source.revision else Path(manifest.source.model).name

@@ -1,0 +1,194 @@
+"""Artifacts side by side, from their manifests alone, and what got worse since a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from kvslim.errors import UsageError
+from kvslim.report.card import name_of
+from kvslim.report.tables import METRICS, NONE, Table, measures_table
+from kvslim.types import Frozen, GateResult, Manifest, Measures
+
+
+class Column(Frozen):
+    """One artifact of a comparison; `context` is the tokens that its bytes per token are counted in."""
+
+    model: str
+    recipe: str
+    context: int
+    passed: bool | None
+    gates: tuple[GateResult, ...]
+    artifact: Measures
+    ratio: Measures
+
+
+class Comparison(Frozen):
+    """What `kvslim compare --json` prints, and `--against` reads."""
+
+    artifacts: dict[str, Column]
+
+
+class Regression(Frozen):
+    """A measure that is worse than the baseline's by more than its tolerance; None: not measured any more."""
+
+    artifact: str
+    measure: str
+    baseline: float | None
+    value: float | None
+    limit: float | None
+
+    @property
+    def values(self) -> tuple[float | None, float | None, float | None]:
+        """Baseline, now, and the worst that is tolerated."""
+        return self.baseline, self.value, self.limit
+
+
+class Tolerance(NamedTuple):
+    """How much worse a measure may get before it counts.
+
+    Attributes:
+        sign: 1 where less is better, -1 where more is.
+        relative: Share of the baseline.
+        absolute: In the measure's unit, on top of that.
+    """
+
+    sign: int
+    relative: float
+    absolute: float
+
+
+# Quality is the same at every run of the same versions, but for sums in another order. Latencies are factors to the
+# plain export of the same run, as a baseline may come from another machine, and these still scatter.
+QUALITY = {
+    "kv_bytes_per_token": Tolerance(1, 0.001, 0),
+    "file_mib": Tolerance(1, 0.01, 0),
+    "kl_mean": Tolerance(1, 0.1, 1e-4),
+    "kl_p99": Tolerance(1, 0.2, 1e-3),
+    "top1_agreement": Tolerance(-1, 0, 0.005),
+    "perplexity": Tolerance(1, 0.01, 0),
+    "recall": Tolerance(-1, 0, 0.01),
+    "embedding_cosine_mean": Tolerance(-1, 0, 0.002),
+    "masked_top1_agreement": Tolerance(-1, 0, 0.01),
+    "peak_rss_mib": Tolerance(1, 0.15, 0),
+}
+LATENCY = {name: Tolerance(1, 0.25, 0) for name in ("ttft_ms", "tpot_ms", "latency_ms")}
+
+
+def compared(manifests: Mapping[str, Manifest]) -> Comparison:
+    """The columns of artifacts, by the names given."""
+    return Comparison(artifacts={name: _column(manifest) for name, manifest in manifests.items()})
+
+
+def regressions(comparison: Comparison, baseline: Comparison) -> tuple[Regression, ...]:
+    """All that is worse than in the baseline.
+
+    Artifacts are matched by name; one alone is matched with one alone, whatever their names.
+
+    Raises:
+        UsageError: An artifact has no counterpart, or its bytes are counted at another context.
+    """
+    return tuple(
+        regression
+        for name, column in comparison.artifacts.items()
+        for regression in _worse(name, column, _counterpart(name, comparison, baseline))
+    )
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """A column per artifact: what was measured, as factors to plain too, and how many gates hold."""
+    columns = comparison.artifacts
+    measured = measures_table({name: column.artifact for name, column in columns.items()})
+    rows = (
+        ("Model", *(column.model for column in columns.values())),
+        ("Recipe", *(column.recipe for column in columns.values())),
+        *measured.rows,
+        *_factors(columns),
+        ("Gates passed", *(_gates(column) for column in columns.values())),
+    )
+    return Table(measured.header, rows)
+
+
+def regressions_table(found: Sequence[Regression]) -> Table:
+    """Each regression with the baseline's value, the artifact's, and the worst that the tolerance allows."""
+    rows = tuple(
+        (one.artifact, one.measure, *(NONE if value is None else f"{value:.4g}" for value in one.values))
+        for one in found
+    )
+    return Table(("artifact", "worse", "baseline", "now", "tolerated"), rows, words=True)
+
+
+def _factors(columns: Mapping[str, Column]) -> Iterator[tuple[str, ...]]:
+    for measure in ("kv_bytes_per_token", *LATENCY):
+        values = [getattr(column.ratio, measure) for column in columns.values()]
+        label = f"{METRICS[measure][0].split(', ')[0]}, to plain"
+        if measure == "kv_bytes_per_token":
+            yield (label, *(NONE if value is None else f"{value:.3g}x" for value in values))
+            continue
+        for length in sorted({length for value in values for length in value or {}}, key=int):
+            shown = (value[length] if value and length in value else None for value in values)
+            yield (f"{label}, at {length}", *(NONE if value is None else f"{value:.3g}x" for value in shown))
+
+
+def _gates(column: Column) -> str:
+    passed = sum(gate.passed for gate in column.gates)
+    return f"{passed} of {len(column.gates)}" if column.gates else NONE
+
+
+def _column(manifest: Manifest) -> Column:
+    report = manifest.report
+    return Column(
+        model=name_of(manifest),
+        recipe=str(manifest.recipe.get("name", "custom")),
+        context=manifest.context,
+        passed=manifest.passed,
+        gates=report.gates if report else (),
+        artifact=report.artifact if report else Measures(),
+        ratio=report.ratio if report else Measures(),
+    )
+
+
+def _counterpart(name: str, comparison: Comparison, baseline: Comparison) -> Column:
+    alone = len(comparison.artifacts) == len(baseline.artifacts) == 1
+    column = next(iter(baseline.artifacts.values())) if alone else baseline.artifacts.get(name)
+    if column is None:
+        raise UsageError(
+            f"the baseline has no artifact {name!r}, only {', '.join(baseline.artifacts) or 'none at all'}",
+            where="--against",
+            fix="write it again with `kvslim compare ARTIFACT... --json`",
+        )
+    context = comparison.artifacts[name].context
+    if column.context != context:
+        raise UsageError(
+            f"bytes per token are counted at {context:,} tokens, in the baseline at {column.context:,}",
+            where=f"--against, {name}",
+            fix="compare artifacts of one target context",
+        )
+    return column
+
+
+def _worse(name: str, now: Column, before: Column) -> Iterator[Regression]:
+    for measure, tolerance in QUALITY.items():
+        old, new = getattr(before.artifact, measure), getattr(now.artifact, measure)
+        yield from _judged(name, measure, tolerance, old, new)
+    for measure, tolerance in LATENCY.items():
+        old, new = getattr(before.ratio, measure) or {}, getattr(now.ratio, measure) or {}
+        for length in sorted(old, key=int):
+            yield from _judged(name, f"{measure} to plain at {length}", tolerance, old[length], new.get(length))
+    failed = {gate.name for gate in before.gates if not gate.passed}
+    for gate in now.gates:
+        if not gate.passed and gate.name not in failed:
+            yield Regression(
+                artifact=name, measure=f"gate {gate.name}", baseline=None, value=gate.value, limit=gate.limit
+            )
+
+
+def _judged(
+    name: str, measure: str, tolerance: Tolerance, old: float | None, new: float | None
+) -> Iterator[Regression]:
+    """The regression of one measure, if it is one; what was never measured cannot get worse."""
+    if old is None:
+        return
+    limit = old + tolerance.sign * (abs(old) * tolerance.relative + tolerance.absolute)
+    if new is None or tolerance.sign * (new - limit) > 0:
+        yield Regression(artifact=name, measure=measure, baseline=old, value=new, limit=limit)

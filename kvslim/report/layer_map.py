@@ -1,0 +1,72 @@
+"""A picture of a cache: what each layer keeps of each head's keys and values, in how many dimensions and bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from html import escape
+
+from kvslim.types import BITS, KVTensor, LayerPlan, Manifest, ModelSpec
+
+WIDTH, ROW, TOP = 360, 16, 22
+KEYS, VALUES, SIDE, NOTE = 28, 150, 114, 272  # left edges of the columns, and the width of a side
+GAP = 2
+
+
+def layer_map(manifest: Manifest) -> str:
+    """The picture's SVG: a row per layer, a box per kv head, filled as far as its dimensions are kept.
+
+    Args:
+        manifest: Of a decoder; its spec sets the boxes, its KV layout what fills them.
+    """
+    spec, height = manifest.spec, TOP + ROW * manifest.spec.layers + 4
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="What each layer caches">',
+        "<title>What each layer caches</title>",
+        f'<text class="label" x="{KEYS}" y="12">keys</text><text class="label" x="{VALUES}" y="12">values</text>',
+    ]
+    for layer in manifest.plan.layers:
+        tensors = [tensor for tensor in manifest.kv_layout.tensors if tensor.layer == layer.layer]
+        parts.extend(
+            _row(spec, layer, tensors[-2:], TOP + ROW * layer.layer)
+        )  # with packed codes the last two are they
+    return "\n".join([*parts, "</svg>"])
+
+
+def stored_bits(manifest: Manifest) -> tuple[int, ...]:
+    """The bits that the picture shows, the most first."""
+    return tuple(sorted({BITS[tensor.dtype] for tensor in manifest.kv_layout.tensors}, reverse=True))
+
+
+def _row(spec: ModelSpec, layer: LayerPlan, tensors: Sequence[KVTensor], top: int) -> Iterator[str]:
+    note = _note(tensors)
+    kept = set(layer.kv_heads(spec)) if tensors else set()
+    yield f"<g><title>{escape(f'layer {layer.layer}: {note}; {layer.reason}')}</title>"
+    yield f'<text x="{KEYS - 6}" y="{top + 11}" text-anchor="end">{layer.layer}</text>'
+    for index, left in enumerate((KEYS, VALUES)):
+        yield from _side(spec, tensors[index] if tensors else None, kept, left, top)
+    yield f'<text x="{NOTE}" y="{top + 11}">{escape(note)}</text></g>'
+
+
+def _side(spec: ModelSpec, tensor: KVTensor | None, kept: set[int], left: int, top: int) -> Iterator[str]:
+    """The boxes of one side of a layer; those of heads that are gone stay empty."""
+    pitch = SIDE / spec.kv_heads
+    width = pitch - min(GAP, pitch / 4)
+    for head in range(spec.kv_heads):
+        place = f'x="{left + pitch * head:.1f}" y="{top}" height="{ROW - 4}"'
+        yield f'<rect class="box" {place} width="{width:.1f}"/>'
+        if tensor is not None and head in kept:
+            share = min(1.0, tensor.dim / spec.head_dim)
+            yield f'<rect class="b{BITS[tensor.dtype]}" {place} width="{width * share:.1f}"/>'
+
+
+def _note(tensors: Sequence[KVTensor]) -> str:
+    """Dimensions, type and window of a layer's cache, in few words."""
+    if not tensors:
+        return "no cache"
+    key, value = tensors
+    dims = str(key.dim) if key.dim == value.dim else f"{key.dim}/{value.dim}"
+    window = "" if key.window is None else f", {f'{key.sinks}+' if key.sinks else ''}{key.window}"
+    return f"{dims} {_SHORT.get(key.dtype, key.dtype)}{window}"
+
+
+_SHORT = {"float32": "fp32", "codes3": "3 bits", "codes2": "2 bits", "codes1": "1 bit"}
