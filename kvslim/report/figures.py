@@ -97,18 +97,18 @@ def _quality(
         point = _point(report.artifact, value(report.artifact), kl)
         if point is None:
             continue
+        legend.append((f"{style} dot", label))
         frontier = measured[label].frontier if kl else ()
         if frontier:
             expected = sorted((point.kv_bytes_per_token, max(point.kl, LEAST_KL)) for point in frontier)
             series.append(Series(f"{label}, expected", tuple(expected), style, line="dashed", marks="hollow"))
             legend.append((f"{style} dashed", f"{label}, expected by the planner at other sizes"))
         series.append(Series(label, (point,), style, line="none"))
-        legend.append((style, label))
     if not series:
         return None
     if not kl:
         series.append(_plain_marks(measured, value))
-        legend.append(("plain", "plain"))
+        legend.append(("plain dot", "plain"))
     rules = [*_plain_rules(measured), *_gate_rules(measured, name)]
     return Figure(name, title, chart(title, _BYTES, axis, series, rules), _QUALITY_CAPTIONS[name], tuple(legend))
 
@@ -232,7 +232,8 @@ def _layers(name: str, manifest: Manifest, several: bool) -> Figure | None:
 
 _LAYERS_CAPTION = (
     "A box is a kv head, filled as far as its dimensions are kept; an empty one is gone. At the right: cached "
-    "dimensions, type, and the window where there is one (sinks + recent tokens)."
+    "numbers per head and token (more than its dimensions where some are stored twice), their type, and the window "
+    "where there is one (sinks + recent tokens)."
 )
 
 

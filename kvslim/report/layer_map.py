@@ -8,7 +8,7 @@ from html import escape
 from kvslim.types import BITS, KVTensor, LayerPlan, Manifest, ModelSpec
 
 WIDTH, ROW, TOP = 360, 16, 22
-KEYS, VALUES, SIDE, NOTE = 28, 150, 114, 272  # left edges of the columns, and the width of a side
+KEYS, VALUES, SIDE, NOTE = 28, 134, 100, 242  # left edges of the columns, and the width of a side
 GAP = 2
 
 

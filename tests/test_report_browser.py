@@ -1,0 +1,119 @@
+"""The report's page in a real browser: figures that are there, on a phone, in light and in dark, without a script."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html import escape, unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.image import imread
+from tiny_report import manifest
+
+from kvslim.report.compare import compared, regressions
+from kvslim.report.page import artifact_page, comparison_page
+
+FIGURES = ["kl", "recall", "tpot", "ttft", "memory", "layers"]
+LIMITS = [("a board", 0.5), ("a small phone", 2.0), ("a laptop", 16.0)]
+PHONE, DESKTOP = (390, 844), (1280, 900)
+QUIET = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --hide-scrollbars"
+).split()
+LOOK = """
+<script>
+const size = (node) => node.getBoundingClientRect();
+const shown = (node) => size(node).width > 0 || size(node).height > 0;
+const apart = (a, b) => a.right <= b.left + 1 || b.right <= a.left + 1 || a.bottom <= b.top + 2 || b.bottom <= a.top + 2;
+const clashes = (figure) => [...figure.querySelectorAll("svg text")].flatMap((one, index, all) =>
+  all.slice(index + 1).filter((other) => !apart(size(one), size(other))).map((other) =>
+    `${one.textContent} / ${other.textContent}`));
+parent.document.body.dataset.seen = JSON.stringify({
+  width: innerWidth, scrolls: document.documentElement.scrollWidth > innerWidth,
+  background: getComputedStyle(document.body).backgroundColor,
+  figures: [...document.querySelectorAll("figure")].map((figure) => ({
+    name: figure.className, width: size(figure.querySelector("svg")).width,
+    height: size(figure.querySelector("svg")).height, right: size(figure).right,
+    drawn: [...figure.querySelectorAll("svg .line, svg .mark, svg rect:not(.box)")].filter(shown).length,
+    letters: Math.min(...[...figure.querySelectorAll("svg text")].map((text) => size(text).height)),
+    overflow: Math.max(...[...figure.querySelectorAll("svg text")].map((text) => size(text).right)) -
+      size(figure.querySelector("svg")).right,
+    clashes: clashes(figure), colours: [...new Set([...figure.querySelectorAll("svg .line, svg .mark")].map((node) =>
+      getComputedStyle(node).stroke))].length,
+  })),
+});
+</script></body>
+"""
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    found = shutil.which("chromium")
+    if not found:
+        if os.environ.get("KVSLIM_REQUIRE_CHROMIUM") == "1":
+            pytest.fail("chromium is missing, and KVSLIM_REQUIRE_CHROMIUM=1 asks for it")
+        pytest.skip("needs chromium (Debian: apt-get install chromium)")
+    return found
+
+
+def browse(chromium: str, page: Path, window: tuple[int, int], *options: str) -> str:
+    profile = page.with_suffix(".profile")
+    command = [chromium, *QUIET, f"--user-data-dir={profile}", f"--window-size={window[0]},{window[1]}", *options]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, check=True, timeout=60)
+    shutil.rmtree(profile, ignore_errors=True)
+    return done.stdout
+
+
+def seen(chromium: str, html: str, path: Path, window: tuple[int, int]) -> dict[str, Any]:
+    """What a script finds in a copy of the page that may run one, in a frame, as windows are at least 500 wide."""
+    policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+    assert policy.search(html)
+    copy = escape(policy.sub("", html).replace("</body>", LOOK), quote=True)
+    size = f'width="{window[0]}" height="{window[1]}"'
+    path.write_text(f'<!doctype html><meta charset="utf-8"><body><iframe {size} frameborder="0" srcdoc="{copy}">')
+    found = re.search(r'data-seen="([^"]*)"', browse(chromium, path, DESKTOP, "--dump-dom"))
+    assert found
+    return dict(json.loads(unescape(found[1])))
+
+
+@pytest.mark.parametrize("window", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_figures_are_drawn_and_readable(chromium: str, tmp_path: Path, window: tuple[int, int]) -> None:
+    page = seen(chromium, artifact_page(manifest(), LIMITS), tmp_path / "report.html", window)
+    assert page["width"] == window[0]
+    assert not page["scrolls"]
+    assert [figure["name"] for figure in page["figures"]] == FIGURES
+    for figure in page["figures"]:
+        assert figure["width"] > 300
+        assert figure["height"] > 80
+        assert figure["right"] <= window[0]
+        assert figure["drawn"] >= 2
+        assert figure["letters"] >= 10
+        assert figure["overflow"] <= 1
+        assert figure["clashes"] == []
+
+
+def test_comparison_draws_every_artifact_in_a_colour_of_its_own(chromium: str, tmp_path: Path) -> None:
+    manifests = {"a": manifest(), "b": manifest(kl=0.02, recall=0.9), "c": manifest(slowness=2)}
+    comparison = compared(manifests)
+    html = comparison_page(comparison, manifests, regressions(comparison, comparison), LIMITS)
+    figures = seen(chromium, html, tmp_path / "compare.html", DESKTOP)["figures"]
+    assert [figure["name"] for figure in figures] == [*FIGURES, "layers", "layers"]
+    assert all(figure["clashes"] == [] for figure in figures)
+    assert {figure["name"]: figure["colours"] for figure in figures[:4]} == {"kl": 3, "recall": 4, "tpot": 3, "ttft": 3}
+
+
+def test_page_follows_the_readers_light_or_dark_setting(chromium: str, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    page.write_text(artifact_page(manifest(), LIMITS))
+    brightness = []
+    for scheme in (1, 0):  # Blink's numbers for light and dark
+        shot = tmp_path / f"{scheme}.png"
+        browse(chromium, page, PHONE, f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={shot}")
+        brightness.append(imread(shot)[..., :3].mean())
+    assert brightness[0] > 0.85
+    assert brightness[1] < 0.25

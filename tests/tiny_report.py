@@ -1,0 +1,79 @@
+"""Manifests with every kind of number in them, for pages and comparisons; nothing is run."""
+
+from __future__ import annotations
+
+from kvslim.types import GateResult, KVLayout, LayerPlan, Manifest, Measures, ModelSpec, Plan, PlanPoint, Report, Source
+from kvslim.validate.gates import ratio
+
+
+SPEC = ModelSpec(
+    model_type="llama",
+    layers=5,
+    hidden_size=64,
+    q_heads=8,
+    kv_heads=4,
+    head_dim=16,
+    vocab_size=257,
+    max_context=8192,
+    windows=(None,) * 5,
+)
+PLAN = Plan(
+    layers=(
+        LayerPlan(layer=0, rank=8, cache="int8", score=0.97, reason="rank 8 of 16; <int8> & more"),
+        LayerPlan(layer=1, cache="int4", reason="int4"),
+        LayerPlan(layer=2, heads=(0, 1, 6, 7), reason="kv heads 1, 2 removed"),
+        LayerPlan(layer=3, heads=(), reason="attention removed"),
+        LayerPlan(layer=4, window=256, sinks=4, cache="codes2", reason="2 bits behind a window"),
+    )
+)
+PLAIN = Measures(
+    kv_bytes_per_token=2560,
+    file_mib=100,
+    kl_mean=0,
+    top1_agreement=1,
+    perplexity=9.0,
+    recall=0.98,
+    ttft_ms={"128": 20.0, "512": 90.0},
+    tpot_ms={"128": 3.0, "1024": 4.0, "8192": 12.0},
+    peak_rss_mib=300,
+)
+
+
+def manifest(*, kl: float = 0.004, recall: float = 0.97, slowness: float = 1.0, limit: float = 0.01) -> Manifest:
+    """A decoder's manifest: pruned, windowed, packed and rounded layers, a planner's frontier, one gate."""
+    layout = KVLayout.of(SPEC, PLAN)
+    artifact = PLAIN.model_copy(
+        update={
+            "kv_bytes_per_token": layout.bytes_per_token(4096),
+            "kl_mean": kl,
+            "recall": recall,
+            "tpot_ms": {"128": 3.5 * slowness, "1024": 3.0 * slowness, "8192": 5.0 * slowness},
+        }
+    )
+    gate = GateResult(name="max_kl", value=kl, limit=limit, passed=kl <= limit)
+    report = Report(
+        passed=gate.passed,
+        gates=(gate,),
+        plain=PLAIN,
+        floor=Measures(kl_mean=1e-12),
+        artifact=artifact,
+        ratio=ratio(artifact, PLAIN),
+    )
+    points = tuple(
+        PlanPoint(cache="int4", kv_bytes_per_token=2560 / size, kv_ratio=size, kl=1e-4 * size**2) for size in (4, 8, 16)
+    )
+    return Manifest(
+        source=Source(model="some/model", revision="abc", sha256="0" * 64),
+        spec=SPEC,
+        context=4096,
+        recipe={"name": "small", "description": "An eighth of the bytes.", "gates": {"max_kl": limit}},
+        plan=PLAN,
+        frontier=points,
+        kv_layout=layout,
+        weights="int4",
+        inputs=("input_ids", "attention_mask"),
+        versions={"kvslim": "0.1.0"},
+        files={},
+        report=report,
+        passed=gate.passed,
+    )
