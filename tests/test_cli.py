@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -31,6 +32,7 @@ VERBS = (
     "plan",
     "analyze",
     "validate",
+    "compare",
     "bench",
     "generate",
     "inspect",
@@ -199,6 +201,36 @@ def test_compress_prints_one_json_object_when_libraries_chatter(
     assert set(printed) >= {"gates", "plain", "floor", "artifact", "ratio"}
     assert printed["artifact"]["perplexity"] is None
     assert "chatter" in err
+
+
+def test_compress_writes_the_gates_as_junit_when_one_fails_too(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pipeline = pytest.importorskip("kvslim.pipeline")
+    monkeypatch.setattr(pipeline, "compress", fake_compress(passed=False))
+    gates = tmp_path / "gates.xml"
+    assert run("compress", "demo", "-o", tmp_path / "new", "--junit", gates)[0] == GateError.exit_code
+    suite = ElementTree.parse(gates).getroot().find("testsuite")
+    assert suite is not None
+    assert (suite.get("tests"), suite.get("failures")) == ("1", "1")
+
+
+def test_validate_writes_the_gates_as_junit(
+    run: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pipeline = pytest.importorskip("kvslim.pipeline")
+    monkeypatch.setattr(pipeline, "validate", lambda *_, **__: report(passed=True))
+    assert run("validate", artifact, "--junit", tmp_path / "gates.xml")[0] == 0
+    assert 'failures="0"' in (tmp_path / "gates.xml").read_text()
+
+
+@pytest.mark.parametrize("verb", [("compress", "demo", "-o", "out"), ("validate", "out")])
+def test_junit_is_refused_before_any_work_when_it_cannot_be_written(
+    run: Run, tmp_path: Path, verb: tuple[str, ...]
+) -> None:
+    code, out, err = run(*verb, "--junit", tmp_path / "gone" / "gates.xml")
+    assert (code, out) == (OutputError.exit_code, "")
+    assert "give another --junit" in err
 
 
 def fake_compress(passed: bool) -> Callable[..., Any]:

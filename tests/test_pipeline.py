@@ -14,6 +14,7 @@ from kvslim.errors import NotFoundError, UsageError
 from kvslim.export.manifest import read_manifest, verify, write_manifest
 from kvslim.methods import KvHdc, KvPca, KvQuant
 from kvslim.recipe import Gates, Recipe, Validation
+from kvslim.report.page import artifact_page
 from kvslim.types import Manifest, Plan
 
 METHODS = (KvPca(rank=8), KvQuant())
@@ -37,7 +38,9 @@ def test_artifact_holds_what_its_clients_read(made: tuple[Path, Manifest]) -> No
         "genai_config.json",
         "kvslim.json",
         "README.md",
+        "report.html",
     }
+    assert (out / "report.html").read_text() == artifact_page(manifest)
     assert not (out / "plain").exists()
     assert verify(out) == ()
     assert read_manifest(out) == manifest

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import subprocess
 from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import browse, find
 from matplotlib.image import imread
 from tiny_report import manifest
 
@@ -21,15 +20,12 @@ from kvslim.report.page import artifact_page, comparison_page
 FIGURES = ["kl", "recall", "tpot", "ttft", "memory", "layers"]
 LIMITS = [("a board", 0.5), ("a small phone", 2.0), ("a laptop", 16.0)]
 PHONE, DESKTOP = (390, 844), (1280, 900)
-QUIET = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars"
-).split()
 LOOK = """
 <script>
 const size = (node) => node.getBoundingClientRect();
 const shown = (node) => size(node).width > 0 || size(node).height > 0;
-const apart = (a, b) => a.right <= b.left + 1 || b.right <= a.left + 1 || a.bottom <= b.top + 2 || b.bottom <= a.top + 2;
+const before = (a, b) => a.right <= b.left + 1 || a.bottom <= b.top + 2;
+const apart = (a, b) => before(a, b) || before(b, a);
 const clashes = (figure) => [...figure.querySelectorAll("svg text")].flatMap((one, index, all) =>
   all.slice(index + 1).filter((other) => !apart(size(one), size(other))).map((other) =>
     `${one.textContent} / ${other.textContent}`));
@@ -41,8 +37,9 @@ parent.document.body.dataset.seen = JSON.stringify({
     height: size(figure.querySelector("svg")).height, right: size(figure).right,
     drawn: [...figure.querySelectorAll("svg .line, svg .mark, svg rect:not(.box)")].filter(shown).length,
     letters: Math.min(...[...figure.querySelectorAll("svg text")].map((text) => size(text).height)),
-    overflow: Math.max(...[...figure.querySelectorAll("svg text")].map((text) => size(text).right)) -
-      size(figure.querySelector("svg")).right,
+    overflow: Math.max(...[...figure.querySelectorAll("svg text")].map((text) => Math.max(
+      size(text).right - size(figure.querySelector("svg")).right,
+      size(figure.querySelector("svg")).left - size(text).left))),
     clashes: clashes(figure), colours: [...new Set([...figure.querySelectorAll("svg .line, svg .mark")].map((node) =>
       getComputedStyle(node).stroke))].length,
   })),
@@ -53,20 +50,12 @@ parent.document.body.dataset.seen = JSON.stringify({
 
 @pytest.fixture(scope="module")
 def chromium() -> str:
-    found = shutil.which("chromium")
-    if not found:
+    found = find()
+    if found is None:
         if os.environ.get("KVSLIM_REQUIRE_CHROMIUM") == "1":
             pytest.fail("chromium is missing, and KVSLIM_REQUIRE_CHROMIUM=1 asks for it")
         pytest.skip("needs chromium (Debian: apt-get install chromium)")
     return found
-
-
-def browse(chromium: str, page: Path, window: tuple[int, int], *options: str) -> str:
-    profile = page.with_suffix(".profile")
-    command = [chromium, *QUIET, f"--user-data-dir={profile}", f"--window-size={window[0]},{window[1]}", *options]
-    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, check=True, timeout=60)
-    shutil.rmtree(profile, ignore_errors=True)
-    return done.stdout
 
 
 def seen(chromium: str, html: str, path: Path, window: tuple[int, int]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from kvslim.types import GateResult, KVLayout, LayerPlan, Manifest, Measures, ModelSpec, Plan, PlanPoint, Report, Source
 from kvslim.validate.gates import ratio
 
-
 SPEC = ModelSpec(
     model_type="llama",
     layers=5,

@@ -8,8 +8,9 @@ from html import escape
 from math import ceil, floor, log, log10
 
 WIDTH, HEIGHT = 360, 240  # the width of a phone, so that letters keep their size there
-LEFT, RIGHT, TOP, BOTTOM = 54, 350, 36, 198
+LEFT, RIGHT, TOP, BOTTOM = 62, 350, 36, 198
 MOST_TICKS = 6
+DECIMAL = 10
 LABEL_GAP = 11  # least distance of the labels of two horizontal rules
 
 
@@ -103,6 +104,8 @@ class _Scale:
 def _log_ticks(values: Sequence[float], base: int) -> list[float]:
     low, high = floor(log(min(values), base) + 1e-9), ceil(log(max(values), base) - 1e-9)
     high = max(high, low + 1)
+    if base == DECIMAL and high == low + 1:
+        return [multiple * 10.0**low for multiple in (1, 2, 5, 10)]
     step = ceil((high - low) / (MOST_TICKS - 1))
     return [float(base) ** (low + step * index) for index in range(ceil((high - low) / step) + 1)]
 

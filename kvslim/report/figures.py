@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import log10
+from math import floor, log10
 from typing import TypeVar
 
 from kvslim.report.chart import Axis, Rule, Series, chart
@@ -65,7 +65,8 @@ def _bytes(value: float) -> str:
 
 
 def _scientific(value: float) -> str:
-    return f"{value:g}" if value >= 1e-3 else f"1e-{round(-log10(value))}"
+    exponent = floor(log10(value) + 1e-9)
+    return f"{value:g}" if exponent >= -3 else f"{value / 10.0**exponent:.0f}e{exponent}"
 
 
 _BYTES = Axis("KV cache, bytes per token", base=2, shown=_bytes)
@@ -109,15 +110,18 @@ def _quality(
     if not kl:
         series.append(_plain_marks(measured, value))
         legend.append(("plain dot", "plain"))
-    rules = [*_plain_rules(measured), *_gate_rules(measured, name)]
-    return Figure(name, title, chart(title, _BYTES, axis, series, rules), _QUALITY_CAPTIONS[name], tuple(legend))
+    rules = _kl_rules(list(_reports(measured).values())) if kl else []
+    planned = kl and any(manifest.frontier for manifest in measured.values())
+    caption = _QUALITY_CAPTIONS[name] + (_PLANNED_CAPTION if planned else "")
+    return Figure(name, title, chart(title, _BYTES, axis, series, rules), caption, tuple(legend))
 
 
 _QUALITY_CAPTIONS = {
     "kl": "Further left is smaller, further down is closer to the plain export. Measured on held-out text through the "
-    "cache; what the planner expected was measured on calibration text, before the graph was made.",
+    "cache.",
     "recall": "Questions about facts far back in the prompt. Further left is smaller, further up recalls more.",
 }
+_PLANNED_CAPTION = " What the planner expected was measured on calibration text, before the graph was made."
 
 
 def _point(measures: Measures, value: float | None, logarithmic: bool) -> tuple[float, float] | None:
@@ -131,17 +135,13 @@ def _plain_marks(measured: Named, value: Callable[[Measures], float | None]) -> 
     return Series("plain", tuple(sorted(point for point in points if point)), "plain", line="none")
 
 
-def _plain_rules(measured: Named) -> list[Rule]:
-    sizes = {report.plain.kv_bytes_per_token for report in _reports(measured).values()}
-    return [Rule("x", size, f"plain {size:,.0f}") for size in sorted(filter(None, sizes))]
-
-
-def _gate_rules(measured: Named, name: str) -> list[Rule]:
-    """The limit of KL, where there is one artifact alone: each has its own."""
-    reports = list(_reports(measured).values())
-    if name != "kl" or len(reports) != 1:
-        return []
-    return [Rule("y", gate.limit, f"gate {gate.limit:g}") for gate in reports[0].gates if gate.name == "max_kl"]
+def _kl_rules(reports: Sequence[Report]) -> list[Rule]:
+    """The bytes of plain, whose KL of zero is nowhere on the axis; of one artifact alone the limit too."""
+    sizes = {report.plain.kv_bytes_per_token for report in reports}
+    rules = [Rule("x", size, f"plain {size:,.0f}") for size in sorted(filter(None, sizes))]
+    if len(reports) == 1:
+        rules += [Rule("y", gate.limit, f"gate {gate.limit:g}") for gate in reports[0].gates if gate.name == "max_kl"]
+    return rules
 
 
 def _latency(

@@ -1,0 +1,140 @@
+"""The report's page and its parts, without a browser: words, numbers, scales."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from xml.etree import ElementTree
+
+import pytest
+from tiny_report import PLAIN, SPEC, manifest
+
+from kvslim.report.chart import LEFT, RIGHT, Axis, Rule, Series, chart
+from kvslim.report.figures import figures
+from kvslim.report.junit import junit_xml
+from kvslim.report.layer_map import layer_map
+from kvslim.report.page import artifact_page
+from kvslim.types import GateResult, KVLayout, Measures, Plan
+
+TOKENS, MILLISECONDS = Axis("tokens", base=2), Axis("ms")
+
+
+def texts(svg: str) -> list[str]:
+    return [node.text or "" for node in ElementTree.fromstring(svg).iter("text")]
+
+
+def circles(svg: str) -> list[tuple[float, float]]:
+    nodes = ElementTree.fromstring(svg).iter("circle")
+    return [(float(node.get("cx", "")), float(node.get("cy", ""))) for node in nodes]
+
+
+def test_page_needs_nothing_from_elsewhere_and_no_script() -> None:
+    html = artifact_page(manifest())
+    assert not re.search(r"<script|<link|<img|@import|url\(|https?:|src=", html)
+    assert "default-src 'none'" in html
+    assert '<meta name="viewport"' in html
+
+
+def test_page_has_the_same_bytes_when_made_again() -> None:
+    assert artifact_page(manifest()) == artifact_page(manifest())
+
+
+def test_page_tells_decisions_with_reasons_and_escapes_them() -> None:
+    html = artifact_page(manifest())
+    assert "rank 8 of 16; &lt;int8&gt; &amp; more" in html
+    assert "<int8>" not in html
+    assert "attention removed" in html
+
+
+def test_page_tells_the_verdict() -> None:
+    assert "all gates hold" in artifact_page(manifest())
+    failed = artifact_page(manifest(limit=0.001))
+    assert "a gate failed" in failed
+    assert '<td class="bad">FAILED</td>' in failed
+
+
+def test_page_leaves_out_what_was_not_measured() -> None:
+    bare = manifest().model_copy(update={"report": None, "passed": None, "frontier": ()})
+    html = artifact_page(bare)
+    assert re.findall(r'<figure class="(\w+)"', html) == ["layers"]
+    assert "Before and after" not in html
+    assert "verdict" not in html.partition("</style>")[2]
+
+
+def test_page_of_an_encoder_shows_latency_and_no_cache() -> None:
+    spec, decoder = SPEC.model_copy(update={"task": "feature-extraction"}), manifest()
+    assert decoder.report is not None
+    measures = Measures(file_mib=10, embedding_cosine_mean=0.999, latency_ms={"32": 2.0, "128": 6.0})
+    report = decoder.report.model_copy(update={"plain": measures, "artifact": measures, "ratio": Measures(file_mib=1)})
+    update = {"spec": spec, "kv_layout": KVLayout(tensors=()), "frontier": (), "report": report}
+    html = artifact_page(decoder.model_copy(update=update))
+    assert re.findall(r'<figure class="(\w+)"', html) == ["latency"]
+    assert "0.9990" in html
+    assert "Decisions" not in html
+
+
+def test_chart_puts_points_where_their_values_are() -> None:
+    series = Series("a", ((128.0, 0.0), (256.0, 5.0), (512.0, 10.0)), "s0")
+    first, middle, last = circles(chart("t", TOKENS, MILLISECONDS, [series]))
+    assert (first[0], last[0]) == (LEFT, RIGHT)
+    assert middle == ((LEFT + RIGHT) / 2, (first[1] + last[1]) / 2)
+    assert last[1] < first[1]
+
+
+@pytest.mark.parametrize("value", [1e-7, 0.02, 1.0, 768.0, 3e6])
+@pytest.mark.parametrize("base", [2, 10, None])
+def test_chart_holds_every_value_between_its_ticks(value: float, base: int | None) -> None:
+    svg = chart("t", Axis("x", base=base), MILLISECONDS, [Series("a", ((value, value), (value * 3, value)), "s0")])
+    assert all(LEFT <= across <= RIGHT for across, _ in circles(svg))
+    assert 4 <= len(texts(svg)) <= 16
+
+
+def test_chart_keeps_labels_of_rules_apart() -> None:
+    rules = [Rule("y", value, f"device {value}") for value in (10.0, 10.1, 10.2)]
+    svg = chart("t", TOKENS, Axis("y"), [Series("a", ((1.0, 1.0), (2.0, 5.0)), "s0")], rules)
+    heights = [float(y) for y in re.findall(r'class="rule-label" x="[\d.]+" y="([\d.]+)"', svg)]
+    assert len(heights) == 3
+    assert min(above - below for above, below in pairwise(heights)) >= 10
+
+
+def test_memory_is_weights_and_cache_with_the_devices_that_matter() -> None:
+    limits = [("tiny", 0.01), ("board", 0.05), ("laptop", 1.0), ("server", 64.0)]
+    (svg,) = (figure.svg for figure in figures({"a": manifest()}, limits) if figure.name == "memory")
+    assert [text for text in texts(svg) if "GiB" in text and "tiny" in text]
+    assert [text for text in texts(svg) if "laptop" in text]
+    assert not [text for text in texts(svg) if "server" in text]
+    plain, artifact = re.findall(r'class="line [^"]*" d="M([^"]*)"', svg)
+    ends = [float(path.rpartition(" ")[2]) for path in (plain, artifact)]
+    assert ends[0] < ends[1]  # higher in the picture: more memory
+    assert KVLayout.of(SPEC, Plan.identity(SPEC)).bytes_at(8192) == 8192 * PLAIN.kv_bytes_per_token
+
+
+def test_layer_map_fills_what_is_kept() -> None:
+    svg = ElementTree.fromstring(layer_map(manifest()))
+    rows = [[rect.get("class") for rect in row.iter("rect") if rect.get("class") != "box"] for row in svg.iter("g")]
+    assert rows == [["b8"] * 8, ["b4"] * 8, ["b32"] * 4, [], ["b2"] * 8]
+    widths = {float(rect.get("width", "")) for rect in next(svg.iter("g")).iter("rect")}
+    assert len(widths) == 2
+    assert min(widths) == pytest.approx(max(widths) / 2, abs=0.06)
+
+
+def test_junit_has_one_case_per_gate_and_a_failure_with_value_and_limit() -> None:
+    gates = (
+        GateResult(name="max_kl", value=0.02, limit=0.01, passed=False),
+        GateResult(name="max_kv_ratio", value=0.125, limit=0.2, passed=True),
+        GateResult(name="max_recall_drop", value=None, limit=0.01, passed=False),
+    )
+    report = manifest().report
+    assert report is not None
+    suites = ElementTree.fromstring(junit_xml(report.model_copy(update={"gates": gates}), "demo"))
+    (suite,) = suites
+    assert (suites.tag, suite.tag) == ("testsuites", "testsuite")
+    assert {name: suite.get(name) for name in ("tests", "failures", "errors", "skipped")} == {
+        "tests": "3",
+        "failures": "2",
+        "errors": "0",
+        "skipped": "0",
+    }
+    assert [case.get("name") for case in suite] == [gate.name for gate in gates]
+    messages = [failure.get("message") for failure in suite.iter("failure")]
+    assert messages == ["max_kl: 0.02, limit 0.01", "max_recall_drop: not measured, limit 0.01"]
