@@ -111,6 +111,18 @@ def test_packages_of_the_wheel_are_all_that_exist() -> None:
     assert set(listed) == {".".join(path.parts) for path in found} | {"kvslim.recipes"}
 
 
+def test_wheel_takes_every_file_that_is_no_module() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    taken = {
+        path
+        for name, globs in listed.items()
+        for glob in globs
+        for path in ROOT.glob(f"{name.replace('.', '/')}/{glob}")
+    }
+    files = {path for path in (ROOT / "kvslim").rglob("*") if path.is_file() and path.suffix not in {".py", ".pyc"}}
+    assert files - taken == set()
+
+
 @pytest.mark.parametrize(
     ("arguments", "where", "hint"),
     [

@@ -18,10 +18,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_recipe_reference_is_what_the_types_say() -> None:
-    command = [sys.executable, "tools/recipe_reference.py"]
+@pytest.mark.parametrize(("tool", "page"), [("recipe_reference", "recipes"), ("tolerances", "report")])
+def test_reference_is_what_the_types_say(tool: str, page: str) -> None:
+    command = [sys.executable, f"tools/{tool}.py"]
     table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert table in (ROOT / "docs" / "recipes.md").read_text()
+    assert table in (ROOT / "docs" / f"{page}.md").read_text()
 
 
 def test_every_family_is_named() -> None:

@@ -40,6 +40,7 @@ folder.
 `plain` is the same model, exported the same way, with its cache in fp32. `floor` is that export against itself.
 Quality is measured through the cache; speed is interleaved in one run, on the machine that made this folder.
 {%- endif %}
+[report.html](report.html) shows all of it as figures.
 {% if manifest.report.gates %}
 {{ gates }}{% endif %}{% endif %}
 ## Use
