@@ -66,7 +66,13 @@ def test_page_of_an_encoder_shows_latency_and_no_cache() -> None:
     assert decoder.report is not None
     measures = Measures(file_mib=10, embedding_cosine_mean=0.999, latency_ms={"32": 2.0, "128": 6.0})
     report = decoder.report.model_copy(update={"plain": measures, "artifact": measures, "ratio": Measures(file_mib=1)})
-    update = {"spec": spec, "kv_layout": KVLayout(tensors=()), "frontier": (), "report": report}
+    update = {
+        "spec": spec,
+        "plan": Plan.identity(spec),
+        "kv_layout": KVLayout(tensors=()),
+        "frontier": (),
+        "report": report,
+    }
     html = artifact_page(decoder.model_copy(update=update))
     assert re.findall(r'<figure class="(\w+)"', html) == ["latency"]
     assert "0.9990" in html

@@ -39,18 +39,18 @@ def stored_bits(manifest: Manifest) -> tuple[int, ...]:
 
 def _row(spec: ModelSpec, layer: LayerPlan, tensors: Sequence[KVTensor], top: int) -> Iterator[str]:
     note = _note(tensors)
-    kept = set(layer.kv_heads(spec)) if tensors else set()
     yield f"<g><title>{escape(f'layer {layer.layer}: {note}; {layer.reason}')}</title>"
     yield f'<text x="{KEYS - 6}" y="{top + 11}" text-anchor="end">{layer.layer}</text>'
     for index, left in enumerate((KEYS, VALUES)):
-        yield from _side(spec, tensors[index] if tensors else None, kept, left, top)
+        yield from _side(spec, layer, tensors[index] if tensors else None, left, top)
     yield f'<text x="{NOTE}" y="{top + 11}">{escape(note)}</text></g>'
 
 
-def _side(spec: ModelSpec, tensor: KVTensor | None, kept: set[int], left: int, top: int) -> Iterator[str]:
+def _side(spec: ModelSpec, layer: LayerPlan, tensor: KVTensor | None, left: int, top: int) -> Iterator[str]:
     """The boxes of one side of a layer; those of heads that are gone stay empty."""
     pitch = SIDE / spec.kv_heads
     width = pitch - min(GAP, pitch / 4)
+    kept = layer.kv_heads(spec)[: tensor.heads] if tensor else ()
     for head in range(spec.kv_heads):
         place = f'x="{left + pitch * head:.1f}" y="{top}" height="{ROW - 4}"'
         yield f'<rect class="box" {place} width="{width:.1f}"/>'

@@ -17,7 +17,7 @@ from kvslim.report.card import name_of
 from kvslim.report.compare import Comparison, Regression, comparison_table, regressions_table
 from kvslim.report.figures import Figure, Limits, figures
 from kvslim.report.tables import Table, frontier_table, gates_table, plan_table, report_table
-from kvslim.types import Manifest, Report
+from kvslim.types import Manifest, Plan, Report
 
 REPORT = "report.html"
 TEMPLATE = "report.html.j2"
@@ -69,7 +69,7 @@ def artifact_page(manifest: Manifest, limits: Limits = ()) -> str:
         limits: Devices with their memory in GiB.
     """
     report, recipe = manifest.report, str(manifest.recipe.get("name", "custom"))
-    encoder = manifest.spec.is_encoder
+    encoder, changed = manifest.spec.is_encoder, manifest.plan != Plan.identity(manifest.spec)
     drawn = figures({recipe: manifest}, limits)
     sections = (
         Section("Before and after", ENCODER_BASELINE if encoder else BASELINE, (report_table(report),))
@@ -78,7 +78,7 @@ def artifact_page(manifest: Manifest, limits: Limits = ()) -> str:
         Section("Gates", "What the recipe asks of the artifact.", (gates_table(report.gates) if report else NOTHING,)),
         Section("Figures", figures=drawn),
         Section("What the planner saw", PLANNED, (frontier_table(manifest.frontier),)),
-        Section("Decisions", DECIDED, (NOTHING if encoder else plan_table(manifest.plan),)),
+        Section("Decisions", DECIDED, (plan_table(manifest.plan) if changed else NOTHING,)),
         Section("Made from", tables=(_origin(manifest),), source=yaml.safe_dump(manifest.recipe, sort_keys=False)),
     )
     return _page(
@@ -113,7 +113,7 @@ def comparison_page(
         *(
             Section(f"Decisions: {name}", tables=(plan_table(manifest.plan),))
             for name, manifest in manifests.items()
-            if not manifest.spec.is_encoder
+            if manifest.plan != Plan.identity(manifest.spec)
         ),
     )
     known = None if None in passed else all(passed) and not regressions
