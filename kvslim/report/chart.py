@@ -11,7 +11,7 @@ WIDTH, HEIGHT = 360, 240  # the width of a phone, so that letters keep their siz
 LEFT, RIGHT, TOP, BOTTOM = 62, 350, 36, 198
 MOST_TICKS = 6
 DECIMAL = 10
-LABEL_GAP = 11  # least distance of the labels of two horizontal rules
+LABEL_GAP, LABEL_WIDTH = 13, 56  # of flat rules: labels that would be closer stand side by side
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,16 @@ def _rules(rules: Sequence[Rule], across: _Scale, upwards: _Scale) -> Iterator[s
             before = place > (LEFT + RIGHT) / 2
             yield f'<path class="rule" d="M{place:.1f} {TOP}V{BOTTOM}"/>'
             yield _rule_label(rule, place + (-4 if before else 4), TOP + 10, "end" if before else "start")
-    heights = [(upwards(rule.value), rule) for rule in rules if rule.axis == "y"]
-    free = float(HEIGHT)
-    for height, rule in sorted(heights, key=lambda pair: -pair[0]):
+    below, left = float(HEIGHT), LEFT + 4
+    for height, rule in sorted(((upwards(rule.value), rule) for rule in rules if rule.axis == "y"), key=_downwards):
         yield f'<path class="rule" d="M{LEFT} {height:.1f}H{RIGHT}"/>'
-        free = min(height - 3, free - LABEL_GAP)
-        yield _rule_label(rule, LEFT + 4, free, "start")
+        left = LEFT + 4 if below - height >= LABEL_GAP else left + LABEL_WIDTH
+        below = height
+        yield _rule_label(rule, left, height - 3, "start")
+
+
+def _downwards(placed: tuple[float, Rule]) -> float:
+    return -placed[0]
 
 
 def _rule_label(rule: Rule, x: float, y: float, anchor: str) -> str:

@@ -15,6 +15,7 @@ COLOURS = 6
 LEAST_KL = 1e-7  # where a KL of zero is drawn on the logarithmic axis
 SHORTEST = 128  # tokens where the axis of memory begins
 MIB_PER_GIB = 1024
+MOST_LIMITS = 4  # devices that are too small for the longest context
 
 T = TypeVar("T")
 Named = Mapping[str, Manifest]
@@ -189,15 +190,17 @@ def _memory(measured: Named, limits: Limits) -> Figure | None:
     if not series:
         return None
     most = max(height for one in series for _, height in one.points)
-    rules = [Rule("y", gib * MIB_PER_GIB, name) for name, gib in _near(limits, most)]
+    devices = _near(limits, most)
+    rules = [Rule("y", gib * MIB_PER_GIB, f"{gib:.3g} GiB") for gib in devices]
+    legend += [("plain dashed", "plain"), *(("rule", f"{gib:.3g} GiB: {names}") for gib, names in devices.items())]
     axes = Axis("context, tokens", base=2, shown=_bytes), Axis("weights and cache", base=2, shown=_size)
     svg = chart("Memory of weights and cache by context", *axes, series, rules)
-    return Figure("memory", "Memory against context", svg, _MEMORY_CAPTION, (*legend, ("plain dashed", "plain")))
+    return Figure("memory", "Memory against context", svg, _MEMORY_CAPTION, tuple(legend))
 
 
 _MEMORY_CAPTION = (
-    "Files of the graph and the cache at that context; activations and the runtime come on top. Lines across are the "
-    "memory of devices."
+    "Files of the graph and the cache at that context; activations and the runtime come on top. Dotted "
+    "lines are what devices have for a model."
 )
 
 
@@ -210,12 +213,12 @@ def _mebibytes(manifest: Manifest, layout: KVLayout, file_mib: float | None) -> 
     )
 
 
-def _near(limits: Limits, most: float) -> list[tuple[str, float]]:
-    """The devices that the lines reach, and the next one above; of equal memory one line."""
+def _near(limits: Limits, most: float) -> dict[float, str]:
+    """The devices that the lines reach, and the next one above: names by GiB."""
     sizes = sorted({gib for _, gib in limits})
-    above = [gib for gib in sizes if gib * MIB_PER_GIB >= most][:1]
-    shown = [gib for gib in sizes if gib * MIB_PER_GIB < most][-4:] + above
-    return [(", ".join(name for name, gib in limits if gib == size) + f" {size:g} GiB", size) for size in shown]
+    reached = [gib for gib in sizes if gib * MIB_PER_GIB < most][-MOST_LIMITS:]
+    shown = reached + [gib for gib in sizes if gib * MIB_PER_GIB >= most][:1]
+    return {size: "; ".join(name for name, gib in limits if gib == size) for size in shown}
 
 
 def _size(mib: float) -> str:
