@@ -11,6 +11,7 @@ QUIET = (
     "--headless",
     "--no-sandbox",  # root has no sandbox, and the pages are our own
     "--disable-gpu",
+    "--disable-dev-shm-usage",  # a container has little shared memory
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",

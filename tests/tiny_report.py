@@ -59,7 +59,8 @@ def manifest(*, kl: float = 0.004, recall: float = 0.97, slowness: float = 1.0, 
         ratio=ratio(artifact, PLAIN),
     )
     points = tuple(
-        PlanPoint(cache="int4", kv_bytes_per_token=2560 / size, kv_ratio=size, kl=1e-4 * size**2) for size in (4, 8, 16)
+        PlanPoint(cache="int4", kv_bytes_per_token=2560 / size, kv_ratio=size, time_ratio=0.9, kl=1e-4 * size**2)
+        for size in (4, 8, 16)
     )
     return Manifest(
         source=Source(model="some/model", revision="abc", sha256="0" * 64),
