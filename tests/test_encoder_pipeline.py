@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,7 @@ def test_artifact_is_whole_and_says_what_it_is(artifact: Path) -> None:
     assert "pipeline_tag: fill-mask" in card
     assert "Same most likely masked token" in card
     assert "cache" not in card
+    assert re.findall(r'<figure class="(\w+)"', (artifact / "report.html").read_text()) == ["latency"]
 
 
 def test_session_embeds_texts_as_their_tokens(artifact: Path) -> None:

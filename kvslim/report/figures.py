@@ -195,13 +195,12 @@ def _memory(measured: Named, limits: Limits) -> Figure | None:
     legend += [("plain dashed", "plain"), *(("rule", f"{gib:.3g} GiB: {names}") for gib, names in devices.items())]
     axes = Axis("context, tokens", base=2, shown=_bytes), Axis("weights and cache", base=2, shown=_size)
     svg = chart("Memory of weights and cache by context", *axes, series, rules)
-    return Figure("memory", "Memory against context", svg, _MEMORY_CAPTION, tuple(legend))
+    caption = _MEMORY_CAPTION + (_DEVICES_CAPTION if devices else "")
+    return Figure("memory", "Memory against context", svg, caption, tuple(legend))
 
 
-_MEMORY_CAPTION = (
-    "Files of the graph and the cache at that context; activations and the runtime come on top. Dotted "
-    "lines are what devices have for a model."
-)
+_MEMORY_CAPTION = "Files of the graph and the cache at that context; activations and the runtime come on top."
+_DEVICES_CAPTION = " Dotted lines are what devices have for a model."
 
 
 def _mebibytes(manifest: Manifest, layout: KVLayout, file_mib: float | None) -> tuple[tuple[float, float], ...]:
