@@ -11,6 +11,7 @@ from kvslim.methods.kv_pca import STEP, check_rank, check_width
 from kvslim.methods.kv_quant import INTEGERS
 from kvslim.methods.kv_window import KvWindow
 from kvslim.methods.prune_heads import PruneHeads, check_heads
+from kvslim.methods.prune_layers import PruneLayers
 from kvslim.methods.roles import has_item_memory
 from kvslim.recipe import Recipe
 from kvslim.types import CODES, LayerPlan, ModelSpec, Plan
@@ -21,6 +22,7 @@ LACKING = {
     "kv_hdc": "integer cache",
     "kv_window": "ring",
 }  # what layout attention24 does not have
+ENCODER_DECISIONS = ("layer", "heads", "refit", "score", "reason")
 ENCODER_GATES = {"min_embedding_cosine", "min_masked_top1_agreement"}
 
 
@@ -32,7 +34,8 @@ def check_task(recipe: Recipe, spec: ModelSpec) -> None:
     """
     gates = {name for name, limit in recipe.gates if limit is not None}
     if spec.is_encoder:
-        asked = [method.name for method in recipe.methods] + ["a budget"] * (recipe.budget is not None)
+        asked = [method.name for method in recipe.methods if not isinstance(method, PruneHeads | PruneLayers)]
+        asked += ["a budget"] * (recipe.budget is not None)
         misfits = asked + sorted(gates - ENCODER_GATES)
         kind, lack, fix = "an encoder", "which has no KV cache", "use `-r encoder`"
     else:
@@ -164,6 +167,8 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
             where="--plan",
             fix="make one for this model with `kvslim plan MODEL -o plan.json`",
         )
+    if spec.is_encoder:
+        _check_encoder_plan(plan)
     if all(layer.heads == () for layer in plan.layers):
         raise UsageError("no layer keeps a head", where="--plan", fix="leave attention to one layer at least")
     for layer in plan.layers:
@@ -172,6 +177,18 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
             check_heads(layer.heads, spec, where)
         _check_sizes(plan, layer, spec, where)
         _check_operators(plan, layer, where)
+
+
+def _check_encoder_plan(plan: Plan) -> None:
+    """Refuses what an encoder, which has no cache, cannot do."""
+    for layer in plan.layers:
+        untouched = LayerPlan(**{name: getattr(layer, name) for name in ENCODER_DECISIONS})
+        if layer != untouched:
+            raise UsageError(
+                "an encoder has no cache to code: of its layers heads alone may go",
+                where=f"--plan: layers.{layer.layer}",
+                fix=f"give {', '.join(ENCODER_DECISIONS)} alone",
+            )
 
 
 def _check_sizes(plan: Plan, layer: LayerPlan, spec: ModelSpec, where: str) -> None:

@@ -31,6 +31,7 @@ from kvslim.validate.measure import measure, measure_costs
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
     from kvslim.encoder_workshop import EncoderWorkshop
+    from kvslim.transform.codes import LayerCodes
     from kvslim.workshop import Workshop
 
 VERSIONED = ("kvslim", "torch", "transformers", "onnx", "onnxruntime")
@@ -76,7 +77,7 @@ def compress(
     check_output(out, overwrite, needed_bytes=4 * _weight_bytes(snapshot))
     with staging(out, overwrite) as folder:
         if spec.is_encoder:
-            return _compress_encoder(snapshot, spec, recipe, folder, progress)
+            return _compress_encoder(_open_encoder(snapshot, spec, recipe, progress), folder, plan, progress)
         workshop = _open(snapshot, spec, recipe, progress)
         progress.stage("calibrate")
         statistics = workshop.statistics()
@@ -237,22 +238,37 @@ def _open(snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress: Progres
     return Workshop(snapshot, spec, recipe, progress)
 
 
-def _compress_encoder(
-    snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, folder: Path, progress: Progress
-) -> Manifest:
-    """Fills the folder of an encoder's artifact; its plan keeps every layer."""
-    workshop = _open_encoder(snapshot, spec, recipe, progress)
+def _compress_encoder(workshop: EncoderWorkshop, folder: Path, plan: Plan | None, progress: Progress) -> Manifest:
+    """Fills the folder of an encoder's artifact."""
+    spec, recipe = workshop.spec, workshop.recipe
     progress.stage("held-out text")
     held_out = workshop.held_out()
+    plan, codes = _pruned_encoder(workshop, plan, progress)
     progress.stage("export")
     plain = folder / "plain"
     plain.mkdir()
-    workshop.export(plain, folder)
+    workshop.export(plain, folder, codes)
     workshop.write_companions(folder)
     progress.stage("validate")
     report = measure_encoder(plain, folder, spec, recipe, held_out)
     shutil.rmtree(plain)
-    return _finish(folder, workshop, Plan.identity(spec), encoder_inputs(spec), report)
+    return _finish(folder, workshop, plan, encoder_inputs(spec), report)
+
+
+def _pruned_encoder(
+    workshop: EncoderWorkshop, plan: Plan | None, progress: Progress
+) -> tuple[Plan, tuple[LayerCodes, ...]]:
+    """What is to go from an encoder, and its codes; none where nothing goes, and then no text is read."""
+    identity = Plan.identity(workshop.spec)
+    if not workshop.recipe.methods and plan in (None, identity):
+        return identity, ()
+    progress.stage("calibrate")
+    fitting, judged = workshop.calibration()
+    statistics = workshop.statistics(fitting)
+    if plan is None:
+        progress.stage("plan")
+        plan, _ = workshop.planned(fitting, statistics, workshop.judge(judged))
+    return plan, workshop.codes(fitting, statistics, plan)
 
 
 def _validate_encoder(workshop: EncoderWorkshop, artifact: Path, progress: Progress) -> Report:
@@ -269,7 +285,7 @@ def _open_encoder(snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress:
     from kvslim.encoder_workshop import EncoderWorkshop
 
     progress.stage("load")
-    return EncoderWorkshop(snapshot, spec, recipe)
+    return EncoderWorkshop(snapshot, spec, recipe, progress)
 
 
 def _in_order(recipe: Recipe) -> list[Method]:

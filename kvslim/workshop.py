@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from kvslim.calibrate import cache
-from kvslim.calibrate.corpus import WHOLE, counted_windows, self_windows, source_digest, text_windows
+from kvslim.calibrate.corpus import (
+    CALIBRATION_SHARE,
+    VALIDATION_SHARE,
+    WHOLE,
+    counted_windows,
+    self_windows,
+    source_digest,
+    text_windows,
+)
 from kvslim.calibrate.statistics import CalibrationStatistics, collect
 from kvslim.demo.world import recall_questions
 from kvslim.export.genai import end_tokens, genai_config
@@ -27,6 +35,7 @@ from kvslim.plan.choose import Chosen, choose
 from kvslim.plan.decode_time import DecodeTime
 from kvslim.plan.lazy import laziest
 from kvslim.plan.planner import Planner, Trials
+from kvslim.plan.refit import refit_where_it_pays
 from kvslim.plan.removals import RemovalTrials
 from kvslim.plan.windows import SINKS, WindowTrials
 from kvslim.progress import Progress
@@ -41,8 +50,6 @@ from kvslim.validate.recall import RecallItem, repeated_spans
 
 REFIT_TOKENS = 4_096, 12_288  # for many layers, for few
 RECALL_ITEMS, LAZY_ITEMS = 50, 8
-LEAST_GAIN = 0.03  # of the divergence; less is the noise of a few windows of text
-CALIBRATION_SHARE, VALIDATION_SHARE = (0.0, 0.8), (0.8, 1.0)
 
 
 class Workshop:
@@ -200,18 +207,9 @@ class Workshop:
     def compensated(self, statistics: CalibrationStatistics, held_out: Judge, plan: Plan) -> tuple[Plan, float]:
         """The plan with its output projections fitted again where that pays, and its divergence on held-out text."""
         codes = self.codes(statistics, plan)
-        before = held_out.kl(codes)
-        if not self.recipe.compensate or all(code.is_empty for code in codes):
-            return plan, before
-        after = held_out.kl(self.refitted(statistics, codes))
-        if after > (1 - LEAST_GAIN) * before:
-            return plan, before
-        reason = f"output refitted, which takes {1 - after / before:.0%} of the KL"
-        layers = tuple(
-            layer if code.is_empty else layer.model_copy(update={"refit": True, "reason": f"{layer.reason}; {reason}"})
-            for layer, code in zip(plan.layers, codes, strict=True)
-        )
-        return plan.model_copy(update={"layers": layers}), after
+        if not self.recipe.compensate:
+            return plan, held_out.kl(codes)
+        return refit_where_it_pays(plan, codes, held_out.kl, lambda codes: self.refitted(statistics, codes))
 
     def refitted(self, statistics: CalibrationStatistics, codes: tuple[LayerCodes, ...]) -> tuple[LayerCodes, ...]:
         """The codes with output projections fitted to them, on some of the text that serves for fitting."""

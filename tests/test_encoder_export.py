@@ -13,6 +13,7 @@ from tiny_encoders import FAMILIES, TASKS, save_encoder
 
 from kvslim.encoder_workshop import EncoderWorkshop
 from kvslim.load.source import read_spec, resolve
+from kvslim.progress import Silent
 from kvslim.recipe import Recipe
 from kvslim.runtime.encoder import EncoderSession, mean_pool, pad
 from kvslim.types import Weights
@@ -27,7 +28,7 @@ Make = Callable[[str, str], Made]
 def export(folder: Path, family: str, task: str, weights: Weights = "int8") -> Made:
     """A tiny encoder with its graphs in `folder`: `plain`, and `slim` in the given weights."""
     snapshot = resolve(str(save_encoder(family, task, folder / "model")))
-    workshop = EncoderWorkshop(snapshot, read_spec(snapshot), Recipe(name="test", weights=weights))
+    workshop = EncoderWorkshop(snapshot, read_spec(snapshot), Recipe(name="test", weights=weights), Silent())
     for name in ("plain", "slim"):
         (folder / name).mkdir()
     workshop.export(folder / "plain", folder / "slim")

@@ -12,13 +12,12 @@ from tiny_encoders import save_encoder
 from tiny_graph import write_tiny
 from transformers import AutoTokenizer
 
-from kvslim.calibrate.sentences import sentences
+from kvslim.calibrate.sentences import mask_tokens, sentences
 from kvslim.cli import app
 from kvslim.errors import ArtifactError, UnsupportedError, UsageError
 from kvslim.export.manifest import read_manifest, verify
 from kvslim.load.source import read_spec, resolve
 from kvslim.runtime.encoder import EncoderSession
-from kvslim.validate.encoder import mask_tokens
 
 BRIEF = (
     "--set=validation.samples=12",

@@ -14,6 +14,7 @@ from kvslim.errors import NotFoundError, UnsupportedError, UsageError
 Array = np.ndarray
 SELF_BATCH = 16
 WHOLE = (0.0, 1.0)
+CALIBRATION_SHARE, VALIDATION_SHARE = (0.0, 0.8), (0.8, 1.0)  # of one text that serves both
 
 
 def check_source(source: str) -> None:

@@ -30,15 +30,26 @@ QUERY_BLOCK = 256
 
 
 @dataclass(frozen=True)
-class CalibrationStatistics:
+class HeadStatistics:
+    """What methods may know of a model's attention outputs; L layers, Q query heads, d head_dim.
+
+    Attributes:
+        output_mean: [L, Q, d] mean attention output of each query head.
+        fluctuation: [L, Q] variance of what each query head adds to the hidden states, summed over these.
+    """
+
+    output_mean: Array
+    fluctuation: Array
+
+
+@dataclass(frozen=True)
+class CalibrationStatistics(HeadStatistics):
     """What methods may know of a model's cache; L layers, H kv heads, d head_dim.
 
     Attributes:
         key_moment: [L, H, d, d] covariance of keys after RoPE over the target context, by attention received.
         query_moment: [L, H, d, d] second moment of the group's queries after RoPE, mean over the group.
         output_moment: [L, H, d, d] covariance of attention outputs (weighted sums of values), mean over the group.
-        output_mean: [L, Q, d] mean attention output of each of the Q query heads.
-        fluctuation: [L, Q] variance of what each query head adds to the hidden states, summed over these.
         output_gram: [L, H, d, d] sum over the group's heads of W_O^T W_O: what an error in a value costs downstream.
         key_samples: [L, H, n, d] keys turned to random positions of the target context.
         value_samples: [L, H, n, d] values of the same tokens.
@@ -53,8 +64,6 @@ class CalibrationStatistics:
     key_moment: Array
     query_moment: Array
     output_moment: Array
-    output_mean: Array
-    fluctuation: Array
     output_gram: Array
     key_samples: Array
     value_samples: Array
@@ -175,7 +184,7 @@ def collect(
     finally:
         for slim in slims:
             slim.observer, slim.hidden = None, None
-    grams = [_output_gram(attention, architecture, spec) for attention in attention_modules(model, architecture)]
+    grams = [output_gram(attention, architecture, spec) for attention in attention_modules(model, architecture)]
     layers = [recorder.finish(context, positions, gram) for recorder, gram in zip(recorders, grams, strict=True)]
     by_name = {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
     counted = np.ones(windows.shape, bool) if counted is None else counted
@@ -187,7 +196,8 @@ def rope_frequencies(slim: SlimAttention) -> Array:
     return np.zeros(0) if slim.rotary is None else slim.rotary.frequencies
 
 
-def _output_gram(attention: Any, architecture: Architecture, spec: ModelSpec) -> Array:
+def output_gram(attention: Any, architecture: Architecture, spec: ModelSpec) -> Array:
+    """W_O^T W_O of each query head, [kv_heads, group, head_dim, head_dim]."""
     weight, _ = projection(attention, architecture, "output")
     by_head = weight.reshape(-1, spec.kv_heads, spec.group_size, spec.head_dim)
     return np.einsum("ohgd,ohge->hgde", by_head, by_head)

@@ -1,8 +1,4 @@
-"""From an encoder in torch to an ONNX graph: tokens in, hidden states and masked-token logits out.
-
-Attention is the standard's own operator (ONNX 23): on CPU it is at every length as fast as or faster than onnxruntime's
-MultiHeadAttention and than the single operators it stands for.
-"""
+"""From an encoder in torch to an ONNX graph: tokens in, hidden states and masked-token logits out."""
 
 from __future__ import annotations
 
@@ -13,9 +9,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
-from transformers import AttentionInterface
 from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
-from transformers.masking_utils import AttentionMaskInterface
 
 from kvslim.export.passes import BATCH, LENGTH, drop_idle_reshapes, strip_traces
 from kvslim.export.quiet import quiet
@@ -23,7 +17,6 @@ from kvslim.load.encoders import ENCODERS, encoder_inputs
 from kvslim.types import ModelSpec
 
 OPSET = 23
-NAME = "kvslim_encoder"
 HIDDEN, LOGITS = "last_hidden_state", "logits"
 
 
@@ -31,7 +24,7 @@ def build_encoder_graph(model: Any, spec: ModelSpec) -> ir.Model:
     """The ONNX graph of an encoder, its weights in memory.
 
     Args:
-        model: The encoder, with a masked-token head if `spec.task` says so.
+        model: The prepared encoder, with a masked-token head if `spec.task` says so.
         spec: Its shape.
 
     Returns:
@@ -42,24 +35,17 @@ def build_encoder_graph(model: Any, spec: ModelSpec) -> ir.Model:
     tokens = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     # torch.export takes sizes 0 and 1 for constants, and one tensor given twice for one input.
     samples = tuple(torch.ones(2, 3, dtype=torch.long) for _ in inputs)
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
-    previous = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
-        with torch.inference_mode(False), torch.no_grad(), quiet():
-            program = torch.export.export(
-                _Encoder(model, spec), samples, dynamic_shapes={"tokens": (tokens,) * len(inputs)}, strict=False
-            )
-            exported = torch.onnx.export(
-                program, input_names=inputs, output_names=outputs, opset_version=OPSET, verbose=False
-            )
-            if exported is None:
-                raise RuntimeError("torch.onnx.export returned nothing")
-            _simplify(exported.model)
-        return exported.model
-    finally:
-        model.set_attn_implementation(previous)
+    with torch.inference_mode(False), torch.no_grad(), quiet():
+        program = torch.export.export(
+            _Encoder(model, spec), samples, dynamic_shapes={"tokens": (tokens,) * len(inputs)}, strict=False
+        )
+        exported = torch.onnx.export(
+            program, input_names=inputs, output_names=outputs, opset_version=OPSET, verbose=False
+        )
+        if exported is None:
+            raise RuntimeError("torch.onnx.export returned nothing")
+        _simplify(exported.model)
+    return exported.model
 
 
 class _Encoder(nn.Module):
@@ -78,22 +64,6 @@ class _Encoder(nn.Module):
             return (self.model(**arguments).last_hidden_state,)
         output = self.model(**arguments, output_hidden_states=True)
         return output.hidden_states[-1], output.logits
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: Any
-) -> tuple[Tensor, None]:
-    """Attention over [batch, heads, length, head_dim]; returns [batch, length, heads, head_dim]."""
-    heads = query.shape[1]
-    q, k, v = (states.transpose(1, 2).flatten(2) for states in (query, key, value))
-    attended = torch.onnx.ops.attention(q, k, v, mask, q_num_heads=heads, kv_num_heads=heads, scale=scaling)[0]
-    return attended.unflatten(-1, (heads, -1)), None
-
-
-def _mask(*_: Any, attention_mask: Tensor, **__: Any) -> Tensor:
-    """[batch, 1, length, length], true where a key may be seen; the operator broadcasts heads alone."""
-    batch, length = attention_mask.shape
-    return attention_mask.to(torch.bool)[:, None, None, :].expand(batch, 1, length, length)
 
 
 def _simplify(model: ir.Model) -> None:

@@ -6,32 +6,57 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvslim.errors import ModelError, UnsupportedError
+from kvslim.load.architecture import Architecture
 from kvslim.types import ModelSpec, Task
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """What tells one family of encoders in transformers from another.
+class Encoder(Architecture):
+    """A family of encoders in transformers; module paths start at the model without its head.
 
     Attributes:
-        title: What the family is called, with the best known of its models.
-        note: What its graphs have of their own.
         token_types: Whether sentence pairs are told apart by `token_type_ids`.
         pooler: Whether the bare model carries a pooler, which embeddings by mean pooling never read.
         offset_positions: Whether positions count attended tokens, from one beyond the padding token's id.
     """
 
-    title: str
-    note: str
     token_types: bool = False
     pooler: bool = False
     offset_positions: bool = False
 
 
+def _encoder(title: str, note: str, *, token_types: bool = False, offset_positions: bool = False) -> Encoder:
+    """The row of a family whose layers are named as BERT's."""
+    return Encoder(
+        title,
+        note,
+        layers="encoder.layer",
+        attention="attention",
+        query="self.query",
+        key="self.key",
+        value="self.value",
+        output="output.dense",
+        rotary=None,
+        token_types=token_types,
+        pooler=True,
+        offset_positions=offset_positions,
+    )
+
+
 ENCODERS: dict[str, Encoder] = {
-    "bert": Encoder("BERT, MiniLM, BGE, E5", "encoder; sentence pairs", token_types=True, pooler=True),
-    "distilbert": Encoder("DistilBERT", "encoder"),
-    "roberta": Encoder("RoBERTa", "encoder; positions from the mask", pooler=True, offset_positions=True),
+    "bert": _encoder("BERT, MiniLM, BGE, E5", "encoder; sentence pairs", token_types=True),
+    "distilbert": Encoder(
+        "DistilBERT",
+        "encoder",
+        layers="transformer.layer",
+        attention="attention",
+        query="q_lin",
+        key="k_lin",
+        value="v_lin",
+        output="out_lin",
+        rotary=None,
+    ),
+    "roberta": _encoder("RoBERTa", "encoder; positions from the mask", offset_positions=True),
 }
 
 

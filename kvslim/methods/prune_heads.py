@@ -20,7 +20,7 @@ from kvslim.transform.codes import LayerCodes
 from kvslim.types import LayerPlan, ModelSpec, Plan
 
 if TYPE_CHECKING:
-    from kvslim.calibrate.statistics import CalibrationStatistics
+    from kvslim.calibrate.statistics import HeadStatistics
 
 Heads = tuple[int, ...]
 Loss = Callable[[int, Heads], float]
@@ -87,7 +87,7 @@ class PruneHeads(Method):
         named = {layer: gone for layer, gone in removed.items() if gone}
         return self.model_copy(update={"groups": None, "queries": None, "heads": named})
 
-    def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
+    def decide(self, spec: ModelSpec, statistics: HeadStatistics, plan: Plan) -> Plan:
         """Sets the heads that stay, with the share of fluctuation that goes as score."""
         fluctuation = statistics.fluctuation
         method = self
@@ -101,7 +101,7 @@ class PruneHeads(Method):
         return plan.model_copy(update={"layers": tuple(layers)})
 
     def apply(
-        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, codes: tuple[LayerCodes, ...]
+        self, spec: ModelSpec, statistics: HeadStatistics, plan: Plan, codes: tuple[LayerCodes, ...]
     ) -> tuple[LayerCodes, ...]:
         """Adds the kept heads of each layer, and the mean output that stands for the others."""
         return tuple(
@@ -146,7 +146,7 @@ def check_heads(heads: Heads, spec: ModelSpec, where: str) -> None:
         )
 
 
-def without_heads(code: LayerCodes, layer: LayerPlan, spec: ModelSpec, statistics: CalibrationStatistics) -> LayerCodes:
+def without_heads(code: LayerCodes, layer: LayerPlan, spec: ModelSpec, statistics: HeadStatistics) -> LayerCodes:
     """A layer's code with the heads alone that its plan keeps."""
     mean = statistics.output_mean[layer.layer]
     return replace(code, heads=layer.heads, kv_heads=layer.kv_heads(spec), mean_output=mean)
@@ -157,5 +157,6 @@ def _without(layer: LayerPlan, heads: Heads, spec: ModelSpec, share: float) -> L
     layer = layer.model_copy(update=update)
     count = spec.q_heads - len(heads)
     cached = f", {len(layer.kv_heads(spec))} of {spec.kv_heads} kv heads left" if heads else ", the cache with them"
+    cached = "" if spec.is_encoder else cached
     reason = f"{count} of {spec.q_heads} heads removed with {share:.1%} of the layer's fluctuation{cached}"
     return layer.model_copy(update={"reason": reason})

@@ -17,7 +17,7 @@ from kvslim.methods.base import Method
 from kvslim.types import ModelSpec, Plan
 
 if TYPE_CHECKING:
-    from kvslim.calibrate.statistics import CalibrationStatistics
+    from kvslim.calibrate.statistics import HeadStatistics
     from kvslim.transform.codes import LayerCodes
 
 Layers = tuple[int, ...]
@@ -79,9 +79,10 @@ class PruneLayers(Method):
             gone = (*gone, min(left, key=losses.__getitem__))
         return self.model_copy(update={"attention": None, "layers": tuple(sorted(gone))})
 
-    def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
+    def decide(self, spec: ModelSpec, statistics: HeadStatistics, plan: Plan) -> Plan:
         """Leaves the chosen layers without heads; `prune_heads` carries it out."""
-        reason = "attention removed, and the cache with it; its mean output stays"
+        cache = "" if spec.is_encoder else ", and the cache with it"
+        reason = f"attention removed{cache}; its mean output stays"
         layers = (
             layer.model_copy(update={"heads": (), "reason": reason}) if layer.layer in (self.layers or ()) else layer
             for layer in plan.layers
@@ -89,7 +90,7 @@ class PruneLayers(Method):
         return plan.model_copy(update={"layers": tuple(layers)})
 
     def apply(
-        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, codes: tuple[LayerCodes, ...]
+        self, spec: ModelSpec, statistics: HeadStatistics, plan: Plan, codes: tuple[LayerCodes, ...]
     ) -> tuple[LayerCodes, ...]:
         """The codes as they are."""
         return codes

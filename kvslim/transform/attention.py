@@ -124,7 +124,7 @@ class SlimAttention(nn.Module):
         if self.is_dropped:
             return query.new_zeros(query.shape[0], query.shape[2], 1, 1)
         query, key, value = (
-            self._projected(side, states) for side, states in (("query", query), ("key", key), ("value", value))
+            self.projected(side, states) for side, states in (("query", query), ("key", key), ("value", value))
         )
         if self.step is not None:
             return self._exported(self.step, query, key, value, scoring)
@@ -162,8 +162,16 @@ class SlimAttention(nn.Module):
             attended = scoring.weights(query, key) @ value
         return attended.transpose(1, 2)
 
-    def _projected(self, side: str, states: Tensor) -> Tensor:
-        """The layer's own projection of the hidden states where it has one, else the model's."""
+    def projected(self, side: str, states: Tensor) -> Tensor:
+        """One side's states by the layer's own projection of the hidden states where it has one, else the model's.
+
+        Args:
+            side: "query", "key" or "value".
+            states: [batch, heads, length, head_dim] as the model computes them.
+
+        Returns:
+            The same with the kept heads alone.
+        """
         weight: Tensor | None = getattr(self, f"{side}_weight")
         heads = range(states.shape[1]) if self.heads is None else self.heads[side]
         if weight is None:

@@ -26,7 +26,7 @@ def refitted(
     model: Any,
     architecture: Architecture,
     codes: tuple[LayerCodes, ...],
-    windows: Array,
+    windows: Iterable[Array],
     layers: Callable[[Iterable[int]], Iterable[int]],
 ) -> tuple[LayerCodes, ...]:
     """The codes with output projections fitted to them; layers without codes stay as they are.
@@ -35,7 +35,7 @@ def refitted(
         model: The prepared model, without codes.
         architecture: Where its parts live.
         codes: One entry per layer.
-        windows: [n, length] token ids.
+        windows: [length] token ids each.
         layers: Wraps the iterable of layers, to show progress.
     """
     tokens = [torch.from_numpy(window[None]) for window in windows]

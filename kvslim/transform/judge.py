@@ -66,7 +66,7 @@ class Judge:
         self._outputs: list[list[Any]] = []
         self._reference: list[Tensor] = []
         for batch in self.batches:
-            with self._remembering() as outputs:
+            with remembering(self.layers) as outputs:
                 self._reference.append(self._log_probabilities(batch))
             self._outputs.append(outputs)
 
@@ -79,7 +79,7 @@ class Judge:
         with trial(self.model, self.architecture, codes):
             known = zip(self.batches, self._weights, self._outputs, self._reference, strict=True)
             for batch, weights, outputs, reference in known:
-                with self._replaying(outputs, first):
+                with replaying(self.layers[:first], outputs):
                     student = self._log_probabilities(batch)
                 divergence = (reference.exp() * (reference - student)).sum(-1)
                 total += float((divergence.double() * weights).sum())
@@ -107,26 +107,29 @@ class Judge:
             hook.remove()
         return logits.float().log_softmax(-1)
 
-    @contextmanager
-    def _remembering(self) -> Iterator[list[Any]]:
-        outputs: list[Any] = []
-        hooks = [layer.register_forward_hook(lambda *call: outputs.append(call[2])) for layer in self.layers]
-        try:
-            yield outputs
-        finally:
-            for hook in hooks:
-                hook.remove()
 
-    @contextmanager
-    def _replaying(self, outputs: list[Any], first: int) -> Iterator[None]:
-        """Within the block the layers before `first` give what they gave without codes."""
-        try:
-            for layer, output in zip(self.layers[:first], outputs, strict=False):
-                layer.forward = lambda *_, output=output, **__: output
-            yield
-        finally:
-            for layer in self.layers[:first]:
-                del layer.forward
+@contextmanager
+def remembering(layers: Sequence[Any]) -> Iterator[list[Any]]:
+    """Within the block what layers give is noted, in the order that they run."""
+    outputs: list[Any] = []
+    hooks = [layer.register_forward_hook(lambda *call: outputs.append(call[2])) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def replaying(layers: Sequence[Any], outputs: Sequence[Any]) -> Iterator[None]:
+    """Within the block layers give what they gave before; outputs beyond their number are left alone."""
+    try:
+        for layer, output in zip(layers, outputs, strict=False):
+            layer.forward = lambda *_, output=output, **__: output
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 class RecallTrials:

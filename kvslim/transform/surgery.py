@@ -78,7 +78,7 @@ def prepare(model: Any, architecture: Architecture, spec: ModelSpec) -> Original
     attentions = attention_modules(model, architecture)
     for attention, rotary, window in zip(attentions, rotaries, spec.windows, strict=True):
         attention.kvslim = SlimAttention(rotary, window)
-        attention.get_submodule(architecture.value).register_forward_pre_hook(_catch_hidden(attention.kvslim))
+        attention.get_submodule(architecture.value).register_forward_pre_hook(catch_hidden(attention.kvslim))
         if architecture.direct and not getattr(model.config, "qk_layernorm", False):
             _project_directly(attention, architecture, spec)
     return original
@@ -105,7 +105,9 @@ def _rows(rows: Tensor, architecture: Architecture, spec: ModelSpec, side: str) 
     return rows
 
 
-def _catch_hidden(slim: SlimAttention) -> Any:
+def catch_hidden(slim: SlimAttention) -> Any:
+    """A hook that tells a layer's slim attention what the projections read."""
+
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         slim.hidden = inputs[0]
 

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvslim.calibrate.sentences import Sentences
 from kvslim.recipe import Recipe
-from kvslim.runtime.encoder import EncoderSession, Texts, pad
+from kvslim.runtime.encoder import EncoderSession, pad
 from kvslim.types import Measures, ModelSpec, Report
 from kvslim.validate.gates import report
 from kvslim.validate.latency import in_turns, milliseconds
@@ -18,46 +19,9 @@ from kvslim.validate.measure import file_mib
 from kvslim.validate.rss import peak_rss
 
 BATCH = 8
-MASKED_SHARE = 0.15  # as in BERT's training
 
 
-class HeldOut(NamedTuple):
-    """Held-out sentences.
-
-    Attributes:
-        texts: Token ids of each.
-        masked: The same with a share of the tokens masked; empty without a masked-token head.
-        targets: Which tokens of each were masked.
-    """
-
-    texts: Texts
-    masked: Texts
-    targets: Sequence[npt.NDArray[np.bool_]]
-
-
-def mask_tokens(texts: Texts, mask_id: int, special: set[int], seed: int) -> HeldOut:
-    """Masks a share of the tokens of each text, one at least, that are not special.
-
-    Args:
-        texts: Token ids.
-        mask_id: The id that stands for a masked token.
-        special: Ids that are never masked.
-        seed: Of the choice.
-    """
-    generator = np.random.default_rng(seed)
-    masked, targets = [], []
-    for text in texts:
-        ids = np.asarray(text)
-        free = np.flatnonzero(~np.isin(ids, list(special)))
-        count = min(len(free), max(1, round(MASKED_SHARE * len(free))))
-        target = np.zeros(len(ids), dtype=bool)
-        target[generator.choice(free, size=count, replace=False)] = True
-        masked.append(np.where(target, mask_id, ids).tolist())
-        targets.append(target)
-    return HeldOut(texts, masked, targets)
-
-
-def measure_encoder(plain: Path, artifact: Path, spec: ModelSpec, recipe: Recipe, held_out: HeldOut) -> Report:
+def measure_encoder(plain: Path, artifact: Path, spec: ModelSpec, recipe: Recipe, held_out: Sentences) -> Report:
     """Measures an encoder's artifact against the plain export of its model.
 
     The reference is the plain export on one sentence at a time; artifact and floor run padded batches, as users do.
@@ -126,7 +90,7 @@ class _Answers(NamedTuple):
     tokens: npt.NDArray[np.int64] | None
 
 
-def _answers(folder: Path, held_out: HeldOut, batch: int) -> _Answers:
+def _answers(folder: Path, held_out: Sentences, batch: int) -> _Answers:
     session = EncoderSession(folder)
     starts = range(0, len(held_out.texts), batch)
     embeddings = [session.embed(held_out.texts[start : start + batch]) for start in starts]
@@ -134,7 +98,7 @@ def _answers(folder: Path, held_out: HeldOut, batch: int) -> _Answers:
     return _Answers(np.concatenate(embeddings), np.concatenate(tokens) if tokens else None)
 
 
-def _predicted(session: EncoderSession, held_out: HeldOut, part: slice) -> npt.NDArray[np.int64]:
+def _predicted(session: EncoderSession, held_out: Sentences, part: slice) -> npt.NDArray[np.int64]:
     best = session.logits(*pad(held_out.masked[part])).argmax(-1)
     rows = zip(best, held_out.targets[part], strict=True)
     return np.concatenate([row[: len(target)][target] for row, target in rows])

@@ -1,0 +1,80 @@
+"""Statistics of attention outputs, gathered from texts of any length: what encoders' heads are chosen by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvslim.calibrate.statistics import HeadStatistics, output_gram
+from kvslim.load.architecture import Architecture
+from kvslim.transform.surgery import attention_modules
+from kvslim.types import ModelSpec
+
+Texts = Sequence[Sequence[int]]
+
+
+def collect_heads(
+    model: Any,
+    architecture: Architecture,
+    spec: ModelSpec,
+    texts: Texts,
+    progress: Callable[[Iterable[Any]], Iterable[Any]],
+) -> HeadStatistics:
+    """Runs texts through a prepared model without codes; every token counts alike.
+
+    Args:
+        model: The model without a head.
+        architecture: Where its parts live.
+        spec: Its shape.
+        texts: Token ids of each.
+        progress: Wraps the iterable of texts.
+    """
+    attentions = attention_modules(model, architecture)
+    sums = [_Sums(spec) for _ in attentions]
+    hooks = [
+        attention.get_submodule(architecture.output).register_forward_pre_hook(total)
+        for attention, total in zip(attentions, sums, strict=True)
+    ]
+    try:
+        with torch.inference_mode():
+            for text in progress(texts):
+                model(input_ids=torch.tensor([text]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    grams = [output_gram(attention, architecture, spec) for attention in attentions]
+    return HeadStatistics(
+        output_mean=np.stack([total.mean.numpy() for total in sums]),
+        fluctuation=np.stack([total.fluctuation(gram) for total, gram in zip(sums, grams, strict=True)]),
+    )
+
+
+class _Sums:
+    """Sums over the tokens of one layer's attention outputs, in float64."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.tokens, self.heads = 0, (spec.q_heads, spec.head_dim)
+        self.total: Tensor | float = 0.0
+        self.square: Tensor | float = 0.0
+
+    def __call__(self, _: Any, inputs: tuple[Tensor, ...]) -> None:
+        """Adds what an output projection reads, [batch, length, q_heads * head_dim]."""
+        outputs = inputs[0].double().flatten(0, 1).unflatten(-1, self.heads)
+        self.tokens += len(outputs)
+        self.total = self.total + outputs.sum(0)
+        self.square = self.square + torch.einsum("thd,the->hde", outputs, outputs)
+
+    @property
+    def mean(self) -> Tensor:
+        """[q_heads, head_dim]."""
+        return torch.as_tensor(self.total) / self.tokens
+
+    def fluctuation(self, gram: np.ndarray) -> np.ndarray:
+        """[q_heads] variances of what each head adds; `gram` as `output_gram` gives it."""
+        covariance = torch.as_tensor(self.square) / self.tokens - torch.einsum("hd,he->hde", self.mean, self.mean)
+        found: np.ndarray = np.einsum("hde,hde->h", covariance.numpy(), gram.reshape(covariance.shape))
+        return found

@@ -1,0 +1,37 @@
+"""Output projections fitted again, where held-out text gains by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvslim.transform.codes import LayerCodes
+from kvslim.types import Plan
+
+LEAST_GAIN = 0.03  # of the loss; less is the noise of a few windows of text
+Codes = tuple[LayerCodes, ...]
+
+
+def refit_where_it_pays(
+    plan: Plan, codes: Codes, loss: Callable[[Codes], float], refitted: Callable[[Codes], Codes], name: str = "KL"
+) -> tuple[Plan, float]:
+    """The plan, with output projections marked to be fitted again if that lowers the loss, and the loss.
+
+    Args:
+        plan: What happens to each layer.
+        codes: What that puts into the model.
+        loss: Of the model with codes, on text that nothing is fitted to.
+        refitted: Codes with output projections fitted to them.
+        name: Of the loss, for the reason.
+    """
+    before = loss(codes)
+    if all(code.is_empty for code in codes):
+        return plan, before
+    after = loss(refitted(codes))
+    if after > (1 - LEAST_GAIN) * before:
+        return plan, before
+    reason = f"output refitted, which takes {1 - after / before:.0%} of the {name}"
+    layers = tuple(
+        layer if code.is_empty else layer.model_copy(update={"refit": True, "reason": f"{layer.reason}; {reason}"})
+        for layer, code in zip(plan.layers, codes, strict=True)
+    )
+    return plan.model_copy(update={"layers": layers}), after
