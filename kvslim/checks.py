@@ -23,7 +23,7 @@ LACKING = {
     "kv_window": "ring",
 }  # what layout attention24 does not have
 ENCODER_DECISIONS = ("layer", "heads", "refit", "score", "reason")
-ENCODER_GATES = {"min_embedding_cosine", "min_masked_top1_agreement"}
+ENCODER_GATES = {"min_embedding_cosine", "min_retrieval_rank_correlation", "min_masked_top1_agreement"}
 
 
 def check_task(recipe: Recipe, spec: ModelSpec) -> None:

@@ -50,8 +50,8 @@ class Calibration(Frozen):
     """Text that the statistics come from, and the context they are meant for."""
 
     source: str = Field("self", description="self, a .txt or .jsonl file, or hub:DATASET[:SPLIT]")
-    samples: int = Field(64, ge=1, description="windows of text")
-    length: int = Field(512, ge=8, description="tokens per window")
+    samples: int = Field(64, ge=1, description="windows of text; sentences for an encoder")
+    length: int = Field(512, ge=8, description="tokens per window; at most per sentence")
     context: int | None = Field(
         None, ge=8, description="target context in tokens; default: the model's own, at most 4096"
     )
@@ -119,6 +119,9 @@ class Gates(Frozen):
     max_kv_ratio: Number | None = Field(None, gt=0, le=1, description="KV bytes, artifact over plain")
     min_embedding_cosine: Number | None = Field(
         None, ge=-1, le=1, description="encoders: mean cosine to the plain export"
+    )
+    min_retrieval_rank_correlation: Number | None = Field(
+        None, ge=-1, le=1, description="encoders: rank correlation of retrieval to the plain export"
     )
     min_masked_top1_agreement: Number | None = Field(
         None, ge=0, le=1, description="encoders with a masked-token head: share of equal most likely tokens"

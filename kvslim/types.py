@@ -256,7 +256,8 @@ class Measures(Frozen):
 
     `kv_bytes_per_token` is the cache at the target context over that context. Latencies are milliseconds, keyed by
     prompt length (`ttft_ms`), context length (`tpot_ms`) or, for an encoder, text length (`latency_ms`) in tokens;
-    `kl_*` are nats per token against the plain export; `recall` and the agreements are shares in 0..1.
+    `kl_*` are nats per token against the plain export; `recall` and the agreements are shares in 0..1; the rank
+    correlation is Spearman's.
     """
 
     kv_bytes_per_token: float | None = None
@@ -269,6 +270,7 @@ class Measures(Frozen):
     recall: float | None = None
     embedding_cosine_mean: float | None = None
     embedding_cosine_min: float | None = None
+    retrieval_rank_correlation: float | None = None
     masked_top1_agreement: float | None = None
     ttft_ms: dict[str, float] | None = None
     tpot_ms: dict[str, float] | None = None

@@ -51,7 +51,13 @@ def test_report_is_complete_and_its_ratios_are_of_its_columns(made: tuple[Path, 
     assert report is not None
     for column in (report.plain, report.artifact):
         missing = {name for name, value in column.model_dump().items() if value is None}
-        assert missing == {"embedding_cosine_mean", "embedding_cosine_min", "masked_top1_agreement", "latency_ms"}
+        assert missing == {
+            "embedding_cosine_mean",
+            "embedding_cosine_min",
+            "retrieval_rank_correlation",
+            "masked_top1_agreement",
+            "latency_ms",
+        }
     assert report.plain.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4
     assert report.artifact.kv_bytes_per_token == 2 * 2 * 2 * 8
     assert report.ratio.kv_bytes_per_token == 1 / 8

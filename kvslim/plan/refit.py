@@ -24,7 +24,7 @@ def refit_where_it_pays(
         name: Of the loss, for the reason.
     """
     before = loss(codes)
-    if all(code.is_empty for code in codes):
+    if not before:
         return plan, before
     after = loss(refitted(codes))
     if after > (1 - LEAST_GAIN) * before:

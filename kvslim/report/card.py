@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from kvslim.report.tables import gates_table, plan_table, report_table
-from kvslim.types import Manifest
+from kvslim.report.tables import gates_table, plan_table, pruned_table, report_table
+from kvslim.types import Manifest, Plan
 
 CARD = "README.md"
 TEMPLATE = """\
@@ -77,7 +77,10 @@ The graph appends to a cache that the caller allocates for the whole context, fi
 {%- if not encoder %}
 ## The cache, layer by layer
 
-{{ plan }}{% endif %}"""
+{{ plan }}{% elif pruned %}
+## Removed
+
+{{ pruned }}{% endif %}"""
 
 
 def write_card(folder: Path, manifest: Manifest) -> None:
@@ -106,6 +109,7 @@ def model_card(manifest: Manifest) -> str:
         report=report_table(report).markdown() if report else "",
         gates=gates_table(report.gates).markdown() if report else "",
         plan=plan_table(manifest.plan).markdown(),
+        pruned=pruned_table(manifest.plan).markdown() if manifest.plan != Plan.identity(spec) else "",
     )
 
 

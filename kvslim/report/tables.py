@@ -30,6 +30,7 @@ METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
     "recall": ("Recall", lambda value: f"{value:.1%}"),
     "embedding_cosine_mean": ("Cosine to plain embeddings, mean", lambda value: f"{value:.4f}"),
     "embedding_cosine_min": ("Cosine to plain embeddings, minimum", lambda value: f"{value:.4f}"),
+    "retrieval_rank_correlation": ("Rank correlation of retrieval to plain", lambda value: f"{value:.4f}"),
     "masked_top1_agreement": ("Same most likely masked token", lambda value: f"{value:.2%}"),
     "ttft_ms": ("Time to first token, ms, prompt of {}", lambda value: f"{value:.1f}"),
     "tpot_ms": ("Time per token, ms, context of {}", lambda value: f"{value:.2f}"),
@@ -101,6 +102,12 @@ def plan_table(plan: Plan) -> Table:
         for layer in plan.layers
     )
     return Table(("layer", "rank", "cache", *([WINDOW] if windowed else []), "score", "reason"), rows, words=True)
+
+
+def pruned_table(plan: Plan) -> Table:
+    """What went from the layers of an encoder, and why."""
+    rows = ((str(layer.layer), layer.reason) for layer in plan.layers if layer.heads is not None)
+    return Table(("layer", "removed"), tuple(rows), words=True)
 
 
 def analysis_table(analysis: Analysis) -> Table:

@@ -16,6 +16,7 @@ from kvslim.types import Measures, ModelSpec, Report
 from kvslim.validate.gates import report
 from kvslim.validate.latency import in_turns, milliseconds
 from kvslim.validate.measure import file_mib
+from kvslim.validate.retrieval import retrieval_rank_correlation
 from kvslim.validate.rss import peak_rss
 
 BATCH = 8
@@ -104,9 +105,13 @@ def _predicted(session: EncoderSession, held_out: Sentences, part: slice) -> npt
     return np.concatenate([row[: len(target)][target] for row, target in rows])
 
 
-def _compare(reference: _Answers, found: _Answers) -> dict[str, float]:
+def _compare(reference: _Answers, found: _Answers) -> dict[str, float | None]:
     cosines = _cosines(reference.embeddings, found.embeddings)
-    measures = {"embedding_cosine_mean": float(cosines.mean()), "embedding_cosine_min": float(cosines.min())}
+    measures: dict[str, float | None] = {
+        "embedding_cosine_mean": float(cosines.mean()),
+        "embedding_cosine_min": float(cosines.min()),
+        "retrieval_rank_correlation": retrieval_rank_correlation(reference.embeddings, found.embeddings),
+    }
     if reference.tokens is not None:
         measures["masked_top1_agreement"] = float((reference.tokens == found.tokens).mean())
     return measures
