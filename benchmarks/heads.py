@@ -3,8 +3,9 @@
     python benchmarks/heads.py [--groups 1,2,3]
 
 In torch on 24 x 512 held-out tokens. `kl` measures each removal alone on calibration text, `fluctuation` is the
-statistic, `magnitude` the norm of what the output projection does with the head; random is the mean of 3 seeds. "Refit"
-is with output projections fitted again, "zeros" without the mean that stands for a head that went.
+statistic, `taylor` the score by gradients, `magnitude` the norm of the head's columns of the output projection. Random
+is the mean of 3 seeds, with the least and the most of them. "Refit" is with output projections fitted again, "zeros"
+without the mean that stands for a head that went.
 """
 
 from __future__ import annotations
@@ -66,9 +67,15 @@ def orders(subject: Subject) -> dict[str, list[Loss]]:
         draws = np.random.default_rng(seed).random((subject.spec.layers, subject.spec.q_heads))
         return lambda layer, gone: float(draws[layer, gone[0]])
 
+    gradients = subject.workshop.taylor(statistics)
+
+    def taylor(layer: int, gone: Heads) -> float:
+        return float(gradients[layer, list(gone)].sum())
+
     return {
         "kl": [measured],
         "fluctuation": [fluctuation],
+        "taylor": [taylor],
         "magnitude": [magnitude],
         "random": [random(seed) for seed in SEEDS],
     }
@@ -81,9 +88,15 @@ def cells(subject: Subject, losses: list[Loss], count: int) -> str:
         lambda codes: codes,
         lambda codes: subject.workshop.refitted(subject.statistics, codes),
     )
-    values = [np.mean([subject.judge.kl(kind(codes)) for codes in found]) for kind in kinds]
+    values = [[subject.judge.kl(kind(codes)) for codes in found] for kind in kinds]
     print(f"{subject.name}: {count} {values}", file=sys.stderr)
-    return "".join(f" {value:.2g} |" for value in values)
+    return "".join(f" {cell(kls)} |" for kls in values)
+
+
+def cell(values: list[float]) -> str:
+    """The mean, and behind it the range if there are several."""
+    spread = f" ({min(values):.2g} - {max(values):.2g})" if len(values) > 1 else ""
+    return f"{np.mean(values):.2g}{spread}"
 
 
 def codes_of(subject: Subject, loss: Loss, count: int) -> tuple[LayerCodes, ...]:

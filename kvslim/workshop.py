@@ -20,6 +20,7 @@ from kvslim.calibrate.corpus import (
     text_windows,
 )
 from kvslim.calibrate.statistics import CalibrationStatistics, collect
+from kvslim.calibrate.taylor import taylor_scores
 from kvslim.demo.world import recall_questions
 from kvslim.export.genai import end_tokens, genai_config
 from kvslim.export.graph import build_graph, save_graph, token_inputs
@@ -49,6 +50,7 @@ from kvslim.validate.measure import Evaluation
 from kvslim.validate.recall import RecallItem, repeated_spans
 
 REFIT_TOKENS = 4_096, 12_288  # for many layers, for few
+TAYLOR_TOKENS = 8_192
 RECALL_ITEMS, LAZY_ITEMS = 50, 8
 
 
@@ -173,6 +175,9 @@ class Workshop:
             trials = self._recall_trials(statistics, held_out, LAZY_ITEMS)
             layers = lambda layers: self.progress.track(layers, "layers tried with a window")  # noqa: E731
             return laziest(method, self.spec, held_out.kl, trials.drop, layers)
+        if isinstance(method, PruneHeads) and method.score == "taylor" and method.is_measured:
+            scores = self.taylor(statistics)
+            return method.chosen(self.spec, lambda layer, gone: float(scores[layer, list(gone)].sum()))
         if isinstance(method, PruneHeads) and method.is_measured:
             return method.chosen(
                 self.spec,
@@ -193,12 +198,20 @@ class Workshop:
         plan = PruneHeads(heads=heads).decide(self.spec, statistics, Plan.identity(self.spec))
         return fit(self.spec, statistics, plan)
 
+    def taylor(self, statistics: CalibrationStatistics) -> np.ndarray:
+        """Taylor scores of query heads, on some of the text that serves for fitting; see `taylor_scores`."""
+        windows, counted = (_split(array)[0] for array in (statistics.windows, statistics.counted))
+        count = max(1, TAYLOR_TOKENS // windows.shape[1])
+        track = lambda windows: self.progress.track(windows, "windows, with gradients")  # noqa: E731
+        return taylor_scores(self.model, self.architecture, self.spec, windows[:count], counted[:count], track)
+
     def analysis(self, statistics: CalibrationStatistics) -> Analysis:
         """What the calibration text needs of the model."""
         held_out = self.held_out_judge(statistics)
         return analyze(
             self.spec,
             statistics,
+            self.taylor(statistics),
             self.recipe.calibration.source,
             lambda heads: held_out.kl(self.without(statistics, heads)),
             lambda layers: self.progress.track(layers, "layers"),

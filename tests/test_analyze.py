@@ -30,8 +30,8 @@ def test_every_layer_and_head_is_there(analysis: Analysis) -> None:
     assert [layer.layer for layer in analysis.layers] == [0, 1]
     assert analysis.tokens == 4 * 48
     for layer in analysis.layers:
-        assert (len(layer.kv_head_kl), len(layer.fluctuation)) == (2, 4)
-        assert min(layer.attention_kl, *layer.kv_head_kl, *layer.fluctuation) > 0
+        assert (len(layer.kv_head_kl), len(layer.fluctuation), len(layer.taylor)) == (2, 4, 4)
+        assert min(layer.attention_kl, *layer.kv_head_kl, *layer.fluctuation, *layer.taylor) > 0
         assert 1 <= layer.value_rank <= 16
         assert 1 <= layer.key_rank <= 16
         assert layer.recent_attention == pytest.approx(1.0)  # no text is longer than 256 tokens

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvslim.load.architecture import Architecture
-from kvslim.transform.surgery import attention_modules
+from kvslim.transform.surgery import attention_modules, slim_modules
 from kvslim.types import ModelSpec
 
 Array = np.ndarray
@@ -68,11 +68,11 @@ def _gated(model: Any, architecture: Architecture, spec: ModelSpec) -> Iterator[
         return lambda _, inputs: ((inputs[0].unflatten(-1, (spec.q_heads, -1)) * gate[:, None]).flatten(-2),)
 
     outputs = [attention.get_submodule(architecture.output) for attention in attention_modules(model, architecture)]
-    hooks = [
-        output.register_forward_pre_hook(multiplied(gate)) for output, gate in zip(outputs, gates, strict=True)
-    ]
+    hooks = [output.register_forward_pre_hook(multiplied(gate)) for output, gate in zip(outputs, gates, strict=True)]
     try:
         yield gates
     finally:
         for hook in hooks:
             hook.remove()
+        for slim in slim_modules(model, architecture):
+            slim.hidden = None  # it holds on to the last window's graph

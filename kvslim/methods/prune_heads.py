@@ -2,8 +2,9 @@
 
 A head that goes is replaced by its mean output, a bias (An et al., "Fluctuation-based Adaptive Structured Pruning for
 Large Language Models", 2023, section 3.3), so what it costs is how much its output varies: the variance of what it adds
-to the hidden states (their fluctuation metric, section 3.2, without a gradient). Whole kv groups save cache and time;
-query heads inside groups save time, one from every group of a layer, so that groups stay equal.
+to the hidden states (their fluctuation metric, section 3.2, without a gradient). `calibrate.taylor` has the score by
+gradients. Whole kv groups save cache and time; query heads inside groups save time, one from every group of a layer, so
+that groups stay equal. Each head of an encoder is a group, and without a cache it saves time alone.
 """
 
 from __future__ import annotations
@@ -34,10 +35,15 @@ class PruneHeads(Method):
     order: ClassVar[int] = 5
     summary: ClassVar[str] = "attention without the heads that matter least; whole kv groups take their cache along"
 
-    groups: int | None = Field(None, ge=1, description="kv heads to remove, over all layers, with their query heads")
+    groups: int | None = Field(
+        None, ge=1, description="kv heads to remove, over all layers, with their query heads; of an encoder, heads"
+    )
     queries: int | None = Field(None, ge=1, description="layers' times to remove one query head of every kv head")
     heads: dict[int, tuple[int, ...]] | None = Field(None, description="query heads to remove, by layer")
-    score: Literal["kl", "fluctuation"] = Field("kl", description="measured KL of each removal alone, or a statistic")
+    score: Literal["kl", "fluctuation", "taylor"] = Field(
+        "kl",
+        description="measured loss of each removal alone (KL, of embeddings 1 - cosine), a statistic, or gradients",
+    )
 
     @model_validator(mode="after")
     def _one_choice(self) -> PruneHeads:
@@ -48,13 +54,17 @@ class PruneHeads(Method):
     @property
     def is_measured(self) -> bool:
         """Whether the choice needs the model itself."""
-        return self.heads is None and self.score == "kl"
+        return self.heads is None and self.score != "fluctuation"
 
     def check(self, spec: ModelSpec) -> None:
         """Refuses heads that the model does not have, unequal groups, and to remove everything."""
         where = "recipe: methods.prune_heads"
         if self.groups is None and self.queries is None and not self.heads:
             raise UsageError("it says not what to remove", where=where, fix="give groups, queries or heads")
+        if spec.is_encoder and self.score == "taylor":
+            raise UsageError(
+                "the Taylor score needs the loss of next tokens", where=f"{where}.score", fix="use kl or fluctuation"
+            )
         for layer, gone in (self.heads or {}).items():
             if not 0 <= layer < spec.layers:
                 raise UsageError(f"the model has {spec.layers} layers, not a layer {layer}", where=where, fix="drop it")

@@ -29,6 +29,9 @@ class LayerAnalysis(Frozen):
     fluctuation: tuple[float, ...] = Field(
         description="of each query head: variance of what it adds to the hidden states, summed over these"
     )
+    taylor: tuple[float, ...] = Field(
+        description="of each query head: slope of the loss of next tokens as its output is scaled, nats per token"
+    )
     key_rank: int = Field(description="dimensions with which every kv head keeps 99 % of the score energy")
     value_rank: int = Field(description="the same for values")
     recent_attention: float = Field(description="least share of a kv head's attention on sinks and 256 recent tokens")
@@ -45,6 +48,7 @@ class Analysis(Frozen):
 def analyze(
     spec: ModelSpec,
     statistics: CalibrationStatistics,
+    taylor: np.ndarray,
     source: str,
     kl_without: Callable[[dict[int, Heads]], float],
     layers: Callable[[Iterable[int]], Iterable[int]],
@@ -54,6 +58,7 @@ def analyze(
     Args:
         spec: The model's shape.
         statistics: What is known of its cache on the text.
+        taylor: [layers, q_heads] scores by gradients.
         source: What the text is called.
         kl_without: Divergence of the model without some query heads, by layer.
         layers: Wraps the iterable of layers, to show progress.
@@ -74,6 +79,7 @@ def analyze(
                 attention_kl=kl_without({layer: tuple(range(spec.q_heads))}),
                 kv_head_kl=tuple(kl_without({layer: heads}) for heads in groups),
                 fluctuation=tuple(statistics.fluctuation[layer].tolist()),
+                taylor=tuple(taylor[layer].tolist()),
                 key_rank=min(ranks[0], spec.head_dim),
                 value_rank=min(ranks[1], spec.head_dim),
                 recent_attention=float(np.clip(recent[layer], 0, 1)),

@@ -112,13 +112,15 @@ def pruned_table(plan: Plan) -> Table:
 
 def analysis_table(analysis: Analysis) -> Table:
     """What each layer is worth to a text."""
-    header = ("layer", "KL without attention", "KL without each kv head", "fluctuation of heads", "rank K", "rank V")
+    heads = ("KL without each kv head", "fluctuation of heads", "Taylor of heads")
+    header = ("layer", "KL without attention", *heads, "rank K", "rank V")
     rows = tuple(
         (
             str(layer.layer),
             f"{layer.attention_kl:.2g}",
             " ".join(f"{kl:.1g}" for kl in layer.kv_head_kl),
             " ".join(f"{share:.1g}" for share in layer.fluctuation),
+            " ".join(f"{score:.1g}" for score in layer.taylor),
             str(layer.key_rank),
             str(layer.value_rank),
             f"{layer.recent_attention:.0%}",
