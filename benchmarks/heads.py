@@ -36,9 +36,10 @@ def main() -> None:
         print(f"{subject.name[0].upper()}{subject.name[1:]}, of {total} kv heads:\n")
         print("| chosen by |" + "".join(f" KL without {count} | refit |" for count in counts))
         print("|---|" + "---:|---:|" * len(counts))
-        for name, losses in orders(subject).items():
+        ways = orders(subject)
+        for name, losses in ways.items():
             print(f"| {name} |" + "".join(cells(subject, losses, count) for count in counts), flush=True)
-        found = [codes_of(subject, orders(subject)["kl"][0], count) for count in counts]
+        found = [codes_of(subject, ways["kl"][0], count) for count in counts]
         zeros = [subject.judge.kl(without_means(codes)) for codes in found]
         print("| kl, zeros |" + "".join(f" {value:.2g} | - |" for value in zeros))
         if subject.asked:

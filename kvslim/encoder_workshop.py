@@ -90,6 +90,12 @@ class EncoderWorkshop:
         plan = Plan.identity(self.spec)
         for method in sorted(self.recipe.methods, key=lambda method: method.order):
             plan = self._measured(method, statistics, judge).decide(self.spec, statistics, plan)
+        return self.compensated(fitting, statistics, judge, plan)
+
+    def compensated(
+        self, fitting: Sentences, statistics: HeadStatistics, judge: EncoderJudge, plan: Plan
+    ) -> tuple[Plan, float]:
+        """The plan with its output projections fitted again where that pays, and its loss."""
         codes = self.codes(fitting, statistics, plan)
         if not self.recipe.compensate:
             return plan, judge.loss(codes)

@@ -52,6 +52,12 @@ def measure_encoder(plain: Path, artifact: Path, spec: ModelSpec, recipe: Recipe
     return report(gates, floor=Measures.model_validate(quality["floor"]), **columns)
 
 
+def compare_encoders(plain: Path, artifact: Path, held_out: Sentences) -> Measures:
+    """What the answers of an artifact keep of the plain export's, as in a report."""
+    answers = _answers(plain, held_out, batch=1), _answers(artifact, held_out, BATCH)
+    return Measures.model_validate(_compare(*answers))
+
+
 def encoder_costs(
     models: Mapping[str, Path], lengths: Sequence[int], repeats: int, threads: int | None = None
 ) -> dict[str, Measures]:
