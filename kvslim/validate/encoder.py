@@ -37,11 +37,11 @@ def measure_encoder(plain: Path, artifact: Path, spec: ModelSpec, recipe: Recipe
     Returns:
         The report, gates judged; a model without a masked-token head is spared that gate.
     """
-    reference = _answers(plain, held_out, batch=1)
+    reference = answers(plain, held_out, batch=1)
     quality = {
-        "plain": _compare(reference, reference),
-        "floor": _compare(reference, _answers(plain, held_out, BATCH)),
-        "artifact": _compare(reference, _answers(artifact, held_out, BATCH)),
+        "plain": compare(reference, reference),
+        "floor": compare(reference, answers(plain, held_out, BATCH)),
+        "artifact": compare(reference, answers(artifact, held_out, BATCH)),
     }
     settings = recipe.validation
     costs = encoder_costs({"plain": plain, "artifact": artifact}, settings.prompts, settings.repeats)
@@ -50,12 +50,6 @@ def measure_encoder(plain: Path, artifact: Path, spec: ModelSpec, recipe: Recipe
     if spec.task != "fill-mask":
         gates = gates.model_copy(update={"min_masked_top1_agreement": None})
     return report(gates, floor=Measures.model_validate(quality["floor"]), **columns)
-
-
-def compare_encoders(plain: Path, artifact: Path, held_out: Sentences) -> Measures:
-    """What the answers of an artifact keep of the plain export's, as in a report."""
-    answers = _answers(plain, held_out, batch=1), _answers(artifact, held_out, BATCH)
-    return Measures.model_validate(_compare(*answers))
 
 
 def encoder_costs(
@@ -90,19 +84,20 @@ def _times(sessions: Mapping[str, EncoderSession], length: int, repeats: int) ->
     return in_turns(list(sessions), timed, repeats)
 
 
-class _Answers(NamedTuple):
+class Answers(NamedTuple):
     """Embeddings [n, hidden], and the most likely token at each masked place."""
 
     embeddings: npt.NDArray[np.float32]
     tokens: npt.NDArray[np.int64] | None
 
 
-def _answers(folder: Path, held_out: Sentences, batch: int) -> _Answers:
+def answers(folder: Path, held_out: Sentences, batch: int) -> Answers:
+    """What a graph says of sentences, so many at once."""
     session = EncoderSession(folder)
     starts = range(0, len(held_out.texts), batch)
     embeddings = [session.embed(held_out.texts[start : start + batch]) for start in starts]
     tokens = [_predicted(session, held_out, slice(start, start + batch)) for start in starts if held_out.masked]
-    return _Answers(np.concatenate(embeddings), np.concatenate(tokens) if tokens else None)
+    return Answers(np.concatenate(embeddings), np.concatenate(tokens) if tokens else None)
 
 
 def _predicted(session: EncoderSession, held_out: Sentences, part: slice) -> npt.NDArray[np.int64]:
@@ -111,7 +106,8 @@ def _predicted(session: EncoderSession, held_out: Sentences, part: slice) -> npt
     return np.concatenate([row[: len(target)][target] for row, target in rows])
 
 
-def _compare(reference: _Answers, found: _Answers) -> dict[str, float | None]:
+def compare(reference: Answers, found: Answers) -> dict[str, float | None]:
+    """The measures of quality of a report, by name."""
     cosines = _cosines(reference.embeddings, found.embeddings)
     measures: dict[str, float | None] = {
         "embedding_cosine_mean": float(cosines.mean()),
