@@ -54,6 +54,8 @@ def test_embeddings_stay_those_of_torch_when_compressed(
     assert app.run(["compress", str(minilm), "-r", "encoder", "-o", str(out), *brief]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["artifact"]["embedding_cosine_mean"] >= 0.99
+    assert report["artifact"]["retrieval_rank_correlation"] >= 0.95
+    assert report["floor"]["retrieval_rank_correlation"] > 1 - 1e-6
     assert report["floor"]["embedding_cosine_min"] > 1 - 1e-6
     assert report["ratio"]["file_mib"] < 0.7
     texts = sentences("self", samples=200)
