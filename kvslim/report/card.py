@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from kvslim.report.tables import gates_table, plan_table, pruned_table, report_table
+from kvslim.report.tables import decisions_table, gates_table, report_table
 from kvslim.types import Manifest, Plan
 
 CARD = "README.md"
@@ -74,13 +74,10 @@ The graph appends to a cache that the caller allocates for the whole context, fi
 {% for package, number in manifest.versions.items() -%}
 - {{ package }} {{ number }}
 {% endfor %}
-{%- if not encoder %}
-## The cache, layer by layer
+{%- if not encoder or removed %}
+## {{ "Removed" if encoder else "The cache, layer by layer" }}
 
-{{ plan }}{% elif pruned %}
-## Removed
-
-{{ pruned }}{% endif %}"""
+{{ plan }}{% endif %}"""
 
 
 def write_card(folder: Path, manifest: Manifest) -> None:
@@ -108,8 +105,8 @@ def model_card(manifest: Manifest) -> str:
         plain=8 * spec.layers * spec.kv_heads * spec.head_dim,
         report=report_table(report).markdown() if report else "",
         gates=gates_table(report.gates).markdown() if report else "",
-        plan=plan_table(manifest.plan).markdown(),
-        pruned=pruned_table(manifest.plan).markdown() if manifest.plan != Plan.identity(spec) else "",
+        plan=decisions_table(spec, manifest.plan).markdown(),
+        removed=manifest.plan != Plan.identity(spec),
     )
 
 

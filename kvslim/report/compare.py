@@ -69,6 +69,7 @@ QUALITY = {
     "perplexity": Tolerance(1, 0.01, 0),
     "recall": Tolerance(-1, 0, 0.01),
     "embedding_cosine_mean": Tolerance(-1, 0, 0.002),
+    "retrieval_rank_correlation": Tolerance(-1, 0, 0.005),
     "masked_top1_agreement": Tolerance(-1, 0, 0.01),
     "peak_rss_mib": Tolerance(1, 0.15, 0),
 }

@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from kvslim.report.card import name_of
 from kvslim.report.compare import Comparison, Regression, comparison_table, regressions_table
 from kvslim.report.figures import Figure, Limits, figures
-from kvslim.report.tables import Table, frontier_table, gates_table, plan_table, report_table
+from kvslim.report.tables import Table, decisions_table, frontier_table, gates_table, report_table
 from kvslim.types import Manifest, Plan, Report
 
 REPORT = "report.html"
@@ -78,7 +78,11 @@ def artifact_page(manifest: Manifest, limits: Limits = ()) -> str:
         Section("Gates", "What the recipe asks of the artifact.", (gates_table(report.gates) if report else NOTHING,)),
         Section("Figures", figures=drawn),
         Section("What the planner saw", PLANNED, (frontier_table(manifest.frontier),)),
-        Section("Decisions", DECIDED, (plan_table(manifest.plan) if changed else NOTHING,)),
+        Section(
+            "Decisions",
+            "" if encoder else DECIDED,
+            (decisions_table(manifest.spec, manifest.plan) if changed else NOTHING,),
+        ),
         Section("Made from", tables=(_origin(manifest),), source=yaml.safe_dump(manifest.recipe, sort_keys=False)),
     )
     return _page(
@@ -111,7 +115,7 @@ def comparison_page(
         Section("Against the baseline", "Worse by more than the tolerance.", (regressions_table(regressions or ()),)),
         Section("Figures", figures=figures(manifests, limits)),
         *(
-            Section(f"Decisions: {name}", tables=(plan_table(manifest.plan),))
+            Section(f"Decisions: {name}", tables=(decisions_table(manifest.spec, manifest.plan),))
             for name, manifest in manifests.items()
             if manifest.plan != Plan.identity(manifest.spec)
         ),

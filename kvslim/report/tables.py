@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from kvslim.report.memory import CacheMemory
-from kvslim.types import GateResult, Measures, Plan, PlanPoint, Report
+from kvslim.types import GateResult, Measures, ModelSpec, Plan, PlanPoint, Report
 
 if TYPE_CHECKING:
     from kvslim.plan.analyze import Analysis
@@ -104,8 +104,10 @@ def plan_table(plan: Plan) -> Table:
     return Table(("layer", "rank", "cache", *([WINDOW] if windowed else []), "score", "reason"), rows, words=True)
 
 
-def pruned_table(plan: Plan) -> Table:
-    """What went from the layers of an encoder, and why."""
+def decisions_table(spec: ModelSpec, plan: Plan) -> Table:
+    """What happens to each layer: of a decoder to its cache, of an encoder, which has none, what went."""
+    if not spec.is_encoder:
+        return plan_table(plan)
     rows = ((str(layer.layer), layer.reason) for layer in plan.layers if layer.heads is not None)
     return Table(("layer", "removed"), tuple(rows), words=True)
 
