@@ -14,6 +14,7 @@ from kvslim import __version__
 from kvslim.cli import console
 from kvslim.cli.failures import InterruptError, bug, usage_error, verdict
 from kvslim.errors import ArtifactError, KvslimError, UnsupportedError, UsageError
+from kvslim.types import WeightType
 
 if TYPE_CHECKING:
     from kvslim.types import Report
@@ -327,21 +328,32 @@ def generate(
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL|ARTIFACT", help="a model as for compress, or an artifact")],
     contexts: Annotated[str, typer.Option("--context", help="context lengths")] = "4k,16k",
+    weights: Annotated[WeightType | None, typer.Option(help="how a model's weights are stored; default: fp32")] = None,
+    devices: Annotated[
+        list[str] | None,
+        typer.Option("--device", help="limits of a device: a name (docs/devices.md) or a .yaml; may be repeated"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show how much memory the KV cache takes.
+    """Show how much memory the KV cache takes, and what devices allow.
 
-    Told from the config or the manifest alone; no weights are read.
+    Told from the config, or the manifest and the graph; no weights are read.
     """
-    from kvslim.cli.inputs import read_lengths, read_memory
+    from kvslim.cli.inputs import read_lengths
+    from kvslim.cli.inspect import inspect as examine
+    from kvslim.devices.profile import load_device
+    from kvslim.report.limits import limits_table, stages_table
     from kvslim.report.tables import contexts_table, layers_table
 
-    memory = read_memory(model, read_lengths(contexts, "--context"))
+    lengths = read_lengths(contexts, "--context")
+    memory = examine(model, lengths, weights, [load_device(name) for name in devices or ()])
     if as_json:
         console.print_json(memory.model_dump(mode="json"))
         return
     console.print_tables(layers_table(memory), contexts_table(memory))
-    longest = max(int(tokens) for tokens in memory.mib)
+    console.print_text(f"weights: {memory.weights_mib:,.1f} MiB, {memory.weights}\n")
+    console.print_tables(limits_table(memory.devices), stages_table(memory.devices))
+    longest = max(lengths)
     if longest > memory.max_context:
         console.hint(f"hint: this model was made for {memory.max_context:,} positions, fewer than {longest:,}")
 
@@ -391,20 +403,27 @@ def recipes(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    measure: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="measure this machine, and write a file for --device")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Check that this machine can run KVSlim.
 
     Versions, kernels, memory and disk; exit code 4 when something is wrong.
     """
-    from kvslim.cli.catalogue import checks_table
-    from kvslim.cli.doctor import examine
+    from kvslim.cli.catalogue import checks_table, device_table
+    from kvslim.cli.doctor import examine, measured
 
+    device = None if measure is None else measured(measure)
     checks = examine()
     failed = [check for check in checks if not check.ok]
     if as_json:
-        console.print_json({"ok": not failed, "checks": [check.model_dump(mode="json") for check in checks]})
+        profile = {} if device is None else {"device": device.model_dump(mode="json")}
+        console.print_json({"ok": not failed, "checks": [check.model_dump(mode="json") for check in checks], **profile})
     else:
-        console.print_tables(checks_table(checks))
+        console.print_tables(checks_table(checks), *([] if device is None else [device_table(device)]))
     if failed:
         names = ", ".join(check.name for check in failed)
         error = UnsupportedError(f"not fit: {names}", where="this machine", fix=failed[0].fix)

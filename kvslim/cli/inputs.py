@@ -9,9 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from kvslim.errors import NotFoundError, OutputError, UsageError
-from kvslim.export.manifest import MANIFEST, read_manifest
 from kvslim.recipe import Budget, Recipe, load_recipe
-from kvslim.report.memory import CacheMemory, artifact_memory, model_memory
 from kvslim.types import Plan
 
 THOUSAND = 1024
@@ -70,19 +68,6 @@ def write_text(path: Path, text: str, option: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write: {error.strerror}", where=str(path), fix=f"give another {option}") from error
-
-
-def read_memory(model: str, contexts: Sequence[int]) -> CacheMemory:
-    """The cache of an artifact from its manifest, or of a model from its config; loads no weights.
-
-    Raises:
-        KvslimError: Neither can be read.
-    """
-    if (Path(model) / MANIFEST).exists():
-        return artifact_memory(read_manifest(Path(model)), contexts)
-    from kvslim.load.source import read_spec, resolve
-
-    return model_memory(read_spec(resolve(model)), contexts)
 
 
 def read_budget(

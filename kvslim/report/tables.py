@@ -157,9 +157,12 @@ def layers_table(memory: CacheMemory) -> Table:
 
 
 def contexts_table(memory: CacheMemory) -> Table:
-    """The whole cache at each context length, in MiB."""
-    header = ("context, tokens", *(f"MiB, {name}" for name in memory.kv_bytes_per_token))
-    rows = ((f"{int(tokens):,}", *(f"{size:,.1f}" for size in sizes.values())) for tokens, sizes in memory.mib.items())
+    """The whole cache at each context length, in MiB, and its share of cache and weights together."""
+    header = ("context, tokens", *(f"MiB, {name} (of all)" for name in memory.kv_bytes_per_token))
+    rows = (
+        (f"{int(tokens):,}", *(f"{size:,.1f} ({memory.share[tokens][name]:.0%})" for name, size in sizes.items()))
+        for tokens, sizes in memory.mib.items()
+    )
     return Table(header, tuple(rows))
 
 
