@@ -24,9 +24,10 @@ from kvslim.progress import Progress, Silent
 from kvslim.recipe import Recipe, parse_recipe
 from kvslim.report.card import write_card
 from kvslim.report.page import write_report
-from kvslim.types import Frozen, KVLayout, Manifest, Measures, ModelSpec, Plan, PlanPoint, Report, Source
-from kvslim.validate.encoder import encoder_costs, measure_encoder
-from kvslim.validate.measure import measure, measure_costs
+from kvslim.types import Frozen, KVLayout, Manifest, ModelSpec, Plan, PlanPoint, Report, Source
+from kvslim.validate.bench import BenchResult, Grid, bench_decoders, bench_encoders
+from kvslim.validate.encoder import measure_encoder
+from kvslim.validate.measure import measure
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
@@ -151,10 +152,8 @@ def validate(artifact: Path, *, against: str | None = None, progress: Progress |
         return measure(Path(folder), artifact, recipe, evaluation, manifest.context)
 
 
-def bench(
-    artifacts: Sequence[Path], *, contexts: Sequence[int], prompts: Sequence[int], repeats: int, threads: int | None
-) -> dict[str, Measures]:
-    """Latency and memory of artifacts, interleaved in one run; by the path given.
+def bench(artifacts: Sequence[Path], grid: Grid) -> dict[str, BenchResult]:
+    """Latency, energy and memory of artifacts over a grid, interleaved in one run; by the path given.
 
     An encoder knows no contexts: its latency is taken for texts of the lengths in `prompts`.
 
@@ -162,11 +161,12 @@ def bench(
         KvslimError: An artifact cannot be opened, or a length is not positive or beyond a model's positions.
     """
     specs = [read_manifest(artifact).spec for artifact in artifacts]
+    models = {str(artifact): artifact for artifact in artifacts}
     if any(spec.is_encoder for spec in specs):
-        check_encoders(specs, prompts)
-        return encoder_costs({str(artifact): artifact for artifact in artifacts}, prompts, repeats, threads)
-    check_context(artifacts, specs, longest=max([*prompts, *(context + 1 for context in contexts)]))
-    return measure_costs(artifacts, prompts, contexts, repeats, threads)
+        check_encoders(specs, grid.prompts)
+        return bench_encoders(models, grid)
+    check_context(artifacts, specs, longest=max([*grid.prompts, *(context + 1 for context in grid.contexts)]))
+    return bench_decoders(models, grid)
 
 
 def decide(recipe: Recipe, spec: ModelSpec, statistics: CalibrationStatistics) -> Plan:

@@ -259,26 +259,38 @@ def bench(
     artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="folders to time, interleaved")],
     contexts: Annotated[str, typer.Option("--context", help="contexts for time per token")] = "128,1k",
     prompts: Annotated[str, typer.Option("--prompt", help="prompt lengths for time to first token")] = "128,512",
-    repeats: Annotated[int, typer.Option(min=3, help="timings per length")] = 16,
-    threads: Threads = None,
+    threads: Annotated[
+        str | None, typer.Option(metavar="N,...", help="threads of one operator; default: onnxruntime's choice")
+    ] = None,
+    batches: Annotated[str, typer.Option("--batch", metavar="N,...", help="sequences side by side")] = "1",
+    repeats: Annotated[int, typer.Option(min=3, help="timings per point of the grid")] = 16,
+    csv: Annotated[Path | None, typer.Option(help="write one row per timing to this file")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="write the tables to this file")] = None,
     as_json: Json = False,
 ) -> None:
-    """Time artifacts against each other.
+    """Time artifacts against each other, over a grid of lengths, threads and batches.
 
     All of them take turns in one run, so that a busy machine slows all alike.
     """
-    from kvslim.cli.inputs import read_lengths
+    from kvslim.cli.inputs import check_target, read_grid, write_text
 
-    lengths = {"contexts": read_lengths(contexts, "--context"), "prompts": read_lengths(prompts, "--prompt")}
+    for path, option in ((csv, "--csv"), (markdown, "--markdown")):
+        check_target(path, option)
+    grid = read_grid(prompts, contexts, threads, batches, repeats)
     from kvslim import pipeline
-    from kvslim.report.tables import measures_table
+    from kvslim.report.bench import bench_csv, costs_table, timings_table
 
     with console.library_output_on_stderr():
-        measures = pipeline.bench(artifacts, **lengths, repeats=repeats, threads=threads)
+        results = pipeline.bench(artifacts, grid)
+    tables = costs_table(results), timings_table(results)
+    if csv:
+        write_text(csv, bench_csv(results), "--csv")
+    if markdown:
+        write_text(markdown, "\n".join(table.markdown() for table in tables), "--markdown")
     if as_json:
-        console.print_json({name: column.model_dump(mode="json") for name, column in measures.items()})
+        console.print_json({name: result.model_dump(mode="json") for name, result in results.items()})
     else:
-        console.print_tables(measures_table(measures))
+        console.print_tables(*tables)
 
 
 @app.command()

@@ -31,7 +31,8 @@ def artifact_weights(folder: Path, spec: ModelSpec, name: str, stored: int) -> S
     """
     graph = _load(folder)
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    read, sizes = {}, []
+    read: dict[str, int] = {}
+    sizes: list[tuple[int, int]] = []
     for node in graph.node:
         found = [constants[value] for value in node.input if value in constants]
         if node.op_type not in LOOKUPS:

@@ -29,7 +29,7 @@ def measure_device() -> Device:
     memory = psutil.virtual_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Device(
-        name=f"{platform.node() or 'this machine'}, {platform.machine()}, {cores} cores",
+        name=f"{platform.machine()}, {cores} cores",
         ram_gib=Quantity(value=_rounded(memory.total / 2**30), source="psutil"),
         usable_share=Share(value=_rounded(memory.available / memory.total), source="psutil: available when measured"),
         bandwidth_gb_s=Quantity(

@@ -60,7 +60,9 @@ def load_device(name: str) -> Device:
     shipped = shipped_devices()
     path = shipped.get(name, Path(name))
     if name not in shipped and path.suffix not in SUFFIXES:
-        raise UsageError(f"no device {name!r}", where="--device", fix=f"{suggestion(name, shipped)} (or give a .yaml file)")
+        raise UsageError(
+            f"no device {name!r}", where="--device", fix=f"{suggestion(name, shipped)} (or give a .yaml file)"
+        )
     if not path.is_file():
         fix = "write one with `kvslim doctor --measure FILE.yaml`"
         raise NotFoundError("no such device file", where=f"--device {name}", fix=fix)

@@ -75,4 +75,6 @@ def _unfilled(snapshot: Snapshot, spec: ModelSpec) -> Any:
     except Exception as error:  # modelling code raises many types, each with its reason
         where = str(snapshot.path / "config.json")
         reason = " ".join(str(error).split())
-        raise ModelError(f"config.json is of no model: {reason}", where=where, fix="download the model again") from error
+        raise ModelError(
+            f"config.json is of no model: {reason}", where=where, fix="download the model again"
+        ) from error
