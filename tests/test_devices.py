@@ -48,6 +48,7 @@ DEVICE = Device(
 WEIGHTS = StoredWeights("fp32", stored=5_000, read=4_000, products=900, head=100)
 PLAIN = Cache.of("plain", SPEC, Plan.identity(SPEC))
 TOKEN = 2 * 2 * 2 * 16 * 4  # layers x sides x kv heads x head_dim x 4
+READ = 2 * 2 * 4 * 16 * 4  # layers x sides x query heads x head_dim x 4
 ATTENTION = 2 * 4 * 16 * 4  # layers x query heads x head_dim x (2 for scores + 2 for values)
 
 
@@ -104,9 +105,9 @@ def test_a_device_file_that_is_no_mapping_is_a_usage_error(tmp_path: Path, text:
         load_device(str(path))
 
 
-def test_decode_moves_weights_and_cache_once() -> None:
+def test_decode_reads_weights_once_and_the_cache_for_each_query_head() -> None:
     demand = decode(WEIGHTS, PLAIN, 300)
-    assert demand.bytes_per_token == 4_000 + 300 * TOKEN
+    assert demand.bytes_per_token == 4_000 + 300 * READ
     assert demand.flops_per_token == 2 * (900 + 100) + 300 * ATTENTION
     assert demand.memory_bytes == 5_000 + 300 * TOKEN + RUNTIME_BYTES
 
@@ -114,7 +115,7 @@ def test_decode_moves_weights_and_cache_once() -> None:
 def test_prefill_reads_the_weights_once_a_chunk_and_attends_to_all_before() -> None:
     context = 2 * CHUNK + 100
     demand = prefill(WEIGHTS, PLAIN, context)
-    moved = 3 * 4_000 + TOKEN * (CHUNK + 2 * CHUNK + context)
+    moved = 3 * 4_000 + READ * (CHUNK + 2 * CHUNK + context)
     flops = 2 * (900 * context + 100 * 3) + ATTENTION * context * (context + 1) / 2
     assert demand.bytes_per_token * context == pytest.approx(moved)
     assert demand.flops_per_token * context == pytest.approx(flops)
@@ -132,7 +133,7 @@ def test_training_holds_four_numbers_a_parameter_and_takes_three_passes() -> Non
 def test_a_window_is_read_no_further_than_it_reaches() -> None:
     layers = (LayerPlan(layer=0, window=32, sinks=4), LayerPlan(layer=1, heads=(0, 1), cache="int8"))
     cache = Cache.of("slim", SPEC, Plan(layers=layers))
-    ring, rest = 2 * 2 * 16 * 4, 2 * 1 * 16
+    ring, rest = 2 * 4 * 16 * 4, 2 * 2 * 16
     assert cache.read_at(10) == 10 * ring + 10 * rest
     assert cache.read_at(100) == 36 * ring + 100 * rest
     assert cache.flops_at(100) == 4 * 16 * (4 * 36 + 2 * 100)

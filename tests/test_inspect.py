@@ -256,7 +256,7 @@ def test_artifact_with_devices_shows_the_gain(tmp_path: Path) -> None:
     for before, after in zip(plain.stages, slim.stages, strict=True):
         assert after.demand.bytes_per_token < before.demand.bytes_per_token
     decode = slim.stages[-1].demand
-    cache = 256 * (2 * 2 * 8 + 2 * 2 * 16 * 4)
+    cache = 256 * (2 * 4 * 8 + 2 * 4 * 16 * 4)  # for each of 4 query heads
     assert decode.bytes_per_token == 64 * 257 * 4 + 96 * 2 * 20 + cache
     assert decode.flops_per_token == 2 * (64 * 257 + 96 * 64) + 2 * 4 * 256 * (2 * 8 + 2 * 16)
 

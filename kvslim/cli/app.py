@@ -6,7 +6,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -14,7 +14,6 @@ from kvslim import __version__
 from kvslim.cli import console
 from kvslim.cli.failures import InterruptError, bug, usage_error, verdict
 from kvslim.errors import ArtifactError, KvslimError, UnsupportedError, UsageError
-from kvslim.types import WeightType
 
 if TYPE_CHECKING:
     from kvslim.types import Report
@@ -42,6 +41,7 @@ MaxDrop = Annotated[float | None, typer.Option("--max-recall-drop", help="budget
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key of the recipe")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Junit = Annotated[Path | None, typer.Option(help="write the gates to this file as JUnit XML")]
+WeightKind = Literal["fp32", "int8", "int4"]  # WeightType, whose import would slow down the help
 Threads = Annotated[int | None, typer.Option(min=1, help="threads of one operator; default: onnxruntime's choice")]
 
 
@@ -340,7 +340,7 @@ def generate(
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL|ARTIFACT", help="a model as for compress, or an artifact")],
     contexts: Annotated[str, typer.Option("--context", help="context lengths")] = "4k,16k",
-    weights: Annotated[WeightType | None, typer.Option(help="how a model's weights are stored; default: fp32")] = None,
+    weights: Annotated[WeightKind | None, typer.Option(help="how a model's weights are stored; default: fp32")] = None,
     devices: Annotated[
         list[str] | None,
         typer.Option("--device", help="limits of a device: a name (docs/devices.md) or a .yaml; may be repeated"),

@@ -1,8 +1,10 @@
 """What a model asks of a machine when it trains, reads a prompt and decodes: memory, bytes moved, and FLOPs.
 
 A product with a matrix of n numbers costs a token 2 n FLOPs; attention over c tokens costs a query head 2 c (key dim +
-value dim). Decoding reads each matrix and the whole cache once per token, a prompt reads them once per chunk. The
-activations of inference stay in the processor's caches and are not counted. docs/devices.md has the formulas.
+value dim). Decoding reads each matrix once per token, a prompt once per chunk. The cache is read once by each query
+head: onnxruntime's kernel goes over a kv head's rows again for every query head of the group, so that its time follows
+query heads. Activations of inference stay in the processor's caches and are not counted. docs/devices.md has the
+formulas, and what was measured.
 """
 
 from __future__ import annotations
@@ -110,8 +112,11 @@ class Cache:
         return sum(self.row_bytes(tensor) * tensor.rows(context) for tensor in self.layout.tensors)
 
     def read_at(self, context: int) -> int:
-        """Bytes that the next token reads: rows that hold something."""
-        return sum(self.row_bytes(tensor) * _held(tensor, context) for tensor in self.layout.tensors)
+        """Bytes that the next token's query heads read, each the rows of its kv head that hold something."""
+        return sum(
+            self.row_bytes(each) // each.heads * self.q_heads[each.layer] * _held(each, context)
+            for each in self.layout.tensors
+        )
 
     def flops_at(self, context: int) -> int:
         """FLOPs of one token's attention over so many tokens."""
