@@ -169,22 +169,20 @@ class Workshop:
         if isinstance(method, PruneHeads) and method.is_measured:
             return method.chosen(
                 self.spec,
-                lambda layer, gone: held_out.kl(self.without(statistics, {layer: gone})),
+                lambda layer, gone: held_out.kl(self.without(statistics, PruneHeads(heads={layer: gone}))),
                 lambda layers: self.progress.track(layers, "layers to lose heads"),
             )
-        if isinstance(method, PruneLayers) and method.attention:
-            every = tuple(range(self.spec.q_heads))
+        if isinstance(method, PruneLayers) and method.is_measured:
             return method.chosen(
                 self.spec,
-                lambda gone: held_out.kl(self.without(statistics, dict.fromkeys(gone, every))),
-                lambda layers: self.progress.track(layers, "layers to lose their attention"),
+                lambda gone: held_out.kl(self.without(statistics, PruneLayers(layers=dict(gone)))),
+                lambda steps: self.progress.track(steps, "parts of layers to go"),
             )
         return method
 
-    def without(self, statistics: CalibrationStatistics, heads: dict[int, tuple[int, ...]]) -> tuple[LayerCodes, ...]:
-        """Codes of the model without some query heads of some layers, and else as it is."""
-        plan = PruneHeads(heads=heads).decide(self.spec, statistics, Plan.identity(self.spec))
-        return fit(self.spec, statistics, plan)
+    def without(self, statistics: CalibrationStatistics, method: PruneHeads | PruneLayers) -> tuple[LayerCodes, ...]:
+        """Codes of the model without the heads or layers that a method names, and else as it is."""
+        return fit(self.spec, statistics, method.decide(self.spec, statistics, Plan.identity(self.spec)))
 
     def analysis(self, statistics: CalibrationStatistics) -> Analysis:
         """What the calibration text needs of the model."""
@@ -193,7 +191,7 @@ class Workshop:
             self.spec,
             statistics,
             self.recipe.calibration.source,
-            lambda heads: held_out.kl(self.without(statistics, heads)),
+            lambda method: held_out.kl(self.without(statistics, method)),
             lambda layers: self.progress.track(layers, "layers"),
         )
 

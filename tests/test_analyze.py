@@ -41,8 +41,12 @@ def test_kl_is_that_of_the_model_without_the_head(analysis: Analysis, tiny_model
     workshop = open_workshop(tiny_model("llama"), recipe_of())
     statistics = workshop.statistics()
     judge = workshop.held_out_judge(statistics)
-    assert analysis.layers[1].kv_head_kl[1] == pytest.approx(judge.kl(workshop.without(statistics, {1: (2, 3)})))
-    assert analysis.layers[0].attention_kl == pytest.approx(judge.kl(workshop.without(statistics, {0: (0, 1, 2, 3)})))
+    assert analysis.layers[1].kv_head_kl[1] == pytest.approx(
+        judge.kl(workshop.without(statistics, PruneHeads(heads={1: (2, 3)})))
+    )
+    assert analysis.layers[0].attention_kl == pytest.approx(
+        judge.kl(workshop.without(statistics, PruneLayers(layers={0: "attention"})))
+    )
 
 
 def test_task_in_jsonl_gives_table_json_and_heat_map(

@@ -1,0 +1,59 @@
+"""Parts of a layer that go: attention, the feed-forward part, or the whole block; a constant stands for each."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvslim.load.architecture import Architecture
+from kvslim.transform.codes import Array, LayerCodes
+
+
+class Constant(nn.Module):
+    """Gives the same [hidden] vector for every token; the addition to the hidden states broadcasts it."""
+
+    value: Tensor
+
+    def __init__(self, value: Array) -> None:
+        super().__init__()
+        self.register_buffer("value", torch.from_numpy(value).float())
+
+    def forward(self, _: Tensor) -> Tensor:
+        """The vector, whatever comes in."""
+        return self.value
+
+
+def remove_parts(layer: Any, architecture: Architecture, code: LayerCodes, multiplier: float) -> None:
+    """Edits a layer in place so that what its code says is gone is a constant.
+
+    Args:
+        layer: The layer.
+        architecture: Where its parts live.
+        code: What is gone of it.
+        multiplier: What the family multiplies by before it adds.
+    """
+    if code.heads == () and code.attention_mean is None:
+        raise ValueError("an attention that goes needs its mean")
+    if code.heads == () and code.mlp_mean is not None and code.attention_mean is not None:
+        added = multiplier * (code.attention_mean + code.mlp_mean)
+        layer.forward = partial(_skipped, torch.from_numpy(added).float())
+    elif code.attention_mean is not None:
+        _replace(
+            layer, (f"{architecture.attention}.{architecture.output}",), architecture.added[0], code.attention_mean
+        )
+    elif code.mlp_mean is not None:
+        _replace(layer, architecture.mlp, architecture.added[1], code.mlp_mean)
+
+
+def _skipped(value: Tensor, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states + value
+
+
+def _replace(layer: nn.Module, modules: tuple[str, ...], last: str, value: Array) -> None:
+    """Makes the modules of a part do nothing, and what they end in a constant."""
+    for name in modules:
+        layer.set_submodule(name, nn.Identity())
+    layer.set_submodule(last, Constant(value))
