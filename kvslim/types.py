@@ -92,9 +92,7 @@ class LayerPlan(Frozen):
     heads: tuple[int, ...] | None = Field(
         None, description="query heads kept, and with them the kv heads that they read; none: no attention, no cache"
     )
-    mlp: bool = Field(
-        True, description="whether the feed-forward part stays; without it and without heads no block does"
-    )
+    mlp: bool = Field(True, description="whether the feed-forward part stays; without it and heads the block is gone")
     rank: int | None = Field(None, description="cached dimensions per kv head; None keeps head_dim untouched")
     value_rank: int | None = Field(None, description="the same for values, where it differs (layout attention24)")
     objective: Objective = "balanced"

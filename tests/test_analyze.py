@@ -14,6 +14,7 @@ from tiny_encoders import save_encoder
 from kvslim import pipeline
 from kvslim.cli import app
 from kvslim.errors import OutputError, UnsupportedError
+from kvslim.methods import PruneHeads, PruneLayers
 from kvslim.plan.analyze import Analysis
 from kvslim.report.heatmap import heatmap
 
@@ -31,7 +32,8 @@ def test_every_layer_and_head_is_there(analysis: Analysis) -> None:
     assert analysis.tokens == 4 * 48
     for layer in analysis.layers:
         assert (len(layer.kv_head_kl), len(layer.fluctuation)) == (2, 4)
-        assert min(layer.attention_kl, *layer.kv_head_kl, *layer.fluctuation) > 0
+        assert min(layer.attention_kl, layer.mlp_kl, layer.block_kl, *layer.kv_head_kl, *layer.fluctuation) > 0
+        assert 0 < layer.block_influence < 2
         assert 1 <= layer.value_rank <= 16
         assert 1 <= layer.key_rank <= 16
         assert layer.recent_attention == pytest.approx(1.0)  # no text is longer than 256 tokens
@@ -41,12 +43,14 @@ def test_kl_is_that_of_the_model_without_the_head(analysis: Analysis, tiny_model
     workshop = open_workshop(tiny_model("llama"), recipe_of())
     statistics = workshop.statistics()
     judge = workshop.held_out_judge(statistics)
-    assert analysis.layers[1].kv_head_kl[1] == pytest.approx(
-        judge.kl(workshop.without(statistics, PruneHeads(heads={1: (2, 3)})))
-    )
-    assert analysis.layers[0].attention_kl == pytest.approx(
-        judge.kl(workshop.without(statistics, PruneLayers(layers={0: "attention"})))
-    )
+    first, second = analysis.layers
+    for found, method in (
+        (second.kv_head_kl[1], PruneHeads(heads={1: (2, 3)})),
+        (first.attention_kl, PruneLayers(layers={0: "attention"})),
+        (first.mlp_kl, PruneLayers(layers={0: "mlp"})),
+        (second.block_kl, PruneLayers(layers={1: "block"})),
+    ):
+        assert found == pytest.approx(judge.kl(workshop.without(statistics, method)))
 
 
 def test_task_in_jsonl_gives_table_json_and_heat_map(

@@ -37,17 +37,13 @@ class PruneLayers(Method):
 
     name: ClassVar[str] = "prune_layers"
     order: ClassVar[int] = 4
-    summary: ClassVar[str] = (
-        "layers without attention and cache, feed-forward part or both, where the model can do without"
-    )
+    summary: ClassVar[str] = "layers without attention (and cache), feed-forward part or both, where they are spare"
 
     attention: int | None = Field(None, ge=1, description="number of layers to lose their attention")
     mlps: int | None = Field(None, ge=1, description="number of layers to lose their feed-forward part")
     blocks: int | None = Field(None, ge=1, description="number of layers to go whole")
     layers: dict[int, Part] | None = Field(None, description="the layers themselves, and what each loses")
-    score: Literal["kl", "block_influence"] = Field(
-        "kl", description="KL measured again before each goes, or a statistic"
-    )
+    score: Literal["kl", "block_influence"] = Field("kl", description="KL measured before each goes, or a statistic")
     protect: int = Field(1, ge=0, description="layers at each end that keep everything in any case")
 
     @model_validator(mode="after")

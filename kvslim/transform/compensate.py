@@ -125,9 +125,15 @@ class _Refit:
     def runs(
         self, before: list[Any], codes: Sequence[LayerCodes] | None = None, side: Side = "output"
     ) -> Iterator[_Run]:
-        """What the layers do with what the layer below them gives, without codes or with, window by window."""
-        for tokens, given in zip(self.tokens, before, strict=True):
-            with trial(self.model, self.architecture, self._alone(codes)):
+        """What the layers do with what the layer below them gives, without codes or with, window by window.
+
+        Args:
+            before: What the layer below gives.
+            codes: Of all layers.
+            side: The projection of the first of them that is looked at.
+        """
+        with trial(self.model, self.architecture, self._alone(codes)):
+            for tokens, given in zip(self.tokens, before, strict=True):
                 yield self._run(tokens, given, side)
 
     def _alone(self, codes: Sequence[LayerCodes] | None) -> tuple[LayerCodes, ...]:

@@ -35,17 +35,16 @@ def remove_parts(layer: Any, architecture: Architecture, code: LayerCodes, multi
         code: What is gone of it.
         multiplier: What the family multiplies by before it adds.
     """
-    if code.heads == () and code.attention_mean is None:
+    attention, mlp = code.attention_mean, code.mlp_mean
+    if code.heads == () and attention is None:
         raise ValueError("an attention that goes needs its mean")
-    if code.heads == () and code.mlp_mean is not None and code.attention_mean is not None:
-        added = multiplier * (code.attention_mean + code.mlp_mean)
-        layer.forward = partial(_skipped, torch.from_numpy(added).float())
-    elif code.attention_mean is not None:
-        _replace(
-            layer, (f"{architecture.attention}.{architecture.output}",), architecture.added[0], code.attention_mean
-        )
-    elif code.mlp_mean is not None:
-        _replace(layer, architecture.mlp, architecture.added[1], code.mlp_mean)
+    if attention is not None and mlp is not None:
+        layer.forward = partial(_skipped, torch.from_numpy(multiplier * (attention + mlp)).float())
+    elif attention is not None:
+        output = f"{architecture.attention}.{architecture.output}"
+        _replace(layer, (output,), architecture.added[0], attention)
+    elif mlp is not None:
+        _replace(layer, architecture.mlp, architecture.added[1], mlp)
 
 
 def _skipped(value: Tensor, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
