@@ -50,11 +50,14 @@ def refitted(
     coded = plain  # and in the one with codes
     fitted = list(codes)
     for first, last in runs_of(codes, layers):
+        if all(code.is_empty for code in codes[first:]):
+            break
         refit = _Refit(model, architecture, first, last, tokens)
         wanted = list(refit.runs(plain))
         if not all(code.is_empty for code in codes[first : last + 1]):
             fitted[first] = refit.fitted(fitted, coded, wanted)
-        coded = [run.output for run in refit.runs(coded, fitted)]
+        untouched = all(code.is_empty for code in codes[: last + 1])
+        coded = [run.output for run in (wanted if untouched else refit.runs(coded, fitted))]
         plain = [run.output for run in wanted]
     return tuple(fitted)
 
@@ -115,8 +118,10 @@ class _Refit:
         """Weight and bias of a projection, fitted to what it gave, or to what the whole of the layers gave."""
         multiplier, equations = residual_multiplier(self.model), _Equations()
         for run, want in zip(self.runs(before, codes, side), wanted, strict=True):
-            missing = (want.output - run.output) / multiplier if whole else want.projected - run.projected
-            equations.add(run.read, missing)
+            if whole:
+                equations.add(run.read, (want.output - run.output) / multiplier, want.output)
+            else:
+                equations.add(run.read, want.projected - run.projected)
         with trial(self.model, self.architecture, self._alone(codes)):
             weight, bias = parameters(self._projection(side))
         change, shift = equations.solve()
@@ -198,12 +203,19 @@ class _Equations:
     moments: Array | float = 0.0
     products: Array | float = 0.0
 
-    def add(self, inputs: Tensor, missing: Tensor) -> None:
-        """Adds [1, length, inputs] that a projection reads and the [1, length, hidden] that is missing behind it."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).double().numpy()
+    def add(self, inputs: Tensor, missing: Tensor, scale: Tensor | None = None) -> None:
+        """Adds [1, length, inputs] that a projection reads and the [1, length, hidden] that is missing behind it.
+
+        Errors count in proportion to the norms of `scale`, [1, length, hidden], where it is given: the norm of the next
+        layer divides by it, and a few tokens with huge hidden states would else decide alone.
+        """
+        rows, wanted = (states.reshape(-1, states.shape[-1]).double().numpy() for states in (inputs, missing))
         rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
+        if scale is not None:
+            norms = np.linalg.norm(scale.reshape(-1, scale.shape[-1]).double().numpy(), axis=1, keepdims=True)
+            rows, wanted = rows / norms, wanted / norms
         self.moments = self.moments + rows.T @ rows
-        self.products = self.products + missing.reshape(-1, missing.shape[-1]).double().numpy().T @ rows
+        self.products = self.products + wanted.T @ rows
 
     def solve(self) -> tuple[Array, Array]:
         """Changes of weight and bias."""
