@@ -16,7 +16,7 @@ from kvslim.cli import app
 from kvslim.errors import OutputError, UnsupportedError
 from kvslim.methods import PruneHeads, PruneLayers
 from kvslim.plan.analyze import Analysis
-from kvslim.report.heatmap import heatmap
+from kvslim.report.heatmap import Panel, heatmap
 
 SETTINGS = ["--set", "calibration.samples=4", "--set", "calibration.length=48"]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -65,16 +65,19 @@ def test_task_in_jsonl_gives_table_json_and_heat_map(
     told = json.loads(capsys.readouterr().out)
     assert Analysis.model_validate(told).source == str(task)
     root = ET.fromstring(svg.read_text())
-    assert len([rect for rect in root.iter(f"{SVG}rect") if rect.find(f"{SVG}title") is not None]) == 2 * 4
+    assert len([rect for rect in root.iter(f"{SVG}rect") if rect.find(f"{SVG}title") is not None]) == 2 * (3 + 4)
     assert app.run(command) == 0
     assert "KL without attention" in capsys.readouterr().out
 
 
 def test_heat_map_is_darkest_where_the_value_is_largest_and_escapes_its_title() -> None:
-    root = ET.fromstring(heatmap("a <b> & c", [[1e-4, 1.0], [0.0, 1e-2]]))
+    heads = Panel("head", ("0", "1"), [[1e-4, 1.0], [0.0, 1e-2]])
+    parts = Panel("KL without", ("<both>",), [[3.0], [5.0]])
+    root = ET.fromstring(heatmap("a <b> & c", [heads, parts]))
     cells = {rect.findtext(f"{SVG}title"): rect.get("fill") for rect in root.iter(f"{SVG}rect")}
-    assert cells["layer 0, head 1: 1"] == "#08306b"
+    assert cells["layer 0, head 1: 1"] == cells["layer 1, KL without <both>: 5"] == "#08306b"
     assert cells["layer 0, head 0: 0.0001"] == cells["layer 1, head 0: 0"] == "#ecf4fa"
+    assert cells["layer 0, KL without <both>: 3"] == "#ecf4fa"
     assert "a <b> & c" in [text.text for text in root.iter(f"{SVG}text")]
 
 

@@ -37,6 +37,11 @@ class LayerAnalysis(Frozen):
     value_rank: int = Field(description="the same for values")
     recent_attention: float = Field(description="least share of a kv head's attention on sinks and 256 recent tokens")
 
+    @property
+    def part_kl(self) -> tuple[float, float, float]:
+        """KL without the attention, without the feed-forward part, and without both."""
+        return self.attention_kl, self.mlp_kl, self.block_kl
+
 
 class Analysis(Frozen):
     """What a text needs of a model, layer by layer."""
