@@ -196,23 +196,24 @@ class Workshop:
         )
 
     def compensated(self, statistics: CalibrationStatistics, held_out: Judge, plan: Plan) -> tuple[Plan, float]:
-        """The plan with its output projections fitted again where that pays, and its divergence on held-out text."""
+        """The plan with its projections fitted again where that pays, and its divergence on held-out text."""
         codes = self.codes(statistics, plan)
         before = held_out.kl(codes)
         if not self.recipe.compensate or all(code.is_empty for code in codes):
             return plan, before
-        after = held_out.kl(self.refitted(statistics, codes))
+        again = self.refitted(statistics, codes)
+        after = held_out.kl(again)
         if after > (1 - LEAST_GAIN) * before:
             return plan, before
-        reason = f"output refitted, which takes {1 - after / before:.0%} of the KL"
+        reason = f"refitted, which takes {1 - after / before:.0%} of the KL"
         layers = tuple(
-            layer if code.is_empty else layer.model_copy(update={"refit": True, "reason": f"{layer.reason}; {reason}"})
-            for layer, code in zip(plan.layers, codes, strict=True)
+            layer if new is old else layer.model_copy(update={"refit": True, "reason": f"{layer.reason}; {reason}"})
+            for layer, old, new in zip(plan.layers, codes, again, strict=True)
         )
         return plan.model_copy(update={"layers": layers}), after
 
     def refitted(self, statistics: CalibrationStatistics, codes: tuple[LayerCodes, ...]) -> tuple[LayerCodes, ...]:
-        """The codes with output projections fitted to them, on some of the text that serves for fitting."""
+        """The codes with projections fitted to them, on some of the text that serves for fitting."""
         fitting, _ = _split(statistics.windows)
         tokens = min(max(REFIT_TOKENS[0], 2**17 // self.spec.layers), REFIT_TOKENS[1])
         count = max(1, tokens // fitting.shape[1])

@@ -21,6 +21,7 @@ from kvslim.checks import check_layout, check_plan
 from kvslim.errors import UsageError
 from kvslim.methods import KvHdc, KvQuant, PruneHeads, PruneLayers
 from kvslim.methods.fitting import fit
+from kvslim.pipeline import decide
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.transform.compensate import RIDGE, refitted, runs_of
 from kvslim.transform.judge import Judge
@@ -268,6 +269,24 @@ def test_down_projection_before_a_block_that_goes_is_the_ridge_regression_to_wha
     np.testing.assert_allclose(fitted[0].down_weight, expected, atol=1e-4)
     judge = Judge(workshop.model, workshop.architecture, windows)
     assert judge.kl(fitted) < judge.kl(codes)
+
+
+def test_plan_refits_the_layer_before_a_block_that_goes_and_its_graph_equals_torch(
+    tiny_model: ModelOf, tmp_path: Path
+) -> None:
+    recipe = recipe_of([PruneLayers(layers={1: "block"})])
+    summary = pipeline.plan(str(tiny_model("gpt2")), recipe)
+    assert [layer.refit for layer in summary.plan.layers] == [True, False]
+    assert "refitted, which takes" in summary.plan.layers[0].reason
+    workshop = open_workshop(tiny_model("gpt2"), recipe)
+    statistics = workshop.statistics()
+    means_alone = decide(recipe, workshop.spec, statistics)
+    judge = workshop.held_out_judge(statistics)
+    assert summary.kl < 0.97 * judge.kl(workshop.codes(statistics, means_alone))
+    workshop.install(workshop.codes(statistics, Plan.model_validate_json(summary.plan.model_dump_json())))
+    workshop.export(summary.plan, tmp_path)
+    tokens = tokens_of(workshop)
+    assert np.abs(cached_logits(tmp_path, tokens) - torch_logits(workshop, tokens)).max() < 1e-4
 
 
 def test_norm_behind_the_feed_forward_part_leaves_the_means_alone(tiny_model: ModelOf) -> None:
