@@ -262,7 +262,10 @@ def test_down_projection_before_a_block_that_goes_is_the_ridge_regression_to_wha
     mean = multiplier * (statistics.attention_mean[1] + statistics.mlp_mean[1])
     missing = ((wanted - first - mean) / multiplier).reshape(-1, workshop.spec.hidden_size)
     rows = read[0].reshape(-1, down.in_features)
-    rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
+    norms = np.linalg.norm(wanted, axis=2).reshape(-1, 1)
+    seen = norms[:, 0] > 0
+    rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)[seen] / norms[seen]
+    missing = missing[seen] / norms[seen]
     ridge = np.diag([*[RIDGE * (rows[:, :-1] ** 2).sum() / down.in_features] * down.in_features, 0.0])
     change = np.linalg.solve(rows.T @ rows + ridge, rows.T @ missing).T
     expected = down.weight.detach().double().numpy() + change[:, :-1]

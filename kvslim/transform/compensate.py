@@ -206,21 +206,22 @@ class _Equations:
     def add(self, inputs: Tensor, missing: Tensor, scale: Tensor | None = None) -> None:
         """Adds [1, length, inputs] that a projection reads and the [1, length, hidden] that is missing behind it.
 
-        Errors count in proportion to the norms of `scale`, [1, length, hidden], where it is given: the norm of the next
-        layer divides by it, and a few tokens with huge hidden states would else decide alone.
+        Where `scale` is given, [1, length, hidden], errors count relative to its norm at each token: the norm of the
+        next layer divides by that, and a few tokens with huge hidden states would else decide alone.
         """
         rows, wanted = (states.reshape(-1, states.shape[-1]).double().numpy() for states in (inputs, missing))
         rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
         if scale is not None:
             norms = np.linalg.norm(scale.reshape(-1, scale.shape[-1]).double().numpy(), axis=1, keepdims=True)
+            norms[norms == 0] = np.inf  # padding at a window's start
             rows, wanted = rows / norms, wanted / norms
         self.moments = self.moments + rows.T @ rows
         self.products = self.products + wanted.T @ rows
 
     def solve(self) -> tuple[Array, Array]:
         """Changes of weight and bias."""
-        moments = np.asarray(self.moments)
-        damping = RIDGE * np.trace(moments[:-1, :-1]) / (len(moments) - 1) + np.finfo(np.float64).tiny
-        ridge = np.diag([*[damping] * (len(moments) - 1), 0.0])
-        change = np.linalg.solve(moments + ridge, np.asarray(self.products).T).T
+        moments = np.array(self.moments)
+        inputs = np.arange(len(moments) - 1)
+        moments[inputs, inputs] += RIDGE * moments[inputs, inputs].mean() + np.finfo(np.float64).tiny
+        change = np.linalg.solve(moments, np.asarray(self.products).T).T
         return change[:, :-1], change[:, -1]
