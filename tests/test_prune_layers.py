@@ -25,7 +25,8 @@ from kvslim.pipeline import decide
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.transform.compensate import RIDGE, refitted, runs_of
 from kvslim.transform.judge import Judge
-from kvslim.transform.surgery import layer_modules, residual_multiplier, trial
+from kvslim.transform.removal import residual_multiplier
+from kvslim.transform.surgery import layer_modules, trial
 from kvslim.types import KVLayout, Part, Plan
 from kvslim.workshop import Workshop
 

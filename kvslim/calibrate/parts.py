@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kvslim.load.architecture import Architecture
-from kvslim.transform.surgery import layer_modules, residual_multiplier
+from kvslim.transform.removal import residual_multiplier
+from kvslim.transform.surgery import layer_modules
 
 
 class PartsRecorder:

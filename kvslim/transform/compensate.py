@@ -23,7 +23,8 @@ from torch import Tensor
 
 from kvslim.load.architecture import Architecture
 from kvslim.transform.codes import Array, LayerCodes
-from kvslim.transform.surgery import layer_modules, parameters, residual_multiplier, trial
+from kvslim.transform.removal import residual_multiplier
+from kvslim.transform.surgery import layer_modules, parameters, trial
 
 RIDGE = 0.1  # of the inputs' mean power
 Side = Literal["output", "down"]

@@ -14,7 +14,7 @@ from kvslim.load.architecture import Architecture
 from kvslim.transform.attention import NAME, SlimAttention, register
 from kvslim.transform.codes import REFINEMENT, Array, LayerCodes
 from kvslim.transform.normal import normalise
-from kvslim.transform.removal import remove_parts
+from kvslim.transform.removal import remove_parts, residual_multiplier
 from kvslim.transform.rotary import take_over
 from kvslim.transform.streaming import Ring
 from kvslim.types import ModelSpec
@@ -138,11 +138,6 @@ def install(model: nn.Module, architecture: Architecture, codes: tuple[LayerCode
         code = whole.of_kept_heads()
         _install_linear_codes(attention, slim, architecture, code)
         _install_storage(slim, code)
-
-
-def residual_multiplier(model: Any) -> float:
-    """What a family multiplies by what attention and feed-forward part add to the hidden states."""
-    return float(getattr(model.config, "residual_multiplier", 1.0))
 
 
 def _install_linear_codes(
