@@ -11,6 +11,7 @@ from kvslim.methods.kv_pca import STEP, check_rank, check_width
 from kvslim.methods.kv_quant import INTEGERS
 from kvslim.methods.kv_window import KvWindow
 from kvslim.methods.prune_heads import PruneHeads, check_heads
+from kvslim.methods.prune_layers import PruneLayers
 from kvslim.methods.roles import has_item_memory
 from kvslim.recipe import Recipe
 from kvslim.types import CODES, LayerPlan, ModelSpec, Plan
@@ -61,9 +62,8 @@ def check_layout(recipe: Recipe) -> None:
     if any(isinstance(method, KvHdc) and method.bits <= 3 for method in recipe.methods) and "kv_window" in names:
         message = "packed codes keep what leaves their window, kv_window drops it"
         raise UsageError(message, where="recipe: methods", fix="drop kv_window, or use kv_hdc with 8 or 4 bits")
-    if "prune_layers" in names and any(
-        isinstance(method, PruneHeads) and not method.heads for method in recipe.methods
-    ):
+    counted = any(isinstance(method, PruneHeads) and not method.heads for method in recipe.methods)
+    if counted and any(isinstance(method, PruneLayers) and method.takes_attention for method in recipe.methods):
         message = "prune_heads cannot count on the heads of layers that prune_layers may take"
         raise UsageError(message, where="recipe: methods", fix="name the heads: prune_heads: {heads: {2: [0, 1]}}")
     for method in recipe.methods:

@@ -178,7 +178,7 @@ def decide(recipe: Recipe, spec: ModelSpec, statistics: CalibrationStatistics) -
 
 
 def _planned(workshop: Workshop, statistics: CalibrationStatistics, progress: Progress) -> PlanSummary:
-    """The plan of the recipe's methods or of its budget, with output projections fitted again where that pays."""
+    """The plan of the recipe's methods or of its budget, with projections fitted again where that pays."""
     recipe, spec = workshop.recipe, workshop.spec
     frontier: tuple[PlanPoint, ...] = ()
     progress.stage("plan")

@@ -14,6 +14,7 @@ Clip = Literal["error", "minmax"]
 Kind = Literal["key", "value", "key_codes", "value_codes"]
 Layout = Literal["gqa", "attention24"]
 Objective = Literal["balanced", "key"]
+Part = Literal["attention", "mlp", "block"]
 Task = Literal["text-generation", "fill-mask", "feature-extraction"]
 INPUTS = ("input_ids", "attention_mask", "position_ids")  # before the cache; not every graph needs positions
 LAST_POSITION = "last_position"  # the node that hands the head the last position alone
@@ -91,6 +92,7 @@ class LayerPlan(Frozen):
     heads: tuple[int, ...] | None = Field(
         None, description="query heads kept, and with them the kv heads that they read; none: no attention, no cache"
     )
+    mlp: bool = Field(True, description="whether the feed-forward part stays; without it and heads the block is gone")
     rank: int | None = Field(None, description="cached dimensions per kv head; None keeps head_dim untouched")
     value_rank: int | None = Field(None, description="the same for values, where it differs (layout attention24)")
     objective: Objective = "balanced"
@@ -103,7 +105,7 @@ class LayerPlan(Frozen):
     centred: bool = Field(False, description="whether the mean key is taken from all keys before rounding")
     window: int | None = Field(None, description="recent tokens kept, or with packed codes kept exact; None for all")
     sinks: int = Field(0, description="first tokens kept beside the window")
-    refit: bool = Field(False, description="whether the output projection is fitted again to the compressed cache")
+    refit: bool = Field(False, description="whether its projections are fitted again to what is compressed or gone")
     score: float | None = Field(None, description="share of the score energy that the rank keeps, the worse of K and V")
     reason: str = "kept"
 

@@ -139,8 +139,8 @@ class Workshop:
                 held_out.kl,
                 WindowTrials(seen, held_out.kl, recall.drop),
                 RemovalTrials(
-                    lambda heads: probe.kl(self.without(statistics, heads)),
-                    lambda heads: recall.drop(self.without(statistics, heads)),
+                    lambda heads: probe.kl(self.without(statistics, PruneHeads(heads=heads))),
+                    lambda heads: recall.drop(self.without(statistics, PruneHeads(heads=heads))),
                 ),
             ),
             lambda layers: self.progress.track(layers, "layers probed"),
@@ -169,22 +169,20 @@ class Workshop:
         if isinstance(method, PruneHeads) and method.is_measured:
             return method.chosen(
                 self.spec,
-                lambda layer, gone: held_out.kl(self.without(statistics, {layer: gone})),
+                lambda layer, gone: held_out.kl(self.without(statistics, PruneHeads(heads={layer: gone}))),
                 lambda layers: self.progress.track(layers, "layers to lose heads"),
             )
-        if isinstance(method, PruneLayers) and method.attention:
-            every = tuple(range(self.spec.q_heads))
+        if isinstance(method, PruneLayers) and method.is_measured:
             return method.chosen(
                 self.spec,
-                lambda gone: held_out.kl(self.without(statistics, dict.fromkeys(gone, every))),
-                lambda layers: self.progress.track(layers, "layers to lose their attention"),
+                lambda gone: held_out.kl(self.without(statistics, PruneLayers(layers=dict(gone)))),
+                lambda steps: self.progress.track(steps, "parts of layers to go"),
             )
         return method
 
-    def without(self, statistics: CalibrationStatistics, heads: dict[int, tuple[int, ...]]) -> tuple[LayerCodes, ...]:
-        """Codes of the model without some query heads of some layers, and else as it is."""
-        plan = PruneHeads(heads=heads).decide(self.spec, statistics, Plan.identity(self.spec))
-        return fit(self.spec, statistics, plan)
+    def without(self, statistics: CalibrationStatistics, method: PruneHeads | PruneLayers) -> tuple[LayerCodes, ...]:
+        """Codes of the model without the heads or layers that a method names, and else as it is."""
+        return fit(self.spec, statistics, method.decide(self.spec, statistics, Plan.identity(self.spec)))
 
     def analysis(self, statistics: CalibrationStatistics) -> Analysis:
         """What the calibration text needs of the model."""
@@ -193,28 +191,29 @@ class Workshop:
             self.spec,
             statistics,
             self.recipe.calibration.source,
-            lambda heads: held_out.kl(self.without(statistics, heads)),
+            lambda method: held_out.kl(self.without(statistics, method)),
             lambda layers: self.progress.track(layers, "layers"),
         )
 
     def compensated(self, statistics: CalibrationStatistics, held_out: Judge, plan: Plan) -> tuple[Plan, float]:
-        """The plan with its output projections fitted again where that pays, and its divergence on held-out text."""
+        """The plan with its projections fitted again where that pays, and its divergence on held-out text."""
         codes = self.codes(statistics, plan)
         before = held_out.kl(codes)
         if not self.recipe.compensate or all(code.is_empty for code in codes):
             return plan, before
-        after = held_out.kl(self.refitted(statistics, codes))
+        again = self.refitted(statistics, codes)
+        after = held_out.kl(again)
         if after > (1 - LEAST_GAIN) * before:
             return plan, before
-        reason = f"output refitted, which takes {1 - after / before:.0%} of the KL"
+        reason = f"refitted, which takes {1 - after / before:.0%} of the KL"
         layers = tuple(
-            layer if code.is_empty else layer.model_copy(update={"refit": True, "reason": f"{layer.reason}; {reason}"})
-            for layer, code in zip(plan.layers, codes, strict=True)
+            layer if new is old else layer.model_copy(update={"refit": True, "reason": f"{layer.reason}; {reason}"})
+            for layer, old, new in zip(plan.layers, codes, again, strict=True)
         )
         return plan.model_copy(update={"layers": layers}), after
 
     def refitted(self, statistics: CalibrationStatistics, codes: tuple[LayerCodes, ...]) -> tuple[LayerCodes, ...]:
-        """The codes with output projections fitted to them, on some of the text that serves for fitting."""
+        """The codes with projections fitted to them, on some of the text that serves for fitting."""
         fitting, _ = _split(statistics.windows)
         tokens = min(max(REFIT_TOKENS[0], 2**17 // self.spec.layers), REFIT_TOKENS[1])
         count = max(1, tokens // fitting.shape[1])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kvslim.calibrate import rope
+from kvslim.calibrate.parts import parts_recorded
 from kvslim.load.architecture import Architecture
 from kvslim.transform.attention import Observed, SlimAttention
 from kvslim.transform.surgery import attention_modules, projection, slim_modules
@@ -45,6 +46,9 @@ class CalibrationStatistics:
         sink_keys: [L, H, m, d] keys of the first tokens, at their own positions.
         sink_values: [L, H, m, d] values of the first tokens.
         sink_mass: [L, H] mean attention that the first tokens receive.
+        attention_mean: [L, hidden] mean of what attention adds to the hidden states.
+        mlp_mean: [L, hidden] mean of what the feed-forward part adds.
+        influence: [L, 3] of attention, feed-forward part and block: 1 - mean cosine of hidden states without and with.
         windows: [n, length] token ids of the text.
         counted: [n, length] bool, the tokens that count when a model is judged on it.
         age_mass: [L, H, n] mean attention to other tokens by age; bucket b holds the ages 2^b - 1 to 2^(b+1) - 2.
@@ -62,6 +66,9 @@ class CalibrationStatistics:
     sink_values: Array
     sink_mass: Array
     age_mass: Array
+    attention_mean: Array
+    mlp_mean: Array
+    influence: Array
     windows: Array
     counted: Array
 
@@ -169,7 +176,7 @@ def collect(
     for slim, recorder in zip(slims, recorders, strict=True):
         slim.observer = recorder
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), parts_recorded(model, architecture) as parts:
             for window in batches(windows):
                 model.base_model(input_ids=torch.from_numpy(window[None]), use_cache=False)
     finally:
@@ -177,6 +184,7 @@ def collect(
             slim.observer, slim.hidden = None, None
     grams = [_output_gram(attention, architecture, spec) for attention in attention_modules(model, architecture)]
     layers = [recorder.finish(context, positions, gram) for recorder, gram in zip(recorders, grams, strict=True)]
+    layers = [{**layer, **part.finish()} for layer, part in zip(layers, parts, strict=True)]
     by_name = {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
     counted = np.ones(windows.shape, bool) if counted is None else counted
     return CalibrationStatistics(**by_name, windows=windows, counted=counted)

@@ -174,13 +174,14 @@ def analyze(
     data: Annotated[
         str, typer.Option("--data", "-d", metavar="SOURCE", help="text of the task: self, .txt, .jsonl, or hub:DATASET")
     ] = "self",
-    svg: Annotated[Path | None, typer.Option(help="draw heads by what they add, into this file")] = None,
+    svg: Annotated[Path | None, typer.Option(help="draw parts by their KL, heads by what they add")] = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Show which layers and heads a task needs least.
 
-    Measures KL on the task's text without each layer's attention and without each kv head. Writes no graph.
+    Measures KL on the task's text without each layer's attention, feed-forward part and both, and without each kv head.
+    Writes no graph.
     """
     from kvslim.cli.inputs import check_target, read_recipe, write_text
 
@@ -188,14 +189,14 @@ def analyze(
     settings = [f"calibration.source={json.dumps(data)}", *(overrides or ())]
     typed = read_recipe("lossless", settings, None)
     from kvslim import pipeline
-    from kvslim.report.heatmap import heatmap
+    from kvslim.report.heatmap import analysis_panels, heatmap
     from kvslim.report.tables import analysis_table
 
     with console.library_output_on_stderr():
         analysis = pipeline.analyze(model, typed, progress=console.Terminal())
     if svg:
-        title = f"What each query head adds: {model}, {analysis.source}"
-        write_text(svg, heatmap(title, [layer.fluctuation for layer in analysis.layers]), "--svg")
+        title = f"KL without each part, and what each query head adds: {model}, {analysis.source}"
+        write_text(svg, heatmap(title, analysis_panels(analysis)), "--svg")
     if as_json:
         console.print_json(analysis.model_dump(mode="json"))
     else:

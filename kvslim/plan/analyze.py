@@ -1,4 +1,4 @@
-"""What a task needs least: what every layer's attention, kv head and query head is worth on its text."""
+"""What a task needs least: what every layer, its parts and its heads are worth on the task's text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pydantic import Field
 
 from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_window import kept_attention
-from kvslim.methods.prune_heads import Heads
+from kvslim.methods.prune_heads import PruneHeads
+from kvslim.methods.prune_layers import INFLUENCES, PruneLayers
 from kvslim.types import Frozen, ModelSpec
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ class LayerAnalysis(Frozen):
 
     layer: int
     attention_kl: float = Field(description="without the layer's attention, its mean output in its place")
+    mlp_kl: float = Field(description="the same without its feed-forward part")
+    block_kl: float = Field(description="the same without both")
+    block_influence: float = Field(description="1 - mean cosine of the hidden states before and after the layer")
     kv_head_kl: tuple[float, ...] = Field(description="without each kv head and the query heads that read it")
     fluctuation: tuple[float, ...] = Field(
         description="of each query head: variance of what it adds to the hidden states, summed over these"
@@ -32,6 +36,11 @@ class LayerAnalysis(Frozen):
     key_rank: int = Field(description="dimensions with which every kv head keeps 99 % of the score energy")
     value_rank: int = Field(description="the same for values")
     recent_attention: float = Field(description="least share of a kv head's attention on sinks and 256 recent tokens")
+
+    @property
+    def part_kl(self) -> tuple[float, float, float]:
+        """KL without the attention, without the feed-forward part, and without both."""
+        return self.attention_kl, self.mlp_kl, self.block_kl
 
 
 class Analysis(Frozen):
@@ -46,16 +55,16 @@ def analyze(
     spec: ModelSpec,
     statistics: CalibrationStatistics,
     source: str,
-    kl_without: Callable[[dict[int, Heads]], float],
+    kl_without: Callable[[PruneHeads | PruneLayers], float],
     layers: Callable[[Iterable[int]], Iterable[int]],
 ) -> Analysis:
-    """Measures every layer's attention and kv heads alone, and reads the rest off the statistics.
+    """Measures every layer's parts and kv heads, each alone, and reads the rest off the statistics.
 
     Args:
         spec: The model's shape.
         statistics: What is known of its cache on the text.
         source: What the text is called.
-        kl_without: Divergence of the model without some query heads, by layer.
+        kl_without: Divergence of the model without the heads or layers that a method names.
         layers: Wraps the iterable of layers, to show progress.
     """
     groups = [
@@ -71,8 +80,11 @@ def analyze(
         found.append(
             LayerAnalysis(
                 layer=layer,
-                attention_kl=kl_without({layer: tuple(range(spec.q_heads))}),
-                kv_head_kl=tuple(kl_without({layer: heads}) for heads in groups),
+                attention_kl=kl_without(PruneLayers(layers={layer: "attention"})),
+                mlp_kl=kl_without(PruneLayers(layers={layer: "mlp"})),
+                block_kl=kl_without(PruneLayers(layers={layer: "block"})),
+                block_influence=float(statistics.influence[layer, INFLUENCES.index("block")]),
+                kv_head_kl=tuple(kl_without(PruneHeads(heads={layer: heads})) for heads in groups),
                 fluctuation=tuple(statistics.fluctuation[layer].tolist()),
                 key_rank=min(ranks[0], spec.head_dim),
                 value_rank=min(ranks[1], spec.head_dim),

@@ -105,11 +105,23 @@ def plan_table(plan: Plan) -> Table:
 
 def analysis_table(analysis: Analysis) -> Table:
     """What each layer is worth to a text."""
-    header = ("layer", "KL without attention", "KL without each kv head", "fluctuation of heads", "rank K", "rank V")
+    header = (
+        "layer",
+        "KL without attention",
+        "MLP",
+        "both",
+        "block influence",
+        "KL without each kv head",
+        "fluctuation of heads",
+        "rank K",
+        "rank V",
+        "recent attention",
+    )
     rows = tuple(
         (
             str(layer.layer),
-            f"{layer.attention_kl:.2g}",
+            *(f"{kl:.2g}" for kl in layer.part_kl),
+            f"{layer.block_influence:.2g}",
             " ".join(f"{kl:.1g}" for kl in layer.kv_head_kl),
             " ".join(f"{share:.1g}" for share in layer.fluctuation),
             str(layer.key_rank),
@@ -118,7 +130,7 @@ def analysis_table(analysis: Analysis) -> Table:
         )
         for layer in analysis.layers
     )
-    return Table((*header, "recent attention"), rows)
+    return Table(header, rows)
 
 
 def frontier_table(frontier: Sequence[PlanPoint]) -> Table:

@@ -14,6 +14,7 @@ from kvslim.load.architecture import Architecture
 from kvslim.transform.attention import NAME, SlimAttention, register
 from kvslim.transform.codes import REFINEMENT, Array, LayerCodes
 from kvslim.transform.normal import normalise
+from kvslim.transform.removal import remove_parts, residual_multiplier
 from kvslim.transform.rotary import take_over
 from kvslim.transform.streaming import Ring
 from kvslim.types import ModelSpec
@@ -21,10 +22,14 @@ from kvslim.types import ModelSpec
 SIDES = ("query", "key", "value")
 
 
+def layer_modules(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
+    """The layers, in order."""
+    return list(model.get_submodule(architecture.layers).children())
+
+
 def attention_modules(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
     """The attention module of each layer, in order."""
-    layers = model.get_submodule(architecture.layers).children()
-    return [layer.get_submodule(architecture.attention) for layer in layers]
+    return [layer.get_submodule(architecture.attention) for layer in layer_modules(model, architecture)]
 
 
 def slim_modules(model: nn.Module, architecture: Architecture) -> list[SlimAttention]:
@@ -117,12 +122,19 @@ def install(model: nn.Module, architecture: Architecture, codes: tuple[LayerCode
 
     Keys and queries are coded after RoPE; without RoPE their codes fold into the projections too.
     """
-    for attention, whole in zip(attention_modules(model, architecture), codes, strict=True):
+    multiplier = residual_multiplier(model)
+    for layer, whole in zip(layer_modules(model, architecture), codes, strict=True):
+        attention = layer.get_submodule(architecture.attention)
         slim: SlimAttention = attention.kvslim  # type: ignore[assignment]
+        remove_parts(layer, architecture, whole, multiplier)
+        if whole.down_weight is not None and whole.down_bias is not None:
+            layer.set_submodule(architecture.down, _linear(whole.down_weight, whole.down_bias))
         if whole.heads is not None:
-            _prune_heads(attention, slim, architecture, whole)
+            slim.heads = {"query": whole.heads, "key": whole.kv_heads, "value": whole.kv_heads}
         if slim.is_dropped:
             continue
+        if whole.heads is not None:
+            _prune_heads(attention, slim, architecture, whole)
         code = whole.of_kept_heads()
         _install_linear_codes(attention, slim, architecture, code)
         _install_storage(slim, code)
@@ -158,31 +170,37 @@ def _install_storage(slim: SlimAttention, code: LayerCodes) -> None:
 @contextlib.contextmanager
 def trial(model: nn.Module, architecture: Architecture, codes: tuple[LayerCodes, ...]) -> Iterator[None]:
     """Within the block a prepared model computes with `codes`; after it, as before."""
-    attentions = attention_modules(model, architecture)
-    outputs = [attention.get_submodule(architecture.output) for attention in attentions]
-    slims = slim_modules(model, architecture)
+    layers, slims = layer_modules(model, architecture), slim_modules(model, architecture)
+    modules = [{name: layer.get_submodule(name) for name in architecture.edited} for layer in layers]
     before = [{**vars(slim), "_buffers": dict(slim._buffers)} for slim in slims]
     try:
         install(model, architecture, codes)
         yield
     finally:
-        for attention, output, slim, state in zip(attentions, outputs, slims, before, strict=True):
-            attention.set_submodule(architecture.output, output)
+        for layer, slim, edited, state in zip(layers, slims, modules, before, strict=True):
+            vars(layer).pop("forward", None)
+            for name, module in edited.items():
+                layer.set_submodule(name, module)
             vars(slim).update(state)
 
 
 def projection(attention: nn.Module, architecture: Architecture, side: str) -> tuple[Array, Array | None]:
     """Weight [out, in] and bias [out] in float64 of one projection: "query", "key", "value" or "output"."""
     module: Any = attention.get_submodule(getattr(architecture, side))
-    weight, bias = module.weight, module.bias
     if side in SIDES and (own := getattr(attention.kvslim, f"{side}_weight")) is not None:
-        weight, bias = own, getattr(attention.kvslim, f"{side}_bias")
-    return _double(weight), None if bias is None else _double(bias)
+        bias = getattr(attention.kvslim, f"{side}_bias")
+        return _double(own), None if bias is None else _double(bias)
+    return parameters(module)
+
+
+def parameters(linear: Any) -> tuple[Array, Array | None]:
+    """Weight [out, in] and bias [out] in float64 of a linear module."""
+    return _double(linear.weight), None if linear.bias is None else _double(linear.bias)
 
 
 def _prune_heads(attention: nn.Module, slim: SlimAttention, architecture: Architecture, code: LayerCodes) -> None:
     """Takes heads out of all projections; their mean output stays, as a bias."""
-    if code.heads is None or code.mean_output is None:
+    if code.heads is None or code.mean_output is None or slim.heads is None:
         raise ValueError("pruned heads need the mean output of all heads")
     q_heads, head_dim = code.mean_output.shape
     weight, bias = projection(attention, architecture, "output")
@@ -190,11 +208,6 @@ def _prune_heads(attention: nn.Module, slim: SlimAttention, architecture: Archit
     gone = [head for head in range(q_heads) if head not in code.heads]
     shift = np.einsum("ohd,hd->o", by_head[:, gone], code.mean_output[gone])
     bias = shift if bias is None else bias + shift
-    slim.heads = {"query": code.heads, "key": code.kv_heads, "value": code.kv_heads}
-    if not code.heads:
-        constant = bias if code.output_bias is None else code.output_bias
-        _set_output(attention, architecture, np.zeros((len(weight), 1)), constant)
-        return
     _set_output(attention, architecture, by_head[:, code.heads].reshape(len(weight), -1), bias)
     for side, heads in slim.heads.items():
         if side == "value" or not _is_changed_later(attention, architecture, side):
@@ -242,10 +255,14 @@ def _install_value_code(
 
 
 def _set_output(attention: nn.Module, architecture: Architecture, weight: Array, bias: Array) -> None:
-    output = nn.Linear(weight.shape[1], len(weight))
-    output.weight = nn.Parameter(_tensor(weight), requires_grad=False)
-    output.bias = nn.Parameter(_tensor(bias), requires_grad=False)
-    attention.set_submodule(architecture.output, output)
+    attention.set_submodule(architecture.output, _linear(weight, bias))
+
+
+def _linear(weight: Array, bias: Array) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], len(weight), device="meta")
+    linear.weight = nn.Parameter(_tensor(weight), requires_grad=False)
+    linear.bias = nn.Parameter(_tensor(bias), requires_grad=False)
+    return linear
 
 
 def _with_copies(array: Array, count: int, axis: int) -> Array:
