@@ -13,6 +13,7 @@ from pydantic import Field
 
 from kvslim.calibrate.corpus import check_source
 from kvslim.checks import check_context, check_encoders, check_layout, check_lengths, check_plan, check_task
+from kvslim.devices.profile import device_memory
 from kvslim.errors import NotFoundError, UnsupportedError, UsageError
 from kvslim.export.manifest import hash_files, read_manifest, write_manifest
 from kvslim.export.package import check_output, staging
@@ -319,7 +320,7 @@ def _finish(
         passed=report.passed,
     )
     write_card(folder, manifest)
-    write_report(folder, manifest)
+    write_report(folder, manifest, device_memory())
     manifest = manifest.model_copy(update={"files": hash_files(folder)})
     write_manifest(folder, manifest)
     return manifest

@@ -10,6 +10,7 @@ import pytest
 from models import CALIBRATION, VALIDATION, recipe_of
 
 from kvslim import pipeline
+from kvslim.devices.profile import device_memory
 from kvslim.errors import NotFoundError, UsageError
 from kvslim.export.manifest import read_manifest, verify, write_manifest
 from kvslim.methods import KvHdc, KvPca, KvQuant
@@ -41,7 +42,8 @@ def test_artifact_holds_what_its_clients_read(made: tuple[Path, Manifest]) -> No
         "README.md",
         "report.html",
     }
-    assert (out / "report.html").read_text() == artifact_page(manifest)
+    assert (out / "report.html").read_text() == artifact_page(manifest, device_memory())
+    assert "GiB: " in (out / "report.html").read_text()
     assert not (out / "plain").exists()
     assert verify(out) == ()
     assert read_manifest(out) == manifest

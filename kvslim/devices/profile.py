@@ -50,6 +50,12 @@ def shipped_devices() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def device_memory() -> tuple[tuple[str, float], ...]:
+    """The shipped devices with the GiB that each leaves to a model."""
+    devices = (load_device(name) for name in shipped_devices())
+    return tuple((device.name, device.usable_bytes / 2**30) for device in devices)
+
+
 def load_device(name: str) -> Device:
     """A shipped profile by name, or a profile of one's own by path.
 
