@@ -139,8 +139,8 @@ class Workshop:
                 held_out.kl,
                 WindowTrials(seen, held_out.kl, recall.drop),
                 RemovalTrials(
-                    lambda heads: probe.kl(self.without(statistics, PruneHeads(heads=heads))),
-                    lambda heads: recall.drop(self.without(statistics, PruneHeads(heads=heads))),
+                    lambda plan: probe.kl(fit(self.spec, statistics, plan)),
+                    lambda plan: recall.drop(fit(self.spec, statistics, plan)),
                 ),
             ),
             lambda layers: self.progress.track(layers, "layers probed"),
