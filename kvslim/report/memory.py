@@ -88,7 +88,8 @@ def cache_memory(
         weights=weights,
         weights_mib=weight_bytes / 2**20,
         share={
-            tokens: {name: size / max(1, size + weight_bytes) for name, size in row.items()} for tokens, row in sizes.items()
+            tokens: {name: size / max(1, size + weight_bytes) for name, size in row.items()}
+            for tokens, row in sizes.items()
         },
         devices=tuple(devices),
     )
