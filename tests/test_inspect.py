@@ -25,7 +25,7 @@ from kvslim.load.source import read_spec, resolve
 from kvslim.methods import KvPca
 from kvslim.report.memory import artifact_caches, cache_memory
 from kvslim.runtime.session import DecodeSession
-from kvslim.types import LayerPlan, Plan
+from kvslim.types import KVLayout, LayerPlan, Plan
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,9 @@ def test_cache_of_an_artifact_has_the_bytes_of_its_graph(tiny_llama: Path, tmp_p
     workshop = open_workshop(tiny_llama, recipe_of((KvPca(rank=8, rank_ratio=None),)))
     plan = export_slim(workshop, tmp_path / "slim")
     fill(tmp_path)
-    manifest = read_manifest(tmp_path).model_copy(update={"spec": workshop.spec, "plan": plan})
+    manifest = read_manifest(tmp_path).model_copy(
+        update={"spec": workshop.spec, "plan": plan, "kv_layout": KVLayout.of(workshop.spec, plan)}
+    )
     plain, slim = artifact_caches(manifest)
     assert slim.bytes_at(100) == DecodeSession(tmp_path / "slim", capacity=100).layout.bytes_at(100)
     assert plain.bytes_at(100) == 2 * slim.bytes_at(100)
@@ -240,7 +242,7 @@ def test_cache_of_an_artifact_has_the_bytes_of_its_graph(tiny_llama: Path, tmp_p
 def test_a_layer_without_attention_has_no_cache(tmp_path: Path) -> None:
     fill(tmp_path)
     plan = Plan(layers=(LayerPlan(layer=0, heads=()), LayerPlan(layer=1)))
-    manifest = read_manifest(tmp_path).model_copy(update={"plan": plan})
+    manifest = read_manifest(tmp_path).model_copy(update={"plan": plan, "kv_layout": KVLayout.of(SPEC, plan)})
     memory = cache_memory(SPEC, artifact_caches(manifest), "fp32", 100, [64])
     assert memory.layers[0].heads == 0
     assert memory.layers[0].bytes_per_token == {"plain": 2 * 2 * 16 * 4, "as it is": 0}

@@ -100,8 +100,7 @@ class Cache:
     @classmethod
     def of(cls, name: str, spec: ModelSpec, plan: Plan, bits: int | None = None) -> Cache:
         """The cache that a plan gives a model."""
-        heads = tuple(spec.q_heads if layer.heads is None else len(layer.heads) for layer in plan.layers)
-        return cls(name, KVLayout.of(spec, plan), heads, bits)
+        return cls(name, KVLayout.of(spec, plan), query_heads(spec, plan), bits)
 
     def row_bytes(self, tensor: KVTensor) -> int:
         """Bytes of one token in a tensor."""
@@ -121,6 +120,11 @@ class Cache:
     def flops_at(self, context: int) -> int:
         """FLOPs of one token's attention over so many tokens."""
         return sum(2 * self.q_heads[each.layer] * each.dim * _held(each, context) for each in self.layout.tensors)
+
+
+def query_heads(spec: ModelSpec, plan: Plan) -> tuple[int, ...]:
+    """Query heads that a plan leaves each layer."""
+    return tuple(spec.q_heads if layer.heads is None else len(layer.heads) for layer in plan.layers)
 
 
 def decode(weights: StoredWeights, cache: Cache, context: int) -> Demand:

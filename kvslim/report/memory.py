@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvslim.devices.demand import Cache
+from kvslim.devices.demand import Cache, query_heads
 from kvslim.devices.limits import Limits
 from kvslim.types import Frozen, Manifest, ModelSpec, Plan
 
@@ -55,7 +55,8 @@ def model_caches(spec: ModelSpec) -> tuple[Cache, ...]:
 def artifact_caches(manifest: Manifest) -> tuple[Cache, ...]:
     """The float32 cache of the model that an artifact is made from, and the artifact's own."""
     spec = manifest.spec
-    return Cache.of(PLAIN, spec, Plan.identity(spec)), Cache.of(AS_IS, spec, manifest.plan)
+    own = Cache(AS_IS, manifest.kv_layout, query_heads(spec, manifest.plan))
+    return Cache.of(PLAIN, spec, Plan.identity(spec)), own
 
 
 def cache_memory(
@@ -87,7 +88,8 @@ def cache_memory(
         weights=weights,
         weights_mib=weight_bytes / 2**20,
         share={
-            tokens: {name: size / (size + weight_bytes) for name, size in row.items()} for tokens, row in sizes.items()
+            tokens: {name: size / max(1, size + weight_bytes) for name, size in row.items()}
+            for tokens, row in sizes.items()
         },
         devices=tuple(devices),
     )

@@ -87,22 +87,20 @@ def measure_encoder(plain: Path, artifact: Path, spec: ModelSpec, recipe: Recipe
     return report(gates, floor=Measures.model_validate(quality["floor"]), **columns)
 
 
-def encoder_costs(
-    models: Mapping[str, Path], lengths: Sequence[int], repeats: int, threads: int | None = None
-) -> dict[str, Measures]:
+def encoder_costs(models: Mapping[str, Path], lengths: Sequence[int], repeats: int) -> dict[str, Measures]:
     """File size, memory at the longest text, and latency of one text by length, timed in turns; by name.
 
     Raises:
         NotFoundError, ArtifactError: A model cannot be opened, or has fewer positions than a length.
     """
-    sessions = {name: EncoderSession(path, threads=threads) for name, path in models.items()}
+    sessions = {name: EncoderSession(path) for name, path in models.items()}
     costs = {length: time_texts(sessions, length, repeats) for length in lengths}
     del sessions
     return {
         name: Measures(
             file_mib=file_mib(path),
             latency_ms={str(length): float(np.median(costs[length][name][:, 0])) for length in lengths},
-            peak_rss_mib=peak_rss(path, max(lengths), threads, use="encode"),
+            peak_rss_mib=peak_rss(path, max(lengths), use="encode"),
         )
         for name, path in models.items()
     }
