@@ -20,8 +20,9 @@ from kvslim.export.weights import quantise_weights
 from kvslim.load.architecture import architecture_of
 from kvslim.load.model import load_model, load_tokenizer
 from kvslim.load.source import Snapshot
-from kvslim.methods import KvWindow, Method, PruneHeads, PruneLayers
+from kvslim.methods import KvWindow, Method, PruneHeads, PruneLayers, ShareKv
 from kvslim.methods.fitting import fit
+from kvslim.methods.share_kv import distances
 from kvslim.plan.analyze import Analysis, analyze
 from kvslim.plan.choose import Chosen, choose
 from kvslim.plan.decode_time import DecodeTime
@@ -178,7 +179,22 @@ class Workshop:
                 lambda gone: held_out.kl(self.without(statistics, PruneLayers(layers=dict(gone)))),
                 lambda steps: self.progress.track(steps, "parts of layers to go"),
             )
+        if isinstance(method, ShareKv) and method.layers:
+            near = distances(self.spec, statistics, self._identity())
+            return method.chosen(
+                {pair: distance.key + distance.value for pair, distance in near.items()},
+                lambda donors: held_out.kl(self.sharing(statistics, donors)),
+                lambda layers: self.progress.track(layers, "layers to lose their cache"),
+            )
         return method
+
+    def sharing(self, statistics: CalibrationStatistics, donors: dict[int, int]) -> tuple[LayerCodes, ...]:
+        """Codes of the model with some layers reading the caches of donors, and else as it is."""
+        plan = ShareKv(donors=donors).decide(self.spec, statistics, self._identity())
+        return fit(self.spec, statistics, plan)
+
+    def _identity(self) -> Plan:
+        return Plan.identity(self.spec, self.recipe.layout, self.recipe.window_cache)
 
     def without(self, statistics: CalibrationStatistics, method: PruneHeads | PruneLayers) -> tuple[LayerCodes, ...]:
         """Codes of the model without the heads or layers that a method names, and else as it is."""

@@ -37,6 +37,12 @@ def test_every_layer_and_head_is_there(analysis: Analysis) -> None:
         assert 1 <= layer.value_rank <= 16
         assert 1 <= layer.key_rank <= 16
         assert layer.recent_attention == pytest.approx(1.0)  # no text is longer than 256 tokens
+    donor = analysis.layers[1].donor
+    assert analysis.layers[0].donor is None
+    assert donor is not None
+    assert donor.layer == 0
+    assert 0 < donor.key_distance <= 1
+    assert 0 < donor.value_distance <= 1
 
 
 def test_kl_is_that_of_the_model_without_the_head(analysis: Analysis, tiny_model: Callable[[str], Path]) -> None:
@@ -67,7 +73,9 @@ def test_task_in_jsonl_gives_table_json_and_heat_map(
     root = ET.fromstring(svg.read_text())
     assert len([rect for rect in root.iter(f"{SVG}rect") if rect.find(f"{SVG}title") is not None]) == 2 * (3 + 4)
     assert app.run(command) == 0
-    assert "KL without attention" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "KL without attention" in printed
+    assert "best donor" in printed
 
 
 def test_heat_map_is_darkest_where_the_value_is_largest_and_escapes_its_title() -> None:

@@ -12,13 +12,22 @@ from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_window import kept_attention
 from kvslim.methods.prune_heads import PruneHeads
 from kvslim.methods.prune_layers import INFLUENCES, PruneLayers
-from kvslim.types import Frozen, ModelSpec
+from kvslim.methods.share_kv import distances
+from kvslim.types import Frozen, ModelSpec, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
 
 ENERGY = 0.99
 RECENT = 256
+
+
+class Donor(Frozen):
+    """The earlier layer whose cache stands best for a layer's own, through linear maps."""
+
+    layer: int
+    key_distance: float = Field(description="mean squared error of the scores over their variance, 0 to 1")
+    value_distance: float = Field(description="the same of what attention adds to the hidden states")
 
 
 class LayerAnalysis(Frozen):
@@ -36,6 +45,7 @@ class LayerAnalysis(Frozen):
     key_rank: int = Field(description="dimensions with which every kv head keeps 99 % of the score energy")
     value_rank: int = Field(description="the same for values")
     recent_attention: float = Field(description="least share of a kv head's attention on sinks and 256 recent tokens")
+    donor: Donor | None = Field(description="what `share_kv` would have it read; None where no layer near it can be")
 
     @property
     def part_kl(self) -> tuple[float, float, float]:
@@ -72,6 +82,7 @@ def analyze(
         for first in range(0, spec.kv_heads * spec.group_size, spec.group_size)
     ]
     recent = kept_attention(statistics, RECENT).min(axis=1)
+    donors = _donors(spec, statistics)
     found = []
     for layer in layers(range(spec.layers)):
         ranks = [
@@ -89,6 +100,17 @@ def analyze(
                 key_rank=min(ranks[0], spec.head_dim),
                 value_rank=min(ranks[1], spec.head_dim),
                 recent_attention=float(np.clip(recent[layer], 0, 1)),
+                donor=donors.get(layer),
             )
         )
     return Analysis(source=source, tokens=int(statistics.windows.size), layers=tuple(found))
+
+
+def _donors(spec: ModelSpec, statistics: CalibrationStatistics) -> dict[int, Donor]:
+    """The nearest donor of each layer that has one."""
+    near = distances(spec, statistics, Plan.identity(spec))
+    best: dict[int, Donor] = {}
+    for layer, donor in sorted(near, key=lambda pair: sum(near[pair])):
+        key, value = near[layer, donor]
+        best.setdefault(layer, Donor(layer=donor, key_distance=key, value_distance=value))
+    return best

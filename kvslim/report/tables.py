@@ -93,7 +93,7 @@ def plan_table(plan: Plan) -> Table:
         (
             str(layer.layer),
             NONE if layer.rank is None else str(layer.rank),
-            layer.cache,
+            layer.cache if layer.donor is None else f"of layer {layer.donor}",
             *([_kept(layer.window, layer.sinks)] if windowed else []),
             NONE if layer.score is None else f"{layer.score:.4f}",
             layer.reason,
@@ -116,6 +116,7 @@ def analysis_table(analysis: Analysis) -> Table:
         "rank K",
         "rank V",
         "recent attention",
+        "best donor: K, V missed",
     )
     rows = tuple(
         (
@@ -127,6 +128,9 @@ def analysis_table(analysis: Analysis) -> Table:
             str(layer.key_rank),
             str(layer.value_rank),
             f"{layer.recent_attention:.0%}",
+            NONE
+            if layer.donor is None
+            else f"{layer.donor.layer}: {layer.donor.key_distance:.0%}, {layer.donor.value_distance:.0%}",
         )
         for layer in analysis.layers
     )

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from kvslim.errors import ArtifactError, UsageError
-from kvslim.runtime.graph import ORT_ERRORS, Logits, artifact_error, layout_of, open_session
+from kvslim.runtime.graph import ORT_ERRORS, Logits, artifact_error, layout_of, open_session, shared_outputs
 from kvslim.types import WINDOW_SLACK, KVTensor
 
 Tokens = Sequence[int] | npt.NDArray[np.int64]
@@ -75,7 +75,8 @@ class DecodeSession:
             if not tensor.is_packed:
                 value = ort.OrtValue.ortvalue_from_numpy(buffer)
                 self._binding.bind_ortvalue_input(tensor.past, value)
-                self._binding.bind_ortvalue_output(tensor.present, value)
+                for present in (tensor.present, *shared_outputs(self._session, tensor)):
+                    self._binding.bind_ortvalue_output(present, value)
 
     def reset(self) -> None:
         """Empties the cache."""

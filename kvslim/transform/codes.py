@@ -25,6 +25,8 @@ class LayerCodes:
     Attributes:
         heads: Query heads that are kept, or None for all; with none the layer has no attention.
         kv_heads: The kv heads that those read.
+        donor: The layer whose cache this one reads; what is said here of kv heads and storage is then the donor's, and
+            the query heads stand in the order in which they read it.
         mean_output: [q_heads, head_dim]; the mean attention output, which stands for heads that are not kept.
         key_encoder: [kv_heads, head_dim, rank]; the cached key is `k @ key_encoder`.
         query_encoder: [q_heads, head_dim, rank]; scores are `(q @ query_encoder) . (k @ key_encoder)`.
@@ -52,6 +54,7 @@ class LayerCodes:
 
     heads: tuple[int, ...] | None = None
     kv_heads: tuple[int, ...] = ()
+    donor: int | None = None
     mean_output: Array | None = None
     key_encoder: Array | None = None
     query_encoder: Array | None = None

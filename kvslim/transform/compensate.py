@@ -24,7 +24,7 @@ from torch import Tensor
 from kvslim.load.architecture import Architecture
 from kvslim.transform.codes import Array, LayerCodes
 from kvslim.transform.removal import residual_multiplier
-from kvslim.transform.surgery import layer_modules, parameters, trial
+from kvslim.transform.surgery import layer_modules, parameters, slim_modules, trial
 
 RIDGE = 0.1  # of the inputs' mean power
 Side = Literal["output", "down"]
@@ -50,15 +50,20 @@ def refitted(
     plain: list[Any] = [None] * len(tokens)  # what the layer below gives, in the model as it is
     coded = plain  # and in the one with codes
     fitted = list(codes)
+    lent: dict[int, list[Any]] = {}  # and what its caches give back to the layers that read them
     for first, last in runs_of(codes, layers):
         if all(code.is_empty for code in codes[first:]):
             break
-        refit = _Refit(model, architecture, first, last, tokens)
+        refit = _Refit(model, architecture, first, last, tokens, lent)
         wanted = list(refit.runs(plain))
         if not all(code.is_empty for code in codes[first : last + 1]):
             fitted[first] = refit.fitted(fitted, coded, wanted)
-        untouched = all(code.is_empty for code in codes[: last + 1])
-        coded = [run.output for run in (wanted if untouched else refit.runs(coded, fitted))]
+        is_read = any(code.donor == first for code in codes)
+        untouched = not is_read and all(code.is_empty for code in codes[: last + 1])
+        found = wanted if untouched else list(refit.runs(coded, fitted))
+        coded = [run.output for run in found]
+        if is_read:
+            lent[first] = [run.lent for run in found]
         plain = [run.output for run in wanted]
     return tuple(fitted)
 
@@ -86,6 +91,7 @@ class _Refit:
         first: The layer.
         last: The last block behind it that is gone, or the layer itself.
         tokens: Windows, [1, length] each.
+        lent: What the caches of layers below give back, by window, where others read them.
     """
 
     model: Any
@@ -93,6 +99,7 @@ class _Refit:
     first: int
     last: int
     tokens: list[Tensor]
+    lent: dict[int, list[Any]]
 
     def fitted(self, codes: Sequence[LayerCodes], before: list[Any], wanted: list[_Run]) -> LayerCodes:
         """The layer's code with what can be fitted of it.
@@ -139,14 +146,21 @@ class _Refit:
             side: The projection of the first of them that is looked at.
         """
         with trial(self.model, self.architecture, self._alone(codes)):
-            for tokens, given in zip(self.tokens, before, strict=True):
-                yield self._run(tokens, given, side)
+            slim = slim_modules(self.model, self.architecture)[self.first]
+            for place, (tokens, given) in enumerate(zip(self.tokens, before, strict=True)):
+                if slim.borrowed is not None:
+                    slim.borrowed.states = self.lent[slim.borrowed.layer][place]
+                run = self._run(tokens, given, side)
+                yield run if slim.lent is None else run._replace(lent=slim.lent.states)
 
     def _alone(self, codes: Sequence[LayerCodes] | None) -> tuple[LayerCodes, ...]:
-        """Codes of these layers, and none of any other."""
-        count = len(layer_modules(self.model, self.architecture))
+        """Codes of these layers and of those that read the cache of the first, and none of any other."""
+        if codes is None:
+            return (LayerCodes(),) * len(layer_modules(self.model, self.architecture))
         inside = range(self.first, self.last + 1)
-        return tuple(LayerCodes() if codes is None or at not in inside else codes[at] for at in range(count))
+        return tuple(
+            code if at in inside or code.donor == self.first else LayerCodes() for at, code in enumerate(codes)
+        )
 
     def _projection(self, side: Side) -> Any:
         """The projection of the first layer, or None where it is gone."""
@@ -185,11 +199,13 @@ class _Run(NamedTuple):
         output: [1, length, hidden], what the last of them gives.
         read: [1, length, inputs], what the layer's projection read.
         projected: [1, length, hidden], what that gave.
+        lent: Keys and values as its cache gives them back, where other layers read them.
     """
 
     output: Tensor
     read: Tensor
     projected: Tensor
+    lent: Any = None
 
 
 @dataclass

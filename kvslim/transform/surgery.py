@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kvslim.load.architecture import Architecture
-from kvslim.transform.attention import NAME, SlimAttention, register
+from kvslim.transform.attention import NAME, Lent, SlimAttention, register
 from kvslim.transform.codes import REFINEMENT, Array, LayerCodes
 from kvslim.transform.normal import normalise
 from kvslim.transform.removal import remove_parts, residual_multiplier
@@ -122,15 +122,17 @@ def install(model: nn.Module, architecture: Architecture, codes: tuple[LayerCode
 
     Keys and queries are coded after RoPE; without RoPE their codes fold into the projections too.
     """
-    multiplier = residual_multiplier(model)
-    for layer, whole in zip(layer_modules(model, architecture), codes, strict=True):
+    multiplier, slims = residual_multiplier(model), slim_modules(model, architecture)
+    for layer, slim, whole in zip(layer_modules(model, architecture), slims, codes, strict=True):
         attention = layer.get_submodule(architecture.attention)
-        slim: SlimAttention = attention.kvslim  # type: ignore[assignment]
         remove_parts(layer, architecture, whole, multiplier)
         if whole.down_weight is not None and whole.down_bias is not None:
             layer.set_submodule(architecture.down, _linear(whole.down_weight, whole.down_bias))
+        if whole.donor is not None:
+            slim.borrowed = slims[whole.donor].lent = slims[whole.donor].lent or Lent(whole.donor)
         if whole.heads is not None:
-            slim.heads = {"query": whole.heads, "key": whole.kv_heads, "value": whole.kv_heads}
+            slim.heads = {"query": whole.heads}
+            slim.heads |= {} if whole.donor is not None else dict.fromkeys(("key", "value"), whole.kv_heads)
         if slim.is_dropped:
             continue
         if whole.heads is not None:
@@ -143,11 +145,16 @@ def install(model: nn.Module, architecture: Architecture, codes: tuple[LayerCode
 def _install_linear_codes(
     attention: nn.Module, slim: SlimAttention, architecture: Architecture, code: LayerCodes
 ) -> None:
-    if code.key_encoder is not None and code.query_encoder is not None:
+    if code.query_encoder is not None:
         query_encoder = _with_copies(code.query_encoder, code.refined, axis=2)
-        _install_key_code(attention, slim, architecture, query_encoder, code.key_encoder)
+        _install_query_code(attention, slim, architecture, query_encoder)
+    if code.key_encoder is not None:
+        _install_key_code(attention, slim, architecture, code.key_encoder)
     if code.value_encoder is not None:
-        _install_value_code(attention, slim, architecture, code)
+        _fold(attention, slim, architecture, "value", code.value_encoder)
+    if code.value_decoder is not None and code.value_offset is not None:
+        decoder = _with_copies(code.value_decoder, code.value_refined, axis=1)
+        _install_value_decoder(attention, architecture, decoder, code.value_offset)
     if code.output_weight is not None and code.output_bias is not None:
         _set_output(attention, architecture, code.output_weight, code.output_bias)
 
@@ -223,28 +230,22 @@ def _is_changed_later(attention: nn.Module, architecture: Architecture, side: st
     return normed or (side == "query" and architecture.scaled_query)
 
 
-def _install_key_code(
-    attention: nn.Module, slim: SlimAttention, architecture: Architecture, query_encoder: Array, key_encoder: Array
-) -> None:
-    if slim.rotary is not None:
-        slim.query_encoder, slim.key_encoder = _tensor(query_encoder), _tensor(key_encoder)
-        return
-    if architecture.scaled_query:
-        slim.query_encoder = _tensor(query_encoder)
+def _install_query_code(attention: nn.Module, slim: SlimAttention, architecture: Architecture, encoder: Array) -> None:
+    if slim.rotary is not None or architecture.scaled_query:
+        slim.query_encoder = _tensor(encoder)
     else:
-        _fold(attention, slim, architecture, "query", query_encoder)
-    _fold(attention, slim, architecture, "key", key_encoder)
+        _fold(attention, slim, architecture, "query", encoder)
 
 
-def _install_value_code(
-    attention: nn.Module, slim: SlimAttention, architecture: Architecture, code: LayerCodes
-) -> None:
-    encoder, decoder, offset = code.value_encoder, code.value_decoder, code.value_offset
-    if encoder is None or decoder is None or offset is None:
-        raise ValueError("a value code needs encoder, decoder and offset")
-    _fold(attention, slim, architecture, "value", encoder)
+def _install_key_code(attention: nn.Module, slim: SlimAttention, architecture: Architecture, encoder: Array) -> None:
+    if slim.rotary is not None:
+        slim.key_encoder = _tensor(encoder)
+    else:
+        _fold(attention, slim, architecture, "key", encoder)
+
+
+def _install_value_decoder(attention: nn.Module, architecture: Architecture, decoder: Array, offset: Array) -> None:
     weight, bias = projection(attention, architecture, "output")
-    decoder = _with_copies(decoder, code.value_refined, axis=1)
     heads, rank, head_dim = decoder.shape
     if weight.shape[1] != heads * head_dim:
         raise ValueError(f"output projection reads {weight.shape[1]} values, the code gives {heads} x {head_dim}")
