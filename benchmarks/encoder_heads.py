@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,7 @@ from kvslim.methods.prune_heads import Heads, Loss
 from kvslim.progress import Silent
 from kvslim.recipe import parse_recipe
 from kvslim.transform.surgery import trial
+from kvslim.types import Part
 from kvslim.validate.encoder import BATCH, answers, compare, encoder_costs
 
 SHARES = (0.1, 0.25, 0.5)
@@ -149,12 +150,12 @@ def without_layers(subject: Subject, name: str, losses: list[Loss], count: int) 
     every = tuple(range(subject.spec.q_heads))
     for loss in losses:
 
-        def of_layers(gone: tuple[int, ...], loss: Loss = loss) -> float:
+        def of_layers(gone: Mapping[int, Part], loss: Loss = loss) -> float:
             if name == "measured":
-                return subject.judge.loss(subject.workshop.without(subject.statistics, PruneLayers(layers=gone)))
+                return subject.judge.loss(subject.workshop.without(subject.statistics, PruneLayers(layers=dict(gone))))
             return sum(loss(layer, every) for layer in gone)
 
-        method = PruneLayers(attention=count).chosen(subject.spec, of_layers, iter)
+        method = PruneLayers(attention=count).chosen(subject.spec, of_layers)
         yield subject.measured(method, timed=name == "measured")
 
 

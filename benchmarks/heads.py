@@ -56,7 +56,7 @@ def orders(subject: Subject) -> dict[str, list[Loss]]:
     statistics = subject.statistics
 
     def measured(layer: int, gone: Heads) -> float:
-        return subject.held_out.kl(subject.workshop.without(statistics, {layer: gone}))
+        return subject.held_out.kl(subject.workshop.without(statistics, PruneHeads(heads={layer: gone})))
 
     def fluctuation(layer: int, gone: Heads) -> float:
         return float(statistics.fluctuation[layer, list(gone)].sum())

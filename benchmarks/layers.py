@@ -1,67 +1,91 @@
-"""KL of models without the attention of some layers, by how these are chosen; recall where the model has it.
+"""KL of models without attention, feed-forward parts or blocks, by how these are chosen, with and without compensation.
 
-    python benchmarks/layers.py [--layers 1,2]
+    python benchmarks/layers.py [--counts 1,2]
 
-In torch on 24 x 512 held-out tokens; the first and the last layer keep theirs. `greedy` measures again after
-each removal, `alone` measures each layer once, random is the mean of 3 seeds. "Refit" is with output projections fitted
-again.
+KL in torch on 24 x 512 held-out tokens; the first and the last layer keep everything. "Refit" is with the projections
+around what is gone fitted again. "Artifact" is what `kvslim compress` makes, refitted where that pays on calibration
+text, through its exported graph and its cache in chunks of 16; recall is of the same, where the model has it.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 
-import numpy as np
 from subjects import Subject, subjects
 
 from kvslim.methods import PruneLayers
-from kvslim.transform.codes import LayerCodes
+from kvslim.methods.prune_layers import INFLUENCES
+from kvslim.transform.surgery import layer_modules
+from kvslim.types import Part, Plan
 
-SEEDS = range(3)
-Layers = tuple[int, ...]
-Divergence = Callable[[Layers], float]
+Parts = Mapping[int, Part]
+OPTIONS: dict[str, str] = {"attention": "attention", "mlps": "MLP", "blocks": "block"}
+HEADER = "| without | chosen by | layers | KL | refit | artifact | recall | parameters, millions | KV bytes per token |"
 
 
 def main() -> None:
     """Prints one markdown table per model."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", default="1,2")
-    counts = [int(text) for text in parser.parse_args().layers.split(",")]
+    parser.add_argument("--counts", default="1,2")
+    counts = [int(text) for text in parser.parse_args().counts.split(",")]
     for subject in subjects():
+        measured = divergences(subject)
         print(f"{subject.name[0].upper()}{subject.name[1:]}, of {subject.spec.layers} layers:\n")
-        print("| chosen by |" + "".join(f" KL without {count} | refit | recall |" for count in counts))
-        print("|---|" + "---:|---:|---:|" * len(counts))
-        for name in ("greedy", "alone", "random"):
-            print(f"| {name} |" + "".join(cells(subject, name, count) for count in counts), flush=True)
+        print(f"{HEADER}\n|---|---|---|{'---:|' * 6}")
+        for option, name in OPTIONS.items():
+            for count in counts:
+                for score, losses in (("KL", measured), ("block influence", influences(subject))):
+                    chosen = PruneLayers.model_validate({option: count}).chosen(subject.spec, losses)
+                    shown = f"| {count} {name} | {score} |"
+                    print(shown + cells(subject, chosen, through_artifact=score == "KL"), flush=True)
         print(flush=True)
 
 
-def cells(subject: Subject, name: str, count: int) -> str:
-    """KL without and with refitted output projections, and recall with."""
-    found = [codes_of(subject, layers) for layers in chosen(subject, name, count)]
-    again = [subject.workshop.refitted(subject.statistics, codes) for codes in found]
-    values = [np.mean([subject.judge.kl(codes) for codes in kind]) for kind in (found, again)]
-    recall = np.mean([subject.judge.recall(codes, subject.items) for codes in again]) if subject.asked else None
-    return "".join(f" {value:.2g} |" for value in values) + (" - |" if recall is None else f" {recall:.0%} |")
+def divergences(subject: Subject) -> Callable[[Parts], float]:
+    """KL of the model without some parts, each measured once for all counts."""
+    known: dict[tuple[tuple[int, Part], ...], float] = {}
+
+    def divergence(parts: Parts) -> float:
+        key = tuple(sorted(parts.items()))
+        if key not in known:
+            method = PruneLayers(layers=dict(parts))
+            known[key] = subject.held_out.kl(subject.workshop.without(subject.statistics, method))
+        return known[key]
+
+    return divergence
 
 
-def chosen(subject: Subject, name: str, count: int) -> Iterator[Layers]:
-    """The layers that lose their attention, once or by seed."""
-    method = PruneLayers(attention=count)
-    if name != "random":
-        measured: Divergence = lambda gone: subject.held_out.kl(codes_of(subject, gone))  # noqa: E731
-        once: Divergence = lambda gone: measured(gone[-1:])  # noqa: E731
-        yield method.chosen(subject.spec, measured if name == "greedy" else once, iter).layers or ()
-        return
-    free = np.arange(method.protect, subject.spec.layers - method.protect)
-    for seed in SEEDS:
-        yield tuple(np.random.default_rng(seed).choice(free, count, replace=False).tolist())
+def influences(subject: Subject) -> Callable[[Parts], float]:
+    """The sum of the influences of some parts."""
+    influence = subject.statistics.influence
+    return lambda parts: float(sum(influence[layer, INFLUENCES.index(part)] for layer, part in parts.items()))
 
 
-def codes_of(subject: Subject, layers: Layers) -> tuple[LayerCodes, ...]:
-    """The model without the attention of these layers."""
-    return subject.workshop.without(subject.statistics, dict.fromkeys(layers, tuple(range(subject.spec.q_heads))))
+def cells(subject: Subject, method: PruneLayers, *, through_artifact: bool) -> str:
+    """What is gone, KL without and with refitted projections and through the artifact, recall, and sizes."""
+    codes = subject.workshop.without(subject.statistics, method)
+    again = subject.workshop.refitted(subject.statistics, codes)
+    plan = method.decide(subject.spec, subject.statistics, subject.identity)
+    row = [", ".join(map(str, method.layers or ())), *(f"{subject.judge.kl(kind):.2g}" for kind in (codes, again))]
+    if through_artifact:
+        plan, _ = subject.workshop.compensated(subject.statistics, subject.held_out, plan)
+        measured = subject.measured(plan)
+        row += [f"{measured.kl:.2g}", "-" if measured.recall is None else f"{measured.recall:.0%}"]
+    else:
+        row += ["-", "-"]
+    row += [f"{parameters(subject, plan) / 1e6:.2f}", f"{subject.size(plan):,.0f}"]
+    return "".join(f" {cell} |" for cell in row)
+
+
+def parameters(subject: Subject, plan: Plan) -> int:
+    """Numbers in the weights of the parts that stay."""
+    model, architecture = subject.workshop.model, subject.workshop.architecture
+    count = sum(weight.numel() for weight in model.parameters())
+    for layer, module in zip(plan.layers, layer_modules(model, architecture), strict=True):
+        names = (() if layer.mlp else architecture.mlp) + ((architecture.attention,) if layer.heads == () else ())
+        count -= sum(weight.numel() for name in names for weight in module.get_submodule(name).parameters())
+    return count
 
 
 if __name__ == "__main__":

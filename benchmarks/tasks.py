@@ -73,7 +73,7 @@ def pruned(workshop: Workshop, groups: int) -> tuple[tuple[LayerCodes, ...], str
     statistics, spec = workshop.statistics(), workshop.spec
     held_out = workshop.held_out_judge(statistics)
     method = PruneHeads(groups=groups).chosen(
-        spec, lambda layer, gone: held_out.kl(workshop.without(statistics, {layer: gone}))
+        spec, lambda layer, gone: held_out.kl(workshop.without(statistics, PruneHeads(heads={layer: gone})))
     )
     plan = method.decide(spec, statistics, Plan.identity(spec))
     words = (

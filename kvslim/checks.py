@@ -13,6 +13,7 @@ from kvslim.methods.kv_window import KvWindow
 from kvslim.methods.prune_heads import PruneHeads, check_heads
 from kvslim.methods.prune_layers import PruneLayers
 from kvslim.methods.roles import has_item_memory
+from kvslim.methods.share_kv import ShareKv, check_donors
 from kvslim.recipe import Recipe
 from kvslim.types import CODES, LayerPlan, ModelSpec, Plan
 
@@ -58,15 +59,17 @@ def check_layout(recipe: Recipe) -> None:
     names = {method.name for method in recipe.methods}
     if recipe.layout == "attention24" and recipe.budget is not None:
         raise UsageError("the planner plans for layout gqa", where="recipe: budget", fix="use layout gqa")
+    for method in recipe.methods:
+        if isinstance(method, ShareKv):
+            _check_sharing(method, recipe)
     if {"kv_hdc", "kv_quant"} <= names:
         message = "kv_hdc and kv_quant both choose how the cache is stored"
         raise UsageError(message, where="recipe: methods", fix="drop one of them")
     if any(isinstance(method, KvHdc) and method.bits <= 3 for method in recipe.methods) and "kv_window" in names:
         message = "packed codes keep what leaves their window, kv_window drops it"
         raise UsageError(message, where="recipe: methods", fix="drop kv_window, or use kv_hdc with 8 or 4 bits")
-    if "prune_layers" in names and any(
-        isinstance(method, PruneHeads) and not method.heads for method in recipe.methods
-    ):
+    counted = any(isinstance(method, PruneHeads) and not method.heads for method in recipe.methods)
+    if counted and any(isinstance(method, PruneLayers) and method.takes_attention for method in recipe.methods):
         message = "prune_heads cannot count on the heads of layers that prune_layers may take"
         raise UsageError(message, where="recipe: methods", fix="name the heads: prune_heads: {heads: {2: [0, 1]}}")
     for method in recipe.methods:
@@ -82,6 +85,27 @@ def check_layout(recipe: Recipe) -> None:
                 where="recipe: methods.kv_pca.value_rank",
                 fix="use layout attention24, or rank alone",
             )
+
+
+def _check_sharing(method: ShareKv, recipe: Recipe) -> None:
+    """A donor keeps every token, and no other method may take a layer away that is counted on."""
+    where, named = "recipe: methods", {*(method.donors or {}), *(method.donors or {}).values()}
+    for other in recipe.methods:
+        if isinstance(other, KvHdc) and other.bits <= 3:
+            message = "no layer can read the packed codes of another"
+            raise UsageError(message, where=where, fix="drop share_kv, or use kv_hdc with 8 or 4 bits")
+        if isinstance(other, KvWindow) and (other.layers is None or method.donors is None):
+            message = "share_kv and kv_window may choose the same layers"
+            raise UsageError(message, where=where, fix="name layers in both: kv_window.layers and share_kv.donors")
+        if isinstance(other, KvWindow) and (both := named.intersection(other.layers or ())):
+            message = f"layer {min(both)} cannot have a window and share a cache of all tokens"
+            raise UsageError(message, where=where, fix="drop it from kv_window.layers or from share_kv.donors")
+        counted = (isinstance(other, PruneLayers) and other.takes_attention) or (
+            isinstance(other, PruneHeads) and not other.heads
+        )
+        if method.donors is None and counted:
+            message = f"share_kv cannot count on layers that {other.name} may take"
+            raise UsageError(message, where=where, fix="name the layers: share_kv: {donors: {5: 4}}")
 
 
 def check_lengths(recipe: Recipe, spec: ModelSpec) -> None:
@@ -177,6 +201,7 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
             check_heads(layer.heads, spec, where)
         _check_sizes(plan, layer, spec, where)
         _check_operators(plan, layer, where)
+    check_donors(plan, spec, lambda layer: f"--plan: layers.{layer}")
 
 
 def _check_encoder_plan(plan: Plan) -> None:

@@ -152,10 +152,9 @@ class EncoderWorkshop:
         if isinstance(method, PruneHeads) and method.is_measured:
             loss = lambda layer, gone: judge.loss(self.without(statistics, PruneHeads(heads={layer: gone})))  # noqa: E731
             return method.chosen(self.spec, loss, track)
-        if isinstance(method, PruneLayers) and method.attention:
-            return method.chosen(
-                self.spec, lambda gone: judge.loss(self.without(statistics, PruneLayers(layers=gone))), track
-            )
+        if isinstance(method, PruneLayers) and method.is_measured:
+            lost = lambda gone: judge.loss(self.without(statistics, PruneLayers(layers=dict(gone))))  # noqa: E731
+            return method.chosen(self.spec, lost, track)
         assert isinstance(method, PruneHeads | PruneLayers)  # check_task refuses the others
         return method
 

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from kvslim.calibrate.corpus import check_source
 from kvslim.checks import check_context, check_encoders, check_layout, check_lengths, check_plan, check_task
+from kvslim.devices.profile import device_memory
 from kvslim.errors import NotFoundError, UnsupportedError, UsageError
 from kvslim.export.manifest import hash_files, read_manifest, write_manifest
 from kvslim.export.package import check_output, staging
@@ -24,9 +25,10 @@ from kvslim.progress import Progress, Silent
 from kvslim.recipe import Recipe, parse_recipe
 from kvslim.report.card import write_card
 from kvslim.report.page import write_report
-from kvslim.types import Frozen, KVLayout, Manifest, Measures, ModelSpec, Plan, PlanPoint, Report, Source
-from kvslim.validate.encoder import encoder_costs, measure_encoder
-from kvslim.validate.measure import measure, measure_costs
+from kvslim.types import Frozen, KVLayout, Manifest, ModelSpec, Plan, PlanPoint, Report, Source
+from kvslim.validate.bench import BenchResult, Grid, bench_decoders, bench_encoders
+from kvslim.validate.encoder import measure_encoder
+from kvslim.validate.measure import measure
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
@@ -152,10 +154,8 @@ def validate(artifact: Path, *, against: str | None = None, progress: Progress |
         return measure(Path(folder), artifact, recipe, evaluation, manifest.context)
 
 
-def bench(
-    artifacts: Sequence[Path], *, contexts: Sequence[int], prompts: Sequence[int], repeats: int, threads: int | None
-) -> dict[str, Measures]:
-    """Latency and memory of artifacts, interleaved in one run; by the path given.
+def bench(artifacts: Sequence[Path], grid: Grid) -> dict[str, BenchResult]:
+    """Latency, energy and memory of artifacts over a grid, interleaved in one run; by the path given.
 
     An encoder knows no contexts: its latency is taken for texts of the lengths in `prompts`.
 
@@ -163,11 +163,12 @@ def bench(
         KvslimError: An artifact cannot be opened, or a length is not positive or beyond a model's positions.
     """
     specs = [read_manifest(artifact).spec for artifact in artifacts]
+    models = {str(artifact): artifact for artifact in artifacts}
     if any(spec.is_encoder for spec in specs):
-        check_encoders(specs, prompts)
-        return encoder_costs({str(artifact): artifact for artifact in artifacts}, prompts, repeats, threads)
-    check_context(artifacts, specs, longest=max([*prompts, *(context + 1 for context in contexts)]))
-    return measure_costs(artifacts, prompts, contexts, repeats, threads)
+        check_encoders(specs, grid.prompts)
+        return bench_encoders(models, grid)
+    check_context(artifacts, specs, longest=max([*grid.prompts, *(context + 1 for context in grid.contexts)]))
+    return bench_decoders(models, grid)
 
 
 def decide(recipe: Recipe, spec: ModelSpec, statistics: CalibrationStatistics) -> Plan:
@@ -179,7 +180,7 @@ def decide(recipe: Recipe, spec: ModelSpec, statistics: CalibrationStatistics) -
 
 
 def _planned(workshop: Workshop, statistics: CalibrationStatistics, progress: Progress) -> PlanSummary:
-    """The plan of the recipe's methods or of its budget, with output projections fitted again where that pays."""
+    """The plan of the recipe's methods or of its budget, with projections fitted again where that pays."""
     recipe, spec = workshop.recipe, workshop.spec
     frontier: tuple[PlanPoint, ...] = ()
     progress.stage("plan")
@@ -335,7 +336,7 @@ def _finish(
         passed=report.passed,
     )
     write_card(folder, manifest)
-    write_report(folder, manifest)
+    write_report(folder, manifest, device_memory())
     manifest = manifest.model_copy(update={"files": hash_files(folder)})
     write_manifest(folder, manifest)
     return manifest

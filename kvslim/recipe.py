@@ -135,7 +135,7 @@ class Recipe(Frozen):
     description: str = Field("", description="one line for `kvslim recipes`")
     methods: tuple[MethodEntry, ...] = Field((), description="names, or `name: options` pairs; see below")
     budget: Budget | None = Field(None, description="lets the planner pick the methods; then give none")
-    compensate: bool = Field(True, description="fit output projections again where held-out text gains by it")
+    compensate: bool = Field(True, description="fit projections again where held-out text gains by it")
     weights: Weights = WeightFormat()
     layout: Layout = Field("gqa", description="attention operators: gqa is fused and fast, attention24 standard ONNX")
     window_cache: bool = Field(True, description="give sliding-window layers a cache of their window's size")

@@ -14,12 +14,14 @@ Clip = Literal["error", "minmax"]
 Kind = Literal["key", "value", "key_codes", "value_codes"]
 Layout = Literal["gqa", "attention24"]
 Objective = Literal["balanced", "key"]
+Part = Literal["attention", "mlp", "block"]
 Task = Literal["text-generation", "fill-mask", "feature-extraction"]
 INPUTS = ("input_ids", "attention_mask", "position_ids")  # before the cache; not every graph needs positions
 LAST_POSITION = "last_position"  # the node that hands the head the last position alone
 BITS: dict[CacheType, int] = {"float32": 32, "int8": 8, "int4": 4, "codes3": 3, "codes2": 2, "codes1": 1}
 CODES: tuple[CacheType, ...] = ("codes3", "codes2", "codes1")  # packed, decoded by table in the graph
 RINGS = "kvslim.rings"  # the graph's metadata: sinks of each ring and how its layer stores, by layer
+SHARED = "shared_"  # then kind.donor.layer: outputs of layers without a cache, to lie where their donor's lies
 WINDOW_SLACK = 16  # rows of a window's cache beyond the window: eviction then moves it once in so many tokens
 
 
@@ -91,6 +93,8 @@ class LayerPlan(Frozen):
     heads: tuple[int, ...] | None = Field(
         None, description="query heads kept, and with them the kv heads that they read; none: no attention, no cache"
     )
+    mlp: bool = Field(True, description="whether the feed-forward part stays; without it and heads the block is gone")
+    donor: int | None = Field(None, description="earlier layer whose cache this one reads; None: it has its own")
     rank: int | None = Field(None, description="cached dimensions per kv head; None keeps head_dim untouched")
     value_rank: int | None = Field(None, description="the same for values, where it differs (layout attention24)")
     objective: Objective = "balanced"
@@ -103,7 +107,7 @@ class LayerPlan(Frozen):
     centred: bool = Field(False, description="whether the mean key is taken from all keys before rounding")
     window: int | None = Field(None, description="recent tokens kept, or with packed codes kept exact; None for all")
     sinks: int = Field(0, description="first tokens kept beside the window")
-    refit: bool = Field(False, description="whether the output projection is fitted again to the compressed cache")
+    refit: bool = Field(False, description="whether its projections are fitted again to what is compressed or gone")
     score: float | None = Field(None, description="share of the score energy that the rank keeps, the worse of K and V")
     reason: str = "kept"
 
@@ -233,7 +237,7 @@ class KVLayout(Frozen):
             return cls(tensors=())
         windowed = plan.window_cache and plan.layout == "gqa"
         windows = spec.windows if windowed else (None,) * spec.layers
-        cached = (layer for layer in plan.layers if layer.heads != ())
+        cached = (layer for layer in plan.layers if layer.heads != () and layer.donor is None)
         tensors = (tensor for layer in cached for tensor in _layer_tensors(spec, layer, windows[layer.layer]))
         return cls(layout=plan.layout, tensors=tuple(tensors))
 

@@ -29,8 +29,9 @@ from kvslim.export.weights import quantise_weights
 from kvslim.load.architecture import architecture_of
 from kvslim.load.model import load_model, load_tokenizer
 from kvslim.load.source import Snapshot
-from kvslim.methods import KvWindow, Method, PruneHeads, PruneLayers
+from kvslim.methods import KvWindow, Method, PruneHeads, PruneLayers, ShareKv
 from kvslim.methods.fitting import fit
+from kvslim.methods.share_kv import distances
 from kvslim.plan.analyze import Analysis, analyze
 from kvslim.plan.choose import Chosen, choose
 from kvslim.plan.decode_time import DecodeTime
@@ -148,8 +149,8 @@ class Workshop:
                 held_out.kl,
                 WindowTrials(seen, held_out.kl, recall.drop),
                 RemovalTrials(
-                    lambda heads: probe.kl(self.without(statistics, heads)),
-                    lambda heads: recall.drop(self.without(statistics, heads)),
+                    lambda plan: probe.kl(fit(self.spec, statistics, plan)),
+                    lambda plan: recall.drop(fit(self.spec, statistics, plan)),
                 ),
             ),
             lambda layers: self.progress.track(layers, "layers probed"),
@@ -181,22 +182,35 @@ class Workshop:
         if isinstance(method, PruneHeads) and method.is_measured:
             return method.chosen(
                 self.spec,
-                lambda layer, gone: held_out.kl(self.without(statistics, {layer: gone})),
+                lambda layer, gone: held_out.kl(self.without(statistics, PruneHeads(heads={layer: gone}))),
                 lambda layers: self.progress.track(layers, "layers to lose heads"),
             )
-        if isinstance(method, PruneLayers) and method.attention:
-            every = tuple(range(self.spec.q_heads))
+        if isinstance(method, PruneLayers) and method.is_measured:
             return method.chosen(
                 self.spec,
-                lambda gone: held_out.kl(self.without(statistics, dict.fromkeys(gone, every))),
-                lambda layers: self.progress.track(layers, "layers to lose their attention"),
+                lambda gone: held_out.kl(self.without(statistics, PruneLayers(layers=dict(gone)))),
+                lambda steps: self.progress.track(steps, "parts of layers to go"),
+            )
+        if isinstance(method, ShareKv) and method.layers:
+            near = distances(self.spec, statistics, self._identity())
+            return method.chosen(
+                {pair: distance.key + distance.value for pair, distance in near.items()},
+                lambda donors: held_out.kl(self.sharing(statistics, donors)),
+                lambda layers: self.progress.track(layers, "layers to lose their cache"),
             )
         return method
 
-    def without(self, statistics: CalibrationStatistics, heads: dict[int, tuple[int, ...]]) -> tuple[LayerCodes, ...]:
-        """Codes of the model without some query heads of some layers, and else as it is."""
-        plan = PruneHeads(heads=heads).decide(self.spec, statistics, Plan.identity(self.spec))
+    def sharing(self, statistics: CalibrationStatistics, donors: dict[int, int]) -> tuple[LayerCodes, ...]:
+        """Codes of the model with some layers reading the caches of donors, and else as it is."""
+        plan = ShareKv(donors=donors).decide(self.spec, statistics, self._identity())
         return fit(self.spec, statistics, plan)
+
+    def _identity(self) -> Plan:
+        return Plan.identity(self.spec, self.recipe.layout, self.recipe.window_cache)
+
+    def without(self, statistics: CalibrationStatistics, method: PruneHeads | PruneLayers) -> tuple[LayerCodes, ...]:
+        """Codes of the model without the heads or layers that a method names, and else as it is."""
+        return fit(self.spec, statistics, method.decide(self.spec, statistics, Plan.identity(self.spec)))
 
     def taylor(self, statistics: CalibrationStatistics) -> np.ndarray:
         """Taylor scores of query heads, on some of the text that serves for fitting; see `taylor_scores`."""
@@ -213,19 +227,19 @@ class Workshop:
             statistics,
             self.taylor(statistics),
             self.recipe.calibration.source,
-            lambda heads: held_out.kl(self.without(statistics, heads)),
+            lambda method: held_out.kl(self.without(statistics, method)),
             lambda layers: self.progress.track(layers, "layers"),
         )
 
     def compensated(self, statistics: CalibrationStatistics, held_out: Judge, plan: Plan) -> tuple[Plan, float]:
-        """The plan with its output projections fitted again where that pays, and its divergence on held-out text."""
+        """The plan with its projections fitted again where that pays, and its divergence on held-out text."""
         codes = self.codes(statistics, plan)
         if not self.recipe.compensate:
             return plan, held_out.kl(codes)
         return refit_where_it_pays(plan, codes, held_out.kl, lambda codes: self.refitted(statistics, codes))
 
     def refitted(self, statistics: CalibrationStatistics, codes: tuple[LayerCodes, ...]) -> tuple[LayerCodes, ...]:
-        """The codes with output projections fitted to them, on some of the text that serves for fitting."""
+        """The codes with projections fitted to them, on some of the text that serves for fitting."""
         fitting, _ = _split(statistics.windows)
         tokens = min(max(REFIT_TOKENS[0], 2**17 // self.spec.layers), REFIT_TOKENS[1])
         count = max(1, tokens // fitting.shape[1])

@@ -14,8 +14,9 @@ from tiny_encoders import save_encoder
 from kvslim import pipeline
 from kvslim.cli import app
 from kvslim.errors import OutputError, UnsupportedError
+from kvslim.methods import PruneHeads, PruneLayers
 from kvslim.plan.analyze import Analysis
-from kvslim.report.heatmap import heatmap
+from kvslim.report.heatmap import Panel, heatmap
 
 SETTINGS = ["--set", "calibration.samples=4", "--set", "calibration.length=48"]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -31,18 +32,32 @@ def test_every_layer_and_head_is_there(analysis: Analysis) -> None:
     assert analysis.tokens == 4 * 48
     for layer in analysis.layers:
         assert (len(layer.kv_head_kl), len(layer.fluctuation), len(layer.taylor)) == (2, 4, 4)
-        assert min(layer.attention_kl, *layer.kv_head_kl, *layer.fluctuation, *layer.taylor) > 0
+        assert min(layer.attention_kl, layer.mlp_kl, layer.block_kl, *layer.kv_head_kl, *layer.fluctuation) > 0
+        assert min(layer.taylor) > 0
+        assert 0 < layer.block_influence < 2
         assert 1 <= layer.value_rank <= 16
         assert 1 <= layer.key_rank <= 16
         assert layer.recent_attention == pytest.approx(1.0)  # no text is longer than 256 tokens
+    donor = analysis.layers[1].donor
+    assert analysis.layers[0].donor is None
+    assert donor is not None
+    assert donor.layer == 0
+    assert 0 < donor.key_distance <= 1
+    assert 0 < donor.value_distance <= 1
 
 
 def test_kl_is_that_of_the_model_without_the_head(analysis: Analysis, tiny_model: Callable[[str], Path]) -> None:
     workshop = open_workshop(tiny_model("llama"), recipe_of())
     statistics = workshop.statistics()
     judge = workshop.held_out_judge(statistics)
-    assert analysis.layers[1].kv_head_kl[1] == pytest.approx(judge.kl(workshop.without(statistics, {1: (2, 3)})))
-    assert analysis.layers[0].attention_kl == pytest.approx(judge.kl(workshop.without(statistics, {0: (0, 1, 2, 3)})))
+    first, second = analysis.layers
+    for found, method in (
+        (second.kv_head_kl[1], PruneHeads(heads={1: (2, 3)})),
+        (first.attention_kl, PruneLayers(layers={0: "attention"})),
+        (first.mlp_kl, PruneLayers(layers={0: "mlp"})),
+        (second.block_kl, PruneLayers(layers={1: "block"})),
+    ):
+        assert found == pytest.approx(judge.kl(workshop.without(statistics, method)))
 
 
 def test_task_in_jsonl_gives_table_json_and_heat_map(
@@ -57,16 +72,21 @@ def test_task_in_jsonl_gives_table_json_and_heat_map(
     told = json.loads(capsys.readouterr().out)
     assert Analysis.model_validate(told).source == str(task)
     root = ET.fromstring(svg.read_text())
-    assert len([rect for rect in root.iter(f"{SVG}rect") if rect.find(f"{SVG}title") is not None]) == 2 * 4
+    assert len([rect for rect in root.iter(f"{SVG}rect") if rect.find(f"{SVG}title") is not None]) == 2 * (3 + 4)
     assert app.run(command) == 0
-    assert "KL without attention" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "KL without attention" in printed
+    assert "best donor" in printed
 
 
 def test_heat_map_is_darkest_where_the_value_is_largest_and_escapes_its_title() -> None:
-    root = ET.fromstring(heatmap("a <b> & c", [[1e-4, 1.0], [0.0, 1e-2]]))
+    heads = Panel("head", ("0", "1"), [[1e-4, 1.0], [0.0, 1e-2]])
+    parts = Panel("KL without", ("<both>",), [[3.0], [5.0]])
+    root = ET.fromstring(heatmap("a <b> & c", [heads, parts]))
     cells = {rect.findtext(f"{SVG}title"): rect.get("fill") for rect in root.iter(f"{SVG}rect")}
-    assert cells["layer 0, head 1: 1"] == "#08306b"
+    assert cells["layer 0, head 1: 1"] == cells["layer 1, KL without <both>: 5"] == "#08306b"
     assert cells["layer 0, head 0: 0.0001"] == cells["layer 1, head 0: 0"] == "#ecf4fa"
+    assert cells["layer 0, KL without <both>: 3"] == "#ecf4fa"
     assert "a <b> & c" in [text.text for text in root.iter(f"{SVG}text")]
 
 

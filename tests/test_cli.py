@@ -271,14 +271,14 @@ def test_inspect_reads_a_config_without_weights(run: Run, tiny_llama: Path, tmp_
     code, out, err = run("inspect", tmp_path, "--context", "1k,16k", "--json")
     memory = json.loads(out)
     assert (code, err) == (0, "")
-    assert memory["kv_bytes_per_token"] == {"fp32": 512, "fp16": 256, "int8": 128}
-    assert memory["mib"]["16384"] == {"fp32": 8, "fp16": 4, "int8": 2}
+    assert memory["kv_bytes_per_token"] == {"fp32": 512, "fp16": 256, "int8": 128, "int4": 64}
+    assert memory["mib"]["16384"] == {"fp32": 8, "fp16": 4, "int8": 2, "int4": 1}
     assert [layer["key_dim"] for layer in memory["layers"]] == [16, 16]
 
 
 def test_inspect_reads_an_artifact_from_its_manifest(run: Run, artifact: Path) -> None:
     _, out, _ = run("inspect", artifact, "--json")
-    assert json.loads(out)["kv_bytes_per_token"] == {"as it is": 2 * 2 * 8 + 2 * 2 * 16 * 4}
+    assert json.loads(out)["kv_bytes_per_token"] == {"plain": 512, "as it is": 2 * 2 * 8 + 2 * 2 * 16 * 4}
 
 
 def test_inspect_hints_when_the_context_is_beyond_the_model(run: Run, artifact: Path) -> None:

@@ -123,7 +123,7 @@ def test_measured_choice_takes_the_head_that_loses_least(tmp_path: Path, task: s
     assert loss < 1e-4
     other = judge.loss(workshop.without(statistics, PruneHeads(heads={0: (1,)})))
     assert other > 1e-3
-    assert judge.loss(workshop.without(statistics, PruneLayers(layers=(0,)))) > other
+    assert judge.loss(workshop.without(statistics, PruneLayers(layers={0: "attention"}))) > other
     assert judge.loss(workshop.without(statistics, PruneHeads(heads={0: (1,)}))) == other
 
 
@@ -165,6 +165,7 @@ def test_compress_prunes_measures_and_keeps_its_plan(tmp_path: Path, capsys: pyt
     [
         ("methods: [{prune_heads: {groups: 8}}]", None, 2, "too many"),
         ("methods: [{prune_heads: {queries: 1}}]", None, 2, "use groups"),
+        ("methods: [{prune_layers: {blocks: 1}}]", None, 2, "attention alone"),
         ("methods: [{prune_heads: {groups: 1}}, kv_quant]", None, 4, "kv_quant"),
         ("calibration: {samples: 2}\nmethods: [{prune_heads: {groups: 1}}]", None, 2, "too few"),
         ("{}", {"heads": [0, 1], "cache": "int8"}, 2, "no cache to code"),

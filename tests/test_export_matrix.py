@@ -35,7 +35,7 @@ PLANS: dict[str, Sequence[Method]] = {
     "hdc_int8": (KvHdc(),),
     "pca_hdc_int4": (KvHdc(bits=4, granularity="per_channel"), KvPca(rank_ratio=0.5)),
     "heads": (PruneHeads(heads={0: (0, 2)}, score="fluctuation"),),
-    "layers": (PruneLayers(layers=(1,)), KvQuant()),
+    "layers": (PruneLayers(layers={1: "attention"}), KvQuant()),
 }
 CORE = ("llama", "gpt2")  # with RoPE, and with learned positions
 

@@ -196,7 +196,8 @@ def test_layers_run_one_by_one_give_what_the_model_gives(workshop: Workshop) -> 
     with trial(model, architecture, codes_of(workshop)):
         given: object = None
         for layer in range(workshop.spec.layers):
-            given = compensate._run(model, architecture, layer, ids, given).output
+            one = compensate._Refit(model, architecture, layer, layer, [])
+            given = one._run(ids, given, "output").output
         seen: list[object] = []
         hook = last.register_forward_hook(lambda *call: seen.append(call[2]))
         model(input_ids=ids, use_cache=False)

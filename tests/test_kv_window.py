@@ -19,7 +19,7 @@ from kvslim.errors import UsageError
 from kvslim.export.manifest import read_manifest
 from kvslim.methods import KvPca, KvQuant, KvWindow
 from kvslim.methods.kv_window import kept_attention
-from kvslim.report.memory import artifact_memory
+from kvslim.report.memory import artifact_caches, cache_memory
 from kvslim.report.tables import contexts_table, layers_table, plan_table
 from kvslim.transform.codes import LayerCodes
 from kvslim.types import KVLayout, LayerPlan, Plan
@@ -115,10 +115,11 @@ def test_inspect_counts_sinks_window_and_codes(tmp_path: Path) -> None:
     fill(tmp_path)
     layers = (LayerPlan(layer=0, rank=8, cache="codes2", window=16, sinks=4), LayerPlan(layer=1, window=16))
     layout = KVLayout.of(SPEC, Plan(layers=layers))
-    memory = artifact_memory(read_manifest(tmp_path).model_copy(update={"kv_layout": layout}), [10, 1000])
+    manifest = read_manifest(tmp_path).model_copy(update={"kv_layout": layout})
+    memory = cache_memory(manifest.spec, artifact_caches(manifest), "fp32", 0, [10, 1000])
     packed, ring = memory.layers
     assert (packed.dtype, packed.key_dim, packed.window, packed.sinks) == ("codes2", 8, 16, 4)
-    assert packed.bytes_per_token == {"as it is": 2 * SPEC.kv_heads * 8 // 4}
+    assert packed.bytes_per_token["as it is"] == 2 * SPEC.kv_heads * 8 // 4
     assert (ring.window, ring.sinks) == (16, 0)
     exact = 2 * SPEC.kv_heads * 4 * (8 * 20 + 16 * 16)
     assert memory.mib["10"]["as it is"] * 2**20 == exact

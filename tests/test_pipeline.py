@@ -10,12 +10,14 @@ import pytest
 from models import CALIBRATION, VALIDATION, recipe_of
 
 from kvslim import pipeline
+from kvslim.devices.profile import device_memory
 from kvslim.errors import NotFoundError, UsageError
 from kvslim.export.manifest import read_manifest, verify, write_manifest
 from kvslim.methods import KvHdc, KvPca, KvQuant
 from kvslim.recipe import Gates, Recipe, Validation
 from kvslim.report.page import artifact_page
 from kvslim.types import Manifest, Plan
+from kvslim.validate.bench import Grid
 
 METHODS = (KvPca(rank=8), KvQuant())
 
@@ -40,7 +42,8 @@ def test_artifact_holds_what_its_clients_read(made: tuple[Path, Manifest]) -> No
         "README.md",
         "report.html",
     }
-    assert (out / "report.html").read_text() == artifact_page(manifest)
+    assert (out / "report.html").read_text() == artifact_page(manifest, device_memory())
+    assert "GiB: " in (out / "report.html").read_text()
     assert not (out / "plain").exists()
     assert verify(out) == ()
     assert read_manifest(out) == manifest
@@ -117,16 +120,16 @@ def test_validate_asks_for_the_model_when_it_is_gone(made: tuple[Path, Manifest]
 
 
 def test_bench_measures_each_artifact(made: tuple[Path, Manifest]) -> None:
-    out, _ = made
-    (measures,) = pipeline.bench([out], contexts=[16], prompts=[8], repeats=3, threads=1).values()
-    assert set(measures.tpot_ms or {}) == {"16"}
-    assert set(measures.ttft_ms or {}) == {"8"}
-    assert measures.kl_mean is None
+    out, manifest = made
+    (result,) = pipeline.bench([out], Grid(prompts=(8,), contexts=(16,), threads=(1,), repeats=3)).values()
+    assert [(timing.metric, timing.tokens) for timing in result.timings] == [("ttft_ms", 8), ("tpot_ms", 16)]
+    assert result.kv_bytes_per_token == manifest.kv_layout.bytes_per_token(16)
+    assert result.peak_rss_mib > 10
 
 
 def test_bench_refuses_contexts_beyond_the_positions(made: tuple[Path, Manifest]) -> None:
     with pytest.raises(UsageError, match="2049 tokens are more than the model's 2048 positions"):
-        pipeline.bench([made[0]], contexts=[2048], prompts=[8], repeats=3, threads=1)
+        pipeline.bench([made[0]], Grid(prompts=(8,), contexts=(2048,), threads=(1,), repeats=3))
 
 
 def test_text_file_serves_calibration_and_validation(tiny_llama: Path, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.checks import check_plan
 from kvslim.cli import app
 from kvslim.errors import GateError
-from kvslim.methods.prune_heads import Heads
 from kvslim.plan.allocate import Option, allocate, allocate_both
 from kvslim.plan.choose import choose
 from kvslim.plan.decode_time import OF_CACHE, OF_WEIGHTS, DecodeTime
@@ -27,11 +26,20 @@ from kvslim.types import KVLayout, LayerPlan, Plan
 from kvslim.workshop import Workshop
 
 CONTEXT = 2048
-Loss = Callable[[dict[int, Heads]], float]
+BASE = Plan.identity(SPEC)
+Loss = Callable[[Plan], float]
 
 
-def no_drop(_: dict[int, Heads]) -> float:
+def nothing(_: Plan) -> float:
     return 0.0
+
+
+def much(_: Plan) -> float:
+    return 1e9
+
+
+def changed_in(plan: Plan) -> list[LayerPlan]:
+    return [layer for layer in plan.layers if layer != LayerPlan(layer=layer.layer)]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +56,7 @@ def statistics(workshop: Workshop) -> CalibrationStatistics:
 def planner_with(workshop: Workshop, statistics: CalibrationStatistics) -> Callable[..., Planner]:
     judge = Judge(workshop.model, workshop.architecture, statistics.windows)
 
-    def made(divergence: Loss, drop: Loss = no_drop, time_ratio: float | None = None) -> Planner:
+    def made(divergence: Loss, drop: Loss = nothing, time_ratio: float | None = None) -> Planner:
         windows = WindowTrials(0, judge.kl, lambda _: 0.0)
         trials = Trials(judge.kl, judge.kl, windows, RemovalTrials(divergence, drop))
         base = Plan.identity(workshop.spec)
@@ -81,36 +89,46 @@ def test_time_that_limits_nothing_changes_nothing() -> None:
 
 def test_removals_are_tried_where_their_share_of_fluctuation_could_pay() -> None:
     statistics = statistics_of(SPEC)
-    asked: list[dict[int, Heads]] = []
+    asked: list[LayerPlan] = []
 
-    def divergence(heads: dict[int, Heads]) -> float:
-        asked.append(heads)
-        return float(sum(map(len, heads.values())))
+    def divergence(plan: Plan) -> float:
+        (layer,) = changed_in(plan)
+        asked.append(layer)
+        return float(SPEC.q_heads - len(layer.heads or ()))
 
     def pays(layer: int, change: Change) -> bool:
         return layer == 1 and change.loss < SPEC.q_heads
 
-    found = removals(SPEC, statistics, RemovalTrials(divergence, no_drop), pays, iter)
+    found = removals(SPEC, statistics, BASE, RemovalTrials(divergence, nothing), pays, iter, timed=False)
     assert list(found) == [1]
-    every = tuple(range(SPEC.q_heads))
-    assert [heads for heads in asked if every in heads.values()] == [{layer: every} for layer in range(SPEC.layers)]
-    assert all(1 in heads for heads in asked if every not in heads.values())
-    parts = {change.update["heads"] for change in found[1]}
+    assert [layer.layer for layer in asked if layer.heads == ()] == list(range(SPEC.layers))
+    assert {layer.layer for layer in asked if layer.heads} == {1}
+    parts = [change.update["heads"] for change in found[1]]
     assert all(0 < len(heads) < SPEC.q_heads for heads in parts)
-    assert all(change.share == len(change.update["heads"]) / SPEC.q_heads for change in found[1])
+    assert [change.share for change in found[1]] == [len(heads) / SPEC.q_heads for heads in parts]
+    assert [change.loss for change in found[1]] == [SPEC.q_heads - len(heads) for heads in parts]
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_feed_forward_parts_are_tried_where_time_is_limited(timed: bool) -> None:
+    trials = RemovalTrials(lambda _: 0.1, nothing)
+    found = removals(SPEC, statistics_of(SPEC), BASE, trials, lambda *_: True, iter, timed=timed)
+    for changes in found.values():
+        assert ({"mlp": False} in [change.update for change in changes]) == timed
+        assert ({"heads": (), "mlp": False} in [change.update for change in changes]) == timed
 
 
 def test_removals_that_cost_recall_are_not_offered() -> None:
-    def drop(heads: dict[int, Heads]) -> float:
-        return 0.2 * (0 in heads)
+    def drop(plan: Plan) -> float:
+        return 0.2 * (0 in [layer.layer for layer in changed_in(plan)])
 
     trials = RemovalTrials(lambda _: 0.1, drop)
-    found = removals(SPEC, statistics_of(SPEC), trials, lambda *_: True, iter)
+    found = removals(SPEC, statistics_of(SPEC), BASE, trials, lambda *_: True, iter, timed=False)
     assert set(found) == set(range(1, SPEC.layers))
 
 
 def test_attention_that_loses_nothing_goes_first(workshop: Workshop, planner_with: Callable[..., Planner]) -> None:
-    planner = planner_with(lambda heads: 0.0 if list(heads) == [1] else 1e9)
+    planner = planner_with(lambda plan: 0.0 if plan.layers[1].heads == () else 1e9)
     layers = planner._filled(planner.plain_bytes / 12, planner.ways[4][1])
     assert layers is not None
     assert layers[1].heads == ()
@@ -125,7 +143,7 @@ def test_attention_that_loses_nothing_goes_first(workshop: Workshop, planner_wit
 
 
 def test_plan_is_no_worse_than_one_with_all_heads(planner_with: Callable[..., Planner]) -> None:
-    misled, whole = planner_with(no_drop), planner_with(lambda _: 1e9)
+    misled, whole = planner_with(nothing), planner_with(much)
     for ratio in (8, 14):
         plans = [planner.allocated(planner.plain_bytes / ratio) for planner in (misled, whole)]
         assert plans[0] is not None
@@ -135,7 +153,7 @@ def test_plan_is_no_worse_than_one_with_all_heads(planner_with: Callable[..., Pl
 
 @pytest.mark.parametrize("time_ratio", [0.9, 0.75])
 def test_plan_keeps_time_and_bytes(workshop: Workshop, planner_with: Callable[..., Planner], time_ratio: float) -> None:
-    planner = planner_with(lambda heads: 0.05 * len(next(iter(heads.values()))), time_ratio=time_ratio)
+    planner = planner_with(lambda _: 0.05, time_ratio=time_ratio)
     alone = choose(planner, Budget(time_ratio=time_ratio), lambda _: 0.0).planned
     assert alone.point.time_ratio <= time_ratio
     both = choose(planner, Budget(time_ratio=time_ratio, kv_ratio=8), lambda _: 0.0).planned
@@ -149,7 +167,7 @@ def test_plan_keeps_time_and_bytes(workshop: Workshop, planner_with: Callable[..
 
 
 def test_impossible_time_is_refused_with_what_is_possible(planner_with: Callable[..., Planner]) -> None:
-    planner = planner_with(lambda _: 1e9, time_ratio=0.01)
+    planner = planner_with(much, time_ratio=0.01)
     with pytest.raises(GateError) as caught:
         choose(planner, Budget(time_ratio=0.01), lambda _: 0.0)
     assert caught.value.where == "budget.time_ratio"
@@ -165,6 +183,7 @@ def test_time_follows_heads_sizes_and_windows() -> None:
     assert time.of_layer(LayerPlan(layer=0, cache="int8")) == OF_WEIGHTS["fp32"] * 1100 + OF_CACHE["int8"] * reading
     windowed = LayerPlan(layer=0, window=100, sinks=4)
     assert time.of_layer(windowed) == OF_WEIGHTS["fp32"] * 1100 + reading * 104 / CONTEXT
+    assert time.of_layer(LayerPlan(layer=0, mlp=False)) == OF_WEIGHTS["fp32"] * 100 + reading
     half = LayerPlan(layer=0, heads=tuple(range(spec.q_heads // 2)))
     assert time.of_layer(half) == OF_WEIGHTS["fp32"] * 1050 + reading / 2
 

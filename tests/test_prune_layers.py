@@ -1,51 +1,104 @@
-"""Attention that goes: chosen greedily by what is measured, at the ends protected, and told apart from heads."""
+"""Attention, feed-forward parts and blocks that go: the choice, the means in their place, and the graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
-from models import recipe_of
+from models import cached_logits, export_slim, open_workshop, original_logits, recipe_of, tokens_of, torch_logits
 from numbers_of_a_model import SPEC, statistics_of
 from pydantic import ValidationError
+from test_statistics import gather, windows_of
+from tiny_decoders import FAMILIES
 
 from kvslim import pipeline
 from kvslim.checks import check_layout, check_plan
 from kvslim.errors import UsageError
-from kvslim.methods import KvHdc, PruneHeads, PruneLayers
+from kvslim.methods import KvHdc, KvQuant, PruneHeads, PruneLayers
+from kvslim.methods.fitting import fit
+from kvslim.pipeline import decide
 from kvslim.runtime.graph import layout_of, open_session
-from kvslim.types import KVLayout, Plan
+from kvslim.transform.compensate import RIDGE, refitted, runs_of
+from kvslim.transform.judge import Judge
+from kvslim.transform.removal import residual_multiplier
+from kvslim.transform.surgery import layer_modules, trial
+from kvslim.types import KVLayout, Part, Plan
+from kvslim.workshop import Workshop
 
 DEEP = SPEC.model_copy(update={"layers": 6, "windows": (None,) * 6})
+ModelOf = Callable[[str], Path]
 
 
 def test_layers_go_one_by_one_with_the_loss_measured_again() -> None:
     """Layers 1 and 2 are spare alone, but stand in for each other."""
     asked: list[tuple[int, ...]] = []
 
-    def divergence(gone: tuple[int, ...]) -> float:
-        asked.append(gone)
+    def loss(gone: Mapping[int, Part]) -> float:
+        asked.append(tuple(gone))
         return sum({1: 0.1, 2: 0.2, 3: 0.5, 4: 0.9}[layer] for layer in gone) + 5.0 * ({1, 2} <= set(gone))
 
-    method = PruneLayers(attention=2).chosen(DEEP, divergence, iter)
-    assert method.layers == (1, 3)
+    method = PruneLayers(attention=2).chosen(DEEP, loss)
+    assert method.layers == {1: "attention", 3: "attention"}
     assert asked == [(1,), (2,), (3,), (4,), (1, 2), (1, 3), (1, 4)]
+    assert not method.is_measured
+
+
+def test_parts_of_all_kinds_compete_when_several_are_asked_for() -> None:
+    losses: dict[Part, dict[int, float]] = {
+        "attention": {1: 3.0, 2: 1.0, 3: 4.0, 4: 9.0},
+        "mlp": {1: 2.0, 2: 0.5, 3: 6.0, 4: 9.0},
+        "block": {1: 9.0, 2: 9.0, 3: 9.0, 4: 8.0},
+    }
+    method = PruneLayers(attention=1, mlps=1, blocks=1).chosen(
+        DEEP, lambda gone: sum(losses[part][layer] for layer, part in gone.items())
+    )
+    assert method.layers == {1: "attention", 2: "mlp", 4: "block"}
 
 
 @pytest.mark.parametrize(("protect", "free"), [(0, {0, 1, 2, 3, 4, 5}), (1, {1, 2, 3, 4}), (2, {2, 3})])
-def test_ends_are_protected(protect: int, free: set[int]) -> None:
-    method = PruneLayers(attention=1, protect=protect)
+@pytest.mark.parametrize("part", ["attention", "mlps", "blocks"])
+def test_ends_are_protected(part: str, protect: int, free: set[int]) -> None:
+    method = PruneLayers.model_validate({part: 1, "protect": protect})
     asked: list[int] = []
-    method.chosen(DEEP, lambda gone: float(asked.append(gone[-1]) or 0), iter)  # type: ignore[func-returns-value]
+
+    def loss(gone: Mapping[int, Part]) -> float:
+        asked.extend(gone)
+        return 0.0
+
+    method.chosen(DEEP, loss)
     assert set(asked) == free
 
 
-def test_plan_has_no_cache_for_layers_without_attention() -> None:
-    plan = PruneLayers(layers=(1, 4)).decide(DEEP, statistics_of(DEEP), Plan.identity(DEEP))
+def test_least_block_influence_goes_first_when_that_is_the_score() -> None:
+    influence = np.arange(18.0).reshape(6, 3)
+    influence[3] = 0.5, 0.7, 99.0
+    statistics = replace(statistics_of(DEEP), influence=influence)
+    identity = Plan.identity(DEEP)
+    taken = {
+        option: PruneLayers.model_validate({option: 2, "score": "block_influence"}).decide(DEEP, statistics, identity)
+        for option in ("attention", "mlps", "blocks")
+    }
+    gone = {option: [layer.layer for layer in plan.layers if layer.reason != "kept"] for option, plan in taken.items()}
+    assert gone == {"attention": [1, 3], "mlps": [1, 3], "blocks": [1, 2]}
+
+
+def test_plan_says_what_each_layer_loses() -> None:
+    method = PruneLayers(layers={1: "attention", 3: "mlp", 4: "block"})
+    plan = method.decide(DEEP, statistics_of(DEEP), Plan.identity(DEEP))
     check_plan(plan, DEEP)
+    assert [(layer.heads, layer.mlp) for layer in plan.layers] == [
+        (None, True), ((), True), (None, True), (None, False), ((), False), (None, True)
+    ]  # fmt: skip
     assert sorted({tensor.layer for tensor in KVLayout.of(DEEP, plan).tensors}) == [0, 2, 3, 5]
-    assert "attention removed" in plan.layers[4].reason
+    assert [plan.layers[layer].reason.split(" removed")[0] for layer in (1, 3, 4)] == [
+        "attention", "feed-forward part", "block"
+    ]  # fmt: skip
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
 
 
 @pytest.mark.parametrize(
@@ -53,9 +106,12 @@ def test_plan_has_no_cache_for_layers_without_attention() -> None:
     [
         ({}, "not what to remove"),
         ({"attention": 5}, "too many"),
-        ({"layers": [6]}, "not a layer 6"),
-        ({"layers": [-1]}, "not a layer -1"),
-        ({"layers": [0, 1, 2, 3, 4, 5]}, "too many"),
+        ({"mlps": 5}, "too many"),
+        ({"attention": 2, "mlps": 2, "blocks": 1}, "too many"),
+        ({"layers": {6: "mlp"}}, "not a layer 6"),
+        ({"layers": {-1: "mlp"}}, "not a layer -1"),
+        ({"layers": dict.fromkeys(range(6), "block")}, "no layer keeps its attention"),
+        ({"attention": 3, "blocks": 3, "protect": 0}, "no layer keeps its attention"),
         ({"attention": 1, "protect": 3}, "too many"),
     ],
 )
@@ -64,7 +120,16 @@ def test_layers_that_cannot_go_are_refused(options: dict[str, object], fault: st
         PruneLayers.model_validate(options).check(DEEP)
 
 
-@pytest.mark.parametrize("options", [{"attention": 1, "layers": [1]}, {"attention": 0}, {"protect": -1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention": 1, "layers": {1: "mlp"}},
+        {"attention": 0},
+        {"protect": -1},
+        {"layers": [1]},
+        {"layers": {1: "head"}},
+    ],
+)
 def test_options_that_contradict_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         PruneLayers.model_validate(options)
@@ -74,14 +139,181 @@ def test_counted_heads_are_refused_beside_layers_that_may_go() -> None:
     with pytest.raises(UsageError, match="cannot count on the heads"):
         check_layout(recipe_of([PruneLayers(attention=1), PruneHeads(groups=1)]))
     check_layout(recipe_of([PruneLayers(attention=1), PruneHeads(heads={0: (0, 1)})]))
+    check_layout(recipe_of([PruneLayers(mlps=1), PruneHeads(groups=1)]))
 
 
-def test_compress_measures_drops_and_keeps_its_plan(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def exported(workshop: Workshop, folder: Path) -> np.ndarray:
+    """Logits in torch of the workshop's recipe, now installed, its graph in `folder`."""
+    plan = export_slim(workshop, folder)
+    assert layout_of(open_session(folder)) == KVLayout.of(workshop.spec, plan)
+    return torch_logits(workshop, tokens_of(workshop))
+
+
+def matrix_entries(folder: Path) -> int:
+    """Numbers in the matrices of a graph."""
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    return sum(int(np.prod(weight.dims)) for weight in graph.initializer if len(weight.dims) == 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi", "gpt2", "opt"])
+def test_graph_without_a_feed_forward_part_and_a_block_equals_torch(
+    tiny_model: ModelOf, tmp_path: Path, family: str
+) -> None:
+    """The first layer keeps its attention alone, the second nothing, and the graph holds no weight of what is gone."""
+    workshop = open_workshop(tiny_model(family), recipe_of([PruneLayers(layers={0: "mlp", 1: "block"})]))
+    first, second = layer_modules(workshop.model, workshop.architecture)
+    parts = [first.get_submodule(name) for name in workshop.architecture.mlp]
+    gone = sum(weight.numel() for part in (*parts, second) for weight in part.parameters() if weight.dim() == 2)
+    (tmp_path / "plain").mkdir()
+    workshop.export(Plan.identity(workshop.spec), tmp_path / "plain")
+    slim, tokens = exported(workshop, tmp_path / "slim"), tokens_of(workshop)
+    assert np.abs(slim - original_logits(tiny_model(family), tokens)).max() > 1e-3
+    assert np.abs(cached_logits(tmp_path / "slim", tokens) - slim).max() < 1e-4
+    assert {tensor.layer for tensor in layout_of(open_session(tmp_path / "slim")).tensors} == {0}
+    assert matrix_entries(tmp_path / "plain") - matrix_entries(tmp_path / "slim") == gone
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_later_layer_keeps_its_number_and_its_code_when_the_first_block_goes(
+    tiny_model: ModelOf, tmp_path: Path, family: str
+) -> None:
+    workshop = open_workshop(tiny_model(family), recipe_of([PruneLayers(layers={0: "block"}), KvQuant()]))
+    slim, tokens = exported(workshop, tmp_path / "slim"), tokens_of(workshop)
+    effect = np.abs(slim - original_logits(tiny_model(family), tokens)).max()
+    cached = layout_of(open_session(tmp_path / "slim")).tensors
+    assert {(tensor.past, tensor.dtype) for tensor in cached} == {
+        ("past_key_values.1.key", "int8"),
+        ("past_key_values.1.value", "int8"),
+    }
+    assert np.abs(cached_logits(tmp_path / "slim", tokens) - slim).max() < 0.1 * effect
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "-" not in family])
+def test_parts_add_up_to_their_layer_in_every_family(tiny_model: ModelOf, family: str) -> None:
+    """Means and influences are those of what really is added to the hidden states."""
+    workshop = open_workshop(tiny_model(family), recipe_of())
+    windows = windows_of(workshop, 2)
+    seen = hidden_states(workshop, windows)
+    statistics = gather(workshop, windows)
+    multiplier = residual_multiplier(workshop.model)
+    for layer, (before, after) in enumerate(pairwise(seen)):
+        before, after = (states[:, states.shape[1] // 8 :].reshape(-1, states.shape[2]) for states in (before, after))
+        parts = statistics.attention_mean[layer] + statistics.mlp_mean[layer]
+        np.testing.assert_allclose(multiplier * parts, (after - before).mean(0), atol=1e-5)
+        lengths = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
+        assert statistics.influence[layer, 2] == pytest.approx(1 - ((before * after).sum(1) / lengths).mean(), abs=1e-5)
+    down = dict(layer_modules(workshop.model, workshop.architecture)[0].named_modules())[workshop.architecture.down]
+    assert down.out_features == workshop.spec.hidden_size
+
+
+def hidden_states(workshop: Workshop, windows: np.ndarray) -> list[np.ndarray]:
+    """[windows, length, hidden] before each layer and after the last."""
+    import torch
+
+    layers = layer_modules(workshop.model, workshop.architecture)
+    seen: list[np.ndarray] = []
+    hooks = [
+        layers[0].register_forward_pre_hook(
+            lambda _, given, named: seen.append((given[0] if given else named["hidden_states"]).double().numpy()),
+            with_kwargs=True,
+        ),
+        *(layer.register_forward_hook(lambda *call: seen.append(call[2].double().numpy())) for layer in layers),
+    ]
+    with torch.inference_mode():
+        workshop.model(torch.from_numpy(windows))
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_model_stays_as_it_is_when_the_part_that_goes_says_the_same_for_every_token(tiny_model: ModelOf) -> None:
+    import torch
+
+    workshop = open_workshop(tiny_model("gpt2"), recipe_of())
+    block = workshop.model.transformer.h[1]
+    with torch.no_grad():
+        for projection in (block.mlp.c_proj, block.attn.c_proj):
+            projection.weight.zero_()
+            projection.bias.normal_()
+    tokens = tokens_of(workshop)
+    before = torch_logits(workshop, tokens)
+    statistics = gather(workshop, windows_of(workshop, 2))
+    for part in ("attention", "mlp", "block"):
+        method = PruneLayers.model_validate({"layers": {1: part}})
+        with trial(workshop.model, workshop.architecture, workshop.without(statistics, method)):
+            np.testing.assert_allclose(torch_logits(workshop, tokens), before, atol=2e-5)
+    np.testing.assert_array_equal(torch_logits(workshop, tokens), before)
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "phi"])
+def test_down_projection_before_a_block_that_goes_is_the_ridge_regression_to_what_comes_behind(
+    tiny_model: ModelOf, family: str
+) -> None:
+    workshop = open_workshop(tiny_model(family), recipe_of())
+    windows = windows_of(workshop, 40)
+    statistics = gather(workshop, windows)
+    codes = workshop.without(statistics, PruneLayers(layers={1: "block"}))
+    fitted = refitted(workshop.model, workshop.architecture, codes, windows, iter)
+    down = layer_modules(workshop.model, workshop.architecture)[0].get_submodule(workshop.architecture.down)
+    read: list[np.ndarray] = []
+    hook = down.register_forward_hook(lambda *call: read.append(call[1][0].double().numpy()))
+    _, first, wanted = hidden_states(workshop, windows)
+    hook.remove()
+    multiplier = residual_multiplier(workshop.model)
+    mean = multiplier * (statistics.attention_mean[1] + statistics.mlp_mean[1])
+    missing = ((wanted - first - mean) / multiplier).reshape(-1, workshop.spec.hidden_size)
+    rows = read[0].reshape(-1, down.in_features)
+    norms = np.linalg.norm(wanted, axis=2).reshape(-1, 1)
+    seen = norms[:, 0] > 0
+    rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)[seen] / norms[seen]
+    missing = missing[seen] / norms[seen]
+    ridge = np.diag([*[RIDGE * (rows[:, :-1] ** 2).sum() / down.in_features] * down.in_features, 0.0])
+    change = np.linalg.solve(rows.T @ rows + ridge, rows.T @ missing).T
+    expected = down.weight.detach().double().numpy() + change[:, :-1]
+    np.testing.assert_allclose(fitted[0].down_weight, expected, atol=1e-4)
+    judge = Judge(workshop.model, workshop.architecture, windows)
+    assert judge.kl(fitted) < judge.kl(codes)
+
+
+def test_plan_refits_the_layer_before_a_block_that_goes_and_its_graph_equals_torch(
+    tiny_model: ModelOf, tmp_path: Path
+) -> None:
+    recipe = recipe_of([PruneLayers(layers={1: "block"})])
+    summary = pipeline.plan(str(tiny_model("gpt2")), recipe)
+    assert [layer.refit for layer in summary.plan.layers] == [True, False]
+    assert "refitted, which takes" in summary.plan.layers[0].reason
+    workshop = open_workshop(tiny_model("gpt2"), recipe)
+    statistics = workshop.statistics()
+    means_alone = decide(recipe, workshop.spec, statistics)
+    judge = workshop.held_out_judge(statistics)
+    assert summary.kl < 0.97 * judge.kl(workshop.codes(statistics, means_alone))
+    workshop.install(workshop.codes(statistics, Plan.model_validate_json(summary.plan.model_dump_json())))
+    workshop.export(summary.plan, tmp_path)
+    tokens = tokens_of(workshop)
+    assert np.abs(cached_logits(tmp_path, tokens) - torch_logits(workshop, tokens)).max() < 1e-4
+
+
+def test_norm_behind_the_feed_forward_part_leaves_the_means_alone(tiny_model: ModelOf) -> None:
+    workshop = open_workshop(tiny_model("olmo2"), recipe_of())
+    windows = windows_of(workshop, 4)
+    codes = workshop.without(gather(workshop, windows), PruneLayers(layers={1: "block"}))
+    assert refitted(workshop.model, workshop.architecture, codes, windows, iter) == codes
+
+
+def test_layers_are_refitted_together_with_the_blocks_that_are_gone_behind_them() -> None:
+    codes = fit(DEEP, statistics_of(DEEP), PruneLayers(layers={0: "block", 2: "block", 3: "block", 4: "mlp"}).decide(
+        DEEP, statistics_of(DEEP), Plan.identity(DEEP)
+    ))  # fmt: skip
+    assert list(runs_of(codes)) == [(0, 0), (1, 3), (4, 4), (5, 5)]
+
+
+def test_compress_measures_what_goes_and_keeps_its_plan(tiny_model: ModelOf, tmp_path: Path) -> None:
     model = str(tiny_model("qwen3"))
-    recipe = recipe_of([PruneLayers(attention=1, protect=0), KvHdc(bits=4)])
+    recipe = recipe_of([PruneLayers(attention=1, mlps=1, protect=0), KvHdc(bits=4)])
     summary = pipeline.plan(model, recipe)
     dropped = [layer.layer for layer in summary.plan.layers if layer.heads == ()]
     assert len(dropped) == 1
+    assert [layer.mlp for layer in summary.plan.layers].count(False) == 1
     manifest = pipeline.compress(model, recipe, tmp_path / "out", plan=summary.plan)
     layout = layout_of(open_session(tmp_path / "out"))
     assert layout == manifest.kv_layout

@@ -14,7 +14,7 @@ import numpy as np
 
 from kvslim.calibrate.statistics import CalibrationStatistics
 
-FORMAT = 5
+FORMAT = 6
 
 
 def cache_folder() -> Path:

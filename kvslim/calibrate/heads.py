@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvslim.calibrate.parts import parts_recorded
 from kvslim.calibrate.statistics import HeadStatistics, output_gram
 from kvslim.load.architecture import Architecture
-from kvslim.transform.surgery import attention_modules
+from kvslim.transform.surgery import attention_modules, projection
 from kvslim.types import ModelSpec
 
 Texts = Sequence[Sequence[int]]
@@ -40,16 +41,21 @@ def collect_heads(
         for attention, total in zip(attentions, sums, strict=True)
     ]
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), parts_recorded(model, architecture) as parts:
             for text in progress(texts):
                 model(input_ids=torch.tensor([text]))
     finally:
         for hook in hooks:
             hook.remove()
     grams = [output_gram(attention, architecture, spec) for attention in attentions]
+    added = [part.finish() for part in parts]
+    for attention, total, layer in zip(attentions, sums, added, strict=True):
+        weight, bias = projection(attention, architecture, "output")
+        layer["attention_mean"] = weight @ total.mean.numpy().ravel() + (0.0 if bias is None else bias)
     return HeadStatistics(
         output_mean=np.stack([total.mean.numpy() for total in sums]),
         fluctuation=np.stack([total.fluctuation(gram) for total, gram in zip(sums, grams, strict=True)]),
+        **{name: np.stack([layer[name] for layer in added]) for name in added[0]},
     )
 
 

@@ -49,10 +49,23 @@ def average_moment(moment: Array, frequencies: Array, context: int) -> Array:
     Returns:
         [..., head_dim, head_dim], the mean over t of R_t E[x x^T] R_t^T.
     """
-    basis, phases = _eigenbasis(moment.shape[-1], frequencies)
-    kernel = mean_phase(phases[:, None] - phases[None, :], context)
-    averaged = (basis @ moment @ basis.conj().T) * kernel
-    return (basis.conj().T @ averaged @ basis).real
+    return average_product(moment, (frequencies, frequencies), context)
+
+
+def average_product(moment: Array, frequencies: tuple[Array, Array], context: int) -> Array:
+    """E[x y^T] of vectors of one token after RoPE, each by frequencies of its own, averaged over a context's positions.
+
+    Args:
+        moment: [..., head_dim, head_dim], E[x y^T] before RoPE.
+        frequencies: Of x and of y, [rotary_dim / 2] radians per position each.
+        context: Positions to average over, in tokens.
+
+    Returns:
+        [..., head_dim, head_dim], the mean over t of R_t E[x y^T] S_t^T, with R and S the two rotations.
+    """
+    (left, slow), (right, fast) = (_eigenbasis(moment.shape[-1], each) for each in frequencies)
+    averaged = (left @ moment @ right.conj().T) * mean_phase(slow[:, None] - fast[None, :], context)
+    return np.asarray((left.conj().T @ averaged @ right).real)
 
 
 def average_mean(mean: Array, frequencies: Array, context: int) -> Array:

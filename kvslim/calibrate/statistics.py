@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kvslim.calibrate import rope
+from kvslim.calibrate.parts import parts_recorded
 from kvslim.load.architecture import Architecture
 from kvslim.transform.attention import Observed, SlimAttention
 from kvslim.transform.surgery import attention_modules, projection, slim_modules
@@ -36,10 +37,16 @@ class HeadStatistics:
     Attributes:
         output_mean: [L, Q, d] mean attention output of each query head.
         fluctuation: [L, Q] variance of what each query head adds to the hidden states, summed over these.
+        attention_mean: [L, hidden] mean of what attention adds to the hidden states.
+        mlp_mean: [L, hidden] mean of what the feed-forward part adds.
+        influence: [L, 3] of attention, feed-forward part and block: 1 - mean cosine of hidden states without and with.
     """
 
     output_mean: Array
     fluctuation: Array
+    attention_mean: Array
+    mlp_mean: Array
+    influence: Array
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,10 @@ class CalibrationStatistics(HeadStatistics):
         output_gram: [L, H, d, d] sum over the group's heads of W_O^T W_O: what an error in a value costs downstream.
         key_samples: [L, H, n, d] keys turned to random positions of the target context.
         value_samples: [L, H, n, d] values of the same tokens.
+        received: [L, H, n] attention that those tokens received in their windows.
+        positions: [n] the random positions.
+        frequencies: [L, rotary_dim / 2] of RoPE, radians per position; 0 in a layer without.
+        context: The target context in tokens.
         sink_keys: [L, H, m, d] keys of the first tokens, at their own positions.
         sink_values: [L, H, m, d] values of the first tokens.
         sink_mass: [L, H] mean attention that the first tokens receive.
@@ -67,6 +78,10 @@ class CalibrationStatistics(HeadStatistics):
     output_gram: Array
     key_samples: Array
     value_samples: Array
+    received: Array
+    positions: Array
+    frequencies: Array
+    context: Array
     sink_keys: Array
     sink_values: Array
     sink_mass: Array
@@ -86,7 +101,9 @@ class _LayerRecorder:
         self.spec, self.frequencies, self.picks = spec, frequencies, iter(picks)
         self.windows = 0
         self.sums: dict[str, Tensor] = {}
-        self.samples: dict[str, list[Tensor]] = {name: [] for name in ("key", "value", "sink_key", "sink_value")}
+        self.samples: dict[str, list[Tensor]] = {
+            name: [] for name in ("key", "value", "received", "sink_key", "sink_value")
+        }
 
     def __call__(self, seen: Observed) -> None:
         """Adds one batch."""
@@ -101,7 +118,7 @@ class _LayerRecorder:
         self._add("output_mean", outputs.mean(3).sum(0))
         self._add("output", torch.einsum("bhgsd,bhgse->hgde", outputs, outputs) / outputs.shape[3])
         self.windows += key.shape[0]
-        self._sample(bare_key, key, seen.value)
+        self._sample(bare_key, key, seen.value, received)
 
     def _add(self, name: str, amount: Tensor) -> None:
         self.sums[name] = self.sums[name] + amount if name in self.sums else amount
@@ -110,8 +127,9 @@ class _LayerRecorder:
         self._add(f"{name}_mean", torch.einsum("bhs,bhsd->hd", weights, keys))
         self._add(name, torch.einsum("bhs,bhsd,bhse->hde", weights, keys, keys))
 
-    def _sample(self, bare_key: Tensor, key: Tensor, value: Tensor) -> None:
+    def _sample(self, bare_key: Tensor, key: Tensor, value: Tensor, received: Tensor) -> None:
         pick = torch.from_numpy(next(self.picks))
+        self.samples["received"].append(received[:, :, pick].transpose(0, 1).flatten(1))
         self.samples["key"].append(bare_key[:, :, pick].transpose(0, 1).flatten(1, 2).float())
         self.samples["value"].append(value[:, :, pick].transpose(0, 1).flatten(1, 2))
         if self.windows * SINKS <= SAMPLES // 4:
@@ -136,6 +154,7 @@ class _LayerRecorder:
             "output_gram": gram.sum(1),
             "key_samples": rope.rotate(samples["key"], positions, frequencies).astype(np.float32),
             "value_samples": samples["value"],
+            "received": samples["received"],
             "sink_keys": samples["sink_key"],
             "sink_values": samples["sink_value"],
             "sink_mass": mean["mass"],
@@ -178,7 +197,7 @@ def collect(
     for slim, recorder in zip(slims, recorders, strict=True):
         slim.observer = recorder
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), parts_recorded(model, architecture) as parts:
             for window in batches(windows):
                 model.base_model(input_ids=torch.from_numpy(window[None]), use_cache=False)
     finally:
@@ -186,14 +205,28 @@ def collect(
             slim.observer, slim.hidden = None, None
     grams = [output_gram(attention, architecture, spec) for attention in attention_modules(model, architecture)]
     layers = [recorder.finish(context, positions, gram) for recorder, gram in zip(recorders, grams, strict=True)]
+    layers = [{**layer, **part.finish()} for layer, part in zip(layers, parts, strict=True)]
     by_name = {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
     counted = np.ones(windows.shape, bool) if counted is None else counted
-    return CalibrationStatistics(**by_name, windows=windows, counted=counted)
+    return CalibrationStatistics(
+        **by_name,
+        positions=positions,
+        frequencies=_stacked([recorder.frequencies for recorder in recorders]),
+        context=np.array(context),
+        windows=windows,
+        counted=counted,
+    )
 
 
 def rope_frequencies(slim: SlimAttention) -> Array:
     """[rotary_dim / 2] radians per position, scaling included; empty without RoPE."""
     return np.zeros(0) if slim.rotary is None else slim.rotary.frequencies
+
+
+def _stacked(frequencies: list[Array]) -> Array:
+    """One row per layer; a rotation by nothing where there is none."""
+    width = max(map(len, frequencies))
+    return np.stack([each if len(each) else np.zeros(width) for each in frequencies])
 
 
 def output_gram(attention: Any, architecture: Architecture, spec: ModelSpec) -> Array:

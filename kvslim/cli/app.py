@@ -6,7 +6,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -41,6 +41,7 @@ MaxDrop = Annotated[float | None, typer.Option("--max-recall-drop", help="budget
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key of the recipe")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Junit = Annotated[Path | None, typer.Option(help="write the gates to this file as JUnit XML")]
+WeightKind = Literal["fp32", "int8", "int4"]  # WeightType, whose import would slow down the help
 Threads = Annotated[int | None, typer.Option(min=1, help="threads of one operator; default: onnxruntime's choice")]
 
 
@@ -173,13 +174,14 @@ def analyze(
     data: Annotated[
         str, typer.Option("--data", "-d", metavar="SOURCE", help="text of the task: self, .txt, .jsonl, or hub:DATASET")
     ] = "self",
-    svg: Annotated[Path | None, typer.Option(help="draw heads by what they add, into this file")] = None,
+    svg: Annotated[Path | None, typer.Option(help="draw parts by their KL, heads by what they add")] = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Show which layers and heads a task needs least.
 
-    Measures KL on the task's text without each layer's attention and without each kv head. Writes no graph.
+    Measures KL on the task's text without each layer's attention, feed-forward part and both, and without each kv head.
+    Writes no graph.
     """
     from kvslim.cli.inputs import check_target, read_recipe, write_text
 
@@ -187,14 +189,14 @@ def analyze(
     settings = [f"calibration.source={json.dumps(data)}", *(overrides or ())]
     typed = read_recipe("lossless", settings, None)
     from kvslim import pipeline
-    from kvslim.report.heatmap import heatmap
+    from kvslim.report.heatmap import analysis_panels, heatmap
     from kvslim.report.tables import analysis_table
 
     with console.library_output_on_stderr():
         analysis = pipeline.analyze(model, typed, progress=console.Terminal())
     if svg:
-        title = f"What each query head adds: {model}, {analysis.source}"
-        write_text(svg, heatmap(title, [layer.fluctuation for layer in analysis.layers]), "--svg")
+        title = f"KL without each part, and what each query head adds: {model}, {analysis.source}"
+        write_text(svg, heatmap(title, analysis_panels(analysis)), "--svg")
     if as_json:
         console.print_json(analysis.model_dump(mode="json"))
     else:
@@ -258,26 +260,38 @@ def bench(
     artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="folders to time, interleaved")],
     contexts: Annotated[str, typer.Option("--context", help="contexts for time per token")] = "128,1k",
     prompts: Annotated[str, typer.Option("--prompt", help="prompt lengths for time to first token")] = "128,512",
-    repeats: Annotated[int, typer.Option(min=3, help="timings per length")] = 16,
-    threads: Threads = None,
+    threads: Annotated[
+        str | None, typer.Option(metavar="N,...", help="threads of one operator; default: onnxruntime's choice")
+    ] = None,
+    batches: Annotated[str, typer.Option("--batch", metavar="N,...", help="sequences side by side")] = "1",
+    repeats: Annotated[int, typer.Option(min=3, help="timings per point of the grid")] = 16,
+    csv: Annotated[Path | None, typer.Option(help="write one row per timing to this file")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="write the tables to this file")] = None,
     as_json: Json = False,
 ) -> None:
-    """Time artifacts against each other.
+    """Time artifacts against each other, over a grid of lengths, threads and batches.
 
     All of them take turns in one run, so that a busy machine slows all alike.
     """
-    from kvslim.cli.inputs import read_lengths
+    from kvslim.cli.inputs import check_target, read_grid, write_text
 
-    lengths = {"contexts": read_lengths(contexts, "--context"), "prompts": read_lengths(prompts, "--prompt")}
+    for path, option in ((csv, "--csv"), (markdown, "--markdown")):
+        check_target(path, option)
+    grid = read_grid(prompts, contexts, threads, batches, repeats)
     from kvslim import pipeline
-    from kvslim.report.tables import measures_table
+    from kvslim.report.bench import bench_csv, costs_table, timings_table
 
     with console.library_output_on_stderr():
-        measures = pipeline.bench(artifacts, **lengths, repeats=repeats, threads=threads)
+        results = pipeline.bench(artifacts, grid)
+    tables = costs_table(results), timings_table(results)
+    if csv:
+        write_text(csv, bench_csv(results), "--csv")
+    if markdown:
+        write_text(markdown, "\n".join(table.markdown() for table in tables), "--markdown")
     if as_json:
-        console.print_json({name: column.model_dump(mode="json") for name, column in measures.items()})
+        console.print_json({name: result.model_dump(mode="json") for name, result in results.items()})
     else:
-        console.print_tables(measures_table(measures))
+        console.print_tables(*tables)
 
 
 @app.command()
@@ -327,21 +341,32 @@ def generate(
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL|ARTIFACT", help="a model as for compress, or an artifact")],
     contexts: Annotated[str, typer.Option("--context", help="context lengths")] = "4k,16k",
+    weights: Annotated[WeightKind | None, typer.Option(help="how a model's weights are stored; default: fp32")] = None,
+    devices: Annotated[
+        list[str] | None,
+        typer.Option("--device", help="limits of a device: a name (docs/devices.md) or a .yaml; may be repeated"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show how much memory the KV cache takes.
+    """Show how much memory the KV cache takes, and what devices allow.
 
-    Told from the config or the manifest alone; no weights are read.
+    Told from the config, or the manifest and the graph; no weights are read.
     """
-    from kvslim.cli.inputs import read_lengths, read_memory
+    from kvslim.cli.inputs import read_lengths
+    from kvslim.cli.inspect import inspect as examine
+    from kvslim.devices.profile import load_device
+    from kvslim.report.limits import limits_table, stages_table
     from kvslim.report.tables import contexts_table, layers_table
 
-    memory = read_memory(model, read_lengths(contexts, "--context"))
+    lengths = read_lengths(contexts, "--context")
+    memory = examine(model, lengths, weights, [load_device(name) for name in devices or ()])
     if as_json:
         console.print_json(memory.model_dump(mode="json"))
         return
     console.print_tables(layers_table(memory), contexts_table(memory))
-    longest = max(int(tokens) for tokens in memory.mib)
+    console.print_text(f"weights: {memory.weights_mib:,.1f} MiB, {memory.weights}\n")
+    console.print_tables(limits_table(memory.devices), stages_table(memory.devices))
+    longest = max(lengths)
     if longest > memory.max_context:
         console.hint(f"hint: this model was made for {memory.max_context:,} positions, fewer than {longest:,}")
 
@@ -391,20 +416,27 @@ def recipes(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    measure: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="measure this machine, and write a file for --device")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Check that this machine can run KVSlim.
 
     Versions, kernels, memory and disk; exit code 4 when something is wrong.
     """
-    from kvslim.cli.catalogue import checks_table
-    from kvslim.cli.doctor import examine
+    from kvslim.cli.catalogue import checks_table, device_table
+    from kvslim.cli.doctor import examine, measured
 
+    device = None if measure is None else measured(measure)
     checks = examine()
     failed = [check for check in checks if not check.ok]
     if as_json:
-        console.print_json({"ok": not failed, "checks": [check.model_dump(mode="json") for check in checks]})
+        profile = {} if device is None else {"device": device.model_dump(mode="json")}
+        console.print_json({"ok": not failed, "checks": [check.model_dump(mode="json") for check in checks], **profile})
     else:
-        console.print_tables(checks_table(checks))
+        console.print_tables(checks_table(checks), *([] if device is None else [device_table(device)]))
     if failed:
         names = ", ".join(check.name for check in failed)
         error = UnsupportedError(f"not fit: {names}", where="this machine", fix=failed[0].fix)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvslim.cli.doctor import Check
+from kvslim.devices.profile import Device
 from kvslim.errors import NotFoundError, suggestion
 from kvslim.methods import METHODS
 from kvslim.recipe import load_recipe, shipped_recipes
@@ -67,3 +68,9 @@ def checks_table(checks: Sequence[Check]) -> Table:
     """The doctor's findings; advice only where something is wrong or may be slow."""
     rows = tuple((check.name, "ok" if check.ok else "FAILED", check.found, check.fix) for check in checks)
     return Table(("check", "", "found", "advice"), rows, words=True)
+
+
+def device_table(device: Device) -> Table:
+    """A device's numbers with their sources."""
+    rows = tuple((name, f"{value.value:g}", value.source) for name, value in device if name != "name")
+    return Table((device.name, "", "source"), rows, words=True)

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from kvslim.cli import console
 from kvslim.cli.inputs import write_text
+from kvslim.devices.profile import device_memory
 from kvslim.errors import GateError, NotFoundError, UsageError
 from kvslim.export.manifest import read_manifest
 from kvslim.report.compare import (
@@ -45,7 +46,7 @@ def compare(folders: Sequence[Path], html: Path | None, against: Path | None, fa
     if html:
         from kvslim.report.page import comparison_page
 
-        write_text(html, comparison_page(comparison, manifests, found), "--html")
+        write_text(html, comparison_page(comparison, manifests, found, device_memory()), "--html")
     if as_json:
         worse = {} if found is None else {"regressions": [one.model_dump(mode="json") for one in found]}
         console.print_json({**comparison.model_dump(mode="json"), **worse})

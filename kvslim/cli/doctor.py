@@ -11,10 +11,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvslim.errors import UsageError
 from kvslim.types import Frozen
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
+
+    from kvslim.devices.profile import Device
 
 MIN_PYTHON = (3, 11)
 MIN_MEMORY_GIB = 2.0
@@ -41,6 +44,26 @@ def _check(name: str, ok: bool, found: str, fix: str) -> Check:
 def examine() -> tuple[Check, ...]:
     """Every check, in the order in which trouble is best mended."""
     return (_python(), *_packages(), *_kernels(), _cpu(), _l2(), _memory(), _disk())
+
+
+def measured(path: Path) -> Device:
+    """This machine's profile, written to a file that `kvslim inspect --device` reads.
+
+    Raises:
+        UsageError: The file would not be taken for one.
+        OutputError: The file cannot be written.
+    """
+    from kvslim.cli.inputs import check_target, write_text
+    from kvslim.devices.profile import SUFFIXES, device_text
+
+    check_target(path, "--measure")
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path.name!r} is no YAML file", where="--measure", fix=f"write --measure {path.stem}.yaml")
+    from kvslim.devices.measure import measure_device
+
+    device = measure_device()
+    write_text(path, device_text(device), "--measure")
+    return device
 
 
 def _python() -> Check:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from kvslim.errors import NotFoundError, OutputError, UsageError
-from kvslim.export.manifest import MANIFEST, read_manifest
 from kvslim.recipe import Budget, Recipe, load_recipe
-from kvslim.report.memory import CacheMemory, artifact_memory, model_memory
 from kvslim.types import Plan
+
+if TYPE_CHECKING:
+    from kvslim.validate.bench import Grid
 
 THOUSAND = 1024
 
@@ -24,6 +26,23 @@ def read_lengths(text: str, option: str) -> tuple[int, ...]:
         UsageError: One of them is not a positive number.
     """
     return tuple(_length(part.strip(), option) for part in text.split(","))
+
+
+def read_grid(prompts: str, contexts: str, threads: str | None, batches: str, repeats: int) -> Grid:
+    """The grid of the options of `kvslim bench`.
+
+    Raises:
+        UsageError: One of them is no list of positive numbers.
+    """
+    from kvslim.validate.bench import Grid
+
+    return Grid(
+        prompts=read_lengths(prompts, "--prompt"),
+        contexts=read_lengths(contexts, "--context"),
+        threads=(None,) if threads is None else _counts(threads, "--threads"),
+        batches=_counts(batches, "--batch"),
+        repeats=repeats,
+    )
 
 
 def read_plan(path: Path) -> Plan:
@@ -72,19 +91,6 @@ def write_text(path: Path, text: str, option: str) -> None:
         raise OutputError(f"cannot write: {error.strerror}", where=str(path), fix=f"give another {option}") from error
 
 
-def read_memory(model: str, contexts: Sequence[int]) -> CacheMemory:
-    """The cache of an artifact from its manifest, or of a model from its config; loads no weights.
-
-    Raises:
-        KvslimError: Neither can be read.
-    """
-    if (Path(model) / MANIFEST).exists():
-        return artifact_memory(read_manifest(Path(model)), contexts)
-    from kvslim.load.source import read_spec, resolve
-
-    return model_memory(read_spec(resolve(model)), contexts)
-
-
 def read_budget(
     kv_ratio: float | None,
     kv_mib_at: str | None,
@@ -129,6 +135,14 @@ def read_recipe(name: str | None, overrides: Sequence[str], budget: Budget | Non
     """
     recipe = load_recipe(name or ("small" if budget else "balanced"), overrides)
     return recipe.within(budget) if budget else recipe
+
+
+def _counts(text: str, option: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not (part.isascii() and part.isdigit() and int(part)):
+            raise UsageError(f"{part!r} is not a positive number", where=option, fix="write numbers like 1,4")
+    return tuple(int(part) for part in parts)
 
 
 def _length(text: str, option: str) -> int:

@@ -27,10 +27,10 @@ from kvslim.export.passes import (
 from kvslim.export.quiet import quiet
 from kvslim.export.storage import share_storage
 from kvslim.load.architecture import Architecture
-from kvslim.transform.attention import PassThroughCache
+from kvslim.transform.attention import PassThroughCache, SlimAttention
 from kvslim.transform.operators import ExportStep
 from kvslim.transform.surgery import slim_modules
-from kvslim.types import INPUTS, RINGS, KVLayout, KVTensor, Layout
+from kvslim.types import INPUTS, RINGS, SHARED, KVLayout, KVTensor, Layout
 
 OPSETS: dict[Layout, int] = {"gqa": 21, "attention24": 24}
 TORCH_TYPES = {"float32": torch.float32, "int8": torch.int8, "int4": torch.uint8}
@@ -50,13 +50,16 @@ class _Decoder(nn.Module):
         attention_mask: Tensor,
         position_ids: Tensor,
         past: list[tuple[Tensor, ...]],
-    ) -> tuple[Tensor, list[tuple[Tensor, ...] | None]]:
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         rows = past[0][0].shape[2]
         shared: dict[object, Tensor] = {}
-        cached = [slim for slim in self.slims if not slim.is_dropped]
-        for slim, tensors, layer_past in zip(cached, _by_layer(self.layout), past, strict=True):
-            windowed = tensors[0].window is not None
-            slim.step = ExportStep(self.layout.layout, windowed, layer_past, rows, attention_mask, position_ids, shared)
+        caches = {tensors[0].layer: tensors for tensors in _by_layer(self.layout)}
+        pasts = dict(zip(caches, past, strict=True))
+        for layer, slim in enumerate(self.slims):
+            windowed = layer in caches and caches[layer][0].window is not None
+            slim.step = ExportStep(
+                self.layout.layout, windowed, pasts.get(layer, ()), rows, attention_mask, position_ids, shared
+            )
         head = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))
         try:
             output = self.model(
@@ -64,7 +67,24 @@ class _Decoder(nn.Module):
             )
         finally:
             head.remove()
-        return output.logits, [slim.step.present if slim.step else None for slim in cached]
+        own, borrowed = (
+            [slim.step.present for slim in slims if slim.step and slim.step.present]
+            for slims in ([self.slims[layer] for layer in caches], self._borrowers)
+        )
+        return output.logits, [*own, *borrowed]
+
+    @property
+    def _borrowers(self) -> list[SlimAttention]:
+        return [slim for slim in self.slims if slim.borrowed is not None]
+
+    def shared_names(self) -> list[str]:
+        """What the present caches are called that the operators of layers without a cache give of their donors'."""
+        return [
+            f"{SHARED}{kind}.{slim.borrowed.layer}.{layer}"
+            for layer, slim in enumerate(self.slims)
+            if slim.borrowed is not None and self.layout.layout == "gqa"
+            for kind in ("key", "value")
+        ]
 
 
 def build_graph(model: Any, architecture: Architecture, layout: KVLayout) -> ir.Model:
@@ -99,6 +119,8 @@ def build_graph(model: Any, architecture: Architecture, layout: KVLayout) -> ir.
     finally:
         for slim in decoder.slims:
             slim.step, slim.hidden = None, None
+            if slim.lent is not None:
+                slim.lent.states = None
 
 
 def _exported(decoder: _Decoder, layout: KVLayout) -> ir.Model:
@@ -113,7 +135,7 @@ def _exported(decoder: _Decoder, layout: KVLayout) -> ir.Model:
     exported = torch.onnx.export(
         program,
         input_names=[*INPUTS, *(tensor.past for tensor in layout.tensors)],
-        output_names=["logits", *(tensor.present for tensor in layout.tensors)],
+        output_names=["logits", *(tensor.present for tensor in layout.tensors), *decoder.shared_names()],
         opset_version=OPSETS[layout.layout],
         optimize=False,
         verbose=False,

@@ -12,7 +12,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNod
 from onnxscript.rewriter import onnx_fusions
 
 from kvslim.export.products import PRODUCTS
-from kvslim.types import LAST_POSITION, KVLayout
+from kvslim.types import LAST_POSITION, SHARED, KVLayout
 
 BATCH, LENGTH, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 CAPACITY = "max_sequence_length"
@@ -40,6 +40,9 @@ def name_dimensions(model: ir.Model, layout: KVLayout) -> None:
     for value in [*model.graph.inputs, *model.graph.outputs]:
         if value.name == "logits" and value.shape is not None:
             value.shape = ir.Shape([BATCH, 1, value.shape[-1]])
+        elif value.name is not None and value.name.startswith(SHARED):
+            kind, donor, _ = value.name.removeprefix(SHARED).split(".")
+            value.shape = ir.Shape(shapes[f"present.{donor}.{kind}"])
         elif value.name is not None:
             value.shape = ir.Shape(shapes[value.name])
 

@@ -26,6 +26,10 @@ class Architecture:
             computed straight from the hidden states.
         rotary: The rotary embedding, from the model; None for learned positions.
         scaled_query: Whether the family scales queries after their projection.
+        mlp: The modules that make the feed-forward part, from a layer, in order; no other part of it has weights.
+        down: The projection at its end, from a layer.
+        post_norms: The norms behind attention and feed-forward part, before what these give is added to the hidden
+            states, from a layer; None for families without.
     """
 
     title: str
@@ -40,6 +44,22 @@ class Architecture:
     direct: bool = False
     rotary: str | None = "model.rotary_emb"
     scaled_query: bool = False
+    mlp: tuple[str, ...] = ("mlp",)
+    down: str = "mlp.down_proj"
+    post_norms: tuple[str, str] | None = None
+
+    @property
+    def added(self) -> tuple[str, str]:
+        """The modules whose outputs, of attention and of the feed-forward part, are added to the hidden states."""
+        return self.post_norms or (f"{self.attention}.{self.output}", self.mlp[-1])
+
+    @property
+    def edited(self) -> tuple[str, ...]:
+        """The modules of a layer that surgery may replace, a parent before its child."""
+        return (f"{self.attention}.{self.output}", *self.mlp, self.down, *(self.post_norms or ()))
+
+
+POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 
 def _packed(title: str, note: str, name: str, packing: Packing, **paths: str | None) -> Architecture:
@@ -50,8 +70,10 @@ def _packed(title: str, note: str, name: str, packing: Packing, **paths: str | N
 
 ARCHITECTURES: dict[str, Architecture] = {
     "gemma": Architecture("Gemma", "scaled embeddings"),
-    "gemma2": Architecture("Gemma 2", "softcaps, windows in every other layer"),
-    "gemma3_text": Architecture("Gemma 3 (text)", "q and k norms, windows in most layers, two RoPEs"),
+    "gemma2": Architecture("Gemma 2", "softcaps, windows in every other layer", post_norms=POST_NORMS),
+    "gemma3_text": Architecture(
+        "Gemma 3 (text)", "q and k norms, windows in most layers, two RoPEs", post_norms=POST_NORMS
+    ),
     "gpt2": _packed(
         "GPT-2",
         "learned positions, packed projection",
@@ -61,6 +83,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention="attn",
         output="c_proj",
         rotary=None,
+        down="mlp.c_proj",
     ),
     "gpt_neox": _packed(
         "GPT-NeoX, Pythia",
@@ -71,21 +94,31 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention="attention",
         output="dense",
         rotary="gpt_neox.rotary_emb",
+        down="mlp.dense_4h_to_h",
     ),
     "granite": Architecture("Granite", "scaled embeddings, residuals and logits"),
     "llama": Architecture("Llama, SmolLM, TinyLlama", "RoPE scaling: linear, llama3, yarn"),
     "mistral": Architecture("Mistral", "sliding window"),
-    "olmo2": Architecture("OLMo 2", "q and k norms over all heads, norms after blocks"),
+    "olmo2": Architecture("OLMo 2", "q and k norms over all heads, norms after blocks", post_norms=POST_NORMS),
     "opt": Architecture(
-        "OPT", "learned positions", layers="model.decoder.layers", output="out_proj", rotary=None, scaled_query=True
+        "OPT",
+        "learned positions",
+        layers="model.decoder.layers",
+        output="out_proj",
+        rotary=None,
+        scaled_query=True,
+        mlp=("fc1", "activation_fn", "fc2"),
+        down="fc2",
     ),
-    "phi": Architecture("Phi-1.5, Phi-2", "partial RoPE, parallel residual", output="dense", direct=True),
+    "phi": Architecture(
+        "Phi-1.5, Phi-2", "partial RoPE, parallel residual", output="dense", direct=True, down="mlp.fc2"
+    ),
     "phi3": _packed("Phi-3, Phi-4", "packed projection, partial RoPE, LongRoPE, window", "qkv_proj", "blocks"),
     "qwen2": Architecture("Qwen2, Qwen2.5", "biases on q, k and v"),
     "qwen3": Architecture("Qwen3", "q and k norms"),
     "smollm3": Architecture("SmolLM3", "layers without RoPE"),
     "stablelm": Architecture("StableLM", "partial RoPE", direct=True),
-    "starcoder2": Architecture("StarCoder2", "biases, sliding window"),
+    "starcoder2": Architecture("StarCoder2", "biases, sliding window", down="mlp.c_proj"),
 }
 
 

@@ -37,6 +37,8 @@ def _encoder(title: str, note: str, *, token_types: bool = False, offset_positio
         value="self.value",
         output="output.dense",
         rotary=None,
+        mlp=("intermediate", "output.dense"),
+        down="output.dense",
         token_types=token_types,
         pooler=True,
         offset_positions=offset_positions,
@@ -55,6 +57,8 @@ ENCODERS: dict[str, Encoder] = {
         value="v_lin",
         output="out_lin",
         rotary=None,
+        mlp=("ffn",),
+        down="ffn.lin2",
     ),
     "roberta": _encoder("RoBERTa", "encoder; positions from the mask", offset_positions=True),
 }

@@ -33,11 +33,17 @@ def load_encoder(snapshot: Snapshot, spec: ModelSpec) -> PreTrainedModel:
     Raises:
         ModelError: As `load_model`.
     """
+    classes, options = encoder_class(spec)
+    return _load(classes, snapshot, **options)
+
+
+def encoder_class(spec: ModelSpec) -> tuple[Any, dict[str, bool]]:
+    """transformers' classes by config for an encoder's task, and what to construct one with."""
     from transformers import MODEL_FOR_MASKED_LM_MAPPING, MODEL_MAPPING
 
     if spec.task == "fill-mask":
-        return _load(MODEL_FOR_MASKED_LM_MAPPING, snapshot)
-    return _load(MODEL_MAPPING, snapshot, **({"add_pooling_layer": False} if ENCODERS[spec.model_type].pooler else {}))
+        return MODEL_FOR_MASKED_LM_MAPPING, {}
+    return MODEL_MAPPING, {"add_pooling_layer": False} if ENCODERS[spec.model_type].pooler else {}
 
 
 def _load(classes: Any, snapshot: Snapshot, **options: Any) -> PreTrainedModel:

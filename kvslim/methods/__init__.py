@@ -7,5 +7,17 @@ from kvslim.methods.kv_quant import KvQuant
 from kvslim.methods.kv_window import KvWindow
 from kvslim.methods.prune_heads import PruneHeads
 from kvslim.methods.prune_layers import PruneLayers
+from kvslim.methods.share_kv import ShareKv
 
-__all__ = ["METHODS", "KvHdc", "KvPca", "KvQuant", "KvWindow", "Method", "PruneHeads", "PruneLayers", "method_class"]
+__all__ = [
+    "METHODS",
+    "KvHdc",
+    "KvPca",
+    "KvQuant",
+    "KvWindow",
+    "Method",
+    "PruneHeads",
+    "PruneLayers",
+    "ShareKv",
+    "method_class",
+]

@@ -113,9 +113,12 @@ class PruneHeads(Method):
     def apply(
         self, spec: ModelSpec, statistics: HeadStatistics, plan: Plan, codes: tuple[LayerCodes, ...]
     ) -> tuple[LayerCodes, ...]:
-        """Adds the kept heads of each layer, and the mean output that stands for the others."""
+        """Adds the kept heads of each layer, and the mean output that stands for the others.
+
+        `prune_layers` carries out what leaves a layer without any.
+        """
         return tuple(
-            code if layer.heads is None else without_heads(code, layer, spec, statistics)
+            without_heads(code, layer, spec, statistics) if layer.heads else code
             for layer, code in zip(plan.layers, codes, strict=True)
         )
 

@@ -1,4 +1,4 @@
-"""What a task needs least: what every layer's attention, kv head and query head is worth on its text."""
+"""What a task needs least: what every layer, its parts and its heads are worth on the task's text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pydantic import Field
 
 from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_window import kept_attention
-from kvslim.methods.prune_heads import Heads
-from kvslim.types import Frozen, ModelSpec
+from kvslim.methods.prune_heads import PruneHeads
+from kvslim.methods.prune_layers import INFLUENCES, PruneLayers
+from kvslim.methods.share_kv import distances
+from kvslim.types import Frozen, ModelSpec, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
@@ -20,11 +22,22 @@ ENERGY = 0.99
 RECENT = 256
 
 
+class Donor(Frozen):
+    """The earlier layer whose cache stands best for a layer's own, through linear maps."""
+
+    layer: int
+    key_distance: float = Field(description="mean squared error of the scores over their variance, 0 to 1")
+    value_distance: float = Field(description="the same of what attention adds to the hidden states")
+
+
 class LayerAnalysis(Frozen):
     """One layer. KL is in nats per token, to the model as it is, with nothing else removed."""
 
     layer: int
     attention_kl: float = Field(description="without the layer's attention, its mean output in its place")
+    mlp_kl: float = Field(description="the same without its feed-forward part")
+    block_kl: float = Field(description="the same without both")
+    block_influence: float = Field(description="1 - mean cosine of the hidden states before and after the layer")
     kv_head_kl: tuple[float, ...] = Field(description="without each kv head and the query heads that read it")
     fluctuation: tuple[float, ...] = Field(
         description="of each query head: variance of what it adds to the hidden states, summed over these"
@@ -35,6 +48,12 @@ class LayerAnalysis(Frozen):
     key_rank: int = Field(description="dimensions with which every kv head keeps 99 % of the score energy")
     value_rank: int = Field(description="the same for values")
     recent_attention: float = Field(description="least share of a kv head's attention on sinks and 256 recent tokens")
+    donor: Donor | None = Field(description="what `share_kv` would have it read; None where no layer near it can be")
+
+    @property
+    def part_kl(self) -> tuple[float, float, float]:
+        """KL without the attention, without the feed-forward part, and without both."""
+        return self.attention_kl, self.mlp_kl, self.block_kl
 
 
 class Analysis(Frozen):
@@ -50,17 +69,17 @@ def analyze(
     statistics: CalibrationStatistics,
     taylor: np.ndarray,
     source: str,
-    kl_without: Callable[[dict[int, Heads]], float],
+    kl_without: Callable[[PruneHeads | PruneLayers], float],
     layers: Callable[[Iterable[int]], Iterable[int]],
 ) -> Analysis:
-    """Measures every layer's attention and kv heads alone, and reads the rest off the statistics.
+    """Measures every layer's parts and kv heads, each alone, and reads the rest off the statistics.
 
     Args:
         spec: The model's shape.
         statistics: What is known of its cache on the text.
         taylor: [layers, q_heads] scores by gradients.
         source: What the text is called.
-        kl_without: Divergence of the model without some query heads, by layer.
+        kl_without: Divergence of the model without the heads or layers that a method names.
         layers: Wraps the iterable of layers, to show progress.
     """
     groups = [
@@ -68,6 +87,7 @@ def analyze(
         for first in range(0, spec.kv_heads * spec.group_size, spec.group_size)
     ]
     recent = kept_attention(statistics, RECENT).min(axis=1)
+    donors = _donors(spec, statistics)
     found = []
     for layer in layers(range(spec.layers)):
         ranks = [
@@ -76,13 +96,27 @@ def analyze(
         found.append(
             LayerAnalysis(
                 layer=layer,
-                attention_kl=kl_without({layer: tuple(range(spec.q_heads))}),
-                kv_head_kl=tuple(kl_without({layer: heads}) for heads in groups),
+                attention_kl=kl_without(PruneLayers(layers={layer: "attention"})),
+                mlp_kl=kl_without(PruneLayers(layers={layer: "mlp"})),
+                block_kl=kl_without(PruneLayers(layers={layer: "block"})),
+                block_influence=float(statistics.influence[layer, INFLUENCES.index("block")]),
+                kv_head_kl=tuple(kl_without(PruneHeads(heads={layer: heads})) for heads in groups),
                 fluctuation=tuple(statistics.fluctuation[layer].tolist()),
                 taylor=tuple(taylor[layer].tolist()),
                 key_rank=min(ranks[0], spec.head_dim),
                 value_rank=min(ranks[1], spec.head_dim),
                 recent_attention=float(np.clip(recent[layer], 0, 1)),
+                donor=donors.get(layer),
             )
         )
     return Analysis(source=source, tokens=int(statistics.windows.size), layers=tuple(found))
+
+
+def _donors(spec: ModelSpec, statistics: CalibrationStatistics) -> dict[int, Donor]:
+    """The nearest donor of each layer that has one."""
+    near = distances(spec, statistics, Plan.identity(spec))
+    best: dict[int, Donor] = {}
+    for layer, donor in sorted(near, key=lambda pair: sum(near[pair])):
+        key, value = near[layer, donor]
+        best.setdefault(layer, Donor(layer=donor, key_distance=key, value_distance=value))
+    return best

@@ -39,7 +39,7 @@ class DecodeTime:
 
     def of_layer(self, layer: LayerPlan) -> float:
         """The work of one layer for one token."""
-        others = OF_WEIGHTS[self.weights] * self.others[layer.layer]
+        others = OF_WEIGHTS[self.weights] * self.others[layer.layer] * layer.mlp
         return others if layer.heads == () else others + self._attention(layer)
 
     def of_plan(self, layers: Iterable[LayerPlan]) -> float:

@@ -97,7 +97,7 @@ class Planner:
             for bits in (8, 4)
         }
         windows = [_windowed(window) for window in self._windows(layers, trials.windows)]
-        removed = removals(spec, statistics, trials.removals, self._pays, layers)
+        removed = removals(spec, statistics, base, trials.removals, self._pays, layers, timed=time_ratio is not None)
         self.ways = {bits: list(self._offered(whole, windows, removed)) for bits, whole in self.whole.items()}
         self._fitted: dict[LayerPlan, tuple[LayerPlan, LayerCodes]] = {}
         self._divergences: dict[tuple[LayerPlan, ...], float] = {}

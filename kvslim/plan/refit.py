@@ -26,12 +26,13 @@ def refit_where_it_pays(
     before = loss(codes)
     if not before:
         return plan, before
-    after = loss(refitted(codes))
+    again = refitted(codes)
+    after = loss(again)
     if after > (1 - LEAST_GAIN) * before:
         return plan, before
-    reason = f"output refitted, which takes {1 - after / before:.0%} of the {name}"
+    reason = f"refitted, which takes {1 - after / before:.0%} of the {name}"
     layers = tuple(
-        layer if code.is_empty else layer.model_copy(update={"refit": True, "reason": f"{layer.reason}; {reason}"})
-        for layer, code in zip(plan.layers, codes, strict=True)
+        layer if new is old else layer.model_copy(update={"refit": True, "reason": f"{layer.reason}; {reason}"})
+        for layer, old, new in zip(plan.layers, codes, again, strict=True)
     )
     return plan.model_copy(update={"layers": layers}), after

@@ -1,12 +1,12 @@
-"""Heads that a planner may remove: those whose measured loss could pay for the bytes or the time that they take.
+"""What a planner may remove of a layer: what could pay, by its measured loss, for the bytes or the time that it takes.
 
 A layer's whole attention is tried first. A part of its heads is expected to cost its share of that, by their
-fluctuation, and only where this could pay is it tried too.
+fluctuation, and only where this could pay is it tried too. Feed-forward parts and blocks save time alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -14,60 +14,81 @@ import numpy as np
 from kvslim.methods.prune_heads import Heads, kept
 from kvslim.plan.ways import Change
 from kvslim.plan.windows import keeping_recall
-from kvslim.types import ModelSpec
+from kvslim.types import ModelSpec, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
 
-Loss = Callable[[dict[int, Heads]], float]
+Measure = Callable[[Plan], float]
 Pays = Callable[[int, Change], bool]
+ATTENTION, MLP = Change({"heads": ()}, 0.0, share=0.0), Change({"mlp": False}, 0.0)
+BLOCK = Change({**ATTENTION.update, **MLP.update}, 0.0, share=0.0)
 
 
 class RemovalTrials(NamedTuple):
-    """How a model is tried without some query heads, by layer.
+    """How a model is tried with a plan.
 
     Attributes:
         divergence: From the model as it is.
         recall_drop: Share of recall that it loses.
     """
 
-    divergence: Loss
-    recall_drop: Loss
+    divergence: Measure
+    recall_drop: Measure
 
 
 def removals(
     spec: ModelSpec,
     statistics: CalibrationStatistics,
+    base: Plan,
     trials: RemovalTrials,
     pays: Pays,
     layers: Callable[[Iterable[int]], Iterable[int]],
+    *,
+    timed: bool,
 ) -> dict[int, list[Change]]:
     """What may be removed of each layer at no cost of recall, with what it loses.
 
     Args:
         spec: The model's shape.
         statistics: What is known of its heads.
+        base: The plan that changes nothing.
         trials: How the model is tried.
         pays: Whether a change of a layer could be part of a plan.
         layers: Wraps the iterable of layers, to show progress.
+        timed: Whether time is limited too.
     """
+
+    def tried(layer: int, change: Change) -> Change:
+        return change._replace(loss=trials.divergence(_changed(base, {layer: change})))
+
     found: dict[int, list[Change]] = {}
-    gone: dict[int, Heads] = {}
     for layer in layers(range(spec.layers)):
         fluctuation = statistics.fluctuation[layer]
-        every = tuple(range(spec.q_heads))
-        whole = trials.divergence({layer: every})
-        tried = {every: _without(every, whole, spec)}
-        for part in _parts(spec, fluctuation):
-            share = float(fluctuation[list(part)].sum() / max(fluctuation.sum(), 1e-30))
-            if pays(layer, _without(part, share * whole, spec)):
-                tried[part] = _without(part, trials.divergence({layer: part}), spec)
-        paying = {part: change for part, change in tried.items() if pays(layer, change)}
-        if paying:
-            found[layer], gone[layer] = list(paying.values()), max(paying, key=len)
-    least = sorted(found, key=lambda layer: max(change.loss for change in found[layer]))
-    kept_layers = keeping_recall(least, lambda some: trials.recall_drop({layer: gone[layer] for layer in some}))
+        attention = tried(layer, ATTENTION)
+        heads = (_without(part, attention.loss, fluctuation, spec) for part in _parts(spec, fluctuation))
+        promising = [*(change for change in heads if pays(layer, change)), *([MLP, BLOCK] if timed else [])]
+        changes = [attention, *(tried(layer, change) for change in promising)]
+        if paying := [change for change in changes if pays(layer, change)]:
+            found[layer] = paying
+    worst = {layer: max(changes, key=_loss) for layer, changes in found.items()}
+    least = sorted(worst, key=lambda layer: worst[layer].loss)
+    kept_layers = keeping_recall(
+        least, lambda some: trials.recall_drop(_changed(base, {layer: worst[layer] for layer in some}))
+    )
     return {layer: found[layer] for layer in kept_layers}
+
+
+def _changed(base: Plan, changes: Mapping[int, Change]) -> Plan:
+    layers = (
+        layer.model_copy(update=changes[layer.layer].update) if layer.layer in changes else layer
+        for layer in base.layers
+    )
+    return base.model_copy(update={"layers": tuple(layers)})
+
+
+def _loss(change: Change) -> float:
+    return change.loss
 
 
 def _parts(spec: ModelSpec, fluctuation: np.ndarray) -> Iterator[Heads]:
@@ -82,6 +103,8 @@ def _parts(spec: ModelSpec, fluctuation: np.ndarray) -> Iterator[Heads]:
         yield tuple(sorted(np.take_along_axis(heads, within[:, :count], axis=1).ravel().tolist()))
 
 
-def _without(gone: Heads, loss: float, spec: ModelSpec) -> Change:
+def _without(gone: Heads, whole: float, fluctuation: np.ndarray, spec: ModelSpec) -> Change:
+    """The removal of some heads, with their share of what the whole attention loses."""
     heads = kept(gone, spec)
-    return Change({"heads": heads}, loss, share=len(heads) / spec.q_heads)
+    share = float(fluctuation[list(gone)].sum() / max(fluctuation.sum(), 1e-30))
+    return Change({"heads": heads}, share * whole, share=len(heads) / spec.q_heads)

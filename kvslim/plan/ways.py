@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvslim.methods.kv_pca import rank_step
+from kvslim.methods.prune_layers import GONE
 from kvslim.plan.allocate import Option, hull
 from kvslim.plan.cost import STEP, SideCosts, bundled, choices
 from kvslim.plan.probes import Price
@@ -94,10 +95,11 @@ def words(layer: LayerPlan, spec: ModelSpec) -> str:
     """What a way is, for people."""
     cost = f"expected to cost {layer.score:.1e} nats"
     if layer.heads == ():
-        return f"attention removed, and the cache with it; its mean output stays; {cost}"
+        return f"{GONE['attention' if layer.mlp else 'block']}; {cost}"
     key, value = layer.ranks(spec.head_dim)
     ranks = f"rank {key}" if key == value else f"ranks {key} and {value}"
     refined = ", {} and {} of them refined".format(*layer.twice) if any(layer.twice) else ""
     window = "" if layer.window is None else f", of {layer.sinks} sinks and {layer.window} recent tokens"
     heads = "" if layer.heads is None else f", {len(layer.heads)} of {spec.q_heads} heads"
-    return f"{ranks} of {spec.head_dim}{refined}{window}{heads}, {cost}"
+    mlp = "" if layer.mlp else f"; {GONE['mlp']}"
+    return f"{ranks} of {spec.head_dim}{refined}{window}{heads}{mlp}; {cost}"

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from kvslim.types import Frozen, KVLayout, KVTensor, Manifest, ModelSpec, Plan
+from kvslim.devices.demand import Cache, query_heads
+from kvslim.devices.limits import Limits
+from kvslim.types import Frozen, Manifest, ModelSpec, Plan
 
-PRECISIONS = {"fp32": 4, "fp16": 2, "int8": 1}
-AS_IS = "as it is"
+PRECISIONS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
+PLAIN, AS_IS = "plain", "as it is"
 
 
 class LayerMemory(Frozen):
     """The cache of one layer.
 
     `key_dim` and `value_dim` are cached numbers per head and token; `bytes_per_token` is keyed by precision, and with
-    packed codes it is theirs. `window` and `sinks` are the tokens kept, or with packed codes kept exact.
+    packed codes it is theirs. `window` and `sinks` are the tokens kept, or with packed codes kept exact. A layer
+    without attention has no heads.
     """
 
     layer: int
@@ -28,55 +31,78 @@ class LayerMemory(Frozen):
 
 
 class CacheMemory(Frozen):
-    """The cache of a whole model or artifact; `mib` is keyed by context length in tokens, then by precision."""
+    """The cache of a whole model or artifact, and the limits that devices set to it.
+
+    `mib` and `share`, of cache and weights together, are keyed by context length in tokens, then by precision.
+    """
 
     model_type: str
     max_context: int
     layers: tuple[LayerMemory, ...]
     kv_bytes_per_token: dict[str, int]
     mib: dict[str, dict[str, float]]
+    weights: str
+    weights_mib: float
+    share: dict[str, dict[str, float]]
+    devices: tuple[Limits, ...] = ()
 
 
-def model_memory(spec: ModelSpec, contexts: Sequence[int]) -> CacheMemory:
-    """What a model's own cache takes in each precision, at each context length in tokens."""
-    layout = KVLayout.of(spec, Plan.identity(spec))
-    return _memory(spec, layout, dict(PRECISIONS), contexts)
+def model_caches(spec: ModelSpec) -> tuple[Cache, ...]:
+    """A model's own cache in each precision."""
+    return tuple(Cache.of(name, spec, Plan.identity(spec), bits) for name, bits in PRECISIONS.items())
 
 
-def artifact_memory(manifest: Manifest, contexts: Sequence[int]) -> CacheMemory:
-    """What an artifact's cache takes as it is, at each context length in tokens."""
-    return _memory(manifest.spec, manifest.kv_layout, {AS_IS: None}, contexts)
+def artifact_caches(manifest: Manifest) -> tuple[Cache, ...]:
+    """The float32 cache of the model that an artifact is made from, and the artifact's own."""
+    spec = manifest.spec
+    own = Cache(AS_IS, manifest.kv_layout, query_heads(spec, manifest.plan))
+    return Cache.of(PLAIN, spec, Plan.identity(spec)), own
 
 
-def _memory(
-    spec: ModelSpec, layout: KVLayout, precisions: Mapping[str, int | None], contexts: Sequence[int]
+def cache_memory(
+    spec: ModelSpec,
+    caches: Sequence[Cache],
+    weights: str,
+    weight_bytes: int,
+    contexts: Sequence[int],
+    devices: Sequence[Limits] = (),
 ) -> CacheMemory:
-    layers = tuple(_layer(layout, index, precisions) for index in sorted({tensor.layer for tensor in layout.tensors}))
-    total = {name: sum(layer.bytes_per_token[name] for layer in layers) for name in precisions}
+    """What each cache takes, by itself and next to the weights.
+
+    Args:
+        spec: The model's shape.
+        caches: Ways to store the cache; the layers are told of the last.
+        weights: How the weights are stored.
+        weight_bytes: Their bytes.
+        contexts: Lengths in tokens.
+        devices: Limits worked out for the same caches.
+    """
+    layers = tuple(_layer(caches, index) for index in range(0 if spec.is_encoder else spec.layers))
+    sizes = {str(tokens): {cache.name: cache.bytes_at(tokens) for cache in caches} for tokens in contexts}
     return CacheMemory(
         model_type=spec.model_type,
         max_context=spec.max_context,
         layers=layers,
-        kv_bytes_per_token=total,
-        mib={
-            str(tokens): {name: _bytes_at(layout, tokens, width) / 2**20 for name, width in precisions.items()}
-            for tokens in contexts
+        kv_bytes_per_token={cache.name: sum(layer.bytes_per_token[cache.name] for layer in layers) for cache in caches},
+        mib={tokens: {name: size / 2**20 for name, size in row.items()} for tokens, row in sizes.items()},
+        weights=weights,
+        weights_mib=weight_bytes / 2**20,
+        share={
+            tokens: {name: size / max(1, size + weight_bytes) for name, size in row.items()}
+            for tokens, row in sizes.items()
         },
+        devices=tuple(devices),
     )
 
 
-def _bytes_at(layout: KVLayout, tokens: int, width: int | None) -> int:
-    """Bytes of the cache at a context, with numbers of so many bytes or as they are."""
-    return sum(_row_bytes(tensor, width) * tensor.rows(tokens) for tensor in layout.tensors)
-
-
-def _row_bytes(tensor: KVTensor, width: int | None) -> int:
-    return tensor.bytes_per_token if width is None else tensor.heads * tensor.dim * width
-
-
-def _layer(layout: KVLayout, index: int, precisions: Mapping[str, int | None]) -> LayerMemory:
-    tensors = [tensor for tensor in layout.tensors if tensor.layer == index]
-    key, value = tensors[-2:]  # with packed codes, these
+def _layer(caches: Sequence[Cache], index: int) -> LayerMemory:
+    tensors = {cache.name: [each for each in cache.layout.tensors if each.layer == index][-2:] for cache in caches}
+    sizes = {cache.name: sum(cache.row_bytes(tensor) for tensor in tensors[cache.name]) for cache in caches}
+    told = tensors[caches[-1].name]  # with packed codes, these
+    if not told:
+        empty = {"heads": 0, "key_dim": 0, "value_dim": 0, "dtype": "none", "window": None, "sinks": None}
+        return LayerMemory(layer=index, bytes_per_token=sizes, **empty)
+    key, value = told
     return LayerMemory(
         layer=index,
         heads=key.heads,
@@ -85,5 +111,5 @@ def _layer(layout: KVLayout, index: int, precisions: Mapping[str, int | None]) -
         dtype=key.dtype,
         window=key.window,
         sinks=key.sinks,
-        bytes_per_token={name: _row_bytes(key, width) + _row_bytes(value, width) for name, width in precisions.items()},
+        bytes_per_token=sizes,
     )

@@ -94,7 +94,7 @@ def plan_table(plan: Plan) -> Table:
         (
             str(layer.layer),
             NONE if layer.rank is None else str(layer.rank),
-            layer.cache,
+            layer.cache if layer.donor is None else f"of layer {layer.donor}",
             *([_kept(layer.window, layer.sinks)] if windowed else []),
             NONE if layer.score is None else f"{layer.score:.4f}",
             layer.reason,
@@ -114,22 +114,38 @@ def decisions_table(spec: ModelSpec, plan: Plan) -> Table:
 
 def analysis_table(analysis: Analysis) -> Table:
     """What each layer is worth to a text."""
-    heads = ("KL without each kv head", "fluctuation of heads", "Taylor of heads")
-    header = ("layer", "KL without attention", *heads, "rank K", "rank V")
+    header = (
+        "layer",
+        "KL without attention",
+        "MLP",
+        "both",
+        "block influence",
+        "KL without each kv head",
+        "fluctuation of heads",
+        "Taylor of heads",
+        "rank K",
+        "rank V",
+        "recent attention",
+        "best donor: K, V missed",
+    )
     rows = tuple(
         (
             str(layer.layer),
-            f"{layer.attention_kl:.2g}",
+            *(f"{kl:.2g}" for kl in layer.part_kl),
+            f"{layer.block_influence:.2g}",
             " ".join(f"{kl:.1g}" for kl in layer.kv_head_kl),
             " ".join(f"{share:.1g}" for share in layer.fluctuation),
             " ".join(f"{score:.1g}" for score in layer.taylor),
             str(layer.key_rank),
             str(layer.value_rank),
             f"{layer.recent_attention:.0%}",
+            NONE
+            if layer.donor is None
+            else f"{layer.donor.layer}: {layer.donor.key_distance:.0%}, {layer.donor.value_distance:.0%}",
         )
         for layer in analysis.layers
     )
-    return Table((*header, "recent attention"), rows)
+    return Table(header, rows)
 
 
 def frontier_table(frontier: Sequence[PlanPoint]) -> Table:
@@ -168,9 +184,12 @@ def layers_table(memory: CacheMemory) -> Table:
 
 
 def contexts_table(memory: CacheMemory) -> Table:
-    """The whole cache at each context length, in MiB."""
-    header = ("context, tokens", *(f"MiB, {name}" for name in memory.kv_bytes_per_token))
-    rows = ((f"{int(tokens):,}", *(f"{size:,.1f}" for size in sizes.values())) for tokens, sizes in memory.mib.items())
+    """The whole cache at each context length, in MiB, and its share of cache and weights together."""
+    header = ("context, tokens", *(f"MiB, {name} (of all)" for name in memory.kv_bytes_per_token))
+    rows = (
+        (f"{int(tokens):,}", *(f"{size:,.1f} ({memory.share[tokens][name]:.0%})" for name, size in sizes.items()))
+        for tokens, sizes in memory.mib.items()
+    )
     return Table(header, tuple(rows))
 
 

@@ -15,7 +15,19 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from pydantic import TypeAdapter, ValidationError
 
 from kvslim.errors import ArtifactError, NotFoundError
-from kvslim.types import BITS, INPUTS, LAST_POSITION, RINGS, WINDOW_SLACK, CacheType, Frozen, Kind, KVLayout, KVTensor
+from kvslim.types import (
+    BITS,
+    INPUTS,
+    LAST_POSITION,
+    RINGS,
+    SHARED,
+    WINDOW_SLACK,
+    CacheType,
+    Frozen,
+    Kind,
+    KVLayout,
+    KVTensor,
+)
 
 Logits = npt.NDArray[np.float32]
 
@@ -118,6 +130,12 @@ def layout_of(session: ort.InferenceSession) -> KVLayout:
             tensor = tensor.model_copy(update={"window": tensors[-1].window})
         tensors.append(tensor)
     return KVLayout(tensors=tuple(tensors))
+
+
+def shared_outputs(session: ort.InferenceSession, tensor: KVTensor) -> list[str]:
+    """Outputs that are to lie in a tensor's memory too: what layers that read it give back of it."""
+    start = f"{SHARED}{tensor.kind}.{tensor.layer}."
+    return [node.name for node in session.get_outputs() if node.name.startswith(start)]
 
 
 def _rings(session: ort.InferenceSession) -> dict[str, _Ring]:

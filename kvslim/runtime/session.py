@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from kvslim.errors import ArtifactError, UsageError
-from kvslim.runtime.graph import ORT_ERRORS, Logits, artifact_error, layout_of, open_session
+from kvslim.runtime.graph import ORT_ERRORS, Logits, artifact_error, layout_of, open_session, shared_outputs
 from kvslim.types import WINDOW_SLACK, KVTensor
 
 Tokens = Sequence[int] | npt.NDArray[np.int64]
@@ -22,7 +22,7 @@ _STORED = {"float32": np.float32, "int8": np.int8}  # all else is packed in byte
 
 
 class DecodeSession:
-    """One sequence (batch 1) decoded through a preallocated KV cache.
+    """Sequences of one length decoded through a preallocated KV cache; one unless `batch` says more.
 
     Past and present are bound to the same memory, so that the attention kernel appends the new tokens instead of
     copying the cache at every step.
@@ -30,7 +30,8 @@ class DecodeSession:
     Attributes:
         layout: The KV tensors of the graph.
         capacity: Tokens that the cache has room for.
-        length: Tokens that the cache holds now.
+        batch: Sequences.
+        length: Tokens that the cache holds of each now.
         vocab: Entries of one row of logits.
 
     Args:
@@ -39,31 +40,43 @@ class DecodeSession:
         threads: Threads of one operator; None leaves the choice to onnxruntime.
         all_positions: Whether to give logits of all new positions, as evaluation needs; else of the last one, if the
             graph is one of KVSlim's.
+        batch: Sequences that are decoded side by side.
 
     Raises:
-        UsageError: The capacity is not positive.
+        UsageError: The capacity is not positive, or there are several sequences and packed codes.
         NotFoundError: There is no such file.
         ArtifactError: onnxruntime cannot load it, or it does not follow the graph contract.
     """
 
-    def __init__(self, model: Path, *, capacity: int, threads: int | None = None, all_positions: bool = False) -> None:
+    def __init__(
+        self,
+        model: Path,
+        *,
+        capacity: int,
+        threads: int | None = None,
+        all_positions: bool = False,
+        batch: int = 1,
+    ) -> None:
         if capacity < 1:
             raise UsageError(f"a cache of {capacity} tokens holds nothing", where="capacity", fix="ask for 1 or more")
         self._where = str(model)
         self._session = open_session(model, threads, all_positions=all_positions)
         self.layout = layout_of(self._session)
-        self.capacity = capacity
+        if batch > 1 and self.layout.is_packed:
+            raise UsageError("packed codes are appended to one sequence", where=self._where, fix="use a batch of 1")
+        self.capacity, self.batch = capacity, batch
         self.length = 0
         self.vocab = self._vocab()
         self._last_only = next(node.shape[1] for node in self._session.get_outputs() if node.name == "logits") == 1
         self._inputs = {node.name for node in self._session.get_inputs()}
-        self._cache = [_buffer(tensor, capacity) for tensor in self.layout.tensors]
+        self._cache = [_buffer(tensor, capacity, batch) for tensor in self.layout.tensors]
         self._binding = self._session.io_binding()
         for tensor, buffer in zip(self.layout.tensors, self._cache, strict=True):
             if not tensor.is_packed:
                 value = ort.OrtValue.ortvalue_from_numpy(buffer)
                 self._binding.bind_ortvalue_input(tensor.past, value)
-                self._binding.bind_ortvalue_output(tensor.present, value)
+                for present in (tensor.present, *shared_outputs(self._session, tensor)):
+                    self._binding.bind_ortvalue_output(present, value)
 
     def reset(self) -> None:
         """Empties the cache."""
@@ -94,31 +107,36 @@ class DecodeSession:
         self._require(length)
         generator = np.random.default_rng(seed)
         for tensor, buffer in zip(self.layout.tensors, self._cache, strict=True):
-            _fill(
-                buffer[0].swapaxes(0, 1) if tensor.is_packed else buffer[0], min(tensor.rows(length), length), generator
-            )
+            for sequence in buffer:
+                heads_first = sequence.swapaxes(0, 1) if tensor.is_packed else sequence
+                _fill(heads_first, min(tensor.rows(length), length), generator)
         self.length = length
 
     def step(self, tokens: Tokens) -> Logits:
-        """Appends tokens to the sequence.
+        """Appends tokens to the sequences.
 
         Args:
-            tokens: Ids of n >= 1 tokens.
+            tokens: Ids of n >= 1 tokens, [n] for all sequences alike or [batch, n].
 
         Returns:
-            The logits that follow each of them, float32 [n, vocab], or the last of them alone, [1, vocab].
+            The logits that follow each of them, float32 [n, vocab], or the last of them alone, [1, vocab]; of tokens
+            [batch, n] these for each sequence.
 
         Raises:
-            UsageError: There are no tokens, or they exceed the capacity.
+            UsageError: There are no tokens, they exceed the capacity, or there are several for each of several
+                sequences that have begun, which onnxruntime's attention does not take.
             ArtifactError: onnxruntime fails on the graph.
         """
-        ids = np.asarray(tokens, dtype=np.int64).reshape(1, -1)
+        given = np.asarray(tokens, dtype=np.int64)
+        ids = np.ascontiguousarray(np.broadcast_to(given, (self.batch, given.shape[-1])))
         count = ids.shape[1]
         if count == 0:
             raise UsageError("no tokens to run", where="tokens", fix="pass at least one token id")
+        if min(self.batch, count) > 1 and self.length:
+            raise UsageError("a batch goes on token by token", where="tokens", fix="pass one token per sequence")
         total = self.length + count
         self._require(total)
-        logits = np.empty((1, 1 if self._last_only else count, self.vocab), dtype=np.float32)
+        logits = np.empty((self.batch, 1 if self._last_only else count, self.vocab), dtype=np.float32)
         self._bind_tokens(ids, total)
         self._bind_codes(total)
         self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
@@ -127,14 +145,15 @@ class DecodeSession:
         except ORT_ERRORS as error:
             raise artifact_error(f"onnxruntime failed on tokens {self.length}..{total}", error, self._where) from error
         self.length = total
-        return logits[0]
+        return logits if given.ndim == 2 else logits[0]
 
     def prefill(self, tokens: Tokens, chunk: int | None = None) -> Logits:
         """Appends a prompt in chunks, so that memory does not grow with its length.
 
         Args:
-            tokens: Ids of n >= 1 tokens.
-            chunk: Tokens of one run; by default 512, and 64 with packed codes, whose scores are held in memory.
+            tokens: Ids of n >= 1 tokens, for all sequences alike.
+            chunk: Tokens of one run; by default 512, and 64 with packed codes, whose scores are held in memory. Several
+                sequences run in one piece.
 
         Returns:
             The logits that follow the last token, float32 [vocab].
@@ -144,7 +163,7 @@ class DecodeSession:
             ArtifactError: onnxruntime fails on the graph.
         """
         ids = np.asarray(tokens, dtype=np.int64)
-        chunk = chunk or (_PACKED_CHUNK if self.layout.is_packed else _CHUNK)
+        chunk = ids.size if self.batch > 1 else chunk or (_PACKED_CHUNK if self.layout.is_packed else _CHUNK)
         self._require(self.length + ids.size)
         logits = self.step(ids[:chunk])
         for start in range(chunk, ids.size, chunk):
@@ -154,8 +173,8 @@ class DecodeSession:
     def _bind_tokens(self, ids: npt.NDArray[np.int64], total: int) -> None:
         inputs = {
             "input_ids": ids,
-            "attention_mask": np.ones((1, total), dtype=np.int64),
-            "position_ids": np.arange(self.length, total, dtype=np.int64)[None],
+            "attention_mask": np.ones((self.batch, total), dtype=np.int64),
+            "position_ids": np.tile(np.arange(self.length, total, dtype=np.int64), (self.batch, 1)),
         }
         for name in self._inputs & inputs.keys():
             self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(inputs[name]))
@@ -190,11 +209,11 @@ class DecodeSession:
         return vocab
 
 
-def _buffer(tensor: KVTensor, capacity: int) -> npt.NDArray[Any]:
-    """Memory for a cache of so many tokens."""
+def _buffer(tensor: KVTensor, capacity: int, batch: int) -> npt.NDArray[Any]:
+    """Memory for caches of so many tokens."""
     rows, dtype = tensor.rows(capacity), _STORED.get(tensor.dtype, np.uint8)
     shape = (rows, tensor.heads) if tensor.is_packed else (tensor.heads, rows)
-    return np.zeros((1, *shape, tensor.columns), dtype=dtype)
+    return np.zeros((batch, *shape, tensor.columns), dtype=dtype)
 
 
 def _fill(buffer: npt.NDArray[Any], rows: int, generator: np.random.Generator) -> None:

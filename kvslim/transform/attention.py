@@ -7,6 +7,7 @@ transformers calls it through its `AttentionInterface` with q, k and v after nor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,9 @@ from kvslim.transform.operators import (
     Scales,
     group_query_attention,
     rotary_embedding,
+    shared_attention,
     standard_attention,
+    standard_shared_attention,
 )
 from kvslim.transform.rotary import Rotary
 from kvslim.transform.scoring import Scoring
@@ -59,6 +62,20 @@ class Observed(NamedTuple):
 Observer = Callable[[Observed], None]
 
 
+@dataclass
+class Lent:
+    """The cache of a layer that others read.
+
+    Attributes:
+        layer: The layer that has it.
+        states: Keys and values [batch, kv_heads, length, rank] as it gives them back; while exporting, the present
+            cache; None before the layer ran.
+    """
+
+    layer: int
+    states: tuple[Tensor, Tensor] | None = None
+
+
 class SlimAttention(nn.Module):
     """Codes, folded weights and scales of one layer; lives at `attention.kvslim`.
 
@@ -73,6 +90,8 @@ class SlimAttention(nn.Module):
         cache: How keys and values are stored.
         key_scale, value_scale: [kv_heads, rank + refined] steps of an integer cache, or None for a float32 one.
         key_levels, value_levels: [2 ** bits] levels of packed codes in units of the scales, or None.
+        lent: Its cache, where other layers read it, or None.
+        borrowed: Another layer's cache that this one reads in place of its own, or None.
         ring: Sinks and recent tokens of a layer that keeps no more exactly, or None.
         rotary: RoPE of this layer, or None.
         window: Tokens that a query of this layer sees in the model, or None for all.
@@ -102,6 +121,8 @@ class SlimAttention(nn.Module):
         self.heads: dict[str, tuple[int, ...]] | None = None
         self.cache: CacheType = "float32"
         self.refined = self.value_refined = 0
+        self.lent: Lent | None = None
+        self.borrowed: Lent | None = None
         self.ring: Ring | None = None
         self.per_tensor = False
         self.rotary, self.window = rotary, window
@@ -123,6 +144,8 @@ class SlimAttention(nn.Module):
         """
         if self.is_dropped:
             return query.new_zeros(query.shape[0], query.shape[2], 1, 1)
+        if self.borrowed is not None:
+            return self._borrowing(self.borrowed, self.projected("query", query), scoring)
         query, key, value = (
             self.projected(side, states) for side, states in (("query", query), ("key", key), ("value", value))
         )
@@ -152,6 +175,26 @@ class SlimAttention(nn.Module):
             attended = evaluated_packed_attention((query, key, value), scoring, self.ring, self._codebooks())
             return attended.transpose(1, 2)
         key, value = self._rounded(key, self.key_scale), self._rounded(value, self.value_scale)
+        if self.lent is not None:
+            self.lent.states = key, value
+        return self._attended(query, key, value, scoring)
+
+    def _borrowing(self, borrowed: Lent, query: Tensor, scoring: Scoring) -> Tensor:
+        """Attention of queries before RoPE over another layer's cache."""
+        assert borrowed.states is not None  # donors are earlier layers
+        if self.rotary is not None and self.step is not None:
+            query = rotary_embedding(query, self.step.positions, self.rotary)
+        elif self.rotary is not None:
+            query = self.rotary.rotated(query)
+        query = self._coded_query(query)
+        if self.step is None:
+            return self._attended(query, *borrowed.states, scoring)
+        if self.step.layout == "attention24":
+            return standard_shared_attention(self.step, query, borrowed.states, scoring)
+        scales = self._kernel_scales()
+        return shared_attention(self.step, query, borrowed.states, scoring, cache=self.cache, scales=scales)
+
+    def _attended(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         if scoring.window is None and scoring.softcap is None and scoring.recent is None:
             attended = nn.functional.scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=scoring.scale, enable_gqa=True
@@ -190,24 +233,28 @@ class SlimAttention(nn.Module):
         if self.ring is not None:
             return ring_attention(step, states, scoring, self.ring, self._stores())
         if step.layout == "attention24":
-            return standard_attention(step, states, scoring)
-        rotary = self.rotary if inside else None
-        scales = self._kernel_scales()
-        return group_query_attention(step, states, scoring, rotary=rotary, cache=self.cache, scales=scales)
+            attended = standard_attention(step, states, scoring)
+        else:
+            rotary, scales = self.rotary if inside else None, self._kernel_scales()
+            attended = group_query_attention(step, states, scoring, rotary=rotary, cache=self.cache, scales=scales)
+        if self.lent is not None and step.present is not None:
+            self.lent.states = step.present[0], step.present[1]
+        return attended
 
     def _coded(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value as the cache knows them."""
-        if self.query_encoder is not None:
-            query = query @ self.query_encoder
         if self.key_encoder is not None:
             key = key @ self.key_encoder
         if self.key_offset is not None:
             key = key - self.key_offset
         return (
-            query,
+            self._coded_query(query),
             self._refined(key, self.key_scale, self.refined),
             self._refined(value, self.value_scale, self.value_refined),
         )
+
+    def _coded_query(self, query: Tensor) -> Tensor:
+        return query if self.query_encoder is None else query @ self.query_encoder
 
     def _refined(self, states: Tensor, scale: Tensor | None, count: int) -> Tensor:
         """The states, and behind them what rounding leaves of their first `count` coordinates."""

@@ -23,8 +23,10 @@ class LayerCodes:
     Heads are counted as the model has them; what stands here of heads that are not kept has no effect.
 
     Attributes:
-        heads: Query heads that are kept, or None for all; with none the attention gives its mean output.
+        heads: Query heads that are kept, or None for all; with none the layer has no attention.
         kv_heads: The kv heads that those read.
+        donor: The layer whose cache this one reads; what is said here of kv heads and storage is then the donor's, and
+            the query heads stand in the order in which they read it.
         mean_output: [q_heads, head_dim]; the mean attention output, which stands for heads that are not kept.
         key_encoder: [kv_heads, head_dim, rank]; the cached key is `k @ key_encoder`.
         query_encoder: [q_heads, head_dim, rank]; scores are `(q @ query_encoder) . (k @ key_encoder)`.
@@ -44,10 +46,15 @@ class LayerCodes:
         per_tensor: Whether all entries of each scale are equal and the kernel may use one.
         output_weight: [hidden, q_heads * rank] an output projection fitted to the codes, decoders included.
         output_bias: [hidden], its bias.
+        attention_mean: [hidden], added to the hidden states where the layer has no attention.
+        mlp_mean: [hidden], added to them in place of what the feed-forward part gives; None: that part stays.
+        down_weight: [hidden, inner], a down projection fitted to what is left around it.
+        down_bias: [hidden], its bias.
     """
 
     heads: tuple[int, ...] | None = None
     kv_heads: tuple[int, ...] = ()
+    donor: int | None = None
     mean_output: Array | None = None
     key_encoder: Array | None = None
     query_encoder: Array | None = None
@@ -67,12 +74,22 @@ class LayerCodes:
     per_tensor: bool = False
     output_weight: Array | None = None
     output_bias: Array | None = None
+    attention_mean: Array | None = None
+    mlp_mean: Array | None = None
+    down_weight: Array | None = None
+    down_bias: Array | None = None
 
     @property
     def is_empty(self) -> bool:
         """Whether the layer stays as it is."""
         parts = (self.key_encoder, self.value_encoder, self.key_offset, self.key_scale, self.value_scale)
-        return all(part is None for part in (*parts, self.heads, self.window, self.output_weight))
+        refitted = (self.output_weight, self.down_weight)
+        return all(part is None for part in (*parts, *refitted, self.heads, self.window, self.mlp_mean))
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether the layer has neither attention nor feed-forward part."""
+        return self.heads == () and self.mlp_mean is not None
 
     def of_kept_heads(self) -> LayerCodes:
         """The same with the kept heads alone in every array."""

@@ -1,15 +1,21 @@
-"""Output projections fitted again, so that what a compressed cache gives comes as near as can be to what it gave.
+"""Projections fitted again, so that what a compressed model gives comes as near as can be to what it gave.
 
-Layer by layer from the first, each sees what the compressed and refitted layers below it give, and its output
-projection becomes the ridge regression from its attention outputs there to those of the uncompressed model, in closed
-form, towards the projection it had.
+Layer by layer from the first, each sees what the compressed and refitted layers below it give, and a projection of it
+becomes the ridge regression, in closed form and towards the projection it had:
+
+- The output projection from its attention outputs there to what it gave in the uncompressed model; where the layer has
+  lost its feed-forward part, to what the whole layer gave.
+- The down projection, where its layer has lost its attention or blocks behind it are gone, to the hidden states that
+  the uncompressed model has behind all these (after Shopkhoev et al., "ReplaceMe: Network Simplification via Depth
+  Pruning and Transformer Block Linearization", 2025, section 2.2, where the map is square and applied to its output).
+  A norm behind it, as some families have, leaves nothing linear to fit; the mean outputs stay alone there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +23,11 @@ from torch import Tensor
 
 from kvslim.load.architecture import Architecture
 from kvslim.transform.codes import Array, LayerCodes
-from kvslim.transform.surgery import attention_modules, projection, trial
+from kvslim.transform.removal import residual_multiplier
+from kvslim.transform.surgery import layer_modules, parameters, slim_modules, trial
 
 RIDGE = 0.1  # of the inputs' mean power
+Side = Literal["output", "down"]
 
 
 def refitted(
@@ -29,7 +37,7 @@ def refitted(
     windows: Iterable[Array],
     layers: Callable[[Iterable[int]], Iterable[int]],
 ) -> tuple[LayerCodes, ...]:
-    """The codes with output projections fitted to them; layers without codes stay as they are.
+    """The codes with projections fitted to them; of layers without codes those alone that blocks are gone behind.
 
     Args:
         model: The prepared model, without codes.
@@ -41,97 +49,196 @@ def refitted(
     tokens = [torch.from_numpy(window[None]) for window in windows]
     plain: list[Any] = [None] * len(tokens)  # what the layer below gives, in the model as it is
     coded = plain  # and in the one with codes
-    fitted: list[LayerCodes] = []
-    for index in layers(range(len(codes))):
-        runs = [_run(model, architecture, index, *given) for given in zip(tokens, plain, strict=True)]
-        plain = [run.output for run in runs]
-        with trial(model, architecture, _alone(codes[index], index, len(codes))):
-            trials = [_run(model, architecture, index, *given) for given in zip(tokens, coded, strict=True)]
-            sums = _Sums(*projection(attention_modules(model, architecture)[index], architecture, "output"))
-        if codes[index].is_empty:
-            fitted.append(codes[index])
-            coded = [run.output for run in trials]
-            continue
-        for run, wanted in zip(trials, runs, strict=True):
-            sums.add(run.attended, wanted.projected)
-        weight, bias = sums.solve()
-        fitted.append(replace(codes[index], output_weight=weight, output_bias=bias))
-        with trial(model, architecture, _alone(fitted[index], index, len(codes))):
-            coded = [_run(model, architecture, index, *given).output for given in zip(tokens, coded, strict=True)]
+    fitted = list(codes)
+    lent: dict[int, list[Any]] = {}  # and what its caches give back to the layers that read them
+    for first, last in runs_of(codes, layers):
+        if all(code.is_empty for code in codes[first:]):
+            break
+        refit = _Refit(model, architecture, first, last, tokens, lent)
+        wanted = list(refit.runs(plain))
+        if not all(code.is_empty for code in codes[first : last + 1]):
+            fitted[first] = refit.fitted(fitted, coded, wanted)
+        is_read = any(code.donor == first for code in codes)
+        untouched = not is_read and all(code.is_empty for code in codes[: last + 1])
+        found = wanted if untouched else list(refit.runs(coded, fitted))
+        coded = [run.output for run in found]
+        if is_read:
+            lent[first] = [run.lent for run in found]
+        plain = [run.output for run in wanted]
     return tuple(fitted)
 
 
+def runs_of(
+    codes: Sequence[LayerCodes], layers: Callable[[Iterable[int]], Iterable[int]] = iter
+) -> Iterator[tuple[int, int]]:
+    """Indices of each layer, and of the last of the blocks behind it that are gone, itself if none is."""
+    for first in layers(range(len(codes))):
+        if first and codes[first].is_dropped:
+            continue
+        last = first
+        while last + 1 < len(codes) and codes[last + 1].is_dropped:
+            last += 1
+        yield first, last
+
+
 @dataclass
-class _Sums:
-    """Normal equations of one layer, about the projection that it has.
+class _Refit:
+    """One layer, with the blocks behind it that are gone.
 
     Attributes:
-        weight: [hidden, inputs].
-        bias: [hidden], or None.
+        model: The prepared model, without codes.
+        architecture: Where its parts live.
+        first: The layer.
+        last: The last block behind it that is gone, or the layer itself.
+        tokens: Windows, [1, length] each.
+        lent: What the caches of layers below give back, by window, where others read them.
+    """
+
+    model: Any
+    architecture: Architecture
+    first: int
+    last: int
+    tokens: list[Tensor]
+    lent: dict[int, list[Any]]
+
+    def fitted(self, codes: Sequence[LayerCodes], before: list[Any], wanted: list[_Run]) -> LayerCodes:
+        """The layer's code with what can be fitted of it.
+
+        Args:
+            codes: Of all layers, those below fitted already.
+            before: What the layers below give, by window.
+            wanted: What the layers do in the model as it is.
+        """
+        code, is_linear = codes[self.first], self.architecture.post_norms is None
+        if code.heads != () and not code.is_empty:
+            whole = is_linear and code.mlp_mean is not None
+            weight, bias = self._solved("output", codes, before, wanted, whole=whole)
+            code = replace(code, output_weight=weight, output_bias=bias)
+        if is_linear and code.mlp_mean is None and (code.heads == () or self.last > self.first):
+            codes = [*codes[: self.first], code, *codes[self.first + 1 :]]
+            weight, bias = self._solved("down", codes, before, wanted, whole=True)
+            code = replace(code, down_weight=weight, down_bias=bias)
+        return code
+
+    def _solved(
+        self, side: Side, codes: Sequence[LayerCodes], before: list[Any], wanted: list[_Run], *, whole: bool
+    ) -> tuple[Array, Array]:
+        """Weight and bias of a projection, fitted to what it gave, or to what the whole of the layers gave."""
+        multiplier, equations = residual_multiplier(self.model), _Equations()
+        for run, want in zip(self.runs(before, codes, side), wanted, strict=True):
+            if whole:
+                equations.add(run.read, (want.output - run.output) / multiplier, want.output)
+            else:
+                equations.add(run.read, want.projected - run.projected)
+        with trial(self.model, self.architecture, self._alone(codes)):
+            weight, bias = parameters(self._projection(side))
+        change, shift = equations.solve()
+        return weight + change, shift + (0.0 if bias is None else bias)
+
+    def runs(
+        self, before: list[Any], codes: Sequence[LayerCodes] | None = None, side: Side = "output"
+    ) -> Iterator[_Run]:
+        """What the layers do with what the layer below them gives, without codes or with, window by window.
+
+        Args:
+            before: What the layer below gives.
+            codes: Of all layers.
+            side: The projection of the first of them that is looked at.
+        """
+        with trial(self.model, self.architecture, self._alone(codes)):
+            slim = slim_modules(self.model, self.architecture)[self.first]
+            for place, (tokens, given) in enumerate(zip(self.tokens, before, strict=True)):
+                if slim.borrowed is not None:
+                    slim.borrowed.states = self.lent[slim.borrowed.layer][place]
+                run = self._run(tokens, given, side)
+                yield run if slim.lent is None else run._replace(lent=slim.lent.states)
+
+    def _alone(self, codes: Sequence[LayerCodes] | None) -> tuple[LayerCodes, ...]:
+        """Codes of these layers and of those that read the cache of the first, and none of any other."""
+        if codes is None:
+            return (LayerCodes(),) * len(layer_modules(self.model, self.architecture))
+        inside = range(self.first, self.last + 1)
+        return tuple(
+            code if at in inside or code.donor == self.first else LayerCodes() for at, code in enumerate(codes)
+        )
+
+    def _projection(self, side: Side) -> Any:
+        """The projection of the first layer, or None where it is gone."""
+        output = f"{self.architecture.attention}.{self.architecture.output}"
+        name = output if side == "output" else self.architecture.down
+        found = dict(layer_modules(self.model, self.architecture)[self.first].named_modules()).get(name)
+        return found if isinstance(found, torch.nn.Linear) else None
+
+    def _run(self, tokens: Tensor, before: Any, side: Side) -> _Run:
+        """One window through these layers; the others do nothing."""
+        layers = layer_modules(self.model, self.architecture)
+        others = [layer for at, layer in enumerate(layers) if not self.first <= at <= self.last]
+        given: list[Any] = []
+        seen: list[tuple[Tensor, Tensor]] = []
+        hooks = [layers[self.last].register_forward_hook(lambda *call: given.append(call[2]))]
+        projection = self._projection(side)
+        if projection is not None:
+            hooks.append(projection.register_forward_hook(lambda _, inputs, result: seen.append((inputs[0], result))))
+        for layer in others:
+            layer.forward = lambda *_, **__: given[0] if given else before
+        try:
+            with torch.inference_mode():
+                self.model.base_model(input_ids=tokens, use_cache=False)
+        finally:
+            for layer in others:
+                del layer.forward
+            for hook in hooks:
+                hook.remove()
+        return _Run(given[0], *(seen[0] if seen else (given[0], given[0])))
+
+
+class _Run(NamedTuple):
+    """What a layer, and the blocks behind it that are gone, did.
+
+    Attributes:
+        output: [1, length, hidden], what the last of them gives.
+        read: [1, length, inputs], what the layer's projection read.
+        projected: [1, length, hidden], what that gave.
+        lent: Keys and values as its cache gives them back, where other layers read them.
+    """
+
+    output: Tensor
+    read: Tensor
+    projected: Tensor
+    lent: Any = None
+
+
+@dataclass
+class _Equations:
+    """Normal equations of a change to a projection.
+
+    Attributes:
         moments: [inputs + 1, inputs + 1] of inputs with a one behind them.
         products: [hidden, inputs + 1] of what is missing and those inputs.
     """
 
-    weight: Array
-    bias: Array | None
     moments: Array | float = 0.0
     products: Array | float = 0.0
 
-    def add(self, inputs: Tensor, wanted: Tensor) -> None:
-        """Adds [1, length, inputs] attention outputs and the [1, length, hidden] that should come of them."""
-        rows = inputs[0].double().numpy()
-        given = rows @ self.weight.T + (0.0 if self.bias is None else self.bias)
+    def add(self, inputs: Tensor, missing: Tensor, scale: Tensor | None = None) -> None:
+        """Adds [1, length, inputs] that a projection reads and the [1, length, hidden] that is missing behind it.
+
+        Where `scale` is given, [1, length, hidden], errors count relative to its norm at each token: the norm of the
+        next layer divides by that, and a few tokens with huge hidden states would else decide alone.
+        """
+        rows, wanted = (states.reshape(-1, states.shape[-1]).double().numpy() for states in (inputs, missing))
         rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
+        if scale is not None:
+            norms = np.linalg.norm(scale.reshape(-1, scale.shape[-1]).double().numpy(), axis=1, keepdims=True)
+            norms[norms == 0] = np.inf  # padding at a window's start
+            rows, wanted = rows / norms, wanted / norms
         self.moments = self.moments + rows.T @ rows
-        self.products = self.products + (wanted[0].double().numpy() - given).T @ rows
+        self.products = self.products + wanted.T @ rows
 
     def solve(self) -> tuple[Array, Array]:
-        """Weight and bias of the regression."""
-        moments = np.asarray(self.moments)
-        damping = RIDGE * np.trace(moments[:-1, :-1]) / (len(moments) - 1) + np.finfo(np.float64).tiny
-        ridge = np.diag([*[damping] * (len(moments) - 1), 0.0])
-        change = np.linalg.solve(moments + ridge, np.asarray(self.products).T).T
-        return self.weight + change[:, :-1], change[:, -1] + (0.0 if self.bias is None else self.bias)
-
-
-class _Run(NamedTuple):
-    """What one layer did.
-
-    Attributes:
-        output: As the layer gives it.
-        attended: [1, length, inputs], what its output projection read.
-        projected: [1, length, hidden], what that gave.
-    """
-
-    output: Any
-    attended: Tensor
-    projected: Tensor
-
-
-def _run(model: Any, architecture: Architecture, index: int, tokens: Tensor, before: Any) -> _Run:
-    """One layer on what the layer below it gives; the others do nothing."""
-    layers = list(model.get_submodule(architecture.layers).children())
-    output = attention_modules(model, architecture)[index].get_submodule(architecture.output)
-    given: list[Any] = []
-    seen: list[tuple[Tensor, Tensor]] = []
-    hooks = [
-        layers[index].register_forward_hook(lambda *call: given.append(call[2])),
-        output.register_forward_hook(lambda _, inputs, result: seen.append((inputs[0], result))),
-    ]
-    others = [layer for layer in layers if layer is not layers[index]]
-    for layer in others:
-        layer.forward = lambda *_, **__: given[0] if given else before
-    try:
-        with torch.inference_mode():
-            model.base_model(input_ids=tokens, use_cache=False)
-    finally:
-        for layer in others:
-            del layer.forward
-        for hook in hooks:
-            hook.remove()
-    return _Run(given[0], *seen[0])
-
-
-def _alone(code: LayerCodes, index: int, count: int) -> tuple[LayerCodes, ...]:
-    """Codes of one layer of `count`, and none of any other."""
-    return tuple(code if place == index else LayerCodes() for place in range(count))
+        """Changes of weight and bias."""
+        moments = np.array(self.moments)
+        inputs = np.arange(len(moments) - 1)
+        moments[inputs, inputs] += RIDGE * moments[inputs, inputs].mean() + np.finfo(np.float64).tiny
+        change = np.linalg.solve(moments, np.asarray(self.products).T).T
+        return change[:, :-1], change[:, -1]

@@ -72,9 +72,10 @@ class Judge:
 
     def kl(self, codes: tuple[LayerCodes, ...]) -> float:
         """Mean KL(model || model with codes), nats per token."""
-        first = next((layer for layer, code in enumerate(codes) if not code.is_empty), None)
-        if first is None:
+        changed = [layer if code.donor is None else code.donor for layer, code in enumerate(codes) if not code.is_empty]
+        if not changed:
             return 0.0
+        first = min(changed)
         total = 0.0
         with trial(self.model, self.architecture, codes):
             known = zip(self.batches, self._weights, self._outputs, self._reference, strict=True)

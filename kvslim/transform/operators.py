@@ -68,30 +68,20 @@ def group_query_attention(
         [batch, length, q_heads, dim].
     """
     (batch, q_heads, length, dim), kv_heads = states[0].shape, states[1].shape[1]
-    attributes: dict[str, Any] = {"num_heads": q_heads, "kv_num_heads": kv_heads, "scale": float(scoring.scale)}
+    attributes, past_key = _attributes(states[0], kv_heads, scoring, cache, scales), step.past[0]
     attributes |= {"do_rotary": int(rotary is not None)}
-    past_key, past_value = step.past
     rows = past_key.shape[2] + length
-    if scoring.softcap is not None:
-        attributes["softcap"] = float(scoring.softcap)
-    if scoring.window is not None:
-        attributes["local_window_size"] = scoring.window
-        if step.window_cache:
-            attributes["sliding_window_cache"] = 1
-            rows = past_key.shape[2]
-    last = step.mask.sum(-1).to(torch.int32) - 1
-    total = torch.tensor(step.mask.shape[1], dtype=torch.int32)
-    inputs: list[Tensor | None] = [*map(_merged, states), *step.past, last, total]
+    if scoring.window is not None and step.window_cache:
+        attributes["sliding_window_cache"] = 1
+        rows = past_key.shape[2]
+    inputs: list[Tensor | None] = [*map(_merged, states), *step.past, *_lengths(step)]
     inputs += [None, None] if rotary is None else [rotary.cos, rotary.sin]
-    if scales is not None:
-        kind = "PER_TENSOR" if scales[0].ndim == 1 else "PER_CHANNEL"
-        attributes |= {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": BITS[cache]}
-        inputs += [None] * 3 + list(scales)
+    inputs += [] if scales is None else [None] * 3 + list(scales)
     attended, *present = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
         inputs,
         attrs=attributes,
-        dtypes=[states[0].dtype, past_key.dtype, past_value.dtype],
+        dtypes=[states[0].dtype, past_key.dtype, past_key.dtype],
         shapes=[(batch, length, q_heads * dim), *[(batch, kv_heads, rows, past_key.shape[3])] * 2],
         version=1,
     )
@@ -99,20 +89,81 @@ def group_query_attention(
     return attended.reshape(batch, length, q_heads, dim)
 
 
+def shared_attention(
+    step: ExportStep, query: Tensor, donor: tuple[Tensor, Tensor], scoring: Scoring, *, cache: CacheType, scales: Scales
+) -> Tensor:
+    """Attention over another layer's cache by the same operator, which then gets no new keys and values.
+
+    The operator gives a present cache of its own; bound to the donor's memory it copies nothing. It could do without
+    over float32 alone, and there onnxruntime before 1.31 crashes.
+
+    Args:
+        step: Where it stands in the graph; takes that present cache.
+        query: [batch, q_heads, length, dim], to be multiplied with what the donor keeps.
+        donor: Its present cache, with the new tokens.
+        scoring: How scores become weights.
+        cache: How the donor stores keys and values.
+        scales: Its steps.
+
+    Returns:
+        [batch, length, q_heads, dim].
+    """
+    (batch, q_heads, length, dim), (kv_heads, rows, columns) = query.shape, donor[0].shape[1:]
+    merged = _merged(query)
+    nothing = merged[:, :0, : kv_heads * dim]
+    inputs: list[Tensor | None] = [merged, nothing, nothing, *donor, *_lengths(step)]
+    inputs += [] if scales is None else [None] * 5 + list(scales)
+    attended, *present = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        inputs,
+        attrs=_attributes(query, kv_heads, scoring, cache, scales),
+        dtypes=[query.dtype, donor[0].dtype, donor[1].dtype],
+        shapes=[(batch, length, q_heads * dim), *[(batch, kv_heads, rows, columns)] * 2],
+        version=1,
+    )
+    step.present = (present[0], present[1])
+    return attended.reshape(batch, length, q_heads, dim)
+
+
+def _attributes(query: Tensor, kv_heads: int, scoring: Scoring, cache: CacheType, scales: Scales) -> dict[str, Any]:
+    attributes: dict[str, Any] = {"num_heads": query.shape[1], "kv_num_heads": kv_heads, "scale": float(scoring.scale)}
+    if scoring.softcap is not None:
+        attributes["softcap"] = float(scoring.softcap)
+    if scoring.window is not None:
+        attributes["local_window_size"] = scoring.window
+    if scales is not None:
+        kind = "PER_TENSOR" if scales[0].ndim == 1 else "PER_CHANNEL"
+        attributes |= {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": BITS[cache]}
+    return attributes
+
+
+def _lengths(step: ExportStep) -> tuple[Tensor, Tensor]:
+    """Index of the last token of each sequence, [batch], and the longest length: what the operator reads."""
+    return step.mask.sum(-1).to(torch.int32) - 1, torch.tensor(step.mask.shape[1], dtype=torch.int32)
+
+
 def standard_attention(step: ExportStep, states: tuple[Tensor, Tensor, Tensor], scoring: Scoring) -> Tensor:
     """Attention by the operators of ONNX 24; arguments and result as for `group_query_attention`."""
     query, key, value = states
-    length = query.shape[2]
-    start = step.mask.sum(-1) - length
-    present = tuple(
+    start = step.mask.sum(-1) - query.shape[2]
+    key, value = (
         _symbolic("TensorScatter", [past, new, start], past.shape, axis=2)
         for past, new in zip(step.past, (key, value), strict=True)
     )
-    step.present = (present[0], present[1])
+    step.present = (key, value)
+    return standard_shared_attention(step, query, (key, value), scoring)
+
+
+def standard_shared_attention(
+    step: ExportStep, query: Tensor, present: tuple[Tensor, Tensor], scoring: Scoring
+) -> Tensor:
+    """Attention over a cache that holds the new tokens already; arguments and result as for `shared_attention`."""
+    length = query.shape[2]
+    start = step.mask.sum(-1) - length
     age = (start[:, None] + torch.arange(length))[:, None, :, None] - torch.arange(step.rows)
     visible = age >= 0 if scoring.window is None else (age >= 0) & (age < scoring.window)
     options = {} if scoring.softcap is None else {"softcap": float(scoring.softcap)}
-    shape = (*query.shape[:3], value.shape[3])
+    shape = (*query.shape[:3], present[1].shape[3])
     inputs = [query, *present, visible]
     return _symbolic("Attention", inputs, shape, scale=float(scoring.scale), **options).transpose(1, 2)
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kvslim.load.architecture import Architecture
-from kvslim.transform.attention import NAME, SlimAttention, register
+from kvslim.transform.attention import NAME, Lent, SlimAttention, register
 from kvslim.transform.codes import REFINEMENT, Array, LayerCodes
 from kvslim.transform.normal import normalise
+from kvslim.transform.removal import remove_parts, residual_multiplier
 from kvslim.transform.rotary import take_over
 from kvslim.transform.streaming import Ring
 from kvslim.types import ModelSpec
@@ -21,10 +22,14 @@ from kvslim.types import ModelSpec
 SIDES = ("query", "key", "value")
 
 
+def layer_modules(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
+    """The layers, in order."""
+    return list(model.get_submodule(architecture.layers).children())
+
+
 def attention_modules(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
     """The attention module of each layer, in order."""
-    layers = model.get_submodule(architecture.layers).children()
-    return [layer.get_submodule(architecture.attention) for layer in layers]
+    return [layer.get_submodule(architecture.attention) for layer in layer_modules(model, architecture)]
 
 
 def slim_modules(model: nn.Module, architecture: Architecture) -> list[SlimAttention]:
@@ -119,12 +124,21 @@ def install(model: nn.Module, architecture: Architecture, codes: tuple[LayerCode
 
     Keys and queries are coded after RoPE; without RoPE their codes fold into the projections too.
     """
-    for attention, whole in zip(attention_modules(model, architecture), codes, strict=True):
-        slim: SlimAttention = attention.kvslim  # type: ignore[assignment]
+    multiplier, slims = residual_multiplier(model), slim_modules(model, architecture)
+    for layer, slim, whole in zip(layer_modules(model, architecture), slims, codes, strict=True):
+        attention = layer.get_submodule(architecture.attention)
+        remove_parts(layer, architecture, whole, multiplier)
+        if whole.down_weight is not None and whole.down_bias is not None:
+            layer.set_submodule(architecture.down, _linear(whole.down_weight, whole.down_bias))
+        if whole.donor is not None:
+            slim.borrowed = slims[whole.donor].lent = slims[whole.donor].lent or Lent(whole.donor)
         if whole.heads is not None:
-            _prune_heads(attention, slim, architecture, whole)
+            slim.heads = {"query": whole.heads}
+            slim.heads |= {} if whole.donor is not None else dict.fromkeys(("key", "value"), whole.kv_heads)
         if slim.is_dropped:
             continue
+        if whole.heads is not None:
+            _prune_heads(attention, slim, architecture, whole)
         code = whole.of_kept_heads()
         _install_linear_codes(attention, slim, architecture, code)
         _install_storage(slim, code)
@@ -133,11 +147,16 @@ def install(model: nn.Module, architecture: Architecture, codes: tuple[LayerCode
 def _install_linear_codes(
     attention: nn.Module, slim: SlimAttention, architecture: Architecture, code: LayerCodes
 ) -> None:
-    if code.key_encoder is not None and code.query_encoder is not None:
+    if code.query_encoder is not None:
         query_encoder = _with_copies(code.query_encoder, code.refined, axis=2)
-        _install_key_code(attention, slim, architecture, query_encoder, code.key_encoder)
+        _install_query_code(attention, slim, architecture, query_encoder)
+    if code.key_encoder is not None:
+        _install_key_code(attention, slim, architecture, code.key_encoder)
     if code.value_encoder is not None:
-        _install_value_code(attention, slim, architecture, code)
+        _fold(attention, slim, architecture, "value", code.value_encoder)
+    if code.value_decoder is not None and code.value_offset is not None:
+        decoder = _with_copies(code.value_decoder, code.value_refined, axis=1)
+        _install_value_decoder(attention, architecture, decoder, code.value_offset)
     if code.output_weight is not None and code.output_bias is not None:
         _set_output(attention, architecture, code.output_weight, code.output_bias)
 
@@ -160,31 +179,37 @@ def _install_storage(slim: SlimAttention, code: LayerCodes) -> None:
 @contextlib.contextmanager
 def trial(model: nn.Module, architecture: Architecture, codes: tuple[LayerCodes, ...]) -> Iterator[None]:
     """Within the block a prepared model computes with `codes`; after it, as before."""
-    attentions = attention_modules(model, architecture)
-    outputs = [attention.get_submodule(architecture.output) for attention in attentions]
-    slims = slim_modules(model, architecture)
+    layers, slims = layer_modules(model, architecture), slim_modules(model, architecture)
+    modules = [{name: layer.get_submodule(name) for name in architecture.edited} for layer in layers]
     before = [{**vars(slim), "_buffers": dict(slim._buffers)} for slim in slims]
     try:
         install(model, architecture, codes)
         yield
     finally:
-        for attention, output, slim, state in zip(attentions, outputs, slims, before, strict=True):
-            attention.set_submodule(architecture.output, output)
+        for layer, slim, edited, state in zip(layers, slims, modules, before, strict=True):
+            vars(layer).pop("forward", None)
+            for name, module in edited.items():
+                layer.set_submodule(name, module)
             vars(slim).update(state)
 
 
 def projection(attention: nn.Module, architecture: Architecture, side: str) -> tuple[Array, Array | None]:
     """Weight [out, in] and bias [out] in float64 of one projection: "query", "key", "value" or "output"."""
     module: Any = attention.get_submodule(getattr(architecture, side))
-    weight, bias = module.weight, module.bias
     if side in SIDES and (own := getattr(attention.kvslim, f"{side}_weight")) is not None:
-        weight, bias = own, getattr(attention.kvslim, f"{side}_bias")
-    return _double(weight), None if bias is None else _double(bias)
+        bias = getattr(attention.kvslim, f"{side}_bias")
+        return _double(own), None if bias is None else _double(bias)
+    return parameters(module)
+
+
+def parameters(linear: Any) -> tuple[Array, Array | None]:
+    """Weight [out, in] and bias [out] in float64 of a linear module."""
+    return _double(linear.weight), None if linear.bias is None else _double(linear.bias)
 
 
 def _prune_heads(attention: nn.Module, slim: SlimAttention, architecture: Architecture, code: LayerCodes) -> None:
     """Takes heads out of all projections; their mean output stays, as a bias."""
-    if code.heads is None or code.mean_output is None:
+    if code.heads is None or code.mean_output is None or slim.heads is None:
         raise ValueError("pruned heads need the mean output of all heads")
     q_heads, head_dim = code.mean_output.shape
     weight, bias = projection(attention, architecture, "output")
@@ -192,11 +217,6 @@ def _prune_heads(attention: nn.Module, slim: SlimAttention, architecture: Archit
     gone = [head for head in range(q_heads) if head not in code.heads]
     shift = np.einsum("ohd,hd->o", by_head[:, gone], code.mean_output[gone])
     bias = shift if bias is None else bias + shift
-    slim.heads = {"query": code.heads, "key": code.kv_heads, "value": code.kv_heads}
-    if not code.heads:
-        constant = bias if code.output_bias is None else code.output_bias
-        _set_output(attention, architecture, np.zeros((len(weight), 1)), constant)
-        return
     _set_output(attention, architecture, by_head[:, code.heads].reshape(len(weight), -1), bias)
     for side, heads in slim.heads.items():
         if side == "value" or not _is_changed_later(attention, architecture, side):
@@ -212,28 +232,22 @@ def _is_changed_later(attention: nn.Module, architecture: Architecture, side: st
     return normed or (side == "query" and architecture.scaled_query)
 
 
-def _install_key_code(
-    attention: nn.Module, slim: SlimAttention, architecture: Architecture, query_encoder: Array, key_encoder: Array
-) -> None:
-    if slim.rotary is not None:
-        slim.query_encoder, slim.key_encoder = _tensor(query_encoder), _tensor(key_encoder)
-        return
-    if architecture.scaled_query:
-        slim.query_encoder = _tensor(query_encoder)
+def _install_query_code(attention: nn.Module, slim: SlimAttention, architecture: Architecture, encoder: Array) -> None:
+    if slim.rotary is not None or architecture.scaled_query:
+        slim.query_encoder = _tensor(encoder)
     else:
-        _fold(attention, slim, architecture, "query", query_encoder)
-    _fold(attention, slim, architecture, "key", key_encoder)
+        _fold(attention, slim, architecture, "query", encoder)
 
 
-def _install_value_code(
-    attention: nn.Module, slim: SlimAttention, architecture: Architecture, code: LayerCodes
-) -> None:
-    encoder, decoder, offset = code.value_encoder, code.value_decoder, code.value_offset
-    if encoder is None or decoder is None or offset is None:
-        raise ValueError("a value code needs encoder, decoder and offset")
-    _fold(attention, slim, architecture, "value", encoder)
+def _install_key_code(attention: nn.Module, slim: SlimAttention, architecture: Architecture, encoder: Array) -> None:
+    if slim.rotary is not None:
+        slim.key_encoder = _tensor(encoder)
+    else:
+        _fold(attention, slim, architecture, "key", encoder)
+
+
+def _install_value_decoder(attention: nn.Module, architecture: Architecture, decoder: Array, offset: Array) -> None:
     weight, bias = projection(attention, architecture, "output")
-    decoder = _with_copies(decoder, code.value_refined, axis=1)
     heads, rank, head_dim = decoder.shape
     if weight.shape[1] != heads * head_dim:
         raise ValueError(f"output projection reads {weight.shape[1]} values, the code gives {heads} x {head_dim}")
@@ -244,10 +258,14 @@ def _install_value_code(
 
 
 def _set_output(attention: nn.Module, architecture: Architecture, weight: Array, bias: Array) -> None:
-    output = nn.Linear(weight.shape[1], len(weight))
-    output.weight = nn.Parameter(_tensor(weight), requires_grad=False)
-    output.bias = nn.Parameter(_tensor(bias), requires_grad=False)
-    attention.set_submodule(architecture.output, output)
+    attention.set_submodule(architecture.output, _linear(weight, bias))
+
+
+def _linear(weight: Array, bias: Array) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], len(weight), device="meta")
+    linear.weight = nn.Parameter(_tensor(weight), requires_grad=False)
+    linear.bias = nn.Parameter(_tensor(bias), requires_grad=False)
+    return linear
 
 
 def _with_copies(array: Array, count: int, axis: int) -> Array:

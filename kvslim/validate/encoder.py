@@ -14,7 +14,7 @@ from kvslim.recipe import Recipe
 from kvslim.runtime.encoder import EncoderSession, pad
 from kvslim.types import Measures, ModelSpec, Report
 from kvslim.validate.gates import report
-from kvslim.validate.latency import in_turns, milliseconds
+from kvslim.validate.latency import Cost, Times, cost, in_turns
 from kvslim.validate.measure import file_mib
 from kvslim.validate.retrieval import retrieval_rank_correlation
 from kvslim.validate.rss import peak_rss
@@ -52,34 +52,33 @@ def measure_encoder(plain: Path, artifact: Path, spec: ModelSpec, recipe: Recipe
     return report(gates, floor=Measures.model_validate(quality["floor"]), **columns)
 
 
-def encoder_costs(
-    models: Mapping[str, Path], lengths: Sequence[int], repeats: int, threads: int | None = None
-) -> dict[str, Measures]:
+def encoder_costs(models: Mapping[str, Path], lengths: Sequence[int], repeats: int) -> dict[str, Measures]:
     """File size, memory at the longest text, and latency of one text by length, timed in turns; by name.
 
     Raises:
         NotFoundError, ArtifactError: A model cannot be opened, or has fewer positions than a length.
     """
-    sessions = {name: EncoderSession(path, threads=threads) for name, path in models.items()}
-    times = {length: _times(sessions, length, repeats) for length in lengths}
+    sessions = {name: EncoderSession(path) for name, path in models.items()}
+    costs = {length: time_texts(sessions, length, repeats) for length in lengths}
     del sessions
     return {
         name: Measures(
             file_mib=file_mib(path),
-            latency_ms={str(length): float(np.median(times[length][name])) for length in lengths},
-            peak_rss_mib=peak_rss(path, max(lengths), threads, use="encode"),
+            latency_ms={str(length): float(np.median(costs[length][name][:, 0])) for length in lengths},
+            peak_rss_mib=peak_rss(path, max(lengths), use="encode"),
         )
         for name, path in models.items()
     }
 
 
-def _times(sessions: Mapping[str, EncoderSession], length: int, repeats: int) -> dict[str, npt.NDArray[np.float64]]:
-    ids, mask = pad([[0] * length])
+def time_texts(sessions: Mapping[str, EncoderSession], length: int, repeats: int, batch: int = 1) -> dict[str, Times]:
+    """What texts of so many tokens take, timed in turns: costs [repeats, 2] by name, milliseconds and joules."""
+    ids, mask = pad([[0] * length] * batch)
 
-    def timed(name: str) -> float:
+    def timed(name: str) -> Cost:
         # The run before puts the model's weights where a service in use has them: in the processor's caches.
         sessions[name].hidden_states(ids, mask)
-        return milliseconds(lambda: sessions[name].hidden_states(ids, mask))
+        return cost(lambda: sessions[name].hidden_states(ids, mask))
 
     return in_turns(list(sessions), timed, repeats)
 

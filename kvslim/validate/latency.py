@@ -1,4 +1,4 @@
-"""Time to first token and time per output token of several models, interleaved in one process."""
+"""Time to first token and time per output token of several models, interleaved in one process, and their energy."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kvslim.errors import UsageError
 from kvslim.runtime.session import DecodeSession
+from kvslim.validate.energy import joules_since, microjoules
 
 Times = npt.NDArray[np.float64]
 Quartiles = tuple[float, float]
+
+
+class Cost(NamedTuple):
+    """What one run takes."""
+
+    milliseconds: float
+    joules: float
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,13 @@ class Latency:
     tpot_ratio: dict[str, float]
 
 
+class Runs(NamedTuple):
+    """What models took, by length in tokens and then by name: costs [repeats, 2], milliseconds and joules."""
+
+    ttft: dict[int, dict[str, Times]]
+    tpot: dict[int, dict[str, Times]]
+
+
 def measure_latency(
     models: Mapping[str, Path],
     prompts: Sequence[int],
@@ -46,20 +62,34 @@ def measure_latency(
     repeats: int,
     threads: int | None = None,
 ) -> dict[str, Latency]:
+    """Times models in turns; arguments and errors as `time_models`, the first model is the reference of the ratios."""
+    runs = time_models(models, prompts, contexts, repeats, threads)
+    return {name: _latency(name, next(iter(models)), runs) for name in models}
+
+
+def time_models(
+    models: Mapping[str, Path],
+    prompts: Sequence[int],
+    contexts: Sequence[int],
+    repeats: int,
+    threads: int | None = None,
+    batch: int = 1,
+) -> Runs:
     """Times models in turns (A B B A), so that slow changes of the machine's load hit all of them.
 
     A context is reached with random cache content, which takes the same time as real content, and is held
     there. A prefill is long and steady, so prompts are timed a quarter as often as contexts, but thrice at least.
 
     Args:
-        models: Graph or folder by name; the first one is the reference of the ratios.
+        models: Graph or folder by name.
         prompts: Prompt lengths in tokens for TTFT.
         contexts: Context lengths in tokens for TPOT.
         repeats: Timed turns per context, at least 2.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
+        batch: Sequences side by side; a step then gives as many tokens.
 
     Raises:
-        UsageError: A length is not positive, or there are less than 2 repeats.
+        UsageError: A length is not positive, there are less than 2 repeats, or a model decodes one sequence alone.
         NotFoundError, ArtifactError: A model cannot be opened.
     """
     if min(repeats - 1, *prompts, *contexts) < 1:
@@ -67,20 +97,22 @@ def measure_latency(
             "lengths must be positive, and repeats 2 or more", where="latency", fix="use longer lengths, more repeats"
         )
     capacity = max((1, *prompts, *(context + 1 for context in contexts)))
-    sessions = {name: DecodeSession(path, capacity=capacity, threads=threads) for name, path in models.items()}
-    ttft = {str(length): _prefill_times(sessions, length, max(3, repeats // 4)) for length in prompts}
-    tpot = {str(length): _decode_times(sessions, length, repeats) for length in contexts}
-    reference = next(iter(models), "")
-    return {name: _latency(name, reference, ttft, tpot) for name in models}
+    sessions = {
+        name: DecodeSession(path, capacity=capacity, threads=threads, batch=batch) for name, path in models.items()
+    }
+    return Runs(
+        ttft={length: _prefill_times(sessions, length, max(3, repeats // 4)) for length in prompts},
+        tpot={length: _decode_times(sessions, length, repeats) for length in contexts},
+    )
 
 
 def _prefill_times(sessions: Mapping[str, DecodeSession], length: int, repeats: int) -> dict[str, Times]:
     generator = np.random.default_rng(0)
     prompts = {name: generator.integers(session.vocab, size=length) for name, session in sessions.items()}
 
-    def timed(name: str) -> float:
+    def timed(name: str) -> Cost:
         sessions[name].reset()
-        return milliseconds(lambda: sessions[name].prefill(prompts[name]))
+        return cost(lambda: sessions[name].prefill(prompts[name]))
 
     return in_turns(list(sessions), timed, repeats)
 
@@ -89,11 +121,11 @@ def _decode_times(sessions: Mapping[str, DecodeSession], context: int, repeats: 
     for session in sessions.values():
         session.fill(context)
 
-    def timed(name: str) -> float:
+    def timed(name: str) -> Cost:
         # The step before puts the model where a decode loop has it: its weights in the processor's caches, and the
         # other model's worker threads, which spin for a while after their last step, asleep.
         _step(sessions[name], context)
-        return milliseconds(lambda: _step(sessions[name], context))
+        return cost(lambda: _step(sessions[name], context))
 
     return in_turns(list(sessions), timed, repeats)
 
@@ -103,8 +135,10 @@ def _step(session: DecodeSession, context: int) -> None:
     session.length = context  # the content is random, so what a window has dropped is not missed
 
 
-def in_turns(names: Sequence[str], timed: Callable[[str], float], repeats: int) -> dict[str, Times]:
-    """Milliseconds [repeats] by name, in changing order (A B B A); the first turn warms up and is not counted.
+def in_turns(names: Sequence[str], timed: Callable[[str], float | Cost], repeats: int) -> dict[str, Times]:
+    """Milliseconds [repeats] or costs [repeats, 2] by name, in changing order (A B B A).
+
+    The first turn warms up and is not counted.
 
     What runs second finds the processor's caches as the first left them, which is worth some percent.
     """
@@ -113,31 +147,44 @@ def in_turns(names: Sequence[str], timed: Callable[[str], float], repeats: int) 
     return {name: np.array([turn[name] for turn in turns[1:]]) for name in names}
 
 
-def milliseconds(action: Callable[[], object]) -> float:
-    """The time that an action takes."""
+def cost(action: Callable[[], object]) -> Cost:
+    """What an action takes; joules are nan where the machine does not tell."""
+    before = microjoules()
     start = time.perf_counter()
     action()
-    return (time.perf_counter() - start) * 1e3
+    milliseconds = (time.perf_counter() - start) * 1e3
+    return Cost(milliseconds, joules_since(before))
 
 
-def _latency(
-    name: str, reference: str, ttft: Mapping[str, Mapping[str, Times]], tpot: Mapping[str, Mapping[str, Times]]
-) -> Latency:
-    return Latency(
-        ttft_ms={length: float(np.median(times[name])) for length, times in ttft.items()},
-        tpot_ms={length: float(np.median(times[name])) for length, times in tpot.items()},
-        ttft_quartiles_ms={length: _quartiles(times[name]) for length, times in ttft.items()},
-        tpot_quartiles_ms={length: _quartiles(times[name]) for length, times in tpot.items()},
-        ttft_ratio={length: _ratio(times[name], times[reference]) for length, times in ttft.items()},
-        tpot_ratio={length: _ratio(times[name], times[reference]) for length, times in tpot.items()},
-    )
+def joules_per_token(costs: Times, tokens: int) -> float | None:
+    """Mean energy of runs of so many tokens; None where the machine does not tell.
+
+    A counter moves about once in a millisecond, so that a single run tells little; a median would keep that.
+    """
+    joules = float(costs[:, 1].mean()) / tokens
+    return joules if np.isfinite(joules) else None
 
 
-def _ratio(times: Times, reference: Times) -> float:
+def ratio(times: Times, reference: Times) -> float:
     """Median ratio over neighbouring turns, one in either order."""
     return float(np.median((times[1:] + times[:-1]) / (reference[1:] + reference[:-1])))
 
 
-def _quartiles(times: Times) -> Quartiles:
+def quartiles(times: Times) -> Quartiles:
+    """The first and the third."""
     first, third = np.quantile(times, [0.25, 0.75])
     return float(first), float(third)
+
+
+def _latency(name: str, reference: str, runs: Runs) -> Latency:
+    ttft, tpot = (
+        {str(length): (costs[name][:, 0], costs[reference][:, 0]) for length, costs in table.items()} for table in runs
+    )
+    return Latency(
+        ttft_ms={length: float(np.median(times)) for length, (times, _) in ttft.items()},
+        tpot_ms={length: float(np.median(times)) for length, (times, _) in tpot.items()},
+        ttft_quartiles_ms={length: quartiles(times) for length, (times, _) in ttft.items()},
+        tpot_quartiles_ms={length: quartiles(times) for length, (times, _) in tpot.items()},
+        ttft_ratio={length: ratio(*pair) for length, pair in ttft.items()},
+        tpot_ratio={length: ratio(*pair) for length, pair in tpot.items()},
+    )

@@ -67,32 +67,15 @@ def measure(plain: Path, artifact: Path, recipe: Recipe, evaluation: Evaluation,
     return report(recipe.gates, plain=measures["plain"], floor=floor, artifact=measures["slim"])
 
 
-def measure_costs(
-    folders: Sequence[Path], prompts: Sequence[int], contexts: Sequence[int], repeats: int, threads: int | None
-) -> dict[str, Measures]:
-    """Latency, file size, memory and KV bytes of several artifacts, interleaved; by folder name.
-
-    Raises:
-        NotFoundError, ArtifactError: A folder cannot be opened.
-    """
-    latencies = measure_latency({str(folder): folder for folder in folders}, prompts, contexts, repeats, threads)
-    return {
-        str(folder): _costs(folder, latencies[str(folder)], contexts, threads).model_copy(
-            update={"kv_bytes_per_token": DecodeSession(folder, capacity=1).layout.bytes_per_token(max(contexts))}
-        )
-        for folder in folders
-    }
-
-
 def file_mib(folder: Path) -> float:
     """Size of a graph and its weights."""
     return sum((folder / name).stat().st_size for name in GRAPH_FILES if (folder / name).is_file()) / 2**20
 
 
-def _costs(folder: Path, latency: Latency, contexts: Sequence[int], threads: int | None = None) -> Measures:
+def _costs(folder: Path, latency: Latency, contexts: Sequence[int]) -> Measures:
     return Measures(
         file_mib=file_mib(folder),
         ttft_ms=latency.ttft_ms,
         tpot_ms=latency.tpot_ms,
-        peak_rss_mib=peak_rss(folder, max(contexts), threads),
+        peak_rss_mib=peak_rss(folder, max(contexts)),
     )

@@ -1,9 +1,9 @@
 """Peak memory of one use of a model, taken in a process that does nothing else.
 
-    python -m kvslim.validate.rss decode|encode MODEL TOKENS [THREADS]
+    python -m kvslim.validate.rss decode|encode MODEL TOKENS BATCH [THREADS]
 
-prints MiB: the interpreter, onnxruntime, the weights, and either a cache of TOKENS with one decoded token, or one text
-of TOKENS encoded.
+prints MiB: the interpreter, onnxruntime, the weights, and for each of BATCH sequences either a cache of TOKENS with one
+decoded token, or one text of TOKENS encoded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvslim.runtime.session import DecodeSession
 Use = Literal["decode", "encode"]
 
 
-def peak_rss(model: Path, tokens: int, threads: int | None = None, use: Use = "decode") -> float:
+def peak_rss(model: Path, tokens: int, threads: int | None = None, use: Use = "decode", batch: int = 1) -> float:
     """Peak resident memory of a fresh process that decodes one token at a context or encodes one text, in MiB.
 
     Args:
@@ -29,11 +29,12 @@ def peak_rss(model: Path, tokens: int, threads: int | None = None, use: Use = "d
         tokens: Tokens in the cache, or of the text.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
         use: What the model is for.
+        batch: Sequences side by side.
 
     Raises:
         ArtifactError: The process failed.
     """
-    arguments = [use, str(model), str(tokens), *([] if threads is None else [str(threads)])]
+    arguments = [use, str(model), str(tokens), str(batch), *([] if threads is None else [str(threads)])]
     command = [sys.executable, "-m", "kvslim.validate.rss", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -63,20 +64,20 @@ def own_peak_mib() -> float:
 
 def main(arguments: list[str]) -> None:
     """Uses a model once and prints the peak in MiB."""
-    use, model, tokens, *threads = arguments
+    use, model, tokens, batch, *threads = arguments
     run = {"decode": _decode, "encode": _encode}[use]
-    run(Path(model), int(tokens), int(threads[0]) if threads else None)
+    run(Path(model), int(tokens), int(batch), int(threads[0]) if threads else None)
     sys.stdout.write(f"{own_peak_mib()}\n")
 
 
-def _decode(model: Path, context: int, threads: int | None) -> None:
-    session = DecodeSession(model, capacity=context + 1, threads=threads)
+def _decode(model: Path, context: int, batch: int, threads: int | None) -> None:
+    session = DecodeSession(model, capacity=context + 1, threads=threads, batch=batch)
     session.fill(context)
     session.step([0])
 
 
-def _encode(model: Path, length: int, threads: int | None) -> None:
-    EncoderSession(model, threads=threads).embed([[0] * length])
+def _encode(model: Path, length: int, batch: int, threads: int | None) -> None:
+    EncoderSession(model, threads=threads).embed([[0] * length] * batch)
 
 
 if __name__ == "__main__":

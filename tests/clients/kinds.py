@@ -7,7 +7,7 @@ from pathlib import Path
 
 from models import open_workshop, recipe_of
 
-from kvslim.methods import KvHdc, KvPca, KvQuant, KvWindow, Method, PruneHeads
+from kvslim.methods import KvHdc, KvPca, KvQuant, KvWindow, Method, PruneHeads, ShareKv
 from kvslim.pipeline import decide
 from kvslim.types import KVLayout, LayerPlan, Layout, ModelSpec, Plan, Weights
 
@@ -39,6 +39,8 @@ KINDS: dict[str, Kind] = {
     "int4 weights": Kind(weights="int4"),
     "a rank per layer": Kind((HALF,), rank_per_layer=True),
     "prune_heads": Kind((PruneHeads(groups=1, score="fluctuation"),)),
+    "share_kv + kv_quant": Kind((ShareKv(donors={1: 0}), KvQuant())),
+    "share_kv": Kind((ShareKv(donors={1: 0}),)),
     "a layer without cache": Kind((PruneHeads(heads={1: (0, 1, 2, 3)}),)),
 }
 STANDARD = "layout attention24"

@@ -1,0 +1,70 @@
+"""What the weights of an artifact ask for, told from its graph; the data file is not read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from kvslim.devices.demand import StoredWeights
+from kvslim.errors import ArtifactError
+from kvslim.types import ModelSpec
+
+PRODUCTS = ("FusedMatMul", "Gemm", "MatMul")
+# Operators that read one row of a table: the embedding, learned positions, and RoPE's sines and cosines.
+LOOKUPS = ("Gather", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding")
+
+
+def artifact_weights(folder: Path, spec: ModelSpec, name: str, stored: int) -> StoredWeights:
+    """The weights of an artifact.
+
+    Args:
+        folder: The artifact.
+        spec: Its model's shape; the head is the product with as many outputs as there are tokens.
+        name: What to call them.
+        stored: Bytes of its files.
+
+    Raises:
+        ArtifactError: The graph cannot be read.
+    """
+    graph = _load(folder)
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    read: dict[str, int] = {}
+    sizes: list[tuple[int, int]] = []
+    for node in graph.node:
+        found = [constants[value] for value in node.input if value in constants]
+        if node.op_type not in LOOKUPS:
+            read |= {tensor.name: _bytes(tensor) for tensor in found}
+        if (size := _product(node, found)) is not None:
+            sizes.append(size)
+    head = sum(inputs * outputs for inputs, outputs in sizes if outputs == spec.vocab_size)
+    products = sum(inputs * outputs for inputs, outputs in sizes) - head
+    return StoredWeights(name, stored, sum(read.values()), products, head)
+
+
+def _load(folder: Path) -> onnx.GraphProto:
+    try:
+        return onnx.load(folder / "model.onnx", load_external_data=False).graph
+    except (DecodeError, OSError) as error:
+        raise ArtifactError(
+            f"the graph cannot be read: {error}", where=str(folder / "model.onnx"), fix="compress or download it again"
+        ) from error
+
+
+def _product(node: onnx.NodeProto, constants: list[onnx.TensorProto]) -> tuple[int, int] | None:
+    """(inputs, outputs) of a product with constants; a stack of matrices counts all their inputs."""
+    if node.op_type == "MatMulNBits":
+        sizes = {attribute.name: attribute.i for attribute in node.attribute}
+        return sizes["K"], sizes["N"]
+    matrices = [tensor.dims for tensor in constants if len(tensor.dims) > 1]
+    if node.op_type not in PRODUCTS or not matrices:
+        return None
+    turned = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+    outputs = matrices[0][-2 if turned else -1]
+    return math.prod(matrices[0]) // outputs, outputs
+
+
+def _bytes(tensor: onnx.TensorProto) -> int:
+    return math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize

@@ -1,0 +1,110 @@
+"""The limits that a device sets: the longest context, the fewest seconds a token can take, and what sets them.
+
+A stage can take no less time than its memory traffic at full bandwidth, and no less than its FLOPs at full rate: the
+roofline of Williams et al. (2009). The larger of the two binds, unless memory is too small to begin with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from kvslim.devices.demand import Cache, Demand, StoredWeights, decode, memory, prefill
+from kvslim.devices.profile import Device
+from kvslim.types import Frozen
+
+Resource = Literal["memory", "bandwidth", "compute"]
+
+
+class Bound(Frozen):
+    """What a device makes of a demand.
+
+    Attributes:
+        demand: What the stage asks for.
+        seconds_per_token: The least that it can take.
+        binds: What it waits for; memory where it does not fit at all.
+    """
+
+    demand: Demand
+    seconds_per_token: float
+    binds: Resource
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The most that it can do."""
+        return 1 / self.seconds_per_token
+
+
+class Limits(Frozen):
+    """What a device allows one way to store weights and cache.
+
+    Attributes:
+        device: The device's name.
+        weights, cache: The names of what is stored.
+        longest_context: Tokens that fit and that the model has positions for; 0 if the weights alone are too large.
+        longest_by: What ends it.
+        stages: Bounds, by stage and context.
+    """
+
+    device: str
+    weights: str
+    cache: str
+    longest_context: int
+    longest_by: Literal["memory", "positions"]
+    stages: tuple[Bound, ...]
+
+
+def limits(
+    device: Device,
+    weights: StoredWeights,
+    caches: Iterable[Cache],
+    positions: int,
+    contexts: Sequence[int],
+    others: Sequence[Demand] = (),
+) -> list[Limits]:
+    """The limits of a device for each cache.
+
+    Args:
+        device: The device.
+        weights: The weights beside each cache.
+        caches: Ways to store the cache.
+        positions: Tokens that the model has positions for.
+        contexts: Lengths in tokens at which prompt and decoding are bounded.
+        others: Demands that no cache changes, such as those of training.
+    """
+    result = []
+    for cache in caches:
+        longest = longest_context(device, weights, cache, positions)
+        demands = [*others, *(stage(weights, cache, context) for context in contexts for stage in (prefill, decode))]
+        result.append(
+            Limits(
+                device=device.name,
+                weights=weights.name,
+                cache=cache.name,
+                longest_context=longest,
+                longest_by="positions" if longest == positions else "memory",
+                stages=tuple(bound(device, demand) for demand in demands),
+            )
+        )
+    return result
+
+
+def bound(device: Device, demand: Demand) -> Bound:
+    """The roofline of one stage."""
+    moving = demand.bytes_per_token / (device.bandwidth_gb_s.value * 1e9)
+    computing = demand.flops_per_token / (device.gflops.value * 1e9)
+    slower: Resource = "bandwidth" if moving > computing else "compute"
+    binds: Resource = "memory" if demand.memory_bytes > device.usable_bytes else slower
+    return Bound(demand=demand, seconds_per_token=max(moving, computing), binds=binds)
+
+
+def longest_context(device: Device, weights: StoredWeights, cache: Cache, positions: int) -> int:
+    """The most tokens, up to the model's positions, that fit into the device's memory; 0 for none."""
+    fits, beyond = 0, positions + 1
+    while beyond - fits > 1:
+        middle = (fits + beyond) // 2
+        if memory(weights, cache, middle) <= device.usable_bytes:
+            fits = middle
+        else:
+            beyond = middle
+    return fits

@@ -1,0 +1,88 @@
+"""The profile of the machine that this runs on, measured in some seconds."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import onnxruntime
+from onnx import TensorProto, helper
+
+from kvslim.devices.profile import Device, Quantity, Share
+
+PART_BYTES = 256 * 2**20  # of each thread: far beyond a processor's caches
+SIDE = 1024
+REPEATS = 7
+
+
+def measure_device() -> Device:
+    """Memory from the system, bandwidth and FLOP/s as the best of some runs on all cores.
+
+    The best and not the median: a bound must not be lower than what the machine can do when nothing disturbs it.
+    """
+    import psutil
+
+    memory = psutil.virtual_memory()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Device(
+        name=f"{platform.machine()}, {cores} cores",
+        ram_gib=Quantity(value=_rounded(memory.total / 2**30), source="psutil"),
+        usable_share=Share(value=_rounded(memory.available / memory.total), source="psutil: available when measured"),
+        bandwidth_gb_s=Quantity(
+            value=_rounded(read_bandwidth(cores) / 1e9),
+            source=f"measured: {cores} threads, each a numpy dot product of {PART_BYTES // 2**20} MiB with itself",
+        ),
+        gflops=Quantity(
+            value=_rounded(matmul_rate() / 1e9),
+            source=f"measured: onnxruntime, product of float32 matrices of {SIDE} x {SIDE}",
+        ),
+    )
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes per second that so many threads read together.
+
+    A dot product of a vector with itself does as little as possible with what it reads; numpy's sum and its maximum
+    are slower than memory.
+    """
+    parts = [np.ones(PART_BYTES // 4, np.float32) for _ in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        seconds = _best(lambda: list(pool.map(lambda part: np.dot(part, part), parts)))
+    return threads * PART_BYTES / seconds
+
+
+def matmul_rate() -> float:
+    """FLOPs per second of onnxruntime's float32 product, on as many threads as it chooses."""
+    session = onnxruntime.InferenceSession(_product(), providers=["CPUExecutionProvider"])
+    matrix = np.random.default_rng(0).standard_normal((SIDE, SIDE), np.float32)
+    seconds = _best(lambda: session.run(None, {"left": matrix, "right": matrix}))
+    return 2 * SIDE**3 / seconds
+
+
+def _best(action: Callable[[], object]) -> float:
+    """Seconds of the fastest of some runs, after one that warms up."""
+    action()
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _product() -> bytes:
+    info = {
+        name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [SIDE, SIDE]) for name in ("left", "right", "out")
+    }
+    node = helper.make_node("MatMul", ["left", "right"], ["out"])
+    graph = helper.make_graph([node], "product", [info["left"], info["right"]], [info["out"]])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return bytes(model.SerializeToString())
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")

@@ -1,0 +1,98 @@
+"""A device in five numbers, each with its source; read from a YAML file or taken from those that ship."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from kvslim.errors import NotFoundError, UsageError, suggestion
+from kvslim.types import Frozen
+
+SUFFIXES = (".yaml", ".yml")
+
+
+class Quantity(Frozen):
+    """A number and where it is from."""
+
+    value: float = Field(gt=0)
+    source: str = Field(min_length=1)
+
+
+class Share(Quantity):
+    """A share, at most 1."""
+
+    value: float = Field(gt=0, le=1)
+
+
+class Device(Frozen):
+    """What a machine has to give to one model on its CPU."""
+
+    name: str = Field(min_length=1)
+    ram_gib: Quantity = Field(description="memory, GiB")
+    usable_share: Share = Field(description="of the memory, what the system and other programs leave")
+    bandwidth_gb_s: Quantity = Field(description="of reading memory, all cores together, 1e9 bytes per second")
+    gflops: Quantity = Field(description="float32 products and sums of all cores together, 1e9 per second")
+
+    @property
+    def usable_bytes(self) -> int:
+        """Memory that a model may take."""
+        return int(self.ram_gib.value * self.usable_share.value * 2**30)
+
+
+def shipped_devices() -> dict[str, Path]:
+    """The profiles that come with KVSlim, by name."""
+    folder = Path(str(resources.files("kvslim.devices")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def device_memory() -> tuple[tuple[str, float], ...]:
+    """The shipped devices with the GiB that each leaves to a model."""
+    devices = (load_device(name) for name in shipped_devices())
+    return tuple((device.name, device.usable_bytes / 2**30) for device in devices)
+
+
+def load_device(name: str) -> Device:
+    """A shipped profile by name, or a profile of one's own by path.
+
+    Raises:
+        UsageError: No profile has that name, or the file is no profile; every faulty key is named.
+        NotFoundError: There is no such file.
+    """
+    shipped = shipped_devices()
+    path = shipped.get(name, Path(name))
+    if name not in shipped and path.suffix not in SUFFIXES:
+        raise UsageError(
+            f"no device {name!r}", where="--device", fix=f"{suggestion(name, shipped)} (or give a .yaml file)"
+        )
+    if not path.is_file():
+        fix = "write one with `kvslim doctor --measure FILE.yaml`"
+        raise NotFoundError("no such device file", where=f"--device {name}", fix=fix)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(" ".join(str(error).split()), where=str(path), fix="mend the YAML syntax") from error
+    return _parse(data, path)
+
+
+def device_text(device: Device) -> str:
+    """A profile as the YAML file that `load_device` reads."""
+    return yaml.safe_dump(device.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _parse(data: Any, path: Path) -> Device:
+    try:
+        return Device.model_validate(data)
+    except ValidationError as error:
+        faults = "; ".join(_fault(fault) for fault in error.errors())
+        fix = "see docs/devices.md, or write one with `kvslim doctor --measure FILE.yaml`"
+        raise UsageError(faults, where=str(path), fix=fix) from error
+
+
+def _fault(fault: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in fault["loc"]) or "profile"
+    return f"{key}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"

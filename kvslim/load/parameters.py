@@ -1,0 +1,80 @@
+"""How many parameters a config asks for, counted on the model's own modules, which take no memory here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvslim.errors import ModelError
+from kvslim.load.model import encoder_class
+from kvslim.load.source import Snapshot, read_config
+from kvslim.types import Frozen, ModelSpec
+
+
+class Parameters(Frozen):
+    """Parameters by what a token does with them.
+
+    Attributes:
+        products: In matrices that every token is multiplied with.
+        head: In the one that gives logits, of which a prompt's last token alone has need; the embedding, if tied.
+        embedding: In a token embedding that is not the head, of which a token reads one row.
+        positions: In tables of learned positions or segments, of which it reads one row too.
+        others: In norms and biases.
+    """
+
+    products: int
+    head: int
+    embedding: int
+    positions: int
+    others: int
+
+    @property
+    def total(self) -> int:
+        """All of them, a tied table once."""
+        return self.products + self.head + self.embedding + self.positions + self.others
+
+
+def count_parameters(snapshot: Snapshot, spec: ModelSpec) -> Parameters:
+    """The parameters of the model that `kvslim compress` would export.
+
+    Raises:
+        NotFoundError, ModelError: The config cannot be read, or is of no model.
+    """
+    import torch
+    from torch.nn import Embedding
+
+    model = _unfilled(snapshot, spec)
+    tables = {id(part.weight) for part in model.modules() if isinstance(part, Embedding)}
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    counts = dict.fromkeys(Parameters.model_fields, 0)
+
+    def kind(parameter: torch.Tensor) -> str:
+        if parameter is head:
+            return "head"
+        if parameter is model.get_input_embeddings().weight:
+            return "embedding"
+        if id(parameter) in tables:
+            return "positions"
+        return "products" if parameter.ndim == 2 else "others"
+
+    for parameter in model.parameters():
+        counts[kind(parameter)] += parameter.numel()
+    return Parameters(**counts)
+
+
+def _unfilled(snapshot: Snapshot, spec: ModelSpec) -> Any:
+    """The model on torch's meta device: shapes without numbers."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    raw = read_config(snapshot)
+    classes, options = encoder_class(spec) if spec.is_encoder else (MODEL_FOR_CAUSAL_LM_MAPPING, {})
+    try:
+        config = AutoConfig.for_model(**raw)
+        with torch.device("meta"):
+            return classes[type(config)](config, **options)
+    except Exception as error:  # modelling code raises many types, each with its reason
+        where = str(snapshot.path / "config.json")
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"config.json is of no model: {reason}", where=where, fix="download the model again"
+        ) from error

@@ -1,0 +1,62 @@
+"""What `kvslim bench` found, as tables and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping
+
+from kvslim.report.tables import METRICS, NONE, Table, measures_table
+from kvslim.types import Measures
+from kvslim.validate.bench import BenchResult, Timing
+
+Results = Mapping[str, BenchResult]
+COSTS = ("kv_bytes_per_token", "file_mib", "peak_rss_mib")
+
+
+def costs_table(results: Results) -> Table:
+    """Bytes and memory of each artifact."""
+    return measures_table(
+        {name: Measures(**{cost: getattr(result, cost) for cost in COSTS}) for name, result in results.items()}
+    )
+
+
+def timings_table(results: Results) -> Table:
+    """Each point of the grid: median, first and third quartile, the ratio to the first artifact, and energy."""
+    columns: list[tuple[str, BenchResult, Callable[[Timing], str]]] = []
+    for index, (name, result) in enumerate(results.items()):
+        columns.append((f"{name}, ms", result, _time))
+        if index:
+            columns.append(("ratio", result, lambda timing: f"{timing.ratio:.2f}"))
+        if any(timing.joules_per_token is not None for timing in result.timings):
+            columns.append(("J/token", result, _energy))
+    first = next(iter(results.values()))
+    rows = tuple(
+        (
+            METRICS[timing.metric][0].format(timing.tokens),
+            NONE if timing.threads is None else str(timing.threads),
+            str(timing.batch),
+            *(cell(result.timings[index]) for _, result, cell in columns),
+        )
+        for index, timing in enumerate(first.timings)
+    )
+    return Table(("median (quartiles)", "threads", "batch", *(title for title, _, _ in columns)), rows)
+
+
+def bench_csv(results: Results) -> str:
+    """One row per timing, with the artifact's costs in each; what was not measured is empty."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, ("artifact", *Timing.model_fields, *COSTS), lineterminator="\n")
+    writer.writeheader()
+    for name, result in results.items():
+        costs = {cost: getattr(result, cost) for cost in COSTS}
+        writer.writerows({"artifact": name, **timing.model_dump(), **costs} for timing in result.timings)
+    return file.getvalue()
+
+
+def _time(timing: Timing) -> str:
+    return f"{timing.median_ms:.2f} ({timing.first_quartile_ms:.2f} to {timing.third_quartile_ms:.2f})"
+
+
+def _energy(timing: Timing) -> str:
+    return NONE if timing.joules_per_token is None else f"{timing.joules_per_token:.3g}"

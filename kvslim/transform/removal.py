@@ -1,0 +1,63 @@
+"""Parts of a layer that go: attention, the feed-forward part, or the whole block; a constant stands for each."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvslim.load.architecture import Architecture
+from kvslim.transform.codes import Array, LayerCodes
+
+
+class Constant(nn.Module):
+    """Gives the same [hidden] vector for every token; the addition to the hidden states broadcasts it."""
+
+    value: Tensor
+
+    def __init__(self, value: Array) -> None:
+        super().__init__()
+        self.register_buffer("value", torch.from_numpy(value).float())
+
+    def forward(self, _: Tensor) -> Tensor:
+        """The vector, whatever comes in."""
+        return self.value
+
+
+def residual_multiplier(model: Any) -> float:
+    """What a family multiplies by what attention and feed-forward part add to the hidden states."""
+    return float(getattr(model.config, "residual_multiplier", 1.0))
+
+
+def remove_parts(layer: Any, architecture: Architecture, code: LayerCodes, multiplier: float) -> None:
+    """Edits a layer in place so that what its code says is gone is a constant.
+
+    Args:
+        layer: The layer.
+        architecture: Where its parts live.
+        code: What is gone of it.
+        multiplier: What the family multiplies by before it adds.
+    """
+    attention, mlp = code.attention_mean, code.mlp_mean
+    if code.heads == () and attention is None:
+        raise ValueError("an attention that goes needs its mean")
+    if attention is not None and mlp is not None:
+        layer.forward = partial(_skipped, torch.from_numpy(multiplier * (attention + mlp)).float())
+    elif attention is not None:
+        output = f"{architecture.attention}.{architecture.output}"
+        _replace(layer, (output,), architecture.added[0], attention)
+    elif mlp is not None:
+        _replace(layer, architecture.mlp, architecture.added[1], mlp)
+
+
+def _skipped(value: Tensor, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states + value
+
+
+def _replace(layer: nn.Module, modules: tuple[str, ...], last: str, value: Array) -> None:
+    """Makes the modules of a part do nothing, and what they end in a constant."""
+    for name in modules:
+        layer.set_submodule(name, nn.Identity())
+    layer.set_submodule(last, Constant(value))

@@ -1,0 +1,153 @@
+"""Timings over a grid of lengths, threads and batches: every artifact at a point before any at the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field
+
+from kvslim.runtime.encoder import EncoderSession
+from kvslim.runtime.session import DecodeSession
+from kvslim.types import Frozen
+from kvslim.validate.encoder import time_texts
+from kvslim.validate.latency import Times, joules_per_token, quartiles, ratio, time_models
+from kvslim.validate.measure import file_mib
+from kvslim.validate.rss import Use, peak_rss
+
+Metric = Literal["ttft_ms", "tpot_ms", "latency_ms"]
+
+
+class Grid(Frozen):
+    """What to time, all combinations.
+
+    Attributes:
+        prompts: Prompt lengths in tokens for time to first token; text lengths for an encoder.
+        contexts: Context lengths in tokens for time per output token; an encoder has none.
+        threads: Threads of one operator; None leaves the choice to onnxruntime.
+        batches: Sequences side by side.
+        repeats: Timed turns per point.
+    """
+
+    prompts: tuple[int, ...]
+    contexts: tuple[int, ...]
+    threads: tuple[int | None, ...] = (None,)
+    batches: tuple[int, ...] = (1,)
+    repeats: int = Field(16, ge=2)
+
+    @property
+    def points(self) -> Iterator[tuple[int | None, int]]:
+        """Threads and batches."""
+        return product(self.threads, self.batches)
+
+
+class Point(NamedTuple):
+    """A point of the grid, in the names of `Timing`."""
+
+    metric: Metric
+    tokens: int
+    threads: int | None
+    batch: int
+
+
+class Timing(Frozen):
+    """One point of the grid.
+
+    Attributes:
+        metric: What was timed: a prompt, a step that gives one token to each sequence, or texts.
+        tokens: Length of the prompt, the context or each text.
+        threads: Threads of one operator; None where onnxruntime chose.
+        batch: Sequences side by side.
+        median_ms, first_quartile_ms, third_quartile_ms: Over the turns.
+        ratio: Median over neighbouring turns of this time over the first artifact's.
+        joules_per_token: Mean energy of the processor's packages; None where the machine does not tell.
+    """
+
+    metric: Metric
+    tokens: int
+    threads: int | None
+    batch: int
+    median_ms: float
+    first_quartile_ms: float
+    third_quartile_ms: float
+    ratio: float
+    joules_per_token: float | None
+
+
+class BenchResult(Frozen):
+    """What one artifact takes; memory is that of a fresh process at the grid's largest length and batch."""
+
+    kv_bytes_per_token: float | None
+    file_mib: float
+    peak_rss_mib: float
+    timings: tuple[Timing, ...]
+
+
+def bench_decoders(artifacts: Mapping[str, Path], grid: Grid) -> dict[str, BenchResult]:
+    """Times prompts and decoding.
+
+    Raises:
+        NotFoundError, ArtifactError, UsageError: A model cannot be opened, or not with such a batch.
+    """
+    timings: dict[str, list[Timing]] = {name: [] for name in artifacts}
+    for threads, batch in grid.points:
+        runs = time_models(artifacts, grid.prompts, grid.contexts, grid.repeats, threads, batch)
+        for length, costs in runs.ttft.items():
+            _add(timings, Point("ttft_ms", length, threads, batch), costs, batch * length)
+        for length, costs in runs.tpot.items():
+            _add(timings, Point("tpot_ms", length, threads, batch), costs, batch)
+    longest = max(grid.contexts)
+    layouts = {name: DecodeSession(path, capacity=1).layout for name, path in artifacts.items()}
+    return {
+        name: _result(path, grid, timings[name], longest, "decode", layouts[name].bytes_per_token(longest))
+        for name, path in artifacts.items()
+    }
+
+
+def bench_encoders(artifacts: Mapping[str, Path], grid: Grid) -> dict[str, BenchResult]:
+    """Times texts; the contexts of the grid are not for encoders.
+
+    Raises:
+        NotFoundError, ArtifactError: A model cannot be opened, or has fewer positions than a length.
+    """
+    timings: dict[str, list[Timing]] = {name: [] for name in artifacts}
+    for threads, batch in grid.points:
+        sessions = {name: EncoderSession(path, threads=threads) for name, path in artifacts.items()}
+        for length in grid.prompts:
+            costs = time_texts(sessions, length, grid.repeats, batch)
+            _add(timings, Point("latency_ms", length, threads, batch), costs, batch * length)
+    longest = max(grid.prompts)
+    return {name: _result(path, grid, timings[name], longest, "encode", None) for name, path in artifacts.items()}
+
+
+def _add(timings: dict[str, list[Timing]], point: Point, costs: Mapping[str, Times], tokens: int) -> None:
+    """Adds what each artifact took at a point of the grid, in runs of so many tokens."""
+    reference = next(iter(costs.values()))[:, 0]
+    for name, runs in costs.items():
+        times = runs[:, 0]
+        first, third = quartiles(times)
+        timings[name].append(
+            Timing(
+                **point._asdict(),
+                median_ms=float(np.median(times)),
+                first_quartile_ms=first,
+                third_quartile_ms=third,
+                ratio=ratio(times, reference),
+                joules_per_token=joules_per_token(runs, tokens),
+            )
+        )
+
+
+def _result(
+    path: Path, grid: Grid, timings: Sequence[Timing], tokens: int, use: Use, kv_bytes: float | None
+) -> BenchResult:
+    threads = max((count for count in grid.threads if count is not None), default=None)
+    return BenchResult(
+        kv_bytes_per_token=kv_bytes,
+        file_mib=file_mib(path),
+        peak_rss_mib=peak_rss(path, tokens, threads, use, max(grid.batches)),
+        timings=tuple(timings),
+    )

@@ -1,0 +1,227 @@
+"""`kvslim bench`: a grid of lengths, threads and batches, its files, and energy."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_artifact import fill
+from tiny_graph import write_tiny
+
+from kvslim.cli import app
+from kvslim.errors import UsageError
+from kvslim.report.bench import bench_csv, timings_table
+from kvslim.runtime.session import DecodeSession
+from kvslim.types import KVLayout, KVTensor
+from kvslim.validate import bench, energy
+from kvslim.validate.bench import BenchResult, Grid, Timing
+from kvslim.validate.latency import joules_per_token, time_models
+
+TOKENS = np.random.default_rng(0).integers(24, size=(3, 12))
+Zones = Callable[..., Path]
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path) -> list[Path]:
+    """Two artifacts whose graphs run."""
+    folders = [tmp_path / "plain", tmp_path / "slim"]
+    for folder in folders:
+        folder.mkdir()
+        fill(folder)
+        write_tiny(folder / "model.onnx", int8=folder.name == "slim")
+    return folders
+
+
+@pytest.fixture
+def zones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Zones]:
+    """Makes counters of energy as Linux shows them."""
+    root = tmp_path / "powercap"
+    monkeypatch.setattr(energy, "POWERCAP", root)
+
+    def made(**counters: int) -> Path:
+        for index, (name, value) in enumerate(counters.items()):
+            zone = root / f"intel-rapl:{index}"
+            zone.mkdir(parents=True, exist_ok=True)
+            (zone / "name").write_text(f"{name.replace('_', '-')}\n")
+            (zone / "max_energy_range_uj").write_text("1000000\n")
+            (zone / "energy_uj").write_text(f"{value}\n")
+        return root
+
+    yield made
+    energy.package_zones.cache_clear()
+
+
+@pytest.mark.parametrize("variant", [{}, {"int8": True}, {"positions": 64}], ids=["fp32", "int8", "positions"])
+def test_a_batch_gives_each_sequence_its_own_logits(tmp_path: Path, variant: dict[str, int]) -> None:
+    path = write_tiny(tmp_path / "model.onnx", **variant)
+    together = DecodeSession(path, capacity=16, batch=3)
+    single = DecodeSession(path, capacity=16)
+    prompt = together.step(TOKENS[:, :8])
+    rest = np.concatenate([together.step(TOKENS[:, index : index + 1]) for index in range(8, 12)], axis=1)
+    for row, tokens in enumerate(TOKENS):
+        single.reset()
+        np.testing.assert_allclose(prompt[row], single.step(tokens[:8]), atol=1e-5)
+        np.testing.assert_allclose(rest[row], single.step(tokens[8:]), atol=1e-5)
+
+
+def test_a_batch_takes_the_same_tokens_when_given_one_row(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "model.onnx")
+    together, single = DecodeSession(path, capacity=16, batch=2), DecodeSession(path, capacity=16)
+    np.testing.assert_allclose(together.prefill(TOKENS[0], chunk=5), single.prefill(TOKENS[0], chunk=5), atol=1e-5)
+
+
+def test_a_batch_that_has_begun_refuses_several_tokens(tmp_path: Path) -> None:
+    session = DecodeSession(write_tiny(tmp_path / "model.onnx"), capacity=16, batch=3)
+    session.step(TOKENS[:, :4])
+    with pytest.raises(UsageError, match="token by token"):
+        session.step(TOKENS[:, 4:6])
+    assert session.length == 4
+
+
+def test_packed_codes_refuse_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = KVTensor(layer=0, kind="key_codes", heads=2, dim=8, dtype="codes2", window=4, sinks=1)
+    monkeypatch.setattr("kvslim.runtime.session.layout_of", lambda _: KVLayout(tensors=(tensor,)))
+    with pytest.raises(UsageError, match="one sequence"):
+        DecodeSession(write_tiny(tmp_path / "model.onnx"), capacity=16, batch=2)
+
+
+def test_bench_writes_every_point_of_the_grid(
+    artifacts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(bench, "peak_rss", lambda *arguments: asked.append(arguments) or 1.0)
+    files = {name: tmp_path / f"out.{name}" for name in ("csv", "markdown")}
+    options = ["--context", "8,16", "--prompt", "4", "--threads", "1,2", "--batch", "1,2", "--repeats", "3", "--json"]
+    written = [text for name, path in files.items() for text in (f"--{name}", str(path))]
+    assert app.run(["bench", *map(str, artifacts), *options, *written]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert list(results) == [str(folder) for folder in artifacts]
+    points = [
+        (metric, tokens, threads, batch)
+        for threads in (1, 2)
+        for batch in (1, 2)
+        for metric, tokens in (("ttft_ms", 4), ("tpot_ms", 8), ("tpot_ms", 16))
+    ]
+    for result in results.values():
+        timings = result["timings"]
+        assert [(each["metric"], each["tokens"], each["threads"], each["batch"]) for each in timings] == points
+        for each in timings:
+            assert 0 < each["first_quartile_ms"] <= each["median_ms"] <= each["third_quartile_ms"]
+            assert each["joules_per_token"] is None or each["joules_per_token"] >= 0
+    assert {each["ratio"] for each in results[str(artifacts[0])]["timings"]} == {1.0}
+    assert [arguments[1:] for arguments in asked] == 2 * [(16, 2, "decode", 2)]
+    rows = list(csv.DictReader(io.StringIO(files["csv"].read_text())))
+    assert len(rows) == 2 * len(points)
+    assert float(rows[-1]["median_ms"]) == results[str(artifacts[1])]["timings"][-1]["median_ms"]
+    assert files["markdown"].read_text().count("\n| Time per token") == 8
+
+
+def test_bench_takes_turns_between_artifacts_at_each_point(
+    artifacts: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[tuple[int, str]] = []
+    step = DecodeSession.step
+
+    def recording(self: DecodeSession, tokens: np.ndarray) -> np.ndarray:
+        order.append((self.batch, self.layout.tensors[0].dtype))
+        return step(self, tokens)
+
+    monkeypatch.setattr(DecodeSession, "step", recording)
+    models = {folder.name: folder for folder in artifacts}
+    for batch in (1, 2):
+        time_models(models, (), (8,), 3, 1, batch)
+    turns = 2 * ["int8", "float32", "float32", "int8"]
+    assert [dtype for batch, dtype in order[::2] if batch == 1] == turns
+    assert [dtype for batch, dtype in order[::2] if batch == 2] == turns
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--threads", "0"], "--threads"),
+        (["--threads", "1,"], "--threads"),
+        (["--batch", "-1"], "--batch"),
+        (["--csv", "nowhere/out.csv"], "--csv"),
+        (["--markdown", "."], "--markdown"),
+    ],
+)
+def test_bench_refuses_a_bad_option_before_it_times(
+    artifacts: list[Path], capsys: pytest.CaptureFixture[str], options: list[str], word: str
+) -> None:
+    assert app.run(["bench", str(artifacts[0]), *options]) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_energy_is_the_sum_of_packages_across_a_wrap(zones: Zones) -> None:
+    zones(package_0=900_000, package_1=5, core=7, psys=3)
+    before = energy.microjoules()
+    assert before == (900_000, 5)
+    zones(package_0=100_000, package_1=300_005)
+    assert energy.joules_since(before) == pytest.approx(0.5)
+
+
+def test_energy_is_absent_when_no_counter_can_be_read(zones: Zones) -> None:
+    root = zones(package_0=1)
+    (root / "intel-rapl:0" / "energy_uj").unlink()
+    assert energy.microjoules() == ()
+    assert math.isnan(energy.joules_since(()))
+    assert joules_per_token(np.array([[1.0, math.nan]]), 4) is None
+
+
+def test_energy_per_token_is_counted_over_the_timed_runs(zones: Zones, artifacts: list[Path]) -> None:
+    counter = zones(package_0=0) / "intel-rapl:0" / "energy_uj"
+    step, used = DecodeSession.step, iter(range(1000, 10**6, 1000))
+
+    def spending(self: DecodeSession, tokens: np.ndarray) -> np.ndarray:
+        counter.write_text(str(next(used)))
+        return step(self, tokens)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecodeSession, "step", spending)
+        runs = time_models({"plain": artifacts[0]}, (4,), (8,), 4, 1, 2)
+    assert joules_per_token(runs.tpot[8]["plain"], 2) == pytest.approx(0.001 / 2)
+    assert joules_per_token(runs.ttft[4]["plain"], 8) == pytest.approx(0.001 / 8)
+
+
+def test_table_and_csv_show_energy_only_where_it_was_measured() -> None:
+    def result(joules: float | None) -> BenchResult:
+        timing = Timing(
+            metric="tpot_ms",
+            tokens=8,
+            threads=None,
+            batch=1,
+            median_ms=2,
+            first_quartile_ms=1,
+            third_quartile_ms=3,
+            ratio=1,
+            joules_per_token=joules,
+        )
+        return BenchResult(kv_bytes_per_token=8, file_mib=1, peak_rss_mib=2, timings=(timing,))
+
+    assert timings_table({"a": result(None)}).header == ("median (quartiles)", "threads", "batch", "a, ms")
+    table = timings_table({"a": result(0.25), "b": result(0.5)})
+    assert table.rows == (
+        (
+            "Time per token, ms, context of 8",
+            "-",
+            "1",
+            "2.00 (1.00 to 3.00)",
+            "0.25",
+            "2.00 (1.00 to 3.00)",
+            "1.00",
+            "0.5",
+        ),
+    )
+    (row,) = csv.DictReader(io.StringIO(bench_csv({"a": result(None)})))
+    assert (row["joules_per_token"], row["threads"], row["kv_bytes_per_token"]) == ("", "", "8.0")
+
+
+def test_grid_asks_for_two_turns_at_least() -> None:
+    with pytest.raises(ValueError, match="repeats"):
+        Grid(prompts=(4,), contexts=(8,), repeats=1)

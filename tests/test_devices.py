@@ -1,0 +1,191 @@
+"""Profiles of devices, the bounds they set, and the measurement that makes one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_artifact import SPEC
+
+from kvslim.cli import app
+from kvslim.devices import measure
+from kvslim.devices.demand import (
+    CHUNK,
+    RUNTIME_BYTES,
+    Cache,
+    Demand,
+    StoredWeights,
+    decode,
+    prefill,
+    training,
+)
+from kvslim.devices.limits import bound, limits, longest_context
+from kvslim.devices.profile import Device, Quantity, Share, device_text, load_device, shipped_devices
+from kvslim.errors import NotFoundError, UsageError
+from kvslim.load.parameters import Parameters
+from kvslim.types import KVLayout, LayerPlan, Plan
+
+NAMES = {
+    "jetson-orin-nano-8gb",
+    "laptop-16gb",
+    "laptop-8gb",
+    "phone-8gb",
+    "raspberry-pi-4-4gb",
+    "raspberry-pi-5-4gb",
+    "raspberry-pi-5-8gb",
+}
+# In tiny numbers: 10 GB/s, 100 GFLOP/s.
+DEVICE = Device(
+    name="test",
+    ram_gib=Quantity(value=1, source="test"),
+    usable_share=Share(value=0.5, source="test"),
+    bandwidth_gb_s=Quantity(value=10, source="test"),
+    gflops=Quantity(value=100, source="test"),
+)
+WEIGHTS = StoredWeights("fp32", stored=5_000, read=4_000, products=900, head=100)
+PLAIN = Cache.of("plain", SPEC, Plan.identity(SPEC))
+TOKEN = 2 * 2 * 2 * 16 * 4  # layers x sides x kv heads x head_dim x 4
+READ = 2 * 2 * 4 * 16 * 4  # layers x sides x query heads x head_dim x 4
+ATTENTION = 2 * 4 * 16 * 4  # layers x query heads x head_dim x (2 for scores + 2 for values)
+
+
+def test_every_shipped_profile_is_whole() -> None:
+    devices = {name: load_device(name) for name in shipped_devices()}
+    assert set(devices) == NAMES
+    assert len({device.name for device in devices.values()}) == len(NAMES)
+    assert all(device.usable_bytes < device.ram_gib.value * 2**30 for device in devices.values())
+
+
+def test_a_profile_survives_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(device_text(DEVICE))
+    assert load_device(str(path)) == DEVICE
+
+
+def test_an_unknown_device_is_a_usage_error_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["inspect", "demo", "--device", "raspbery-pi-5-8g"]) == 2
+    assert "did you mean 'raspberry-pi-5-8gb'?" in capsys.readouterr().err
+
+
+def test_a_missing_device_file_is_not_found() -> None:
+    with pytest.raises(NotFoundError, match="no such device file"):
+        load_device("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"bandwidth_gb_s": None}, "bandwidth_gb_s"),
+        ({"bandwidth_gb_s": 17}, "bandwidth_gb_s"),
+        ({"gflops": {"value": 10}}, "gflops.source"),
+        ({"gflops": {"value": 10, "source": ""}}, "gflops.source"),
+        ({"gflops": {"value": 0, "source": "x"}}, "gflops.value"),
+        ({"ram_gib": {"value": -8, "source": "x"}}, "ram_gib.value"),
+        ({"ram_gib": {"value": float("inf"), "source": "x"}}, "ram_gib.value"),
+        ({"usable_share": {"value": 1.1, "source": "x"}}, "usable_share.value"),
+        ({"cores": 4}, "cores"),
+    ],
+)
+def test_a_bad_device_file_names_the_key(tmp_path: Path, change: dict[str, Any], word: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**DEVICE.model_dump(), **change}))
+    with pytest.raises(UsageError, match=word) as error:
+        load_device(str(path))
+    assert error.value.where == str(path)
+
+
+@pytest.mark.parametrize("text", ["name: [", "- 1", "\x00"])
+def test_a_device_file_that_is_no_mapping_is_a_usage_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError):
+        load_device(str(path))
+
+
+def test_decode_reads_weights_once_and_the_cache_for_each_query_head() -> None:
+    demand = decode(WEIGHTS, PLAIN, 300)
+    assert demand.bytes_per_token == 4_000 + 300 * READ
+    assert demand.flops_per_token == 2 * (900 + 100) + 300 * ATTENTION
+    assert demand.memory_bytes == 5_000 + 300 * TOKEN + RUNTIME_BYTES
+
+
+def test_prefill_reads_the_weights_once_a_chunk_and_attends_to_all_before() -> None:
+    context = 2 * CHUNK + 100
+    demand = prefill(WEIGHTS, PLAIN, context)
+    moved = 3 * 4_000 + READ * (CHUNK + 2 * CHUNK + context)
+    flops = 2 * (900 * context + 100 * 3) + ATTENTION * context * (context + 1) / 2
+    assert demand.bytes_per_token * context == pytest.approx(moved)
+    assert demand.flops_per_token * context == pytest.approx(flops)
+
+
+def test_training_holds_four_numbers_a_parameter_and_takes_three_passes() -> None:
+    parameters = Parameters(products=900, head=100, embedding=0, positions=0, others=50)
+    demand = training(SPEC, parameters, PLAIN, 200)
+    kept = 4 * 200 * (16 * 64 * 2 + 257)
+    assert demand.memory_bytes == 16 * 1050 + kept
+    assert demand.bytes_per_token * 200 == pytest.approx(40 * 1050 + 2 * kept)
+    assert demand.flops_per_token * 200 == pytest.approx(3 * (2 * 1000 * 200 + ATTENTION * 200 * 201 / 2))
+
+
+def test_a_window_is_read_no_further_than_it_reaches() -> None:
+    layers = (LayerPlan(layer=0, window=32, sinks=4), LayerPlan(layer=1, heads=(0, 1), cache="int8"))
+    cache = Cache.of("slim", SPEC, Plan(layers=layers))
+    ring, rest = 2 * 4 * 16 * 4, 2 * 2 * 16
+    assert cache.read_at(10) == 10 * ring + 10 * rest
+    assert cache.read_at(100) == 36 * ring + 100 * rest
+    assert cache.flops_at(100) == 4 * 16 * (4 * 36 + 2 * 100)
+
+
+@pytest.mark.parametrize(
+    ("moved", "flops", "memory", "seconds", "binds"),
+    [
+        (2e9, 1e9, 1, 0.2, "bandwidth"),
+        (1e9, 3e10, 1, 0.3, "compute"),
+        (2e9, 1e9, 2**29 + 1, 0.2, "memory"),
+    ],
+)
+def test_the_slower_resource_binds(moved: float, flops: float, memory: int, seconds: float, binds: str) -> None:
+    demand = Demand(stage="decode", context=1, memory_bytes=memory, bytes_per_token=moved, flops_per_token=flops)
+    found = bound(DEVICE, demand)
+    assert (found.seconds_per_token, found.binds) == (pytest.approx(seconds), binds)
+    assert found.tokens_per_second == pytest.approx(1 / seconds)
+
+
+def test_longest_context_is_the_last_that_fits() -> None:
+    fits = (DEVICE.usable_bytes - RUNTIME_BYTES - 5_000) // TOKEN
+    assert longest_context(DEVICE, WEIGHTS, PLAIN, 10**9) == fits
+    assert longest_context(DEVICE, WEIGHTS, PLAIN, 512) == 512
+    huge = StoredWeights("fp32", stored=2**40, read=2**40, products=2**38, head=0)
+    assert longest_context(DEVICE, huge, PLAIN, 512) == 0
+
+
+def test_limits_tell_what_ends_the_context() -> None:
+    slim = Cache("nothing", KVLayout(tensors=()), ())
+    long, short = limits(DEVICE, WEIGHTS, [PLAIN, slim], 10**7, [64])
+    assert (long.longest_by, short.longest_by, short.longest_context) == ("memory", "positions", 10**7)
+    assert [entry.demand.stage for entry in long.stages] == ["prefill", "decode"]
+
+
+def test_measured_profile_is_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure, "PART_BYTES", 2**22)
+    monkeypatch.setattr(measure, "SIDE", 64)
+    path = tmp_path / "this.yaml"
+    assert app.run(["doctor", "--measure", str(path), "--json"]) in {0, 4}  # 4: the disk here is full, say
+    device = load_device(str(path))
+    assert json.loads(capsys.readouterr().out)["device"] == device.model_dump(mode="json")
+    assert 0.1 < device.bandwidth_gb_s.value < 10_000
+    assert 0.01 < device.gflops.value < 100_000
+
+
+@pytest.mark.parametrize(("name", "code"), [("this.txt", 2), ("nowhere/this.yaml", 2)])
+def test_measure_refuses_a_file_before_it_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, code: int
+) -> None:
+    monkeypatch.setattr(measure, "measure_device", lambda: pytest.fail("measured"))
+    assert app.run(["doctor", "--measure", str(tmp_path / name)]) == code
+    assert "--measure" in capsys.readouterr().err

@@ -1,0 +1,313 @@
+"""`kvslim inspect` on published configs against bytes worked out by hand, and on an artifact's graph."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from models import export_slim, open_workshop, recipe_of
+from onnx import TensorProto, helper
+from tiny_artifact import SPEC, fill
+
+from kvslim.cli import app
+from kvslim.cli.inspect import inspect
+from kvslim.devices.demand import StoredWeights
+from kvslim.devices.graph import artifact_weights
+from kvslim.devices.profile import load_device
+from kvslim.errors import ArtifactError, UnsupportedError, UsageError
+from kvslim.export.manifest import read_manifest
+from kvslim.load.parameters import Parameters, count_parameters
+from kvslim.load.source import read_spec, resolve
+from kvslim.methods import KvPca
+from kvslim.report.memory import artifact_caches, cache_memory
+from kvslim.runtime.session import DecodeSession
+from kvslim.types import KVLayout, LayerPlan, Plan
+
+
+@dataclass(frozen=True)
+class Published:
+    """A config as its makers published it, less what no shape depends on, and what follows from it.
+
+    Attributes:
+        config: config.json.
+        token: Bytes of one token in float32: layers x 2 sides x kv heads x head_dim x 4.
+        cache: Bytes of the float32 cache at 4,096 tokens.
+        products: Numbers in the matrices of all layers.
+        head: Numbers in the output head.
+        rest: Numbers in all else.
+    """
+
+    config: dict[str, Any]
+    token: int
+    cache: int
+    products: int
+    head: int
+    rest: int
+
+
+PUBLISHED = {
+    "Llama-3.2-1B": Published(
+        {
+            "model_type": "llama",
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "vocab_size": 128256,
+            "max_position_embeddings": 131072,
+            "tie_word_embeddings": True,
+            "rope_theta": 500000.0,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+        token=16 * 2 * 8 * 64 * 4,
+        cache=16 * 2 * 8 * 64 * 4 * 4096,
+        products=16 * (2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 8192),
+        head=128256 * 2048,
+        rest=16 * 2 * 2048 + 2048,
+    ),
+    "Qwen3-0.6B": Published(
+        {
+            "model_type": "qwen3",
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "max_position_embeddings": 40960,
+            "tie_word_embeddings": True,
+            "sliding_window": None,
+            "use_sliding_window": False,
+        },
+        token=28 * 2 * 8 * 128 * 4,
+        cache=28 * 2 * 8 * 128 * 4 * 4096,
+        products=28 * (2 * 1024 * 2048 + 2 * 1024 * 1024 + 3 * 1024 * 3072),
+        head=151936 * 1024,
+        rest=28 * (2 * 1024 + 2 * 128) + 1024,  # with a norm of queries and one of keys
+    ),
+    "SmolLM2-135M": Published(
+        {
+            "model_type": "llama",
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "vocab_size": 49152,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        },
+        token=30 * 2 * 3 * 64 * 4,
+        cache=30 * 2 * 3 * 64 * 4 * 4096,
+        products=30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536),
+        head=49152 * 576,
+        rest=30 * 2 * 576 + 576,
+    ),
+    # Layers 5, 11 and 17 see everything; the others 512 tokens, in a cache of 16 rows more.
+    "gemma-3-270m": Published(
+        {
+            "model_type": "gemma3_text",
+            "hidden_size": 640,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "vocab_size": 262144,
+            "max_position_embeddings": 32768,
+            "sliding_window": 512,
+            "layer_types": ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(18)],
+        },
+        token=18 * 2 * 1 * 256 * 4,
+        cache=3 * 2 * 256 * 4 * 4096 + 15 * 2 * 256 * 4 * (512 + 16),
+        products=18 * (2 * 640 * 1024 + 2 * 640 * 256 + 3 * 640 * 2048),
+        head=262144 * 640,
+        rest=18 * (4 * 640 + 2 * 256) + 640,
+    ),
+    "OPT-1.3B": Published(
+        {
+            "model_type": "opt",
+            "hidden_size": 2048,
+            "ffn_dim": 8192,
+            "word_embed_proj_dim": 2048,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 32,
+            "vocab_size": 50272,
+            "max_position_embeddings": 2048,
+        },
+        token=24 * 2 * 32 * 64 * 4,
+        cache=24 * 2 * 32 * 64 * 4 * 4096,
+        products=24 * (4 * 2048 * 2048 + 2 * 2048 * 8192),
+        head=50272 * 2048,
+        rest=2050 * 2048 + 24 * (4 * 2048 + 8192 + 2048 + 4 * 2048) + 2 * 2048,  # positions, biases, norms
+    ),
+    # All layers see 2,047 tokens; the embedding is not the head.
+    "Phi-3-mini-4k": Published(
+        {
+            "model_type": "phi3",
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "vocab_size": 32064,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "sliding_window": 2047,
+            "tie_word_embeddings": False,
+        },
+        token=32 * 2 * 32 * 96 * 4,
+        cache=32 * 2 * 32 * 96 * 4 * (2047 + 16),
+        products=32 * (3072 * 9216 + 3072 * 3072 + 3 * 3072 * 8192),
+        head=32064 * 3072,
+        rest=32064 * 3072 + 32 * 2 * 3072 + 3072,
+    ),
+}
+each_published = pytest.mark.parametrize("name", PUBLISHED)
+SMALL = {"fp32": 1, "fp16": 2, "int8": 4, "int4": 8}  # times smaller
+
+
+def config_only(folder: Path, name: str) -> Path:
+    (folder / "config.json").write_text(json.dumps(PUBLISHED[name].config))
+    return folder
+
+
+@each_published
+def test_inspect_tells_the_bytes_worked_out_by_hand(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published = PUBLISHED[name]
+    assert app.run(["inspect", str(config_only(tmp_path, name)), "--context", "4k", "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)
+    parameters = published.products + published.head + published.rest
+    assert memory["kv_bytes_per_token"] == {kind: published.token // times for kind, times in SMALL.items()}
+    assert memory["mib"]["4096"] == {kind: published.cache / times / 2**20 for kind, times in SMALL.items()}
+    assert memory["weights_mib"] == parameters * 4 / 2**20
+    share = {
+        kind: published.cache / times / (published.cache / times + parameters * 4) for kind, times in SMALL.items()
+    }
+    assert memory["share"]["4096"] == pytest.approx(share, rel=1e-12)
+
+
+@each_published
+def test_parameters_are_those_of_the_published_model(name: str, tmp_path: Path) -> None:
+    published, snapshot = PUBLISHED[name], resolve(str(config_only(tmp_path, name)))
+    found = count_parameters(snapshot, read_spec(snapshot))
+    assert (found.products, found.head) == (published.products, published.head)
+    assert found.total - found.products - found.head == published.rest
+
+
+def test_rows_that_are_looked_up_are_stored_but_not_read() -> None:
+    parameters = Parameters(products=3200, head=320, embedding=640, positions=10, others=5)
+    weights = StoredWeights.of(parameters, "int4")
+    assert weights.read == (3200 + 320) // 32 * 20.5 + 5 * 4
+    assert weights.stored == weights.read + 640 // 32 * 20.5 + 10 * 4
+    assert StoredWeights.of(parameters, "fp32").stored == 4 * parameters.total
+
+
+def test_config_and_graph_agree_on_int4_weights(tiny_llama: Path, tmp_path: Path) -> None:
+    workshop = open_workshop(tiny_llama, recipe_of(weights="int4"))
+    export_slim(workshop, tmp_path / "plain")
+    expected = StoredWeights.of(count_parameters(workshop.snapshot, workshop.spec), "int4")
+    found = artifact_weights(tmp_path / "plain", workshop.spec, "int4", expected.stored)
+    assert (found.products, found.head) == (expected.products, expected.head)
+    assert found.read == pytest.approx(expected.read, rel=0.02)  # equal norms are stored once
+
+
+def test_cache_of_an_artifact_has_the_bytes_of_its_graph(tiny_llama: Path, tmp_path: Path) -> None:
+    workshop = open_workshop(tiny_llama, recipe_of((KvPca(rank=8, rank_ratio=None),)))
+    plan = export_slim(workshop, tmp_path / "slim")
+    fill(tmp_path)
+    manifest = read_manifest(tmp_path).model_copy(
+        update={"spec": workshop.spec, "plan": plan, "kv_layout": KVLayout.of(workshop.spec, plan)}
+    )
+    plain, slim = artifact_caches(manifest)
+    assert slim.bytes_at(100) == DecodeSession(tmp_path / "slim", capacity=100).layout.bytes_at(100)
+    assert plain.bytes_at(100) == 2 * slim.bytes_at(100)
+
+
+def test_a_layer_without_attention_has_no_cache(tmp_path: Path) -> None:
+    fill(tmp_path)
+    plan = Plan(layers=(LayerPlan(layer=0, heads=()), LayerPlan(layer=1)))
+    manifest = read_manifest(tmp_path).model_copy(update={"plan": plan, "kv_layout": KVLayout.of(SPEC, plan)})
+    memory = cache_memory(SPEC, artifact_caches(manifest), "fp32", 100, [64])
+    assert memory.layers[0].heads == 0
+    assert memory.layers[0].bytes_per_token == {"plain": 2 * 2 * 16 * 4, "as it is": 0}
+    assert memory.kv_bytes_per_token["plain"] == 2 * memory.kv_bytes_per_token["as it is"]
+
+
+def test_artifact_with_devices_shows_the_gain(tmp_path: Path) -> None:
+    fill(tmp_path)
+    write_graph(tmp_path / "model.onnx")
+    memory = inspect(str(tmp_path), [256], None, [load_device("raspberry-pi-5-8gb")])
+    plain, slim = memory.devices
+    assert (plain.cache, slim.cache) == ("plain", "as it is")
+    for before, after in zip(plain.stages, slim.stages, strict=True):
+        assert after.demand.bytes_per_token < before.demand.bytes_per_token
+    decode = slim.stages[-1].demand
+    cache = 256 * (2 * 4 * 8 + 2 * 4 * 16 * 4)  # for each of 4 query heads
+    assert decode.bytes_per_token == 64 * 257 * 4 + 96 * 2 * 20 + cache
+    assert decode.flops_per_token == 2 * (64 * 257 + 96 * 64) + 2 * 4 * 256 * (2 * 8 + 2 * 16)
+
+
+def write_graph(path: Path) -> None:
+    """A graph that nobody runs: a lookup, a quantised product with scales, and a head."""
+    constants = [
+        helper.make_tensor("table", TensorProto.FLOAT, [257, 64], bytes(257 * 64 * 4), raw=True),
+        helper.make_tensor("codes", TensorProto.UINT8, [96, 2, 16], bytes(96 * 2 * 16), raw=True),
+        helper.make_tensor("scales", TensorProto.FLOAT, [96, 2], bytes(96 * 2 * 4), raw=True),
+        helper.make_tensor("head", TensorProto.FLOAT, [64, 257], bytes(64 * 257 * 4), raw=True),
+    ]
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["x"]),
+        helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", K=64, N=96),
+        helper.make_node("MatMul", ["y", "head"], ["logits"]),
+    ]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "still", [], [], constants)), path)
+
+
+def test_artifact_refuses_another_kind_of_weights(tmp_path: Path) -> None:
+    fill(tmp_path)
+    with pytest.raises(UsageError, match="as they are"):
+        inspect(str(tmp_path), [64], "int4", [])
+
+
+def test_artifact_without_a_graph_to_read_is_broken(tmp_path: Path) -> None:
+    fill(tmp_path)
+    with pytest.raises(ArtifactError, match="graph"):
+        inspect(str(tmp_path), [64], None, [load_device("raspberry-pi-5-8gb")])
+
+
+def test_encoders_have_no_device_limits(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    config = {"model_type": "bert", "vocab_size": 100, "architectures": ["BertModel"], **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    memory = inspect(str(tmp_path), [64], "int8", [])
+    assert (memory.layers, memory.mib["64"]["fp32"], memory.share["64"]["fp32"]) == ((), 0, 0)
+    with pytest.raises(UnsupportedError, match="encoder"):
+        inspect(str(tmp_path), [64], None, [load_device("raspberry-pi-5-8gb")])
+
+
+def test_tables_show_devices_and_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = config_only(tmp_path, "SmolLM2-135M")
+    devices = ("--device", "raspberry-pi-5-8gb", "--device", "phone-8gb")
+    assert app.run(["inspect", str(folder), "--weights", "int4", "--context", "1k,8k", *devices]) == 0
+    out = capsys.readouterr().out
+    assert out.count("training at 8,192") == 2
+    assert "training at 1,024" not in out
+    assert out.count("8,192 (positions)") == 8
+    assert "decode at 1,024" in out
+    assert "weights: 82.3 MiB, int4" in out
