@@ -28,7 +28,7 @@ from kvslim.plan.choose import Chosen, choose
 from kvslim.plan.decode_time import DecodeTime
 from kvslim.plan.lazy import laziest
 from kvslim.plan.planner import Planner, Trials
-from kvslim.plan.removals import RemovalTrials
+from kvslim.plan.removals import PlanTrials
 from kvslim.plan.windows import SINKS, WindowTrials
 from kvslim.progress import Progress
 from kvslim.recipe import Budget, Calibration, Recipe, Validation
@@ -139,7 +139,7 @@ class Workshop:
                 probe.kl,
                 held_out.kl,
                 WindowTrials(seen, held_out.kl, recall.drop),
-                RemovalTrials(
+                PlanTrials(
                     lambda plan: probe.kl(fit(self.spec, statistics, plan)),
                     lambda plan: recall.drop(fit(self.spec, statistics, plan)),
                 ),
