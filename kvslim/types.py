@@ -111,6 +111,11 @@ class LayerPlan(Frozen):
     score: float | None = Field(None, description="share of the score energy that the rank keeps, the worse of K and V")
     reason: str = "kept"
 
+    @property
+    def has_cache(self) -> bool:
+        """Whether the layer keeps keys and values of its own."""
+        return self.heads != () and self.donor is None
+
     def kv_heads(self, spec: ModelSpec) -> tuple[int, ...]:
         """The kv heads that are kept: those that a kept query head reads."""
         heads = range(spec.q_heads) if self.heads is None else self.heads
@@ -237,7 +242,7 @@ class KVLayout(Frozen):
             return cls(tensors=())
         windowed = plan.window_cache and plan.layout == "gqa"
         windows = spec.windows if windowed else (None,) * spec.layers
-        cached = (layer for layer in plan.layers if layer.heads != () and layer.donor is None)
+        cached = (layer for layer in plan.layers if layer.has_cache)
         tensors = (tensor for layer in cached for tensor in _layer_tensors(spec, layer, windows[layer.layer]))
         return cls(layout=plan.layout, tensors=tuple(tensors))
 

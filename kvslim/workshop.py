@@ -38,7 +38,7 @@ from kvslim.plan.decode_time import DecodeTime
 from kvslim.plan.lazy import laziest
 from kvslim.plan.planner import Planner, Trials
 from kvslim.plan.refit import refit_where_it_pays
-from kvslim.plan.removals import RemovalTrials
+from kvslim.plan.removals import PlanTrials
 from kvslim.plan.windows import SINKS, WindowTrials
 from kvslim.progress import Progress
 from kvslim.recipe import Budget, Calibration, Recipe, Validation
@@ -148,7 +148,7 @@ class Workshop:
                 probe.kl,
                 held_out.kl,
                 WindowTrials(seen, held_out.kl, recall.drop),
-                RemovalTrials(
+                PlanTrials(
                     lambda plan: probe.kl(fit(self.spec, statistics, plan)),
                     lambda plan: recall.drop(fit(self.spec, statistics, plan)),
                 ),

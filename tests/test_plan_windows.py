@@ -10,7 +10,7 @@ from models import open_workshop, recipe_of
 
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.plan.planner import Planner, Trials
-from kvslim.plan.removals import RemovalTrials
+from kvslim.plan.removals import PlanTrials
 from kvslim.plan.windows import SINKS, WindowTrials, keeping_recall
 from kvslim.transform.codes import LayerCodes
 from kvslim.transform.judge import Judge
@@ -99,7 +99,7 @@ def planner_with(workshop: Workshop, statistics: CalibrationStatistics) -> Calla
 
     def made(divergence: Callable[[Codes], float] = nothing, drop: Callable[[Codes], float] = nothing) -> Planner:
         windows = WindowTrials(CONTEXT, divergence, drop)
-        trials = Trials(judge.kl, judge.kl, windows, RemovalTrials(lambda _: 1e9, lambda _: 0.0))
+        trials = Trials(judge.kl, judge.kl, windows, PlanTrials(lambda _: 1e9, lambda _: 0.0))
         base = Plan.identity(workshop.spec)
         return Planner(workshop.spec, statistics, base, workshop.decode_time(CONTEXT), trials, iter)
 

@@ -19,7 +19,7 @@ from kvslim.errors import GateError, UnsupportedError
 from kvslim.export.manifest import read_manifest
 from kvslim.plan.choose import Chosen, choose
 from kvslim.plan.planner import MARGIN, Planned, Planner, Trials
-from kvslim.plan.removals import RemovalTrials
+from kvslim.plan.removals import PlanTrials
 from kvslim.plan.windows import WindowTrials
 from kvslim.recipe import Budget, Recipe, load_recipe, parse_recipe
 from kvslim.runtime.graph import layout_of, open_session
@@ -49,7 +49,7 @@ def planner_of(workshop: Workshop, statistics: CalibrationStatistics) -> Planner
     judge = Judge(workshop.model, workshop.architecture, statistics.windows)
     base = Plan.identity(workshop.spec)
     windows = WindowTrials(0, judge.kl, lambda _: 0.0)
-    trials = Trials(judge.kl, judge.kl, windows, RemovalTrials(lambda _: 1e9, lambda _: 0.0))
+    trials = Trials(judge.kl, judge.kl, windows, PlanTrials(lambda _: 1e9, lambda _: 0.0))
     return Planner(workshop.spec, statistics, base, workshop.decode_time(CONTEXT), trials, iter)
 
 

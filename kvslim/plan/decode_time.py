@@ -8,7 +8,7 @@ and compares the ratios that follow with measured ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvslim.types import CacheType, LayerPlan, ModelSpec, WeightType
@@ -37,22 +37,23 @@ class DecodeTime:
     others: tuple[int, ...]
     head: int
 
-    def of_layer(self, layer: LayerPlan) -> float:
-        """The work of one layer for one token."""
+    def of_layer(self, layer: LayerPlan, donor: LayerPlan | None = None) -> float:
+        """The work of one layer for one token, over its own cache or that of a donor."""
         others = OF_WEIGHTS[self.weights] * self.others[layer.layer] * layer.mlp
-        return others if layer.heads == () else others + self._attention(layer)
+        return others if layer.heads == () else others + self._attention(layer, donor or layer)
 
-    def of_plan(self, layers: Iterable[LayerPlan]) -> float:
+    def of_plan(self, layers: Sequence[LayerPlan]) -> float:
         """The work of a whole plan for one token."""
-        return OF_WEIGHTS[self.weights] * self.head + sum(map(self.of_layer, layers))
+        donors = (None if layer.donor is None else layers[layer.donor] for layer in layers)
+        return OF_WEIGHTS[self.weights] * self.head + sum(map(self.of_layer, layers, donors))
 
-    def _attention(self, layer: LayerPlan) -> float:
-        spec, kv_heads = self.spec, len(layer.kv_heads(self.spec))
+    def _attention(self, layer: LayerPlan, cached: LayerPlan) -> float:
+        spec, kv_heads = self.spec, len(layer.kv_heads(self.spec)) if layer.donor is None else 0
         heads = spec.q_heads if layer.heads is None else len(layer.heads)
         kept = (heads + kv_heads) / (spec.q_heads + spec.kv_heads)
-        coding = 0 if layer.rank is None else (heads + kv_heads) * spec.head_dim * layer.rank
+        coding = (heads + kv_heads) * spec.head_dim * (cached.rank or spec.head_dim * (layer.donor is not None))
         seen = min((limit for limit in self._limits(layer) if limit is not None), default=self.context)
-        reading = OF_CACHE[layer.cache] * heads * sum(layer.widths(spec.head_dim)) * min(seen, self.context)
+        reading = OF_CACHE[cached.cache] * heads * sum(cached.widths(spec.head_dim)) * min(seen, self.context)
         return OF_WEIGHTS[self.weights] * kept * self.attention[layer.layer] + coding + reading
 
     def _limits(self, layer: LayerPlan) -> tuple[int | None, int | None]:

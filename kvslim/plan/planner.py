@@ -12,11 +12,13 @@ from kvslim.errors import GateError
 from kvslim.methods.fitting import fit
 from kvslim.methods.kv_quant import with_integers
 from kvslim.methods.kv_window import KvWindow
+from kvslim.methods.share_kv import ShareKv
 from kvslim.plan.allocate import allocate, allocate_both
 from kvslim.plan.cost import side_costs
 from kvslim.plan.decode_time import DecodeTime
+from kvslim.plan.donors import sharing
 from kvslim.plan.probes import Divergence, prices
-from kvslim.plan.removals import RemovalTrials, removals
+from kvslim.plan.removals import PlanTrials, removals
 from kvslim.plan.ways import Change, Way, Ways, words
 from kvslim.plan.windows import SINKS, Window, WindowTrials, keeping_recall, windowed
 from kvslim.transform.codes import LayerCodes
@@ -53,13 +55,13 @@ class Trials(NamedTuple):
         probe: Divergence of the model with codes, on the text that prices come from.
         judge: The same on other calibration text, which plans are compared on.
         windows: How windows are tried.
-        removals: How the model is tried without some heads.
+        plans: How removed parts and shared caches are tried.
     """
 
     probe: Divergence
     judge: Divergence
     windows: WindowTrials
-    removals: RemovalTrials
+    plans: PlanTrials
 
 
 class Planner:
@@ -97,8 +99,9 @@ class Planner:
             for bits in (8, 4)
         }
         windows = [_windowed(window) for window in self._windows(layers, trials.windows)]
-        removed = removals(spec, statistics, base, trials.removals, self._pays, layers, timed=time_ratio is not None)
-        self.ways = {bits: list(self._offered(whole, windows, removed)) for bits, whole in self.whole.items()}
+        tried = spec, statistics, base, trials.plans, self._pays, layers
+        removed, shared = removals(*tried, timed=time_ratio is not None), sharing(*tried)
+        self.ways = {bits: list(self._offered(whole, windows, removed, shared)) for bits, whole in self.whole.items()}
         self._fitted: dict[LayerPlan, tuple[LayerPlan, LayerCodes]] = {}
         self._divergences: dict[tuple[LayerPlan, ...], float] = {}
 
@@ -178,14 +181,22 @@ class Planner:
         return any(self.made.pays(ways[layer], change) for ways in self.whole.values())
 
     def _offered(
-        self, whole: list[list[Way]], windows: list[dict[int, list[Change]]], removed: dict[int, list[Change]]
+        self,
+        whole: list[list[Way]],
+        windows: list[dict[int, list[Change]]],
+        removed: dict[int, list[Change]],
+        shared: dict[int, Change],
     ) -> Iterator[list[list[Way]]]:
-        """What plans are made of: with no window or windows of one length, with all heads or without some."""
+        """What plans are made of: whole caches or windows of one length, all parts or not; or shared caches."""
         for window in ({}, *windows):
             ways = self._changed(whole, window)
             yield ways
             if removed:
                 yield self._changed(ways, removed)
+        if shared:
+            donors = {change.update["donor"] for change in shared.values()}
+            free = {layer: changes for layer, changes in removed.items() if layer not in donors}
+            yield self._changed(self._changed(whole, free), {layer: [change] for layer, change in shared.items()})
 
     def _changed(self, ways: list[list[Way]], changes: dict[int, list[Change]]) -> list[list[Way]]:
         return [self.made.changed(layer, changes.get(index, ())) for index, layer in enumerate(ways)]
@@ -201,7 +212,7 @@ class Planner:
         limit = self._time_limit
         options = allocate(offered, budget) if limit is None else allocate_both(offered, budget, limit)
         filled = tuple(layer[option.name][1] for layer, option in zip(ways, options or (), strict=False))
-        return filled if any(layer.heads != () for layer in filled) else None
+        return filled if any(layer.has_cache for layer in filled) else None
 
     def _keeps(self, ways: Sequence[Way], budget: float) -> bool:
         """Whether those ways keep the limits of bytes and time."""
@@ -220,10 +231,11 @@ class Planner:
         told = tuple(layer.model_copy(update={"reason": how + layer.reason}) for layer, _ in fitted)
         plan = self.base.model_copy(update={"layers": told})
         if plan.layers not in self._divergences:
-            self._divergences[plan.layers] = self.judge(tuple(code for _, code in fitted))
+            codes = ShareKv().apply(self.spec, self.statistics, plan, tuple(code for _, code in fitted))
+            self._divergences[plan.layers] = self.judge(codes)
         size = KVLayout.of(self.spec, plan).bytes_at(self.context)
         point = PlanPoint(
-            cache=next(layer.cache for layer in plan.layers if layer.heads != ()),
+            cache=next(layer.cache for layer in plan.layers if layer.has_cache),
             kv_bytes_per_token=size / self.context,
             kv_ratio=self.plain_bytes / size,
             time_ratio=self.time.of_plan(plan.layers) / self.plain_time,
@@ -236,9 +248,10 @@ class Planner:
         if layer not in self._fitted:
             told = layer.model_copy(update={"reason": words(layer, self.spec)})
             final = self.base.model_copy(update={"layers": (told,)})
-            if layer.heads != ():
+            if layer.has_cache:
                 final = with_integers(self.spec, self.statistics, final, {}, True)
-            self._fitted[layer] = final.layers[0], fit(self.spec, self.statistics, final)[0]
+            own = LayerCodes() if layer.donor is not None else fit(self.spec, self.statistics, final)[0]
+            self._fitted[layer] = final.layers[0], own
         return self._fitted[layer]
 
 

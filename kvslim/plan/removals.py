@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 Measure = Callable[[Plan], float]
 Pays = Callable[[int, Change], bool]
+TRIED = 8  # layers, those whose attention changes the hidden states least; all of them where time is limited
 ATTENTION, MLP = Change({"heads": ()}, 0.0, share=0.0), Change({"mlp": False}, 0.0)
 BLOCK = Change({**ATTENTION.update, **MLP.update}, 0.0, share=0.0)
 
 
-class RemovalTrials(NamedTuple):
+class PlanTrials(NamedTuple):
     """How a model is tried with a plan.
 
     Attributes:
@@ -41,7 +42,7 @@ def removals(
     spec: ModelSpec,
     statistics: CalibrationStatistics,
     base: Plan,
-    trials: RemovalTrials,
+    trials: PlanTrials,
     pays: Pays,
     layers: Callable[[Iterable[int]], Iterable[int]],
     *,
@@ -60,10 +61,11 @@ def removals(
     """
 
     def tried(layer: int, change: Change) -> Change:
-        return change._replace(loss=trials.divergence(_changed(base, {layer: change})))
+        return change._replace(loss=trials.divergence(changed_plan(base, {layer: change})))
 
     found: dict[int, list[Change]] = {}
-    for layer in layers(range(spec.layers)):
+    spare = np.argsort(statistics.influence[:, 0], kind="stable").tolist()
+    for layer in layers(spare if timed else spare[:TRIED]):
         fluctuation = statistics.fluctuation[layer]
         attention = tried(layer, ATTENTION)
         heads = (_without(part, attention.loss, fluctuation, spec) for part in _parts(spec, fluctuation))
@@ -74,12 +76,13 @@ def removals(
     worst = {layer: max(changes, key=_loss) for layer, changes in found.items()}
     least = sorted(worst, key=lambda layer: worst[layer].loss)
     kept_layers = keeping_recall(
-        least, lambda some: trials.recall_drop(_changed(base, {layer: worst[layer] for layer in some}))
+        least, lambda some: trials.recall_drop(changed_plan(base, {layer: worst[layer] for layer in some}))
     )
     return {layer: found[layer] for layer in kept_layers}
 
 
-def _changed(base: Plan, changes: Mapping[int, Change]) -> Plan:
+def changed_plan(base: Plan, changes: Mapping[int, Change]) -> Plan:
+    """The plan with the changes of some layers, and nothing else."""
     layers = (
         layer.model_copy(update=changes[layer.layer].update) if layer.layer in changes else layer
         for layer in base.layers

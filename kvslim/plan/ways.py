@@ -96,6 +96,8 @@ def words(layer: LayerPlan, spec: ModelSpec) -> str:
     cost = f"expected to cost {layer.score:.1e} nats"
     if layer.heads == ():
         return f"{GONE['attention' if layer.mlp else 'block']}; {cost}"
+    if layer.donor is not None:
+        return f"reads the cache of layer {layer.donor}; {cost}"
     key, value = layer.ranks(spec.head_dim)
     ranks = f"rank {key}" if key == value else f"ranks {key} and {value}"
     refined = ", {} and {} of them refined".format(*layer.twice) if any(layer.twice) else ""
