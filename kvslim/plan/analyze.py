@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import Field
 
+from kvslim.methods.cluster_heads import ClusterHeads
 from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_window import kept_attention
 from kvslim.methods.prune_heads import PruneHeads
@@ -42,6 +43,7 @@ class LayerAnalysis(Frozen):
     fluctuation: tuple[float, ...] = Field(
         description="of each query head: variance of what it adds to the hidden states, summed over these"
     )
+    clusters: int = Field(description="of query heads that attend alike; the elbow of what sharing attention costs")
     key_rank: int = Field(description="dimensions with which every kv head keeps 99 % of the score energy")
     value_rank: int = Field(description="the same for values")
     recent_attention: float = Field(description="least share of a kv head's attention on sinks and 256 recent tokens")
@@ -83,6 +85,7 @@ def analyze(
     ]
     recent = kept_attention(statistics, RECENT).min(axis=1)
     donors = _donors(spec, statistics)
+    clusters = ClusterHeads().numbers(spec, statistics)
     found = []
     for layer in layers(range(spec.layers)):
         ranks = [
@@ -97,6 +100,7 @@ def analyze(
                 block_influence=float(statistics.influence[layer, INFLUENCES.index("block")]),
                 kv_head_kl=tuple(kl_without(PruneHeads(heads={layer: heads})) for heads in groups),
                 fluctuation=tuple(statistics.fluctuation[layer].tolist()),
+                clusters=clusters.get(layer, spec.q_heads),
                 key_rank=min(ranks[0], spec.head_dim),
                 value_rank=min(ranks[1], spec.head_dim),
                 recent_attention=float(np.clip(recent[layer], 0, 1)),

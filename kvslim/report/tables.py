@@ -113,6 +113,7 @@ def analysis_table(analysis: Analysis) -> Table:
         "block influence",
         "KL without each kv head",
         "fluctuation of heads",
+        "clusters",
         "rank K",
         "rank V",
         "recent attention",
@@ -125,6 +126,7 @@ def analysis_table(analysis: Analysis) -> Table:
             f"{layer.block_influence:.2g}",
             " ".join(f"{kl:.1g}" for kl in layer.kv_head_kl),
             " ".join(f"{share:.1g}" for share in layer.fluctuation),
+            str(layer.clusters),
             str(layer.key_rank),
             str(layer.value_rank),
             f"{layer.recent_attention:.0%}",
@@ -158,7 +160,7 @@ def layers_table(memory: CacheMemory) -> Table:
     rows = [
         (
             str(layer.layer),
-            str(layer.heads),
+            str(layer.heads) if layer.heads == layer.value_heads else f"{layer.heads} K, {layer.value_heads} V",
             str(layer.key_dim),
             str(layer.value_dim),
             *([_kept(layer.window, layer.sinks)] if windowed else []),
