@@ -32,7 +32,6 @@ KINDS: dict[str, tuple[str, ClusterHeads]] = {
     "mha": ("gpt2", ClusterHeads(clusters={0: 2, 1: 1})),
     "mha, dynamic": ("gpt2", ClusterHeads(clusters={0: 1, 1: 2}, mode="dynamic")),
     "mha, RoPE, dynamic": ("gpt_neox", ClusterHeads(clusters={1: 3}, mode="dynamic")),
-    "gqa": ("llama", ClusterHeads(clusters={1: 2})),
     "gqa, window and softcap": ("gemma2", ClusterHeads(clusters={0: 2, 1: 2})),
 }
 
@@ -355,7 +354,9 @@ def test_broken_notes_on_clusters_are_refused(made: Made, tmp_path: Path, note: 
         DecodeSession(tmp_path, capacity=8)
 
 
-@pytest.mark.parametrize(("kind", "opens"), [("mha", False), ("mha, dynamic", False), ("gqa", True)])
+@pytest.mark.parametrize(
+    ("kind", "opens"), [("mha", False), ("mha, dynamic", False), ("gqa, window and softcap", True)]
+)
 def test_genai_config_is_written_when_genai_can_open_the_graph(
     made: Made, tmp_path: Path, kind: str, opens: bool
 ) -> None:
@@ -372,3 +373,28 @@ def test_clusters_follow_calibration_when_a_session_forms_them(made: Made) -> No
     for layer, how in noted.items():
         assert isinstance(how, Formed)
         np.testing.assert_allclose(how.calibrated, loss[layer] / loss[layer].max(), atol=1e-4)
+
+
+def test_layers_that_share_caches_have_no_clusters() -> None:
+    deep = MHA.model_copy(update={"layers": 3, "windows": (None,) * 3})
+    for clustered in (0, 1):
+        layers = [{"layer": layer, "donor": 0 if layer == 1 else None} for layer in range(3)]
+        layers[clustered]["dynamic_clusters"] = 2
+        with pytest.raises(UsageError, match="clusters of heads"):
+            check_plan(Plan.model_validate({"layers": layers}), deep)
+
+
+def test_dynamic_clusters_are_formed_for_one_sequence(made: Made) -> None:
+    _, folder, _ = made("mha, dynamic")
+    with pytest.raises(UsageError, match="one prompt at a time"):
+        DecodeSession(folder, capacity=8, batch=2)
+
+
+def test_sequences_side_by_side_equal_each_alone_when_clusters_are_fixed(made: Made) -> None:
+    workshop, folder, _ = made("mha")
+    tokens = tokens_of(workshop, 24).reshape(2, 12)
+    session = DecodeSession(folder, capacity=12, all_positions=True, batch=2)
+    found = np.concatenate([session.step(tokens[:, :10]), session.step(tokens[:, 10:11])], axis=1)
+    for row in (0, 1):
+        alone = DecodeSession(folder, capacity=12, all_positions=True).step(tokens[row])
+        np.testing.assert_allclose(found[row], alone[:11], atol=1e-4)
