@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvslim.errors import UnsupportedError, UsageError
+from kvslim.methods.cluster_heads import check_clusters
 from kvslim.methods.kv_hdc import KvHdc
 from kvslim.methods.kv_pca import STEP, check_rank, check_width
 from kvslim.methods.kv_quant import INTEGERS
@@ -19,6 +20,7 @@ from kvslim.types import CODES, LayerPlan, ModelSpec, Plan
 
 RECALL_MARGIN = 33  # first token, span and its second copy
 LACKING = {
+    "cluster_heads": "clusters of heads",
     "kv_quant": "integer cache",
     "kv_hdc": "integer cache",
     "kv_window": "ring",
@@ -201,6 +203,8 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
             check_heads(layer.heads, spec, where)
         _check_sizes(plan, layer, spec, where)
         _check_operators(plan, layer, where)
+        if layer.clustering is not None:
+            check_clusters(layer, spec, where)
     check_donors(plan, spec, lambda layer: f"--plan: layers.{layer}")
 
 
@@ -257,6 +261,8 @@ def _check_operators(plan: Plan, layer: LayerPlan, where: str) -> None:
         raise UsageError("layout attention24 has no integer cache", where=where, fix="use cache float32")
     if plan.layout == "attention24" and layer.window is not None:
         raise UsageError("layout attention24 keeps every token", where=where, fix="drop window, or use layout gqa")
+    if plan.layout == "attention24" and layer.clustering is not None:
+        raise UsageError("layout attention24 has no clusters of heads", where=where, fix="use layout gqa")
     if layer.window is None and (layer.sinks or layer.cache in CODES):
         what = "sinks" if layer.sinks else f"cache {layer.cache}"
         raise UsageError(f"{what} without a window", where=where, fix="give a window, or drop sinks and packed codes")

@@ -175,8 +175,14 @@ def decide(recipe: Recipe, spec: ModelSpec, statistics: CalibrationStatistics) -
     """The plan that the recipe's methods make of a model's statistics."""
     plan = Plan.identity(spec, recipe.layout, recipe.window_cache)
     for method in _in_order(recipe):
-        plan = method.decide(spec, statistics, plan)
+        plan = _with_clusters_of(plan, method.decide(spec, statistics, plan))
     return plan
+
+
+def _with_clusters_of(before: Plan, after: Plan) -> Plan:
+    """What a method made of a plan, layers of clustered heads as they were: their cache stays in float32."""
+    pairs = zip(before.layers, after.layers, strict=True)
+    return after.model_copy(update={"layers": tuple(new if old.clustering is None else old for old, new in pairs)})
 
 
 def _planned(workshop: Workshop, statistics: CalibrationStatistics, progress: Progress) -> PlanSummary:

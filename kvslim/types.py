@@ -15,6 +15,7 @@ Kind = Literal["key", "value", "key_codes", "value_codes"]
 Layout = Literal["gqa", "attention24"]
 Objective = Literal["balanced", "key"]
 Part = Literal["attention", "mlp", "block"]
+Clusters = Literal["static", "dynamic"]
 Task = Literal["text-generation", "fill-mask", "feature-extraction"]
 INPUTS = ("input_ids", "attention_mask", "position_ids")  # before the cache; not every graph needs positions
 LAST_POSITION = "last_position"  # the node that hands the head the last position alone
@@ -22,6 +23,11 @@ BITS: dict[CacheType, int] = {"float32": 32, "int8": 8, "int4": 4, "codes3": 3, 
 CODES: tuple[CacheType, ...] = ("codes3", "codes2", "codes1")  # packed, decoded by table in the graph
 RINGS = "kvslim.rings"  # the graph's metadata: sinks of each ring and how its layer stores, by layer
 SHARED = "shared_"  # then kind.donor.layer: outputs of layers without a cache, to lie where their donor's lies
+CLUSTERS = "kvslim.clusters"  # the same of layers whose heads share attention: how many attend, by layer
+# Inputs of the graph for a layer's dynamic clusters: the query heads that attend [clusters], and for each query head
+# the place among them of the one whose attention it takes [q_heads]. The output: the weights of those that attend.
+CLUSTER_INPUTS, ATTENTIONS = ("clusters.{}.representatives", "clusters.{}.membership"), "attentions.{}"
+FIRST_TOKENS = 5  # of a prompt, from which dynamic clusters are formed (Agarwal et al., "CHAI", 2024)
 WINDOW_SLACK = 16  # rows of a window's cache beyond the window: eviction then moves it once in so many tokens
 
 
@@ -95,6 +101,12 @@ class LayerPlan(Frozen):
     )
     mlp: bool = Field(True, description="whether the feed-forward part stays; without it and heads the block is gone")
     donor: int | None = Field(None, description="earlier layer whose cache this one reads; None: it has its own")
+    clusters: tuple[int, ...] | None = Field(
+        None, description="for each query head the one whose attention it takes; None: every head its own"
+    )
+    dynamic_clusters: int | None = Field(
+        None, description="number of clusters that the runtime makes of the query heads from each prompt's first tokens"
+    )
     rank: int | None = Field(None, description="cached dimensions per kv head; None keeps head_dim untouched")
     value_rank: int | None = Field(None, description="the same for values, where it differs (layout attention24)")
     objective: Objective = "balanced"
@@ -120,6 +132,24 @@ class LayerPlan(Frozen):
         """The kv heads that are kept: those that a kept query head reads."""
         heads = range(spec.q_heads) if self.heads is None else self.heads
         return tuple(sorted({head // spec.group_size for head in heads}))
+
+    @property
+    def clustering(self) -> Clusters | None:
+        """When clusters of heads are formed: before export, or for each prompt; None where there are none."""
+        if self.dynamic_clusters is not None:
+            return "dynamic"
+        return None if self.clusters is None else "static"
+
+    @property
+    def attending(self) -> int | None:
+        """Query heads with attention of their own where the heads are clustered, one of each cluster."""
+        return self.dynamic_clusters if self.clusters is None else len(set(self.clusters))
+
+    def key_heads(self, spec: ModelSpec) -> int:
+        """Heads of the key cache: with a kv head for every query head, representatives of clusters alone have one."""
+        if self.attending is not None and spec.group_size == 1:
+            return self.attending
+        return len(self.kv_heads(spec))
 
     def ranks(self, head_dim: int) -> tuple[int, int]:
         """Dimensions that are kept of a key, and of a value."""
@@ -178,6 +208,9 @@ class KVTensor(Frozen):
     sinks: int | None = Field(
         None, description="first tokens kept beside the window, in a ring; None: the operator keeps the window"
     )
+    clusters: Clusters | None = Field(
+        None, description="whether heads share attention; the rows of past and present are then those of one buffer"
+    )
 
     @property
     def past(self) -> str:
@@ -231,6 +264,17 @@ class KVLayout(Frozen):
         """Whether any layer has packed codes, which no runtime but KVSlim's appends."""
         return any(tensor.is_packed for tensor in self.tensors)
 
+    @property
+    def dynamic_layers(self) -> tuple[int, ...]:
+        """The layers that form clusters for each prompt, which no runtime but KVSlim's does."""
+        return tuple(t.layer for t in self.tensors if t.clusters == "dynamic" and t.kind == "key")
+
+    @property
+    def is_even(self) -> bool:
+        """Whether keys and values of each layer have equally many heads, as onnxruntime-genai takes them to have."""
+        heads = {(tensor.layer, tensor.heads) for tensor in self.tensors}
+        return len(heads) == len({layer for layer, _ in heads})
+
     def bytes_per_token(self, context: int) -> float:
         """Bytes of a cache that holds `context` tokens, per token."""
         return self.bytes_at(context) / context
@@ -254,6 +298,14 @@ def _layer_tensors(spec: ModelSpec, layer: LayerPlan, window: int | None) -> lis
     common |= {"sinks": layer.sinks if streams else None}
     exact = "float32" if layer.cache in CODES else layer.cache
     dims = dict(zip(("key", "value"), layer.widths(spec.head_dim), strict=True))
+    if layer.clustering is not None:
+        kinds: tuple[tuple[Kind, int], ...] = (("key", layer.key_heads(spec)), ("value", heads))
+        return [
+            KVTensor(
+                layer=layer.layer, kind=kind, heads=count, dim=dims[kind], dtype="float32", clusters=layer.clustering
+            )
+            for kind, count in kinds
+        ]
     tensors = [KVTensor(kind=kind, dim=dim, dtype=exact, **common) for kind, dim in dims.items()]
     if layer.cache in CODES:
         tensors += [KVTensor(kind=f"{kind}_codes", dim=dim, dtype=layer.cache, **common) for kind, dim in dims.items()]

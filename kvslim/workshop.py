@@ -29,7 +29,7 @@ from kvslim.export.weights import quantise_weights
 from kvslim.load.architecture import architecture_of
 from kvslim.load.model import load_model, load_tokenizer
 from kvslim.load.source import Snapshot
-from kvslim.methods import KvWindow, Method, PruneHeads, PruneLayers, ShareKv
+from kvslim.methods import ClusterHeads, KvWindow, Method, PruneHeads, PruneLayers, ShareKv
 from kvslim.methods.fitting import fit
 from kvslim.methods.share_kv import distances
 from kvslim.plan.analyze import Analysis, analyze
@@ -185,6 +185,13 @@ class Workshop:
                 lambda layer, gone: held_out.kl(self.without(statistics, PruneHeads(heads={layer: gone}))),
                 lambda layers: self.progress.track(layers, "layers to lose heads"),
             )
+        if isinstance(method, ClusterHeads) and method.count:
+            return method.chosen(
+                self.spec,
+                statistics,
+                lambda clusters: held_out.kl(self.without(statistics, clusters)),
+                lambda layers: self.progress.track(layers, "layers to cluster heads in"),
+            )
         if isinstance(method, PruneLayers) and method.is_measured:
             return method.chosen(
                 self.spec,
@@ -208,8 +215,10 @@ class Workshop:
     def _identity(self) -> Plan:
         return Plan.identity(self.spec, self.recipe.layout, self.recipe.window_cache)
 
-    def without(self, statistics: CalibrationStatistics, method: PruneHeads | PruneLayers) -> tuple[LayerCodes, ...]:
-        """Codes of the model without the heads or layers that a method names, and else as it is."""
+    def without(
+        self, statistics: CalibrationStatistics, method: PruneHeads | PruneLayers | ClusterHeads
+    ) -> tuple[LayerCodes, ...]:
+        """Codes of the model without the heads or layers that a method takes, and else as it is."""
         return fit(self.spec, statistics, method.decide(self.spec, statistics, Plan.identity(self.spec)))
 
     def taylor(self, statistics: CalibrationStatistics) -> np.ndarray:
@@ -264,14 +273,14 @@ class Workshop:
         return token_inputs(graph)
 
     def write_companions(self, folder: Path, layout: KVLayout, inputs: tuple[str, ...]) -> None:
-        """Writes tokenizer, configs and, unless the cache has packed codes, what onnxruntime-genai needs."""
+        """Writes tokenizer, configs and, where it can open the graph, what onnxruntime-genai needs."""
         # transformers.js finds a chat template in tokenizer_config.json alone, the other clients there or beside it.
         self.tokenizer.save_pretrained(folder, save_jinja_files=False)
         config_json = with_transformers_js_config(self.snapshot.path / "config.json")
         (folder / "config.json").write_text(config_json, encoding="utf-8")
         generation = self._generation_config()
         generation.save_pretrained(folder)
-        if layout.is_packed:
+        if layout.is_packed or layout.dynamic_layers or not layout.is_even:
             return
         config = genai_config(self.spec, layout, generation.to_dict(), inputs=inputs)
         (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -31,6 +31,7 @@ def statistics_of(spec: ModelSpec, seed: int = 0) -> CalibrationStatistics:
         output_moment=moment(values),
         output_mean=rng.standard_normal((spec.layers, spec.q_heads, dim)) + 0.5,
         fluctuation=rng.uniform(0.1, 1, (spec.layers, spec.q_heads)),
+        sharing_loss=rng.uniform(0.1, 1, (spec.layers, spec.q_heads, spec.q_heads)) * (1 - np.eye(spec.q_heads)),
         output_gram=moment(weights),
         key_samples=keys,
         value_samples=values,

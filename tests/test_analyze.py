@@ -36,6 +36,7 @@ def test_every_layer_and_head_is_there(analysis: Analysis) -> None:
         assert min(layer.taylor) > 0
         assert 0 < layer.block_influence < 2
         assert 1 <= layer.value_rank <= 16
+        assert layer.clusters in {2, 4}  # as many for each of two kv heads
         assert 1 <= layer.key_rank <= 16
         assert layer.recent_attention == pytest.approx(1.0)  # no text is longer than 256 tokens
     donor = analysis.layers[1].donor

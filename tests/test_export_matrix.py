@@ -19,7 +19,7 @@ from models import (
 from tiny_decoders import CONFIGS, FAMILIES
 
 from kvslim.checks import check_plan
-from kvslim.methods import METHODS, KvHdc, KvPca, KvQuant, KvWindow, Method, PruneHeads, PruneLayers
+from kvslim.methods import METHODS, ClusterHeads, KvHdc, KvPca, KvQuant, KvWindow, Method, PruneHeads, PruneLayers
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.types import KVLayout, LayerPlan, Plan
 
@@ -35,6 +35,7 @@ PLANS: dict[str, Sequence[Method]] = {
     "hdc_int8": (KvHdc(),),
     "pca_hdc_int4": (KvHdc(bits=4, granularity="per_channel"), KvPca(rank_ratio=0.5)),
     "heads": (PruneHeads(heads={0: (0, 2)}, score="fluctuation"),),
+    "clusters": (ClusterHeads(clusters={0: 2}), KvQuant()),
     "layers": (PruneLayers(layers={1: "attention"}), KvQuant()),
 }
 CORE = ("llama", "gpt2")  # with RoPE, and with learned positions

@@ -14,7 +14,7 @@ import numpy as np
 
 from kvslim.calibrate.statistics import CalibrationStatistics
 
-FORMAT = 6
+FORMAT = 7
 
 
 def cache_folder() -> Path:

@@ -57,6 +57,8 @@ class CalibrationStatistics(HeadStatistics):
         key_moment: [L, H, d, d] covariance of keys after RoPE over the target context, by attention received.
         query_moment: [L, H, d, d] second moment of the group's queries after RoPE, mean over the group.
         output_moment: [L, H, d, d] covariance of attention outputs (weighted sums of values), mean over the group.
+        sharing_loss: [L, Q, Q] variance that what head i adds to the hidden states gets as an error when it takes the
+            attention of head j; values of different tokens are taken to be uncorrelated.
         output_gram: [L, H, d, d] sum over the group's heads of W_O^T W_O: what an error in a value costs downstream.
         key_samples: [L, H, n, d] keys turned to random positions of the target context.
         value_samples: [L, H, n, d] values of the same tokens.
@@ -75,6 +77,7 @@ class CalibrationStatistics(HeadStatistics):
     key_moment: Array
     query_moment: Array
     output_moment: Array
+    sharing_loss: Array
     output_gram: Array
     key_samples: Array
     value_samples: Array
@@ -97,8 +100,8 @@ class CalibrationStatistics(HeadStatistics):
 class _LayerRecorder:
     """Sums of one layer; memory does not depend on the number of tokens."""
 
-    def __init__(self, spec: ModelSpec, frequencies: Array, picks: Iterable[Array]) -> None:
-        self.spec, self.frequencies, self.picks = spec, frequencies, iter(picks)
+    def __init__(self, spec: ModelSpec, frequencies: Array, picks: Iterable[Array], gram: Array) -> None:
+        self.spec, self.frequencies, self.picks, self.gram = spec, frequencies, iter(picks), gram
         self.windows = 0
         self.sums: dict[str, Tensor] = {}
         self.samples: dict[str, list[Tensor]] = {
@@ -108,8 +111,9 @@ class _LayerRecorder:
     def __call__(self, seen: Observed) -> None:
         """Adds one batch."""
         bare_key, bare_query, key = seen.bare_key.double(), seen.bare_query.double(), seen.key
-        received, by_age, outputs = _attend(seen)
+        received, by_age, outputs, sharing = _attend(seen, torch.from_numpy(self.gram).float())
         self._add("age", by_age)
+        self._add("sharing", sharing)
         self._add_keys("key", bare_key[:, :, SINKS:], received[:, :, SINKS:])
         self._add_keys("sink", key[:, :, :SINKS].double(), received[:, :, :SINKS])
         self._add("mass", received[:, :, :SINKS].sum((0, 2)))
@@ -136,9 +140,9 @@ class _LayerRecorder:
             self.samples["sink_key"].append(key[:, :, :SINKS].transpose(0, 1).flatten(1, 2))
             self.samples["sink_value"].append(value[:, :, :SINKS].transpose(0, 1).flatten(1, 2))
 
-    def finish(self, context: int, positions: Array, gram: Array) -> dict[str, Array]:
-        """The statistics of this layer, by field name; `gram` is [H, group, d, d], of each query head."""
-        frequencies = self.frequencies
+    def finish(self, context: int, positions: Array) -> dict[str, Array]:
+        """The statistics of this layer, by field name."""
+        frequencies, gram = self.frequencies, self.gram
         mean = {name: (total / self.windows).numpy() for name, total in self.sums.items()}
         key_mean = rope.average_mean(mean["key_mean"], frequencies, context) + mean["sink_mean"]
         key_square = rope.average_moment(mean["key"], frequencies, context) + mean["sink"]
@@ -151,6 +155,7 @@ class _LayerRecorder:
             "output_moment": covariance.mean(1),
             "output_mean": group_mean.reshape(-1, group_mean.shape[-1]),
             "fluctuation": np.einsum("hgde,hgde->hg", covariance, gram).ravel(),
+            "sharing_loss": mean["sharing"],
             "output_gram": gram.sum(1),
             "key_samples": rope.rotate(samples["key"], positions, frequencies).astype(np.float32),
             "value_samples": samples["value"],
@@ -193,7 +198,10 @@ def collect(
     picks = [SINKS + np.sort(rng.permutation(windows.shape[1] - SINKS)[:per_window]) for _ in windows]
     positions = rng.integers(0, context, per_window * len(windows))
     slims = slim_modules(model, architecture)
-    recorders = [_LayerRecorder(spec, rope_frequencies(slim), picks) for slim in slims]
+    grams = [output_gram(attention, architecture, spec) for attention in attention_modules(model, architecture)]
+    recorders = [
+        _LayerRecorder(spec, rope_frequencies(slim), picks, gram) for slim, gram in zip(slims, grams, strict=True)
+    ]
     for slim, recorder in zip(slims, recorders, strict=True):
         slim.observer = recorder
     try:
@@ -203,8 +211,7 @@ def collect(
     finally:
         for slim in slims:
             slim.observer, slim.hidden = None, None
-    grams = [output_gram(attention, architecture, spec) for attention in attention_modules(model, architecture)]
-    layers = [recorder.finish(context, positions, gram) for recorder, gram in zip(recorders, grams, strict=True)]
+    layers = [recorder.finish(context, positions) for recorder in recorders]
     layers = [{**layer, **part.finish()} for layer, part in zip(layers, parts, strict=True)]
     by_name = {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
     counted = np.ones(windows.shape, bool) if counted is None else counted
@@ -236,19 +243,24 @@ def output_gram(attention: Any, architecture: Architecture, spec: ModelSpec) -> 
     return np.einsum("ohgd,ohge->hgde", by_head, by_head)
 
 
-def _attend(seen: Observed) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention that each key receives, by key and by age, and the outputs, from all queries but the first eighth.
+def _attend(seen: Observed, gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention that each key receives, by key and by age, outputs, and what it costs heads to share their attention.
+
+    All are taken from all queries but the first eighth.
 
     The first queries have few keys to choose from. Queries go in blocks, so that memory grows with the length alone.
 
     Returns:
         [batch, kv_heads, length] mean over group and queries, summing to 1; [kv_heads, buckets] the same by age, sinks
-        left out, summed over the batch; and the outputs, float64 [batch, kv_heads, group, queries, head_dim].
+        left out, summed over the batch; the outputs, float64 [batch, kv_heads, group, queries, head_dim]; and the
+        sharing loss [q_heads, q_heads], mean over queries, summed over the batch.
     """
     key, value, length = seen.key, seen.value, seen.key.shape[2]
     grouped = seen.query.unflatten(1, (key.shape[1], -1))
     received, outputs = torch.zeros(key.shape[:3], dtype=torch.float64), []
     by_age = torch.zeros(key.shape[1], length.bit_length(), dtype=torch.float64)
+    power = value_power(value, gram)
+    sharing = torch.zeros(power.shape[1], power.shape[1], dtype=torch.float64)
     for start in range(length // 8, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
         weights = seen.scoring.weights(grouped[..., start:stop, :], key[:, :, None, :stop], start)
@@ -256,8 +268,38 @@ def _attend(seen: Observed) -> tuple[Tensor, Tensor, Tensor]:
         received[:, :, :stop] += mean.sum(2)
         by_age += _by_age(mean.sum(0)[:, :, SINKS:], start - SINKS, by_age.shape[1])
         outputs.append(torch.einsum("bhgst,bhtd->bhgsd", weights, value[:, :, :stop]).double())
+        sharing += sharing_loss(weights.flatten(1, 2), power[..., :stop]).sum(0)
     queries = length - length // 8
-    return received / queries, by_age / queries, torch.cat(outputs, dim=3)
+    return received / queries, by_age / queries, torch.cat(outputs, dim=3), sharing / queries
+
+
+def value_power(value: Tensor, gram: Tensor) -> Tensor:
+    """Squared norms of what values add to the hidden states beyond their mean: [batch, q_heads, keys].
+
+    Args:
+        value: [batch, kv_heads, keys, head_dim].
+        gram: [kv_heads, group, head_dim, head_dim] of each query head's W_O^T W_O.
+    """
+    centred = value - value.mean(2, keepdim=True)
+    return torch.einsum("bhtd,hgde,bhte->bhgt", centred, gram, centred).flatten(1, 2)
+
+
+def sharing_loss(weights: Tensor, power: Tensor) -> Tensor:
+    """Sum over queries of the squared error that a head's output gets by the weights of another.
+
+    Args:
+        weights: [batch, heads, queries, keys] attention weights.
+        power: [batch, heads, keys] squared norms of each head's values.
+
+    Returns:
+        float64 [batch, heads, heads]; entry i, j is what head i loses by the weights of head j.
+    """
+    weights, power = weights.double(), power.double()  # heads that attend alike differ by little
+    products = (weights * power[:, :, None]).flatten(2) @ weights.flatten(2).transpose(1, 2)
+    squares = power @ weights.square().sum(2).transpose(1, 2)
+    own = products.diagonal(dim1=1, dim2=2)
+    loss = (own[:, :, None] + squares - 2 * products).clamp(min=0)
+    return loss * (1 - torch.eye(loss.shape[1], dtype=loss.dtype))
 
 
 def _by_age(weights: Tensor, lead: int, buckets: int) -> Tensor:

@@ -190,7 +190,7 @@ def analyze(
     typed = read_recipe("lossless", settings, None)
     from kvslim import pipeline
     from kvslim.report.heatmap import analysis_panels, heatmap
-    from kvslim.report.tables import analysis_table
+    from kvslim.report.tables import heads_table, parts_table
 
     with console.library_output_on_stderr():
         analysis = pipeline.analyze(model, typed, progress=console.Terminal())
@@ -200,7 +200,7 @@ def analyze(
     if as_json:
         console.print_json(analysis.model_dump(mode="json"))
     else:
-        console.print_tables(analysis_table(analysis))
+        console.print_tables(parts_table(analysis), heads_table(analysis))
 
 
 @app.command()

@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -28,11 +29,13 @@ from kvslim.export.quiet import quiet
 from kvslim.export.storage import share_storage
 from kvslim.load.architecture import Architecture
 from kvslim.transform.attention import PassThroughCache, SlimAttention
+from kvslim.transform.clustering import Formed
 from kvslim.transform.operators import ExportStep
 from kvslim.transform.surgery import slim_modules
-from kvslim.types import INPUTS, RINGS, SHARED, KVLayout, KVTensor, Layout
+from kvslim.types import ATTENTIONS, CLUSTER_INPUTS, CLUSTERS, INPUTS, RINGS, SHARED, KVLayout, KVTensor, Layout
 
 OPSETS: dict[Layout, int] = {"gqa": 21, "attention24": 24}
+SAMPLE_CLUSTERS = 4  # unlike any other size that is traced, which torch.export could take for the same
 TORCH_TYPES = {"float32": torch.float32, "int8": torch.int8, "int4": torch.uint8}
 
 
@@ -50,15 +53,18 @@ class _Decoder(nn.Module):
         attention_mask: Tensor,
         position_ids: Tensor,
         past: list[tuple[Tensor, ...]],
-    ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        clusters: list[tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]], list[Tensor]]:
         rows = past[0][0].shape[2]
         shared: dict[object, Tensor] = {}
         caches = {tensors[0].layer: tensors for tensors in _by_layer(self.layout)}
         pasts = dict(zip(caches, past, strict=True))
+        formed = dict(zip(self.layout.dynamic_layers, clusters, strict=True))
         for layer, slim in enumerate(self.slims):
             windowed = layer in caches and caches[layer][0].window is not None
+            heads = formed.get(layer)
             slim.step = ExportStep(
-                self.layout.layout, windowed, pasts.get(layer, ()), rows, attention_mask, position_ids, shared
+                self.layout.layout, windowed, pasts.get(layer, ()), rows, attention_mask, position_ids, heads, shared
             )
         head = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))
         try:
@@ -71,7 +77,9 @@ class _Decoder(nn.Module):
             [slim.step.present for slim in slims if slim.step and slim.step.present]
             for slims in ([self.slims[layer] for layer in caches], self._borrowers)
         )
-        return output.logits, [*own, *borrowed]
+        steps = [slim.step for slim in self.slims if slim.step is not None]
+        attentions = [step.attentions for step in steps if step.attentions is not None]
+        return output.logits, [*own, *borrowed], attentions
 
     @property
     def _borrowers(self) -> list[SlimAttention]:
@@ -114,7 +122,8 @@ def build_graph(model: Any, architecture: Architecture, layout: KVLayout) -> ir.
             drop_unused_inputs(graph)
             strip_traces(graph)
             name_dimensions(graph, layout)
-            _name_rings(graph, layout)
+            _note_rings(graph, layout)
+            _note_clusters(graph, decoder)
         return graph
     finally:
         for slim in decoder.slims:
@@ -130,12 +139,17 @@ def _exported(decoder: _Decoder, layout: KVLayout) -> ir.Model:
     ids = torch.zeros(batch, length, dtype=torch.long)
     mask = torch.ones(batch, past_length + length, dtype=torch.long)
     positions = torch.arange(past_length, past_length + length).repeat(batch, 1)
-    arguments = (ids, mask, positions, past)
+    arguments = (ids, mask, positions, past, _sample_clusters(layout))
     program = torch.export.export(decoder, arguments, dynamic_shapes=_dynamic_dims(layout), strict=False)
     exported = torch.onnx.export(
         program,
-        input_names=[*INPUTS, *(tensor.past for tensor in layout.tensors)],
-        output_names=["logits", *(tensor.present for tensor in layout.tensors), *decoder.shared_names()],
+        input_names=[*INPUTS, *(tensor.past for tensor in layout.tensors), *_cluster_inputs(layout)],
+        output_names=[
+            "logits",
+            *(tensor.present for tensor in layout.tensors),
+            *decoder.shared_names(),
+            *(ATTENTIONS.format(layer) for layer in layout.dynamic_layers),
+        ],
         opset_version=OPSETS[layout.layout],
         optimize=False,
         verbose=False,
@@ -154,7 +168,19 @@ def _sample(tensor: KVTensor, batch: int, rows: int) -> Tensor:
     """A cache input to trace with."""
     if tensor.is_packed:
         return torch.zeros(batch, rows, tensor.heads, tensor.columns, dtype=torch.uint8)
-    return torch.zeros(batch, tensor.heads, tensor.rows(rows), tensor.columns, dtype=TORCH_TYPES[tensor.dtype])
+    heads = SAMPLE_CLUSTERS if _has_dynamic_heads(tensor) else tensor.heads
+    return torch.zeros(batch, heads, tensor.rows(rows), tensor.columns, dtype=TORCH_TYPES[tensor.dtype])
+
+
+def _sample_clusters(layout: KVLayout) -> list[tuple[Tensor, Tensor]]:
+    """Inputs of dynamic clusters to trace with."""
+    heads = {tensor.layer: tensor.heads for tensor in layout.tensors if tensor.kind == "value"}
+    counts = [heads[layer] for layer in layout.dynamic_layers]
+    return [(torch.arange(SAMPLE_CLUSTERS), torch.arange(count) % SAMPLE_CLUSTERS) for count in counts]
+
+
+def _cluster_inputs(layout: KVLayout) -> list[str]:
+    return [name.format(layer) for layer in layout.dynamic_layers for name in CLUSTER_INPUTS]
 
 
 def _dynamic_dims(layout: KVLayout) -> dict[str, Any]:
@@ -165,6 +191,7 @@ def _dynamic_dims(layout: KVLayout) -> dict[str, Any]:
         "attention_mask": tokens,
         "position_ids": tokens,
         "past": [tuple(_dynamic_rows(tensor) for tensor in tensors) for tensors in _by_layer(layout)],
+        "clusters": [({0: dynamic}, {}) for _ in layout.dynamic_layers],
     }
 
 
@@ -172,10 +199,17 @@ def _dynamic_rows(tensor: KVTensor) -> dict[int, Any]:
     dynamic = torch.export.Dim.DYNAMIC
     if tensor.sinks is not None and not tensor.is_packed:
         return {0: dynamic}
+    if _has_dynamic_heads(tensor):
+        return {0: dynamic, 1: dynamic, 2: dynamic}
     return {0: dynamic, 1 if tensor.is_packed else 2: dynamic}
 
 
-def _name_rings(graph: ir.Model, layout: KVLayout) -> None:
+def _has_dynamic_heads(tensor: KVTensor) -> bool:
+    """Whether the runtime says how many heads there are."""
+    return tensor.clusters == "dynamic" and tensor.kind == "key"
+
+
+def _note_rings(graph: ir.Model, layout: KVLayout) -> None:
     """Notes the sinks of each ring and the bits of its codes, which no shape tells."""
     rings = {
         str(tensors[0].layer): {"sinks": tensors[0].sinks, "cache": tensors[-1].dtype}
@@ -186,9 +220,24 @@ def _name_rings(graph: ir.Model, layout: KVLayout) -> None:
         graph.metadata_props[RINGS] = json.dumps(rings)
 
 
+def _note_clusters(graph: ir.Model, decoder: _Decoder) -> None:
+    """Notes which layers have clusters of heads, and how those that are not fixed are formed."""
+    clustered = {str(tensor.layer) for tensor in decoder.layout.tensors if tensor.clusters is not None}
+    formed = {layer: decoder.slims[int(layer)].formed for layer in sorted(clustered, key=int)}
+    notes = {layer: None if how is None else _note(how) for layer, how in formed.items()}
+    if notes:
+        graph.metadata_props[CLUSTERS] = json.dumps(notes)
+
+
+def _note(formed: Formed) -> dict[str, Any]:
+    scale = formed.calibrated.max() or 1.0
+    return {"count": formed.count, "calibrated": np.round(formed.calibrated / scale, 4).tolist()}
+
+
 def token_inputs(graph: ir.Model) -> tuple[str, ...]:
     """The inputs of a graph that a caller must give, other than the cache."""
-    return tuple(str(value.name) for value in graph.graph.inputs if value.name in INPUTS)
+    names = (str(value.name) for value in graph.graph.inputs)
+    return tuple(name for name in names if not name.startswith("past_key_values."))
 
 
 def save_graph(model: ir.Model, folder: Path) -> None:

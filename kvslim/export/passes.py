@@ -12,7 +12,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNod
 from onnxscript.rewriter import onnx_fusions
 
 from kvslim.export.products import PRODUCTS
-from kvslim.types import LAST_POSITION, SHARED, KVLayout
+from kvslim.types import ATTENTIONS, CLUSTER_INPUTS, LAST_POSITION, SHARED, KVLayout
 
 BATCH, LENGTH, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 CAPACITY = "max_sequence_length"
@@ -30,13 +30,19 @@ def name_dimensions(model: ir.Model, layout: KVLayout) -> None:
         rows = tensor.rows(0)
         past: str | int
         past, present = (PAST, TOTAL) if tensor.window is None else (rows, rows)
-        if layout.layout == "attention24":
+        if layout.layout == "attention24" or tensor.clusters is not None:
             past = present = CAPACITY
-        shapes[tensor.past] = (BATCH, tensor.heads, past, tensor.columns)
-        shapes[tensor.present] = (BATCH, tensor.heads, present, tensor.columns)
+        heads = _clusters(tensor.layer) if tensor.clusters == "dynamic" and tensor.kind == "key" else tensor.heads
+        shapes[tensor.past] = (BATCH, heads, past, tensor.columns)
+        shapes[tensor.present] = (BATCH, heads, present, tensor.columns)
         if tensor.is_packed:
             shapes[tensor.past] = (BATCH, PAST_CODES, tensor.heads, tensor.columns)
             shapes[tensor.present] = (BATCH, NEW_CODES, tensor.heads, tensor.columns)
+        if tensor.clusters == "dynamic" and tensor.kind == "value":
+            representatives, membership = (name.format(tensor.layer) for name in CLUSTER_INPUTS)
+            count = _clusters(tensor.layer)
+            shapes |= {representatives: (count,), membership: (tensor.heads,)}
+            shapes[ATTENTIONS.format(tensor.layer)] = (BATCH, count, LENGTH, CAPACITY)
     for value in [*model.graph.inputs, *model.graph.outputs]:
         if value.name == "logits" and value.shape is not None:
             value.shape = ir.Shape([BATCH, 1, value.shape[-1]])
@@ -45,6 +51,10 @@ def name_dimensions(model: ir.Model, layout: KVLayout) -> None:
             value.shape = ir.Shape(shapes[f"present.{donor}.{kind}"])
         elif value.name is not None:
             value.shape = ir.Shape(shapes[value.name])
+
+
+def _clusters(layer: int) -> str:
+    return f"clusters_{layer}"
 
 
 def share_tied_weights(model: ir.Model) -> None:

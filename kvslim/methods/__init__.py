@@ -1,6 +1,7 @@
 """The compression methods: one file each, found through the registry. Imports no torch."""
 
 from kvslim.methods.base import METHODS, Method, method_class
+from kvslim.methods.cluster_heads import ClusterHeads
 from kvslim.methods.kv_hdc import KvHdc
 from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_quant import KvQuant
@@ -11,6 +12,7 @@ from kvslim.methods.share_kv import ShareKv
 
 __all__ = [
     "METHODS",
+    "ClusterHeads",
     "KvHdc",
     "KvPca",
     "KvQuant",

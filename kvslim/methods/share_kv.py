@@ -203,6 +203,9 @@ def lack_of(spec: ModelSpec, plan: Plan, layer: LayerPlan, donor: LayerPlan) -> 
     """What speaks against a layer reading the cache of an earlier one; None if nothing."""
     if layer.heads == () or donor.heads == ():
         return f"layer {layer.layer if layer.heads == () else donor.layer} has no attention"
+    clustered = next((each.layer for each in (layer, donor) if each.clustering is not None), None)
+    if clustered is not None:
+        return f"layer {clustered} has clusters of heads"
     windowed = plan.layout == "gqa" and plan.window_cache and spec.windows[donor.layer] is not None
     if windowed or donor.window is not None:
         return "it keeps a window of tokens alone"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import Field
 
+from kvslim.methods.cluster_heads import ClusterHeads
 from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_window import kept_attention
 from kvslim.methods.prune_heads import PruneHeads
@@ -45,6 +46,7 @@ class LayerAnalysis(Frozen):
     taylor: tuple[float, ...] = Field(
         description="of each query head: slope of the loss of next tokens as its output is scaled, nats per token"
     )
+    clusters: int = Field(description="of query heads that attend alike; the elbow of what sharing attention costs")
     key_rank: int = Field(description="dimensions with which every kv head keeps 99 % of the score energy")
     value_rank: int = Field(description="the same for values")
     recent_attention: float = Field(description="least share of a kv head's attention on sinks and 256 recent tokens")
@@ -88,6 +90,7 @@ def analyze(
     ]
     recent = kept_attention(statistics, RECENT).min(axis=1)
     donors = _donors(spec, statistics)
+    clusters = ClusterHeads().numbers(spec, statistics)
     found = []
     for layer in layers(range(spec.layers)):
         ranks = [
@@ -103,6 +106,7 @@ def analyze(
                 kv_head_kl=tuple(kl_without(PruneHeads(heads={layer: heads})) for heads in groups),
                 fluctuation=tuple(statistics.fluctuation[layer].tolist()),
                 taylor=tuple(taylor[layer].tolist()),
+                clusters=clusters.get(layer, spec.q_heads),
                 key_rank=min(ranks[0], spec.head_dim),
                 value_rank=min(ranks[1], spec.head_dim),
                 recent_attention=float(np.clip(recent[layer], 0, 1)),

@@ -17,11 +17,12 @@ class LayerMemory(Frozen):
 
     `key_dim` and `value_dim` are cached numbers per head and token; `bytes_per_token` is keyed by precision, and with
     packed codes it is theirs. `window` and `sinks` are the tokens kept, or with packed codes kept exact. A layer
-    without attention has no heads.
+    without attention has no heads; keys have fewer `heads` than `value_heads` where heads share attention.
     """
 
     layer: int
     heads: int
+    value_heads: int
     key_dim: int
     value_dim: int
     dtype: str
@@ -100,12 +101,13 @@ def _layer(caches: Sequence[Cache], index: int) -> LayerMemory:
     sizes = {cache.name: sum(cache.row_bytes(tensor) for tensor in tensors[cache.name]) for cache in caches}
     told = tensors[caches[-1].name]  # with packed codes, these
     if not told:
-        empty = {"heads": 0, "key_dim": 0, "value_dim": 0, "dtype": "none", "window": None, "sinks": None}
-        return LayerMemory(layer=index, bytes_per_token=sizes, **empty)
+        numbers = dict.fromkeys(("heads", "value_heads", "key_dim", "value_dim"), 0)
+        return LayerMemory(layer=index, bytes_per_token=sizes, dtype="none", window=None, sinks=None, **numbers)
     key, value = told
     return LayerMemory(
         layer=index,
         heads=key.heads,
+        value_heads=value.heads,
         key_dim=key.dim,
         value_dim=value.dim,
         dtype=key.dtype,

@@ -112,28 +112,14 @@ def decisions_table(spec: ModelSpec, plan: Plan) -> Table:
     return Table(("layer", "removed"), tuple(rows), words=True)
 
 
-def analysis_table(analysis: Analysis) -> Table:
-    """What each layer is worth to a text."""
-    header = (
-        "layer",
-        "KL without attention",
-        "MLP",
-        "both",
-        "block influence",
-        "KL without each kv head",
-        "fluctuation of heads",
-        "rank K",
-        "rank V",
-        "recent attention",
-        "best donor: K, V missed",
-    )
+def parts_table(analysis: Analysis) -> Table:
+    """What the parts of each layer are worth to a text, and what its cache needs."""
+    header = ("layer", "KL without attention", "MLP", "both", "influence", "rank K", "rank V", "recent", "donor: K, V")
     rows = tuple(
         (
             str(layer.layer),
             *(f"{kl:.2g}" for kl in layer.part_kl),
             f"{layer.block_influence:.2g}",
-            " ".join(f"{kl:.1g}" for kl in layer.kv_head_kl),
-            " ".join(f"{share:.1g}" for share in layer.fluctuation),
             str(layer.key_rank),
             str(layer.value_rank),
             f"{layer.recent_attention:.0%}",
@@ -144,6 +130,23 @@ def analysis_table(analysis: Analysis) -> Table:
         for layer in analysis.layers
     )
     return Table(header, rows)
+
+
+def heads_table(analysis: Analysis) -> Table:
+    """What the heads of each layer are worth to a text; of many heads there are more numbers than a line holds."""
+    rows = tuple(
+        (
+            str(layer.layer),
+            str(layer.clusters),
+            *(_row(scores) for scores in (layer.kv_head_kl, layer.fluctuation, layer.taylor)),
+        )
+        for layer in analysis.layers
+    )
+    return Table(("layer", "clusters", "KL without each kv head", "fluctuation", "Taylor"), rows, words=True)
+
+
+def _row(scores: Sequence[float]) -> str:
+    return " ".join(f"{score:.1g}" for score in scores)
 
 
 def frontier_table(frontier: Sequence[PlanPoint]) -> Table:
@@ -167,7 +170,7 @@ def layers_table(memory: CacheMemory) -> Table:
     rows = [
         (
             str(layer.layer),
-            str(layer.heads),
+            str(layer.heads) if layer.heads == layer.value_heads else f"{layer.heads} K, {layer.value_heads} V",
             str(layer.key_dim),
             str(layer.value_dim),
             *([_kept(layer.window, layer.sinks)] if windowed else []),

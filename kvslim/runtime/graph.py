@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,11 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from pydantic import TypeAdapter, ValidationError
 
 from kvslim.errors import ArtifactError, NotFoundError
+from kvslim.transform.clustering import Formed
 from kvslim.types import (
     BITS,
+    CLUSTER_INPUTS,
+    CLUSTERS,
     INPUTS,
     LAST_POSITION,
     RINGS,
@@ -56,7 +59,16 @@ class _Ring(Frozen):
     cache: CacheType
 
 
+class _Clusters(Frozen):
+    """How a layer forms clusters of its heads for each prompt."""
+
+    count: int
+    calibrated: list[list[float]]
+
+
+_T = TypeVar("_T")
 _RINGS = TypeAdapter(dict[str, _Ring])
+_CLUSTERS = TypeAdapter(dict[str, _Clusters | None])
 
 
 def open_session(model: Path, threads: int | None = None, *, all_positions: bool = False) -> ort.InferenceSession:
@@ -112,14 +124,17 @@ def layout_of(session: ort.InferenceSession) -> KVLayout:
     Raises:
         ArtifactError: An input is no part of KVSlim's graph contract.
     """
-    rings = _rings(session)
+    rings, clusters = _noted(session, RINGS, _RINGS), _noted(session, CLUSTERS, _CLUSTERS)
+    others = {*INPUTS, *(name.format(layer) for layer in clusters for name in CLUSTER_INPUTS)}
     tensors: list[KVTensor] = []
     for node in session.get_inputs():
         match = _PAST.fullmatch(node.name)
-        if match is None and node.name in INPUTS:
+        if match is None and node.name in others:
             continue
-        ring = None if match is None else rings.get(match[1])
-        tensor = _kv_tensor(node, match, ring)
+        if match is not None and match[1] in clusters:
+            tensor = _clustered_tensor(node, match, clusters[match[1]])
+        else:
+            tensor = _kv_tensor(node, match, None if match is None else rings.get(match[1]))
         if tensor is None or (tensor.is_packed and not tensors):
             raise ArtifactError(
                 f"graph input {node.name!r} is {node.type} {list(node.shape)}",
@@ -138,15 +153,40 @@ def shared_outputs(session: ort.InferenceSession, tensor: KVTensor) -> list[str]
     return [node.name for node in session.get_outputs() if node.name.startswith(start)]
 
 
-def _rings(session: ort.InferenceSession) -> dict[str, _Ring]:
-    """What the graph says of its rings, by layer; nothing if another tool made it."""
-    text = session.get_modelmeta().custom_metadata_map.get(RINGS)
+def formed_clusters(session: ort.InferenceSession) -> dict[int, Formed]:
+    """How the layers with dynamic clusters form them.
+
+    Raises:
+        ArtifactError: The graph's metadata cannot be read.
+    """
+    noted = _noted(session, CLUSTERS, _CLUSTERS).items()
+    return {int(layer): Formed(how.count, np.array(how.calibrated)) for layer, how in noted if how is not None}
+
+
+def _noted(session: ort.InferenceSession, key: str, kind: TypeAdapter[dict[str, _T]]) -> dict[str, _T]:
+    """What the graph's metadata say under a key, by layer; nothing if another tool made it."""
+    text = session.get_modelmeta().custom_metadata_map.get(key)
     try:
-        return {} if text is None else _RINGS.validate_json(text)
+        return {} if text is None else kind.validate_json(text)
     except ValidationError as error:
         raise ArtifactError(
-            f"cannot read the metadata {RINGS}", where="model.onnx", fix="export the model again"
+            f"cannot read the metadata {key}", where="model.onnx", fix="export the model again"
         ) from error
+
+
+def _clustered_tensor(node: ort.NodeArg, match: re.Match[str], clusters: _Clusters | None) -> KVTensor | None:
+    """The KV tensor of a layer with dynamic clusters, or static ones; None where the input is none."""
+    if _CACHE_TYPES.get(node.type) != "float32" or len(node.shape) != 4:
+        return None
+    heads, dim = node.shape[1], node.shape[3]
+    if clusters is not None and match[2] == "key":
+        heads = clusters.count
+    if not isinstance(heads, int) or not isinstance(dim, int):
+        return None
+    kind = "static" if clusters is None else "dynamic"
+    return KVTensor(
+        layer=int(match[1]), kind=cast("Kind", match[2]), heads=heads, dim=dim, dtype="float32", clusters=kind
+    )
 
 
 def _kv_tensor(node: ort.NodeArg, match: re.Match[str] | None, ring: _Ring | None) -> KVTensor | None:

@@ -11,12 +11,22 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from kvslim.errors import ArtifactError, UsageError
-from kvslim.runtime.graph import ORT_ERRORS, Logits, artifact_error, layout_of, open_session, shared_outputs
-from kvslim.types import WINDOW_SLACK, KVTensor
+from kvslim.runtime.clusters import PromptClusters
+from kvslim.runtime.graph import (
+    ORT_ERRORS,
+    Logits,
+    artifact_error,
+    formed_clusters,
+    layout_of,
+    open_session,
+    shared_outputs,
+)
+from kvslim.types import ATTENTIONS, FIRST_TOKENS, WINDOW_SLACK, KVTensor
 
 Tokens = Sequence[int] | npt.NDArray[np.int64]
 
-_CHUNK, _PACKED_CHUNK = 512, 64
+_CHUNK, _SHORT_CHUNK = 512, 64
+_ROOM = 256  # rows by which the cache of a layer with clusters grows: all of them are multiplied at every step
 _FILL_PERIOD = 256
 _STORED = {"float32": np.float32, "int8": np.int8}  # all else is packed in bytes
 
@@ -43,7 +53,8 @@ class DecodeSession:
         batch: Sequences that are decoded side by side.
 
     Raises:
-        UsageError: The capacity is not positive, or there are several sequences and packed codes.
+        UsageError: The capacity is not positive, or there are several sequences and packed codes or
+                dynamic clusters.
         NotFoundError: There is no such file.
         ArtifactError: onnxruntime cannot load it, or it does not follow the graph contract.
     """
@@ -64,23 +75,29 @@ class DecodeSession:
         self.layout = layout_of(self._session)
         if batch > 1 and self.layout.is_packed:
             raise UsageError("packed codes are appended to one sequence", where=self._where, fix="use a batch of 1")
+        if batch > 1 and self.layout.dynamic_layers:
+            message = "clusters of heads are formed for one prompt at a time"
+            raise UsageError(message, where=self._where, fix="use a batch of 1, or static clusters")
         self.capacity, self.batch = capacity, batch
         self.length = 0
         self.vocab = self._vocab()
         self._last_only = next(node.shape[1] for node in self._session.get_outputs() if node.name == "logits") == 1
         self._inputs = {node.name for node in self._session.get_inputs()}
-        self._cache = [_buffer(tensor, capacity, batch) for tensor in self.layout.tensors]
+        self._clusters = PromptClusters(formed_clusters(self._session))
+        self._cache = [self._buffer(tensor) for tensor in self.layout.tensors]
         self._binding = self._session.io_binding()
-        for tensor, buffer in zip(self.layout.tensors, self._cache, strict=True):
-            if not tensor.is_packed:
-                value = ort.OrtValue.ortvalue_from_numpy(buffer)
-                self._binding.bind_ortvalue_input(tensor.past, value)
-                for present in (tensor.present, *shared_outputs(self._session, tensor)):
-                    self._binding.bind_ortvalue_output(present, value)
+        self._bind_cache()
 
     def reset(self) -> None:
         """Empties the cache."""
         self.length = 0
+        if self._clusters.heads and self._clusters.is_formed:
+            self._clusters.reset()
+            self._cache = [
+                self._buffer(tensor) if tensor.clusters == "dynamic" else buffer
+                for tensor, buffer in zip(self.layout.tensors, self._cache, strict=True)
+            ]
+            self._bind_cache()
 
     def rewind(self, length: int) -> None:
         """Drops the tail of the cache, so that `length` tokens remain.
@@ -96,6 +113,10 @@ class DecodeSession:
             raise UsageError(
                 f"a window has dropped tokens that a context of {length} needs", where="rewind", fix="reset instead"
             )
+        if self._clusters.heads and length < FIRST_TOKENS <= self.length:
+            raise UsageError(
+                f"clusters of heads were formed after a context of {length}", where="rewind", fix="reset instead"
+            )
         self.length = length
 
     def fill(self, length: int, seed: int = 0) -> None:
@@ -105,6 +126,9 @@ class DecodeSession:
             UsageError: The cache has no room for that many.
         """
         self._require(length)
+        if not self._clusters.is_formed:
+            self._form_clusters()
+        self._reserve(length)
         generator = np.random.default_rng(seed)
         for tensor, buffer in zip(self.layout.tensors, self._cache, strict=True):
             for sequence in buffer:
@@ -134,26 +158,41 @@ class DecodeSession:
             raise UsageError("no tokens to run", where="tokens", fix="pass at least one token id")
         if min(self.batch, count) > 1 and self.length:
             raise UsageError("a batch goes on token by token", where="tokens", fix="pass one token per sequence")
+        self._require(self.length + count)
+        first = 0 if self._clusters.is_formed else FIRST_TOKENS - self.length
+        pieces = [ids[:, :first], ids[:, first:]] if 0 < first < count else [ids]
+        logits = [self._run(piece) for piece in pieces]
+        found = logits[-1] if self._last_only else np.concatenate(logits, axis=1)
+        return found if given.ndim == 2 else found[0]
+
+    def _run(self, ids: npt.NDArray[np.int64]) -> Logits:
+        """Logits [batch, n, vocab] of tokens [batch, n] that are appended in one run of the graph."""
+        count = ids.shape[1]
         total = self.length + count
-        self._require(total)
         logits = np.empty((self.batch, 1 if self._last_only else count, self.vocab), dtype=np.float32)
+        self._reserve(total)
         self._bind_tokens(ids, total)
         self._bind_codes(total)
+        attentions = self._bind_attentions(count)
         self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
         try:
             self._session.run_with_iobinding(self._binding)
         except ORT_ERRORS as error:
             raise artifact_error(f"onnxruntime failed on tokens {self.length}..{total}", error, self._where) from error
+        for layer, weights in attentions.items():
+            self._clusters.see(layer, self.length, weights[0])
         self.length = total
-        return logits if given.ndim == 2 else logits[0]
+        if attentions and total >= FIRST_TOKENS:
+            self._form_clusters()
+        return logits
 
     def prefill(self, tokens: Tokens, chunk: int | None = None) -> Logits:
         """Appends a prompt in chunks, so that memory does not grow with its length.
 
         Args:
             tokens: Ids of n >= 1 tokens, for all sequences alike.
-            chunk: Tokens of one run; by default 512, and 64 with packed codes, whose scores are held in memory. Several
-                sequences run in one piece.
+            chunk: Tokens of one run; by default 512, and 64 where scores are held in memory: with packed codes and with
+                clusters of heads. Several sequences run in one piece.
 
         Returns:
             The logits that follow the last token, float32 [vocab].
@@ -163,7 +202,8 @@ class DecodeSession:
             ArtifactError: onnxruntime fails on the graph.
         """
         ids = np.asarray(tokens, dtype=np.int64)
-        chunk = ids.size if self.batch > 1 else chunk or (_PACKED_CHUNK if self.layout.is_packed else _CHUNK)
+        holds_scores = any(tensor.is_packed or tensor.clusters for tensor in self.layout.tensors)
+        chunk = ids.size if self.batch > 1 else chunk or (_SHORT_CHUNK if holds_scores else _CHUNK)
         self._require(self.length + ids.size)
         logits = self.step(ids[:chunk])
         for start in range(chunk, ids.size, chunk):
@@ -187,6 +227,63 @@ class DecodeSession:
                 past, added = buffer[:, :start], buffer[:, start:stop]
                 self._binding.bind_ortvalue_input(tensor.past, ort.OrtValue.ortvalue_from_numpy(past))
                 self._binding.bind_ortvalue_output(tensor.present, ort.OrtValue.ortvalue_from_numpy(added))
+
+    def _bind_attentions(self, count: int) -> dict[int, npt.NDArray[np.float32]]:
+        """Where the weights of so many new tokens go, by layer, as long as clusters are to be formed of them."""
+        if self._clusters.is_formed:
+            return {}
+        rows = {tensor.layer: cache.shape[2] for tensor, cache in zip(self.layout.tensors, self._cache, strict=True)}
+        found = {
+            layer: np.empty((1, heads, count, rows[layer]), np.float32) for layer, heads in self._clusters.heads.items()
+        }
+        for layer, weights in found.items():
+            value = ort.OrtValue.ortvalue_from_numpy(weights)
+            self._binding.bind_ortvalue_output(ATTENTIONS.format(layer), value)
+        return found
+
+    def _bind_cache(self) -> None:
+        """Past and present to the buffers as they are now, and the heads that attend."""
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
+        for tensor, buffer in zip(self.layout.tensors, self._cache, strict=True):
+            if not tensor.is_packed:
+                value = ort.OrtValue.ortvalue_from_numpy(buffer)
+                self._binding.bind_ortvalue_input(tensor.past, value)
+                for present in (tensor.present, *shared_outputs(self._session, tensor)):
+                    self._binding.bind_ortvalue_output(present, value)
+        for name, heads in self._clusters.inputs().items():
+            self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(heads))
+
+    def _form_clusters(self) -> None:
+        """Forms clusters of the heads, and keeps the keys of those that attend."""
+        buffers = zip(self.layout.tensors, self._cache, strict=True)
+        self._clusters.form({tensor.layer: buffer[0] for tensor, buffer in buffers if tensor.kind == "value"})
+        self._cache = [
+            np.ascontiguousarray(buffer[:, self._clusters.representatives(tensor.layer)])
+            if tensor.clusters == "dynamic" and tensor.kind == "key"
+            else buffer
+            for tensor, buffer in zip(self.layout.tensors, self._cache, strict=True)
+        ]
+        self._bind_cache()
+
+    def _buffer(self, tensor: KVTensor) -> npt.NDArray[Any]:
+        """Memory for an empty cache."""
+        if tensor.clusters is None:
+            return _buffer(tensor, self.capacity, self.batch)
+        heads = self._clusters.heads[tensor.layer] if tensor.clusters == "dynamic" else tensor.heads
+        return _buffer(tensor.model_copy(update={"heads": heads}), min(_ROOM, self.capacity), self.batch)
+
+    def _reserve(self, length: int) -> None:
+        """Lets the caches of layers with clusters grow to a context of that length."""
+        grown = False
+        for index, (tensor, buffer) in enumerate(zip(self.layout.tensors, self._cache, strict=True)):
+            if tensor.clusters is not None and buffer.shape[2] < length:
+                rows = min(-(-length // _ROOM) * _ROOM, self.capacity)
+                self._cache[index] = np.zeros((*buffer.shape[:2], rows, buffer.shape[3]), buffer.dtype)
+                self._cache[index][:, :, : buffer.shape[2]] = buffer
+                grown = True
+        if grown:
+            self._bind_cache()
 
     def _require(self, length: int) -> None:
         if length > self.capacity:

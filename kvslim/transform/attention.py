@@ -16,6 +16,8 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 
+from kvslim.transform.clustered import clustered_attention, evaluated_clusters
+from kvslim.transform.clustering import Formed
 from kvslim.transform.operators import (
     ExportStep,
     Scales,
@@ -83,6 +85,8 @@ class SlimAttention(nn.Module):
         query_weight, key_weight, value_weight: [heads * dim, hidden], projections that replace the model's own.
         query_bias, key_bias, value_bias: [heads * dim], or None.
         heads: Query, key and value heads that are kept, by side; None for all.
+        membership: [q_heads] the place among the kept query heads of the one whose attention each takes, or None.
+        formed: How clusters are formed from each text's first tokens, or None.
         query_encoder: [q_heads, head_dim, rank], or None; applied after RoPE.
         key_encoder: [kv_heads, head_dim, rank], or None.
         refined, value_refined: Leading coordinates of keys and values that the cache holds twice.
@@ -101,6 +105,7 @@ class SlimAttention(nn.Module):
     """
 
     query_weight: Tensor | None
+    membership: Tensor | None
     query_encoder: Tensor | None
     key_encoder: Tensor | None
     key_offset: Tensor | None
@@ -114,11 +119,12 @@ class SlimAttention(nn.Module):
         for side in ("query", "key", "value"):
             self.register_buffer(f"{side}_weight", None)
             self.register_buffer(f"{side}_bias", None)
-        for name in ("query_encoder", "key_encoder", "key_offset"):
+        for name in ("membership", "query_encoder", "key_encoder", "key_offset"):
             self.register_buffer(name, None)
         for name in ("key_scale", "value_scale", "key_levels", "value_levels"):
             self.register_buffer(name, None)
         self.heads: dict[str, tuple[int, ...]] | None = None
+        self.formed: Formed | None = None
         self.cache: CacheType = "float32"
         self.refined = self.value_refined = 0
         self.lent: Lent | None = None
@@ -164,6 +170,11 @@ class SlimAttention(nn.Module):
         """Whether no head is kept, and so no cache either."""
         return self.heads is not None and not self.heads["query"]
 
+    @property
+    def is_clustered(self) -> bool:
+        """Whether heads share attention."""
+        return self.membership is not None or self.formed is not None
+
     def scoring(self, scale: float, softcap: float | None) -> Scoring:
         """How this layer's scores become weights; packed codes hide no token."""
         if self.ring is None or self.cache in CODES:
@@ -174,6 +185,8 @@ class SlimAttention(nn.Module):
         if self.ring is not None and self.cache in CODES:
             attended = evaluated_packed_attention((query, key, value), scoring, self.ring, self._codebooks())
             return attended.transpose(1, 2)
+        if self.is_clustered:
+            return evaluated_clusters((query, key, value), scoring, self.membership, self.formed).transpose(1, 2)
         key, value = self._rounded(key, self.key_scale), self._rounded(value, self.value_scale)
         if self.lent is not None:
             self.lent.states = key, value
@@ -218,16 +231,19 @@ class SlimAttention(nn.Module):
         weight: Tensor | None = getattr(self, f"{side}_weight")
         heads = range(states.shape[1]) if self.heads is None else self.heads[side]
         if weight is None:
-            return states if self.heads is None else states[:, list(heads)]
+            return states if len(heads) == states.shape[1] else states[:, list(heads)]
         assert self.hidden is not None  # the hook runs before attention does
         flat = nn.functional.linear(self.hidden, weight, getattr(self, f"{side}_bias"))
         return flat.unflatten(-1, (len(heads), -1)).transpose(1, 2)
 
     def _exported(self, step: ExportStep, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        inside = step.layout == "gqa" and self.ring is None and self._rotates_inside(query.shape[-1])
+        fused = step.layout == "gqa" and self.ring is None and not self.is_clustered
+        inside = fused and self._rotates_inside(query.shape[-1])
         if self.rotary is not None and not inside:
             query, key = (rotary_embedding(states, step.positions, self.rotary) for states in (query, key))
         states = self._coded(query, key, value)
+        if self.is_clustered:
+            return clustered_attention(step, states, scoring, self.membership)
         if self.ring is not None and self.cache in CODES:
             return packed_attention(step, states, scoring, self.ring, self._codebooks())
         if self.ring is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from kvslim.transform.clustering import Formed
 from kvslim.types import CacheType
 
 Array = np.ndarray
@@ -28,6 +29,8 @@ class LayerCodes:
         donor: The layer whose cache this one reads; what is said here of kv heads and storage is then the donor's, and
             the query heads stand in the order in which they read it.
         mean_output: [q_heads, head_dim]; the mean attention output, which stands for heads that are not kept.
+        clusters: For each query head the one whose attention it takes, or None.
+        formed_clusters: How clusters are formed from each text's first tokens, or None.
         key_encoder: [kv_heads, head_dim, rank]; the cached key is `k @ key_encoder`.
         query_encoder: [q_heads, head_dim, rank]; scores are `(q @ query_encoder) . (k @ key_encoder)`.
         value_encoder: [kv_heads, head_dim, rank]; folded into the value projection.
@@ -56,6 +59,8 @@ class LayerCodes:
     kv_heads: tuple[int, ...] = ()
     donor: int | None = None
     mean_output: Array | None = None
+    clusters: tuple[int, ...] | None = None
+    formed_clusters: Formed | None = None
     key_encoder: Array | None = None
     query_encoder: Array | None = None
     value_encoder: Array | None = None
@@ -84,7 +89,8 @@ class LayerCodes:
         """Whether the layer stays as it is."""
         parts = (self.key_encoder, self.value_encoder, self.key_offset, self.key_scale, self.value_scale)
         refitted = (self.output_weight, self.down_weight)
-        return all(part is None for part in (*parts, *refitted, self.heads, self.window, self.mlp_mean))
+        removed = (self.heads, self.clusters, self.formed_clusters, self.window, self.mlp_mean)
+        return all(part is None for part in (*parts, *refitted, *removed))
 
     @property
     def is_dropped(self) -> bool:

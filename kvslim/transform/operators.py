@@ -31,8 +31,11 @@ class ExportStep:
         rows: Rows of every cache in layout attention24, read off one, so that all layers share what masks them.
         mask: [batch, total] int64, 1 for every token so far and of this step.
         positions: [batch, length] int64, of the new tokens.
+        clusters: Where a prompt forms them: query heads that attend [clusters], and for each of all query heads the
+            place among them of the one whose attention it takes [q_heads]; else None.
         shared: What is the same in all layers of a step and better traced once, by the name that a layer gives it.
         present: Key and value cache with the new tokens, once attention has run; then new rows of packed codes.
+        attentions: With `clusters`, the weights of the heads that attend, [batch, clusters, length, rows].
     """
 
     layout: Layout
@@ -41,8 +44,10 @@ class ExportStep:
     rows: int
     mask: Tensor
     positions: Tensor
+    clusters: tuple[Tensor, Tensor] | None
     shared: dict[object, Tensor]
     present: tuple[Tensor, ...] | None = field(default=None, init=False)
+    attentions: Tensor | None = field(default=None, init=False)
 
 
 def group_query_attention(

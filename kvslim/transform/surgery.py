@@ -139,6 +139,9 @@ def install(model: nn.Module, architecture: Architecture, codes: tuple[LayerCode
             continue
         if whole.heads is not None:
             _prune_heads(attention, slim, architecture, whole)
+        if whole.clusters is not None:
+            _cluster_heads(attention, slim, architecture, whole.clusters)
+        slim.formed = whole.formed_clusters
         code = whole.of_kept_heads()
         _install_linear_codes(attention, slim, architecture, code)
         _install_storage(slim, code)
@@ -218,12 +221,33 @@ def _prune_heads(attention: nn.Module, slim: SlimAttention, architecture: Archit
     shift = np.einsum("ohd,hd->o", by_head[:, gone], code.mean_output[gone])
     bias = shift if bias is None else bias + shift
     _set_output(attention, architecture, by_head[:, code.heads].reshape(len(weight), -1), bias)
-    for side, heads in slim.heads.items():
-        if side == "value" or not _is_changed_later(attention, architecture, side):
-            rows, own_bias = projection(attention, architecture, side)
-            _set(slim, side, rows.reshape(-1, head_dim, rows.shape[1])[list(heads)].reshape(-1, rows.shape[1]))
-            if own_bias is not None:
-                _set(slim, side, own_bias.reshape(-1, head_dim)[list(heads)].ravel(), "bias")
+    for side in slim.heads:
+        _keep_rows(attention, slim, architecture, side, head_dim)
+
+
+def _keep_rows(attention: nn.Module, slim: SlimAttention, architecture: Architecture, side: str, head_dim: int) -> None:
+    """Takes the heads that `slim.heads` lacks out of the projection of one side."""
+    if slim.heads is not None and (side == "value" or not _is_changed_later(attention, architecture, side)):
+        rows, bias = projection(attention, architecture, side)
+        heads = list(slim.heads[side])
+        _set(slim, side, rows.reshape(-1, head_dim, rows.shape[1])[heads].reshape(-1, rows.shape[1]))
+        if bias is not None:
+            _set(slim, side, bias.reshape(-1, head_dim)[heads].ravel(), "bias")
+
+
+def _cluster_heads(
+    attention: nn.Module, slim: SlimAttention, architecture: Architecture, clusters: tuple[int, ...]
+) -> None:
+    """Leaves the queries of representatives, and their keys where no other query head reads these."""
+    representatives = sorted(set(clusters))
+    head_dim = len(projection(attention, architecture, "query")[0]) // len(clusters)
+    kv_heads = len(projection(attention, architecture, "value")[0]) // head_dim
+    keys = representatives if kv_heads == len(clusters) else range(kv_heads)
+    slim.heads = {"query": tuple(representatives), "key": tuple(keys), "value": tuple(range(kv_heads))}
+    slim.membership = torch.tensor([representatives.index(head) for head in clusters])
+    _keep_rows(attention, slim, architecture, "query", head_dim)
+    if kv_heads == len(clusters):
+        _keep_rows(attention, slim, architecture, "key", head_dim)
 
 
 def _is_changed_later(attention: nn.Module, architecture: Architecture, side: str) -> bool:

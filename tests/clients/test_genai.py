@@ -14,7 +14,7 @@ import pytest
 from clients.conftest import ArtifactOf
 from clients.kinds import KINDS, Kind, make_artifact
 from clients.runners import genai_tokens, our_tokens
-from kvslim.methods import KvWindow
+from kvslim.methods import ClusterHeads, KvWindow
 from kvslim.runtime.generate import eos_ids, load_tokenizer
 
 PLAIN = KINDS["plain"]
@@ -89,3 +89,13 @@ def test_genai_runs_a_model_with_windows_in_some_layers(tiny_model: ModelOf, tmp
     folder = make_artifact(tiny_model("gemma3_text"), PLAIN, tmp_path / "plain")
     prompt = list(range(5, 45))
     assert genai_tokens(folder, [prompt]) == [our_tokens(folder, prompt)]
+
+
+@pytest.mark.clients
+def test_genai_runs_clusters_of_heads_when_they_share_kv_heads(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = make_artifact(tiny_llama, Kind((ClusterHeads(clusters={1: 2}),)), tmp_path / "clusters")
+    prompt = list(range(5, 45))
+    prompts = [prompt, prompt[::-1]]
+    assert genai_tokens(folder, prompts) == [our_tokens(folder, ids) for ids in prompts]
+    with pytest.raises(RuntimeError, match="ScatterElements"):
+        genai_tokens(folder, prompts, shared_buffer=False)

@@ -1,0 +1,203 @@
+"""`cluster_heads`: heads of a layer that attend alike share one head's attention.
+
+Agarwal et al., "CHAI: Clustered Head Attention for Efficient LLM Inference", 2024: one representative of each cluster
+has queries and keys, and all heads of it weigh their own values by its weights. Where every query head has a kv head of
+its own, keys of the others are not cached; where query heads share kv heads, those of one kv head share among
+themselves, which saves time alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from kvslim.errors import UsageError
+from kvslim.methods.base import Method
+from kvslim.transform.clustering import Formed, clusters_of, elbow
+from kvslim.transform.codes import LayerCodes
+from kvslim.types import Clusters, LayerPlan, ModelSpec, Plan
+
+if TYPE_CHECKING:
+    from kvslim.calibrate.statistics import CalibrationStatistics
+
+WHERE = "recipe: methods.cluster_heads"
+
+
+class ClusterHeads(Method):
+    """Clusters of query heads in given layers, in those that lose least, or in all; as many as asked for, or enough."""
+
+    name: ClassVar[str] = "cluster_heads"
+    order: ClassVar[int] = 6
+    summary: ClassVar[str] = "heads that attend alike share one head's attention, and its keys"
+
+    mode: Clusters = Field(
+        "static", description="whether clusters are fixed, or formed from each prompt's first tokens"
+    )
+    clusters: dict[int, int] | None = Field(None, description="number of clusters by layer")
+    fraction: float | None = Field(None, gt=0, lt=1, description="clusters over heads; by default the elbow decides")
+    layers: tuple[int, ...] | None = Field(None, description="indices of the layers; by default all")
+    count: int | None = Field(None, ge=1, description="number of layers, those that lose least by measured KL")
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> ClusterHeads:
+        if sum(way is not None for way in (self.clusters, self.layers, self.count)) > 1:
+            raise ValueError("give one of clusters, layers and count")
+        if self.clusters is not None and self.fraction is not None:
+            raise ValueError("give clusters or fraction, not both")
+        return self
+
+    def check(self, spec: ModelSpec) -> None:
+        """Refuses layers that the model does not have, clusters that its heads cannot form, and dynamic GQA."""
+        named = self.layers if self.clusters is None else tuple(self.clusters)
+        beyond = [layer for layer in named or () if not 0 <= layer < spec.layers]
+        if beyond or (self.count or 0) > spec.layers:
+            asked = f"layer {beyond[0]}" if beyond else f"{self.count} layers"
+            fix = f"use layers from 0 to {spec.layers - 1}"
+            raise UsageError(f"the model has {spec.layers} layers, not {asked}", where=WHERE, fix=fix)
+        if pools(spec) == spec.q_heads:
+            raise UsageError("the model has one head, which has none to share with", where=WHERE, fix="drop the method")
+        if self.mode == "dynamic" and spec.group_size > 1:
+            raise UsageError(
+                f"{spec.group_size} query heads share each kv head of this model, so dynamic clusters save no cache",
+                where=f"{WHERE}.mode",
+                fix="use mode static",
+            )
+        for layer, number in (self.clusters or {}).items():
+            check_number(number, spec, f"{WHERE}.clusters: layer {layer}")
+
+    def chosen(
+        self,
+        spec: ModelSpec,
+        statistics: CalibrationStatistics,
+        divergence: Callable[[ClusterHeads], float],
+        layers: Callable[[Iterable[int]], Iterable[int]],
+    ) -> ClusterHeads:
+        """The method with the `count` layers that lose least, each measured alone.
+
+        Args:
+            spec: The model's shape.
+            statistics: What is known of its heads.
+            divergence: Of the model with these clusters and nothing else.
+            layers: Wraps the iterable of layers, to show progress.
+        """
+        named = {"count": None, "fraction": None}
+        numbers = self.numbers(spec, statistics)
+        losses = {
+            layer: divergence(self.model_copy(update={**named, "clusters": {layer: numbers[layer]}}))
+            for layer in layers(numbers)
+        }
+        cheapest = sorted(sorted(losses, key=losses.__getitem__)[: self.count])
+        return self.model_copy(update={**named, "clusters": {layer: numbers[layer] for layer in cheapest}})
+
+    def numbers(self, spec: ModelSpec, statistics: CalibrationStatistics) -> dict[int, int]:
+        """Clusters of each layer that may have fewer than heads."""
+        if self.clusters is not None:
+            return self.clusters
+        layers = range(spec.layers) if self.layers is None else self.layers
+        found = {layer: self._number(spec, statistics, layer) for layer in sorted(set(layers))}
+        return {layer: number for layer, number in found.items() if number < spec.q_heads}
+
+    def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
+        """Sets the clusters of each layer whose heads are all there."""
+        numbers = self.numbers(spec, statistics)
+        layers = (
+            self._decided(layer, numbers[layer.layer], spec, statistics)
+            if layer.layer in numbers and layer.heads is None
+            else layer
+            for layer in plan.layers
+        )
+        return plan.model_copy(update={"layers": tuple(layers)})
+
+    def apply(
+        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, codes: tuple[LayerCodes, ...]
+    ) -> tuple[LayerCodes, ...]:
+        """Adds each layer's clusters."""
+        return tuple(
+            replace(code, clusters=layer.clusters, formed_clusters=_formed(layer, statistics))
+            for layer, code in zip(plan.layers, codes, strict=True)
+        )
+
+    def _number(self, spec: ModelSpec, statistics: CalibrationStatistics, layer: int) -> int:
+        if self.fraction is None:
+            return elbow(statistics.sharing_loss[layer], pools(spec))
+        return pools(spec) * max(1, round(self.fraction * spec.q_heads / pools(spec)))
+
+    def _decided(self, layer: LayerPlan, number: int, spec: ModelSpec, statistics: CalibrationStatistics) -> LayerPlan:
+        if self.mode == "dynamic":
+            reason = f"{number} of {spec.q_heads} heads attend, which ones each prompt decides"
+            return layer.model_copy(update={"dynamic_clusters": number, "reason": reason})
+        loss, heads = statistics.sharing_loss[layer.layer], np.arange(spec.q_heads)
+        clusters = clusters_of(loss, number, pools(spec))
+        share = float(loss[heads, list(clusters)].sum() / statistics.fluctuation[layer.layer].sum())
+        reason = f"{number} of {spec.q_heads} heads attend, at an error of {share:.1%} of the layer's fluctuation"
+        update = {"clusters": clusters, "score": max(0.0, 1 - share), "reason": reason}
+        return layer.model_copy(update=update)
+
+
+def pools(spec: ModelSpec) -> int:
+    """Runs of heads that share among themselves alone: those of one kv head, or all where each has one of its own."""
+    return 1 if spec.group_size == 1 else spec.kv_heads
+
+
+def _formed(layer: LayerPlan, statistics: CalibrationStatistics) -> Formed | None:
+    if layer.dynamic_clusters is None:
+        return None
+    return Formed(layer.dynamic_clusters, statistics.sharing_loss[layer.layer])
+
+
+def check_number(number: int, spec: ModelSpec, where: str) -> None:
+    """Refuses a number of clusters that the heads cannot form.
+
+    Raises:
+        UsageError: Naming `where` it stands.
+    """
+    step = pools(spec)
+    if not step <= number <= spec.q_heads or number % step:
+        choice = f"from 1 to {spec.q_heads}" if step == 1 else f"a multiple of {step}, as many for every kv head"
+        raise UsageError(
+            f"{number} clusters do not fit {spec.q_heads} query heads on {spec.kv_heads} kv heads",
+            where=where,
+            fix=f"use {choice}",
+        )
+
+
+def check_clusters(layer: LayerPlan, spec: ModelSpec, where: str) -> None:
+    """Refuses clusters that a layer's heads cannot form, and a cache that they cannot have.
+
+    Raises:
+        UsageError: Naming `where` they stand.
+    """
+    others = {"heads": layer.heads, "rank": layer.rank, "value_rank": layer.value_rank, "window": layer.window}
+    others["donor"] = layer.donor
+    beside = [name for name, value in others.items() if value is not None]
+    beside += ["cache"] if layer.cache != "float32" else []
+    if layer.clusters is not None and layer.dynamic_clusters is not None:
+        beside.append("dynamic_clusters")
+    if beside:
+        raise UsageError(f"clusters of heads go without {beside[0]}", where=where, fix=f"drop {beside[0]}, or clusters")
+    if layer.dynamic_clusters is not None:
+        if spec.group_size > 1:
+            raise UsageError("dynamic clusters need a kv head for every query head", where=where, fix="use clusters")
+        check_number(layer.dynamic_clusters, spec, where)
+    if layer.clusters is not None:
+        _check_members(layer.clusters, spec, where)
+
+
+def _check_members(clusters: tuple[int, ...], spec: ModelSpec, where: str) -> None:
+    heads, size = range(spec.q_heads), spec.q_heads // pools(spec)
+    members = dict(zip(heads, clusters, strict=False))
+    fits = len(clusters) == spec.q_heads and all(members.get(head) == head for head in clusters)
+    if not fits or any(head // size != other // size for head, other in members.items()):
+        raise UsageError(
+            f"clusters {list(clusters)} do not name for each of {spec.q_heads} heads one whose attention it takes",
+            where=where,
+            fix="name a head of the same kv head that names itself" if size < spec.q_heads else "name heads that do so",
+        )
+    counts = [len({head for head in clusters if head // size == pool}) for pool in range(pools(spec))]
+    if len(set(counts)) > 1:
+        fix = "form as many clusters of each kv head's readers"
+        raise UsageError(f"kv heads have {min(counts)} to {max(counts)} clusters", where=where, fix=fix)

@@ -1,0 +1,400 @@
+"""Heads that share attention: chosen, refused, and in the graph what they are in torch, fixed and by prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from models import cached_logits, export_slim, open_workshop, original_logits, recipe_of, tokens_of, torch_logits
+from numbers_of_a_model import SPEC, statistics_of
+from pydantic import ValidationError
+
+from kvslim.checks import check_layout, check_plan
+from kvslim.errors import ArtifactError, UsageError
+from kvslim.methods import ClusterHeads, KvQuant, Method, PruneHeads
+from kvslim.pipeline import decide
+from kvslim.runtime.graph import layout_of, open_session
+from kvslim.runtime.session import DecodeSession
+from kvslim.transform.clustering import Formed
+from kvslim.types import ATTENTIONS, CLUSTER_INPUTS, CLUSTERS, FIRST_TOKENS, KVLayout, LayerPlan, Plan
+from kvslim.workshop import Workshop
+
+ModelOf = Callable[[str], Path]
+Made = Callable[[str], tuple[Workshop, Path, Plan]]
+MHA = SPEC.model_copy(update={"kv_heads": 4})
+LENGTH = 48
+KINDS: dict[str, tuple[str, ClusterHeads]] = {
+    "mha": ("gpt2", ClusterHeads(clusters={0: 2, 1: 1})),
+    "mha, dynamic": ("gpt2", ClusterHeads(clusters={0: 1, 1: 2}, mode="dynamic")),
+    "mha, RoPE, dynamic": ("gpt_neox", ClusterHeads(clusters={1: 3}, mode="dynamic")),
+    "gqa, window and softcap": ("gemma2", ClusterHeads(clusters={0: 2, 1: 2})),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Workshop, graph and plan of each kind, made once."""
+    found: dict[str, tuple[Workshop, Path, Plan]] = {}
+
+    def of(kind: str) -> tuple[Workshop, Path, Plan]:
+        if kind not in found:
+            family, method = KINDS[kind]
+            folder = tmp_path_factory.mktemp("clusters") / "graph"
+            workshop = open_workshop(tiny_model(family), recipe_of([method]))
+            found[kind] = workshop, folder, export_slim(workshop, folder)
+        return found[kind]
+
+    return of
+
+
+def in_chunks(session: DecodeSession, tokens: np.ndarray, chunks: Sequence[int]) -> np.ndarray:
+    """[n, vocab] logits of tokens that come in chunks of these sizes, again and again."""
+    logits, start = [], 0
+    while start < len(tokens):
+        size = chunks[len(logits) % len(chunks)]
+        logits.append(session.step(tokens[start : start + size]))
+        start += size
+    return np.concatenate(logits)
+
+
+# -- the choice
+
+
+def decided(method: Method, spec: Any = MHA) -> Plan:
+    return method.decide(spec, statistics_of(spec), Plan.identity(spec))
+
+
+def test_fraction_gives_every_named_layer_so_many_clusters() -> None:
+    plan = decided(ClusterHeads(fraction=0.5, layers=(1,)))
+    assert [layer.attending for layer in plan.layers] == [None, 2]
+    assert decided(ClusterHeads(fraction=0.1)).layers[0].attending == 1
+    assert decided(ClusterHeads(fraction=0.1), SPEC).layers[0].attending == 2  # one for each kv head
+    check_plan(plan, MHA)
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+
+
+def test_layer_stays_whole_when_its_elbow_is_at_every_head() -> None:
+    statistics = statistics_of(MHA)
+    pairs = np.kron(np.eye(2), np.ones((2, 2)))
+    statistics.sharing_loss[0], statistics.sharing_loss[1] = 1 - np.eye(4), 1 - pairs
+    plan = ClusterHeads().decide(MHA, statistics, Plan.identity(MHA))
+    assert [layer.clusters for layer in plan.layers] == [None, (0, 0, 2, 2)]
+
+
+def test_dynamic_plan_names_a_number_alone() -> None:
+    plan = decided(ClusterHeads(clusters={0: 3}, mode="dynamic"))
+    assert (plan.layers[0].clusters, plan.layers[0].dynamic_clusters) == (None, 3)
+    assert plan.layers[1] == LayerPlan(layer=1)
+    check_plan(plan, MHA)
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+
+
+def test_layers_are_those_that_lose_least_by_measured_kl() -> None:
+    asked: list[dict[int, int] | None] = []
+
+    def divergence(method: ClusterHeads) -> float:
+        asked.append(method.clusters)
+        return {0: 0.5, 1: 0.1}[next(iter(method.clusters or {}))]
+
+    method = ClusterHeads(count=1, fraction=0.5).chosen(MHA, statistics_of(MHA), divergence, iter)
+    assert asked == [{0: 2}, {1: 2}]
+    assert method == ClusterHeads(clusters={1: 2})
+
+
+def test_measured_layers_come_out_of_the_workshop(tiny_model: ModelOf) -> None:
+    recipe = recipe_of([ClusterHeads(count=1, fraction=0.5)])
+    workshop = open_workshop(tiny_model("gpt2"), recipe)
+    statistics = workshop.statistics()
+    judge = workshop.held_out_judge(statistics)
+    (method,) = workshop.measured_recipe(statistics, judge).methods
+    assert isinstance(method, ClusterHeads)
+    losses = [judge.kl(workshop.without(statistics, ClusterHeads(clusters={layer: 2}))) for layer in (0, 1)]
+    assert min(losses) > 0
+    assert method.clusters == {int(np.argmin(losses)): 2}
+
+
+def test_other_methods_leave_clustered_layers_alone() -> None:
+    recipe = recipe_of([KvQuant(), ClusterHeads(clusters={1: 2})])
+    plan = decide(recipe, MHA, statistics_of(MHA))
+    assert [layer.cache for layer in plan.layers] == ["int8", "float32"]
+    check_plan(plan, MHA)
+    pruned = decide(recipe_of([PruneHeads(heads={1: (0,)}), ClusterHeads(clusters={1: 2})]), MHA, statistics_of(MHA))
+    assert pruned.layers[1].clusters is None
+
+
+@pytest.mark.parametrize(("spec", "keys"), [(MHA, 1), (SPEC, 2)], ids=["mha", "gqa"])
+def test_keys_of_representatives_alone_are_cached(spec: Any, keys: int) -> None:
+    plan = Plan(layers=(LayerPlan(layer=0, clusters=(1, 1, 2, 2)), LayerPlan(layer=1)))
+    key, value, *_ = KVLayout.of(spec, plan).tensors
+    assert (key.heads, value.heads) == (2, spec.kv_heads)
+    alone = Plan(layers=(LayerPlan(layer=0, dynamic_clusters=1), LayerPlan(layer=1)))
+    saved = KVLayout.of(spec, Plan.identity(spec)).bytes_at(100) - KVLayout.of(spec, alone).bytes_at(100)
+    assert saved == (3 * 16 * 4 * 100 if keys == 1 else 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clusters": {2: 1}}, "2 layers, not layer 2"),
+        ({"layers": (-1,)}, "not layer -1"),
+        ({"count": 3}, "not 3 layers"),
+        ({"clusters": {0: 5}}, "5 clusters do not fit"),
+        ({"clusters": {0: 0}}, "0 clusters do not fit"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ClusterHeads(**options).check(MHA)
+
+
+def test_heads_that_share_keys_are_refused_odd_and_dynamic_clusters() -> None:
+    with pytest.raises(UsageError, match="3 clusters do not fit"):
+        ClusterHeads(clusters={0: 3}).check(SPEC)
+    with pytest.raises(UsageError, match="save no cache"):
+        ClusterHeads(mode="dynamic").check(SPEC)
+    with pytest.raises(UsageError, match="one head"):
+        ClusterHeads().check(SPEC.model_copy(update={"q_heads": 1, "kv_heads": 1}))
+    with pytest.raises(UsageError, match="attention24 has no clusters"):
+        check_layout(recipe_of([ClusterHeads()]).model_copy(update={"layout": "attention24"}))
+
+
+@pytest.mark.parametrize("options", [{"clusters": {0: 1}, "count": 1}, {"clusters": {0: 1}, "fraction": 0.5}])
+def test_two_choices_at_once_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="clusters"):
+        ClusterHeads(**options)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({"clusters": (0, 0, 2)}, "do not name for each of 4"),
+        ({"clusters": (1, 0, 2, 3)}, "do not name"),
+        ({"clusters": (0, 0, 0, 9)}, "do not name"),
+        ({"clusters": (0, 0, 2, 2), "dynamic_clusters": 2}, "without dynamic_clusters"),
+        ({"clusters": (0, 0, 2, 2), "rank": 8}, "without rank"),
+        ({"clusters": (0, 0, 2, 2), "cache": "int8"}, "without cache"),
+        ({"clusters": (0, 0, 2, 2), "window": 8}, "without window"),
+        ({"clusters": (0, 0, 2, 2), "heads": (0, 1)}, "without heads"),
+        ({"dynamic_clusters": 5}, "5 clusters do not fit"),
+    ],
+)
+def test_impossible_plans_are_refused(layer: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_plan(Plan(layers=(LayerPlan(layer=0, **layer), LayerPlan(layer=1))), MHA)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({"clusters": (0, 2, 2, 3)}, "do not name"),
+        ({"clusters": (0, 0, 2, 3)}, "1 to 2 clusters"),
+        ({"dynamic_clusters": 2}, "a kv head for every query head"),
+    ],
+)
+def test_plans_that_mix_kv_heads_are_refused(layer: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_plan(Plan(layers=(LayerPlan(layer=0, **layer), LayerPlan(layer=1))), SPEC)
+
+
+# -- the graph
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_graph_equals_torch_however_the_text_is_cut(made: Made, kind: str) -> None:
+    workshop, folder, plan = made(kind)
+    tokens = tokens_of(workshop, LENGTH)
+    expected = torch_logits(workshop, tokens)
+    assert np.abs(expected - original_logits(workshop.snapshot.path, tokens)).max() > 1e-3
+    session = DecodeSession(folder, capacity=LENGTH, all_positions=True)
+    assert session.layout == KVLayout.of(workshop.spec, plan)
+    for chunks in ([LENGTH], [16], [1], [3, 1, 9]):
+        session.reset()
+        np.testing.assert_allclose(in_chunks(session, tokens, chunks), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mha", "mha, dynamic"])
+def test_cache_grows_with_the_text(made: Made, kind: str) -> None:
+    workshop, folder, _ = made(kind)
+    tokens = tokens_of(workshop, 270)
+    session = DecodeSession(folder, capacity=300, all_positions=True)
+    clustered = [index for index, tensor in enumerate(session.layout.tensors) if tensor.clusters]
+    in_chunks(session, tokens[:20], [20])
+    assert {session._cache[index].shape[2] for index in clustered} == {256}
+    session.reset()
+    found = in_chunks(session, tokens, [130, 10])
+    assert {session._cache[index].shape[2] for index in clustered} == {300}
+    np.testing.assert_allclose(found, torch_logits(workshop, tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "clusters"), [("gpt2", (0, 1, 2, 3)), ("llama", (0, 1, 2, 3))])
+def test_plain_logits_come_out_when_every_head_is_its_own_cluster(
+    tiny_model: ModelOf, tmp_path: Path, family: str, clusters: tuple[int, ...]
+) -> None:
+    workshop = open_workshop(tiny_model(family), recipe_of())
+    plan = Plan(layers=tuple(LayerPlan(layer=layer, clusters=clusters) for layer in range(2)))
+    workshop.install(workshop.codes(workshop.statistics(), plan))
+    workshop.export(plan, tmp_path)
+    tokens = tokens_of(workshop)
+    np.testing.assert_allclose(cached_logits(tmp_path, tokens), original_logits(tiny_model(family), tokens), atol=1e-4)
+
+
+def test_batch_of_unequal_lengths_equals_each_text_alone(made: Made) -> None:
+    workshop, folder, _ = made("mha")
+    lengths, steps = (11, 6), 4
+    texts = [tokens_of(workshop, length + steps)[::-1] for length in lengths]
+    alone = [in_chunks(DecodeSession(folder, capacity=20, all_positions=True), text, [len(text)]) for text in texts]
+    session = open_session(folder, all_positions=True)
+    caches = {t.past: np.zeros((2, t.heads, 20, t.columns), np.float32) for t in layout_of(session).tensors}
+    ids, mask = np.zeros((2, max(lengths)), np.int64), np.zeros((2, max(lengths)), np.int64)
+    for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+        ids[row, :length], mask[row, :length] = text[:length], 1
+    positions, found = np.tile(np.arange(max(lengths)), (2, 1)), []
+    for step in range(steps + 1):
+        found.append(run(session, caches, {"input_ids": ids, "attention_mask": mask, "position_ids": positions}))
+        positions = np.array([[length + step] for length in lengths])
+        ids = np.array([[text[at[0]]] for text, at in zip(texts, np.minimum(positions, [[14], [9]]), strict=True)])
+        mask = np.concatenate([mask, np.ones((2, 1), np.int64)], axis=1)
+    for row, length in enumerate(lengths):
+        logits = np.concatenate([found[0]["logits"][row, :length], *(step["logits"][row] for step in found[1:])])
+        np.testing.assert_allclose(logits, alone[row], atol=1e-4)
+
+
+def run(
+    session: onnxruntime.InferenceSession, caches: dict[str, np.ndarray], feed: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """One step whose past and present lie in memories of their own; all outputs but the present, by name."""
+    names = [node.name for node in session.get_outputs()]
+    inputs = {node.name for node in session.get_inputs()}
+    given = {name: value for name, value in {**feed, **caches}.items() if name in inputs}
+    found = dict(zip(names, session.run(names, given), strict=True))
+    for past in caches:
+        caches[past] = found.pop(past.replace("past_key_values", "present"))
+    return found
+
+
+def test_dynamic_graph_equals_the_static_one_when_the_membership_is_the_same(
+    made: Made, tiny_model: ModelOf, tmp_path: Path
+) -> None:
+    workshop, folder, _ = made("mha, dynamic")
+    clusters = {0: (2, 2, 2, 2), 1: (0, 3, 0, 3)}
+    fixed = open_workshop(tiny_model("gpt2"), recipe_of())
+    plan = Plan(layers=tuple(LayerPlan(layer=layer, clusters=own) for layer, own in clusters.items()))
+    fixed.install(fixed.codes(fixed.statistics(), plan))
+    fixed.export(plan, tmp_path)
+    tokens = tokens_of(workshop, 20)
+    expected = in_chunks(DecodeSession(tmp_path, capacity=20, all_positions=True), tokens, [20])
+    session = open_session(folder, all_positions=True)
+    caches = {t.past: np.zeros((1, t.heads, 20, t.columns), np.float32) for t in layout_of(session).tensors}
+    feed = {"input_ids": tokens[None], "attention_mask": np.ones((1, 20), np.int64)}
+    feed["position_ids"] = np.arange(20)[None]
+    for layer, own in clusters.items():
+        parts = np.unique(np.array(own), return_inverse=True)
+        feed |= {name.format(layer): part.astype(np.int64) for name, part in zip(CLUSTER_INPUTS, parts, strict=True)}
+    found = run(session, caches, feed)
+    np.testing.assert_allclose(found["logits"][0], expected, atol=1e-4)
+    weights = found[ATTENTIONS.format(1)]
+    assert weights.shape == (1, 2, 20, 20)
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+
+
+# -- the runtime
+
+
+def test_prompts_form_clusters_of_their_own(made: Made) -> None:
+    """Each from its first tokens, whatever prompt came before, and the same again for the same prompt."""
+    workshop, folder, _ = made("mha, dynamic")
+    session = DecodeSession(folder, capacity=LENGTH, all_positions=True)
+    formed, logits = [], []
+    for seed in (0, 1, 2, 3, 0):
+        session.reset()
+        tokens = np.random.default_rng(seed).integers(0, workshop.spec.vocab_size, LENGTH)
+        logits.append(in_chunks(session, tokens, [9]))
+        formed.append(session._clusters._clusters)
+    assert formed[0] == formed[-1]
+    assert len({str(clusters) for clusters in formed}) > 1
+    np.testing.assert_array_equal(logits[0], logits[-1])
+
+
+def test_all_heads_attend_until_the_first_tokens_are_there(made: Made) -> None:
+    workshop, folder, _ = made("mha, dynamic")
+    tokens = tokens_of(workshop, FIRST_TOKENS + 1)
+    session = DecodeSession(folder, capacity=8, all_positions=True)
+    found = in_chunks(session, tokens[:FIRST_TOKENS], [1])
+    expected = original_logits(workshop.snapshot.path, tokens)
+    np.testing.assert_allclose(found, expected[:FIRST_TOKENS], atol=1e-4)
+    assert [buffer.shape[1] for buffer in session._cache] == [1, 4, 2, 4]
+    assert np.abs(session.step(tokens[FIRST_TOKENS:]) - expected[FIRST_TOKENS:]).max() > 1e-3
+    with pytest.raises(UsageError, match="clusters of heads were formed"):
+        session.rewind(2)
+    session.rewind(FIRST_TOKENS)
+
+
+def test_session_is_filled_for_timing_when_clusters_are_dynamic(made: Made) -> None:
+    workshop, folder, _ = made("mha, dynamic")
+    session = DecodeSession(folder, capacity=40)
+    session.fill(30)
+    assert [buffer.shape[1:3] for buffer in session._cache] == [(1, 40), (4, 40), (2, 40), (4, 40)]
+    assert session.step([3]).shape == (1, workshop.spec.vocab_size)
+    session.reset()
+    assert session.prefill(tokens_of(workshop, 30)).shape == (workshop.spec.vocab_size,)
+
+
+@pytest.mark.parametrize("note", ["[1]", '{"0": {"count": "two"}}'])
+def test_broken_notes_on_clusters_are_refused(made: Made, tmp_path: Path, note: str) -> None:
+    _, folder, _ = made("mha, dynamic")
+    model = onnx.load(folder / "model.onnx")
+    next(entry for entry in model.metadata_props if entry.key == CLUSTERS).value = note
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ArtifactError, match=CLUSTERS):
+        DecodeSession(tmp_path, capacity=8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "opens"), [("mha", False), ("mha, dynamic", False), ("gqa, window and softcap", True)]
+)
+def test_genai_config_is_written_when_genai_can_open_the_graph(
+    made: Made, tmp_path: Path, kind: str, opens: bool
+) -> None:
+    workshop, _, plan = made(kind)
+    workshop.write_companions(tmp_path, KVLayout.of(workshop.spec, plan), ("input_ids", "attention_mask"))
+    assert (tmp_path / "genai_config.json").exists() is opens
+
+
+def test_clusters_follow_calibration_when_a_session_forms_them(made: Made) -> None:
+    """What the graph notes of calibration is what torch used."""
+    workshop, folder, _ = made("mha, dynamic")
+    noted = DecodeSession(folder, capacity=8)._clusters._formed
+    loss = workshop.statistics().sharing_loss
+    for layer, how in noted.items():
+        assert isinstance(how, Formed)
+        np.testing.assert_allclose(how.calibrated, loss[layer] / loss[layer].max(), atol=1e-4)
+
+
+def test_layers_that_share_caches_have_no_clusters() -> None:
+    deep = MHA.model_copy(update={"layers": 3, "windows": (None,) * 3})
+    for clustered in (0, 1):
+        layers = [{"layer": layer, "donor": 0 if layer == 1 else None} for layer in range(3)]
+        layers[clustered]["dynamic_clusters"] = 2
+        with pytest.raises(UsageError, match="clusters of heads"):
+            check_plan(Plan.model_validate({"layers": layers}), deep)
+
+
+def test_dynamic_clusters_are_formed_for_one_sequence(made: Made) -> None:
+    _, folder, _ = made("mha, dynamic")
+    with pytest.raises(UsageError, match="one prompt at a time"):
+        DecodeSession(folder, capacity=8, batch=2)
+
+
+def test_sequences_side_by_side_equal_each_alone_when_clusters_are_fixed(made: Made) -> None:
+    workshop, folder, _ = made("mha")
+    tokens = tokens_of(workshop, 24).reshape(2, 12)
+    session = DecodeSession(folder, capacity=12, all_positions=True, batch=2)
+    found = np.concatenate([session.step(tokens[:, :10]), session.step(tokens[:, 10:11])], axis=1)
+    for row in (0, 1):
+        alone = DecodeSession(folder, capacity=12, all_positions=True).step(tokens[row])
+        np.testing.assert_allclose(found[row], alone[:11], atol=1e-4)
