@@ -77,7 +77,8 @@ def test_task_in_jsonl_gives_table_json_and_heat_map(
     assert app.run(command) == 0
     printed = capsys.readouterr().out
     assert "KL without attention" in printed
-    assert "best donor" in printed
+    assert "donor: K, V" in printed
+    assert "Taylor" in printed
 
 
 def test_heat_map_is_darkest_where_the_value_is_largest_and_escapes_its_title() -> None:
