@@ -196,7 +196,7 @@ def test_layers_run_one_by_one_give_what_the_model_gives(workshop: Workshop) -> 
     with trial(model, architecture, codes_of(workshop)):
         given: object = None
         for layer in range(workshop.spec.layers):
-            one = compensate._Refit(model, architecture, layer, layer, [])
+            one = compensate._Refit(model, architecture, layer, layer, [], {})
             given = one._run(ids, given, "output").output
         seen: list[object] = []
         hook = last.register_forward_hook(lambda *call: seen.append(call[2]))
