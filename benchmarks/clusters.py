@@ -1,6 +1,6 @@
 """What heads that share attention cost and save: static and dynamic clusters, at the elbow and at the paper's fraction.
 
-    python benchmarks/clusters.py quality|time [--contexts 2048,8192] [--repeats 8] [--model FOLDER]
+    python benchmarks/clusters.py quality|time [--contexts 2048,8192] [--repeats 8]
 
 Quality is that of the exported graphs, decoded in chunks of 16 through their caches, on held-out stories of a model
 with a kv head for every query head and of the demo model, whose query heads share kv heads in pairs. Fewer clusters
@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from random_model import save_random_model
-from subjects import LENGTH, Subject
+from subjects import LENGTH, MHA, Subject, of_stories
 
-from kvslim.demo.world import calibration_text, heldout_text, recall_questions
 from kvslim.load.source import read_spec, resolve
 from kvslim.methods import ClusterHeads
 from kvslim.progress import Silent
@@ -30,10 +29,9 @@ from kvslim.transform.surgery import trial
 from kvslim.types import KVLayout, Plan
 from kvslim.validate.latency import measure_latency
 from kvslim.validate.quality import measure_quality
-from kvslim.validate.recall import RecallItem, measure_recall
+from kvslim.validate.recall import measure_recall
 from kvslim.workshop import Workshop
 
-MHA = Path(__file__).resolve().parent.parent / "tests" / "mha_model"
 SHAPE = {
     "hidden_size": 1024,
     "intermediate_size": 2816,
@@ -62,27 +60,13 @@ def main() -> None:
     parser.add_argument("what", choices=("quality", "time"))
     parser.add_argument("--contexts", default="2048,8192")
     parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--model", default=str(MHA), help="trained on stories, a kv head per query head")
     arguments = parser.parse_args()
     if arguments.what == "time":
         print_time([int(text) for text in arguments.contexts.split(",")], arguments.repeats)
         return
     mha, gqa = "a model of 8 heads on 8 kv heads, on stories", "the demo model of 4 heads on 2 kv heads, on stories"
-    print_quality(of_stories(mha, arguments.model), rows_of(8, (4, 2, 1), 1))
+    print_quality(of_stories(mha, str(MHA)), rows_of(8, (4, 2, 1), 1))
     print_quality(Subject(gqa, "demo"), rows_of(4, (2,), 2))
-
-
-def of_stories(name: str, model: str) -> Subject:
-    """A model that was trained like the demo: stories are its texts, and what they tell its recall questions."""
-    with tempfile.TemporaryDirectory() as folder:
-        texts = Path(folder) / "calibration.txt", Path(folder) / "heldout.txt"
-        for path, stories in zip(texts, (calibration_text(90, 450), heldout_text(40, 450)), strict=True):
-            path.write_text("\n\n".join(stories), encoding="utf-8")
-        subject = Subject(name, model, (str(texts[0]), str(texts[1])))
-    ids, settings = subject.workshop._ids, subject.recipe.validation
-    questions = recall_questions(settings.recall_items, settings.recall_distance, lambda text: len(ids(text)), 1)
-    subject.items = [RecallItem(ids(item.prompt), ids(item.answer, start=False)) for item in questions]
-    return subject
 
 
 def rows_of(heads: int, counts: tuple[int, ...], pools: int) -> Iterator[Row]:

@@ -1,9 +1,9 @@
 """What the planner's count of a decode step is made of, and how well it tells the time of a plan.
 
-    python benchmarks/decode_time.py [--contexts 2048,8192] [--repeats 10]
+    python benchmarks/decode_time.py weights|plans [--contexts 2048,16384] [--repeats 10]
 
-SmolLM2-135M's shape with random weights. The first table gives what one multiply-accumulate of weights costs, in those
-of the float32 attention kernel; the second, on int4 weights, expected and measured time over the plain graph's. All
+SmolLM2-135M's shape with random weights. `weights` gives what one multiply-accumulate of weights costs, in those of the
+float32 attention kernel; `plans`, on int4 weights, bytes, and expected and measured time over the plain graph's. All
 graphs of a table decode in turns in one process.
 """
 
@@ -20,7 +20,7 @@ from kvslim.load.source import read_spec, resolve
 from kvslim.progress import Silent
 from kvslim.recipe import load_recipe
 from kvslim.transform.surgery import trial
-from kvslim.types import LayerPlan, ModelSpec, Plan, WeightType
+from kvslim.types import KVLayout, LayerPlan, ModelSpec, Plan, WeightType
 from kvslim.validate.latency import Latency, measure_latency
 from kvslim.workshop import Workshop
 
@@ -28,16 +28,17 @@ OVERRIDES = ("calibration.samples=2", "calibration.length=64")
 
 
 def main() -> None:
-    """Builds the graphs, times them and prints two markdown tables."""
+    """Builds the graphs, times them and prints a markdown table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--contexts", default="2048,8192")
+    parser.add_argument("what", choices=("weights", "plans"))
+    parser.add_argument("--contexts", default="2048,16384")
     parser.add_argument("--repeats", type=int, default=10)
     arguments = parser.parse_args()
     contexts = [int(text) for text in arguments.contexts.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         save_random_model(Path(folder) / "model")
-        _print_weights(Path(folder), contexts, arguments.repeats)
-        _print_plans(Path(folder), contexts, arguments.repeats)
+        table = {"weights": _print_weights, "plans": _print_plans}[arguments.what]
+        table(Path(folder), contexts, arguments.repeats)
 
 
 def _print_weights(folder: Path, contexts: list[int], repeats: int) -> None:
@@ -64,14 +65,16 @@ def _print_plans(folder: Path, contexts: list[int], repeats: int) -> None:
     plans = plans_of(shop.spec)
     graphs = {name: _exported(shop, plan, folder / name.replace(" ", "_")) for name, plan in plans.items()}
     times = _timed(graphs, contexts, repeats)
-    print("\n| plan |" + "".join(f" expected at {context:,} | measured |" for context in contexts))
-    print("|---|" + "---:|---:|" * len(contexts))
+    columns = "".join(f" ms at {context:,} | ratio | expected |" for context in contexts)
+    print(f"| plan | KV bytes per token at {contexts[-1]:,} | file MiB |{columns}")
+    print("|---|---:|---:|" + "---:|---:|---:|" * len(contexts))
     for name, plan in plans.items():
-        row = ""
+        size = KVLayout.of(shop.spec, plan).bytes_per_token(contexts[-1])
+        row = f" {size:,.0f} | {sum(path.stat().st_size for path in graphs[name].iterdir()) / 2**20:.1f} |"
         for context in contexts:
-            work = shop.decode_time(context)
+            work, time = shop.decode_time(context), times[name]
             expected = work.of_plan(plan.layers) / work.of_plan(plans["plain"].layers)
-            row += f" {expected:.2f} | {times[name].tpot_ratio[str(context)]:.2f} |"
+            row += f" {time.tpot_ms[str(context)]:.1f} | {time.tpot_ratio[str(context)]:.2f} | {expected:.2f} |"
         print(f"| {name} |{row}")
 
 
@@ -87,8 +90,19 @@ def plans_of(spec: ModelSpec) -> dict[str, Plan]:
         "window of 1,024": _all(spec, window=1024, sinks=4),
         "a third of the kv heads": _all(spec, heads=tuple(range(spec.q_heads - group))),
         "a third of each kv head's readers": _all(spec, heads=readers),
-        "the attention of a third of the layers": _all(spec, every=3, heads=()),
+        "no attention in a third of the layers": _all(spec, every=3, heads=()),
+        "no MLP in a third of the layers": _all(spec, every=3, mlp=False),
+        "a third of the layers gone": _all(spec, every=3, heads=(), mlp=False),
+        "a third of the layers on another's cache": _sharing(spec, every=3),
     }
+
+
+def _sharing(spec: ModelSpec, every: int) -> Plan:
+    last = every - 1
+    layers = (
+        LayerPlan(layer=layer, donor=layer - 1 if layer % every == last else None) for layer in range(spec.layers)
+    )
+    return Plan(layers=tuple(layers))
 
 
 def _all(spec: ModelSpec, every: int = 1, **update: object) -> Plan:

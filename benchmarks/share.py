@@ -13,14 +13,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from subjects import Measured, Subject, subjects
+from subjects import Subject, subjects
 
 from kvslim.methods import ShareKv
 from kvslim.methods.share_kv import Donors, distances
 from kvslim.transform.codes import LayerCodes
 from kvslim.types import Plan
-from kvslim.validate.quality import measure_quality
-from kvslim.validate.recall import measure_recall
 
 Codes = tuple[LayerCodes, ...]
 STEP = 8
@@ -64,16 +62,9 @@ def of_equal_bytes(subject: Subject, count: int) -> str:
 def cells(subject: Subject, plan: Plan, codes: Codes) -> str:
     """Bytes, KL without and with refitted output projections, and recall with."""
     before = subject.judge.kl(codes)
-    after = measured(subject, plan, subject.workshop.refitted(subject.statistics, codes))
+    after = subject.measured(plan, subject.workshop.refitted(subject.statistics, codes))
     recall = "-" if after.recall is None else f"{after.recall:.0%}"
     return f"| {subject.size(plan):,.0f} | {before:.2g} | {after.kl:.2g} | {recall} |"
-
-
-def measured(subject: Subject, plan: Plan, codes: Codes) -> Measured:
-    """Quality through the exported graph and its cache."""
-    session = subject.session(plan, codes)
-    kl = measure_quality(subject.plain, session, subject.windows).kl_mean
-    return Measured(kl, measure_recall(session, subject.items) if subject.asked else None)
 
 
 def codes_of(subject: Subject, name: str, donors: Donors) -> Codes:

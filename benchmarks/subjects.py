@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kvslim.demo.world import calibration_text, heldout_text, recall_questions
 from kvslim.load.source import read_spec, resolve
 from kvslim.pipeline import decide
 from kvslim.plan.planner import Planned, Planner
@@ -19,10 +20,11 @@ from kvslim.transform.judge import Judge
 from kvslim.transform.surgery import trial
 from kvslim.types import KVLayout, Plan
 from kvslim.validate.quality import measure_quality
-from kvslim.validate.recall import measure_recall
+from kvslim.validate.recall import RecallItem, measure_recall
 from kvslim.workshop import Workshop
 
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+ROOT = Path(__file__).resolve().parent.parent
+SHARED, MHA = ROOT.parent / "shared", ROOT / "tests" / "mha_model"
 LENGTH = 512
 SETTINGS = {
     "calibration": {"samples": 64, "length": LENGTH, "context": LENGTH},
@@ -31,9 +33,16 @@ SETTINGS = {
 
 
 class Measured(NamedTuple):
-    """An exported artifact against the plain export: mean KL in nats per token, recall as a share, where asked for."""
+    """An exported artifact against the plain export.
+
+    Attributes:
+        kl: Mean, in nats per token.
+        top1: Share of equal most likely tokens.
+        recall: As a share, where asked for.
+    """
 
     kl: float
+    top1: float
     recall: float | None
 
 
@@ -102,11 +111,25 @@ class Subject:
         recipe = parse_recipe({"name": "benchmark", "methods": list(methods)}, where="benchmark")
         return decide(recipe, self.spec, self.statistics)
 
-    def measured(self, plan: Plan) -> Measured:
-        """Quality of a plan through its exported graph and its cache, in chunks of 16."""
-        session = self.session(plan, self.workshop.codes(self.statistics, plan))
-        kl = measure_quality(self.plain, session, self.windows).kl_mean
-        return Measured(kl, measure_recall(session, self.items) if self.asked else None)
+    def measured(self, plan: Plan, codes: tuple[LayerCodes, ...] | None = None) -> Measured:
+        """Quality of a plan, or of codes in its place, through the exported graph and its cache, in chunks of 16."""
+        session = self.session(plan, codes or self.workshop.codes(self.statistics, plan))
+        quality = measure_quality(self.plain, session, self.windows)
+        recall = measure_recall(session, self.items) if self.asked else None
+        return Measured(quality.kl_mean, quality.top1_agreement, recall)
+
+
+def of_stories(name: str, model: str) -> Subject:
+    """A model that was trained like the demo: stories are its texts, and what they tell its recall questions."""
+    with tempfile.TemporaryDirectory() as folder:
+        texts = Path(folder) / "calibration.txt", Path(folder) / "heldout.txt"
+        for path, stories in zip(texts, (calibration_text(90, 450), heldout_text(40, 450)), strict=True):
+            path.write_text("\n\n".join(stories), encoding="utf-8")
+        subject = Subject(name, model, (str(texts[0]), str(texts[1])))
+    ids, settings = subject.workshop._ids, subject.recipe.validation
+    questions = recall_questions(settings.recall_items, settings.recall_distance, lambda text: len(ids(text)), 1)
+    subject.items = [RecallItem(ids(item.prompt), ids(item.answer, start=False)) for item in questions]
+    return subject
 
 
 def subjects(shared: Path = SHARED) -> Iterator[Subject]:
