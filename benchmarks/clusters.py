@@ -28,7 +28,6 @@ from kvslim.transform.codes import LayerCodes
 from kvslim.transform.surgery import trial
 from kvslim.types import KVLayout, Plan
 from kvslim.validate.latency import measure_latency
-from kvslim.validate.quality import measure_quality
 from kvslim.validate.recall import measure_recall
 from kvslim.workshop import Workshop
 
@@ -91,12 +90,11 @@ def print_quality(subject: Subject, rows: Iterator[Row]) -> None:
     for row in rows:
         plan = ClusterHeads(**row.options).decide(subject.spec, subject.statistics, subject.identity)
         bare = subject.workshop.codes(subject.statistics, plan)
-        session = subject.session(plan, subject.workshop.refitted(subject.statistics, bare))
-        quality = measure_quality(subject.plain, session, subject.windows)
-        recall, size = measure_recall(session, subject.items), subject.size(plan)
+        measured = subject.measured(plan, subject.workshop.refitted(subject.statistics, bare))
+        size = subject.size(plan)
         print(
             f"| {row.name}{counts_of(plan, subject)} | {size:,.0f} | {1 - size / plain:.1%} |"
-            f" {subject.judge.kl(bare):.2g} | {quality.kl_mean:.2g} | {quality.top1_agreement:.1%} | {recall:.1%} |",
+            f" {subject.judge.kl(bare):.2g} | {measured.kl:.2g} | {measured.top1:.1%} | {measured.recall or 0:.1%} |",
             flush=True,
         )
     print()

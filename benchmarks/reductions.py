@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 
-from layers import parameters
-from subjects import LENGTH, MHA, Subject, of_stories, subjects
+from subjects import LENGTH, MHA, Measured, Subject, of_stories, subjects
 
 from kvslim.methods import ClusterHeads, Method, PruneHeads, PruneLayers, ShareKv
 from kvslim.pipeline import decide
 from kvslim.plan.planner import Planned
-from kvslim.types import LayerPlan, Plan
+from kvslim.types import LayerPlan
 
 
 def main() -> None:
@@ -28,7 +27,7 @@ def main() -> None:
     ratio = parser.parse_args().ratio
     for subject in (*subjects(), of_stories("a model of 8 heads on 8 kv heads, on stories", str(MHA))):
         print(f"{subject.name[0].upper()}{subject.name[1:]}:\n")
-        print("| method | KV bytes per token | parameters, millions | KL, bare | KL | same token | recall |")
+        print("| method | KV bytes per token | file MiB | KL, bare | KL | same token | recall |")
         print("|---|---:|---:|---:|---:|---:|---:|")
         for name, method in methods(subject):
             print(f"| {name} |{_alone(subject, method)}", flush=True)
@@ -83,18 +82,17 @@ def _alone(subject: Subject, method: Method) -> str:
     plan = decide(recipe, subject.spec, subject.statistics)
     refitted, _ = shop.compensated(subject.statistics, held_out, plan)
     bare = subject.judge.kl(shop.codes(subject.statistics, plan))
-    sizes = f" {subject.size(plan):,.0f} | {parameters(subject, plan) / 1e6:.2f} |"
-    return f"{sizes} {bare:.2g} |{_quality(subject, refitted)}"
+    measured = subject.measured(refitted)
+    return f" {subject.size(plan):,.0f} | {measured.mib:.1f} | {bare:.2g} |{_quality(measured)}"
 
 
 def _planned(subject: Subject, planned: Planned) -> str:
     plan, expected = subject.workshop.compensated(subject.statistics, subject.held_out, planned.plan)
     ratio = subject.size(subject.identity) / subject.size(plan, LENGTH)
-    return f" {ratio:.2f} | {expected:.2g} |{_quality(subject, plan)}"
+    return f" {ratio:.2f} | {expected:.2g} |{_quality(subject.measured(plan))}"
 
 
-def _quality(subject: Subject, plan: Plan) -> str:
-    measured = subject.measured(plan)
+def _quality(measured: Measured) -> str:
     recall = "-" if measured.recall is None else f"{measured.recall:.0%}"
     return f" {measured.kl:.2g} | {measured.top1:.1%} | {recall} |"
 

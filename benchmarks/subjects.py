@@ -39,11 +39,13 @@ class Measured(NamedTuple):
         kl: Mean, in nats per token.
         top1: Share of equal most likely tokens.
         recall: As a share, where asked for.
+        mib: Size of the graph's files.
     """
 
     kl: float
     top1: float
     recall: float | None
+    mib: float
 
 
 class Subject:
@@ -95,16 +97,18 @@ class Subject:
     @cached_property
     def plain(self) -> DecodeSession:
         """The plain export."""
-        return self.session(self.identity, tuple(LayerCodes() for _ in self.identity.layers))
+        session, _ = self.exported(self.identity, tuple(LayerCodes() for _ in self.identity.layers))
+        return session
 
-    def session(self, plan: Plan, codes: tuple[LayerCodes, ...]) -> DecodeSession:
-        """The model with codes, exported and opened."""
+    def exported(self, plan: Plan, codes: tuple[LayerCodes, ...]) -> tuple[DecodeSession, float]:
+        """The model with codes, exported and opened, and the size of the graph's files in MiB."""
         with (
             tempfile.TemporaryDirectory() as folder,
             trial(self.workshop.model, self.workshop.architecture, codes),
         ):
             self.workshop.export(plan, Path(folder))
-            return DecodeSession(Path(folder), capacity=LENGTH, threads=1, all_positions=True)
+            size = sum(path.stat().st_size for path in Path(folder).iterdir())
+            return DecodeSession(Path(folder), capacity=LENGTH, threads=1, all_positions=True), size / 2**20
 
     def decided(self, *methods: Mapping[str, Any]) -> Plan:
         """What methods decide, written as in a recipe."""
@@ -113,10 +117,10 @@ class Subject:
 
     def measured(self, plan: Plan, codes: tuple[LayerCodes, ...] | None = None) -> Measured:
         """Quality of a plan, or of codes in its place, through the exported graph and its cache, in chunks of 16."""
-        session = self.session(plan, codes or self.workshop.codes(self.statistics, plan))
+        session, mib = self.exported(plan, codes or self.workshop.codes(self.statistics, plan))
         quality = measure_quality(self.plain, session, self.windows)
         recall = measure_recall(session, self.items) if self.asked else None
-        return Measured(quality.kl_mean, quality.top1_agreement, recall)
+        return Measured(quality.kl_mean, quality.top1_agreement, recall, mib)
 
 
 def of_stories(name: str, model: str) -> Subject:
