@@ -85,8 +85,8 @@ def plans_of(spec: ModelSpec) -> dict[str, Plan]:
     return {
         "plain": Plan.identity(spec),
         "int8": _all(spec, cache="int8", granularity="per_tensor"),
-        "rank 1/2": _all(spec, rank=half),
-        "rank 1/2 in int4": _all(spec, rank=half, cache="int4"),
+        "half the rank": _all(spec, rank=half),
+        "half the rank, int4": _all(spec, rank=half, cache="int4"),
         "window of 1,024": _all(spec, window=1024, sinks=4),
         "a third of the kv heads": _all(spec, heads=tuple(range(spec.q_heads - group))),
         "a third of each kv head's readers": _all(spec, heads=readers),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from kvslim.types import CacheType, LayerPlan, ModelSpec, WeightType
 
-OF_WEIGHTS: dict[WeightType, float] = {"int4": 0.85, "int8": 1.2, "fp32": 3.0}
+OF_WEIGHTS: dict[WeightType, float] = {"int4": 1.0, "int8": 1.6, "fp32": 3.2}
 OF_CACHE: dict[CacheType, float] = {"float32": 1.0, "int8": 0.62, "int4": 0.69}
 
 
