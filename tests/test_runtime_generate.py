@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_graph import write_tiny
+from tiny_tokenizer import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from kvslim.errors import ArtifactError, NotFoundError, UsageError
-from kvslim.runtime.generate import eos_ids, generate, generate_tokens, load_tokenizer, sample, stream_text
+from kvslim.errors import UsageError
+from kvslim.runtime.generate import Sampling, eos_ids, generate_tokens, load_tokenizer, sample, stream_text
 from kvslim.runtime.session import DecodeSession
 
 TEXTS = [
@@ -18,16 +20,8 @@ TEXTS = [
     "emoji 👩‍👩‍👧 and 🇨🇭 flags",
     " leading and trailing ",
 ]
+WARM = Sampling(temperature=1.0, seed=3)
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.25, 0.05], np.float32))
-
-
-def byte_tokenizer() -> Tokenizer:
-    """One token per byte, so that most characters take several."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
 
 
 def metaspace_tokenizer() -> Tokenizer:
@@ -85,14 +79,19 @@ def test_generate_equals_argmax_of_one_shot_when_greedy(session: DecodeSession) 
 
 
 def test_generate_stops_before_the_token_when_it_is_a_stop_token(session: DecodeSession) -> None:
-    tokens = list(generate_tokens(session, [1, 2, 3], max_new_tokens=8, temperature=1.0, seed=3))
+    tokens = list(generate_tokens(session, [1, 2, 3], max_new_tokens=8, sampling=WARM))
     stop = tokens[4]
-    stopped = list(generate_tokens(session, [1, 2, 3], max_new_tokens=8, stop={stop}, temperature=1.0, seed=3))
+    session.reset()
+    stopped = list(generate_tokens(session, [1, 2, 3], max_new_tokens=8, stop={stop}, sampling=WARM))
     assert stopped == tokens[: tokens.index(stop)]
 
 
 def test_generate_repeats_when_the_seed_is_the_same(session: DecodeSession) -> None:
-    runs = [list(generate_tokens(session, [1], max_new_tokens=20, temperature=3.0, seed=seed)) for seed in (7, 7, 8)]
+    runs = []
+    for seed in (7, 7, 8):
+        session.reset()
+        sampling = Sampling(temperature=3.0, seed=seed)
+        runs.append(list(generate_tokens(session, [1], max_new_tokens=20, sampling=sampling)))
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
 
@@ -111,35 +110,22 @@ def test_generate_repeats_when_the_seed_is_the_same(session: DecodeSession) -> N
 )
 def test_sample_draws_from_the_allowed_when_options_cut(options: dict[str, float], allowed: set[int]) -> None:
     generator = np.random.default_rng(0)
-    assert {sample(LOGITS, generator, **options) for _ in range(400)} == allowed
+    assert {sample(LOGITS, generator, Sampling(**options)) for _ in range(400)} == allowed
 
 
 def test_sample_follows_the_softmax_when_temperature_is_two() -> None:
     generator = np.random.default_rng(0)
-    counts = np.bincount([sample(LOGITS, generator, temperature=2.0) for _ in range(8000)], minlength=5)
+    counts = np.bincount([sample(LOGITS, generator, Sampling(temperature=2.0)) for _ in range(8000)], minlength=5)
     expected = np.exp(LOGITS / 2) / np.exp(LOGITS / 2).sum()
     np.testing.assert_allclose(counts / 8000, expected, atol=0.02)
 
 
-@pytest.mark.parametrize("option", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
-def test_generate_raises_usage_error_when_an_option_is_out_of_range(
-    session: DecodeSession, option: dict[str, float]
-) -> None:
+@pytest.mark.parametrize(
+    "option", [{"temperature": -1.0}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
+def test_sampling_raises_usage_error_when_an_option_is_out_of_range(option: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="cannot sample"):
-        next(generate_tokens(session, [1], max_new_tokens=1, **option))
-
-
-def test_generate_yields_the_models_text_when_given_a_folder(folder: Path) -> None:
-    tokenizer = byte_tokenizer()
-    text = "".join(generate(folder, "héllo", max_new_tokens=12))
-    ids = tokenizer.encode("héllo").ids
-    tokens = list(generate_tokens(DecodeSession(folder, capacity=32), ids, max_new_tokens=12))
-    assert text == tokenizer.decode([*ids, *tokens])[len("héllo") :]
-
-
-def test_generate_raises_usage_error_when_the_prompt_is_empty(folder: Path) -> None:
-    with pytest.raises(UsageError, match="no tokens"):
-        list(generate(folder, "", max_new_tokens=1))
+        Sampling(**option)
 
 
 def test_tokenizer_keeps_every_token_when_the_file_asks_to_truncate(folder: Path) -> None:
@@ -153,24 +139,3 @@ def test_tokenizer_keeps_every_token_when_the_file_asks_to_truncate(folder: Path
 def test_eos_ids_reads_every_form_when_config_names_them(folder: Path, value: object, expected: set[int]) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     assert eos_ids(folder) == expected
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
-def test_generate_names_the_file_when_it_is_missing_or_broken(folder: Path, name: str) -> None:
-    (folder / name).write_text("{")
-    with pytest.raises(ArtifactError) as broken:
-        generate(folder, "x", max_new_tokens=1)
-    (folder / name).unlink()
-    with pytest.raises(NotFoundError) as missing:
-        generate(folder, "x", max_new_tokens=1)
-    assert broken.value.where == missing.value.where == str(folder / name)
-
-
-def test_generate_ends_where_the_model_has_no_more_positions(folder: Path) -> None:
-    tokens = byte_tokenizer().encode("".join(generate(folder, "ab", max_new_tokens=12))).ids
-    whole = "".join(generate(folder, "ab", max_new_tokens=12, max_context=100))
-    assert byte_tokenizer().encode(whole).ids == tokens
-    short = list(generate(folder, "ab", max_new_tokens=12, max_context=3))
-    assert len(short) <= 1
-    with pytest.raises(UsageError, match="2 tokens, the model 2 positions"):
-        generate(folder, "ab", max_new_tokens=12, max_context=2)

@@ -22,9 +22,14 @@ SPEC = ModelSpec(
 
 def fill(folder: Path, text: str = "weights", report: Report | None = None) -> None:
     """Writes a small but valid artifact into `folder`."""
-    plan = Plan(layers=(LayerPlan(layer=0, rank=8, cache="int8"), LayerPlan(layer=1)))
     (folder / "model.onnx").write_text(text)
     (folder / "model.onnx_data").write_bytes(bytes(range(256)))
+    describe(folder, report)
+
+
+def describe(folder: Path, report: Report | None = None) -> None:
+    """Writes a manifest for the files that are in `folder`."""
+    plan = Plan(layers=(LayerPlan(layer=0, rank=8, cache="int8"), LayerPlan(layer=1)))
     manifest = Manifest(
         source=Source(model="demo", revision=None, sha256="0" * 64),
         spec=SPEC,

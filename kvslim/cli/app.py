@@ -12,7 +12,7 @@ import typer
 
 from kvslim import __version__
 from kvslim.cli import console
-from kvslim.cli.failures import InterruptError, bug, usage_error, verdict
+from kvslim.cli.failures import READER_GONE, InterruptError, explained, usage_error, verdict
 from kvslim.errors import ArtifactError, KvslimError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def main() -> NoReturn:
     """The `kvslim` command."""
     if not console.debugging():
         warnings.simplefilter("ignore")
+    console.accept_any_text()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -59,25 +60,38 @@ def run(arguments: list[str]) -> int:
         arguments: The command line without the program's name.
 
     Returns:
-        The exit code: 0 ok, 1 bug, 2 usage, 3 gate, 4 unsupported or broken, 5 not found, 130 Ctrl-C.
+        The exit code: 0 ok, 1 bug, 2 usage, 3 gate, 4 unsupported, broken or out of memory, 5 not found, 130 Ctrl-C,
+        141 when nobody reads the output any more.
     """
     as_json = "--json" in arguments
     try:
         code = app(arguments or ["--help"], prog_name="kvslim", standalone_mode=False)
         if code == InterruptError.exit_code:
             raise KeyboardInterrupt
+        console.flush()
         return (code or 0) if arguments else UsageError.exit_code
     except KeyboardInterrupt:
         error: KvslimError = InterruptError(
             "interrupted", where="kvslim", fix="run it again; nothing half-written is left"
         )
-    except KvslimError as caught:
-        error = caught
+    except (BrokenPipeError, SystemExit):  # the parser makes the one of the other
+        console.abandon_stdout()
+        return READER_GONE
     except typer.TyperException as caught:
         error = usage_error(caught)
-    except Exception as caught:  # the last resort, so that a bug is one line too
-        error = bug(caught)
-    console.print_error(error, as_json)
+    except Exception as caught:  # a bug is one line too
+        error = explained(caught)
+    return _told(error, as_json)
+
+
+def _told(error: KvslimError, as_json: bool) -> int:
+    """Prints an error, on stderr alone where stdout takes no more; returns its exit code."""
+    try:
+        console.print_error(error, as_json)
+        console.flush()
+    except OSError:
+        console.abandon_stdout()
+        console.print_error(error)
     return error.exit_code
 
 
@@ -297,44 +311,44 @@ def bench(
 @app.command()
 def generate(
     artifact: Artifact,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="the text to continue")],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="the text to continue")] = None,
+    file: Annotated[
+        str | None, typer.Option(help='JSON lines, {"prompt": ...} or {"messages": [...]}; - for stdin')
+    ] = None,
+    interactive: Annotated[bool, typer.Option("--interactive", "-i", help="converse; Ctrl-D ends")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the chat template")] = False,
+    system: Annotated[str | None, typer.Option(help="the system message; goes with the chat template")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to write at most")] = 128,
+    context: Annotated[
+        str | None, typer.Option(metavar="TOKENS", help="room in the cache, such as 16k; default: what is needed")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="sample from this many tokens; 0 for all")] = 0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="sample from the tokens that hold this share")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="seed of the sampling")] = 0,
     threads: Threads = None,
     as_json: Json = False,
-) -> None:
-    """Continue a text, printed as it comes."""
-    from kvslim.export.manifest import read_manifest
-    from kvslim.runtime.generate import generate as stream
+) -> int:
+    """Continue a text, converse, or complete a file of prompts.
 
-    spec = read_manifest(artifact).spec
-    if spec.is_encoder:
-        raise UnsupportedError(
-            "an encoder writes no text", where=str(artifact), fix="embed texts with `kvslim.runtime.encoder`"
-        )
-    if not prompt:
-        raise UsageError("the prompt is empty", where="--prompt", fix="give some text to continue")
-    pieces = stream(
-        artifact,
-        prompt,
+    Text is printed as it comes, and then on stderr what it took. Prompts of a file give one JSON object per line; a
+    line that cannot be completed gives its error, and exit code 2 at the end.
+    """
+    from kvslim.cli.generating import Options
+    from kvslim.cli.generating import generate as write
+    from kvslim.cli.inputs import read_length
+    from kvslim.runtime.generate import Sampling
+
+    options = Options(
+        chat=chat or system is not None,
+        system=system,
         max_new_tokens=max_new_tokens,
-        max_context=spec.max_context,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
+        context=None if context is None else read_length(context, "--context"),
+        sampling=Sampling(temperature, top_k, top_p, seed),
         threads=threads,
+        as_json=as_json,
     )
-    if as_json:
-        console.print_json({"prompt": prompt, "text": "".join(pieces)})
-        return
-    console.print_text(prompt)
-    for piece in pieces:
-        console.print_text(piece)
-    console.print_text("\n")
+    return write(artifact, prompt, file, interactive, options)
 
 
 @app.command()

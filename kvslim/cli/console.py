@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -53,6 +54,11 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def print_json_line(value: Any) -> None:
+    """Prints one object of JSON lines, at once."""
+    print_text(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+
+
 def print_tables(*tables: Table) -> None:
     """Prints the tables that have rows."""
     console = _console(stderr=False)
@@ -67,16 +73,44 @@ def print_text(text: str) -> None:
     sys.stdout.flush()
 
 
+def accept_any_text() -> None:
+    """Lets names and prompts that are no Unicode in and out: they are refused or told, and never a crash."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def flush() -> None:
+    """Writes out what stdout still holds, so that a full disk or a closed pipe shows while it can be told."""
+    sys.stdout.flush()
+
+
+def abandon_stdout() -> None:
+    """Drops what stdout cannot take, which Python would try to write once more at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def hint(text: str) -> None:
     """Prints a line that is no result."""
     sys.stderr.write(f"{text}\n")
 
 
+def mark(text: str) -> None:
+    """Prints on stderr where to type."""
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def error_fields(error: KvslimError) -> dict[str, Any]:
+    """An error as JSON."""
+    return {"message": error.message, "where": error.where, "fix": error.fix, "exit_code": error.exit_code}
+
+
 def print_error(error: KvslimError, as_json: bool = False) -> None:
     """Prints what is wrong, where, and how to fix it; with `as_json` as the one JSON object too."""
     if as_json:
-        fields = {"message": error.message, "where": error.where, "fix": error.fix, "exit_code": error.exit_code}
-        print_json({"error": fields})
+        print_json({"error": error_fields(error)})
     hint(f"error: {_line(error.message)}\n  where: {_line(error.where)}\n  fix: {_line(error.fix)}")
     if debugging():
         traceback.print_exception(error)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +19,27 @@ if TYPE_CHECKING:
     from kvslim.types import GateResult
 
 
+READER_GONE = 141  # as shells report a process that SIGPIPE ended
+# torch, onnxruntime, safetensors and the loader of libraries have no type of their own for this.
+OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "allocate memory", "enough memory", "start new thread")
+
+
 class InterruptError(KvslimError):
     """The user pressed Ctrl-C (exit code 130)."""
 
     exit_code = 130
+
+
+class MemoryLimitError(KvslimError):
+    """The memory of the machine, or what the process may have of it, is used up (exit code 4)."""
+
+    exit_code = 4
+
+
+class FileAccessError(KvslimError):
+    """The system refuses to read or write a file (exit code 2)."""
+
+    exit_code = 2
 
 
 def verdict(passed: bool | None, gates: Sequence[GateResult], where: str) -> int:
@@ -44,16 +63,57 @@ def usage_error(caught: typer.TyperException) -> UsageError:
     return UsageError(message, where=command, fix=f"see `{command} --help`")
 
 
-def bug(caught: Exception) -> KvslimError:
-    """An exception that nobody expected, in one line."""
+def explained(caught: Exception) -> KvslimError:
+    """Any exception as an error of ours; what memory and files lack is told as such, however deep it came up."""
+    if any(_is_out_of_memory(error) for error in _chain(caught)):
+        return _after(
+            MemoryLimitError(
+                "out of memory",
+                where=_place(caught),
+                fix="free memory or raise its limit (ulimit -v), or take a smaller model, context or batch",
+            ),
+            caught,
+        )
+    if isinstance(caught, KvslimError):
+        return caught
+    if isinstance(caught, OSError) and caught.strerror:
+        fix = "see that the file can be read or written, and that the disk has space"
+        return _after(FileAccessError(caught.strerror, where=str(caught.filename or "the output"), fix=fix), caught)
+    return bug(caught)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those that it was raised from, or while handling."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, KvslimError):
+        return False
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def _place(caught: Exception) -> str:
+    if isinstance(caught, KvslimError):
+        return caught.where
     frame = traceback.extract_tb(caught.__traceback__)[-1]
-    reason = str(caught).strip().partition("\n")[0]
-    fix = "set KVSLIM_DEBUG=1 for the traceback, and report it"
-    error = KvslimError(
-        f"{type(caught).__name__}: {reason}", where=f"{Path(frame.filename).name}:{frame.lineno}", fix=fix
-    )
+    return f"{Path(frame.filename).name}:{frame.lineno}"
+
+
+def _after(error: KvslimError, caught: Exception) -> KvslimError:
     error.__cause__ = caught
     return error
+
+
+def bug(caught: Exception) -> KvslimError:
+    """An exception that nobody expected, in one line."""
+    reason = str(caught).strip().partition("\n")[0]
+    fix = "set KVSLIM_DEBUG=1 for the traceback, and report it"
+    return _after(KvslimError(f"{type(caught).__name__}: {reason}", where=_place(caught), fix=fix), caught)
 
 
 def _number(value: float | None) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvslim.validate.bench import Grid
 
 THOUSAND = 1024
+MOST_DIGITS = 12
 
 
 def read_lengths(text: str, option: str) -> tuple[int, ...]:
@@ -25,7 +26,19 @@ def read_lengths(text: str, option: str) -> tuple[int, ...]:
     Raises:
         UsageError: One of them is not a positive number.
     """
-    return tuple(_length(part.strip(), option) for part in text.split(","))
+    return tuple(read_length(part.strip(), option) for part in text.split(","))
+
+
+def read_length(text: str, option: str) -> int:
+    """A token count like `16k`, where k is 1,024.
+
+    Raises:
+        UsageError: It is not a positive number.
+    """
+    digits, factor = (text[:-1], THOUSAND) if text[-1:] in {"k", "K"} else (text, 1)
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= MOST_DIGITS and int(digits)):
+        raise UsageError(f"{text!r} is not a number of tokens", where=option, fix="write lengths like 512,4k,16k")
+    return int(digits) * factor
 
 
 def read_grid(prompts: str, contexts: str, threads: str | None, batches: str, repeats: int) -> Grid:
@@ -113,7 +126,7 @@ def read_budget(
     if kv_mib_at is not None:
         tokens, _, mib = kv_mib_at.partition("=")
         try:
-            given |= {"context": _length(tokens, "--kv-mib-at"), "kv_mib": float(mib)}
+            given |= {"context": read_length(tokens, "--kv-mib-at"), "kv_mib": float(mib)}
         except ValueError:
             raise UsageError(f"cannot read {kv_mib_at!r}", where="--kv-mib-at", fix="write 16k=64") from None
     if not given:
@@ -140,13 +153,6 @@ def read_recipe(name: str | None, overrides: Sequence[str], budget: Budget | Non
 def _counts(text: str, option: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     for part in parts:
-        if not (part.isascii() and part.isdigit() and int(part)):
+        if not (part.isascii() and part.isdigit() and len(part) <= MOST_DIGITS and int(part)):
             raise UsageError(f"{part!r} is not a positive number", where=option, fix="write numbers like 1,4")
     return tuple(int(part) for part in parts)
-
-
-def _length(text: str, option: str) -> int:
-    digits, factor = (text[:-1], THOUSAND) if text[-1:] in {"k", "K"} else (text, 1)
-    if not (digits.isascii() and digits.isdigit() and int(digits)):
-        raise UsageError(f"{text!r} is not a number of tokens", where=option, fix="write lengths like 512,4k,16k")
-    return int(digits) * factor

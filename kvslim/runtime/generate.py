@@ -1,9 +1,11 @@
-"""Text generation from an exported folder: greedy or sampled, streamed as it comes."""
+"""Tokens from an exported folder, greedy or sampled, and the text that they make as they come."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -25,58 +27,35 @@ class Decoder(Protocol):
         """The text of token ids."""
 
 
-def generate(
-    folder: Path,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    max_context: int | None = None,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    threads: int | None = None,
-) -> Iterator[str]:
-    """Continues a prompt and yields the text in pieces, without the prompt and the end-of-sequence token.
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
 
-    Args:
-        folder: Folder with model.onnx, tokenizer.json and generation_config.json.
-        prompt: Text to continue.
-        max_new_tokens: Tokens to generate at most.
-        max_context: Positions of the model, where the text ends at the latest; None for no limit.
+    Attributes:
         temperature: 0 takes the most likely token; otherwise what the logits are divided by.
         top_k: Sample from this many most likely tokens; 0 for all.
-        top_p: Sample from the smallest set of most likely tokens that holds this probability.
+        top_p: Sample from the smallest set of most likely tokens that holds this probability, in (0, 1].
         seed: Seed of the sampling.
-        threads: Threads of one operator; None leaves the choice to onnxruntime.
 
     Raises:
-        UsageError: An option is out of range, or the prompt has no tokens or more than the model has positions.
-        NotFoundError: A file of the folder is missing.
-        ArtifactError: A file of the folder is broken.
+        UsageError: An option is out of range.
     """
-    tokenizer = load_tokenizer(folder)
-    ids = tokenizer.encode(prompt).ids
-    if max_context is not None:
-        if len(ids) >= max_context:
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise UsageError(
-                f"the prompt has {len(ids)} tokens, the model {max_context} positions",
-                where="prompt",
-                fix="shorten the prompt",
+                f"cannot sample with temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}",
+                where="generate",
+                fix="use temperature >= 0, top_k >= 0 and 0 < top_p <= 1",
             )
-        max_new_tokens = min(max_new_tokens, max_context - len(ids))
-    session = DecodeSession(folder, capacity=max(1, len(ids) + max_new_tokens), threads=threads)
-    tokens = generate_tokens(
-        session,
-        ids,
-        max_new_tokens=max_new_tokens,
-        stop=eos_ids(folder),
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    )
-    return stream_text(tokenizer, ids, tokens)
+
+
+GREEDY = Sampling()
 
 
 def generate_tokens(
@@ -85,33 +64,25 @@ def generate_tokens(
     *,
     max_new_tokens: int,
     stop: Collection[int] = (),
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling = GREEDY,
 ) -> Iterator[int]:
-    """Continues a prompt from an emptied cache and yields token ids; a stop token ends it and is not yielded.
+    """Appends a prompt to the cache, and yields the token ids that follow; a stop token ends it and is not yielded.
 
     Args:
         session: Model with room for the prompt and all but the last new token.
-        prompt_ids: Token ids, at least one.
+        prompt_ids: Token ids behind those in the cache, at least one.
         max_new_tokens: Tokens to generate at most.
         stop: Ids that end the text.
-        temperature: As for `generate`.
-        top_k: As for `generate`.
-        top_p: As for `generate`.
-        seed: As for `generate`.
+        sampling: How tokens are drawn.
 
     Raises:
-        UsageError: An option is out of range, the prompt is empty, or the cache is full.
+        UsageError: The prompt is empty, or the cache is full.
         ArtifactError: onnxruntime fails on the graph.
     """
-    _check_options(temperature, top_k, top_p)
-    generator = np.random.default_rng(seed)
-    session.reset()
+    generator = np.random.default_rng(sampling.seed)
     logits = session.prefill(prompt_ids)
     for count in range(max_new_tokens):
-        token = sample(logits, generator, temperature=temperature, top_k=top_k, top_p=top_p)
+        token = sample(logits, generator, sampling)
         if token in stop:
             return
         yield token
@@ -119,25 +90,21 @@ def generate_tokens(
             logits = session.step([token])[-1]
 
 
-def sample(
-    logits: Logits, generator: np.random.Generator, *, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0
-) -> int:
+def sample(logits: Logits, generator: np.random.Generator, sampling: Sampling = GREEDY) -> int:
     """Draws one token; temperature first, then top-k, then top-p over what top-k left, as in transformers.
 
     Args:
         logits: float32 [vocab].
         generator: Source of randomness; untouched at temperature 0.
-        temperature: 0 for the most likely token.
-        top_k: 0 for all tokens.
-        top_p: Probability that the kept tokens must hold, in (0, 1].
+        sampling: Temperature, top-k and top-p.
     """
-    if temperature == 0:
+    if sampling.temperature == 0:
         return int(logits.argmax())
-    order = np.argsort(-logits, kind="stable")[: top_k or None]
-    scaled = logits[order].astype(np.float64) / temperature
+    order = np.argsort(-logits, kind="stable")[: sampling.top_k or None]
+    scaled = logits[order].astype(np.float64) / sampling.temperature
     weights = np.exp(scaled - scaled[0])
     before = np.cumsum(weights) - weights
-    weights[before >= top_p * weights.sum()] = 0
+    weights[before >= sampling.top_p * weights.sum()] = 0
     return int(generator.choice(order, p=weights / weights.sum()))
 
 
@@ -214,12 +181,3 @@ def _read(path: Path) -> str:
         raise NotFoundError(
             f"cannot open {path.name}", where=str(path), fix="name a folder that `kvslim compress` wrote"
         ) from error
-
-
-def _check_options(temperature: float, top_k: int, top_p: float) -> None:
-    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
-        raise UsageError(
-            f"cannot sample with temperature {temperature}, top_k {top_k}, top_p {top_p}",
-            where="generate",
-            fix="use temperature >= 0, top_k >= 0 and 0 < top_p <= 1",
-        )

@@ -37,9 +37,10 @@ Logits = npt.NDArray[np.float32]
 _PAST = re.compile(r"past_key_values\.(\d+)\.((?:key|value)(?:_codes)?)")
 _CACHE_TYPES: dict[str, CacheType] = {"tensor(float)": "float32", "tensor(int8)": "int8", "tensor(uint8)": "int4"}
 # onnxruntime derives each of its errors from Exception itself, so there is no common base to catch; a run through an
-# IOBinding raises RuntimeError instead.
+# IOBinding raises RuntimeError instead, and a message that quotes a broken name fails on its way to Python.
 ORT_ERRORS = (
     RuntimeError,
+    UnicodeDecodeError,
     ort_state.Fail,
     ort_state.InvalidArgument,
     ort_state.InvalidGraph,
