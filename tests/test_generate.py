@@ -1,0 +1,232 @@
+"""`kvslim generate`: one prompt, a conversation, a file of prompts."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_artifact import describe
+from tiny_graph import write_tiny
+from tiny_tokenizer import byte_tokenizer
+
+from kvslim.cli import app
+from kvslim.runtime.completion import Completer, PromptEncoder
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+FIELDS = (
+    "prompt_tokens",
+    "cached_tokens",
+    "new_tokens",
+    "finish_reason",
+    "ttft_ms",
+    "tokens_per_second",
+    "context_tokens",
+    "context_capacity",
+    "kv_mib",
+)
+SHORT = ("--max-new-tokens", "6")
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    """An artifact with a graph that runs, and a chat template."""
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    write_tiny(folder / "model.onnx", vocab=256)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "generation_config.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    describe(folder)
+    return folder
+
+
+@pytest.fixture
+def base(artifact: Path) -> Path:
+    """The artifact of a model without a chat template."""
+    (artifact / "tokenizer_config.json").write_text("{}")
+    return artifact
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs `kvslim generate` with the given stdin; returns exit code, stdout and stderr."""
+
+    def call(*arguments: object, stdin: str | bytes = "") -> tuple[int, str, str]:
+        typed = io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed, encoding="utf-8", errors="surrogateescape"))
+        code = app.run(["generate", *(str(argument) for argument in arguments)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def completed(artifact: Path, text: str, tokens: int = 6) -> str:
+    """What a fresh cache answers."""
+    encoder = PromptEncoder(artifact)
+    return "".join(Completer(artifact, encoder.tokenizer, capacity=512).stream(encoder.prompt(text), tokens))
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_text_goes_to_stdout_and_what_it_took_to_stderr(run: Run, artifact: Path) -> None:
+    code, out, err = run(artifact, "-p", "héllo", *SHORT)
+    assert (code, out) == (0, "héllo" + completed(artifact, "héllo") + "\n")
+    assert err.startswith("6 prompt tokens, 6 new at ")
+    assert "context 12 of 12, KV cache " in err
+    assert len(err.splitlines()) == 1
+
+
+def test_json_has_what_it_took_as_fields(run: Run, artifact: Path) -> None:
+    code, out, err = run(artifact, "-p", "hello", *SHORT, "--json")
+    answer = json.loads(out)
+    assert (code, err) == (0, "")
+    assert tuple(answer) == ("prompt", "completion", *FIELDS)
+    assert answer["completion"] == completed(artifact, "hello")
+
+
+def test_context_gives_the_cache_room(run: Run, artifact: Path) -> None:
+    _, out, _ = run(artifact, "-p", "hello", *SHORT, "--json", "--context", "100")
+    assert json.loads(out)["context_capacity"] == 100
+    _, out, _ = run(artifact, "-p", "hello", *SHORT, "--json", "--context", "7")
+    assert json.loads(out)["new_tokens"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--chat"], "<user>hello\n<assistant>"),
+        (["--system", "Be kind."], "<system>Be kind.\n<user>hello\n<assistant>"),
+    ],
+)
+def test_chat_answers_the_template_of_the_prompt(run: Run, artifact: Path, options: list[str], text: str) -> None:
+    code, out, _ = run(artifact, "-p", "hello", *SHORT, *options)
+    assert (code, out) == (0, completed(artifact, text) + "\n")
+
+
+@pytest.mark.parametrize("options", [["--chat"], ["--system", "Be kind."]])
+def test_chat_is_refused_when_there_is_no_template(run: Run, base: Path, options: list[str]) -> None:
+    code, out, err = run(base, "-p", "hello", *options)
+    assert (code, out) == (2, "")
+    assert "the tokenizer has no chat template" in err
+
+
+def test_conversation_keeps_its_cache_and_answers_as_from_scratch(run: Run, artifact: Path) -> None:
+    code, out, err = run(artifact, "-i", "--system", "S", *SHORT, "--json", "--context", "200", stdin="one\n\ntwo\n")
+    first, end = json.JSONDecoder().raw_decode(out)
+    second = json.loads(out[end:])
+    turns = "<system>S\n<user>one\n<assistant>"
+    assert first["completion"] == completed(artifact, turns)
+    turns += f"{first['completion']}\n<user>two\n<assistant>"
+    assert second["completion"] == completed(artifact, turns)
+    assert (first["prompt"], second["prompt"]) == ("one", "two")
+    assert (first["cached_tokens"], second["prompt_tokens"]) == (0, len(turns.encode()))
+    assert second["cached_tokens"] >= first["prompt_tokens"]
+    assert (code, err) == (0, "")
+
+
+def test_conversation_prints_answers_alone_when_stdin_is_no_terminal(run: Run, artifact: Path) -> None:
+    code, out, err = run(artifact, "--interactive", *SHORT, stdin="one")
+    assert (code, out) == (0, completed(artifact, "<user>one\n<assistant>") + "\n")
+    assert len(err.splitlines()) == 1
+    assert "> " not in err
+
+
+def test_conversation_goes_on_with_the_text_when_there_is_no_template(run: Run, base: Path) -> None:
+    code, out, err = run(base, "-i", *SHORT, "--json", stdin="one\ntwo\n")
+    answer, end = json.JSONDecoder().raw_decode(out)
+    assert json.loads(out[end:])["completion"] == completed(base, f"one{answer['completion']}two")
+    assert code == 0
+    assert err.startswith("hint: the tokenizer has no chat template")
+
+
+def test_conversation_ends_with_an_error_when_the_cache_is_full(run: Run, artifact: Path) -> None:
+    code, out, err = run(artifact, "-i", *SHORT, "--context", "30", stdin="one\ntwo\nthree\n")
+    assert code == 2
+    assert len(out.splitlines()) >= 1
+    assert "leave no room in a cache of 30" in err
+
+
+def test_file_gives_one_object_per_line(run: Run, artifact: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "two"}]
+    rows = [{"prompt": "one", "id": 7}, {"messages": chat}, {"prompt": "one"}]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    code, out, err = run(artifact, "--file", path, *SHORT)
+    answers = lines(out)
+    assert (code, err) == (0, "")
+    assert [tuple(answer) for answer in answers] == [(*row, "completion", *FIELDS) for row in rows]
+    expected = [completed(artifact, text) for text in ("one", "<system>S\n<user>two\n<assistant>", "one")]
+    assert [answer["completion"] for answer in answers] == expected
+    assert {answer["cached_tokens"] for answer in answers} == {0}
+    assert {answer["context_capacity"] for answer in answers} == {64}
+
+
+def test_file_is_put_into_the_template_when_asked(run: Run, artifact: Path) -> None:
+    rows = '{"prompt": "one"}\n{"messages": [{"role": "user", "content": "one"}]}\n'
+    code, out, _ = run(artifact, "--file", "-", "--system", "S", *SHORT, stdin=rows)
+    assert code == 0
+    expected = completed(artifact, "<system>S\n<user>one\n<assistant>")
+    assert [answer["completion"] for answer in lines(out)] == [expected, expected]
+
+
+BAD_LINES = {
+    "{": "not JSON",
+    "[" * 100_000: "not JSON",
+    '{"prompt": "\\ud800"}': "not JSON",
+    '{"prompt": "a", "weight": NaN}': "not JSON",
+    '["prompt"]': "an object with prompt or messages",
+    '{"text": "a"}': "an object with prompt or messages",
+    '{"prompt": "a", "messages": []}': "an object with prompt or messages",
+    '{"prompt": 3}': "prompt is no text",
+    '{"prompt": ""}': "no tokens",
+    '{"prompt": "' + "a" * 64 + '"}': "64 tokens leave no room in a cache of 64",
+    '{"messages": []}': "no list of role and content",
+    '{"messages": ["hello"]}': "no list of role and content",
+}
+
+
+def test_file_names_each_line_that_cannot_be_completed_and_goes_on(run: Run, artifact: Path) -> None:
+    rows = ["", *BAD_LINES, '{"prompt": "one"}']
+    code, out, err = run(artifact, "--file", "-", *SHORT, stdin="\n".join(rows).encode() + b"\n\xff\n")
+    *failed, answer, last = lines(out)
+    assert code == 2
+    assert answer["completion"] == completed(artifact, "one")
+    assert [row["line"] for row in failed] == list(range(2, 2 + len(BAD_LINES)))
+    for row, words in zip([*failed, last], [*BAD_LINES.values(), "not JSON"], strict=True):
+        assert words in row["error"]["message"]
+        assert row["error"]["where"] == f"stdin, line {row['line']}"
+    assert err.count("error: ") == len(failed) + 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([], 2, "give one of --prompt, --file and --interactive"),
+        (["-p", "a", "-i"], 2, "give one of"),
+        (["-p", ""], 2, "the prompt is empty"),
+        (["-p", "\udcff"], 2, "not Unicode"),
+        (["-p", "a" * 512], 2, "the prompt has 512 tokens, the model 512 positions"),
+        (["-p", "a", "--context", "513"], 2, "more than the model's 512 positions"),
+        (["-p", "a", "--context", "0"], 2, "not a number of tokens"),
+        (["-p", "a", "--context", "9" * 5000], 2, "not a number of tokens"),
+        (["--file", "nowhere.jsonl"], 5, "nowhere.jsonl"),
+        (["-p", "a", "--temperature", "nan"], 2, "--temperature"),
+    ],
+)
+def test_generate_refuses_when_it_cannot_begin(
+    run: Run, artifact: Path, arguments: list[str], code: int, words: str
+) -> None:
+    found, out, err = run(artifact, *arguments)
+    assert (found, out) == (code, "")
+    assert words in err
