@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
 READER_GONE = 141  # as shells report a process that SIGPIPE ended
 # torch, onnxruntime, safetensors and the loader of libraries have no type of their own for this.
-OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "allocate memory", "enough memory", "start new thread")
+OUT_OF_MEMORY = (
+    "bad_alloc",
+    "bad allocation",
+    "allocate memory",
+    "enough memory",
+    "start new thread",
+    "failed to map segment",
+)
 
 
 class InterruptError(KvslimError):
