@@ -222,7 +222,8 @@ def _check_encoder_plan(plan: Plan) -> None:
 
 def _check_sizes(plan: Plan, layer: LayerPlan, spec: ModelSpec, where: str) -> None:
     extras, ranks = layer.twice, layer.ranks(spec.head_dim)
-    for rank in ranks:
+    given = (rank for rank in (layer.rank, layer.value_rank) if rank is not None)  # 0 would pass for none
+    for rank in (*ranks, *given):
         check_rank(rank, spec, None, where)
     if plan.layout == "gqa" and len(set(layer.widths(spec.head_dim))) > 1:
         key, value = layer.widths(spec.head_dim)

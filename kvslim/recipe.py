@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -190,7 +191,7 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
         raise NotFoundError(f"no recipe {name!r}", where="--recipe", fix=suggestion(name, shipped))
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(_one_line(error), where=str(path), fix="mend the YAML syntax") from error
     if not isinstance(data, dict):
         raise UsageError("a recipe is a mapping of keys", where=str(path), fix="start from `kvslim recipes balanced`")
@@ -216,7 +217,7 @@ def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
 
 def _fault(fault: Any) -> str:
     path = ".".join(str(part) for part in fault["loc"]) or "recipe"
-    return f"{path}: {fault['msg'][:1].lower()}{fault['msg'][1:]} (got {fault['input']!r})"
+    return f"{path}: {fault['msg'][:1].lower()}{fault['msg'][1:]} (got {reprlib.repr(fault['input'])})"
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -234,7 +235,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise UsageError(f"{override!r} replaces a method", where="--set", fix="write --set methods.kv_pca.rank=32")
     try:
         target[keys[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(
             f"cannot read {override!r}: {_one_line(error)}", where="--set", fix="mend the value"
         ) from error

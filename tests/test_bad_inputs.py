@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save
 from tiny_artifact import fill
 
 from kvslim.cli import app
@@ -23,6 +26,33 @@ from kvslim.types import LayerPlan, Plan
 ROOT = Path(__file__).parent.parent
 USAGE, BROKEN, MISSING = 2, 4, 5
 SMALL = ("calibration.samples=2", "calibration.length=16", "validation.samples=2", "validation.length=32")
+
+
+SMALL_SETTINGS = tuple(part for override in SMALL for part in ("--set", override))
+ENCODER = json.dumps(
+    {
+        "model_type": "bert",
+        "architectures": ["BertModel"],
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 257,
+    }
+)
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)) + "bomb: *a39\n"
+PROFILE = """name: mine
+ram_gib: {value: 8, source: a}
+usable_share: {value: 0.5, source: a}
+bandwidth_gb_s: {value: 20, source: a}
+gflops: {value: 100, source: a}
+"""
+
+
+class Trap:
+    """Fails the test when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return pytest.fail, ("a pickle was loaded",)
 
 
 @dataclass(frozen=True)
@@ -63,6 +93,52 @@ class Inputs:
         for name, content in files.items():
             self.file(f"artifact/{name.replace('_', '.')}", content)
         return folder
+
+    def folder(self, name: str) -> Path:
+        path = self.root / name
+        path.mkdir(parents=True)
+        return path
+
+    def without(self, name: str) -> Path:
+        folder = self.artifact()
+        (folder / name).unlink()
+        return folder
+
+    def utf16_manifest(self) -> Path:
+        folder = self.artifact()
+        (folder / MANIFEST).write_text((folder / MANIFEST).read_text(), encoding="utf-16")
+        return folder
+
+    def rope(self, **parameters: Any) -> Path:
+        return self.config(rope_parameters={"rope_theta": 10000.0, **parameters})
+
+    def pickled(self) -> Path:
+        folder = self.model("model.safetensors")
+        self.file("model/pytorch_model.bin", pickle.dumps(Trap()))
+        return folder
+
+    def sharded(self, index: str) -> Path:
+        folder = self.model("model.safetensors")
+        self.file("model/pytorch_model.bin", pickle.dumps(Trap()))
+        self.file("model/model.safetensors.index.json", index)
+        return folder
+
+    def nan_weights(self) -> Path:
+        tensors = load_file(self.tiny / "model.safetensors")
+        next(iter(tensors.values()))[0] = np.nan
+        return self.model(model_safetensors=save(tensors, {"format": "pt"}))
+
+    def device(self, text: str) -> list[object]:
+        return self.inspect(self.file("mine.yaml", text))
+
+    def profile(self, line: str) -> list[object]:
+        """A device's profile with one line in place of its own, or more than its own."""
+        key = line.partition(":")[0]
+        kept = [own for own in PROFILE.splitlines() if not own.startswith(f"{key}:")]
+        return self.device("\n".join([*kept, line]))
+
+    def inspect(self, device: object) -> list[object]:
+        return ["inspect", self.tiny, "--device", device]
 
     def recipe(self, text: str) -> list[object]:
         return self.compress("-r", self.file("mine.yaml", text))
@@ -113,6 +189,51 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "weights_of_fewer_layers": (lambda i: i.compress(model=i.config(num_hidden_layers=3)), BROKEN, "weights"),
     "tokenizer_missing": (lambda i: i.compress(model=i.model("tokenizer*")), BROKEN, "tokenizer"),
     "tokenizer_broken": (lambda i: i.compress(model=i.model(tokenizer_json="{")), BROKEN, "tokenizer"),
+    "model_named_nothing": (lambda i: i.compress(model=i.root / ""), MISSING, "no config.json"),
+    "model_id_malformed": (lambda i: i.compress(model="a/b c"), MISSING, "a/b c"),
+    "config_too_deep": (lambda i: i.compress(model=i.model(config_json="[" * 100_000)), BROKEN, "not JSON"),
+    "config_a_folder": (lambda i: i.compress(model=i.folder("model/config.json").parent), MISSING, "no config.json"),
+    "config_vocabulary_of_0": (lambda i: i.compress(model=i.config(vocab_size=0)), BROKEN, "config.json"),
+    "config_positions_negative": (lambda i: i.compress(model=i.config(max_position_embeddings=-1)), BROKEN, "config"),
+    "config_heads_of_0": (lambda i: i.compress(model=i.config(num_attention_heads=0)), BROKEN, "config.json"),
+    "config_kv_heads_negative": (lambda i: i.compress(model=i.config(num_key_value_heads=-2)), BROKEN, "config.json"),
+    "config_rope_no_mapping": (lambda i: i.compress(model=i.config(rope_parameters=[1])), BROKEN, "config.json"),
+    "config_rope_unknown": (lambda i: i.compress(model=i.rope(rope_type="spiral")), BROKEN, "spiral"),
+    "config_rope_dynamic": (lambda i: i.compress(model=i.rope(rope_type="dynamic", factor=2.0)), BROKEN, "dynamic"),
+    "config_mixture_of_experts": (
+        lambda i: i.compress(model=i.config(num_local_experts=8)),
+        BROKEN,
+        "mixture of experts",
+    ),
+    "config_huge": (lambda i: i.compress(model=i.config(hidden_size=2**40, vocab_size=2**40)), BROKEN, "weights"),
+    "config_of_an_encoder": (lambda i: i.compress(model=i.model(config_json=ENCODER)), BROKEN, "-r encoder"),
+    "weights_pickled": (lambda i: i.compress(model=i.pickled()), MISSING, "safetensors"),
+    "weights_nan": (lambda i: i.compress(*SMALL_SETTINGS, model=i.nan_weights()), BROKEN, "not finite"),
+    "weights_empty": (lambda i: i.compress(model=i.model(model_safetensors=b"")), BROKEN, "weights"),
+    "weights_header_huge": (lambda i: i.compress(model=i.model(model_safetensors=b"\xff" * 64)), BROKEN, "weights"),
+    "index_not_json": (lambda i: i.compress(model=i.sharded("{")), BROKEN, "index"),
+    "index_without_map": (lambda i: i.compress(model=i.sharded("{}")), BROKEN, "index"),
+    "index_no_mapping": (lambda i: i.compress(model=i.sharded("[]")), BROKEN, "index"),
+    "index_leads_out": (
+        lambda i: i.compress(model=i.sharded('{"weight_map": {"a": "../x.safetensors"}}')),
+        BROKEN,
+        "index",
+    ),
+    "index_names_no_file": (
+        lambda i: i.compress(model=i.sharded('{"weight_map": {"a": "b.safetensors"}}')),
+        BROKEN,
+        "b.safe",
+    ),
+    "index_names_a_pickle": (
+        lambda i: i.compress(model=i.sharded('{"weight_map": {"a": "pytorch_model.bin"}}')),
+        BROKEN,
+        "index",
+    ),
+    "generation_config_broken": (
+        lambda i: i.compress(model=i.model(generation_config_json="{")),
+        BROKEN,
+        "weights",
+    ),
     # the recipe
     "recipe_unknown": (lambda i: i.compress("-r", "balancd"), MISSING, "'balanced'"),
     "recipe_not_yaml": (lambda i: i.recipe("methods: ["), USAGE, "mine.yaml"),
@@ -137,6 +258,27 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "context_too_long": (lambda i: i.settings("validation.contexts=[4096]"), USAGE, "validation.contexts"),
     "contexts_empty": (lambda i: i.settings("validation.contexts=[]"), USAGE, "validation.contexts"),
     "length_too_long": (lambda i: i.settings("calibration.length=4096"), USAGE, "calibration.length"),
+    "recipe_binary": (lambda i: i.compress("-r", i.file("mine.yaml", b"\x00\xff")), USAGE, "mine.yaml"),
+    "recipe_nul": (lambda i: i.recipe("name: a\0b"), USAGE, "mine.yaml"),
+    "recipe_empty": (lambda i: i.recipe(""), USAGE, "mapping"),
+    "recipe_a_folder": (lambda i: i.compress("-r", i.folder("mine.yaml")), MISSING, "mine.yaml"),
+    "recipe_too_deep": (lambda i: i.recipe("[" * 20_000), USAGE, "mine.yaml"),
+    "recipe_makes_objects": (lambda i: i.recipe("!!python/object/apply:os.system [id]"), USAGE, "mine.yaml"),
+    "recipe_of_aliases": (lambda i: i.recipe(BOMB), USAGE, "bomb"),
+    "recipe_key_no_text": (lambda i: i.recipe("1: 2"), USAGE, "1"),
+    "recipe_not_a_number": (lambda i: i.recipe("gates: {max_kl: .nan}"), USAGE, "gates.max_kl"),
+    "recipe_number_too_long": (lambda i: i.recipe("calibration: {samples: " + "9" * 5000 + "}"), USAGE, "mine.yaml"),
+    "methods_no_list": (lambda i: i.recipe("methods: 7"), USAGE, "methods"),
+    "method_of_two_names": (lambda i: i.recipe("methods: [{kv_pca: {}, kv_quant: {}}]"), USAGE, "one `name: options`"),
+    "method_options_no_mapping": (lambda i: i.recipe("methods: [{kv_pca: 8}]"), USAGE, "methods"),
+    "method_null": (lambda i: i.recipe("methods: [null]"), USAGE, "a method is"),
+    "window_negative": (lambda i: i.recipe("methods: [{kv_window: {window: -1}}]"), USAGE, "window"),
+    "heads_of_no_layer": (lambda i: i.recipe("methods: [{prune_heads: {heads: {9: [0]}}}]"), USAGE, "9"),
+    "layer_out_of_range": (lambda i: i.recipe("methods: [{prune_layers: {layers: [7]}}]"), USAGE, "7"),
+    "set_empty": (lambda i: i.settings(""), USAGE, "--set"),
+    "set_of_a_value": (lambda i: i.settings("name.x=1"), USAGE, "name"),
+    "set_too_deep": (lambda i: i.settings("weights=" + "[" * 20_000), USAGE, "--set"),
+    "encoder_recipe_for_a_decoder": (lambda i: i.compress("-r", "encoder"), BROKEN, "-r balanced"),
     # the text
     "text_missing": (lambda i: i.settings("calibration.source=nowhere.txt"), MISSING, "nowhere.txt"),
     "text_empty": (lambda i: i.calibration("text.txt", ""), USAGE, "empty"),
@@ -145,6 +287,20 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "text_too_short": (lambda i: i.calibration("text.txt", "A few words.", *SMALL[2:]), USAGE, "tokens"),
     "jsonl_broken_line": (lambda i: i.calibration("t.jsonl", '{"text": "a"}\n{"text"'), USAGE, "t.jsonl"),
     "jsonl_without_text": (lambda i: i.calibration("t.jsonl", '{"words": "a"}'), USAGE, "text"),
+    "text_a_folder": (lambda i: i.settings(f"calibration.source={i.folder('text.txt')}"), MISSING, "text.txt"),
+    "text_with_nul": (lambda i: i.calibration("text.txt", b"\x00\x80"), USAGE, "UTF-8"),
+    "jsonl_too_deep": (lambda i: i.calibration("t.jsonl", "[" * 100_000), USAGE, "t.jsonl"),
+    "jsonl_no_object": (lambda i: i.calibration("t.jsonl", '["text"]'), USAGE, "t.jsonl"),
+    "jsonl_text_no_text": (lambda i: i.calibration("t.jsonl", '{"text": 7}'), USAGE, "t.jsonl"),
+    "jsonl_prompt_alone": (lambda i: i.calibration("t.jsonl", '{"prompt": "a"}'), USAGE, "t.jsonl"),
+    "jsonl_not_utf8": (lambda i: i.calibration("t.jsonl", b'{"text": "\xff"}'), USAGE, "UTF-8"),
+    "jsonl_half_a_character": (
+        lambda i: i.calibration("t.jsonl", '{"text": "' + "\\ud800" * 999 + '"}', *SMALL),
+        USAGE,
+        "t.jsonl",
+    ),
+    "text_of_the_held_out": (lambda i: i.settings("validation.source=nowhere.jsonl"), MISSING, "nowhere.jsonl"),
+    "analyze_text_missing": (lambda i: ["analyze", i.tiny, "--data", "nowhere.txt"], MISSING, "nowhere.txt"),
     # the plan
     "plan_missing": (lambda i: i.compress("--plan", "nowhere.json"), MISSING, "nowhere.json"),
     "plan_not_json": (lambda i: i.plan('{"layers": ['), USAGE, "JSON"),
@@ -166,6 +322,29 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "plan_roles_without_rank": (lambda i: i.plan(planned(roles=0, cache="int8")), USAGE, "roles a rank"),
     "plan_packed_without_window": (lambda i: i.plan(planned(rank=8, cache="codes2")), USAGE, "without a window"),
     "plan_cache_unknown": (lambda i: i.plan('{"layers": [{"layer": 0, "cache": "int3"}]}'), USAGE, "layers.0.cache"),
+    "plan_a_list": (lambda i: i.plan("[]"), USAGE, "plan"),
+    "plan_binary": (lambda i: i.compress("--plan", i.file("plan.json", b"\xff\xfe\x00")), USAGE, "JSON"),
+    "plan_a_folder": (lambda i: i.compress("--plan", i.folder("plan.json")), MISSING, "plan.json"),
+    "plan_too_deep": (lambda i: i.plan("[" * 100_000), USAGE, "JSON"),
+    "plan_layer_twice": (
+        lambda i: i.plan(Plan(layers=(LayerPlan(layer=0), LayerPlan(layer=0)))),
+        USAGE,
+        "layers",
+    ),
+    "plan_rank_of_0": (lambda i: i.plan(planned(rank=0)), USAGE, "rank 0"),
+    "plan_rank_huge": (lambda i: i.plan(planned(rank=8 * 10**20)), USAGE, "rank"),
+    "plan_window_of_0": (lambda i: i.plan(planned(window=0)), USAGE, "window of 0"),
+    "plan_sinks_without_window": (lambda i: i.plan(planned(sinks=4)), USAGE, "without a window"),
+    "plan_sinks_negative": (lambda i: i.plan(planned(window=8, sinks=-1)), USAGE, "sinks"),
+    "plan_head_out_of_range": (lambda i: i.plan(planned(heads=(0, 9))), USAGE, "layers.1"),
+    "plan_head_twice": (lambda i: i.plan(planned(heads=(0, 0))), USAGE, "layers.1"),
+    "plan_head_negative": (lambda i: i.plan(planned(heads=(-1, 0))), USAGE, "layers.1"),
+    "plan_score_nan": (lambda i: i.plan('{"layers": [{"layer": 0, "score": NaN}]}'), USAGE, "layers.0.score"),
+    "plan_attention24_int8": (
+        lambda i: i.plan(Plan(layout="attention24", layers=(LayerPlan(layer=0), LayerPlan(layer=1, cache="int8")))),
+        USAGE,
+        "no integer cache",
+    ),
     # the budget
     "budget_with_methods": (lambda i: i.recipe("methods: [kv_quant]\nbudget: {kv_ratio: 8}"), USAGE, "not both"),
     "budget_empty": (lambda i: i.recipe("budget: {}"), USAGE, "budget"),
@@ -184,6 +363,9 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "recall_drop_over_100": (lambda i: i.compress("--max-recall-drop", "150"), USAGE, "--max-recall-drop"),
     "recall_drop_negative": (lambda i: ["plan", i.tiny, "--max-recall-drop", "-1"], USAGE, "--max-recall-drop"),
     "plan_ratio_of_0": (lambda i: ["plan", i.tiny, "--kv-ratio", "0"], USAGE, "--kv-ratio"),
+    "time_ratio_of_1": (lambda i: i.compress("--time-ratio", "1"), USAGE, "--time-ratio"),
+    "kl_not_a_number": (lambda i: i.compress("--max-kl", "nan"), USAGE, "--max-kl"),
+    "mib_at_endless_digits": (lambda i: i.compress("--kv-mib-at", "9" * 5000 + "=64"), USAGE, "--kv-mib-at"),
     # the output
     "out_not_ours": (lambda i: i.compress("--force", out=i.file("mine/thesis.txt").parent), USAGE, "not an artifact"),
     "out_is_a_file": (lambda i: i.compress("--force", out=i.file("thesis.txt")), USAGE, "this is a file"),
@@ -191,6 +373,30 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "out_not_writable": (lambda i: i.compress(out="/proc/kvslim/out"), USAGE, "cannot write"),
     "out_exists_without_force": (lambda i: i.compress(out=i.artifact()), USAGE, "--force"),
     "out_name_too_long": (lambda i: i.compress(out=i.root / ("x" * 300)), USAGE, "cannot write"),
+    "out_missing": (lambda i: ["compress", i.tiny], USAGE, "--out"),
+    "out_is_the_model": (lambda i: i.compress("--force", out=i.model()), USAGE, "not an artifact"),
+    "out_is_here": (lambda i: i.compress("--force", out="./"), USAGE, "not an artifact"),
+    "out_a_device": (lambda i: i.compress("--force", out="/dev/null"), USAGE, "this is a file"),
+    "plan_out_in_no_folder": (lambda i: ["plan", i.tiny, "-o", i.root / "no" / "p.json"], USAGE, "does not exist"),
+    "junit_a_folder": (lambda i: i.compress("--junit", i.folder("gates.xml")), USAGE, "it is a folder"),
+    "svg_in_no_folder": (lambda i: ["analyze", i.tiny, "--svg", i.root / "no" / "a.svg"], USAGE, "does not exist"),
+    # devices
+    "device_unknown": (lambda i: i.inspect("laptop-8g"), USAGE, "'laptop-8gb'"),
+    "device_missing": (lambda i: i.inspect("nowhere.yaml"), MISSING, "nowhere.yaml"),
+    "device_a_folder": (lambda i: i.inspect(i.folder("mine.yaml")), MISSING, "mine.yaml"),
+    "device_not_yaml": (lambda i: i.device("name: ["), USAGE, "mine.yaml"),
+    "device_not_text": (lambda i: i.inspect(i.file("mine.yaml", b"\xff\xfe")), USAGE, "mine.yaml"),
+    "device_too_deep": (lambda i: i.device("[" * 20_000), USAGE, "mine.yaml"),
+    "device_empty": (lambda i: i.device(""), USAGE, "mine.yaml"),
+    "device_a_list": (lambda i: i.device("- name: a"), USAGE, "mine.yaml"),
+    "device_with_holes": (lambda i: i.device("name: a"), USAGE, "ram_gib"),
+    "device_without_source": (lambda i: i.profile("gflops: {value: 8}"), USAGE, "gflops.source"),
+    "device_memory_negative": (lambda i: i.profile("ram_gib: {value: -8, source: a}"), USAGE, "ram_gib.value"),
+    "device_bandwidth_of_0": (lambda i: i.profile("bandwidth_gb_s: {value: 0, source: a}"), USAGE, "bandwidth_gb_s"),
+    "device_not_finite": (lambda i: i.profile("gflops: {value: .inf, source: a}"), USAGE, "gflops.value"),
+    "device_no_number": (lambda i: i.profile("gflops: {value: fast, source: a}"), USAGE, "gflops.value"),
+    "device_share_over_1": (lambda i: i.profile("usable_share: {value: 2, source: a}"), USAGE, "usable_share"),
+    "device_key_unknown": (lambda i: i.profile("cores: 4"), USAGE, "cores"),
     # artifacts
     "artifact_missing": (lambda i: ["verify", i.root / "nowhere"], MISSING, "no such artifact"),
     "artifact_is_a_model": (lambda i: ["generate", i.tiny, "-p", "a"], MISSING, MANIFEST),
@@ -203,6 +409,39 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "top_p_over_1": (lambda i: ["generate", i.artifact(), "-p", "a", "--top-p", "2"], USAGE, "--top-p"),
     "tokens_negative": (lambda i: ["generate", i.artifact(), "-p", "a", "--max-new-tokens", "-1"], USAGE, "-tokens"),
     "against_another_model": (lambda i: ["validate", i.artifact(), "--against", i.tiny], USAGE, "another shape"),
+    "manifest_binary": (lambda i: ["verify", i.artifact(kvslim_json=b"\xff\x00")], BROKEN, "not JSON"),
+    "manifest_utf16": (lambda i: ["verify", i.utf16_manifest()], BROKEN, "kvslim.json: changed"),
+    "manifest_too_deep": (lambda i: ["generate", i.artifact(kvslim_json="[" * 100_000), "-p", "a"], BROKEN, "not JSON"),
+    "manifest_a_folder": (lambda i: ["verify", i.folder("artifact/kvslim.json").parent], MISSING, MANIFEST),
+    "file_missing": (lambda i: ["verify", i.without("model.onnx")], BROKEN, "model.onnx: missing"),
+    "file_added": (lambda i: ["verify", i.artifact(more_txt="x")], BROKEN, "more.txt: not part"),
+    "graph_missing": (lambda i: ["generate", i.without("model.onnx"), "-p", "a"], MISSING, "no ONNX graph"),
+    "tokenizer_of_artifact_missing": (
+        lambda i: ["generate", i.without("tokenizer.json"), "-p", "a"],
+        MISSING,
+        "tokenizer",
+    ),
+    "tokenizer_of_artifact_broken": (
+        lambda i: ["generate", i.artifact(tokenizer_json="{"), "-p", "a"],
+        BROKEN,
+        "tokenizer",
+    ),
+    "tokenizer_of_artifact_binary": (
+        lambda i: ["generate", i.artifact(tokenizer_json=b"\xff"), "-p", "a"],
+        BROKEN,
+        "not UTF-8",
+    ),
+    "prompt_not_unicode": (lambda i: ["generate", i.artifact(), "-p", "\udcff"], USAGE, "not Unicode"),
+    "prompts_missing": (lambda i: ["generate", i.artifact(), "--file", "nowhere.jsonl"], MISSING, "nowhere.jsonl"),
+    "prompts_twice": (lambda i: ["generate", i.artifact(), "-p", "a", "-i"], USAGE, "give one of"),
+    "chat_without_template": (lambda i: ["generate", i.artifact(), "-p", "a", "--chat"], USAGE, "no chat template"),
+    "compare_missing": (lambda i: ["compare", i.root / "nowhere"], MISSING, "no such artifact"),
+    "compare_baseline_broken": (lambda i: ["compare", i.artifact(), "--against", i.file("b.json", "{")], USAGE, "JSON"),
+    "compare_baseline_too_deep": (
+        lambda i: ["compare", i.artifact(), "--against", i.file("b.json", "[" * 100_000)],
+        USAGE,
+        "JSON",
+    ),
     "bench_missing": (lambda i: ["bench", i.root / "nowhere"], MISSING, "nowhere"),
     "bench_context_negative": (lambda i: ["bench", i.artifact(), "--context=-4"], USAGE, "'-4'"),
     "inspect_context_no_number": (lambda i: ["inspect", i.tiny, "--context", "4q"], USAGE, "'4q'"),

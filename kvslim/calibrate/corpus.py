@@ -186,7 +186,7 @@ def _pieces(path: Path) -> list[tuple[str, bool]]:
         raise UsageError(f"not UTF-8 text: {error}", where=str(path), fix="save the text as UTF-8") from error
     pieces = [(text, True)]
     if path.suffix == ".jsonl":
-        records = [_record(line, number, path) for number, line in enumerate(text.splitlines(), 1) if line]
+        records = [_record(line, number, path) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         pieces = [piece for record in records for piece in (*record, ("\n\n", False))][:-1]
     if not any(text.strip() for text, _ in pieces):
         raise UsageError("the text is empty", where=str(path), fix="give some thousand words")
@@ -197,7 +197,8 @@ def _record(line: str, number: int, path: Path) -> list[tuple[str, bool]]:
     where, fix = f"{path}:{number}", 'write one {"text": ...} or {"prompt": ..., "completion": ...} per line'
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+        json.dumps(record, ensure_ascii=False).encode()  # half a character is no text
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"not JSON: {error}", where=where, fix=fix) from error
     if isinstance(record, dict):
         if isinstance(record.get("text"), str):

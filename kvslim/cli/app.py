@@ -79,7 +79,7 @@ def run(arguments: list[str]) -> int:
         return READER_GONE
     except typer.TyperException as caught:
         error = usage_error(caught)
-    except Exception as caught:  # a bug is one line too
+    except BaseException as caught:  # a bug is one line too, and so is a panic, which Rust raises as no Exception
         error = explained(caught)
     return _told(error, as_json)
 

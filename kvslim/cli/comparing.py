@@ -83,7 +83,7 @@ def read_baseline(path: Path) -> Comparison:
         fault = error.errors()[0]
         place = ".".join(str(part) for part in fault["loc"]) or "baseline"
         raise UsageError(f"{place}: {fault['msg']}", where=where, fix=fix) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"this is not JSON: {error}", where=where, fix=fix) from error
 
 

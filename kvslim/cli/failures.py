@@ -70,7 +70,7 @@ def usage_error(caught: typer.TyperException) -> UsageError:
     return UsageError(message, where=command, fix=f"see `{command} --help`")
 
 
-def explained(caught: Exception) -> KvslimError:
+def explained(caught: BaseException) -> KvslimError:
     """Any exception as an error of ours; what memory and files lack is told as such, however deep it came up."""
     if any(_is_out_of_memory(error) for error in _chain(caught)):
         return _after(
@@ -97,26 +97,26 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, KvslimError):
+    if isinstance(error, KvslimError | ValueError):  # a validation error writes out its input, however large
         return False
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
-def _place(caught: Exception) -> str:
+def _place(caught: BaseException) -> str:
     if isinstance(caught, KvslimError):
         return caught.where
     frame = traceback.extract_tb(caught.__traceback__)[-1]
     return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
-def _after(error: KvslimError, caught: Exception) -> KvslimError:
+def _after(error: KvslimError, caught: BaseException) -> KvslimError:
     error.__cause__ = caught
     return error
 
 
-def bug(caught: Exception) -> KvslimError:
+def bug(caught: BaseException) -> KvslimError:
     """An exception that nobody expected, in one line."""
     reason = str(caught).strip().partition("\n")[0]
     fix = "set KVSLIM_DEBUG=1 for the traceback, and report it"

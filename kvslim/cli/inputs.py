@@ -77,7 +77,7 @@ def read_plan(path: Path) -> Plan:
         raise UsageError(
             f"{place}: {fault['msg']}", where=f"--plan {path}", fix="see `kvslim plan MODEL --json`"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"this is not JSON: {error}", where=f"--plan {path}", fix="mend the JSON syntax") from error
 
 

@@ -74,7 +74,7 @@ def load_device(name: str) -> Device:
         raise NotFoundError("no such device file", where=f"--device {name}", fix=fix)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(" ".join(str(error).split()), where=str(path), fix="mend the YAML syntax") from error
     return _parse(data, path)
 

@@ -34,7 +34,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise NotFoundError(f"no {MANIFEST}", where=str(folder), fix="give a folder that `kvslim compress` wrote")
     try:
         data = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{MANIFEST} is not JSON: {error}", where=str(path), fix="compress again") from error
     return _parse(data, path)
 
@@ -79,7 +79,7 @@ def _parse(data: Any, path: Path) -> Manifest:
 
 def _manifest_problems(folder: Path, manifest: Manifest) -> list[str]:
     problems = []
-    if (folder / MANIFEST).read_text(encoding="utf-8") != _serialise(manifest):
+    if (folder / MANIFEST).read_bytes() != _serialise(manifest).encode():
         problems.append(f"{MANIFEST}: changed")
     if manifest.kv_layout != KVLayout.of(manifest.spec, manifest.plan):
         problems.append(f"{MANIFEST}: kv_layout does not follow from the plan")

@@ -71,6 +71,10 @@ def _load(classes: Any, snapshot: Snapshot, **options: Any) -> PreTrainedModel:
         raise ModelError(f"cannot load the weights: {reason}", where=str(snapshot.path), fix=fix) from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{len(missing)} weights are missing, first {missing[0]!r}", where=str(snapshot.path), fix=fix)
+    # A sum has no copy of the weights, and in float64 none overflows.
+    broken = (name for name, weight in model.named_parameters() if not weight.sum(dtype=torch.float64).isfinite())
+    if name := next(broken, None):
+        raise ModelError(f"weights are not finite, first {name!r}", where=str(snapshot.path), fix=fix)
     return model.eval()
 
 

@@ -102,7 +102,7 @@ def read_config(snapshot: Snapshot) -> dict[str, Any]:
         raise NotFoundError("no config.json", where=str(snapshot.path), fix="give a Hugging Face model folder")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(
             f"config.json is not JSON: {error}", where=str(path), fix="download the model again"
         ) from error
@@ -153,14 +153,16 @@ def read_spec(snapshot: Snapshot, context: int | None = None) -> ModelSpec:
 def _spec(config: Any, names: Any, context: int) -> ModelSpec:
     q_heads = int(names.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or names.hidden_size // q_heads
-    if names.hidden_size < 1 or names.num_layers < 1 or head_dim < 1:
+    kv_heads = getattr(config, "num_key_value_heads", None) or q_heads
+    sizes = (names.hidden_size, names.num_layers, head_dim, kv_heads, config.vocab_size, _max_context(config, context))
+    if min(sizes) < 1:
         raise ValueError("sizes must be positive")
     return ModelSpec(
         model_type=config.model_type,
         layers=names.num_layers,
         hidden_size=names.hidden_size,
         q_heads=q_heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or q_heads,
+        kv_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=config.vocab_size,
         max_context=_max_context(config, context),
@@ -221,17 +223,30 @@ def check_weights(snapshot: Snapshot) -> None:
 
     Raises:
         NotFoundError: No weights.
+        ModelError: Their index is broken, or names a file that is not there.
     """
     if not any((snapshot.path / name).is_file() for name in WEIGHT_FILES):
         raise NotFoundError(
             "no model.safetensors", where=str(snapshot.path), fix="save the model with safetensors (save_pretrained)"
         )
+    weight_files(snapshot)
 
 
 def weight_files(snapshot: Snapshot) -> list[Path]:
-    """The files that hold the model's weights: one, or the shards that an index names."""
+    """The files that hold the model's weights: one, or the shards that an index names.
+
+    Raises:
+        ModelError: The index is broken, leads out of the folder, or names a file that is not there.
+    """
     whole, index = (snapshot.path / name for name in WEIGHT_FILES)
     if whole.is_file():
         return [whole]
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [snapshot.path / name for name in sorted(set(shards))]
+    try:
+        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError("the index names no shards", where=str(index), fix="download the model again") from error
+    known = {path.name for path in snapshot.path.glob("*.safetensors")}
+    if strange := [name for name in shards if name not in known]:
+        message = f"the index names {strange[0]!r}, which is no .safetensors file of the folder"
+        raise ModelError(message, where=str(index), fix="download the model again")
+    return [snapshot.path / name for name in shards]

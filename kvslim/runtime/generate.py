@@ -168,7 +168,7 @@ def eos_ids(folder: Path) -> frozenset[int]:
     try:
         found = json.loads(_read(path)).get("eos_token_id")
         return frozenset([found] if isinstance(found, int) else found or ())
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ArtifactError(
             f"cannot read the stop tokens: {error}", where=str(path), fix="export the model again"
         ) from error
@@ -180,4 +180,8 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise NotFoundError(
             f"cannot open {path.name}", where=str(path), fix="name a folder that `kvslim compress` wrote"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ArtifactError(
+            f"{path.name} is not UTF-8: {error}", where=str(path), fix="export the model again"
         ) from error

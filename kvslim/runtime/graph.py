@@ -95,9 +95,17 @@ def open_session(model: Path, threads: int | None = None, *, all_positions: bool
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
         graph = _with_all_positions(path) if all_positions else str(path)
-        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        _read_names(session)
+        return session
     except ORT_ERRORS as error:
         raise artifact_error("onnxruntime cannot load the graph", error, str(path)) from error
+
+
+def _read_names(session: ort.InferenceSession) -> None:
+    """Reads all that the graph says of its inputs and outputs; a name that is no text raises here."""
+    for node in (*session.get_inputs(), *session.get_outputs()):
+        _ = (node.name, node.type, node.shape)
 
 
 def _with_all_positions(path: Path) -> bytes | str:
