@@ -375,7 +375,11 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "out_name_too_long": (lambda i: i.compress(out=i.root / ("x" * 300)), USAGE, "cannot write"),
     "out_missing": (lambda i: ["compress", i.tiny], USAGE, "--out"),
     "out_is_the_model": (lambda i: i.compress("--force", out=i.model()), USAGE, "not an artifact"),
-    "out_is_here": (lambda i: i.compress("--force", out="./"), USAGE, "not an artifact"),
+    "out_is_here": (
+        lambda i: i.compress("--force", out=i.file("here/thesis.txt").parent / "."),
+        USAGE,
+        "not an artifact",
+    ),
     "out_a_device": (lambda i: i.compress("--force", out="/dev/null"), USAGE, "this is a file"),
     "plan_out_in_no_folder": (lambda i: ["plan", i.tiny, "-o", i.root / "no" / "p.json"], USAGE, "does not exist"),
     "junit_a_folder": (lambda i: i.compress("--junit", i.folder("gates.xml")), USAGE, "it is a folder"),
@@ -477,6 +481,12 @@ def test_a_disk_too_small_is_seen_before_the_weights_are_read(
     assert app.run([str(argument) for argument in inputs.compress()]) == USAGE
     assert "not enough space" in capsys.readouterr().err
     assert not (inputs.root / "out").exists()
+
+
+def test_no_pickle_is_loaded_when_a_checkpoint_has_one(inputs: Inputs) -> None:
+    with pytest.raises(BaseException, match="a pickle was loaded"):
+        pickle.loads(pickle.dumps(Trap()))
+    assert app.run([str(argument) for argument in inputs.compress(model=inputs.pickled())]) == MISSING
 
 
 @pytest.mark.slow
