@@ -1,4 +1,4 @@
-"""Killed or interrupted at the start of each stage, `compress` leaves nothing that looks finished."""
+"""Killed or interrupted at each stage or any moment, `compress` leaves nothing that looks finished."""
 
 from __future__ import annotations
 
@@ -53,6 +53,68 @@ for at in range(1, 8):
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
+
+KILLS = 20
+# Moments are shares of the processor time that one whole run takes, so that a busy machine moves none of them.
+RANDOM_DRIVER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import kvslim.workshop
+from kvslim import pipeline
+from kvslim.export.manifest import verify
+from kvslim.recipe import load_recipe
+
+model, folder, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+brief = [
+    "validation.recall_items=1", "validation.samples=2", "validation.length=32", "validation.recall_distance=16",
+    "validation.prompts=[4]", "validation.contexts=[4]", "validation.repeats=3",
+    "calibration.samples=1", "calibration.length=16", "compensate=false",
+]
+recipe = load_recipe("lossless", brief)
+
+def start(out):
+    child = os.fork()
+    if child == 0:
+        pipeline.compress(model, recipe, out, overwrite=True)
+        os._exit(0)
+    return child
+
+def ticks(child):
+    fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+def whole_run(out):
+    child, last = start(out), 0
+    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        last = ticks(child)
+        time.sleep(0.01)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    return last
+
+most, chance = whole_run(folder / "first"), random.Random(0)
+out = folder / "out"
+for _ in range(kills):
+    child, moment = start(out), chance.random() * most
+    while ticks(child) < moment and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(code, "none" if not out.exists() else "whole" if verify(out) == () else "broken", flush=True)
+whole_run(out)
+print(*verify(out), *sorted(path.name for path in folder.iterdir()), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_nothing_looks_finished_when_killed_at_random_moments(tiny_llama: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", RANDOM_DRIVER, str(tiny_llama), str(tmp_path), str(KILLS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    *moments, last = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert len(moments) == KILLS
+    assert {moment.split()[1] for moment in moments} <= {"none", "whole"}
+    assert sum(moment.startswith("-9 ") for moment in moments) >= KILLS - 2
+    assert last == "first out"
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from kvslim.export.manifest import verify
 from kvslim.export.package import staging
 
 COMMAND = [sys.executable, "-m", "kvslim.cli.app"]
-NAMES = ("-rf", "two words", "ünïcode 👩‍👩‍👧 日本", "%s {x} 'q' \"d\"", "line\nfeed", "*?[a]", "\udcff", "demo@1")
+NAMES = ("-rf", "two words", "ünïcode 👩‍👩‍👧 日本", "%s {x} 'q' \"d\"", "line\nfeed", "*?[a]", "demo@1")
 
 
 @pytest.fixture
@@ -58,6 +58,13 @@ def test_name_that_is_no_unicode_is_told_in_json(tmp_path: Path) -> None:
     assert done.returncode == 5
     assert json.loads(done.stdout)["error"]["where"] == str(tmp_path / "\udcff")
     assert clear(done.stderr)
+
+
+def test_graph_is_refused_when_its_path_is_no_unicode(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = artifact.rename(artifact.parent / "\udcff")
+    assert app.run(["verify", str(odd)]) == 0
+    assert app.run(["generate", str(odd), "-p", "a"]) == 2
+    assert "not UTF-8" in capsys.readouterr().err
 
 
 def test_full_disk_behind_stdout_is_one_error() -> None:

@@ -107,8 +107,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _place(caught: BaseException) -> str:
     if isinstance(caught, KvslimError):
         return caught.where
-    frame = traceback.extract_tb(caught.__traceback__)[-1]
-    return f"{Path(frame.filename).name}:{frame.lineno}"
+    frames = traceback.extract_tb(caught.__traceback__)
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "kvslim"
 
 
 def _after(error: KvslimError, caught: BaseException) -> KvslimError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TypeVar, cast
@@ -14,7 +15,7 @@ from google.protobuf.message import DecodeError
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from pydantic import TypeAdapter, ValidationError
 
-from kvslim.errors import ArtifactError, NotFoundError
+from kvslim.errors import ArtifactError, NotFoundError, UsageError
 from kvslim.transform.clustering import Formed
 from kvslim.types import (
     BITS,
@@ -83,11 +84,14 @@ def open_session(model: Path, threads: int | None = None, *, all_positions: bool
 
     Raises:
         NotFoundError: There is no such file.
+        UsageError: Its path is not UTF-8.
         ArtifactError: onnxruntime cannot load it.
     """
     path = model / "model.onnx" if model.is_dir() else model
     if not path.is_file():
         raise NotFoundError("no ONNX graph", where=str(path), fix="name a folder that `kvslim compress` wrote")
+    if os.fsencode(path).decode(errors="replace") != str(path):
+        raise UsageError("onnxruntime opens no path that is not UTF-8", where=str(path), fix="rename the folder")
     options = ort.SessionOptions()
     options.log_severity_level = 4
     if threads is not None:
