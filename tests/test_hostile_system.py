@@ -62,7 +62,7 @@ def test_name_that_is_no_unicode_is_told_in_json(tmp_path: Path) -> None:
 
 def test_graph_is_refused_when_its_path_is_no_unicode(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     odd = artifact.rename(artifact.parent / "\udcff")
-    assert app.run(["verify", str(odd)]) == 0
+    assert verify(odd) == ()
     assert app.run(["generate", str(odd), "-p", "a"]) == 2
     assert "not UTF-8" in capsys.readouterr().err
 
