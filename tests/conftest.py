@@ -18,6 +18,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("golden") is None)
 
 
+COUNTED = {"bad inputs": "test_bad_input_is", "damaged files": "test_damage.py", "crashes": "test_crash.py"}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Counts the tests of what goes wrong, of those that ran."""
+    for name, part in COUNTED.items():
+        counts = {
+            outcome: sum(part in report.nodeid for report in terminalreporter.stats.get(outcome, []))
+            for outcome in ("passed", "failed")
+        }
+        if sum(counts.values()):
+            terminalreporter.write_line(f"{name}: {counts['passed']} passed, {counts['failed']} failed")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Statistics go where the tests' other files go, not to the user's cache."""

@@ -17,9 +17,10 @@ from tiny_tokenizer import byte_tokenizer
 
 from kvslim.cli import app
 from kvslim.cli.failures import MemoryLimitError, explained
-from kvslim.errors import ArtifactError, OutputError
+from kvslim.errors import ArtifactError, OutputError, UsageError
 from kvslim.export.manifest import verify
 from kvslim.export.package import staging
+from kvslim.runtime.graph import open_session
 
 COMMAND = [sys.executable, "-m", "kvslim.cli.app"]
 NAMES = ("-rf", "two words", "ünïcode 👩‍👩‍👧 日本", "%s {x} 'q' \"d\"", "line\nfeed", "*?[a]", "demo@1")
@@ -60,11 +61,11 @@ def test_name_that_is_no_unicode_is_told_in_json(tmp_path: Path) -> None:
     assert clear(done.stderr)
 
 
-def test_graph_is_refused_when_its_path_is_no_unicode(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_graph_is_refused_when_its_path_is_no_unicode(artifact: Path) -> None:
     odd = artifact.rename(artifact.parent / "\udcff")
     assert verify(odd) == ()
-    assert app.run(["generate", str(odd), "-p", "a"]) == 2
-    assert "not UTF-8" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="not UTF-8"):
+        open_session(odd)
 
 
 def test_full_disk_behind_stdout_is_one_error() -> None:
