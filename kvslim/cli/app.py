@@ -40,6 +40,10 @@ MaxKl = Annotated[float | None, typer.Option("--max-kl", help="budget: mean KL t
 MaxDrop = Annotated[float | None, typer.Option("--max-recall-drop", help="budget: recall lost, in points of 100")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key of the recipe")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+GateLimits = Annotated[
+    list[str] | None,
+    typer.Option("--gate", metavar="NAME=LIMIT", help="set a gate beside or in place of the recipe's; repeatable"),
+]
 Junit = Annotated[Path | None, typer.Option(help="write the gates to this file as JUnit XML")]
 WeightKind = Literal["fp32", "int8", "int4"]  # WeightType, whose import would slow down the help
 Threads = Annotated[int | None, typer.Option(min=1, help="threads of one operator; default: onnxruntime's choice")]
@@ -207,21 +211,23 @@ def analyze(
 def validate(
     artifact: Artifact,
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="default: the model it was made from")] = None,
+    gates: GateLimits = None,
     junit: Junit = None,
     as_json: Json = False,
 ) -> int:
     """Measure an artifact again.
 
-    Exit code 3 when a gate of its recipe fails.
+    Exit code 3 when a gate fails: one of its recipe, or of --gate.
     """
-    from kvslim.cli.inputs import check_target
+    from kvslim.cli.inputs import check_target, read_gates
 
     check_target(junit, "--junit")
+    limits = read_gates(gates or ())
     from kvslim import pipeline
     from kvslim.report.tables import gates_table, report_table
 
     with console.library_output_on_stderr():
-        report = pipeline.validate(artifact, against=against, progress=console.Terminal())
+        report = pipeline.validate(artifact, against=against, gates=limits, progress=console.Terminal())
     _write_junit(junit, report, artifact)
     if as_json:
         console.print_json(report.model_dump(mode="json"))
@@ -372,7 +378,7 @@ def inspect(
 
 
 @app.command()
-def verify(artifact: Artifact, as_json: Json = False) -> None:
+def verify(artifact: Artifact, as_json: Json = False) -> int:
     """Check the files of an artifact.
 
     Each is compared with its SHA-256; exit code 4 when one differs, is missing or was added.
@@ -380,12 +386,15 @@ def verify(artifact: Artifact, as_json: Json = False) -> None:
     from kvslim.export.manifest import verify as problems_of
 
     problems = problems_of(artifact)
-    if problems:
-        raise ArtifactError("; ".join(problems), where=str(artifact), fix="compress or download it again")
     if as_json:
-        console.print_json({"ok": True, "problems": []})
-    else:
+        console.print_json({"ok": not problems, "problems": problems})
+    if problems:
+        error = ArtifactError("; ".join(problems), where=str(artifact), fix="compress or download it again")
+        console.print_error(error)
+        return error.exit_code
+    if not as_json:
         console.print_text(f"{artifact}: every file is as it was written\n")
+    return 0
 
 
 @app.command()
