@@ -64,6 +64,7 @@ class Choice(Frozen):
         return self
 
 
+_KEYS = 'write {"prompt", "completion"}, or {"prompt", "choices", "answer"}, on every line'
 _LINE: TypeAdapter[Completion | Choice] = TypeAdapter(Completion | Choice)
 _FORMS: dict[type[Frozen], dict[str, Any]] = {
     Completion: {
@@ -137,7 +138,9 @@ def load_tasks(tasks: Sequence[str], include: Path | None = None) -> Mapping[str
     for name in tasks:
         if specs[name] == name and name not in manager.task_index:
             close = difflib.get_close_matches(name, manager.task_index, n=1)
-            fix = f"did you mean {close[0]!r}?" if close else "`lm-eval ls tasks` lists all; --include FOLDER adds yours"
+            fix = (
+                f"did you mean {close[0]!r}?" if close else "`lm-eval ls tasks` lists all; --include FOLDER adds yours"
+            )
             raise NotFoundError(f"no task {name!r}", where="--tasks", fix=fix)
     try:
         return manager.load(list(specs.values()))
@@ -235,20 +238,21 @@ def read_lines(path: Path) -> list[Completion] | list[Choice]:
     """
     if not path.is_file():
         raise NotFoundError(f"no task file {str(path)!r}", where="--tasks", fix="give a path that ends in .jsonl")
-    fix = 'write {"prompt", "completion"}, or {"prompt", "choices", "answer"}, on every line'
-    lines: list[Any] = []
     try:
         texts = path.read_text(encoding="utf-8").splitlines()
-        for number, text in enumerate(texts, 1):
-            if text.strip():
-                lines.append(_LINE.validate_python(json.loads(text)))
     except UnicodeDecodeError as error:
         raise UsageError(f"not UTF-8 text: {error}", where=str(path), fix="save it as UTF-8") from error
-    except ValidationError as error:
-        raise UsageError(f"no question: {error.errors()[0]['msg']}", where=f"{path}:{number}", fix=fix) from error
-    except ValueError as error:
-        raise UsageError(f"not JSON: {error}", where=f"{path}:{number}", fix=fix) from error
+    lines: list[Any] = [_line(text, f"{path}:{number}") for number, text in enumerate(texts, 1) if text.strip()]
     if len({type(line) for line in lines}) != 1:
         fault = "lines of two kinds" if lines else "the file is empty"
-        raise UsageError(fault, where=str(path), fix=fix)
+        raise UsageError(fault, where=str(path), fix=_KEYS)
     return lines
+
+
+def _line(text: str, where: str) -> Completion | Choice:
+    try:
+        return _LINE.validate_python(json.loads(text))
+    except ValidationError as error:
+        raise UsageError(f"no question: {error.errors()[-1]['msg']}", where=where, fix=_KEYS) from error
+    except ValueError as error:
+        raise UsageError(f"not JSON: {error}", where=where, fix=_KEYS) from error
