@@ -8,13 +8,15 @@ from pydantic import BaseModel, Field, create_model
 
 from kvslim.cli.console import schema_id
 from kvslim.cli.doctor import Check
+from kvslim.devices.profile import Device
 from kvslim.errors import NotFoundError, suggestion
 from kvslim.pipeline import PlanSummary
 from kvslim.plan.analyze import Analysis
 from kvslim.recipe import Recipe
 from kvslim.report.compare import Comparison, Regression
 from kvslim.report.memory import CacheMemory
-from kvslim.types import Frozen, Measures, Report
+from kvslim.types import Frozen, Report
+from kvslim.validate.bench import BenchResult
 from kvslim.validate.tasks import TaskScores
 
 
@@ -31,9 +33,9 @@ class Compared(Comparison):
 
 
 class Benched(Frozen):
-    """Timings, bytes and memory, by the paths given."""
+    """Timings, energy, bytes and memory, by the paths given."""
 
-    artifacts: dict[str, Measures]
+    artifacts: dict[str, BenchResult]
 
 
 class Scored(Frozen):
@@ -80,6 +82,7 @@ class Examined(Frozen):
 
     ok: bool
     checks: tuple[Check, ...]
+    device: Device | None = Field(description="what was measured of the machine, if it was asked for")
 
 
 class Failure(Frozen):

@@ -84,8 +84,8 @@ class ArtifactLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations of prompts up to the first of their stop texts, or the end token."""
-        numbered = self._progress.track(enumerate(requests), "texts", total=len(requests))
-        return [self._generated(*request.args, seed=seed) for seed, request in numbered]
+        prompts = self._progress.track((request.args for request in requests), "texts", total=len(requests))
+        return [self._generated(prompt, settings, seed) for seed, (prompt, settings) in enumerate(prompts)]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
