@@ -15,7 +15,7 @@ from kvslim.plan.analyze import Analysis
 from kvslim.recipe import Recipe
 from kvslim.report.compare import Comparison, Regression
 from kvslim.report.memory import CacheMemory
-from kvslim.types import Frozen, Report
+from kvslim.types import Frozen, GateResult, Report
 from kvslim.validate.bench import BenchResult
 from kvslim.validate.tasks import TaskScores
 
@@ -39,8 +39,10 @@ class Benched(Frozen):
 
 
 class Scored(Frozen):
-    """Scores by task."""
+    """Scores by task, and the gates on them."""
 
+    passed: bool
+    gates: tuple[GateResult, ...]
     tasks: dict[str, TaskScores]
 
 

@@ -18,7 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from kvslim.errors import NotFoundError, UnsupportedError, UsageError
 from kvslim.export.manifest import read_manifest
 from kvslim.progress import Progress, Silent
-from kvslim.types import Frozen
+from kvslim.types import Frozen, GateResult
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -120,6 +120,18 @@ def evaluate(
 
     model = ArtifactLM(artifact, max_length=spec.max_context, threads=threads, progress=progress)
     return run_tasks(model, loaded, limit=limit, shots=shots, progress=progress)
+
+
+def accuracy_gates(scores: Mapping[str, TaskScores], limit: float) -> tuple[GateResult, ...]:
+    """One gate per task on its accuracy, `acc`; a task that has none fails."""
+    found = {name: task.metrics.get("acc") for name, task in scores.items()}
+    values = {name: None if score is None else score.value for name, score in found.items()}
+    return tuple(
+        GateResult(
+            name=f"min_accuracy of {name}", value=value, limit=limit, passed=value is not None and value >= limit
+        )
+        for name, value in values.items()
+    )
 
 
 def load_tasks(tasks: Sequence[str], include: Path | None = None) -> Mapping[str, Any]:
