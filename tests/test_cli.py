@@ -40,6 +40,7 @@ VERBS = (
     "methods",
     "recipes",
     "doctor",
+    "eval",
 )
 HEAVY = ("torch", "transformers", "onnxruntime", "onnx", "numpy", "matplotlib", "optimum")
 

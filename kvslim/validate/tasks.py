@@ -143,17 +143,8 @@ def load_tasks(tasks: Sequence[str], include: Path | None = None) -> Mapping[str
     if include is not None and not include.is_dir():
         raise NotFoundError("no such folder", where="--include", fix="name a folder with task files")
     specs: dict[str, Any] = {task: _jsonl_task(Path(task)) if task.endswith(".jsonl") else task for task in tasks}
-    from lm_eval.tasks import TaskManager
-
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=None if include is None else str(include))
-    for name in tasks:
-        if specs[name] == name and name not in manager.task_index:
-            close = difflib.get_close_matches(name, manager.task_index, n=1)
-            fix = (
-                f"did you mean {close[0]!r}?" if close else "`lm-eval ls tasks` lists all; --include FOLDER adds yours"
-            )
-            raise NotFoundError(f"no task {name!r}", where="--tasks", fix=fix)
+    manager = _manager([name for name in tasks if specs[name] == name], include)
     try:
         return manager.load(list(specs.values()))
     except Exception as error:  # the libraries raise many types for a missing set, no network or a broken task file
@@ -161,6 +152,23 @@ def load_tasks(tasks: Sequence[str], include: Path | None = None) -> Mapping[str
         raise NotFoundError(
             f"cannot load: {reason}", where=f"--tasks {','.join(tasks)}", fix="check the task file and its data set"
         ) from error
+
+
+def _manager(names: Sequence[str], include: Path | None) -> Any:
+    """The harness's index of tasks; its own thousands of files are read only where a name is not among the user's."""
+    from lm_eval.tasks import TaskManager
+
+    own = None if include is None else str(include)
+    manager = TaskManager(include_path=own, include_defaults=False)
+    if set(names) - set(manager.task_index):
+        manager = TaskManager(include_path=own)
+    for name in names:
+        if name not in manager.task_index:
+            close = difflib.get_close_matches(name, manager.task_index, n=1)
+            listed = "`lm-eval ls tasks` lists all; --include FOLDER adds yours"
+            fix = f"did you mean {close[0]!r}?" if close else listed
+            raise NotFoundError(f"no task {name!r}", where="--tasks", fix=fix)
+    return manager
 
 
 def run_tasks(
