@@ -57,7 +57,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-eval: pyproject.toml constraints.txt $(VENV)/.installed-dev
-	$(INSTALL) --editable '.[dev,genai,eval]' accelerate peft
+	$(INSTALL) --editable '.[dev,genai,eval]' accelerate
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python

@@ -121,7 +121,7 @@ class ArtifactLM(TemplateLM):
         options = normalize_gen_kwargs(settings, self.max_gen_toks)
         until = [text for text in options.get("until") or () if text]
         count = min(options["max_gen_toks"], self.max_length - 1)
-        ids = self.tok_encode(prompt)[-(self.max_length - count) :]
+        ids = (self.tok_encode(prompt) or [self.prefix_token_id])[-(self.max_length - count) :]
         self._cached = ()
         tokens = generate_tokens(
             self._open(len(ids) + count),
