@@ -53,7 +53,7 @@ def run_script(folder: Path, max_kl: float) -> tuple[int, str]:
 
 @pytest.mark.golden
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_script_uploads_a_good_artifact_and_exits_3_when_a_gate_fails(tmp_path: Path) -> None:
+def test_script_uploads_the_artifact_when_its_gates_hold(tmp_path: Path) -> None:
     column = Column(
         model="demo",
         recipe="recipe",
@@ -63,7 +63,7 @@ def test_script_uploads_a_good_artifact_and_exits_3_when_a_gate_fails(tmp_path: 
         artifact=Measures(kv_bytes_per_token=6144, kl_mean=0.1),
         ratio=Measures(),
     )
-    good, bad = tmp_path / "good", tmp_path / "bad"
+    good = tmp_path / "good"
     good.mkdir()
     (good / "baseline.json").write_text(Comparison(artifacts={"slim": column}).model_dump_json())
     code, said = run_script(good, max_kl=0.1)
@@ -75,6 +75,10 @@ def test_script_uploads_a_good_artifact_and_exits_3_when_a_gate_fails(tmp_path: 
     subprocess.run(["tar", "-xzf", good / "uploaded.tar.gz", "-C", tmp_path], check=True)
     assert (tmp_path / "slim" / "model.onnx").read_bytes() == (good / "slim" / "model.onnx").read_bytes()
 
+
+@pytest.mark.golden
+def test_script_exits_3_and_uploads_nothing_when_a_gate_fails(tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
     code, said = run_script(bad, max_kl=0)
     assert code == 3, said
     assert "gate failed: max_kl" in said
