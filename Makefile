@@ -1,4 +1,5 @@
 # make demo: compress the demo model and say a sentence with it.    make test: lint, types, tests.
+# make test-eval: tasks, against the harness's own model; installs lm-eval and what it needs, some 500 MB.
 # make test-clients: every artifact in every client of docs/clients.md, each in an environment of its own; needs Node.
 # On a machine whose index offers torch with CUDA only, save gigabytes with
 #   make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'
@@ -10,10 +11,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 PROMPT ?= Here is a story of Mira and Oren. Mira's lamp is red. Oren's lamp is blue. Question: what colour is Mira's lamp? Answer:
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-only test-clients
+.PHONY: help demo test lint test-only test-eval test-clients
 
 help:
-	@echo "make demo | test | lint | test-only | test-clients"
+	@echo "make demo | test | lint | test-only | test-eval | test-clients"
 
 demo: $(VENV)/.installed
 	$(BIN)/kvslim compress demo --out artifacts/demo --force
@@ -28,6 +29,9 @@ lint: $(VENV)/.installed-dev
 
 test-only: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+test-eval: $(VENV)/.installed-eval
+	KVSLIM_REQUIRE_EVAL=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n0 tests/test_eval.py
 
 test-clients: $(VENV)/.installed-dev .venv-optimum/.installed build/clients/.installed
 	KVSLIM_REQUIRE_CLIENTS=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/clients -m "" \
@@ -50,6 +54,10 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-eval: pyproject.toml constraints.txt $(VENV)/.installed-dev
+	$(INSTALL) --editable '.[dev,genai,eval]' accelerate
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python

@@ -22,7 +22,7 @@ from kvslim.load.source import Snapshot, check_weights, read_spec, resolve
 from kvslim.methods import Method
 from kvslim.plan.analyze import Analysis
 from kvslim.progress import Progress, Silent
-from kvslim.recipe import Recipe, parse_recipe
+from kvslim.recipe import Gates, Recipe, parse_recipe
 from kvslim.report.card import write_card
 from kvslim.report.page import write_report
 from kvslim.types import Frozen, KVLayout, Manifest, ModelSpec, Plan, PlanPoint, Report, Source
@@ -128,15 +128,23 @@ def analyze(model: str, recipe: Recipe, *, progress: Progress | None = None) -> 
     return workshop.analysis(statistics)
 
 
-def validate(artifact: Path, *, against: str | None = None, progress: Progress | None = None) -> Report:
+def validate(
+    artifact: Path, *, against: str | None = None, gates: Gates | None = None, progress: Progress | None = None
+) -> Report:
     """Measures an artifact again, against the plain export of the model it came from (or `against`).
+
+    Args:
+        artifact: The folder.
+        against: The model, where the one it was made from has moved.
+        gates: Limits beside those of its recipe, or in place of them.
+        progress: Hears of stages and steps.
 
     Raises:
         KvslimError: The artifact or the model cannot be read, or they do not belong together.
     """
     progress = progress or Silent()
     manifest = read_manifest(artifact)
-    recipe = parse_recipe(manifest.recipe, where=str(artifact))
+    recipe = parse_recipe(manifest.recipe, where=str(artifact)).gated(gates or Gates())
     recipe = recipe.model_copy(update={"weights": manifest.weights})
     snapshot, spec = _checked(against or _source_of(artifact, manifest), recipe, None)
     if spec != manifest.spec:

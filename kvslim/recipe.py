@@ -162,6 +162,10 @@ class Recipe(Frozen):
         )
         return self.model_copy(update={"methods": (), "budget": budget, "gates": gates})
 
+    def gated(self, gates: Gates) -> Recipe:
+        """This recipe with gates that are set in place of its own."""
+        return self.model_copy(update={"gates": self.gates.model_copy(update=gates.model_dump(exclude_none=True))})
+
     @field_serializer("methods")
     def _dump_methods(self, methods: tuple[Method, ...]) -> list[dict[str, Any]]:
         return [{method.name: method.model_dump(mode="json")} for method in methods]

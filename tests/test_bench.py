@@ -15,6 +15,7 @@ from tiny_artifact import fill
 from tiny_graph import write_tiny
 
 from kvslim.cli import app
+from kvslim.cli.schemas import output_type
 from kvslim.errors import UsageError
 from kvslim.report.bench import bench_csv, timings_table
 from kvslim.runtime.session import DecodeSession
@@ -100,7 +101,9 @@ def test_bench_writes_every_point_of_the_grid(
     options = ["--context", "8,16", "--prompt", "4", "--threads", "1,2", "--batch", "1,2", "--repeats", "3", "--json"]
     written = [text for name, path in files.items() for text in (f"--{name}", str(path))]
     assert app.run(["bench", *map(str, artifacts), *options, *written]) == 0
-    results = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
+    assert output_type("bench").model_validate(printed)
+    results = printed["artifacts"]
     assert list(results) == [str(folder) for folder in artifacts]
     points = [
         (metric, tokens, threads, batch)

@@ -22,7 +22,7 @@ from kvslim.cli.inputs import read_lengths, read_plan, write_text
 from kvslim.errors import GateError, OutputError, UsageError
 from kvslim.export.manifest import read_manifest, verify
 from kvslim.export.package import check_output, staging
-from kvslim.recipe import shipped_recipes
+from kvslim.recipe import Gates, Recipe, shipped_recipes
 from kvslim.report.card import write_card
 from kvslim.types import GateResult, Measures, Plan, Report
 
@@ -40,6 +40,7 @@ VERBS = (
     "methods",
     "recipes",
     "doctor",
+    "eval",
 )
 HEAVY = ("torch", "transformers", "onnxruntime", "onnx", "numpy", "matplotlib", "optimum")
 
@@ -236,6 +237,42 @@ def test_validate_writes_the_gates_as_junit(
     assert 'failures="0"' in (tmp_path / "gates.xml").read_text()
 
 
+def test_validate_hands_gates_on(run: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Gates] = []
+
+    def validate(*_: Any, gates: Gates, **__: Any) -> Report:
+        asked.append(gates)
+        return report(passed=True)
+
+    monkeypatch.setattr(pytest.importorskip("kvslim.pipeline"), "validate", validate)
+    assert run("validate", artifact, "--gate", "max_kl=1e-3", "--gate", "max_recall_drop=0.02")[0] == 0
+    assert asked == [Gates(max_kl=0.001, max_recall_drop=0.02)]
+
+
+def test_gates_that_are_set_replace_those_of_the_recipe() -> None:
+    recipe = Recipe(name="mine", gates=Gates(max_kl=0.1, max_kv_ratio=0.5))
+    assert recipe.gated(Gates(max_kl=0.2)).gates == Gates(max_kl=0.2, max_kv_ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    ("gate", "where", "hint"),
+    [
+        ("max_lk=1", "--gate", "did you mean 'max_kl'?"),
+        ("max_kl", "--gate", "write --gate max_kl=0.01"),
+        ("max_kl=much", "--gate max_kl", "valid number"),
+        ("max_kl=-1", "--gate max_kl", "greater than or equal to 0"),
+        ("max_kl=nan", "--gate max_kl", "finite"),
+    ],
+)
+def test_gate_is_refused_before_any_work_when_it_is_none(
+    run: Run, tmp_path: Path, gate: str, where: str, hint: str
+) -> None:
+    code, out, err = run("validate", tmp_path / "gone", "--gate", gate)
+    assert (code, out) == (UsageError.exit_code, "")
+    assert f"where: {where}\n" in err
+    assert hint in err
+
+
 @pytest.mark.parametrize("verb", [("compress", "demo", "-o", "out"), ("validate", "out")])
 def test_junit_is_refused_before_any_work_when_it_cannot_be_written(
     run: Run, tmp_path: Path, verb: tuple[str, ...]
@@ -261,9 +298,14 @@ def fake_compress(passed: bool) -> Callable[..., Any]:
 def test_verify_exits_0_when_whole_and_4_when_not(run: Run, artifact: Path) -> None:
     assert run("verify", artifact)[0] == 0
     (artifact / "model.onnx").write_text("other")
+    (artifact / "model.onnx_data").unlink()
+    (artifact / "notes.txt").write_text("mine")
     code, out, err = run("verify", artifact)
     assert (code, out) == (4, "")
-    assert "model.onnx: changed" in err
+    problems = ("model.onnx: changed", "model.onnx_data: missing", "notes.txt: not part of this artifact")
+    assert all(problem in err for problem in problems)
+    code, out, _ = run("verify", artifact, "--json")
+    assert (code, json.loads(out)["problems"]) == (4, list(problems))
 
 
 def test_inspect_reads_a_config_without_weights(run: Run, tiny_llama: Path, tmp_path: Path) -> None:
@@ -289,12 +331,13 @@ def test_inspect_hints_when_the_context_is_beyond_the_model(run: Run, artifact: 
 
 
 def test_methods_lists_the_registry(run: Run) -> None:
-    assert set(json.loads(run("methods", "--json")[1])) >= {"kv_pca", "kv_quant"}
+    assert set(json.loads(run("methods", "--json")[1])["methods"]) >= {"kv_pca", "kv_quant"}
     assert "kv_pca.rank" in run("methods")[1]
 
 
 def test_recipes_lists_and_prints(run: Run) -> None:
-    assert set(json.loads(run("recipes", "--json")[1])) == set(shipped_recipes()) >= {"lossless", "balanced", "small"}
+    listed = set(json.loads(run("recipes", "--json")[1])["recipes"])
+    assert listed == set(shipped_recipes()) >= {"lossless", "balanced", "small"}
     assert "balanced" in run("recipes")[1]
     assert yaml.safe_load(run("recipes", "balanced")[1])["methods"]
     assert yaml.safe_load(run("recipes", "small")[1])["budget"] == {"kv_ratio": 8}

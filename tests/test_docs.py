@@ -18,7 +18,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize(("tool", "page"), [("recipe_reference", "recipes"), ("tolerances", "report")])
+@pytest.mark.parametrize(
+    ("tool", "page"), [("recipe_reference", "recipes"), ("tolerances", "report"), ("json_schemas", "ci")]
+)
 def test_reference_is_what_the_types_say(tool: str, page: str) -> None:
     command = [sys.executable, f"tools/{tool}.py"]
     table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

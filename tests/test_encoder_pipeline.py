@@ -110,7 +110,7 @@ def test_validate_measures_the_same_embeddings_again(artifact: Path, capsys: pyt
 
 def test_bench_times_texts(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert app.run(["bench", str(artifact), "--prompt", "8,16", "--batch", "1,2", "--repeats", "3", "--json"]) == 0
-    (column,) = json.loads(capsys.readouterr().out).values()
+    (column,) = json.loads(capsys.readouterr().out)["artifacts"].values()
     points = [(timing["metric"], timing["batch"], timing["tokens"]) for timing in column["timings"]]
     assert points == [("latency_ms", batch, tokens) for batch in (1, 2) for tokens in (8, 16)]
     assert column["peak_rss_mib"] > 10

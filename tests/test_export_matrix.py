@@ -19,7 +19,18 @@ from models import (
 from tiny_decoders import CONFIGS, FAMILIES
 
 from kvslim.checks import check_plan
-from kvslim.methods import METHODS, ClusterHeads, KvHdc, KvPca, KvQuant, KvWindow, Method, PruneHeads, PruneLayers
+from kvslim.methods import (
+    METHODS,
+    ClusterHeads,
+    KvHdc,
+    KvPca,
+    KvQuant,
+    KvWindow,
+    Method,
+    PruneHeads,
+    PruneLayers,
+    ShareKv,
+)
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.types import KVLayout, LayerPlan, Plan
 
@@ -36,6 +47,7 @@ PLANS: dict[str, Sequence[Method]] = {
     "pca_hdc_int4": (KvHdc(bits=4, granularity="per_channel"), KvPca(rank_ratio=0.5)),
     "heads": (PruneHeads(heads={0: (0, 2)}, score="fluctuation"),),
     "clusters": (ClusterHeads(clusters={0: 2}), KvQuant()),
+    "shared": (ShareKv(donors={1: 0}), KvQuant()),
     "layers": (PruneLayers(layers={1: "attention"}), KvQuant()),
 }
 CORE = ("llama", "gpt2")  # with RoPE, and with learned positions

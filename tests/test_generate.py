@@ -14,6 +14,7 @@ from tiny_graph import write_tiny
 from tiny_tokenizer import byte_tokenizer
 
 from kvslim.cli import app
+from kvslim.cli.schemas import output_type
 from kvslim.runtime.completion import Completer, PromptEncoder
 
 TEMPLATE = (
@@ -90,6 +91,7 @@ def test_text_goes_to_stdout_and_what_it_took_to_stderr(run: Run, artifact: Path
 def test_json_has_what_it_took_as_fields(run: Run, artifact: Path) -> None:
     code, out, err = run(artifact, "-p", "hello", *SHORT, "--json")
     answer = json.loads(out)
+    output_type("generate").model_validate(answer)
     assert (code, err) == (0, "")
     assert tuple(answer) == ("prompt", "completion", *FIELDS)
     assert answer["completion"] == completed(artifact, "hello")

@@ -77,7 +77,7 @@ def test_replayed_layers_give_the_number_of_a_full_run(workshop: Workshop, monke
     replayed = judge.kl((*bare, last))
     assert replayed > 0
     assert runs == [1] * 3  # called, but to hand out what it gave before
-    monkeypatch.setattr(judge, "_replaying", lambda *_: torch.inference_mode())
+    monkeypatch.setattr(judge_module, "replaying", lambda *_: torch.inference_mode())
     assert judge.kl((*bare, last)) == pytest.approx(replayed, rel=1e-6)
 
 

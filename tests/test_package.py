@@ -232,7 +232,16 @@ def test_verify_names_missing_and_extra_files(artifact: Path) -> None:
     (artifact / "model.onnx").unlink()
     (artifact / "more").mkdir()
     (artifact / "more" / "extra.bin").write_bytes(b"1")
-    assert verify(artifact) == ("model.onnx: missing", "more/extra.bin: not part of this artifact")
+    (artifact / "empty").mkdir()
+    (artifact / "link").symlink_to(artifact.parent)
+    (artifact / "nowhere").symlink_to(artifact / "gone")
+    assert verify(artifact) == (
+        "empty: not part of this artifact",
+        "link: not part of this artifact",
+        "model.onnx: missing",
+        "more/extra.bin: not part of this artifact",
+        "nowhere: not part of this artifact",
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from kvslim import pipeline
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.checks import check_plan, check_task
 from kvslim.cli import app
+from kvslim.cli.schemas import output_type
 from kvslim.errors import GateError, UnsupportedError
 from kvslim.export.manifest import read_manifest
 from kvslim.plan.choose import Chosen, choose
@@ -164,6 +165,7 @@ def test_plan_tells_kl_and_frontier_as_json(
     command = ["plan", str(tiny_llama), "-r", "lossless", "--kv-ratio", "8", "-o", str(out), "--json", *options]
     assert app.run(command) == 0
     told = json.loads(capsys.readouterr().out)
+    assert output_type("plan").model_validate(told)
     assert told["kl"] > 0
     assert told["kv_bytes_per_token"] * 8 <= told["plain_kv_bytes_per_token"]
     assert set(told["frontier"][0]) == {"cache", "kv_bytes_per_token", "kv_ratio", "time_ratio", "kl", "recall_drop"}

@@ -40,6 +40,10 @@ MaxKl = Annotated[float | None, typer.Option("--max-kl", help="budget: mean KL t
 MaxDrop = Annotated[float | None, typer.Option("--max-recall-drop", help="budget: recall lost, in points of 100")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key of the recipe")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+GateLimits = Annotated[
+    list[str] | None,
+    typer.Option("--gate", metavar="NAME=LIMIT", help="set a gate beside or in place of the recipe's; repeatable"),
+]
 Junit = Annotated[Path | None, typer.Option(help="write the gates to this file as JUnit XML")]
 WeightKind = Literal["fp32", "int8", "int4"]  # WeightType, whose import would slow down the help
 Threads = Annotated[int | None, typer.Option(min=1, help="threads of one operator; default: onnxruntime's choice")]
@@ -138,7 +142,7 @@ def compress(
         _write_junit(junit, report, out)
     if as_json:
         block = report.model_dump(mode="json") if report else {"passed": manifest.passed}
-        console.print_json({"artifact_folder": str(out), **block})
+        console.print_json("compress", {"artifact_folder": str(out), **block})
     elif report:
         console.print_tables(report_table(report), gates_table(report.gates))
     console.hint(f"written to {out}")
@@ -174,7 +178,7 @@ def plan(
     if out:
         write_text(out, summary.plan.model_dump_json(indent=2) + "\n", "--out")
     if as_json:
-        console.print_json(summary.model_dump(mode="json"))
+        console.print_json("plan", summary.model_dump(mode="json"))
         return
     console.print_tables(plan_table(summary.plan), frontier_table(summary.frontier))
     slim, plain = summary.kv_bytes_per_token, summary.plain_kv_bytes_per_token
@@ -212,7 +216,7 @@ def analyze(
         title = f"KL without each part, and what each query head adds: {model}, {analysis.source}"
         write_text(svg, heatmap(title, analysis_panels(analysis)), "--svg")
     if as_json:
-        console.print_json(analysis.model_dump(mode="json"))
+        console.print_json("analyze", analysis.model_dump(mode="json"))
     else:
         console.print_tables(parts_table(analysis), heads_table(analysis))
 
@@ -221,27 +225,77 @@ def analyze(
 def validate(
     artifact: Artifact,
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="default: the model it was made from")] = None,
+    gates: GateLimits = None,
     junit: Junit = None,
     as_json: Json = False,
 ) -> int:
     """Measure an artifact again.
 
-    Exit code 3 when a gate of its recipe fails.
+    Exit code 3 when a gate fails: one of its recipe, or of --gate.
     """
-    from kvslim.cli.inputs import check_target
+    from kvslim.cli.inputs import check_target, read_gates
 
     check_target(junit, "--junit")
+    limits = read_gates(gates or ())
     from kvslim import pipeline
     from kvslim.report.tables import gates_table, report_table
 
     with console.library_output_on_stderr():
-        report = pipeline.validate(artifact, against=against, progress=console.Terminal())
+        report = pipeline.validate(artifact, against=against, gates=limits, progress=console.Terminal())
     _write_junit(junit, report, artifact)
     if as_json:
-        console.print_json(report.model_dump(mode="json"))
+        console.print_json("validate", report.model_dump(mode="json"))
     else:
         console.print_tables(report_table(report), gates_table(report.gates))
     return verdict(report.passed, report.gates, str(artifact))
+
+
+@app.command("eval")
+def evaluate(
+    artifact: Artifact,
+    tasks: Annotated[
+        str, typer.Option("--tasks", metavar="NAME,...", help="tasks of lm-evaluation-harness, or .jsonl files")
+    ],
+    include: Annotated[Path | None, typer.Option(metavar="FOLDER", help="a folder with task files of your own")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="use so many items of each task; default: all")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="solved examples per item; default: the task's own")] = None,
+    min_accuracy: Annotated[
+        float | None, typer.Option(min=0, max=1, help="a gate: exit code 3 when a task's `acc` is below")
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> int:
+    """Score an artifact on tasks.
+
+    Runs them through lm-evaluation-harness (extra `eval`). A line of a .jsonl file is {"prompt", "completion"} or
+    {"prompt", "choices", "answer"}.
+    """
+    from kvslim.report.tables import gates_table, scores_table
+    from kvslim.validate.tasks import accuracy_gates
+    from kvslim.validate.tasks import evaluate as scores_of
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise UsageError("no task is named", where="--tasks", fix="write --tasks lambada_openai,mine.jsonl")
+    with console.library_output_on_stderr():
+        scores = scores_of(
+            artifact,
+            names,
+            include=include,
+            limit=limit,
+            shots=shots,
+            threads=threads,
+            progress=console.Terminal(),
+        )
+    gates = () if min_accuracy is None else accuracy_gates(scores, min_accuracy)
+    passed = all(gate.passed for gate in gates)
+    if as_json:
+        shown = {name: task.model_dump(mode="json") for name, task in scores.items()}
+        judged = [gate.model_dump(mode="json") for gate in gates]
+        console.print_json("eval", {"passed": passed, "gates": judged, "tasks": shown})
+    else:
+        console.print_tables(scores_table(scores), gates_table(gates))
+    return verdict(passed, gates, str(artifact))
 
 
 @app.command()
@@ -303,7 +357,8 @@ def bench(
     if markdown:
         write_text(markdown, "\n".join(table.markdown() for table in tables), "--markdown")
     if as_json:
-        console.print_json({name: result.model_dump(mode="json") for name, result in results.items()})
+        columns = {name: result.model_dump(mode="json") for name, result in results.items()}
+        console.print_json("bench", {"artifacts": columns})
     else:
         console.print_tables(*tables)
 
@@ -375,7 +430,7 @@ def inspect(
     lengths = read_lengths(contexts, "--context")
     memory = examine(model, lengths, weights, [load_device(name) for name in devices or ()])
     if as_json:
-        console.print_json(memory.model_dump(mode="json"))
+        console.print_json("inspect", memory.model_dump(mode="json"))
         return
     console.print_tables(layers_table(memory), contexts_table(memory))
     console.print_text(f"weights: {memory.weights_mib:,.1f} MiB, {memory.weights}\n")
@@ -386,7 +441,7 @@ def inspect(
 
 
 @app.command()
-def verify(artifact: Artifact, as_json: Json = False) -> None:
+def verify(artifact: Artifact, as_json: Json = False) -> int:
     """Check the files of an artifact.
 
     Each is compared with its SHA-256; exit code 4 when one differs, is missing or was added.
@@ -394,12 +449,15 @@ def verify(artifact: Artifact, as_json: Json = False) -> None:
     from kvslim.export.manifest import verify as problems_of
 
     problems = problems_of(artifact)
-    if problems:
-        raise ArtifactError("; ".join(problems), where=str(artifact), fix="compress or download it again")
     if as_json:
-        console.print_json({"ok": True, "problems": []})
-    else:
+        console.print_json("verify", {"ok": not problems, "problems": problems})
+    if problems:
+        error = ArtifactError("; ".join(problems), where=str(artifact), fix="compress or download it again")
+        console.print_error(error)
+        return error.exit_code
+    if not as_json:
         console.print_text(f"{artifact}: every file is as it was written\n")
+    return 0
 
 
 @app.command()
@@ -408,7 +466,7 @@ def methods(as_json: Json = False) -> None:
     from kvslim.cli.catalogue import methods_json, methods_table
 
     if as_json:
-        console.print_json(methods_json())
+        console.print_json("methods", {"methods": methods_json()})
     else:
         console.print_tables(*methods_table())
 
@@ -422,7 +480,7 @@ def recipes(
     from kvslim.cli.catalogue import recipe_text, recipes_json, recipes_table
 
     if as_json:
-        console.print_json(recipes_json(name))
+        console.print_json("recipes", {"recipes": recipes_json(name)})
     elif name:
         console.print_text(recipe_text(name))
     else:
@@ -447,8 +505,9 @@ def doctor(
     checks = examine()
     failed = [check for check in checks if not check.ok]
     if as_json:
-        profile = {} if device is None else {"device": device.model_dump(mode="json")}
-        console.print_json({"ok": not failed, "checks": [check.model_dump(mode="json") for check in checks], **profile})
+        profile = None if device is None else device.model_dump(mode="json")
+        listed = [check.model_dump(mode="json") for check in checks]
+        console.print_json("doctor", {"ok": not failed, "checks": listed, "device": profile})
     else:
         console.print_tables(checks_table(checks), *([] if device is None else [device_table(device)]))
     if failed:
@@ -456,6 +515,16 @@ def doctor(
         error = UnsupportedError(f"not fit: {names}", where="this machine", fix=failed[0].fix)
         console.print_error(error)
         raise typer.Exit(error.exit_code)
+
+
+@app.command()
+def schema(
+    name: Annotated[str, typer.Argument(metavar="COMMAND", help="a command, or error")],
+) -> None:
+    """Print the JSON Schema of what a command prints with --json."""
+    from kvslim.cli.schemas import schema_of
+
+    console.print_text(f"{json.dumps(schema_of(name), indent=2)}\n")
 
 
 def _write_junit(path: Path | None, report: Report, artifact: Path) -> None:

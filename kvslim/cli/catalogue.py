@@ -33,14 +33,13 @@ def methods_table() -> tuple[Table, Table]:
 
 
 def recipes_json(name: str | None = None) -> dict[str, Any]:
-    """A recipe in full, or every shipped one by name.
+    """A recipe in full, or every shipped one, by name.
 
     Raises:
         NotFoundError: There is none of that name.
     """
-    if name:
-        return load_recipe(name).model_dump(mode="json")
-    return {known: load_recipe(known).model_dump(mode="json") for known in shipped_recipes()}
+    recipes = [load_recipe(known) for known in ([name] if name else shipped_recipes())]
+    return {recipe.name: recipe.model_dump(mode="json") for recipe in recipes}
 
 
 def recipes_table() -> Table:

@@ -48,8 +48,8 @@ def compare(folders: Sequence[Path], html: Path | None, against: Path | None, fa
 
         write_text(html, comparison_page(comparison, manifests, found, device_memory()), "--html")
     if as_json:
-        worse = {} if found is None else {"regressions": [one.model_dump(mode="json") for one in found]}
-        console.print_json({**comparison.model_dump(mode="json"), **worse})
+        worse = None if found is None else [one.model_dump(mode="json") for one in found]
+        console.print_json("compare", {**comparison.model_dump(mode="json"), "regressions": worse})
     else:
         console.print_tables(comparison_table(comparison), regressions_table(found or ()))
     return told(found, str(against), fails)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PIPE_WIDTH = 160
+SCHEMA_VERSION = 1  # raised when a key goes, or changes its meaning; keys may be added
 
 
 class Terminal:
@@ -49,9 +50,15 @@ def library_output_on_stderr() -> Iterator[None]:
         yield
 
 
-def print_json(value: Any) -> None:
-    """Prints the one JSON object of a command with `--json`."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def print_json(name: str, value: dict[str, Any]) -> None:
+    """Prints the one JSON object of a command with `--json`, under the name and version of its schema."""
+    named = {"schema": schema_id(name), **value}
+    sys.stdout.write(json.dumps(named, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def schema_id(name: str) -> str:
+    """What the key `schema` says, such as `kvslim.compress/1`."""
+    return f"kvslim.{name}/{SCHEMA_VERSION}"
 
 
 def print_json_line(value: Any) -> None:
@@ -110,7 +117,7 @@ def error_fields(error: KvslimError) -> dict[str, Any]:
 def print_error(error: KvslimError, as_json: bool = False) -> None:
     """Prints what is wrong, where, and how to fix it; with `as_json` as the one JSON object too."""
     if as_json:
-        print_json({"error": error_fields(error)})
+        print_json("error", {"error": error_fields(error)})
     hint(f"error: {_line(error.message)}\n  where: {_line(error.where)}\n  fix: {_line(error.fix)}")
     if debugging():
         traceback.print_exception(error)

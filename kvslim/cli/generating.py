@@ -131,7 +131,7 @@ def _show(completer: Completer, ids: Sequence[int], record: Record, before: str,
     pieces = completer.stream(ids, options.max_new_tokens)
     if options.as_json:
         text = "".join(pieces)
-        console.print_json({**record, "completion": text, **_usage(completer).model_dump(mode="json")})
+        console.print_json("generate", {**record, "completion": text, **_usage(completer).model_dump(mode="json")})
         return text
     text = ""
     console.print_text(before)

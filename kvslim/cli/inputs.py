@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from kvslim.errors import NotFoundError, OutputError, UsageError
-from kvslim.recipe import Budget, Recipe, load_recipe
+from kvslim.errors import NotFoundError, OutputError, UsageError, suggestion
+from kvslim.recipe import Budget, Gates, Recipe, load_recipe
 from kvslim.types import Plan
 
 if TYPE_CHECKING:
@@ -138,6 +138,29 @@ def read_budget(
         options = {name: option for option, (name, _) in limits.items()} | {"kv_mib": "--kv-mib-at"}
         where = options.get(str(fault["loc"][0]), "--kv-mib-at") if fault["loc"] else "--kv-ratio, --kv-mib-at"
         raise UsageError(f"{fault['msg']}", where=where, fix="see `kvslim compress --help`") from error
+
+
+def read_gates(texts: Sequence[str]) -> Gates:
+    """Gates like `max_kl=0.01`; of two with one name the last counts.
+
+    Raises:
+        UsageError: One has no limit, an unknown name, or a limit out of range.
+    """
+    limits: dict[str, str] = {}
+    for text in texts:
+        name, equals, limit = text.partition("=")
+        if name not in Gates.model_fields:
+            raise UsageError(f"no gate {name!r}", where="--gate", fix=suggestion(name, Gates.model_fields))
+        if not equals:
+            raise UsageError(f"{name} has no limit", where="--gate", fix=f"write --gate {name}=0.01")
+        limits[name] = limit
+    try:
+        return Gates.model_validate(limits)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = str(fault["loc"][0])
+        message = f"{fault['msg']} (got {limits[name]!r})"
+        raise UsageError(message, where=f"--gate {name}", fix="see gates in docs/recipes.md") from error
 
 
 def read_recipe(name: str | None, overrides: Sequence[str], budget: Budget | None) -> Recipe:

@@ -55,14 +55,24 @@ def verify(folder: Path) -> tuple[str, ...]:
     manifest = read_manifest(folder)
     found = hash_files(folder)
     problems = list(_manifest_problems(folder, manifest))
-    for name in sorted({*manifest.files, *found}):
-        if name not in found:
-            problems.append(f"{name}: missing")
-        elif name not in manifest.files:
+    for name in sorted({*manifest.files, *found, *_no_files(folder)}):
+        if name not in manifest.files:
             problems.append(f"{name}: not part of this artifact")
+        elif name not in found:
+            problems.append(f"{name}: missing")
         elif found[name] != manifest.files[name]:
             problems.append(f"{name}: changed")
     return tuple(problems)
+
+
+def _no_files(folder: Path) -> set[str]:
+    """What else lies below `folder`: empty folders, links to folders or to nothing, pipes."""
+    paths = (path for path in folder.rglob("*") if not path.is_file())
+    return {
+        path.relative_to(folder).as_posix()
+        for path in paths
+        if path.is_symlink() or not path.is_dir() or not any(path.iterdir())
+    }
 
 
 def _parse(data: Any, path: Path) -> Manifest:

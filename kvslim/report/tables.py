@@ -15,6 +15,7 @@ from kvslim.types import GateResult, Measures, ModelSpec, Plan, PlanPoint, Repor
 
 if TYPE_CHECKING:
     from kvslim.plan.analyze import Analysis
+    from kvslim.validate.tasks import TaskScores
 
 RATIO = "ratio"
 NONE = "-"
@@ -149,6 +150,16 @@ def _row(scores: Sequence[float]) -> str:
     return " ".join(f"{score:.1g}" for score in scores)
 
 
+def scores_table(scores: Mapping[str, TaskScores]) -> Table:
+    """One row per task and metric."""
+    rows = (
+        (task, metric, f"{score.value:.4f}", NONE if score.stderr is None else f"{score.stderr:.4f}", _count(found))
+        for task, found in scores.items()
+        for metric, score in found.metrics.items()
+    )
+    return Table(("task", "metric", "value", "standard error", "items"), tuple(rows), words=True)
+
+
 def frontier_table(frontier: Sequence[PlanPoint]) -> Table:
     """The sizes that the planner saw, and what each loses."""
     rows = tuple(
@@ -212,6 +223,10 @@ def _cells(values: Mapping[str, float | None], shown: Callable[[float], str]) ->
             yield NONE
         else:
             yield f"{value:.3g}x" if column == RATIO else shown(value)
+
+
+def _count(task: TaskScores) -> str:
+    return NONE if task.items is None else f"{task.items:,}"
 
 
 def _kept(window: int | None, sinks: int | None) -> str:

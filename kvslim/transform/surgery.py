@@ -156,6 +156,8 @@ def _install_linear_codes(
     if code.key_encoder is not None:
         _install_key_code(attention, slim, architecture, code.key_encoder)
     if code.value_encoder is not None:
+        if code.value_decoder is None or code.value_offset is None:
+            raise ValueError("a value code needs a decoder and an offset")
         _fold(attention, slim, architecture, "value", code.value_encoder)
     if code.value_decoder is not None and code.value_offset is not None:
         decoder = _with_copies(code.value_decoder, code.value_refined, axis=1)

@@ -1,0 +1,182 @@
+"""An artifact as lm-evaluation-harness sees a model; needs the extra `eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from transformers import AutoTokenizer
+
+from kvslim.errors import UsageError
+from kvslim.progress import Progress, Silent
+from kvslim.runtime.generate import Sampling, eos_ids, generate_tokens, load_tokenizer
+from kvslim.runtime.graph import Logits
+from kvslim.runtime.session import DecodeSession
+from kvslim.validate.quality import log_softmax
+from kvslim.validate.recall import CHUNK
+
+Scored = tuple[float, bool]
+
+
+class ArtifactLM(TemplateLM):
+    """A decoder's folder behind the harness's interface: one sequence at a time, through the cache.
+
+    Text becomes tokens as in the harness's own `HFLM`, which runs the model in transformers, so that both see the same
+    items. A prompt goes through the cache in chunks, as generation would never see it whole, and what two requests
+    begin with alike is run once.
+
+    Attributes:
+        tokenizer: The folder's tokenizer.
+        max_length: Positions of the model; longer prompts lose their beginning.
+
+    Args:
+        folder: Folder with model.onnx, tokenizer and generation_config.json.
+        max_length: Positions of the model.
+        threads: Threads of one operator; None leaves the choice to onnxruntime.
+        progress: Hears of requests.
+
+    Raises:
+        NotFoundError: A file of the folder is missing.
+        ArtifactError: A file of the folder is broken.
+    """
+
+    max_gen_toks = 256  # of the harness, where a task does not say
+
+    def __init__(
+        self, folder: Path, *, max_length: int, threads: int | None = None, progress: Progress | None = None
+    ) -> None:
+        super().__init__()
+        load_tokenizer(folder)  # names what is missing or broken
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.max_length = max_length
+        self._folder, self._threads = folder, threads
+        self._progress = progress or Silent()
+        self._stop = eos_ids(folder)
+        self._session: DecodeSession | None = None
+        self._cached: Sequence[int] = ()
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands for an empty prompt."""
+        start = self.tokenizer.bos_token_id
+        return self.eot_token_id if start is None else start
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids of a text, started as the tokenizer starts one; a text that has its start is left as it is."""
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows of the model's positions."""
+        return [self._rolling(request.args[0]) for request in requests]
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations of prompts up to the first of their stop texts, or the end token."""
+        prompts = self._progress.track((request.args for request in requests), "texts", total=len(requests))
+        return [self._generated(prompt, settings, seed) for seed, (prompt, settings) in enumerate(prompts)]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[Scored]:
+        # In the order of their tokens, requests follow those that they share most with.
+        order = sorted(range(len(requests)), key=lambda index: requests[index][1] + requests[index][2])
+        scores: dict[int, Scored] = {}
+        for index in self._progress.track(order, "items", total=len(order)):
+            _, context, continuation = requests[index]
+            scores[index] = self._score(context, continuation)
+        return [scores[index] for index in range(len(requests))]
+
+    def _score(self, context: list[int], continuation: list[int]) -> Scored:
+        """Log-likelihood of a continuation, and whether each of its tokens is the most likely one."""
+        if not 0 < len(continuation) <= self.max_length:
+            raise UsageError(
+                f"a continuation of {len(continuation)} tokens cannot be scored",
+                where="tasks",
+                fix=f"give 1 to {self.max_length} tokens",
+            )
+        tokens = (context + continuation)[-(self.max_length + 1) :][:-1]
+        logits = log_softmax(self._logits(tokens, len(tokens) - len(continuation)))
+        likelihood = logits[np.arange(len(continuation)), continuation].sum()
+        return float(likelihood), bool((logits.argmax(-1) == continuation).all())
+
+    def _rolling(self, text: str) -> float:
+        windows = get_rolling_token_windows(
+            self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+        )
+        return sum(self._score(*make_disjoint_window(window))[0] for window in windows)
+
+    def _generated(self, prompt: str, settings: dict[str, Any], seed: int) -> str:
+        options = normalize_gen_kwargs(settings, self.max_gen_toks)
+        until = [text for text in options.get("until") or () if text]
+        count = min(options["max_gen_toks"], self.max_length - 1)
+        ids = (self.tok_encode(prompt) or [self.prefix_token_id])[-(self.max_length - count) :]
+        self._cached = ()
+        tokens = generate_tokens(
+            self._open(len(ids) + count),
+            ids,
+            max_new_tokens=count,
+            stop=self._stop,
+            sampling=Sampling(
+                options.get("temperature") or 0.0, options.get("top_k") or 0, options.get("top_p") or 1.0, seed
+            ),
+        )
+        found: list[int] = []
+        text = ""
+        for token in tokens:
+            found.append(token)
+            text = self.tokenizer.decode(found, skip_special_tokens=True)
+            if any(stop in text for stop in until):
+                break
+        return _cut(text, until)
+
+    def _logits(self, tokens: Sequence[int], start: int) -> Logits:
+        """Logits that follow tokens[start:], float32 [n, vocab]."""
+        session = self._open(len(tokens))
+        first = _rewound(session, min(_shared(self._cached, tokens), start))
+        self._cached = ()  # until all went well
+        for begin in range(first, start, CHUNK):
+            session.step(tokens[begin : min(begin + CHUNK, start)])
+        logits = [session.step(tokens[begin : begin + CHUNK]) for begin in range(start, len(tokens), CHUNK)]
+        self._cached = tokens
+        return np.concatenate(logits)
+
+    def _open(self, capacity: int) -> DecodeSession:
+        """A session with room for so many tokens; the one that is open, if it has it."""
+        if self._session is None or self._session.capacity < capacity:
+            self._session = None  # frees its cache first
+            room = min(self.max_length, max(2 * capacity, 64))
+            self._session = DecodeSession(self._folder, capacity=room, threads=self._threads, all_positions=True)
+            self._cached = ()
+        return self._session
+
+
+def _shared(left: Sequence[int], right: Sequence[int]) -> int:
+    """Tokens with which both begin."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(left), len(right)))
+
+
+def _rewound(session: DecodeSession, length: int) -> int:
+    """Tokens that the cache keeps: so many, or none where a window has moved on since."""
+    try:
+        session.rewind(length)
+    except UsageError:
+        session.reset()
+    return session.length
+
+
+def _cut(text: str, until: Collection[str]) -> str:
+    """The text before the first of the stop texts."""
+    return text[: min((text.index(stop) for stop in until if stop in text), default=len(text))]

@@ -1,0 +1,278 @@
+"""Tasks on an artifact: lm-evaluation-harness's own, task files of the user, and plain JSONL. Needs the extra `eval`.
+
+JSONL becomes a task of the harness too, so that prompts, scores and standard errors have one meaning everywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+
+from kvslim.errors import NotFoundError, UnsupportedError, UsageError
+from kvslim.export.manifest import read_manifest
+from kvslim.progress import Progress, Silent
+from kvslim.types import Frozen, GateResult
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+
+BOOTSTRAP = 1000  # draws for the standard error of what is no mean
+SEED = 1234  # of few-shot examples, the harness's own
+SPLIT = "test"
+
+
+class Score(Frozen):
+    """A metric of a task, named and computed by the harness."""
+
+    value: float
+    stderr: float | None = Field(description="standard error over the items; None where there is none")
+
+
+class TaskScores(Frozen):
+    """What an artifact scores on a task."""
+
+    items: int | None = Field(description="questions; None for a group of tasks")
+    shots: int | None = Field(description="solved examples before each question; None for a group of tasks")
+    metrics: dict[str, Score]
+
+
+class Completion(Frozen):
+    """A line of a JSONL task: the text that must follow a prompt."""
+
+    prompt: str
+    completion: str = Field(min_length=1)
+
+
+class Choice(Frozen):
+    """A line of a JSONL task: texts that may follow a prompt, and the number of the right one, from 0."""
+
+    prompt: str
+    choices: tuple[str, ...] = Field(min_length=2)
+    answer: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _answered(self) -> Choice:
+        if self.answer >= len(self.choices) or not all(self.choices):
+            raise ValueError("answer is the number of a choice, from 0, and no choice is empty")
+        return self
+
+
+_KEYS = 'write {"prompt", "completion"}, or {"prompt", "choices", "answer"}, on every line'
+_LINE: TypeAdapter[Completion | Choice] = TypeAdapter(Completion | Choice)
+_FORMS: dict[type[Frozen], dict[str, Any]] = {
+    Completion: {
+        "output_type": "loglikelihood",
+        "doc_to_target": "completion",
+        "metric_list": [{"metric": "acc"}, {"metric": "perplexity"}],
+    },
+    Choice: {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    },
+}
+
+
+def evaluate(
+    artifact: Path,
+    tasks: Sequence[str],
+    *,
+    include: Path | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, TaskScores]:
+    """Scores an artifact on tasks.
+
+    Args:
+        artifact: The folder.
+        tasks: Names that the harness knows, or paths of JSONL files.
+        include: A folder with task files of the harness, YAML, whose names are then known too.
+        limit: Items of each task to use, the first ones; None for all.
+        shots: Solved examples before each question; None leaves it to the task.
+        threads: Threads of one operator; None leaves the choice to onnxruntime.
+        progress: Hears of requests.
+
+    Returns:
+        The scores by task, in the harness's order.
+
+    Raises:
+        UnsupportedError: The extra `eval` is not installed, or the artifact is an encoder.
+        NotFoundError: There is no such artifact, task, file or data set.
+        UsageError: A JSONL file is no task, or a text is too long to be scored.
+        ArtifactError: A file of the artifact is broken.
+    """
+    spec = read_manifest(artifact).spec
+    if spec.is_encoder:
+        raise UnsupportedError("an encoder writes no text", where=str(artifact), fix="give a decoder's artifact")
+    _require_harness()
+    loaded = load_tasks(tasks, include)
+    from kvslim.validate.harness import ArtifactLM
+
+    model = ArtifactLM(artifact, max_length=spec.max_context, threads=threads, progress=progress)
+    return run_tasks(model, loaded, limit=limit, shots=shots, progress=progress)
+
+
+def accuracy_gates(scores: Mapping[str, TaskScores], limit: float) -> tuple[GateResult, ...]:
+    """One gate per task on its accuracy, `acc`; a task that has none fails."""
+    found = {name: task.metrics.get("acc") for name, task in scores.items()}
+    values = {name: None if score is None else score.value for name, score in found.items()}
+    return tuple(
+        GateResult(
+            name=f"min_accuracy of {name}", value=value, limit=limit, passed=value is not None and value >= limit
+        )
+        for name, value in values.items()
+    )
+
+
+def load_tasks(tasks: Sequence[str], include: Path | None = None) -> Mapping[str, Any]:
+    """The harness's tasks behind names and JSONL files.
+
+    Raises:
+        NotFoundError, UsageError: As `evaluate`.
+    """
+    if include is not None and not include.is_dir():
+        raise NotFoundError("no such folder", where="--include", fix="name a folder with task files")
+    specs: dict[str, Any] = {task: _jsonl_task(Path(task)) if task.endswith(".jsonl") else task for task in tasks}
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = _manager([name for name in tasks if specs[name] == name], include)
+    try:
+        return manager.load(list(specs.values()))
+    except Exception as error:  # the libraries raise many types for a missing set, no network or a broken task file
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise NotFoundError(
+            f"cannot load: {reason}", where=f"--tasks {','.join(tasks)}", fix="check the task file and its data set"
+        ) from error
+
+
+def _manager(names: Sequence[str], include: Path | None) -> Any:
+    """The harness's index of tasks; its own thousands of files are read only where a name is not among the user's."""
+    from lm_eval.tasks import TaskManager
+
+    own = None if include is None else str(include)
+    manager = TaskManager(include_path=own, include_defaults=False)
+    if set(names) - set(manager.task_index):
+        manager = TaskManager(include_path=own)
+    for name in names:
+        if name not in manager.task_index:
+            close = difflib.get_close_matches(name, manager.task_index, n=1)
+            listed = "`lm-eval ls tasks` lists all; --include FOLDER adds yours"
+            fix = f"did you mean {close[0]!r}?" if close else listed
+            raise NotFoundError(f"no task {name!r}", where="--tasks", fix=fix)
+    return manager
+
+
+def run_tasks(
+    model: LM,
+    loaded: Mapping[str, Any],
+    *,
+    limit: int | None = None,
+    shots: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, TaskScores]:
+    """Scores any of the harness's models on loaded tasks.
+
+    Args:
+        model: Such as `ArtifactLM`, or the harness's own `HFLM`.
+        loaded: Of `load_tasks`.
+        limit: As for `evaluate`.
+        shots: As for `evaluate`.
+        progress: Hears of the stage.
+    """
+    from lm_eval.evaluator import evaluate as run
+
+    for task in loaded["tasks"].values():
+        fixed = task.get_config("num_fewshot")
+        if fixed != 0:  # a task that says 0 means it
+            task.set_config(key="num_fewshot", value=fixed if shots is None else shots)
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=SEED)
+    (progress or Silent()).stage("tasks")
+    # The harness would fork for its bootstrap, which a process with onnxruntime's threads may not survive.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    found = run(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
+    sizes, shown = found["n-samples"], found["n-shot"]
+    return {
+        name: TaskScores(
+            items=sizes[name]["effective"] if name in sizes else None,
+            shots=shown.get(name) if name in sizes else None,
+            metrics=dict(_scores(values)),
+        )
+        for name, values in found["results"].items()
+    }
+
+
+def _scores(values: Mapping[str, Any]) -> Iterator[tuple[str, Score]]:
+    """The metrics of a task from the harness's `acc,none` and `acc_stderr,none`; a filter is named if there is one."""
+    for key, value in values.items():
+        metric, comma, kind = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = values.get(f"{metric}_stderr,{kind}")
+        stderr = float(error) if isinstance(error, int | float) else None
+        yield metric if kind == "none" else key, Score(value=float(value), stderr=stderr)
+
+
+def _require_harness() -> None:
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise UnsupportedError(
+            "tasks need the extra `eval`", where="kvslim eval", fix="pip install 'kvslim[eval]'"
+        ) from error
+
+
+def _jsonl_task(path: Path) -> dict[str, Any]:
+    """A task of the harness made of a JSONL file; prompt and answer stand together as they are written."""
+    from datasets import Dataset
+
+    lines = read_lines(path)
+    rows = Dataset.from_list([line.model_dump(mode="json") for line in lines])
+    return {
+        "task": path.stem,
+        "custom_dataset": lambda **_: {SPLIT: rows},
+        "test_split": SPLIT,
+        "fewshot_split": SPLIT,
+        "doc_to_text": "prompt",
+        "target_delimiter": "",
+        **_FORMS[type(lines[0])],
+    }
+
+
+def read_lines(path: Path) -> list[Completion] | list[Choice]:
+    """The questions of a JSONL task.
+
+    Raises:
+        NotFoundError: There is no such file.
+        UsageError: It is no JSONL, a line has other keys, or lines are of two kinds.
+    """
+    if not path.is_file():
+        raise NotFoundError(f"no task file {str(path)!r}", where="--tasks", fix="give a path that ends in .jsonl")
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"not UTF-8 text: {error}", where=str(path), fix="save it as UTF-8") from error
+    lines: list[Any] = [_line(text, f"{path}:{number}") for number, text in enumerate(texts, 1) if text.strip()]
+    if len({type(line) for line in lines}) != 1:
+        fault = "lines of two kinds" if lines else "the file is empty"
+        raise UsageError(fault, where=str(path), fix=_KEYS)
+    return lines
+
+
+def _line(text: str, where: str) -> Completion | Choice:
+    try:
+        return _LINE.validate_python(json.loads(text))
+    except ValidationError as error:
+        raise UsageError(f"no question: {error.errors()[-1]['msg']}", where=where, fix=_KEYS) from error
+    except ValueError as error:
+        raise UsageError(f"not JSON: {error}", where=where, fix=_KEYS) from error

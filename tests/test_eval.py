@@ -1,0 +1,251 @@
+"""Tasks on an artifact, against the same tasks on the same model in transformers; without a network."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import re
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from models import open_workshop, recipe_of
+from tiny_artifact import fill
+
+from kvslim.cli import app
+from kvslim.demo.world import document, recall_questions
+from kvslim.errors import NotFoundError, UnsupportedError, UsageError
+from kvslim.export.manifest import read_manifest, write_manifest
+from kvslim.runtime.generate import load_tokenizer
+from kvslim.types import KVLayout, Plan
+from kvslim.validate.tasks import Choice, Completion, evaluate, load_tasks, read_lines, run_tasks
+
+REQUIRED = os.environ.get("KVSLIM_REQUIRE_EVAL") == "1"
+needs_harness = pytest.mark.skipif(
+    not REQUIRED and any(importlib.util.find_spec(name) is None for name in ("lm_eval", "accelerate")),
+    reason="needs lm-eval and accelerate",
+)
+# lm-eval and accelerate are not ours to mend.
+pytestmark = pytest.mark.filterwarnings("default")
+QUESTIONS = 16
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model's plain export, as an artifact that was never measured."""
+    folder = tmp_path_factory.mktemp("plain") / "demo"
+    folder.mkdir()
+    workshop = open_workshop("demo", recipe_of())
+    plan = Plan.identity(workshop.spec)
+    layout = KVLayout.of(workshop.spec, plan)
+    workshop.write_companions(folder, layout, workshop.export(plan, folder))
+    shape = {"spec": workshop.spec, "plan": plan, "kv_layout": layout}
+    template = folder.with_name("template")
+    template.mkdir()
+    fill(template)
+    write_manifest(folder, read_manifest(template).model_copy(update=shape))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory, plain: Path) -> dict[str, Path]:
+    """The demo's recall questions as completions and as choices; of every second one the story was cut off."""
+    tokenizer = load_tokenizer(plain)
+    questions = recall_questions(QUESTIONS, 64, lambda text: len(tokenizer.encode(text).ids))
+    values, generator = sorted({question.answer for question in questions}), random.Random(0)
+    completions, choices = [], []
+    for index, question in enumerate(questions):
+        prompt = question.prompt if index % 2 else question.prompt[question.prompt.rindex("Question:") :]
+        wrong = [value for value in values if value != question.answer]
+        options = generator.sample([*generator.sample(wrong, 3), question.answer], 4)
+        completions.append({"prompt": prompt, "completion": question.answer})
+        choices.append({"prompt": prompt, "choices": options, "answer": options.index(question.answer)})
+    folder = tmp_path_factory.mktemp("tasks")
+    return {
+        name: written(folder / f"{name}.jsonl", rows) for name, rows in (("recall", completions), ("pick", choices))
+    }
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = app.run(["eval", *(str(argument) for argument in arguments)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError("a test reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+
+
+@pytest.fixture
+def task_folder(files: dict[str, Path], tmp_path: Path) -> Path:
+    """A task file of the harness, over local data, with text to generate and text to judge."""
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(files["recall"])}}}
+    data["dataset_kwargs"]["cache_dir"] = str(tmp_path / "cache")  # type: ignore[index]
+    common = {**data, "test_split": "test", "num_fewshot": 0}
+    said = {
+        "task": "demo_say",
+        "output_type": "generate_until",
+        "doc_to_text": "prompt",
+        "doc_to_target": "completion",
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 4, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    read = {
+        "task": "demo_read",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "prompt",
+        "metric_list": [{"metric": "word_perplexity"}],
+    }
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for task in (said, read):
+        (folder / f"{task['task']}.yaml").write_text(json.dumps({**common, **task}))
+    return folder
+
+
+@pytest.mark.golden
+@needs_harness
+def test_plain_export_scores_as_transformers_does_when_the_items_are_the_same(
+    plain: Path, files: dict[str, Path], task_folder: Path
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    from kvslim import demo
+
+    names = [str(files["recall"]), str(files["pick"]), "demo_say", "demo_read"]
+    original = Path(demo.__file__).parent / "model"
+    reference = HFLM(pretrained=str(original), device="cpu", batch_size=1, dtype="float32")
+    theirs = run_tasks(reference, load_tasks(names, task_folder))
+    ours = evaluate(plain, names, include=task_folder)
+    assert 0.4 < ours["recall"].metrics["acc"].value < 1
+    assert ours["recall"].items == ours["pick"].items == QUESTIONS
+    assert {name: set(task.metrics) for name, task in ours.items()} == {
+        name: set(task.metrics) for name, task in theirs.items()
+    }
+    for name, metric in (("recall", "acc"), ("pick", "acc"), ("pick", "acc_norm"), ("demo_say", "exact_match")):
+        assert ours[name].metrics[metric] == theirs[name].metrics[metric]
+    for name, metric in (("recall", "perplexity"), ("demo_read", "word_perplexity")):
+        assert ours[name].metrics[metric].value == pytest.approx(theirs[name].metrics[metric].value, rel=1e-3)
+
+
+@pytest.mark.golden
+@needs_harness
+def test_model_scores_the_same_whatever_the_cache_held_before(plain: Path) -> None:
+    from kvslim.validate.harness import ArtifactLM
+
+    text = document(1, "heldout", 60)
+    model = ArtifactLM(plain, max_length=64)
+    ids = model.tok_encode(text)[:60]
+    alone = model._score(ids[:40], ids[40:50])
+    model._score(ids[:45], ids[45:60])
+    again = model._score(ids[:40], ids[40:50])
+    np.testing.assert_allclose(again[0], alone[0], atol=1e-4)
+    assert again[1] == alone[1]
+    # What exceeds the model's positions loses its beginning.
+    long = model._score(ids * 2, ids[:1])
+    fresh = ArtifactLM(plain, max_length=64)
+    np.testing.assert_allclose(long[0], fresh._score((ids * 2)[-64:], ids[:1])[0], atol=1e-4)
+
+
+@pytest.mark.golden
+@needs_harness
+def test_eval_prints_scores_and_exits_3_when_accuracy_is_below_its_limit(
+    run: Run, plain: Path, files: dict[str, Path]
+) -> None:
+    code, out, err = run(plain, "--tasks", files["recall"], "--limit", 2, "--shots", 1, "--min-accuracy", 1, "--json")
+    printed = json.loads(out)
+    task = printed["tasks"]["recall"]
+    assert (code, task["items"], task["shots"]) == (0 if printed["passed"] else 3, 2, 1)
+    code, out, err = run(plain, "--tasks", files["pick"], "--limit", 4, "--min-accuracy", 0)
+    assert code == 0
+    assert re.search(r"pick +acc +\d\.\d{4}", out)
+    assert "passed" in out
+    code, out, err = run(plain, "--tasks", files["recall"], "--limit", 4, "--min-accuracy", 1)
+    assert code == 3
+    assert "min_accuracy of recall" in err
+
+
+@needs_harness
+def test_unknown_task_is_refused_with_the_closest_name(
+    run: Run, tmp_path: Path, task_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    # The harness reads thousands of files for its own names.
+    known = TaskManager(include_path=str(task_folder), include_defaults=False)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: known)
+    fill(tmp_path)
+    code, out, err = run(tmp_path, "--tasks", "demo_sya", "--include", task_folder)
+    assert (code, out) == (5, "")
+    assert "did you mean 'demo_say'?" in err
+
+
+@needs_harness
+def test_task_with_a_data_set_that_cannot_be_had_is_named(run: Run, tmp_path: Path, task_folder: Path) -> None:
+    fill(tmp_path)
+    task = json.loads((task_folder / "demo_say.yaml").read_text())
+    task["dataset_kwargs"]["data_files"]["test"] = str(tmp_path / "gone.json")
+    (task_folder / "demo_say.yaml").write_text(json.dumps(task))
+    code, _, err = run(tmp_path, "--tasks", "demo_say", "--include", task_folder)
+    assert code == 5
+    assert "gone.json" in err
+
+
+def test_missing_extra_is_told_with_the_command_that_installs_it(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    code, out, err = run(tmp_path, "--tasks", "piqa")
+    assert (code, out) == (UnsupportedError.exit_code, "")
+    assert "pip install 'kvslim[eval]'" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        ("{", "not JSON"),
+        ('{"prompt": "a"}', "no question"),
+        ('{"prompt": "a", "choices": ["b"], "answer": 0}', "no question"),
+        ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "answer is the number"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "choices": ["b", "c"], "answer": 1}', "two kinds"),
+        ('{"prompt": "a", "completion": "\\ud800"}', "no question"),
+    ],
+)
+def test_read_lines_names_what_is_wrong_when_a_file_is_no_task(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read_lines(path)
+
+
+def test_read_lines_gives_the_questions(tmp_path: Path) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n\n{"prompt": "", "completion": "c"}\n')
+    assert read_lines(path) == [Completion(prompt="a", completion="b"), Completion(prompt="", completion="c")]
+    path.write_text('{"prompt": "a", "choices": ["b", "c"], "answer": 1}')
+    assert read_lines(path) == [Choice(prompt="a", choices=("b", "c"), answer=1)]
+    with pytest.raises(NotFoundError):
+        read_lines(tmp_path / "gone.jsonl")
