@@ -93,7 +93,7 @@ def test_json_has_what_it_took_as_fields(run: Run, artifact: Path) -> None:
     answer = json.loads(out)
     output_type("generate").model_validate(answer)
     assert (code, err) == (0, "")
-    assert tuple(answer) == ("prompt", "completion", *FIELDS)
+    assert tuple(answer) == ("schema", "prompt", "completion", *FIELDS)
     assert answer["completion"] == completed(artifact, "hello")
 
 
