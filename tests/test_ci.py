@@ -79,7 +79,7 @@ def test_script_uploads_the_artifact_when_its_gates_hold(tmp_path: Path) -> None
 @pytest.mark.golden
 def test_script_exits_3_and_uploads_nothing_when_a_gate_fails(tmp_path: Path) -> None:
     bad = tmp_path / "bad"
-    code, said = run_script(bad, max_kl=0)
+    code, said = run_script(bad, max_kl=1e-12)
     assert code == 3, said
     assert "gate failed: max_kl" in said
     assert failures(bad) == "1"
