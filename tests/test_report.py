@@ -61,6 +61,10 @@ def test_page_leaves_out_what_was_not_measured() -> None:
     assert "verdict" not in html.partition("</style>")[2]
 
 
+def test_page_shows_a_gate_that_nothing_meets() -> None:
+    assert "gate 0<" in artifact_page(manifest(limit=0))
+
+
 def test_page_of_an_encoder_shows_latency_and_no_cache() -> None:
     spec, decoder = SPEC.model_copy(update={"task": "feature-extraction"}), manifest()
     assert decoder.report is not None

@@ -141,7 +141,11 @@ def _kl_rules(reports: Sequence[Report]) -> list[Rule]:
     sizes = {report.plain.kv_bytes_per_token for report in reports}
     rules = [Rule("x", size, f"plain {size:,.0f}") for size in sorted(filter(None, sizes))]
     if len(reports) == 1:
-        rules += [Rule("y", gate.limit, f"gate {gate.limit:g}") for gate in reports[0].gates if gate.name == "max_kl"]
+        rules += [
+            Rule("y", max(gate.limit, LEAST_KL), f"gate {gate.limit:g}")
+            for gate in reports[0].gates
+            if gate.name == "max_kl"
+        ]
     return rules
 
 
