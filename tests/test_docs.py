@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from numbers_of_a_model import SPEC, statistics_of
 from tiny_decoders import CONFIGS
 
+from kvslim.checks import check_plan
 from kvslim.cli import app
+from kvslim.devices.profile import shipped_devices
+from kvslim.errors import KvslimError, UsageError
 from kvslim.load.architecture import ARCHITECTURES
 from kvslim.load.encoders import ENCODERS
+from kvslim.methods import METHODS
+from kvslim.methods.fitting import fit
+from kvslim.types import LayerPlan, Plan
 
 ROOT = Path(__file__).parent.parent
+WORK = (
+    *(f"kvslim.pipeline.{name}" for name in ("compress", "plan", "analyze", "validate", "bench")),
+    "kvslim.cli.comparing.read_artifacts",
+    "kvslim.cli.doctor.measured",
+    "kvslim.cli.generating.generate",
+    "kvslim.cli.inspect.inspect",
+    "kvslim.export.manifest.verify",
+    "kvslim.validate.tasks.evaluate",
+)
+ARGUMENTS = {"MODEL": "demo", "$MODEL": "demo", "ARTIFACT": "artifacts", "$RECIPE": "recipe.yaml"}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -47,10 +66,62 @@ def test_tables_were_written_by_their_commands(page: Path) -> None:
         assert table.count("\n|") > 2, f"run `python tools/write_tables.py`: no table for {command!r}"
 
 
-def test_commands_of_the_readme_parse(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (ROOT / "README.md").read_text()
-    verbs = set(re.findall(r"kvslim ([a-z]+)", "\n".join(re.findall(r"```\n(.*?)```", text, re.DOTALL))))
-    assert len(verbs) >= 8
-    for verb in sorted(verbs):
-        assert app.run([verb, "--help"]) == 0
+def commands() -> list[str]:
+    """Every `kvslim` command in a code block, without its comment."""
+    blocks = (block for page in PAGES for block in re.findall(r"```\w*\n(.*?)```", page.read_text(), re.DOTALL))
+    lines = (part for block in blocks for line in block.replace("\\\n", " ").splitlines() for part in line.split(";"))
+    found = (re.sub(r"\s+[#>].*", "", line).strip() for line in lines)
+    return sorted({command for command in found if re.match(r"kvslim [a-z]", command)})
+
+
+class ReachedError(KvslimError):
+    """The command line was taken, and what it asks for was called."""
+
+    exit_code = 77
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_of_the_docs_is_taken(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Options, recipes and budgets are read as they would be; what takes long is replaced."""
+
+    def reached(*_: object, **__: object) -> None:
+        raise ReachedError("reached", where="here", fix="none")
+
+    for name in WORK:
+        monkeypatch.setattr(name, reached)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "recipe.yaml").write_text("methods: [kv_quant]\n")
+    (tmp_path / "this.yaml").write_text(shipped_devices()["laptop-8gb"].read_text())
+    (tmp_path / "plan.json").write_text(Plan(layers=(LayerPlan(layer=0),)).model_dump_json())
+    arguments = [ARGUMENTS.get(part, part) for part in shlex.split(command)[1:]]
+    assert app.run(arguments) in {0, ReachedError.exit_code}, capsys.readouterr().err
     capsys.readouterr()
+
+
+def test_errors_of_troubleshooting_are_real() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    source = "".join(path.read_text() for path in (ROOT / "kvslim").rglob("*.py"))
+    quoted = [words for words in re.findall(r"\*\*`(.+?)`\*\*", page) if words != "1e-3"]
+    assert len(quoted) >= 10
+    assert [words for words in quoted if words not in source] == []
+
+
+def test_method_of_the_docs_works() -> None:
+    page = (ROOT / "docs" / "adding_a_method.md").read_text()
+    space: dict[str, Any] = {"__name__": "kv_taper"}
+    try:
+        exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], space)
+        method = METHODS["kv_taper"].model_validate({"first": 16, "last": 8})
+        method.check(SPEC)
+        plan = method.decide(SPEC, statistics_of(SPEC), Plan.identity(SPEC))
+        codes = fit(SPEC, statistics_of(SPEC), plan)
+    finally:
+        METHODS.pop("kv_taper", None)
+    check_plan(plan, SPEC)
+    assert [plan.layers[at].rank for at in (0, -1)] == [16, 8]
+    assert [codes[at].key_encoder.shape[2] for at in (0, -1)] == [16, 8]
+    with pytest.raises(UsageError, match="rank 12"):
+        space["KvTaper"](first=12, last=8).check(SPEC)
