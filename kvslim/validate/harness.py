@@ -123,8 +123,10 @@ class ArtifactLM(TemplateLM):
         count = min(options["max_gen_toks"], self.max_length - 1)
         ids = (self.tok_encode(prompt) or [self.prefix_token_id])[-(self.max_length - count) :]
         self._cached = ()
+        session = self._open(len(ids) + count)
+        session.reset()
         tokens = generate_tokens(
-            self._open(len(ids) + count),
+            session,
             ids,
             max_new_tokens=count,
             stop=self._stop,
