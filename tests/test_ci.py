@@ -52,6 +52,7 @@ def run_script(folder: Path, max_kl: float) -> tuple[int, str]:
 
 
 @pytest.mark.golden
+@pytest.mark.timeout(900)  # minutes on a busy machine
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_script_uploads_the_artifact_when_its_gates_hold(tmp_path: Path) -> None:
     column = Column(
@@ -77,6 +78,7 @@ def test_script_uploads_the_artifact_when_its_gates_hold(tmp_path: Path) -> None
 
 
 @pytest.mark.golden
+@pytest.mark.timeout(900)  # minutes on a busy machine
 def test_script_exits_3_and_uploads_nothing_when_a_gate_fails(tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     code, said = run_script(bad, max_kl=1e-12)

@@ -125,6 +125,7 @@ def task_folder(files: dict[str, Path], tmp_path: Path) -> Path:
 
 
 @pytest.mark.golden
+@pytest.mark.timeout(900)  # minutes on a busy machine
 @needs_harness
 def test_plain_export_scores_as_transformers_does_when_the_items_are_the_same(
     plain: Path, files: dict[str, Path], task_folder: Path
@@ -150,6 +151,7 @@ def test_plain_export_scores_as_transformers_does_when_the_items_are_the_same(
 
 
 @pytest.mark.golden
+@pytest.mark.timeout(900)  # minutes on a busy machine
 @needs_harness
 def test_model_scores_the_same_whatever_the_cache_held_before(plain: Path) -> None:
     from kvslim.validate.harness import ArtifactLM
@@ -169,6 +171,7 @@ def test_model_scores_the_same_whatever_the_cache_held_before(plain: Path) -> No
 
 
 @pytest.mark.golden
+@pytest.mark.timeout(900)  # minutes on a busy machine
 @needs_harness
 def test_eval_prints_scores_and_exits_3_when_accuracy_is_below_its_limit(
     run: Run, plain: Path, files: dict[str, Path]
