@@ -14,6 +14,7 @@ from kvslim.recipe import Budget, Gates, Recipe, load_recipe
 from kvslim.types import Plan
 
 if TYPE_CHECKING:
+    from kvslim.types import Report
     from kvslim.validate.bench import Grid
 
 THOUSAND = 1024
@@ -102,6 +103,14 @@ def write_text(path: Path, text: str, option: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write: {error.strerror}", where=str(path), fix=f"give another {option}") from error
+
+
+def write_junit(path: Path | None, report: Report, artifact: Path) -> None:
+    """Writes the gates where a file for them was named; failed ones too."""
+    if path:
+        from kvslim.report.junit import junit_xml
+
+        write_text(path, junit_xml(report, artifact.resolve().name), "--junit")
 
 
 def read_budget(
