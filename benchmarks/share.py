@@ -69,7 +69,7 @@ def cells(subject: Subject, plan: Plan, codes: Codes) -> str:
 
 def codes_of(subject: Subject, name: str, donors: Donors) -> Codes:
     """The model with these layers reading these donors."""
-    codes = subject.workshop.sharing(subject.statistics, donors)
+    codes = subject.workshop.without(subject.statistics, ShareKv(donors=donors))
     return tuple(
         code if code.donor is None else READERS[name](subject, layer, code) for layer, code in enumerate(codes)
     )

@@ -19,7 +19,7 @@ from kvslim.load.encoders import ENCODERS
 from kvslim.load.model import load_encoder, load_tokenizer
 from kvslim.load.source import Snapshot
 from kvslim.methods import Method, PruneHeads, PruneLayers
-from kvslim.plan.refit import refit_where_it_pays
+from kvslim.plan.refit import refit_as_planned, refit_where_it_pays
 from kvslim.progress import Progress
 from kvslim.recipe import Calibration, Recipe, Validation
 from kvslim.transform.codes import LayerCodes
@@ -88,7 +88,7 @@ class EncoderWorkshop:
     def planned(self, fitting: Sentences, statistics: HeadStatistics, judge: EncoderJudge) -> tuple[Plan, float]:
         """The plan of the recipe's methods, and its loss on sentences that nothing is fitted to."""
         plan = Plan.identity(self.spec)
-        for method in sorted(self.recipe.methods, key=lambda method: method.order):
+        for method in self.recipe.ordered_methods:
             plan = self._measured(method, statistics, judge).decide(self.spec, statistics, plan)
         return self.compensated(fitting, statistics, judge, plan)
 
@@ -109,10 +109,7 @@ class EncoderWorkshop:
     def codes(self, fitting: Sentences, statistics: HeadStatistics, plan: Plan) -> Codes:
         """What a plan puts into the model, one entry per layer."""
         codes = self._pruned(statistics, plan)
-        if not any(layer.refit for layer in plan.layers):
-            return codes
-        again = self.refitted(fitting, codes)
-        return tuple(new if layer.refit else old for layer, old, new in zip(plan.layers, codes, again, strict=True))
+        return refit_as_planned(plan, codes, lambda codes: self.refitted(fitting, codes))
 
     def refitted(self, fitting: Sentences, codes: Codes) -> Codes:
         """The codes with output projections fitted to them."""

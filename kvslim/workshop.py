@@ -37,15 +37,15 @@ from kvslim.plan.choose import Chosen, choose
 from kvslim.plan.decode_time import DecodeTime
 from kvslim.plan.lazy import laziest
 from kvslim.plan.planner import Planner, Trials
-from kvslim.plan.refit import refit_where_it_pays
-from kvslim.plan.removals import PlanTrials
+from kvslim.plan.refit import refit_as_planned, refit_where_it_pays
+from kvslim.plan.trials import PlanTrials
 from kvslim.plan.windows import SINKS, WindowTrials
 from kvslim.progress import Progress
 from kvslim.recipe import Budget, Calibration, Recipe, Validation
 from kvslim.transform.codes import LayerCodes
 from kvslim.transform.compensate import refitted
 from kvslim.transform.judge import Judge, RecallTrials, judged_windows, probe_windows
-from kvslim.transform.surgery import install, prepare
+from kvslim.transform.surgery import install, layer_modules, prepare
 from kvslim.types import KVLayout, ModelSpec, Plan
 from kvslim.validate.measure import Evaluation
 from kvslim.validate.recall import RecallItem, repeated_spans
@@ -106,10 +106,7 @@ class Workshop:
     def codes(self, statistics: CalibrationStatistics, plan: Plan) -> tuple[LayerCodes, ...]:
         """What a plan puts into the model, one entry per layer."""
         codes = fit(self.spec, statistics, plan, self.recipe.methods)
-        if not any(layer.refit for layer in plan.layers):
-            return codes
-        again = self.refitted(statistics, codes)
-        return tuple(new if layer.refit else old for layer, old, new in zip(plan.layers, codes, again, strict=True))
+        return refit_as_planned(plan, codes, lambda codes: self.refitted(statistics, codes))
 
     def chosen(self, statistics: CalibrationStatistics, held_out: Judge, budget: Budget) -> Chosen:
         """The planner's choice for a budget."""
@@ -142,13 +139,13 @@ class Workshop:
         return Planner(
             self.spec,
             statistics,
-            Plan.identity(self.spec, window_cache=self.recipe.window_cache),
             self.decode_time(context),
             Trials(
                 probe.kl,
                 held_out.kl,
                 WindowTrials(seen, held_out.kl, recall.drop),
                 PlanTrials(
+                    self._identity(),
                     lambda plan: probe.kl(fit(self.spec, statistics, plan)),
                     lambda plan: recall.drop(fit(self.spec, statistics, plan)),
                 ),
@@ -159,7 +156,7 @@ class Workshop:
 
     def decode_time(self, context: int) -> DecodeTime:
         """What a token costs after so many others."""
-        layers = list(self.model.get_submodule(self.architecture.layers).children())
+        layers = layer_modules(self.model, self.architecture)
         attention = tuple(_matrix_numbers(layer.get_submodule(self.architecture.attention)) for layer in layers)
         others = tuple(_matrix_numbers(layer) - own for layer, own in zip(layers, attention, strict=True))
         head = self.spec.vocab_size * self.spec.hidden_size
@@ -202,24 +199,20 @@ class Workshop:
             near = distances(self.spec, statistics, self._identity())
             return method.chosen(
                 {pair: distance.key + distance.value for pair, distance in near.items()},
-                lambda donors: held_out.kl(self.sharing(statistics, donors)),
+                lambda donors: held_out.kl(self.without(statistics, ShareKv(donors=donors))),
                 lambda layers: self.progress.track(layers, "layers to lose their cache"),
             )
         return method
 
-    def sharing(self, statistics: CalibrationStatistics, donors: dict[int, int]) -> tuple[LayerCodes, ...]:
-        """Codes of the model with some layers reading the caches of donors, and else as it is."""
-        plan = ShareKv(donors=donors).decide(self.spec, statistics, self._identity())
-        return fit(self.spec, statistics, plan)
+    def without(
+        self, statistics: CalibrationStatistics, method: PruneHeads | PruneLayers | ClusterHeads | ShareKv
+    ) -> tuple[LayerCodes, ...]:
+        """Codes of the model without the heads, layers or caches that a method takes, and else as it is."""
+        return fit(self.spec, statistics, method.decide(self.spec, statistics, self._identity()))
 
     def _identity(self) -> Plan:
+        """The plan that changes nothing."""
         return Plan.identity(self.spec, self.recipe.layout, self.recipe.window_cache)
-
-    def without(
-        self, statistics: CalibrationStatistics, method: PruneHeads | PruneLayers | ClusterHeads
-    ) -> tuple[LayerCodes, ...]:
-        """Codes of the model without the heads or layers that a method takes, and else as it is."""
-        return fit(self.spec, statistics, method.decide(self.spec, statistics, Plan.identity(self.spec)))
 
     def taylor(self, statistics: CalibrationStatistics) -> np.ndarray:
         """Taylor scores of query heads, on some of the text that serves for fitting; see `taylor_scores`."""

@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from tiny_decoders import save_decoder
+
+if TYPE_CHECKING:
+    from kvslim.calibrate.statistics import CalibrationStatistics
+    from kvslim.workshop import Workshop
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -72,6 +77,20 @@ def tiny_llama(tiny_model: Callable[[str], Path]) -> Path:
 def tiny_family(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> Path:
     """Each family in turn."""
     return tiny_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def workshop(tiny_llama: Path) -> Workshop:
+    """The tiny Llama opened; test files that look at other models have a fixture of their own by this name."""
+    from models import open_workshop, recipe_of
+
+    return open_workshop(tiny_llama, recipe_of())
+
+
+@pytest.fixture(scope="module")
+def statistics(workshop: Workshop) -> CalibrationStatistics:
+    """Of the opened model."""
+    return workshop.statistics()
 
 
 @pytest.fixture(scope="session")

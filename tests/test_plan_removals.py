@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from models import open_workshop, recipe_of
 from numbers_of_a_model import SPEC, statistics_of
+from planning import much, nothing, planner_of
 
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.checks import check_plan
@@ -17,12 +17,11 @@ from kvslim.plan.allocate import Option, allocate, allocate_both
 from kvslim.plan.choose import choose
 from kvslim.plan.decode_time import OF_CACHE, OF_WEIGHTS, DecodeTime
 from kvslim.plan.donors import sharing
-from kvslim.plan.planner import Planner, Trials
-from kvslim.plan.removals import PlanTrials, removals
+from kvslim.plan.planner import Planner
+from kvslim.plan.removals import removals
+from kvslim.plan.trials import PlanTrials
 from kvslim.plan.ways import Change
-from kvslim.plan.windows import WindowTrials
 from kvslim.recipe import Budget
-from kvslim.transform.judge import Judge
 from kvslim.types import KVLayout, LayerPlan, Plan
 from kvslim.workshop import Workshop
 
@@ -31,37 +30,14 @@ BASE = Plan.identity(SPEC)
 Loss = Callable[[Plan], float]
 
 
-def nothing(_: Plan) -> float:
-    return 0.0
-
-
-def much(_: Plan) -> float:
-    return 1e9
-
-
 def changed_in(plan: Plan) -> list[LayerPlan]:
     return [layer for layer in plan.layers if layer != LayerPlan(layer=layer.layer)]
 
 
 @pytest.fixture(scope="module")
-def workshop(tiny_model: Callable[[str], Path]) -> Workshop:
-    return open_workshop(tiny_model("llama"), recipe_of())
-
-
-@pytest.fixture(scope="module")
-def statistics(workshop: Workshop) -> CalibrationStatistics:
-    return workshop.statistics()
-
-
-@pytest.fixture(scope="module")
 def planner_with(workshop: Workshop, statistics: CalibrationStatistics) -> Callable[..., Planner]:
-    judge = Judge(workshop.model, workshop.architecture, statistics.windows)
-
     def made(divergence: Loss, drop: Loss = nothing, time_ratio: float | None = None) -> Planner:
-        windows = WindowTrials(0, judge.kl, lambda _: 0.0)
-        trials = Trials(judge.kl, judge.kl, windows, PlanTrials(divergence, drop))
-        base = Plan.identity(workshop.spec)
-        return Planner(workshop.spec, statistics, base, workshop.decode_time(CONTEXT), trials, iter, time_ratio)
+        return planner_of(workshop, statistics, context=CONTEXT, plans=(divergence, drop), time_ratio=time_ratio)
 
     return made
 
@@ -100,7 +76,7 @@ def test_removals_are_tried_where_their_share_of_fluctuation_could_pay() -> None
     def pays(layer: int, change: Change) -> bool:
         return layer == 1 and change.loss < SPEC.q_heads
 
-    found = removals(SPEC, statistics, BASE, PlanTrials(divergence, nothing), pays, iter, timed=False)
+    found = removals(SPEC, statistics, PlanTrials(BASE, divergence, nothing), pays, iter, timed=False)
     assert list(found) == [1]
     assert [layer.layer for layer in asked if layer.heads == ()] == list(range(SPEC.layers))
     assert {layer.layer for layer in asked if layer.heads} == {1}
@@ -112,8 +88,8 @@ def test_removals_are_tried_where_their_share_of_fluctuation_could_pay() -> None
 
 @pytest.mark.parametrize("timed", [False, True])
 def test_feed_forward_parts_are_tried_where_time_is_limited(timed: bool) -> None:
-    trials = PlanTrials(lambda _: 0.1, nothing)
-    found = removals(SPEC, statistics_of(SPEC), BASE, trials, lambda *_: True, iter, timed=timed)
+    trials = PlanTrials(BASE, lambda _: 0.1, nothing)
+    found = removals(SPEC, statistics_of(SPEC), trials, lambda *_: True, iter, timed=timed)
     for changes in found.values():
         assert ({"mlp": False} in [change.update for change in changes]) == timed
         assert ({"heads": (), "mlp": False} in [change.update for change in changes]) == timed
@@ -123,8 +99,8 @@ def test_removals_that_cost_recall_are_not_offered() -> None:
     def drop(plan: Plan) -> float:
         return 0.2 * (0 in [layer.layer for layer in changed_in(plan)])
 
-    trials = PlanTrials(lambda _: 0.1, drop)
-    found = removals(SPEC, statistics_of(SPEC), BASE, trials, lambda *_: True, iter, timed=False)
+    trials = PlanTrials(BASE, lambda _: 0.1, drop)
+    found = removals(SPEC, statistics_of(SPEC), trials, lambda *_: True, iter, timed=False)
     assert set(found) == set(range(1, SPEC.layers))
 
 
@@ -198,25 +174,15 @@ def test_time_ratio_is_an_option_of_plan(tiny_llama: Path, capsys: pytest.Captur
 
 
 def test_shared_caches_form_no_chain_and_keep_recall(workshop: Workshop, statistics: CalibrationStatistics) -> None:
-    trials = PlanTrials(lambda _: 0.1, lambda plan: 0.5 * (plan.layers[-1].donor is not None))
-    base = Plan.identity(workshop.spec)
-    found = sharing(workshop.spec, statistics, base, trials._replace(recall_drop=nothing), lambda *_: True, iter)
+    def offered(drop: Loss, pays: bool) -> dict[int, Change]:
+        trials = PlanTrials(Plan.identity(workshop.spec), lambda _: 0.1, drop)
+        return sharing(workshop.spec, statistics, trials, lambda *_: pays, iter)
+
+    found = offered(nothing, pays=True)
     assert found
     donors = {change.update["donor"] for change in found.values()}
     assert not donors & set(found)
     assert all(change.share == 0 and change.loss == 0.1 for change in found.values())
-    kept = sharing(workshop.spec, statistics, base, trials, lambda *_: True, iter)
+    kept = offered(lambda plan: 0.5 * (plan.layers[-1].donor is not None), pays=True)
     assert set(kept) == set(found) - {workshop.spec.layers - 1}
-    assert sharing(workshop.spec, statistics, base, trials, lambda *_: False, iter) == {}
-
-
-def test_shared_cache_that_loses_nothing_is_taken(workshop: Workshop, planner_with: Callable[..., Planner]) -> None:
-    planner = planner_with(lambda plan: 1e9 if any(layer.heads == () for layer in plan.layers) else 0.0)
-    layers = planner._filled(planner.plain_bytes / 8, planner.ways[4][-1])
-    assert layers is not None
-    assert any(layer.donor is not None for layer in layers)
-    planned = planner._planned(layers)
-    check_plan(planned.plan, workshop.spec)
-    assert any("reads the cache of layer" in layer.reason for layer in planned.plan.layers)
-    assert planned.point.kv_bytes_per_token * CONTEXT == KVLayout.of(workshop.spec, planned.plan).bytes_at(CONTEXT)
-    assert planned.point.kl == planner.judge(workshop.codes(planner.statistics, planned.plan))
+    assert offered(nothing, pays=False) == {}

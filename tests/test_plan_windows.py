@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
-from models import open_workshop, recipe_of
+from planning import Codes, much, nothing, planner_of
 
 from kvslim.calibrate.statistics import CalibrationStatistics
-from kvslim.plan.planner import Planner, Trials
-from kvslim.plan.removals import PlanTrials
-from kvslim.plan.windows import SINKS, WindowTrials, keeping_recall
-from kvslim.transform.codes import LayerCodes
-from kvslim.transform.judge import Judge
-from kvslim.types import KVLayout, Plan
+from kvslim.plan.planner import Planner
+from kvslim.plan.trials import keeping_recall
+from kvslim.plan.windows import SINKS, WindowTrials
+from kvslim.types import KVLayout
 from kvslim.workshop import Workshop
 
-Codes = tuple[LayerCodes, ...]
 CONTEXT = 128
-
-
-def nothing(_: Codes) -> float:
-    return 0.0
 
 
 def windows_in(codes: Codes) -> dict[int, int]:
@@ -84,24 +76,9 @@ def test_windows_that_cost_recall_only_together_are_not_all_taken() -> None:
 
 
 @pytest.fixture(scope="module")
-def workshop(tiny_model: Callable[[str], Path]) -> Workshop:
-    return open_workshop(tiny_model("llama"), recipe_of())
-
-
-@pytest.fixture(scope="module")
-def statistics(workshop: Workshop) -> CalibrationStatistics:
-    return workshop.statistics()
-
-
-@pytest.fixture(scope="module")
 def planner_with(workshop: Workshop, statistics: CalibrationStatistics) -> Callable[..., Planner]:
-    judge = Judge(workshop.model, workshop.architecture, statistics.windows)
-
     def made(divergence: Callable[[Codes], float] = nothing, drop: Callable[[Codes], float] = nothing) -> Planner:
-        windows = WindowTrials(CONTEXT, divergence, drop)
-        trials = Trials(judge.kl, judge.kl, windows, PlanTrials(lambda _: 1e9, lambda _: 0.0))
-        base = Plan.identity(workshop.spec)
-        return Planner(workshop.spec, statistics, base, workshop.decode_time(CONTEXT), trials, iter)
+        return planner_of(workshop, statistics, context=CONTEXT, windows=(divergence, drop))
 
     return made
 
@@ -123,7 +100,7 @@ def test_window_that_loses_nothing_is_offered_in_every_layer(
 
 def test_plan_is_no_worse_than_one_without_windows(planner_with: Callable[..., Planner]) -> None:
     """Windows that seemed to lose nothing lose much in the judge's text."""
-    misled, whole = planner_with(), planner_with(lambda _: 1e9)
+    misled, whole = planner_with(), planner_with(much)
     for ratio in (8, 16):
         plans = [planner.allocated(planner.plain_bytes / ratio) for planner in (misled, whole)]
         assert plans[0] is not None

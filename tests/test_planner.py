@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from models import CALIBRATION, open_workshop, recipe_of
+from models import CALIBRATION
 from models import VALIDATION as SMALL
+from planning import planner_of
 from tiny_artifact import SPEC
 
 from kvslim import pipeline
@@ -19,12 +20,9 @@ from kvslim.cli.schemas import output_type
 from kvslim.errors import GateError, UnsupportedError
 from kvslim.export.manifest import read_manifest
 from kvslim.plan.choose import Chosen, choose
-from kvslim.plan.planner import MARGIN, Planned, Planner, Trials
-from kvslim.plan.removals import PlanTrials
-from kvslim.plan.windows import WindowTrials
+from kvslim.plan.planner import MARGIN, Planned, Planner
 from kvslim.recipe import Budget, Recipe, load_recipe, parse_recipe
 from kvslim.runtime.graph import layout_of, open_session
-from kvslim.transform.judge import Judge
 from kvslim.types import KVLayout, Plan
 from kvslim.workshop import Workshop
 
@@ -34,24 +32,6 @@ CONTEXT = 2048
 def budget_of(**limits: float | int) -> Recipe:
     recipe = Recipe(name="test", calibration=CALIBRATION, validation=SMALL)
     return recipe.model_copy(update={"budget": Budget.model_validate(limits)})
-
-
-@pytest.fixture(scope="module")
-def workshop(tiny_model: Callable[[str], Path]) -> Workshop:
-    return open_workshop(tiny_model("llama"), recipe_of())
-
-
-@pytest.fixture(scope="module")
-def statistics(workshop: Workshop) -> CalibrationStatistics:
-    return workshop.statistics()
-
-
-def planner_of(workshop: Workshop, statistics: CalibrationStatistics) -> Planner:
-    judge = Judge(workshop.model, workshop.architecture, statistics.windows)
-    base = Plan.identity(workshop.spec)
-    windows = WindowTrials(0, judge.kl, lambda _: 0.0)
-    trials = Trials(judge.kl, judge.kl, windows, PlanTrials(lambda _: 1e9, lambda _: 0.0))
-    return Planner(workshop.spec, statistics, base, workshop.decode_time(CONTEXT), trials, iter)
 
 
 @pytest.fixture(scope="module")

@@ -251,7 +251,7 @@ def test_judge_runs_the_donor_that_lies_before_the_first_changed_layer(demo: Wor
     import torch
 
     windows = demo.statistics().windows
-    codes = demo.sharing(demo.statistics(), {5: 3})
+    codes = demo.without(demo.statistics(), ShareKv(donors={5: 3}))
     judge = Judge(demo.model, demo.architecture, windows)
     ids = torch.from_numpy(windows)
     with torch.inference_mode():
@@ -265,6 +265,6 @@ def test_judge_runs_the_donor_that_lies_before_the_first_changed_layer(demo: Wor
 def test_refit_lowers_the_kl_of_shared_layers(demo: Workshop) -> None:
     statistics = demo.statistics()
     windows = statistics.windows
-    codes = demo.sharing(statistics, {3: 2, 5: 4})
+    codes = demo.without(statistics, ShareKv(donors={3: 2, 5: 4}))
     judge = Judge(demo.model, demo.architecture, windows)
     assert 0 < judge.kl(refitted(demo.model, demo.architecture, codes, windows, iter)) < 0.95 * judge.kl(codes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,6 @@ from kvslim.calibrate.statistics import SINKS, CalibrationStatistics, collect, r
 from kvslim.transform.attention import Observed
 from kvslim.transform.surgery import slim_modules
 from kvslim.workshop import Workshop
-
-
-@pytest.fixture(scope="module")
-def workshop(tiny_model: Callable[[str], Path]) -> Workshop:
-    return open_workshop(tiny_model("llama"), recipe_of())
 
 
 def gather(workshop: Workshop, windows: np.ndarray, context: int = 200) -> CalibrationStatistics:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from kvslim.methods.share_kv import PROPOSED, distances
-from kvslim.plan.removals import Pays, PlanTrials, changed_plan
+from kvslim.plan.removals import Pays
+from kvslim.plan.trials import PlanTrials
 from kvslim.plan.ways import Change
-from kvslim.plan.windows import keeping_recall
-from kvslim.types import ModelSpec, Plan
+from kvslim.types import ModelSpec
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 def sharing(
     spec: ModelSpec,
     statistics: CalibrationStatistics,
-    base: Plan,
     trials: PlanTrials,
     pays: Pays,
     layers: Callable[[Iterable[int]], Iterable[int]],
@@ -30,19 +29,17 @@ def sharing(
     Args:
         spec: The model's shape.
         statistics: What is known of its cache.
-        base: The plan that changes nothing.
         trials: How the model is tried.
         pays: Whether a change of a layer could be part of a plan.
         layers: Wraps the iterable of layers, to show progress.
     """
-    near = {pair: sum(distance) for pair, distance in distances(spec, statistics, base).items()}
+    near = {pair: sum(distance) for pair, distance in distances(spec, statistics, trials.base).items()}
     nearest: dict[int, int] = {}
     for layer, donor in sorted(near, key=near.__getitem__):
         nearest.setdefault(layer, donor)
     found: dict[int, Change] = {}
     for layer in layers(list(nearest)[:PROPOSED]):
-        change = Change({"donor": nearest[layer]}, 0.0, share=0.0)
-        change = change._replace(loss=trials.divergence(changed_plan(base, {layer: change})))
+        change = trials.tried(layer, Change({"donor": nearest[layer]}, 0.0, share=0.0))
         if pays(layer, change):
             found[layer] = change
     taken: list[int] = []
@@ -50,7 +47,4 @@ def sharing(
         donors = {nearest[other] for other in taken}
         if layer not in donors and nearest[layer] not in taken:
             taken.append(layer)
-    kept = keeping_recall(
-        taken, lambda some: trials.recall_drop(changed_plan(base, {layer: found[layer] for layer in some}))
-    )
-    return {layer: found[layer] for layer in kept}
+    return {layer: found[layer] for layer in trials.keeping_recall(taken, found)}

@@ -18,9 +18,10 @@ from kvslim.plan.cost import side_costs
 from kvslim.plan.decode_time import DecodeTime
 from kvslim.plan.donors import sharing
 from kvslim.plan.probes import Divergence, prices
-from kvslim.plan.removals import PlanTrials, removals
+from kvslim.plan.removals import removals
+from kvslim.plan.trials import PlanTrials, keeping_recall
 from kvslim.plan.ways import Change, Way, Ways, words
-from kvslim.plan.windows import SINKS, Window, WindowTrials, keeping_recall, windowed
+from kvslim.plan.windows import SINKS, Window, WindowTrials, windowed
 from kvslim.transform.codes import LayerCodes
 from kvslim.types import KVLayout, LayerPlan, ModelSpec, Plan, PlanPoint
 
@@ -70,7 +71,6 @@ class Planner:
     Args:
         spec: The model's shape.
         statistics: What is known of its cache.
-        base: The plan that changes nothing.
         time: Of a token at the target context, at which bytes are counted too.
         trials: How the model is measured.
         layers: Wraps the iterable of probed layers, to show progress.
@@ -81,12 +81,12 @@ class Planner:
         self,
         spec: ModelSpec,
         statistics: CalibrationStatistics,
-        base: Plan,
         time: DecodeTime,
         trials: Trials,
         layers: Layers,
         time_ratio: float | None = None,
     ) -> None:
+        base = trials.plans.base
         self.spec, self.statistics, self.base, self.judge = spec, statistics, base, trials.judge
         self.time, self.context, self.time_ratio = time, time.context, time_ratio
         self.plain_bytes = KVLayout.of(spec, base).bytes_at(self.context)
@@ -99,7 +99,7 @@ class Planner:
             for bits in (8, 4)
         }
         windows = [_windowed(window) for window in self._windows(layers, trials.windows)]
-        tried = spec, statistics, base, trials.plans, self._pays, layers
+        tried = spec, statistics, trials.plans, self._pays, layers
         removed, shared = removals(*tried, timed=time_ratio is not None), sharing(*tried)
         self.ways = {bits: list(self._offered(whole, windows, removed, shared)) for bits, whole in self.whole.items()}
         self._fitted: dict[LayerPlan, tuple[LayerPlan, LayerCodes]] = {}

@@ -11,6 +11,14 @@ LEAST_GAIN = 0.03  # of the loss; less is the noise of a few windows of text
 Codes = tuple[LayerCodes, ...]
 
 
+def refit_as_planned(plan: Plan, codes: Codes, refitted: Callable[[Codes], Codes]) -> Codes:
+    """The codes, those of the layers that the plan marks with projections fitted to them."""
+    if not any(layer.refit for layer in plan.layers):
+        return codes
+    again = refitted(codes)
+    return tuple(new if layer.refit else old for layer, old, new in zip(plan.layers, codes, again, strict=True))
+
+
 def refit_where_it_pays(
     plan: Plan, codes: Codes, loss: Callable[[Codes], float], refitted: Callable[[Codes], Codes], name: str = "KL"
 ) -> tuple[Plan, float]:

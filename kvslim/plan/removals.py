@@ -6,42 +6,28 @@ fluctuation, and only where this could pay is it tried too. Feed-forward parts a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvslim.methods.prune_heads import Heads, kept
+from kvslim.plan.trials import PlanTrials
 from kvslim.plan.ways import Change
-from kvslim.plan.windows import keeping_recall
-from kvslim.types import ModelSpec, Plan
+from kvslim.types import ModelSpec
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
 
-Measure = Callable[[Plan], float]
 Pays = Callable[[int, Change], bool]
 TRIED = 8  # layers, those whose attention changes the hidden states least; all of them where time is limited
 ATTENTION, MLP = Change({"heads": ()}, 0.0, share=0.0), Change({"mlp": False}, 0.0)
 BLOCK = Change({**ATTENTION.update, **MLP.update}, 0.0, share=0.0)
 
 
-class PlanTrials(NamedTuple):
-    """How a model is tried with a plan.
-
-    Attributes:
-        divergence: From the model as it is.
-        recall_drop: Share of recall that it loses.
-    """
-
-    divergence: Measure
-    recall_drop: Measure
-
-
 def removals(
     spec: ModelSpec,
     statistics: CalibrationStatistics,
-    base: Plan,
     trials: PlanTrials,
     pays: Pays,
     layers: Callable[[Iterable[int]], Iterable[int]],
@@ -53,41 +39,24 @@ def removals(
     Args:
         spec: The model's shape.
         statistics: What is known of its heads.
-        base: The plan that changes nothing.
         trials: How the model is tried.
         pays: Whether a change of a layer could be part of a plan.
         layers: Wraps the iterable of layers, to show progress.
         timed: Whether time is limited too.
     """
-
-    def tried(layer: int, change: Change) -> Change:
-        return change._replace(loss=trials.divergence(changed_plan(base, {layer: change})))
-
     found: dict[int, list[Change]] = {}
     spare = np.argsort(statistics.influence[:, 0], kind="stable").tolist()
     for layer in layers(spare if timed else spare[:TRIED]):
         fluctuation = statistics.fluctuation[layer]
-        attention = tried(layer, ATTENTION)
+        attention = trials.tried(layer, ATTENTION)
         heads = (_without(part, attention.loss, fluctuation, spec) for part in _parts(spec, fluctuation))
         promising = [*(change for change in heads if pays(layer, change)), *([MLP, BLOCK] if timed else [])]
-        changes = [attention, *(tried(layer, change) for change in promising)]
+        changes = [attention, *(trials.tried(layer, change) for change in promising)]
         if paying := [change for change in changes if pays(layer, change)]:
             found[layer] = paying
     worst = {layer: max(changes, key=_loss) for layer, changes in found.items()}
     least = sorted(worst, key=lambda layer: worst[layer].loss)
-    kept_layers = keeping_recall(
-        least, lambda some: trials.recall_drop(changed_plan(base, {layer: worst[layer] for layer in some}))
-    )
-    return {layer: found[layer] for layer in kept_layers}
-
-
-def changed_plan(base: Plan, changes: Mapping[int, Change]) -> Plan:
-    """The plan with the changes of some layers, and nothing else."""
-    layers = (
-        layer.model_copy(update=changes[layer.layer].update) if layer.layer in changes else layer
-        for layer in base.layers
-    )
-    return base.model_copy(update={"layers": tuple(layers)})
+    return {layer: found[layer] for layer in trials.keeping_recall(least, worst)}
 
 
 def _loss(change: Change) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from kvslim.plan.lazy import MOST_RECALL
 from kvslim.transform.codes import LayerCodes
 
 Measure = Callable[[tuple[LayerCodes, ...]], float]
@@ -52,25 +51,3 @@ class WindowTrials(NamedTuple):
 def windowed(chosen: Sequence[int], window: int, layers: int) -> tuple[LayerCodes, ...]:
     """Codes of a model with a window in some layers and nothing else."""
     return tuple(LayerCodes(window=window, sinks=SINKS) if layer in chosen else LayerCodes() for layer in range(layers))
-
-
-def keeping_recall(wanted: Sequence[int], recall_drop: Callable[[Sequence[int]], float]) -> list[int]:
-    """As many of the layers as can change together at no cost of recall.
-
-    Halves of the row are tried as one, and only those that fail are taken apart.
-
-    Args:
-        wanted: Layers, those that lose least first.
-        recall_drop: Share of recall that the model loses by a change of some layers.
-    """
-
-    def kept(taken: list[int], more: Sequence[int]) -> list[int]:
-        together = [*taken, *more]
-        if not more or recall_drop(together) <= MOST_RECALL:
-            return together
-        if len(more) == 1:
-            return taken
-        middle = len(more) // 2
-        return kept(kept(taken, more[:middle]), more[middle:])
-
-    return kept([], wanted)
