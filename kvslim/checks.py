@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvslim.errors import UnsupportedError, UsageError
+from kvslim.methods.base import Method
 from kvslim.methods.cluster_heads import check_clusters
 from kvslim.methods.kv_hdc import KvHdc
 from kvslim.methods.kv_pca import STEP, check_rank, check_width
@@ -70,8 +71,7 @@ def check_layout(recipe: Recipe) -> None:
     if any(isinstance(method, KvHdc) and method.bits <= 3 for method in recipe.methods) and "kv_window" in names:
         message = "packed codes keep what leaves their window, kv_window drops it"
         raise UsageError(message, where="recipe: methods", fix="drop kv_window, or use kv_hdc with 8 or 4 bits")
-    counted = any(isinstance(method, PruneHeads) and not method.heads for method in recipe.methods)
-    if counted and any(isinstance(method, PruneLayers) and method.takes_attention for method in recipe.methods):
+    if any(map(_counts_heads, recipe.methods)) and any(map(_takes_attention, recipe.methods)):
         message = "prune_heads cannot count on the heads of layers that prune_layers may take"
         raise UsageError(message, where="recipe: methods", fix="name the heads: prune_heads: {heads: {2: [0, 1]}}")
     for method in recipe.methods:
@@ -102,12 +102,19 @@ def _check_sharing(method: ShareKv, recipe: Recipe) -> None:
         if isinstance(other, KvWindow) and (both := named.intersection(other.layers or ())):
             message = f"layer {min(both)} cannot have a window and share a cache of all tokens"
             raise UsageError(message, where=where, fix="drop it from kv_window.layers or from share_kv.donors")
-        counted = (isinstance(other, PruneLayers) and other.takes_attention) or (
-            isinstance(other, PruneHeads) and not other.heads
-        )
-        if method.donors is None and counted:
+        if method.donors is None and (_counts_heads(other) or _takes_attention(other)):
             message = f"share_kv cannot count on layers that {other.name} may take"
             raise UsageError(message, where=where, fix="name the layers: share_kv: {donors: {5: 4}}")
+
+
+def _counts_heads(method: Method) -> bool:
+    """Whether a method takes heads that it must choose among all layers."""
+    return isinstance(method, PruneHeads) and not method.heads
+
+
+def _takes_attention(method: Method) -> bool:
+    """Whether a method takes whole attentions."""
+    return isinstance(method, PruneLayers) and method.takes_attention
 
 
 def check_lengths(recipe: Recipe, spec: ModelSpec) -> None:

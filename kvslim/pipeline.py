@@ -19,7 +19,6 @@ from kvslim.export.manifest import hash_files, read_manifest, write_manifest
 from kvslim.export.package import check_output, staging
 from kvslim.load.encoders import encoder_inputs
 from kvslim.load.source import Snapshot, check_weights, read_spec, resolve
-from kvslim.methods import Method
 from kvslim.plan.analyze import Analysis
 from kvslim.progress import Progress, Silent
 from kvslim.recipe import Gates, Recipe, parse_recipe
@@ -182,7 +181,7 @@ def bench(artifacts: Sequence[Path], grid: Grid) -> dict[str, BenchResult]:
 def decide(recipe: Recipe, spec: ModelSpec, statistics: CalibrationStatistics) -> Plan:
     """The plan that the recipe's methods make of a model's statistics."""
     plan = Plan.identity(spec, recipe.layout, recipe.window_cache)
-    for method in _in_order(recipe):
+    for method in recipe.ordered_methods:
         plan = _with_clusters_of(plan, method.decide(spec, statistics, plan))
     return plan
 
@@ -301,10 +300,6 @@ def _open_encoder(snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress:
 
     progress.stage("load")
     return EncoderWorkshop(snapshot, spec, recipe, progress)
-
-
-def _in_order(recipe: Recipe) -> list[Method]:
-    return sorted(recipe.methods, key=lambda method: method.order)
 
 
 def _source_of(artifact: Path, manifest: Manifest) -> str:

@@ -150,6 +150,11 @@ class Recipe(Frozen):
             raise ValueError("give methods or a budget, not both")
         return self
 
+    @property
+    def ordered_methods(self) -> list[Method]:
+        """The methods in the order that they run in."""
+        return sorted(self.methods, key=lambda method: method.order)
+
     def within(self, budget: Budget) -> Recipe:
         """This recipe with the planner in place of its methods, and the budget's limits as gates."""
         gates = self.gates.model_copy(

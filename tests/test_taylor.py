@@ -15,6 +15,7 @@ from kvslim import pipeline
 from kvslim.calibrate.taylor import taylor_scores
 from kvslim.errors import UsageError
 from kvslim.methods import PruneHeads
+from kvslim.transform.surgery import attention_modules
 from kvslim.types import ModelSpec
 from kvslim.workshop import Workshop
 
@@ -32,8 +33,8 @@ def loss_with(workshop: Workshop, window: np.ndarray, counts: np.ndarray, layer:
     """Mean loss of the tokens that count, one head's output scaled, in float64."""
     import torch
 
-    attention = list(workshop.model.get_submodule(workshop.architecture.layers).children())[layer]
-    output = attention.get_submodule(f"{workshop.architecture.attention}.{workshop.architecture.output}")
+    attention = attention_modules(workshop.model, workshop.architecture)[layer]
+    output = attention.get_submodule(workshop.architecture.output)
     size = workshop.spec.head_dim
 
     def scale(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

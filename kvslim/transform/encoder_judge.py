@@ -13,7 +13,7 @@ from kvslim.calibrate.sentences import Sentences
 from kvslim.load.architecture import Architecture
 from kvslim.transform.codes import LayerCodes
 from kvslim.transform.judge import remembering, replaying
-from kvslim.transform.surgery import trial
+from kvslim.transform.surgery import layer_modules, trial
 
 BATCH = 16  # sentences of a forward pass
 
@@ -48,7 +48,7 @@ class EncoderJudge:
 
     def __init__(self, model: Any, architecture: Architecture, sentences: Sentences) -> None:
         self.model, self.architecture = model, architecture
-        self.layers = list(model.base_model.get_submodule(architecture.layers).children())
+        self.layers = layer_modules(model.base_model, architecture)
         self._batches: list[_Batch] = []
         for tokens, targets in _batches(sentences):
             with remembering(self.layers) as outputs:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvslim.load.architecture import Architecture
 from kvslim.transform.codes import Array, LayerCodes
-from kvslim.transform.surgery import trial
+from kvslim.transform.surgery import layer_modules, trial
 
 BATCH = 1024  # tokens of a forward pass
 SMALL_VOCABULARY = 2**14
@@ -55,7 +55,7 @@ class Judge:
     ) -> None:
         self.model, self.architecture = model, architecture
         self.stride = 2 if probing and model.config.vocab_size > SMALL_VOCABULARY else 1
-        self.layers = list(model.get_submodule(architecture.layers).children())
+        self.layers = layer_modules(model, architecture)
         self.length = windows.shape[1]
         self.batches = torch.from_numpy(windows).split(max(1, BATCH // self.length))
         following = np.ones(windows.shape, bool)
