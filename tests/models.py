@@ -67,8 +67,15 @@ def torch_logits(workshop: Workshop, tokens: np.ndarray) -> np.ndarray:
 
 def cached_logits(folder: Path, tokens: np.ndarray, steps: int = 8) -> np.ndarray:
     """[n, vocab] logits through the cache: one prefill, then `steps` single tokens."""
-    session = DecodeSession(folder, capacity=len(tokens), all_positions=True)
     first = len(tokens) - steps
-    return np.concatenate(
-        [session.step(tokens[:first]), *(session.step(tokens[i : i + 1]) for i in range(first, len(tokens)))]
-    )
+    return in_chunks(DecodeSession(folder, capacity=len(tokens), all_positions=True), tokens, [first, *[1] * steps])
+
+
+def in_chunks(session: DecodeSession, tokens: np.ndarray, chunks: Sequence[int]) -> np.ndarray:
+    """[n, vocab] logits of tokens that come in chunks of these sizes, again and again."""
+    logits, start = [], 0
+    while start < len(tokens):
+        size = chunks[len(logits) % len(chunks)]
+        logits.append(session.step(tokens[start : start + size]))
+        start += size
+    return np.concatenate(logits)

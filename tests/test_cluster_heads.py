@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,16 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from models import cached_logits, export_slim, open_workshop, original_logits, recipe_of, tokens_of, torch_logits
+from models import (
+    cached_logits,
+    export_slim,
+    in_chunks,
+    open_workshop,
+    original_logits,
+    recipe_of,
+    tokens_of,
+    torch_logits,
+)
 from numbers_of_a_model import SPEC, statistics_of
 from pydantic import ValidationError
 
@@ -50,16 +59,6 @@ def made(tiny_model: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> Made:
         return found[kind]
 
     return of
-
-
-def in_chunks(session: DecodeSession, tokens: np.ndarray, chunks: Sequence[int]) -> np.ndarray:
-    """[n, vocab] logits of tokens that come in chunks of these sizes, again and again."""
-    logits, start = [], 0
-    while start < len(tokens):
-        size = chunks[len(logits) % len(chunks)]
-        logits.append(session.step(tokens[start : start + size]))
-        start += size
-    return np.concatenate(logits)
 
 
 # -- the choice

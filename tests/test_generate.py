@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 from tiny_artifact import describe
-from tiny_graph import write_tiny
-from tiny_tokenizer import byte_tokenizer
+from tiny_writer import write_writer
 
 from kvslim.cli import app
 from kvslim.cli.schemas import output_type
@@ -41,9 +40,7 @@ def artifact(tmp_path: Path) -> Path:
     """An artifact with a graph that runs, and a chat template."""
     folder = tmp_path / "artifact"
     folder.mkdir()
-    write_tiny(folder / "model.onnx", vocab=256)
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
-    (folder / "generation_config.json").write_text("{}")
+    write_writer(folder)
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     describe(folder)
     return folder

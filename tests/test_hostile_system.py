@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 from tiny_artifact import describe, fill
-from tiny_graph import write_tiny
-from tiny_tokenizer import byte_tokenizer
+from tiny_writer import write_writer
 
 from kvslim.cli import app
 from kvslim.cli.failures import MemoryLimitError, explained
@@ -31,9 +30,7 @@ def artifact(tmp_path: Path) -> Path:
     """An artifact that runs."""
     folder = tmp_path / "artifact"
     folder.mkdir()
-    write_tiny(folder / "model.onnx", vocab=256)
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
-    (folder / "generation_config.json").write_text("{}")
+    write_writer(folder)
     describe(folder)
     return folder
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_graph import write_tiny
 from tiny_tokenizer import byte_tokenizer
+from tiny_writer import write_writer
 
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
 from kvslim.runtime.completion import Completer, PromptEncoder
@@ -17,10 +17,7 @@ from kvslim.runtime.session import DecodeSession
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_tiny(tmp_path / "model.onnx", vocab=256)
-    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "generation_config.json").write_text("{}")
-    return tmp_path
+    return write_writer(tmp_path)
 
 
 def completer(folder: Path, capacity: int = 64) -> Completer:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny_graph import write_tiny
 from tiny_tokenizer import byte_tokenizer
+from tiny_writer import write_writer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kvslim.errors import UsageError
@@ -34,10 +35,7 @@ def metaspace_tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_tiny(tmp_path / "model.onnx", vocab=256)
-    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "generation_config.json").write_text("{}")
-    return tmp_path
+    return write_writer(tmp_path)
 
 
 @pytest.fixture

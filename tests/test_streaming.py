@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from models import original_logits, tokens_of, torch_logits
+from models import in_chunks, original_logits, tokens_of, torch_logits
 from streaming_codes import SINKS, WINDOW, export_ring, install_ring
 
 from kvslim.errors import ArtifactError, UsageError
@@ -29,16 +29,6 @@ OTHER_FAMILIES: tuple[tuple[str, CacheType], ...] = (
     ("gemma2", "codes2"),
     ("mistral", "float32"),
 )
-
-
-def in_chunks(session: DecodeSession, tokens: np.ndarray, chunks: Sequence[int]) -> np.ndarray:
-    """[n, vocab] logits of tokens that come in chunks of these sizes, again and again."""
-    logits, start = [], 0
-    while start < len(tokens):
-        size = chunks[len(logits) % len(chunks)]
-        logits.append(session.step(tokens[start : start + size]))
-        start += size
-    return np.concatenate(logits)
 
 
 @pytest.fixture(scope="module")

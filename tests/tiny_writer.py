@@ -1,0 +1,16 @@
+"""A folder that completes text: a tiny decoder with a byte tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tiny_graph import write_tiny
+from tiny_tokenizer import byte_tokenizer
+
+
+def write_writer(folder: Path) -> Path:
+    """Writes graph, tokenizer and generation config to an existing folder, which comes back."""
+    write_tiny(folder / "model.onnx", vocab=256)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "generation_config.json").write_text("{}")
+    return folder
