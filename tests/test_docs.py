@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,26 +13,16 @@ from numbers_of_a_model import SPEC, statistics_of
 from tiny_decoders import CONFIGS
 
 from kvslim.checks import check_plan
-from kvslim.cli import app
-from kvslim.devices.profile import shipped_devices
-from kvslim.errors import KvslimError, UsageError
+from kvslim.devices.profile import load_device
+from kvslim.errors import UsageError
 from kvslim.load.architecture import ARCHITECTURES
 from kvslim.load.encoders import ENCODERS
 from kvslim.methods import METHODS
 from kvslim.methods.fitting import fit
-from kvslim.types import LayerPlan, Plan
+from kvslim.recipe import load_recipe
+from kvslim.types import Plan
 
 ROOT = Path(__file__).parent.parent
-WORK = (
-    *(f"kvslim.pipeline.{name}" for name in ("compress", "plan", "analyze", "validate", "bench")),
-    "kvslim.cli.comparing.read_artifacts",
-    "kvslim.cli.doctor.measured",
-    "kvslim.cli.generating.generate",
-    "kvslim.cli.inspect.inspect",
-    "kvslim.export.manifest.verify",
-    "kvslim.validate.tasks.evaluate",
-)
-ARGUMENTS = {"MODEL": "demo", "$MODEL": "demo", "ARTIFACT": "artifacts", "$RECIPE": "recipe.yaml"}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -66,39 +55,35 @@ def test_tables_were_written_by_their_commands(page: Path) -> None:
         assert table.count("\n|") > 2, f"run `python tools/write_tables.py`: no table for {command!r}"
 
 
-def commands() -> list[str]:
-    """Every `kvslim` command in a code block, without its comment."""
-    blocks = (block for page in PAGES for block in re.findall(r"```\w*\n(.*?)```", page.read_text(), re.DOTALL))
-    lines = (part for block in blocks for line in block.replace("\\\n", " ").splitlines() for part in line.split(";"))
-    found = (re.sub(r"\s+[#>].*", "", line).strip() for line in lines)
-    return sorted({command for command in found if re.match(r"kvslim [a-z]", command)})
+def blocks(kind: str) -> list[str]:
+    """Code blocks of a kind, on all pages."""
+    return [block for page in PAGES for block in re.findall(rf"```{kind}\n(.*?)```", page.read_text(), re.DOTALL)]
 
 
-class ReachedError(KvslimError):
-    """The command line was taken, and what it asks for was called."""
+def recipes() -> list[str]:
+    """Every recipe of the docs, and one more for each alternative that a comment in it gives."""
+    found = []
+    for block in blocks("yaml"):
+        if "methods:" not in block:
+            continue
+        found.append(block)
+        first = re.findall(r"- (\w+)", block)[0]
+        for comment in re.findall(r"# or (.*)", block):
+            for method, options in re.findall(r"(?:(\w+): )?(\{.*?\})(?=[:,\s]|$)", comment):
+                found.append(f"methods: [{method or first}: {options}]")
+    return found
 
-    exit_code = 77
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_recipe_of_the_docs_is_read(recipe: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    assert load_recipe(str(tmp_path / "recipe.yaml")).methods
 
 
-@pytest.mark.parametrize("command", commands())
-def test_command_of_the_docs_is_taken(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Options, recipes and budgets are read as they would be; what takes long is replaced."""
-
-    def reached(*_: object, **__: object) -> None:
-        raise ReachedError("reached", where="here", fix="none")
-
-    for name in WORK:
-        monkeypatch.setattr(name, reached)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "artifacts").mkdir()
-    (tmp_path / "recipe.yaml").write_text("methods: [kv_quant]\n")
-    (tmp_path / "this.yaml").write_text(shipped_devices()["laptop-8gb"].read_text())
-    (tmp_path / "plan.json").write_text(Plan(layers=(LayerPlan(layer=0),)).model_dump_json())
-    arguments = [ARGUMENTS.get(part, part) for part in shlex.split(command)[1:]]
-    assert app.run(arguments) in {0, ReachedError.exit_code}, capsys.readouterr().err
-    capsys.readouterr()
+def test_profile_of_the_docs_is_read(tmp_path: Path) -> None:
+    (profile,) = [block for block in blocks("yaml") if "ram_gib" in block]
+    (tmp_path / "board.yaml").write_text(profile)
+    assert load_device(str(tmp_path / "board.yaml")).name == "my board"
 
 
 def test_errors_of_troubleshooting_are_real() -> None:
