@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from tiny_artifact import describe, fill
 from tiny_writer import write_writer
 
 from kvslim.cli import app
-from kvslim.cli.failures import MemoryLimitError, explained
+from kvslim.cli.failures import explained
+from kvslim.cli.memory import LEAST_MIB, LEAST_WITH_TORCH_MIB, MemoryLimitError
 from kvslim.errors import ArtifactError, OutputError, UsageError
 from kvslim.export.manifest import verify
 from kvslim.export.package import staging
@@ -100,6 +102,35 @@ def test_memory_limit_is_one_error_when_the_cache_does_not_fit(artifact: Path) -
     assert clear(done.stderr)
 
 
+def compress(model: Path, out: Path) -> list[str]:
+    """Arguments of a compression that measures little."""
+    brief = ("calibration.samples=2", "calibration.length=48", "validation.samples=2", "validation.length=48")
+    settings = [part for setting in (*brief, "validation.recall_items=2") for part in ("--set", setting)]
+    return ["compress", str(model), "-r", "lossless", "-o", str(out), *settings]
+
+
+def limited(mib: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command that may have so much memory."""
+    command = f"ulimit -v {mib * 1024}; exec {shlex.join([*COMMAND, *arguments])}"
+    return subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("mib", [100, 580, 840, LEAST_WITH_TORCH_MIB - 1])
+def test_memory_limit_is_one_error_before_native_libraries_abort(mib: int, tmp_path: Path, tiny_llama: Path) -> None:
+    done = limited(mib, "compress", str(tiny_llama), "-o", str(tmp_path / "out"))
+    assert (done.returncode, done.stdout) == (4, "")
+    assert f"limit of {mib} MiB" in done.stderr
+    assert f"ulimit -v {LEAST_WITH_TORCH_MIB * 1024}" in done.stderr
+    assert clear(done.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_commands_work_with_the_memory_that_they_ask_for(tmp_path: Path, tiny_llama: Path, artifact: Path) -> None:
+    assert limited(LEAST_MIB, "generate", str(artifact), "-p", "a").returncode == 0
+    done = limited(LEAST_WITH_TORCH_MIB, *compress(tiny_llama, tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     "cause",
     [
@@ -173,3 +204,16 @@ def test_two_at_once_leave_one_whole_artifact(tmp_path: Path, overwrite: bool) -
     assert verify(out) == ()
     assert (out / "model.onnx").read_text() == ("slower" if overwrite else "faster")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_of_two_compressions_into_one_folder_one_wins_whole(tmp_path: Path, tiny_llama: Path) -> None:
+    out = tmp_path / "out"
+    command = [*COMMAND, *compress(tiny_llama, out)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [process.communicate()[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], told
+    (loser,) = (text for process, text in zip(both, told, strict=True) if process.returncode)
+    assert str(out) in loser
+    assert "--force" in loser
+    assert verify(out) == ()
+    assert list(tmp_path.iterdir()) == [out]

@@ -11,6 +11,7 @@ import typer
 from kvslim import __version__
 from kvslim.cli import console, making, measuring, telling, using
 from kvslim.cli.failures import READER_GONE, InterruptError, explained, usage_error
+from kvslim.cli.memory import check_memory
 from kvslim.errors import KvslimError, UsageError
 
 app = typer.Typer(
@@ -73,10 +74,13 @@ def _told(error: KvslimError, as_json: bool) -> int:
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="print the version")] = False
+) -> None:
     if version:
         console.print_text(f"{__version__}\n")
         raise typer.Exit
+    check_memory(context.invoked_subcommand or "")
 
 
 app.command()(making.compress)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kvslim.cli import console
+from kvslim.cli.memory import MemoryLimitError
 from kvslim.errors import GateError, KvslimError, UsageError
 
 if TYPE_CHECKING:
@@ -35,12 +36,6 @@ class InterruptError(KvslimError):
     """The user pressed Ctrl-C (exit code 130)."""
 
     exit_code = 130
-
-
-class MemoryLimitError(KvslimError):
-    """The memory of the machine, or what the process may have of it, is used up (exit code 4)."""
-
-    exit_code = 4
 
 
 class FileAccessError(KvslimError):
