@@ -211,3 +211,9 @@ def test_cache_of_a_window_does_not_grow_with_the_context(tmp_path: Path) -> Non
     full = 2 * 2 * 16 * 4
     assert layout.bytes_at(1000) == full * (1000 + 64 + WINDOW_SLACK)
     assert layout.bytes_per_token(1000) == layout.bytes_at(1000) / 1000
+
+
+def test_threads_rest_between_runs(tmp_path: Path) -> None:
+    """Spinning threads of one session would take the cores from the next, which is timed in turns with it."""
+    options = open_session(write_tiny(tmp_path / "tiny.onnx")).get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"

@@ -122,8 +122,7 @@ def _decode_times(sessions: Mapping[str, DecodeSession], context: int, repeats: 
         session.fill(context)
 
     def timed(name: str) -> Cost:
-        # The step before puts the model where a decode loop has it: its weights in the processor's caches, and the
-        # other model's worker threads, which spin for a while after their last step, asleep.
+        # The step before puts the model where a decode loop has it: its weights in the processor's caches.
         _step(sessions[name], context)
         return cost(lambda: _step(sessions[name], context))
 
