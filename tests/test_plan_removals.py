@@ -15,7 +15,7 @@ from kvslim.cli import app
 from kvslim.errors import GateError
 from kvslim.plan.allocate import Option, allocate, allocate_both
 from kvslim.plan.choose import choose
-from kvslim.plan.decode_time import OF_CACHE, OF_WEIGHTS, DecodeTime
+from kvslim.plan.decode_time import OF_CACHE, OF_SCORE, OF_WEIGHTS, DecodeTime
 from kvslim.plan.donors import sharing
 from kvslim.plan.planner import Planner
 from kvslim.plan.removals import removals
@@ -154,10 +154,12 @@ def test_impossible_time_is_refused_with_what_is_possible(planner_with: Callable
 def test_time_follows_heads_sizes_and_windows() -> None:
     spec = SPEC.model_copy(update={"windows": (None,) * SPEC.layers})
     time = DecodeTime(spec, CONTEXT, "fp32", (100,) * spec.layers, (1000,) * spec.layers, 10)
-    reading = 2 * spec.q_heads * spec.head_dim * CONTEXT
+    reading, of_int8 = (
+        spec.q_heads * (OF_CACHE[kind] * 2 * spec.head_dim + OF_SCORE) * CONTEXT for kind in ("float32", "int8")
+    )
     assert time.of_layer(LayerPlan(layer=0)) == OF_WEIGHTS["fp32"] * 1100 + reading
     assert time.of_layer(LayerPlan(layer=0, heads=())) == OF_WEIGHTS["fp32"] * 1000
-    assert time.of_layer(LayerPlan(layer=0, cache="int8")) == OF_WEIGHTS["fp32"] * 1100 + OF_CACHE["int8"] * reading
+    assert time.of_layer(LayerPlan(layer=0, cache="int8")) == OF_WEIGHTS["fp32"] * 1100 + of_int8
     windowed = LayerPlan(layer=0, window=100, sinks=4)
     assert time.of_layer(windowed) == OF_WEIGHTS["fp32"] * 1100 + reading * 104 / CONTEXT
     assert time.of_layer(LayerPlan(layer=0, mlp=False)) == OF_WEIGHTS["fp32"] * 100 + reading
