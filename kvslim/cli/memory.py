@@ -5,8 +5,8 @@ from __future__ import annotations
 from kvslim.errors import KvslimError
 
 LEAST_MIB = 256  # address space of a command that runs graphs, measured as 240 on two cores
-LEAST_WITH_TORCH_MIB = 1536  # of one that opens the model too, measured as 1,300
-WITH_TORCH = {"compress", "plan", "analyze", "validate"}
+LEAST_WITH_TORCH_MIB = 1536  # of one that opens the model, or counts its parameters; measured as 1,300 for `compress`
+WITH_TORCH = {"compress", "plan", "analyze", "validate", "eval", "inspect"}
 
 
 class MemoryLimitError(KvslimError):

@@ -94,7 +94,7 @@ def open_session(model: Path, threads: int | None = None, *, all_positions: bool
         raise UsageError("onnxruntime opens no path that is not UTF-8", where=str(path), fix="rename the folder")
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    # Worker threads would spin for up to a second after a run, and keep a core from whoever runs next.
+    # Worker threads would spin for some 50 ms after a run, and keep a core from whoever runs next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
