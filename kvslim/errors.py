@@ -67,8 +67,8 @@ class NotFoundError(KvslimError):
     exit_code = 5
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """A hint for an unknown name: the closest known one, or the whole list."""
+def suggestion(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """A hint for an unknown name: the closest known one, or else the whole list, or what stands for a list too long."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+    return f"did you mean {close[0]!r}?" if close else otherwise or f"known: {', '.join(names)}"

@@ -135,24 +135,9 @@ class Completer:
                 where="prompt",
                 fix="shorten it, or give more --context where the model has more positions",
             )
-        cached = self._rewind(ids)
-        return stream_text(self._tokenizer, ids, self._timed(cached, min(max_new_tokens, capacity - len(ids))))
-
-    def _rewind(self, ids: Sequence[int]) -> int:
-        """Leaves in the cache what it shares with a prompt, but for the prompt's last token: its logits are wanted.
-
-        Returns:
-            The number of tokens that are left.
-        """
-        held = self._tokens[: self._session.length]
-        pairs = enumerate(zip(held, ids[:-1], strict=False))
-        same = next((index for index, (old, new) in pairs if old != new), min(len(held), len(ids) - 1))
-        try:
-            self._session.rewind(same)
-        except UsageError:  # a window has dropped tokens that the shorter context needs
-            self._session.reset()
+        cached = self._session.keep_shared(self._tokens, ids[:-1])  # the logits of the last token are wanted
         self._tokens = list(ids)
-        return self._session.length
+        return stream_text(self._tokenizer, ids, self._timed(cached, min(max_new_tokens, capacity - len(ids))))
 
     def _timed(self, cached: int, most: int) -> Iterator[int]:
         """New tokens; notes them, and at the end what they took."""

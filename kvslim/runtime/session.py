@@ -119,6 +119,25 @@ class DecodeSession:
             )
         self.length = length
 
+    def keep_shared(self, held: Sequence[int], tokens: Sequence[int]) -> int:
+        """Leaves in the cache what it begins with like other tokens, or nothing where a window has moved on since.
+
+        Args:
+            held: Tokens that the cache was given, and maybe more.
+            tokens: Those that it should hold.
+
+        Returns:
+            The number of tokens that are left.
+        """
+        held = held[: self.length]
+        pairs = enumerate(zip(held, tokens, strict=False))
+        same = next((index for index, (old, new) in pairs if old != new), min(len(held), len(tokens)))
+        try:
+            self.rewind(same)
+        except UsageError:
+            self.reset()
+        return self.length
+
     def fill(self, length: int, seed: int = 0) -> None:
         """Sets the cache to a context of `length` tokens with pseudo-random content, for timing without a prefill.
 

@@ -146,7 +146,7 @@ class ArtifactLM(TemplateLM):
     def _logits(self, tokens: Sequence[int], start: int) -> Logits:
         """Logits that follow tokens[start:], float32 [n, vocab]."""
         session = self._open(len(tokens))
-        first = _rewound(session, min(_shared(self._cached, tokens), start))
+        first = session.keep_shared(self._cached, tokens[:start])
         self._cached = ()  # until all went well
         for begin in range(first, start, CHUNK):
             session.step(tokens[begin : min(begin + CHUNK, start)])
@@ -162,21 +162,6 @@ class ArtifactLM(TemplateLM):
             self._session = DecodeSession(self._folder, capacity=room, threads=self._threads, all_positions=True)
             self._cached = ()
         return self._session
-
-
-def _shared(left: Sequence[int], right: Sequence[int]) -> int:
-    """Tokens with which both begin."""
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((index for index, (a, b) in pairs if a != b), min(len(left), len(right)))
-
-
-def _rewound(session: DecodeSession, length: int) -> int:
-    """Tokens that the cache keeps: so many, or none where a window has moved on since."""
-    try:
-        session.rewind(length)
-    except UsageError:
-        session.reset()
-    return session.length
 
 
 def _cut(text: str, until: Collection[str]) -> str:

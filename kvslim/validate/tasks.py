@@ -5,7 +5,6 @@ JSONL becomes a task of the harness too, so that prompts, scores and standard er
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from kvslim.errors import NotFoundError, UnsupportedError, UsageError
+from kvslim.errors import NotFoundError, UnsupportedError, UsageError, suggestion
 from kvslim.export.manifest import read_manifest
 from kvslim.progress import Progress, Silent
 from kvslim.types import Frozen, GateResult
@@ -164,10 +163,10 @@ def _manager(names: Sequence[str], include: Path | None) -> Any:
         manager = TaskManager(include_path=own)
     for name in names:
         if name not in manager.task_index:
-            close = difflib.get_close_matches(name, manager.task_index, n=1)
             listed = "`lm-eval ls tasks` lists all; --include FOLDER adds yours"
-            fix = f"did you mean {close[0]!r}?" if close else listed
-            raise NotFoundError(f"no task {name!r}", where="--tasks", fix=fix)
+            raise NotFoundError(
+                f"no task {name!r}", where="--tasks", fix=suggestion(name, manager.task_index, otherwise=listed)
+            )
     return manager
 
 
