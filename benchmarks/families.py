@@ -15,8 +15,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import numpy as np
-from models import cached_logits, export_slim, open_workshop, original_logits, recipe_of, tokens_of, torch_logits
-from tiny_decoders import CONFIGS, save_decoder
+from support.models import (
+    cached_logits,
+    export_slim,
+    open_workshop,
+    original_logits,
+    recipe_of,
+    tokens_of,
+    torch_logits,
+)
+from support.tiny_decoders import CONFIGS, save_decoder
 
 from kvslim.load.architecture import ARCHITECTURES
 from kvslim.methods import KvPca, KvQuant, Method

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tiny_decoders import save_decoder
+from support.paths import SHARED
+from support.tiny_decoders import save_decoder
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
     from kvslim.workshop import Workshop
-
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
 
 
 def pytest_configure() -> None:
@@ -88,7 +86,7 @@ def tiny_family(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path
 @pytest.fixture(scope="module")
 def workshop(tiny_llama: Path) -> Workshop:
     """The tiny Llama opened; test files that look at other models have a fixture of their own by this name."""
-    from models import open_workshop, recipe_of
+    from support.models import open_workshop, recipe_of
 
     return open_workshop(tiny_llama, recipe_of())
 

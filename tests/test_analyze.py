@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from models import open_workshop, recipe_of
-from tiny_encoders import save_encoder
+from support.models import open_workshop, recipe_of
+from support.tiny_encoders import save_encoder
 
 from kvslim import pipeline
 from kvslim.cli import app

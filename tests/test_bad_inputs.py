@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
-from tiny_artifact import fill
+from support.tiny_artifact import fill
 
 from kvslim.cli import app
 from kvslim.export.manifest import MANIFEST

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_artifact import fill
-from tiny_graph import write_tiny
+from support.tiny_artifact import fill
+from support.tiny_graph import write_tiny
 
 from kvslim.cli import app
 from kvslim.cli.schemas import output_type

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_tokenizer import byte_tokenizer
+from support.tiny_tokenizer import byte_tokenizer
 
 from kvslim.errors import ArtifactError, UsageError
 from kvslim.runtime.template import CONFIG, ChatTemplate

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
-from tiny_artifact import SPEC, fill
+from support.tiny_artifact import SPEC, fill
 
 from kvslim.cli import app, console
 from kvslim.cli.inputs import read_lengths, read_plan, write_text

@@ -10,7 +10,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from models import (
+from pydantic import ValidationError
+from support.models import (
     cached_logits,
     export_slim,
     in_chunks,
@@ -20,8 +21,7 @@ from models import (
     tokens_of,
     torch_logits,
 )
-from numbers_of_a_model import SPEC, statistics_of
-from pydantic import ValidationError
+from support.numbers_of_a_model import SPEC, statistics_of
 
 from kvslim.checks import check_layout, check_plan
 from kvslim.errors import ArtifactError, UsageError

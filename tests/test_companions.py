@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_artifact import SPEC
+from support.tiny_artifact import SPEC
 
 from kvslim.export.genai import end_tokens, genai_config
 from kvslim.export.transformers_js import with_transformers_js_config

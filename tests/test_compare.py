@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_report import manifest
+from support.tiny_report import manifest
 
 from kvslim.cli import app
 from kvslim.errors import GateError, NotFoundError, UsageError

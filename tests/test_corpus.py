@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import open_workshop, recipe_of
+from support.models import open_workshop, recipe_of
 
 from kvslim.calibrate.corpus import check_source, counted_windows, self_windows, source_digest, text_windows
 from kvslim.errors import UnsupportedError

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import onnx
 import pytest
-from tiny_artifact import describe
-from tiny_graph import write_tiny
-from tiny_tokenizer import byte_tokenizer
+from support.tiny_artifact import describe
+from support.tiny_graph import write_tiny
+from support.tiny_tokenizer import byte_tokenizer
 
 from kvslim.export.manifest import MANIFEST, verify
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_artifact import SPEC
+from support.tiny_artifact import SPEC
 
 from kvslim.cli import app
 from kvslim.devices import measure

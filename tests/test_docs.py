@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from numbers_of_a_model import SPEC, statistics_of
-from tiny_decoders import CONFIGS
+from support.docs import PAGES, blocks
+from support.numbers_of_a_model import SPEC, statistics_of
+from support.paths import ROOT
+from support.tiny_decoders import CONFIGS
 
 from kvslim.checks import check_plan
 from kvslim.devices.profile import load_device
@@ -21,9 +23,6 @@ from kvslim.methods import METHODS
 from kvslim.methods.fitting import fit
 from kvslim.recipe import load_recipe
 from kvslim.types import Plan
-
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize(
@@ -53,11 +52,6 @@ def test_tables_were_written_by_their_commands(page: Path) -> None:
     for command, table in re.findall(r"<!-- table: (.+?) -->\n(.*?)<!-- end -->", page.read_text(), re.DOTALL):
         assert (ROOT / command.split()[1]).is_file()
         assert table.count("\n|") > 2, f"run `python tools/write_tables.py`: no table for {command!r}"
-
-
-def blocks(kind: str) -> list[str]:
-    """Code blocks of a kind, on all pages."""
-    return [block for page in PAGES for block in re.findall(rf"```{kind}\n(.*?)```", page.read_text(), re.DOTALL)]
 
 
 def recipes() -> list[str]:

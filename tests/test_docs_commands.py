@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_docs import blocks
-from test_eval import needs_harness
-from tiny_decoders import save_decoder
-from tiny_encoders import save_encoder
+from support.docs import blocks
+from support.harness import needs_harness
+from support.tiny_decoders import save_decoder
+from support.tiny_encoders import save_encoder
 
 from kvslim.cli import app
 from kvslim.devices.profile import shipped_devices

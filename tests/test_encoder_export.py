@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from tiny_encoders import FAMILIES, TASKS, save_encoder
+from support.tiny_encoders import FAMILIES, TASKS, save_encoder
 
 from kvslim.encoder_workshop import EncoderWorkshop
 from kvslim.load.source import read_spec, resolve

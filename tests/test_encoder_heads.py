@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_encoders import FAMILIES, save_encoder
+from support.tiny_encoders import FAMILIES, save_encoder
 
 from kvslim.calibrate.heads import collect_heads
 from kvslim.calibrate.sentences import Sentences

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_encoders import save_encoder
-from tiny_graph import write_tiny
+from support.tiny_encoders import save_encoder
+from support.tiny_graph import write_tiny
 from transformers import AutoTokenizer
 
 from kvslim.calibrate.sentences import mask_tokens, sentences

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import random
 import re
 import socket
@@ -14,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import open_workshop, recipe_of
-from tiny_artifact import fill
+from support.harness import needs_harness
+from support.models import open_workshop, recipe_of
+from support.tiny_artifact import fill
 
 from kvslim.cli import app
 from kvslim.demo.world import document, recall_questions
@@ -25,11 +24,6 @@ from kvslim.runtime.generate import load_tokenizer
 from kvslim.types import KVLayout, Plan
 from kvslim.validate.tasks import Choice, Completion, evaluate, load_tasks, read_lines, run_tasks
 
-REQUIRED = os.environ.get("KVSLIM_REQUIRE_EVAL") == "1"
-needs_harness = pytest.mark.skipif(
-    not REQUIRED and any(importlib.util.find_spec(name) is None for name in ("lm_eval", "accelerate")),
-    reason="needs lm-eval and accelerate",
-)
 # lm-eval and accelerate are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
 QUESTIONS = 16

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from models import (
+from support.models import (
     cached_logits,
     export_slim,
     open_workshop,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import (
+from support.models import (
     cached_logits,
     export_slim,
     open_workshop,
@@ -16,7 +16,7 @@ from models import (
     tokens_of,
     torch_logits,
 )
-from tiny_decoders import CONFIGS, FAMILIES
+from support.tiny_decoders import CONFIGS, FAMILIES
 
 from kvslim.checks import check_plan
 from kvslim.methods import (

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_artifact import describe
-from tiny_writer import write_writer
+from support.tiny_artifact import describe
+from support.tiny_writer import write_writer
 
 from kvslim.cli import app
 from kvslim.cli.schemas import output_type

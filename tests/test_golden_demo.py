@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clients.runners import genai_tokens, our_tokens
-from models import cached_logits, export_slim, open_workshop
+from support.models import cached_logits, export_slim, open_workshop
 
 from kvslim.demo.world import heldout_text, recall_questions
 from kvslim.export.manifest import read_manifest

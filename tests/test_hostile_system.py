@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_artifact import describe, fill
-from tiny_writer import write_writer
+from support.tiny_artifact import describe, fill
+from support.tiny_writer import write_writer
 
 from kvslim.cli import app
 from kvslim.cli.failures import explained

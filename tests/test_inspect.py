@@ -9,9 +9,9 @@ from typing import Any
 
 import onnx
 import pytest
-from models import export_slim, open_workshop, recipe_of
 from onnx import TensorProto, helper
-from tiny_artifact import SPEC, fill
+from support.models import export_slim, open_workshop, recipe_of
+from support.tiny_artifact import SPEC, fill
 
 from kvslim.cli import app
 from kvslim.cli.inspect import inspect

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import open_workshop, recipe_of, tokens_of, torch_logits
+from support.models import open_workshop, recipe_of, tokens_of, torch_logits
 
 from kvslim.methods import KvHdc
 from kvslim.methods.fitting import fit

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import export_slim, open_workshop, original_logits, recipe_of, tokens_of, torch_logits
-from numbers_of_a_model import SPEC, statistics_of
+from support.models import export_slim, open_workshop, original_logits, recipe_of, tokens_of, torch_logits
+from support.numbers_of_a_model import SPEC, statistics_of
 
 from kvslim.checks import check_layout
 from kvslim.errors import UsageError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from numbers_of_a_model import SPEC, statistics_of
+from support.numbers_of_a_model import SPEC, statistics_of
 
 from kvslim.errors import UsageError
 from kvslim.methods.kv_pca import Basis, KvPca, balanced_basis

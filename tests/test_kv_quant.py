@@ -6,7 +6,7 @@ import contextlib
 
 import numpy as np
 import pytest
-from numbers_of_a_model import SPEC, statistics_of
+from support.numbers_of_a_model import SPEC, statistics_of
 
 from kvslim.checks import check_plan
 from kvslim.errors import UsageError

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import open_workshop, recipe_of
-from numbers_of_a_model import SPEC, statistics_of
 from pydantic import ValidationError
-from test_statistics import attention, gather, states
-from test_statistics import windows_of as texts_of
-from tiny_artifact import fill
+from support.gathering import attention, gather, states
+from support.gathering import windows_of as texts_of
+from support.models import open_workshop, recipe_of
+from support.numbers_of_a_model import SPEC, statistics_of
+from support.tiny_artifact import fill
 
 from kvslim.checks import check_layout, check_plan
 from kvslim.errors import UsageError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import open_workshop, recipe_of
+from support.models import open_workshop, recipe_of
 from transformers import AutoModelForCausalLM
 
 from kvslim.errors import ModelError

@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from tiny_artifact import fill
+from support.tiny_artifact import fill
 
 from kvslim.errors import ArtifactError, NotFoundError, OutputError
 from kvslim.export.manifest import MANIFEST, read_manifest, verify, write_manifest

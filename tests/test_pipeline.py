@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from models import CALIBRATION, VALIDATION, recipe_of
+from support.models import CALIBRATION, VALIDATION, recipe_of
 
 from kvslim import pipeline
 from kvslim.devices.profile import device_memory

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from numbers_of_a_model import SPEC, statistics_of
-from planning import much, nothing, planner_of
+from support.numbers_of_a_model import SPEC, statistics_of
+from support.planning import much, nothing, planner_of
 
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.checks import check_plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pytest
-from planning import Codes, much, nothing, planner_of
+from support.planning import Codes, much, nothing, planner_of
 
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.plan.planner import Planner

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from models import CALIBRATION
-from models import VALIDATION as SMALL
-from planning import planner_of
-from tiny_artifact import SPEC
+from support.models import CALIBRATION
+from support.models import VALIDATION as SMALL
+from support.planning import planner_of
+from support.tiny_artifact import SPEC
 
 from kvslim import pipeline
 from kvslim.calibrate.statistics import CalibrationStatistics

@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_artifact import SPEC
+from support.tiny_artifact import SPEC
 
 from kvslim.checks import check_plan
 from kvslim.errors import KvslimError, UsageError

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import cached_logits, open_workshop, original_logits, recipe_of, tokens_of, torch_logits
-from numbers_of_a_model import SPEC, statistics_of
 from pydantic import ValidationError
-from test_statistics import gather, windows_of
-from tiny_decoders import FAMILIES
+from support.gathering import gather, windows_of
+from support.models import cached_logits, exported, open_workshop, original_logits, recipe_of, tokens_of, torch_logits
+from support.numbers_of_a_model import SPEC, statistics_of
+from support.tiny_decoders import FAMILIES
 
 from kvslim import pipeline
 from kvslim.checks import check_plan
@@ -23,20 +23,9 @@ from kvslim.runtime.graph import layout_of, open_session
 from kvslim.transform.compensate import refitted
 from kvslim.transform.judge import Judge
 from kvslim.types import KVLayout, LayerPlan, ModelSpec, Plan
-from kvslim.workshop import Workshop
 
 GROUPED = SPEC.model_copy(update={"layers": 3, "q_heads": 6, "kv_heads": 2, "windows": (None,) * 3})
 ModelOf = Callable[[str], Path]
-
-
-def exported(workshop: Workshop, plan: Plan, folder: Path) -> np.ndarray:
-    """Logits in torch of a plan that is now installed, its graph in `folder`."""
-    check_plan(plan, workshop.spec)
-    workshop.install(workshop.codes(workshop.statistics(), plan))
-    folder.mkdir()
-    workshop.export(plan, folder)
-    assert layout_of(open_session(folder)) == KVLayout.of(workshop.spec, plan)
-    return torch_logits(workshop, tokens_of(workshop))
 
 
 def partial_plan(spec: ModelSpec, first: tuple[int, ...], second: tuple[int, ...], **layer: object) -> Plan:

@@ -10,11 +10,19 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from models import cached_logits, export_slim, open_workshop, original_logits, recipe_of, tokens_of, torch_logits
-from numbers_of_a_model import SPEC, statistics_of
 from pydantic import ValidationError
-from test_statistics import gather, windows_of
-from tiny_decoders import FAMILIES
+from support.gathering import gather, windows_of
+from support.models import (
+    cached_logits,
+    export_slim,
+    open_workshop,
+    original_logits,
+    recipe_of,
+    tokens_of,
+    torch_logits,
+)
+from support.numbers_of_a_model import SPEC, statistics_of
+from support.tiny_decoders import FAMILIES
 
 from kvslim import pipeline
 from kvslim.checks import check_layout, check_plan

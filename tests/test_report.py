@@ -7,7 +7,7 @@ from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
-from tiny_report import PLAIN, SPEC, manifest
+from support.tiny_report import PLAIN, SPEC, manifest
 
 from kvslim.report.chart import LEFT, RIGHT, Axis, Rule, Series, chart
 from kvslim.report.figures import figures

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chromium import browse, find
 from matplotlib.image import imread
-from tiny_report import manifest
+from support.chromium import browse, find
+from support.tiny_report import manifest
 
 from kvslim.report.compare import compared, regressions
 from kvslim.report.page import artifact_page, comparison_page

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import open_workshop, recipe_of, tokens_of, torch_logits
-from numbers_of_a_model import SPEC, statistics_of
-from test_statistics import gather, states, windows_of
+from support.gathering import gather, states, windows_of
+from support.models import open_workshop, recipe_of, tokens_of, torch_logits
+from support.numbers_of_a_model import SPEC, statistics_of
 
 from kvslim.methods import KvQuant
 from kvslim.methods.fitting import fit

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_tokenizer import byte_tokenizer
-from tiny_writer import write_writer
+from support.tiny_tokenizer import byte_tokenizer
+from support.tiny_writer import write_writer
 
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
 from kvslim.runtime.completion import Completer, PromptEncoder

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_graph import write_tiny
-from tiny_tokenizer import byte_tokenizer
-from tiny_writer import write_writer
+from support.tiny_graph import write_tiny
+from support.tiny_tokenizer import byte_tokenizer
+from support.tiny_writer import write_writer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kvslim.errors import UsageError

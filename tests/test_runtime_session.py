@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from tiny_graph import KV_HEADS, write_tiny
+from support.tiny_graph import KV_HEADS, write_tiny
 
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
 from kvslim.runtime.graph import layout_of, open_session

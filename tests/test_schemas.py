@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_artifact import fill
-from tiny_report import manifest
+from support.tiny_artifact import fill
+from support.tiny_report import manifest
 
 from kvslim.cli import app
 from kvslim.cli.console import schema_id

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import cached_logits, open_workshop, original_logits, recipe_of, tokens_of, torch_logits
-from numbers_of_a_model import SPEC, statistics_of
 from pydantic import ValidationError
-from test_prune_heads import exported
-from test_statistics import gather, windows_of
+from support.gathering import gather, windows_of
+from support.models import cached_logits, exported, open_workshop, original_logits, recipe_of, tokens_of, torch_logits
+from support.numbers_of_a_model import SPEC, statistics_of
 
 from kvslim import pipeline
 from kvslim.calibrate.rope import rotate

@@ -7,50 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import open_workshop, recipe_of
+from support.gathering import attention, gather, states, windows_of
+from support.models import open_workshop, recipe_of
 
 from kvslim.calibrate import cache
 from kvslim.calibrate.rope import rotate
-from kvslim.calibrate.statistics import SINKS, CalibrationStatistics, collect, rope_frequencies
-from kvslim.transform.attention import Observed
+from kvslim.calibrate.statistics import SINKS, collect, rope_frequencies
 from kvslim.transform.surgery import slim_modules
 from kvslim.workshop import Workshop
-
-
-def gather(workshop: Workshop, windows: np.ndarray, context: int = 200) -> CalibrationStatistics:
-    return collect(workshop.model, workshop.architecture, workshop.spec, windows, context=context, seed=0, batches=iter)
-
-
-def windows_of(workshop: Workshop, count: int, length: int = 40) -> np.ndarray:
-    return np.random.default_rng(3).integers(0, workshop.spec.vocab_size, (count, length))
-
-
-def states(workshop: Workshop, windows: np.ndarray, layer: int) -> dict[str, np.ndarray]:
-    """q, k and v of a layer, [windows, heads, length, dim], by running the model and listening."""
-    import torch
-
-    heard: dict[str, list[np.ndarray]] = {"q": [], "k": [], "v": []}
-
-    def listen(seen: Observed) -> None:
-        for name, tensor in (("q", seen.query), ("k", seen.key), ("v", seen.value)):
-            heard[name].append(tensor.double().numpy())
-
-    slim = slim_modules(workshop.model, workshop.architecture)[layer]
-    slim.observer = listen
-    with torch.inference_mode():
-        workshop.model(torch.from_numpy(windows))
-    slim.observer = None
-    return {name: np.concatenate(parts) for name, parts in heard.items()}
-
-
-def attention(heard: dict[str, np.ndarray]) -> np.ndarray:
-    """[windows, kv_heads, group, queries, length] softmax weights of all queries but the first eighth."""
-    query = heard["q"].reshape(len(heard["q"]), 2, 2, *heard["q"].shape[2:])
-    scores = np.einsum("bhgsd,bhtd->bhgst", query, heard["k"]) / 4
-    scores[..., np.triu(np.ones(scores.shape[-2:], dtype=bool), 1)] = -np.inf
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    return weights[..., weights.shape[-1] // 8 :, :]
 
 
 def test_key_moment_equals_brute_force_over_all_positions(workshop: Workshop) -> None:

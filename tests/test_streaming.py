@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from models import in_chunks, original_logits, tokens_of, torch_logits
-from streaming_codes import SINKS, WINDOW, export_ring, install_ring
+from support.models import in_chunks, original_logits, tokens_of, torch_logits
+from support.streaming_codes import SINKS, WINDOW, export_ring, install_ring
 
 from kvslim.errors import ArtifactError, UsageError
 from kvslim.runtime.graph import layout_of, open_session

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import open_workshop, recipe_of, torch_logits
-from test_statistics import windows_of
+from support.gathering import windows_of
+from support.models import open_workshop, recipe_of, torch_logits
 
 from kvslim import pipeline
 from kvslim.calibrate.taylor import taylor_scores

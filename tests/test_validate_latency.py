@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_graph import write_tiny
+from support.tiny_graph import write_tiny
 
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
 from kvslim.runtime.session import DecodeSession

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models import cached_logits, open_workshop, recipe_of, tokens_of, torch_logits
+from support.models import cached_logits, open_workshop, recipe_of, tokens_of, torch_logits
 
 from kvslim.errors import UsageError
 from kvslim.export import weights as export_weights

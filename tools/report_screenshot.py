@@ -16,7 +16,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from chromium import browse, find  # noqa: E402
+from support.chromium import browse, find  # noqa: E402
 
 PICTURE = ROOT / "docs" / "images" / "report.png"
 SIZE = (1240, 1500)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import open_workshop, recipe_of
+from support.models import open_workshop, recipe_of
 
 from kvslim.methods import KvHdc, KvPca, KvQuant, KvWindow, Method, PruneHeads, ShareKv
 from kvslim.pipeline import decide

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from support.paths import ROOT
 
 from kvslim.runtime.generate import eos_ids, generate_tokens, load_tokenizer
 from kvslim.runtime.session import DecodeSession

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from tiny_artifact import SPEC
 
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.types import ModelSpec
+from support.tiny_artifact import SPEC
 
 __all__ = ["SPEC", "statistics_of"]
 

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+from kvslim.checks import check_plan
 from kvslim.load.source import read_spec, resolve
 from kvslim.methods import Method
 from kvslim.pipeline import decide
 from kvslim.progress import Silent
 from kvslim.recipe import Calibration, Recipe, Validation
+from kvslim.runtime.graph import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
-from kvslim.types import Plan, WeightFormat
+from kvslim.types import KVLayout, Plan, WeightFormat
 from kvslim.workshop import Workshop
 
 CALIBRATION = Calibration(samples=4, length=48)
@@ -79,3 +81,13 @@ def in_chunks(session: DecodeSession, tokens: np.ndarray, chunks: Sequence[int])
         logits.append(session.step(tokens[start : start + size]))
         start += size
     return np.concatenate(logits)
+
+
+def exported(workshop: Workshop, plan: Plan, folder: Path) -> np.ndarray:
+    """Logits in torch of a plan that is now installed, its graph in `folder`."""
+    check_plan(plan, workshop.spec)
+    workshop.install(workshop.codes(workshop.statistics(), plan))
+    folder.mkdir()
+    workshop.export(plan, folder)
+    assert layout_of(open_session(folder)) == KVLayout.of(workshop.spec, plan)
+    return torch_logits(workshop, tokens_of(workshop))

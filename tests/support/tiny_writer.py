@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tiny_graph import write_tiny
-from tiny_tokenizer import byte_tokenizer
+from support.tiny_graph import write_tiny
+from support.tiny_tokenizer import byte_tokenizer
 
 
 def write_writer(folder: Path) -> Path:

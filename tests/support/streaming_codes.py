@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from models import open_workshop, recipe_of
 
 from kvslim.methods.levels import fit_levels
 from kvslim.transform.codes import LayerCodes
 from kvslim.types import BITS, CODES, CacheType, LayerPlan, Plan
 from kvslim.workshop import Workshop
+from support.models import open_workshop, recipe_of
 
 WINDOW, SINKS = 12, 3
 

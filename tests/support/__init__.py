@@ -1,0 +1,1 @@
+"""What tests share: tiny models, artifacts and graphs, and ways to open them."""
