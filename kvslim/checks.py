@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvslim.caches import ClusteredCache
+from kvslim.contract import ModelSpec
 from kvslim.errors import UnsupportedError, UsageError
 from kvslim.methods.base import Method
-from kvslim.methods.cluster_heads import check_clusters
 from kvslim.methods.kv_hdc import KvHdc
-from kvslim.methods.kv_pca import STEP, check_rank, check_width
-from kvslim.methods.kv_quant import INTEGERS
 from kvslim.methods.kv_window import KvWindow
 from kvslim.methods.prune_heads import PruneHeads, check_heads
 from kvslim.methods.prune_layers import PruneLayers
-from kvslim.methods.roles import has_item_memory
-from kvslim.methods.share_kv import ShareKv, check_donors
+from kvslim.methods.share_kv import ShareKv, check_sources
 from kvslim.recipe import Recipe
-from kvslim.types import CODES, LayerPlan, ModelSpec, Plan
+from kvslim.types import LayerPlan, Plan
 
 RECALL_MARGIN = 33  # first token, span and its second copy
 LACKING = {
@@ -90,21 +88,21 @@ def check_layout(recipe: Recipe) -> None:
 
 
 def _check_sharing(method: ShareKv, recipe: Recipe) -> None:
-    """A donor keeps every token, and no other method may take a layer away that is counted on."""
-    where, named = "recipe: methods", {*(method.donors or {}), *(method.donors or {}).values()}
+    """A source layer keeps every token, and no other method may take a layer away that is counted on."""
+    where, named = "recipe: methods", {*(method.sources or {}), *(method.sources or {}).values()}
     for other in recipe.methods:
         if isinstance(other, KvHdc) and other.bits <= 3:
             message = "no layer can read the packed codes of another"
             raise UsageError(message, where=where, fix="drop share_kv, or use kv_hdc with 8 or 4 bits")
-        if isinstance(other, KvWindow) and (other.layers is None or method.donors is None):
+        if isinstance(other, KvWindow) and (other.layers is None or method.sources is None):
             message = "share_kv and kv_window may choose the same layers"
-            raise UsageError(message, where=where, fix="name layers in both: kv_window.layers and share_kv.donors")
+            raise UsageError(message, where=where, fix="name layers in both: kv_window.layers and share_kv.sources")
         if isinstance(other, KvWindow) and (both := named.intersection(other.layers or ())):
             message = f"layer {min(both)} cannot have a window and share a cache of all tokens"
-            raise UsageError(message, where=where, fix="drop it from kv_window.layers or from share_kv.donors")
-        if method.donors is None and (_counts_heads(other) or _takes_attention(other)):
+            raise UsageError(message, where=where, fix="drop it from kv_window.layers or from share_kv.sources")
+        if method.sources is None and (_counts_heads(other) or _takes_attention(other)):
             message = f"share_kv cannot count on layers that {other.name} may take"
-            raise UsageError(message, where=where, fix="name the layers: share_kv: {donors: {5: 4}}")
+            raise UsageError(message, where=where, fix="name the layers: share_kv: {sources: {5: 4}}")
 
 
 def _counts_heads(method: Method) -> bool:
@@ -208,11 +206,11 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
         where = f"--plan: layers.{layer.layer}"
         if layer.heads is not None:
             check_heads(layer.heads, spec, where)
-        _check_sizes(plan, layer, spec, where)
-        _check_operators(plan, layer, where)
-        if layer.clustering is not None:
-            check_clusters(layer, spec, where)
-    check_donors(plan, spec, lambda layer: f"--plan: layers.{layer}")
+        if layer.heads is not None and isinstance(layer.cache, ClusteredCache):
+            message = "clusters of heads go without heads"
+            raise UsageError(message, where=where, fix="drop heads, or clusters")
+        layer.cache.check(spec, layer.layer, plan.layout, where)
+    check_sources(plan, spec, lambda layer: f"--plan: layers.{layer}")
 
 
 def _check_encoder_plan(plan: Plan) -> None:
@@ -225,58 +223,3 @@ def _check_encoder_plan(plan: Plan) -> None:
                 where=f"--plan: layers.{layer.layer}",
                 fix=f"give {', '.join(ENCODER_DECISIONS)} alone",
             )
-
-
-def _check_sizes(plan: Plan, layer: LayerPlan, spec: ModelSpec, where: str) -> None:
-    extras, ranks = layer.twice, layer.ranks(spec.head_dim)
-    given = (rank for rank in (layer.rank, layer.value_rank) if rank is not None)  # 0 would pass for none
-    for rank in (*ranks, *given):
-        check_rank(rank, spec, None, where)
-    if plan.layout == "gqa" and len(set(layer.widths(spec.head_dim))) > 1:
-        key, value = layer.widths(spec.head_dim)
-        raise UsageError(
-            f"layout gqa stores keys and values in one size, not {key} and {value}",
-            where=where,
-            fix="choose ranks and refined coordinates with one sum, or layout attention24",
-        )
-    if any(extra % STEP or not 0 <= extra <= min(ranks) for extra in extras):
-        fix = f"use a multiple of {STEP}, at most the rank"
-        raise UsageError(f"refined {max(extras)} does not fit", where=where, fix=fix)
-    coded = layer.rank is not None
-    if (any(extras) and not (coded and layer.cache in INTEGERS)) or (layer.roles is not None and not coded):
-        raise UsageError(
-            "refined coordinates need a rank and an integer cache, roles a rank",
-            where=where,
-            fix="give them, or drop it",
-        )
-    if any(extras) and layer.granularity == "per_tensor":
-        raise UsageError("refined coordinates have steps of their own", where=where, fix="use granularity per_channel")
-    _check_roles(layer, ranks, where)
-    check_width(layer, spec, where)
-
-
-def _check_roles(layer: LayerPlan, ranks: tuple[int, int], where: str) -> None:
-    """Refined coordinates are bundled among themselves, and the others among themselves."""
-    orders = (*layer.twice, *(rank - extra for rank, extra in zip(ranks, layer.twice, strict=True)))
-    missing = [order for order in orders if not has_item_memory(order)]
-    if layer.roles is not None and missing:
-        fix = "use another rank or another number of refined coordinates, or no roles"
-        raise UsageError(f"no item memory of order {missing[0]}", where=where, fix=fix)
-
-
-def _check_operators(plan: Plan, layer: LayerPlan, where: str) -> None:
-    if plan.layout == "attention24" and layer.cache != "float32":
-        raise UsageError("layout attention24 has no integer cache", where=where, fix="use cache float32")
-    if plan.layout == "attention24" and layer.window is not None:
-        raise UsageError("layout attention24 keeps every token", where=where, fix="drop window, or use layout gqa")
-    if plan.layout == "attention24" and layer.clustering is not None:
-        raise UsageError("layout attention24 has no clusters of heads", where=where, fix="use layout gqa")
-    if layer.window is None and (layer.sinks or layer.cache in CODES):
-        what = "sinks" if layer.sinks else f"cache {layer.cache}"
-        raise UsageError(f"{what} without a window", where=where, fix="give a window, or drop sinks and packed codes")
-    if (layer.window is not None and layer.window < 1) or layer.sinks < 0:
-        raise UsageError(
-            f"a window of {layer.window} tokens with {layer.sinks} sinks",
-            where=where,
-            fix="use window >= 1, sinks >= 0",
-        )

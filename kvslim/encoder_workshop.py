@@ -11,6 +11,7 @@ from kvslim.calibrate.corpus import CALIBRATION_SHARE, VALIDATION_SHARE, WHOLE
 from kvslim.calibrate.heads import collect_heads
 from kvslim.calibrate.sentences import Sentences, mask_tokens, sentences, tokenised
 from kvslim.calibrate.statistics import HeadStatistics
+from kvslim.contract import ModelSpec
 from kvslim.errors import ModelError, UsageError
 from kvslim.export.encoder import build_encoder_graph
 from kvslim.export.encoder_weights import quantise_encoder
@@ -22,14 +23,14 @@ from kvslim.methods import Method, PruneHeads, PruneLayers
 from kvslim.plan.refit import refit_as_planned, refit_where_it_pays
 from kvslim.progress import Progress
 from kvslim.recipe import Calibration, Recipe, Validation
-from kvslim.transform.codes import LayerCodes
 from kvslim.transform.compensate import refitted
+from kvslim.transform.edits import LayerEdit
 from kvslim.transform.encoder_judge import EncoderJudge
 from kvslim.transform.encoding import prepare_encoder
 from kvslim.transform.surgery import install
-from kvslim.types import ModelSpec, Plan
+from kvslim.types import Plan
 
-Codes = tuple[LayerCodes, ...]
+Codes = tuple[LayerEdit, ...]
 LEAST_SENTENCES = 8  # of calibration: three quarters to fit on, one to judge on
 
 
@@ -156,7 +157,7 @@ class EncoderWorkshop:
         return method
 
     def _pruned(self, statistics: HeadStatistics, plan: Plan) -> Codes:
-        codes: Codes = tuple(LayerCodes() for _ in plan.layers)
+        codes: Codes = tuple(LayerEdit() for _ in plan.layers)
         for method in (PruneLayers(), PruneHeads()):
             codes = method.apply(self.spec, statistics, plan, codes)
         return codes

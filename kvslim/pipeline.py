@@ -13,6 +13,7 @@ from pydantic import Field
 
 from kvslim.calibrate.corpus import check_source
 from kvslim.checks import check_context, check_encoders, check_layout, check_lengths, check_plan, check_task
+from kvslim.contract import Frozen, ModelSpec
 from kvslim.devices.profile import device_memory
 from kvslim.errors import NotFoundError, UnsupportedError, UsageError
 from kvslim.export.manifest import hash_files, read_manifest, write_manifest
@@ -24,7 +25,7 @@ from kvslim.progress import Progress, Silent
 from kvslim.recipe import Gates, Recipe, parse_recipe
 from kvslim.report.card import write_card
 from kvslim.report.page import write_report
-from kvslim.types import Frozen, KVLayout, Manifest, ModelSpec, Plan, PlanPoint, Report, Source
+from kvslim.types import KVLayout, Manifest, Plan, PlanPoint, Report, Source
 from kvslim.validate.bench import BenchResult, Grid, bench_decoders, bench_encoders
 from kvslim.validate.encoder import measure_encoder
 from kvslim.validate.measure import measure
@@ -32,7 +33,7 @@ from kvslim.validate.measure import measure
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
     from kvslim.encoder_workshop import EncoderWorkshop
-    from kvslim.transform.codes import LayerCodes
+    from kvslim.transform.edits import LayerEdit
     from kvslim.workshop import Workshop
 
 VERSIONED = ("kvslim", "torch", "transformers", "onnx", "onnxruntime")
@@ -182,14 +183,8 @@ def decide(recipe: Recipe, spec: ModelSpec, statistics: CalibrationStatistics) -
     """The plan that the recipe's methods make of a model's statistics."""
     plan = Plan.identity(spec, recipe.layout, recipe.window_cache)
     for method in recipe.ordered_methods:
-        plan = _with_clusters_of(plan, method.decide(spec, statistics, plan))
+        plan = method.decide(spec, statistics, plan)
     return plan
-
-
-def _with_clusters_of(before: Plan, after: Plan) -> Plan:
-    """What a method made of a plan, layers of clustered heads as they were: their cache stays in float32."""
-    pairs = zip(before.layers, after.layers, strict=True)
-    return after.model_copy(update={"layers": tuple(new if old.clustering is None else old for old, new in pairs)})
 
 
 def _planned(workshop: Workshop, statistics: CalibrationStatistics, progress: Progress) -> PlanSummary:
@@ -271,7 +266,7 @@ def _compress_encoder(workshop: EncoderWorkshop, folder: Path, plan: Plan | None
 
 def _pruned_encoder(
     workshop: EncoderWorkshop, plan: Plan | None, progress: Progress
-) -> tuple[Plan, tuple[LayerCodes, ...]]:
+) -> tuple[Plan, tuple[LayerEdit, ...]]:
     """What is to go from an encoder, and its codes; none where nothing goes, and then no text is read."""
     identity = Plan.identity(workshop.spec)
     if not workshop.recipe.methods and plan in (None, identity):

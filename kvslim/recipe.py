@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_serializer, model_validator
 
+from kvslim.contract import Frozen, Layout, ModelSpec
 from kvslim.errors import NotFoundError, UsageError, suggestion
 from kvslim.methods import Method, method_class
-from kvslim.types import Frozen, Layout, ModelSpec, WeightFormat, Weights
+from kvslim.types import WeightFormat, Weights
 
 DEFAULT_CONTEXT = 4096
 

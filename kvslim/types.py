@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-WeightType = Literal["fp32", "int8", "int4"]
-WeightMethod = Literal["k_quant", "rtn"]
-CacheType = Literal["float32", "int8", "int4", "codes3", "codes2", "codes1"]
-Granularity = Literal["per_channel", "per_tensor"]
-Clip = Literal["error", "minmax"]
-Kind = Literal["key", "value", "key_codes", "value_codes"]
-Layout = Literal["gqa", "attention24"]
-Objective = Literal["balanced", "key"]
-Part = Literal["attention", "mlp", "block"]
-Clusters = Literal["static", "dynamic"]
-Task = Literal["text-generation", "fill-mask", "feature-extraction"]
-INPUTS = ("input_ids", "attention_mask", "position_ids")  # before the cache; not every graph needs positions
-LAST_POSITION = "last_position"  # the node that hands the head the last position alone
-BITS: dict[CacheType, int] = {"float32": 32, "int8": 8, "int4": 4, "codes3": 3, "codes2": 2, "codes1": 1}
-CODES: tuple[CacheType, ...] = ("codes3", "codes2", "codes1")  # packed, decoded by table in the graph
-RINGS = "kvslim.rings"  # the graph's metadata: sinks of each ring and how its layer stores, by layer
-SHARED = "shared_"  # then kind.donor.layer: outputs of layers without a cache, to lie where their donor's lies
-CLUSTERS = "kvslim.clusters"  # the same of layers whose heads share attention: how many attend, by layer
-# Inputs of the graph for a layer's dynamic clusters: the query heads that attend [clusters], and for each query head
-# the place among them of the one whose attention it takes [q_heads]. The output: the weights of those that attend.
-CLUSTER_INPUTS, ATTENTIONS = ("clusters.{}.representatives", "clusters.{}.membership"), "attentions.{}"
-FIRST_TOKENS = 5  # of a prompt, from which dynamic clusters are formed (Agarwal et al., "CHAI", 2024)
-WINDOW_SLACK = 16  # rows of a window's cache beyond the window: eviction then moves it once in so many tokens
-
-
-class Frozen(BaseModel):
-    """A frozen value that refuses unknown fields and numbers that are not finite."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+from kvslim.caches import CACHES, Cache, FullCache, Place, SharedCache
+from kvslim.caches.base import read_cache
+from kvslim.contract import (
+    Axes,
+    CacheType,
+    Frozen,
+    KVTensor,
+    Layout,
+    ModelSpec,
+    WeightMethod,
+    WeightType,
+)
 
 
 class WeightFormat(Frozen):
@@ -67,58 +51,18 @@ def _weight_format(value: object) -> object:
 Weights = Annotated[WeightFormat, BeforeValidator(_weight_format)]
 
 
-class ModelSpec(Frozen):
-    """What `config.json` alone says of a model."""
-
-    model_type: str
-    layers: int
-    hidden_size: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_context: int = Field(description="positions the model was trained or scaled for, in tokens")
-    windows: tuple[int | None, ...] = Field(description="tokens that each layer's queries see; None for all")
-    task: Task = Field("text-generation", description="the hub's name; the other two are encoders, without a cache")
-
-    @property
-    def is_encoder(self) -> bool:
-        """Whether the model reads a whole text at once, and so has no KV cache."""
-        return self.task != "text-generation"
-
-    @property
-    def group_size(self) -> int:
-        """Query heads that read one kv head."""
-        return self.q_heads // self.kv_heads
+AnyCache = Annotated[SerializeAsAny[Cache], BeforeValidator(read_cache)]
 
 
 class LayerPlan(Frozen):
-    """What happens to the KV cache of one layer, and why."""
+    """What happens to one layer, and why: its heads, its feed-forward part, its cache."""
 
     layer: int
     heads: tuple[int, ...] | None = Field(
         None, description="query heads kept, and with them the kv heads that they read; none: no attention, no cache"
     )
     mlp: bool = Field(True, description="whether the feed-forward part stays; without it and heads the block is gone")
-    donor: int | None = Field(None, description="earlier layer whose cache this one reads; None: it has its own")
-    clusters: tuple[int, ...] | None = Field(
-        None, description="for each query head the one whose attention it takes; None: every head its own"
-    )
-    dynamic_clusters: int | None = Field(
-        None, description="number of clusters that the runtime makes of the query heads from each prompt's first tokens"
-    )
-    rank: int | None = Field(None, description="cached dimensions per kv head; None keeps head_dim untouched")
-    value_rank: int | None = Field(None, description="the same for values, where it differs (layout attention24)")
-    objective: Objective = "balanced"
-    refined: int = Field(0, description="leading coordinates stored twice: rounded, and what rounding left of them")
-    value_refined: int | None = Field(None, description="the same for values, where it differs")
-    roles: int | None = Field(None, description="seed of the role hypervectors that spread the coordinates; None: none")
-    cache: CacheType = Field("float32", description="codes3, codes2 and codes1 are packed levels of a fitted codebook")
-    granularity: Granularity = "per_channel"
-    clip: Clip = "error"
-    centred: bool = Field(False, description="whether the mean key is taken from all keys before rounding")
-    window: int | None = Field(None, description="recent tokens kept, or with packed codes kept exact; None for all")
-    sinks: int = Field(0, description="first tokens kept beside the window")
+    cache: AnyCache = Field(default_factory=FullCache, description="how keys and values are kept")
     refit: bool = Field(False, description="whether its projections are fitted again to what is compressed or gone")
     score: float | None = Field(None, description="share of the score energy that the rank keeps, the worse of K and V")
     reason: str = "kept"
@@ -126,45 +70,25 @@ class LayerPlan(Frozen):
     @property
     def has_cache(self) -> bool:
         """Whether the layer keeps keys and values of its own."""
-        return self.heads != () and self.donor is None
+        return self.heads != () and self.cache.has_tensors
+
+    @property
+    def source(self) -> int | None:
+        """The earlier layer whose cache this one reads; None where it has its own."""
+        return self.cache.source if isinstance(self.cache, SharedCache) else None
 
     def kv_heads(self, spec: ModelSpec) -> tuple[int, ...]:
         """The kv heads that are kept: those that a kept query head reads."""
         heads = range(spec.q_heads) if self.heads is None else self.heads
         return tuple(sorted({head // spec.group_size for head in heads}))
 
-    @property
-    def clustering(self) -> Clusters | None:
-        """When clusters of heads are formed: before export, or for each prompt; None where there are none."""
-        if self.dynamic_clusters is not None:
-            return "dynamic"
-        return None if self.clusters is None else "static"
+    def place(self, spec: ModelSpec, window: int | None) -> Place:
+        """What a cache needs to know of the layer; `window` is the model's own."""
+        return Place(layer=self.layer, kv_heads=len(self.kv_heads(spec)), window=window)
 
-    @property
-    def attending(self) -> int | None:
-        """Query heads with attention of their own where the heads are clustered, one of each cluster."""
-        return self.dynamic_clusters if self.clusters is None else len(set(self.clusters))
-
-    def key_heads(self, spec: ModelSpec) -> int:
-        """Heads of the key cache: with a kv head for every query head, representatives of clusters alone have one."""
-        if self.attending is not None and spec.group_size == 1:
-            return self.attending
-        return len(self.kv_heads(spec))
-
-    def ranks(self, head_dim: int) -> tuple[int, int]:
-        """Dimensions that are kept of a key, and of a value."""
-        rank = self.rank or head_dim
-        return rank, self.value_rank or rank
-
-    @property
-    def twice(self) -> tuple[int, int]:
-        """Coordinates of a key that are stored twice, and of a value."""
-        return self.refined, self.refined if self.value_refined is None else self.value_refined
-
-    def widths(self, head_dim: int) -> tuple[int, int]:
-        """Numbers that a head of the cache holds of a token's key, and of its value."""
-        (key, value), (more_key, more_value) = self.ranks(head_dim), self.twice
-        return key + more_key, value + more_value
+    def with_cache(self, **update: object) -> LayerPlan:
+        """The layer with some fields of its cache changed."""
+        return self.model_copy(update={"cache": self.cache.model_copy(update=update)})
 
 
 class Plan(Frozen):
@@ -192,82 +116,46 @@ class PlanPoint(Frozen):
     recall_drop: float | None = Field(None, description="recall lost, as a share; None where no limit asks for it")
 
 
-class KVTensor(Frozen):
-    """One KV input of the graph.
+def _read_tensor(value: object) -> object:
+    """A tensor from JSON: its kind of cache says which class reads the rest."""
+    if not isinstance(value, dict):
+        return value
+    cache = CACHES.get(value.get("cache", "full"), FullCache)
+    return cache.tensor_class(str(value.get("kind"))).model_validate(value)
 
-    Exact and integer caches are [batch, heads, rows, dim]; int4 packs two numbers into a uint8, which halves the last
-    axis. Packed codes are uint8 [batch, rows, heads, dim * bits / 8], so that a row can be appended in place.
-    """
 
-    layer: int
-    kind: Kind
-    heads: int
-    dim: int
-    dtype: CacheType
-    window: int | None = Field(None, description="recent tokens that the cache must keep; None for all")
-    sinks: int | None = Field(
-        None, description="first tokens kept beside the window, in a ring; None: the operator keeps the window"
-    )
-    clusters: Clusters | None = Field(
-        None, description="whether heads share attention; the rows of past and present are then those of one buffer"
-    )
-
-    @property
-    def past(self) -> str:
-        """Name of the graph input."""
-        return f"past_key_values.{self.layer}.{self.kind}"
-
-    @property
-    def present(self) -> str:
-        """Name of the graph output; of packed codes it has the new rows alone, which a client must not take for all."""
-        return f"{'appended' if self.is_packed else 'present'}.{self.layer}.{self.kind}"
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes that one token takes in this tensor."""
-        return self.heads * self.dim * BITS[self.dtype] // 8
-
-    @property
-    def columns(self) -> int:
-        """Length of the last axis, in stored elements."""
-        return self.dim if self.dtype in {"float32", "int8"} else self.dim * BITS[self.dtype] // 8
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether it holds packed codes of the tokens that left the window."""
-        return self.kind.endswith("_codes")
-
-    @property
-    def kept(self) -> int | None:
-        """Rows of the layer's window with its sinks or its slack; None where all tokens are kept."""
-        return None if self.window is None else self.window + (WINDOW_SLACK if self.sinks is None else self.sinks)
-
-    def rows(self, context: int) -> int:
-        """Rows to allocate for a context of that many tokens."""
-        if self.kept is None:
-            return context
-        return max(0, context - self.kept) if self.is_packed else self.kept
+AnyTensor = Annotated[SerializeAsAny[KVTensor], BeforeValidator(_read_tensor)]
 
 
 class KVLayout(Frozen):
     """The input/output contract of a graph: what exporter, runtime, genai_config and report agree on."""
 
     layout: Layout = "gqa"
-    tensors: tuple[KVTensor, ...]
+    tensors: tuple[AnyTensor, ...]
 
     def bytes_at(self, context: int) -> int:
         """Bytes that the cache takes at a context of that many tokens."""
         return sum(tensor.bytes_per_token * tensor.rows(context) for tensor in self.tensors)
 
     @property
-    def is_packed(self) -> bool:
-        """Whether any layer has packed codes, which no runtime but KVSlim's appends."""
-        return any(tensor.is_packed for tensor in self.tensors)
+    def layers(self) -> tuple[tuple[KVTensor, ...], ...]:
+        """The KV inputs of each layer that has any, in order."""
+        return tuple(tuple(tensors) for _, tensors in groupby(self.tensors, key=lambda tensor: tensor.layer))
 
     @property
-    def dynamic_layers(self) -> tuple[int, ...]:
-        """The layers that form clusters for each prompt, which no runtime but KVSlim's does."""
-        return tuple(t.layer for t in self.tensors if t.clusters == "dynamic" and t.kind == "key")
+    def extra_inputs(self) -> dict[str, Axes]:
+        """Integer inputs besides the cache that layers need, by name."""
+        return {name: axes for t in self.layers for name, axes in CACHES[t[0].cache].inputs(t).items()}
+
+    @property
+    def extra_outputs(self) -> dict[str, Axes]:
+        """Outputs besides the cache that layers give, by name."""
+        return {name: axes for t in self.layers for name, axes in CACHES[t[0].cache].outputs(t).items()}
+
+    @property
+    def needs_own_runtime(self) -> bool:
+        """Whether a layer's cache asks more of a runtime than to hand present on as past; only KVSlim's does that."""
+        return bool(self.extra_inputs) or any(tensor.present.startswith("appended.") for tensor in self.tensors)
 
     @property
     def is_even(self) -> bool:
@@ -287,29 +175,9 @@ class KVLayout(Frozen):
         windowed = plan.window_cache and plan.layout == "gqa"
         windows = spec.windows if windowed else (None,) * spec.layers
         cached = (layer for layer in plan.layers if layer.has_cache)
-        tensors = (tensor for layer in cached for tensor in _layer_tensors(spec, layer, windows[layer.layer]))
+        places = ((layer, layer.place(spec, windows[layer.layer])) for layer in cached)
+        tensors = (tensor for layer, place in places for tensor in layer.cache.tensors(spec, place))
         return cls(layout=plan.layout, tensors=tuple(tensors))
-
-
-def _layer_tensors(spec: ModelSpec, layer: LayerPlan, window: int | None) -> list[KVTensor]:
-    """The KV inputs of one layer: its cache or ring, then the packed codes of what left the ring."""
-    streams, heads = layer.window is not None, len(layer.kv_heads(spec))
-    common = {"layer": layer.layer, "heads": heads, "window": layer.window if streams else window}
-    common |= {"sinks": layer.sinks if streams else None}
-    exact = "float32" if layer.cache in CODES else layer.cache
-    dims = dict(zip(("key", "value"), layer.widths(spec.head_dim), strict=True))
-    if layer.clustering is not None:
-        kinds: tuple[tuple[Kind, int], ...] = (("key", layer.key_heads(spec)), ("value", heads))
-        return [
-            KVTensor(
-                layer=layer.layer, kind=kind, heads=count, dim=dims[kind], dtype="float32", clusters=layer.clustering
-            )
-            for kind, count in kinds
-        ]
-    tensors = [KVTensor(kind=kind, dim=dim, dtype=exact, **common) for kind, dim in dims.items()]
-    if layer.cache in CODES:
-        tensors += [KVTensor(kind=f"{kind}_codes", dim=dim, dtype=layer.cache, **common) for kind, dim in dims.items()]
-    return tensors
 
 
 class Measures(Frozen):

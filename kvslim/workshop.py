@@ -21,6 +21,7 @@ from kvslim.calibrate.corpus import (
 )
 from kvslim.calibrate.statistics import CalibrationStatistics, collect
 from kvslim.calibrate.taylor import taylor_scores
+from kvslim.contract import ModelSpec
 from kvslim.demo.world import recall_questions
 from kvslim.export.genai import end_tokens, genai_config
 from kvslim.export.graph import build_graph, save_graph, token_inputs
@@ -42,11 +43,11 @@ from kvslim.plan.trials import PlanTrials
 from kvslim.plan.windows import SINKS, WindowTrials
 from kvslim.progress import Progress
 from kvslim.recipe import Budget, Calibration, Recipe, Validation
-from kvslim.transform.codes import LayerCodes
 from kvslim.transform.compensate import refitted
+from kvslim.transform.edits import LayerEdit
 from kvslim.transform.judge import Judge, RecallTrials, judged_windows, probe_windows
 from kvslim.transform.surgery import install, layer_modules, prepare
-from kvslim.types import KVLayout, ModelSpec, Plan
+from kvslim.types import KVLayout, Plan
 from kvslim.validate.measure import Evaluation
 from kvslim.validate.recall import RecallItem, repeated_spans
 
@@ -103,7 +104,7 @@ class Workshop:
             settings.source, self.tokenizer, samples=settings.samples, length=settings.length, share=share
         )
 
-    def codes(self, statistics: CalibrationStatistics, plan: Plan) -> tuple[LayerCodes, ...]:
+    def codes(self, statistics: CalibrationStatistics, plan: Plan) -> tuple[LayerEdit, ...]:
         """What a plan puts into the model, one entry per layer."""
         codes = fit(self.spec, statistics, plan, self.recipe.methods)
         return refit_as_planned(plan, codes, lambda codes: self.refitted(statistics, codes))
@@ -199,14 +200,14 @@ class Workshop:
             near = distances(self.spec, statistics, self._identity())
             return method.chosen(
                 {pair: distance.key + distance.value for pair, distance in near.items()},
-                lambda donors: held_out.kl(self.without(statistics, ShareKv(donors=donors))),
+                lambda donors: held_out.kl(self.without(statistics, ShareKv(sources=donors))),
                 lambda layers: self.progress.track(layers, "layers to lose their cache"),
             )
         return method
 
     def without(
         self, statistics: CalibrationStatistics, method: PruneHeads | PruneLayers | ClusterHeads | ShareKv
-    ) -> tuple[LayerCodes, ...]:
+    ) -> tuple[LayerEdit, ...]:
         """Codes of the model without the heads, layers or caches that a method takes, and else as it is."""
         return fit(self.spec, statistics, method.decide(self.spec, statistics, self._identity()))
 
@@ -240,7 +241,7 @@ class Workshop:
             return plan, held_out.kl(codes)
         return refit_where_it_pays(plan, codes, held_out.kl, lambda codes: self.refitted(statistics, codes))
 
-    def refitted(self, statistics: CalibrationStatistics, codes: tuple[LayerCodes, ...]) -> tuple[LayerCodes, ...]:
+    def refitted(self, statistics: CalibrationStatistics, codes: tuple[LayerEdit, ...]) -> tuple[LayerEdit, ...]:
         """The codes with projections fitted to them, on some of the text that serves for fitting."""
         fitting, _ = _split(statistics.windows)
         tokens = min(max(REFIT_TOKENS[0], 2**17 // self.spec.layers), REFIT_TOKENS[1])
@@ -254,7 +255,7 @@ class Workshop:
         fewer = {"seed": settings.seed + 1, "recall_items": min(settings.recall_items, count)}
         return RecallTrials(judge, self._recall_items(statistics.windows, settings.model_copy(update=fewer)))
 
-    def install(self, codes: tuple[LayerCodes, ...]) -> None:
+    def install(self, codes: tuple[LayerEdit, ...]) -> None:
         """Puts codes into the model, for good."""
         install(self.model, self.architecture, codes)
 
@@ -273,7 +274,7 @@ class Workshop:
         (folder / "config.json").write_text(config_json, encoding="utf-8")
         generation = self._generation_config()
         generation.save_pretrained(folder)
-        if layout.is_packed or layout.dynamic_layers or not layout.is_even:
+        if layout.needs_own_runtime or not layout.is_even:
             return
         config = genai_config(self.spec, layout, generation.to_dict(), inputs=inputs)
         (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

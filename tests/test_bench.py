@@ -16,10 +16,11 @@ from support.tiny_graph import write_tiny
 
 from kvslim.cli import app
 from kvslim.cli.schemas import output_type
+from kvslim.contract import KVTensor
 from kvslim.errors import UsageError
 from kvslim.report.bench import bench_csv, timings_table
 from kvslim.runtime.session import DecodeSession
-from kvslim.types import KVLayout, KVTensor
+from kvslim.types import KVLayout
 from kvslim.validate import bench, energy
 from kvslim.validate.bench import BenchResult, Grid, Timing
 from kvslim.validate.latency import joules_per_token, time_models

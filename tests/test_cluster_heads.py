@@ -23,14 +23,15 @@ from support.models import (
 )
 from support.numbers_of_a_model import SPEC, statistics_of
 
+from kvslim.caches.clustered import ATTENTIONS, CLUSTER_INPUTS, CLUSTERS
+from kvslim.caches.clustering import FIRST_TOKENS, Formed
 from kvslim.checks import check_layout, check_plan
 from kvslim.errors import ArtifactError, UsageError
 from kvslim.methods import ClusterHeads, KvQuant, Method, PruneHeads
 from kvslim.pipeline import decide
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
-from kvslim.transform.clustering import Formed
-from kvslim.types import ATTENTIONS, CLUSTER_INPUTS, CLUSTERS, FIRST_TOKENS, KVLayout, LayerPlan, Plan
+from kvslim.types import KVLayout, LayerPlan, Plan
 from kvslim.workshop import Workshop
 
 ModelOf = Callable[[str], Path]

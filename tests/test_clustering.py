@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from kvslim.caches.clustering import Formed, clusters_of, curve, elbow, prompt_loss
 from kvslim.calibrate.statistics import sharing_loss, value_power
-from kvslim.transform.clustering import Formed, clusters_of, curve, elbow, prompt_loss
 
 
 def distances(*points: float) -> np.ndarray:

@@ -15,14 +15,14 @@ from kvslim.methods import KvHdc
 from kvslim.methods.fitting import fit
 from kvslim.transform import compensate
 from kvslim.transform import judge as judge_module
-from kvslim.transform.codes import LayerCodes
+from kvslim.transform.edits import LayerEdit
 from kvslim.transform.judge import Judge, judged_windows, probe_windows
 from kvslim.transform.surgery import trial
 from kvslim.types import LayerPlan, Plan
 from kvslim.validate.recall import RecallItem
 from kvslim.workshop import Workshop
 
-Codes = tuple[LayerCodes, ...]
+Codes = tuple[LayerEdit, ...]
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -55,7 +55,7 @@ def divergence(plain: np.ndarray, slim: np.ndarray) -> float:
 
 
 def test_kl_is_zero_when_nothing_is_coded(workshop: Workshop) -> None:
-    assert judge_of(workshop, windows_of(workshop)).kl((LayerCodes(),) * workshop.spec.layers) == 0.0
+    assert judge_of(workshop, windows_of(workshop)).kl((LayerEdit(),) * workshop.spec.layers) == 0.0
 
 
 def test_kl_is_that_of_the_logits(workshop: Workshop) -> None:
@@ -70,7 +70,7 @@ def test_kl_is_that_of_the_logits(workshop: Workshop) -> None:
 
 def test_replayed_layers_give_the_number_of_a_full_run(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes of the last layer alone: all layers before it are replayed, then none."""
-    bare, last = (LayerCodes(),) * (workshop.spec.layers - 1), codes_of(workshop)[-1]
+    bare, last = (LayerEdit(),) * (workshop.spec.layers - 1), codes_of(workshop)[-1]
     monkeypatch.setattr(judge_module, "BATCH", 40)  # of the windows of 32 tokens one at a time
     judge, runs = judge_of(workshop, windows_of(workshop)), []
     judge.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
@@ -175,9 +175,9 @@ def test_refitted_outputs_lower_the_kl_on_the_text_they_were_fitted_to(workshop:
 def test_refitting_leaves_layers_without_codes_alone(workshop: Workshop) -> None:
     windows = windows_of(workshop)
     tokens, before = tokens_of(workshop), torch_logits(workshop, tokens_of(workshop))
-    none = (LayerCodes(),) * workshop.spec.layers
+    none = (LayerEdit(),) * workshop.spec.layers
     assert refitted_on(workshop, none, windows) == none
-    mixed = (LayerCodes(), *codes_of(workshop)[1:])
+    mixed = (LayerEdit(), *codes_of(workshop)[1:])
     again = refitted_on(workshop, mixed, windows)
     assert [code.output_weight is None for code in again] == [True, *[False] * (workshop.spec.layers - 1)]
     np.testing.assert_array_equal(torch_logits(workshop, tokens), before)
@@ -213,7 +213,7 @@ def test_compensation_stays_off_when_it_does_not_help(workshop: Workshop, monkey
     kept, kl = workshop.compensated(statistics, workshop.held_out_judge(statistics), plan)
     assert kept == plan
     assert kl > 0
-    monkeypatch.setattr(workshop, "refitted", lambda *_: tuple(LayerCodes() for _ in codes))
+    monkeypatch.setattr(workshop, "refitted", lambda *_: tuple(LayerEdit() for _ in codes))
     refit, better = workshop.compensated(statistics, workshop.held_out_judge(statistics), plan)
     assert better == 0.0
     assert all(layer.refit and "100%" in layer.reason for layer in refit.layers)

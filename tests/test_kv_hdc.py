@@ -17,7 +17,7 @@ from kvslim.methods.fitting import fit
 from kvslim.methods.rounding import rounded
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
-from kvslim.transform.codes import LayerCodes
+from kvslim.transform.edits import LayerEdit
 from kvslim.types import KVLayout, LayerPlan, Plan
 from kvslim.workshop import Workshop
 
@@ -44,7 +44,7 @@ def test_roles_change_no_logits_when_nothing_is_rounded(tiny_llama: Path) -> Non
     np.testing.assert_allclose(logits_with(tiny_llama, same(rank=8, roles=3)), cut, atol=1e-4)
 
 
-def key_powers(code: LayerCodes, moment: np.ndarray) -> np.ndarray:
+def key_powers(code: LayerEdit, moment: np.ndarray) -> np.ndarray:
     """[heads, rank] variance of each component of the coded keys."""
     encoder = np.asarray(code.key_encoder)
     return np.einsum("hdr,hde,her->hr", encoder, moment, encoder)
@@ -107,7 +107,7 @@ def test_rank_of_a_method_before_is_kept_and_told() -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 2])
-def test_rank_without_item_memory_is_refused(bits: int) -> None:
+def test_rank_without_rotation_is_refused(bits: int) -> None:
     wide = SPEC.model_copy(update={"head_dim": 256})
     with pytest.raises(UsageError, match="no item memory of order 184"):
         KvHdc.model_validate({"bits": bits}).decide(wide, statistics_of(wide), same(rank=184))

@@ -8,7 +8,7 @@ from support.numbers_of_a_model import SPEC, statistics_of
 
 from kvslim.errors import UsageError
 from kvslim.methods.kv_pca import Basis, KvPca, balanced_basis
-from kvslim.transform.codes import LayerCodes
+from kvslim.transform.edits import LayerEdit
 from kvslim.types import Plan
 
 DIM = 16
@@ -59,7 +59,7 @@ def test_mean_output_passes_exactly_when_rank_is_small() -> None:
     statistics = statistics_of(SPEC)
     method = KvPca(rank=8)
     plan = method.decide(SPEC, statistics, Plan.identity(SPEC))
-    (code, *_) = method.apply(SPEC, statistics, plan, (LayerCodes(),) * SPEC.layers)
+    (code, *_) = method.apply(SPEC, statistics, plan, (LayerEdit(),) * SPEC.layers)
     assert code.value_encoder is not None
     assert code.value_decoder is not None
     assert code.value_offset is not None

@@ -9,12 +9,13 @@ import pytest
 from support.numbers_of_a_model import SPEC, statistics_of
 
 from kvslim.checks import check_plan
+from kvslim.contract import Granularity
 from kvslim.errors import UsageError
 from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_quant import KvQuant
 from kvslim.methods.rounding import HEADROOM, fit_steps, peak_steps, rounded
-from kvslim.transform.codes import LayerCodes
-from kvslim.types import Granularity, LayerPlan, Plan
+from kvslim.transform.edits import LayerEdit
+from kvslim.types import LayerPlan, Plan
 
 MOST = {8: 127, 4: 7}
 
@@ -65,7 +66,7 @@ def test_sinks_are_within_range_when_attention_rests_on_them() -> None:
     statistics = statistics_of(SPEC)
     method = KvQuant(centre=False)
     plan = method.decide(SPEC, statistics, Plan.identity(SPEC))
-    codes = method.apply(SPEC, statistics, plan, (LayerCodes(),) * SPEC.layers)
+    codes = method.apply(SPEC, statistics, plan, (LayerEdit(),) * SPEC.layers)
     for layer, code in enumerate(codes):
         assert code.key_scale is not None
         worst = np.abs(statistics.sink_keys[layer]).max(axis=1) - code.key_scale * MOST[8]
@@ -93,7 +94,7 @@ def test_plan_in_int4_is_judged_by_the_width_of_its_heads(layer: dict[str, int],
 
 def test_scales_are_those_of_the_coded_cache_when_pca_comes_before() -> None:
     statistics = statistics_of(SPEC)
-    plan, codes = Plan.identity(SPEC), (LayerCodes(),) * SPEC.layers
+    plan, codes = Plan.identity(SPEC), (LayerEdit(),) * SPEC.layers
     for method in (KvPca(rank=8), KvQuant(granularity="per_tensor")):
         plan = method.decide(SPEC, statistics, plan)
         codes = method.apply(SPEC, statistics, plan, codes)

@@ -21,7 +21,7 @@ from kvslim.methods import KvPca, KvQuant, KvWindow
 from kvslim.methods.kv_window import kept_attention
 from kvslim.report.memory import artifact_caches, cache_memory
 from kvslim.report.tables import contexts_table, layers_table, plan_table
-from kvslim.transform.codes import LayerCodes
+from kvslim.transform.edits import LayerEdit
 from kvslim.types import KVLayout, LayerPlan, Plan
 
 FOUR = SPEC.model_copy(update={"layers": 4, "windows": (None,) * 4})
@@ -61,7 +61,7 @@ def test_layer_keeps_its_own_window_when_that_is_no_longer() -> None:
 
 
 def test_rank_window_and_bits_combine_in_one_layer() -> None:
-    statistics, plan, codes = statistics_of(SPEC), Plan.identity(SPEC), (LayerCodes(),) * SPEC.layers
+    statistics, plan, codes = statistics_of(SPEC), Plan.identity(SPEC), (LayerEdit(),) * SPEC.layers
     methods = sorted((KvQuant(), KvWindow(window=8), KvPca(rank=8)), key=lambda method: method.order)
     assert [method.name for method in methods] == ["kv_pca", "kv_window", "kv_quant"]
     for method in methods:

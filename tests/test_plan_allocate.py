@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from support.numbers_of_a_model import SPEC, statistics_of
 
+from kvslim.caches.rotation import has_rotation
 from kvslim.checks import check_plan
 from kvslim.errors import UsageError
-from kvslim.methods.roles import has_item_memory
 from kvslim.plan.allocate import Option, allocate, hull
 from kvslim.plan.cost import Choice, Cost, SideCosts, bundled, choices, side_costs
 from kvslim.plan.probes import Price
@@ -116,7 +116,7 @@ def test_noise_is_that_of_a_spread_when_coordinates_are_alike() -> None:
     assert costs.cost(Choice(8, 0), 4) == Cost(0.0, pytest.approx(0.5 * 2 * 8 * 3.0))
 
 
-def test_roles_are_refused_when_either_group_of_coordinates_has_no_item_memory() -> None:
+def test_roles_are_refused_when_either_group_of_coordinates_has_no_rotation() -> None:
     wide = SPEC.model_copy(update={"head_dim": 192, "layers": 1, "windows": (None,)})
     for choice in (Choice(184, 0), Choice(192, 8)):
         with pytest.raises(UsageError, match="no item memory of order 184"):
@@ -132,8 +132,8 @@ def test_choices_are_all_valid_plans_of_their_width(window: int | None, bits: in
     for width, possible in found.items():
         for choice in possible:
             assert choice.rank + choice.refined == width
-            assert has_item_memory(choice.rank - choice.refined)
-            assert has_item_memory(choice.refined)
+            assert has_rotation(choice.rank - choice.refined)
+            assert has_rotation(choice.refined)
             check_plan(Plan(layers=(bundled(LayerPlan(layer=0), choice, None, bits),)), wide)
     assert {width % (8 if window is None else 16 if bits == 8 else 32) for width, some in found.items() if some} == {0}
     assert max(width for width, some in found.items() if some) == (192 if bits == 8 else 384)

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from support.tiny_artifact import SPEC
 
 from kvslim.checks import check_plan
+from kvslim.contract import BITS, ModelSpec
 from kvslim.errors import KvslimError, UsageError
 from kvslim.methods import KvHdc, KvPca, KvQuant, KvWindow
 from kvslim.recipe import Budget, Calibration, Gates, Recipe, Validation, parse_recipe
-from kvslim.types import BITS, KVLayout, LayerPlan, ModelSpec, Plan, WeightFormat
+from kvslim.types import KVLayout, LayerPlan, Plan, WeightFormat
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 SHARES = st.none() | st.floats(0, 1, exclude_min=True)

@@ -16,13 +16,14 @@ from support.tiny_decoders import FAMILIES
 
 from kvslim import pipeline
 from kvslim.checks import check_plan
+from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
 from kvslim.methods import KvHdc, KvPca, KvQuant, KvWindow, Method, PruneHeads
 from kvslim.methods.fitting import fit
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.transform.compensate import refitted
 from kvslim.transform.judge import Judge
-from kvslim.types import KVLayout, LayerPlan, ModelSpec, Plan
+from kvslim.types import KVLayout, LayerPlan, Plan
 
 GROUPED = SPEC.model_copy(update={"layers": 3, "q_heads": 6, "kv_heads": 2, "windows": (None,) * 3})
 ModelOf = Callable[[str], Path]

@@ -26,6 +26,7 @@ from support.tiny_decoders import FAMILIES
 
 from kvslim import pipeline
 from kvslim.checks import check_layout, check_plan
+from kvslim.contract import Part
 from kvslim.errors import UsageError
 from kvslim.methods import KvHdc, KvQuant, PruneHeads, PruneLayers
 from kvslim.methods.fitting import fit
@@ -35,7 +36,7 @@ from kvslim.transform.compensate import RIDGE, refitted, runs_of
 from kvslim.transform.judge import Judge
 from kvslim.transform.removal import residual_multiplier
 from kvslim.transform.surgery import layer_modules, trial
-from kvslim.types import KVLayout, Part, Plan
+from kvslim.types import KVLayout, Plan
 from kvslim.workshop import Workshop
 
 DEEP = SPEC.model_copy(update={"layers": 6, "windows": (None,) * 6})

@@ -11,12 +11,13 @@ from support.gathering import gather, states, windows_of
 from support.models import open_workshop, recipe_of, tokens_of, torch_logits
 from support.numbers_of_a_model import SPEC, statistics_of
 
+from kvslim.contract import CacheType, Granularity
 from kvslim.methods import KvQuant
 from kvslim.methods.fitting import fit
 from kvslim.methods.kv_quant import key_rounding_error, scaled
 from kvslim.methods.rounding import fit_steps, peak_steps, rounded, sample_weights
-from kvslim.transform.codes import LayerCodes
-from kvslim.types import CacheType, Granularity, LayerPlan, Plan
+from kvslim.transform.edits import LayerEdit
+from kvslim.types import LayerPlan, Plan
 
 ONE = np.ones((1, 1))
 
@@ -83,7 +84,7 @@ def test_centring_lowers_the_error_when_keys_lie_far_from_zero(cache: CacheType)
     statistics = replace(statistics, key_samples=statistics.key_samples + 20, sink_keys=statistics.sink_keys + 17)
     layer = LayerPlan(layer=0, cache=cache)
     errors = [
-        key_rounding_error(statistics, layer.model_copy(update={"centred": way}), LayerCodes()) for way in (True, False)
+        key_rounding_error(statistics, layer.model_copy(update={"centred": way}), LayerEdit()) for way in (True, False)
     ]
     assert 0 < errors[0] < 0.5 * errors[1]
     plan = KvQuant(bits=8 if cache == "int8" else 4).decide(SPEC, statistics, Plan.identity(SPEC))
@@ -105,7 +106,7 @@ def test_offset_of_all_keys_changes_no_logits_when_nothing_is_rounded(tiny_llama
     before = torch_logits(workshop, tokens)
     spec = workshop.spec
     offset = np.random.default_rng(0).standard_normal((spec.kv_heads, spec.head_dim))
-    workshop.install((LayerCodes(key_offset=offset),) * spec.layers)
+    workshop.install((LayerEdit(key_offset=offset),) * spec.layers)
     np.testing.assert_allclose(torch_logits(workshop, tokens), before, atol=2e-5)
 
 

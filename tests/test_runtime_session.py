@@ -10,10 +10,11 @@ import pytest
 from onnx import TensorProto, helper
 from support.tiny_graph import KV_HEADS, write_tiny
 
+from kvslim.contract import WINDOW_SLACK, KVTensor
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
-from kvslim.types import WINDOW_SLACK, KVLayout, KVTensor
+from kvslim.types import KVLayout
 
 TOKENS = np.random.default_rng(0).integers(24, size=40)
 VARIANTS = pytest.mark.parametrize(

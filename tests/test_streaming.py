@@ -13,10 +13,13 @@ import pytest
 from support.models import in_chunks, original_logits, tokens_of, torch_logits
 from support.streaming_codes import SINKS, WINDOW, export_ring, install_ring
 
+from kvslim.caches.packed import CODES
+from kvslim.caches.window import RINGS
+from kvslim.contract import CacheType
 from kvslim.errors import ArtifactError, UsageError
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
-from kvslim.types import CODES, RINGS, CacheType, KVLayout
+from kvslim.types import KVLayout
 from kvslim.workshop import Workshop
 
 ModelOf = Callable[[str], Path]

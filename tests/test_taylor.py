@@ -13,10 +13,10 @@ from support.models import open_workshop, recipe_of, torch_logits
 
 from kvslim import pipeline
 from kvslim.calibrate.taylor import taylor_scores
+from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
 from kvslim.methods import PruneHeads
 from kvslim.transform.surgery import attention_modules
-from kvslim.types import ModelSpec
 from kvslim.workshop import Workshop
 
 

@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.models import cached_logits, open_workshop, recipe_of, tokens_of, torch_logits
 
+from kvslim.contract import WeightMethod
 from kvslim.errors import UsageError
 from kvslim.export import weights as export_weights
 from kvslim.export.blocks import BLOCK, Quantised, quantise
 from kvslim.export.storage import share_storage
 from kvslim.export.weights import quantise_weights
 from kvslim.recipe import load_recipe, parse_recipe
-from kvslim.types import Plan, WeightFormat, WeightMethod
+from kvslim.types import Plan, WeightFormat
 
 ModelOf = Callable[[str], Path]
 RANDOM = np.random.default_rng(0)

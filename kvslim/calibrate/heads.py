@@ -11,9 +11,9 @@ from torch import Tensor
 
 from kvslim.calibrate.parts import parts_recorded
 from kvslim.calibrate.statistics import HeadStatistics, output_gram
+from kvslim.contract import ModelSpec
 from kvslim.load.architecture import Architecture
 from kvslim.transform.surgery import attention_modules, projection
-from kvslim.types import ModelSpec
 
 Texts = Sequence[Sequence[int]]
 

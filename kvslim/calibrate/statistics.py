@@ -19,10 +19,10 @@ from torch import Tensor
 
 from kvslim.calibrate import rope
 from kvslim.calibrate.parts import parts_recorded
+from kvslim.contract import ModelSpec
 from kvslim.load.architecture import Architecture
 from kvslim.transform.attention import Observed, SlimAttention
 from kvslim.transform.surgery import attention_modules, projection, slim_modules
-from kvslim.types import ModelSpec
 
 Array = np.ndarray
 SINKS = 4

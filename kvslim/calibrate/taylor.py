@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvslim.contract import ModelSpec
 from kvslim.load.architecture import Architecture
 from kvslim.transform.surgery import attention_modules, slim_modules
-from kvslim.types import ModelSpec
 
 Array = np.ndarray
 

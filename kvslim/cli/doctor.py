@@ -11,8 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvslim.contract import Frozen
 from kvslim.errors import UsageError
-from kvslim.types import Frozen
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement

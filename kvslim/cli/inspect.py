@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvslim.contract import ModelSpec, WeightType
 from kvslim.devices.demand import StoredWeights, training
 from kvslim.devices.limits import Limits, limits
 from kvslim.devices.profile import Device
 from kvslim.errors import UnsupportedError, UsageError
 from kvslim.export.manifest import MANIFEST, read_manifest
 from kvslim.report.memory import CacheMemory, artifact_caches, cache_memory, model_caches
-from kvslim.types import ModelSpec, WeightType
 
 
 def inspect(model: str, contexts: Sequence[int], weights: WeightType | None, devices: Sequence[Device]) -> CacheMemory:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field, create_model
 
 from kvslim.cli.console import schema_id
 from kvslim.cli.doctor import Check
+from kvslim.contract import Frozen
 from kvslim.devices.profile import Device
 from kvslim.errors import NotFoundError, suggestion
 from kvslim.pipeline import PlanSummary
@@ -16,7 +17,7 @@ from kvslim.recipe import Recipe
 from kvslim.report.compare import Comparison, Regression
 from kvslim.report.memory import CacheMemory
 from kvslim.runtime.completion import Usage
-from kvslim.types import Frozen, GateResult, Report
+from kvslim.types import GateResult, Report
 from kvslim.validate.bench import BenchResult
 from kvslim.validate.tasks import TaskScores
 

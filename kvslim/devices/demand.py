@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kvslim.contract import Frozen, KVTensor, ModelSpec, WeightType
 from kvslim.load.parameters import Parameters
-from kvslim.types import Frozen, KVLayout, KVTensor, ModelSpec, Plan, WeightType
+from kvslim.types import KVLayout, Plan
 
 StageName = Literal["training", "prefill", "decode"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
+from kvslim.contract import ModelSpec
 from kvslim.devices.demand import StoredWeights
 from kvslim.errors import ArtifactError
-from kvslim.types import ModelSpec
 
 PRODUCTS = ("FusedMatMul", "Gemm", "MatMul")
 # Operators that read one row of a table: the embedding, learned positions, and RoPE's sines and cosines.

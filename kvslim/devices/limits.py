@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+from kvslim.contract import Frozen
 from kvslim.devices.demand import Cache, Demand, StoredWeights, decode, memory, prefill
 from kvslim.devices.profile import Device
-from kvslim.types import Frozen
 
 Resource = Literal["memory", "bandwidth", "compute"]
 

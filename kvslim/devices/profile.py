@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
+from kvslim.contract import Frozen
 from kvslim.errors import NotFoundError, UsageError, suggestion
-from kvslim.types import Frozen
 
 SUFFIXES = (".yaml", ".yml")
 

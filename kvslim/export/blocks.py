@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvslim.types import WeightMethod
+from kvslim.contract import WeightMethod
 
 BLOCK = 32
 # Levels more or fewer over a block's range: a coarser step rounds the extremes better, a finer one clips them.

@@ -11,10 +11,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
-from kvslim.export.passes import BATCH, LENGTH, drop_idle_reshapes, strip_traces
+from kvslim.contract import BATCH, LENGTH, ModelSpec
+from kvslim.export.passes import drop_idle_reshapes, strip_traces
 from kvslim.export.quiet import quiet
 from kvslim.load.encoders import ENCODERS, encoder_inputs
-from kvslim.types import ModelSpec
 
 OPSET = 23
 HIDDEN, LOGITS = "last_hidden_state", "logits"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvslim.types import WINDOW_SLACK, KVLayout, ModelSpec
+from kvslim.contract import WINDOW_SLACK, ModelSpec
+from kvslim.types import KVLayout
 
 GENAI_MAX_LENGTH = 2048
 SAMPLING = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}

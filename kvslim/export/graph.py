@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
+from kvslim.caches import CACHES
+from kvslim.caches.attention.shared import SharedAttention
+from kvslim.caches.packed import PAST_CODES
+from kvslim.caches.shared import SHARED
+from kvslim.contract import BATCH, CAPACITY, INPUTS, PAST, Axes, KVTensor, Layout
 from kvslim.export.packing import pack_projections
 from kvslim.export.passes import (
     drop_idle_reshapes,
@@ -29,13 +32,12 @@ from kvslim.export.quiet import quiet
 from kvslim.export.storage import share_storage
 from kvslim.load.architecture import Architecture
 from kvslim.transform.attention import PassThroughCache, SlimAttention
-from kvslim.transform.clustering import Formed
 from kvslim.transform.operators import ExportStep
 from kvslim.transform.surgery import slim_modules
-from kvslim.types import ATTENTIONS, CLUSTER_INPUTS, CLUSTERS, INPUTS, RINGS, SHARED, KVLayout, KVTensor, Layout
+from kvslim.types import KVLayout
 
 OPSETS: dict[Layout, int] = {"gqa": 21, "attention24": 24}
-SAMPLE_CLUSTERS = 4  # unlike any other size that is traced, which torch.export could take for the same
+SAMPLE_HEADS = 4  # unlike any other size that is traced, which torch.export could take for the same
 TORCH_TYPES = {"float32": torch.float32, "int8": torch.int8, "int4": torch.uint8}
 
 
@@ -53,18 +55,23 @@ class _Decoder(nn.Module):
         attention_mask: Tensor,
         position_ids: Tensor,
         past: list[tuple[Tensor, ...]],
-        clusters: list[tuple[Tensor, Tensor]],
+        extra: list[tuple[Tensor, ...]],
     ) -> tuple[Tensor, list[tuple[Tensor, ...]], list[Tensor]]:
         rows = past[0][0].shape[2]
         shared: dict[object, Tensor] = {}
-        caches = {tensors[0].layer: tensors for tensors in _by_layer(self.layout)}
-        pasts = dict(zip(caches, past, strict=True))
-        formed = dict(zip(self.layout.dynamic_layers, clusters, strict=True))
+        caches = {tensors[0].layer: tensors for tensors in self.layout.layers}
+        pasts, extras = (dict(zip(caches, each, strict=True)) for each in (past, extra))
         for layer, slim in enumerate(self.slims):
             windowed = layer in caches and caches[layer][0].window is not None
-            heads = formed.get(layer)
             slim.step = ExportStep(
-                self.layout.layout, windowed, pasts.get(layer, ()), rows, attention_mask, position_ids, heads, shared
+                self.layout.layout,
+                windowed,
+                pasts.get(layer, ()),
+                rows,
+                attention_mask,
+                position_ids,
+                extras.get(layer, ()),
+                shared,
             )
         head = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))
         try:
@@ -73,24 +80,24 @@ class _Decoder(nn.Module):
             )
         finally:
             head.remove()
-        own, borrowed = (
+        own, read = (
             [slim.step.present for slim in slims if slim.step and slim.step.present]
-            for slims in ([self.slims[layer] for layer in caches], self._borrowers)
+            for slims in ([self.slims[layer] for layer in caches], self._readers.values())
         )
         steps = [slim.step for slim in self.slims if slim.step is not None]
-        attentions = [step.attentions for step in steps if step.attentions is not None]
-        return output.logits, [*own, *borrowed], attentions
+        return output.logits, [*own, *read], [value for step in steps for value in step.extra_outputs]
 
     @property
-    def _borrowers(self) -> list[SlimAttention]:
-        return [slim for slim in self.slims if slim.borrowed is not None]
+    def _readers(self) -> dict[int, SlimAttention]:
+        """The layers that read another's cache, by index."""
+        return {layer: slim for layer, slim in enumerate(self.slims) if isinstance(slim.cache, SharedAttention)}
 
     def shared_names(self) -> list[str]:
-        """What the present caches are called that the operators of layers without a cache give of their donors'."""
+        """What the present caches are called that the operators of layers without a cache give of their sources'."""
         return [
-            f"{SHARED}{kind}.{slim.borrowed.layer}.{layer}"
-            for layer, slim in enumerate(self.slims)
-            if slim.borrowed is not None and self.layout.layout == "gqa"
+            f"{SHARED}{kind}.{slim.cache.read.source}.{layer}"
+            for layer, slim in self._readers.items()
+            if isinstance(slim.cache, SharedAttention) and self.layout.layout == "gqa"
             for kind in ("key", "value")
         ]
 
@@ -122,33 +129,32 @@ def build_graph(model: Any, architecture: Architecture, layout: KVLayout) -> ir.
             drop_unused_inputs(graph)
             strip_traces(graph)
             name_dimensions(graph, layout)
-            _note_rings(graph, layout)
-            _note_clusters(graph, decoder)
+            _note_caches(graph, decoder)
         return graph
     finally:
         for slim in decoder.slims:
             slim.step, slim.hidden = None, None
-            if slim.lent is not None:
-                slim.lent.states = None
+            if slim.shared is not None:
+                slim.shared.states = None
 
 
 def _exported(decoder: _Decoder, layout: KVLayout) -> ir.Model:
     """The graph as the exporter leaves it."""
     batch, length, past_length = 2, 3, 5  # torch.export takes sizes 0 and 1 for constants
-    past = [tuple(_sample(tensor, batch, past_length) for tensor in tensors) for tensors in _by_layer(layout)]
+    past = [tuple(_sample(layout, tensor, batch, past_length) for tensor in tensors) for tensors in layout.layers]
     ids = torch.zeros(batch, length, dtype=torch.long)
     mask = torch.ones(batch, past_length + length, dtype=torch.long)
     positions = torch.arange(past_length, past_length + length).repeat(batch, 1)
-    arguments = (ids, mask, positions, past, _sample_clusters(layout))
+    arguments = (ids, mask, positions, past, _sample_extra(layout))
     program = torch.export.export(decoder, arguments, dynamic_shapes=_dynamic_dims(layout), strict=False)
     exported = torch.onnx.export(
         program,
-        input_names=[*INPUTS, *(tensor.past for tensor in layout.tensors), *_cluster_inputs(layout)],
+        input_names=[*INPUTS, *(tensor.past for tensor in layout.tensors), *layout.extra_inputs],
         output_names=[
             "logits",
             *(tensor.present for tensor in layout.tensors),
             *decoder.shared_names(),
-            *(ATTENTIONS.format(layer) for layer in layout.dynamic_layers),
+            *layout.extra_outputs,
         ],
         opset_version=OPSETS[layout.layout],
         optimize=False,
@@ -159,79 +165,53 @@ def _exported(decoder: _Decoder, layout: KVLayout) -> ir.Model:
     return exported.model
 
 
-def _by_layer(layout: KVLayout) -> list[tuple[KVTensor, ...]]:
-    """The KV inputs of each layer, in order."""
-    return [tuple(tensors) for _, tensors in groupby(layout.tensors, key=lambda tensor: tensor.layer)]
+def _sample(layout: KVLayout, tensor: KVTensor, batch: int, rows: int) -> Tensor:
+    """A cache input to trace with; an axis of any other name is one of heads."""
+    lengths = {BATCH: batch, CAPACITY: rows, PAST: rows, PAST_CODES: rows}
+    shape = [
+        length if isinstance(length, int) else lengths.get(length, SAMPLE_HEADS)
+        for length in tensor.past_axes(layout.layout)
+    ]
+    return torch.zeros(shape, dtype=TORCH_TYPES.get(tensor.dtype, torch.uint8))
 
 
-def _sample(tensor: KVTensor, batch: int, rows: int) -> Tensor:
-    """A cache input to trace with."""
-    if tensor.is_packed:
-        return torch.zeros(batch, rows, tensor.heads, tensor.columns, dtype=torch.uint8)
-    heads = SAMPLE_CLUSTERS if _has_dynamic_heads(tensor) else tensor.heads
-    return torch.zeros(batch, heads, tensor.rows(rows), tensor.columns, dtype=TORCH_TYPES[tensor.dtype])
-
-
-def _sample_clusters(layout: KVLayout) -> list[tuple[Tensor, Tensor]]:
-    """Inputs of dynamic clusters to trace with."""
-    heads = {tensor.layer: tensor.heads for tensor in layout.tensors if tensor.kind == "value"}
-    counts = [heads[layer] for layer in layout.dynamic_layers]
-    return [(torch.arange(SAMPLE_CLUSTERS), torch.arange(count) % SAMPLE_CLUSTERS) for count in counts]
-
-
-def _cluster_inputs(layout: KVLayout) -> list[str]:
-    return [name.format(layer) for layer in layout.dynamic_layers for name in CLUSTER_INPUTS]
+def _sample_extra(layout: KVLayout) -> list[tuple[Tensor, ...]]:
+    """Other inputs of each layer to trace with: indices of heads."""
+    return [
+        tuple(
+            torch.arange(length) % SAMPLE_HEADS if isinstance(length, int) else torch.arange(SAMPLE_HEADS)
+            for (length,) in CACHES[tensors[0].cache].inputs(tensors).values()
+        )
+        for tensors in layout.layers
+    ]
 
 
 def _dynamic_dims(layout: KVLayout) -> dict[str, Any]:
-    dynamic = torch.export.Dim.DYNAMIC
-    tokens = {0: dynamic, 1: dynamic}
+    tokens = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     return {
         "input_ids": tokens,
         "attention_mask": tokens,
         "position_ids": tokens,
-        "past": [tuple(_dynamic_rows(tensor) for tensor in tensors) for tensors in _by_layer(layout)],
-        "clusters": [({0: dynamic}, {}) for _ in layout.dynamic_layers],
+        "past": [tuple(_named(tensor.past_axes(layout.layout)) for tensor in tensors) for tensors in layout.layers],
+        "extra": [tuple(map(_named, CACHES[tensors[0].cache].inputs(tensors).values())) for tensors in layout.layers],
     }
 
 
-def _dynamic_rows(tensor: KVTensor) -> dict[int, Any]:
-    dynamic = torch.export.Dim.DYNAMIC
-    if tensor.sinks is not None and not tensor.is_packed:
-        return {0: dynamic}
-    if _has_dynamic_heads(tensor):
-        return {0: dynamic, 1: dynamic, 2: dynamic}
-    return {0: dynamic, 1 if tensor.is_packed else 2: dynamic}
+def _named(axes: Axes) -> dict[int, Any]:
+    """The axes that have a name, and so any length."""
+    return {place: torch.export.Dim.DYNAMIC for place, length in enumerate(axes) if isinstance(length, str)}
 
 
-def _has_dynamic_heads(tensor: KVTensor) -> bool:
-    """Whether the runtime says how many heads there are."""
-    return tensor.clusters == "dynamic" and tensor.kind == "key"
-
-
-def _note_rings(graph: ir.Model, layout: KVLayout) -> None:
-    """Notes the sinks of each ring and the bits of its codes, which no shape tells."""
-    rings = {
-        str(tensors[0].layer): {"sinks": tensors[0].sinks, "cache": tensors[-1].dtype}
-        for tensors in _by_layer(layout)
-        if tensors[0].sinks is not None
-    }
-    if rings:
-        graph.metadata_props[RINGS] = json.dumps(rings)
-
-
-def _note_clusters(graph: ir.Model, decoder: _Decoder) -> None:
-    """Notes which layers have clusters of heads, and how those that are not fixed are formed."""
-    clustered = {str(tensor.layer) for tensor in decoder.layout.tensors if tensor.clusters is not None}
-    formed = {layer: decoder.slims[int(layer)].formed for layer in sorted(clustered, key=int)}
-    notes = {layer: None if how is None else _note(how) for layer, how in formed.items()}
-    if notes:
-        graph.metadata_props[CLUSTERS] = json.dumps(notes)
-
-
-def _note(formed: Formed) -> dict[str, Any]:
-    scale = formed.calibrated.max() or 1.0
-    return {"count": formed.count, "calibrated": np.round(formed.calibrated / scale, 4).tolist()}
+def _note_caches(graph: ir.Model, decoder: _Decoder) -> None:
+    """Notes what no shape tells of the layers' caches, such as the sinks of a ring."""
+    notes: dict[str, dict[str, object]] = {}
+    for tensors in decoder.layout.layers:
+        kind, layer = CACHES[tensors[0].cache], tensors[0].layer
+        if kind.metadata is not None:
+            note = kind.note(tensors, decoder.slims[layer].cache)
+            notes.setdefault(kind.metadata, {})[str(layer)] = note
+    for key, layers in notes.items():
+        graph.metadata_props[key] = json.dumps(layers)
 
 
 def token_inputs(graph: ir.Model) -> tuple[str, ...]:

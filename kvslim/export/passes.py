@@ -11,50 +11,31 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from onnxscript.rewriter import onnx_fusions
 
+from kvslim.caches.shared import SHARED
+from kvslim.contract import BATCH, LAST_POSITION, LENGTH, TOTAL, Axes
 from kvslim.export.products import PRODUCTS
-from kvslim.types import ATTENTIONS, CLUSTER_INPUTS, LAST_POSITION, SHARED, KVLayout
-
-BATCH, LENGTH, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
-CAPACITY = "max_sequence_length"
-PAST_CODES, NEW_CODES = "past_code_length", "new_code_length"
+from kvslim.types import KVLayout
 
 
 def name_dimensions(model: ir.Model, layout: KVLayout) -> None:
     """Gives inputs and outputs the field's dimension names; past and present differ, as onnxruntime requires."""
-    shapes: dict[str, tuple[str | int, ...]] = {
+    shapes: dict[str, Axes] = {
         "input_ids": (BATCH, LENGTH),
         "attention_mask": (BATCH, TOTAL),
         "position_ids": (BATCH, LENGTH),
     }
     for tensor in layout.tensors:
-        rows = tensor.rows(0)
-        past: str | int
-        past, present = (PAST, TOTAL) if tensor.window is None else (rows, rows)
-        if layout.layout == "attention24" or tensor.clusters is not None:
-            past = present = CAPACITY
-        heads = _clusters(tensor.layer) if tensor.clusters == "dynamic" and tensor.kind == "key" else tensor.heads
-        shapes[tensor.past] = (BATCH, heads, past, tensor.columns)
-        shapes[tensor.present] = (BATCH, heads, present, tensor.columns)
-        if tensor.is_packed:
-            shapes[tensor.past] = (BATCH, PAST_CODES, tensor.heads, tensor.columns)
-            shapes[tensor.present] = (BATCH, NEW_CODES, tensor.heads, tensor.columns)
-        if tensor.clusters == "dynamic" and tensor.kind == "value":
-            representatives, membership = (name.format(tensor.layer) for name in CLUSTER_INPUTS)
-            count = _clusters(tensor.layer)
-            shapes |= {representatives: (count,), membership: (tensor.heads,)}
-            shapes[ATTENTIONS.format(tensor.layer)] = (BATCH, count, LENGTH, CAPACITY)
+        shapes[tensor.past] = tensor.past_axes(layout.layout)
+        shapes[tensor.present] = tensor.present_axes(layout.layout)
+    shapes |= layout.extra_inputs | layout.extra_outputs
     for value in [*model.graph.inputs, *model.graph.outputs]:
         if value.name == "logits" and value.shape is not None:
             value.shape = ir.Shape([BATCH, 1, value.shape[-1]])
         elif value.name is not None and value.name.startswith(SHARED):
-            kind, donor, _ = value.name.removeprefix(SHARED).split(".")
-            value.shape = ir.Shape(shapes[f"present.{donor}.{kind}"])
+            kind, source, _ = value.name.removeprefix(SHARED).split(".")
+            value.shape = ir.Shape(shapes[f"present.{source}.{kind}"])
         elif value.name is not None:
             value.shape = ir.Shape(shapes[value.name])
-
-
-def _clusters(layer: int) -> str:
-    return f"clusters_{layer}"
 
 
 def share_tied_weights(model: ir.Model) -> None:

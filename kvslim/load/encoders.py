@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kvslim.contract import ModelSpec, Task
 from kvslim.errors import ModelError, UnsupportedError
 from kvslim.load.architecture import Architecture
-from kvslim.types import ModelSpec, Task
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kvslim.contract import ModelSpec
 from kvslim.errors import ModelError
 from kvslim.load.encoders import ENCODERS
 from kvslim.load.source import Snapshot, weight_files
-from kvslim.types import ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

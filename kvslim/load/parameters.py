@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvslim.contract import Frozen, ModelSpec
 from kvslim.errors import ModelError
 from kvslim.load.model import encoder_class
 from kvslim.load.source import Snapshot, read_config
-from kvslim.types import Frozen, ModelSpec
 
 
 class Parameters(Frozen):

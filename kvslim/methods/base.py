@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError, suggestion
-from kvslim.types import ModelSpec, Plan
+from kvslim.types import Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
-    from kvslim.transform.codes import LayerCodes
+    from kvslim.transform.edits import LayerEdit
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -44,9 +45,9 @@ class Method(BaseModel):
         raise NotImplementedError
 
     def apply(
-        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, codes: tuple[LayerCodes, ...]
-    ) -> tuple[LayerCodes, ...]:
-        """The codes of every layer after this method, given those of the methods before it."""
+        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: tuple[LayerEdit, ...]
+    ) -> tuple[LayerEdit, ...]:
+        """The edit of every layer after this method, given those of the methods before it."""
         raise NotImplementedError
 
 

@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field, model_validator
 
+from kvslim.caches import ClusteredCache
+from kvslim.caches.clustered import check_number, pools
+from kvslim.caches.clustering import Formed, clusters_of, elbow
+from kvslim.contract import Clusters, ModelSpec
 from kvslim.errors import UsageError
 from kvslim.methods.base import Method
-from kvslim.transform.clustering import Formed, clusters_of, elbow
-from kvslim.transform.codes import LayerCodes
-from kvslim.types import Clusters, LayerPlan, ModelSpec, Plan
+from kvslim.transform.edits import LayerEdit
+from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
@@ -113,13 +116,10 @@ class ClusterHeads(Method):
         return plan.model_copy(update={"layers": tuple(layers)})
 
     def apply(
-        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, codes: tuple[LayerCodes, ...]
-    ) -> tuple[LayerCodes, ...]:
-        """Adds each layer's clusters."""
-        return tuple(
-            replace(code, clusters=layer.clusters, formed_clusters=_formed(layer, statistics))
-            for layer, code in zip(plan.layers, codes, strict=True)
-        )
+        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: tuple[LayerEdit, ...]
+    ) -> tuple[LayerEdit, ...]:
+        """Adds what the runtime forms clusters by; fixed ones stand in the cache."""
+        return tuple(_formed(edit, layer, statistics) for layer, edit in zip(plan.layers, edits, strict=True))
 
     def _number(self, spec: ModelSpec, statistics: CalibrationStatistics, layer: int) -> int:
         if self.fraction is None:
@@ -129,75 +129,17 @@ class ClusterHeads(Method):
     def _decided(self, layer: LayerPlan, number: int, spec: ModelSpec, statistics: CalibrationStatistics) -> LayerPlan:
         if self.mode == "dynamic":
             reason = f"{number} of {spec.q_heads} heads attend, which ones each prompt decides"
-            return layer.model_copy(update={"dynamic_clusters": number, "reason": reason})
+            return layer.model_copy(update={"cache": ClusteredCache(count=number), "reason": reason})
         loss, heads = statistics.sharing_loss[layer.layer], np.arange(spec.q_heads)
         clusters = clusters_of(loss, number, pools(spec))
         share = float(loss[heads, list(clusters)].sum() / statistics.fluctuation[layer.layer].sum())
         reason = f"{number} of {spec.q_heads} heads attend, at an error of {share:.1%} of the layer's fluctuation"
-        update = {"clusters": clusters, "score": max(0.0, 1 - share), "reason": reason}
+        update = {"cache": ClusteredCache(clusters=clusters), "score": max(0.0, 1 - share), "reason": reason}
         return layer.model_copy(update=update)
 
 
-def pools(spec: ModelSpec) -> int:
-    """Runs of heads that share among themselves alone: those of one kv head, or all where each has one of its own."""
-    return 1 if spec.group_size == 1 else spec.kv_heads
-
-
-def _formed(layer: LayerPlan, statistics: CalibrationStatistics) -> Formed | None:
-    if layer.dynamic_clusters is None:
-        return None
-    return Formed(layer.dynamic_clusters, statistics.sharing_loss[layer.layer])
-
-
-def check_number(number: int, spec: ModelSpec, where: str) -> None:
-    """Refuses a number of clusters that the heads cannot form.
-
-    Raises:
-        UsageError: Naming `where` it stands.
-    """
-    step = pools(spec)
-    if not step <= number <= spec.q_heads or number % step:
-        choice = f"from 1 to {spec.q_heads}" if step == 1 else f"a multiple of {step}, as many for every kv head"
-        raise UsageError(
-            f"{number} clusters do not fit {spec.q_heads} query heads on {spec.kv_heads} kv heads",
-            where=where,
-            fix=f"use {choice}",
-        )
-
-
-def check_clusters(layer: LayerPlan, spec: ModelSpec, where: str) -> None:
-    """Refuses clusters that a layer's heads cannot form, and a cache that they cannot have.
-
-    Raises:
-        UsageError: Naming `where` they stand.
-    """
-    others = {"heads": layer.heads, "rank": layer.rank, "value_rank": layer.value_rank, "window": layer.window}
-    others["donor"] = layer.donor
-    beside = [name for name, value in others.items() if value is not None]
-    beside += ["cache"] if layer.cache != "float32" else []
-    if layer.clusters is not None and layer.dynamic_clusters is not None:
-        beside.append("dynamic_clusters")
-    if beside:
-        raise UsageError(f"clusters of heads go without {beside[0]}", where=where, fix=f"drop {beside[0]}, or clusters")
-    if layer.dynamic_clusters is not None:
-        if spec.group_size > 1:
-            raise UsageError("dynamic clusters need a kv head for every query head", where=where, fix="use clusters")
-        check_number(layer.dynamic_clusters, spec, where)
-    if layer.clusters is not None:
-        _check_members(layer.clusters, spec, where)
-
-
-def _check_members(clusters: tuple[int, ...], spec: ModelSpec, where: str) -> None:
-    heads, size = range(spec.q_heads), spec.q_heads // pools(spec)
-    members = dict(zip(heads, clusters, strict=False))
-    fits = len(clusters) == spec.q_heads and all(members.get(head) == head for head in clusters)
-    if not fits or any(head // size != other // size for head, other in members.items()):
-        raise UsageError(
-            f"clusters {list(clusters)} do not name for each of {spec.q_heads} heads one whose attention it takes",
-            where=where,
-            fix="name a head of the same kv head that names itself" if size < spec.q_heads else "name heads that do so",
-        )
-    counts = [len({head for head in clusters if head // size == pool}) for pool in range(pools(spec))]
-    if len(set(counts)) > 1:
-        fix = "form as many clusters of each kv head's readers"
-        raise UsageError(f"kv heads have {min(counts)} to {max(counts)} clusters", where=where, fix=fix)
+def _formed(edit: LayerEdit, layer: LayerPlan, statistics: CalibrationStatistics) -> LayerEdit:
+    """The edit with how clusters are formed, where the runtime does it."""
+    if not isinstance(layer.cache, ClusteredCache) or layer.cache.count is None:
+        return edit
+    return replace(edit, formed=Formed(layer.cache.count, statistics.sharing_loss[layer.layer]))

@@ -1,13 +1,14 @@
-"""From a plan to codes: every method applies what the plan says of it, in order."""
+"""From a plan to edits: every method applies what the plan says of it, in order."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from kvslim.contract import ModelSpec
 from kvslim.methods.base import METHODS, Method
-from kvslim.transform.codes import LayerCodes
-from kvslim.types import ModelSpec, Plan
+from kvslim.transform.edits import LayerEdit
+from kvslim.types import Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
@@ -21,8 +22,8 @@ def fit(
     plan: Plan,
     methods: Iterable[Method] = (),
     before: int = LAST,
-) -> tuple[LayerCodes, ...]:
-    """The codes that a plan asks for.
+) -> tuple[LayerEdit, ...]:
+    """The edits that a plan asks for.
 
     Args:
         spec: The model's shape.
@@ -35,8 +36,8 @@ def fit(
         One entry per layer.
     """
     given = {method.name: method for method in methods}
-    codes = tuple(LayerCodes() for _ in plan.layers)
+    edits = tuple(LayerEdit(cache=layer.cache) for layer in plan.layers)
     for kind in sorted(METHODS.values(), key=lambda kind: kind.order):
         if kind.order < before:
-            codes = given.get(kind.name, kind()).apply(spec, statistics, plan, codes)
-    return codes
+            edits = given.get(kind.name, kind()).apply(spec, statistics, plan, edits)
+    return edits

@@ -10,25 +10,24 @@ kernels; with 3, 2 or 1 bits they are fitted (Lloyd-Max), and all but the first 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
+from kvslim.caches import CodedCache, FullCache, PackedCache
+from kvslim.caches.rotation import has_rotation, rotation
+from kvslim.contract import Granularity, ModelSpec
 from kvslim.errors import UsageError
 from kvslim.methods.base import Method
 from kvslim.methods.kv_quant import with_integers
 from kvslim.methods.levels import fit_levels
-from kvslim.methods.roles import has_item_memory, item_memory
 from kvslim.methods.rounding import TINY, sample_weights
-from kvslim.transform.codes import Array, LayerCodes
-from kvslim.types import CODES, CacheType, Granularity, LayerPlan, ModelSpec, Plan
+from kvslim.transform.edits import Array, LayerEdit
+from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
-
-STORED: dict[int, CacheType] = {8: "int8", 4: "int4", 3: "codes3", 2: "codes2", 1: "codes1"}
 
 
 class KvHdc(Method):
@@ -46,100 +45,101 @@ class KvHdc(Method):
     sinks: int = Field(4, ge=0, description="with 3, 2 or 1 bits: first tokens kept exact")
 
     def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
-        """Bundles every layer's coefficients, all of them where no rank is chosen yet.
+        """Rotates every layer's coefficients, all of them where no rank is chosen yet.
 
         Raises:
-            UsageError: A layer's rank has no item memory.
+            UsageError: There is no Hadamard matrix of a layer's rank.
         """
-        layers = tuple(self._bundled(spec, layer) for layer in plan.layers)
-        plan, stored = plan.model_copy(update={"layers": layers}), STORED[self.bits]
-        if stored not in CODES:
-            update = {"cache": stored, "granularity": self.granularity}
-            return with_integers(spec, statistics, plan, update, self.centre)
-        packed: dict[str, object] = {"cache": stored, "centred": True, "window": self.window, "sinks": self.sinks}
-        packed |= {"granularity": self.granularity}
-        return plan.model_copy(update={"layers": tuple(layer.model_copy(update=packed) for layer in plan.layers)})
+        layers = tuple(
+            self._rotated(spec, layer, layer.cache) if isinstance(layer.cache, CodedCache) else layer
+            for layer in plan.layers
+        )
+        plan = plan.model_copy(update={"layers": layers})
+        if self.bits <= 3:
+            return plan.model_copy(update={"layers": tuple(map(self._packed, layers))})
+        update = {"stored": f"int{self.bits}", "granularity": self.granularity}
+        return with_integers(spec, statistics, plan, update, self.centre)
 
     def apply(
-        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, codes: tuple[LayerCodes, ...]
-    ) -> tuple[LayerCodes, ...]:
-        """Turns each layer's codes by its roles, and fits the levels of packed ones."""
-        bundled = (
-            code if layer.roles is None else _bundle(code, layer.roles)
-            for layer, code in zip(plan.layers, codes, strict=True)
-        )
-        return tuple(
-            _with_levels(statistics, layer, code) if layer.cache in CODES else code
-            for layer, code in zip(plan.layers, bundled, strict=True)
-        )
+        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: tuple[LayerEdit, ...]
+    ) -> tuple[LayerEdit, ...]:
+        """Rotates each layer's codes, and fits the levels of packed ones."""
+        pairs = zip(plan.layers, edits, strict=True)
+        return tuple(_applied(statistics, layer, edit) for layer, edit in pairs)
 
-    def _bundled(self, spec: ModelSpec, layer: LayerPlan) -> LayerPlan:
+    def _rotated(self, spec: ModelSpec, layer: LayerPlan, cache: CodedCache) -> LayerPlan:
         words = [] if layer.reason == "kept" else [layer.reason]
-        words += ["bundled over roles" + ("" if self.bits > 3 else f"; {self.bits}-bit levels")]
-        rank = layer.rank or spec.head_dim
-        if not has_item_memory(rank):
+        words += ["rotated by a Hadamard matrix" + ("" if self.bits > 3 else f"; {self.bits}-bit levels")]
+        rank = cache.rank or spec.head_dim
+        if not has_rotation(rank):
             raise UsageError(
-                f"no item memory of order {rank}, the rank of layer {layer.layer}",
+                f"there is no Hadamard matrix of order {rank}, the rank of layer {layer.layer}",
                 where="recipe: methods.kv_hdc",
                 fix="use another rank, or kv_quant",
             )
-        return layer.model_copy(update={"roles": self.seed, "rank": rank, "reason": "; ".join(words)})
+        rotated = layer.with_cache(rotation=self.seed, rank=rank)
+        return rotated.model_copy(update={"reason": "; ".join(words)})
+
+    def _packed(self, layer: LayerPlan) -> LayerPlan:
+        if not isinstance(layer.cache, FullCache):
+            return layer
+        codes = layer.cache.model_dump(include={"rank", "value_rank", "objective", "rotation"})
+        kept = {"window": self.window, "sinks": self.sinks, "granularity": self.granularity}
+        cache = PackedCache.model_validate({**codes, **kept, "bits": self.bits, "centred": True})
+        return layer.model_copy(update={"cache": cache})
 
 
-def _bundle(code: LayerCodes, seed: int) -> LayerCodes:
-    """A code over roles: those coefficients that are held twice among themselves, the others among themselves."""
+def _applied(statistics: CalibrationStatistics, layer: LayerPlan, edit: LayerEdit) -> LayerEdit:
+    """One layer's edit, rotated and with levels, as its cache asks for."""
+    cache = layer.cache
+    if isinstance(cache, CodedCache) and cache.rotation is not None:
+        edit = _rotate(edit, cache.residuals, cache.rotation)
+    return _with_levels(statistics, layer.layer, cache, edit) if isinstance(cache, PackedCache) else edit
+
+
+def _rotate(edit: LayerEdit, residuals: tuple[int, int], seed: int) -> LayerEdit:
+    """A rotated code: coordinates with a residual among themselves, the others among themselves."""
+    code = edit.code
     parts = (code.key_encoder, code.query_encoder, code.value_encoder, code.value_decoder)
     if any(part is None for part in parts):
-        raise ValueError("roles bundle the coefficients of a code")
+        raise ValueError("a rotation turns the coordinates of a code")
     key, query, value, decoder = (np.asarray(part) for part in parts)
-    key_roles = _roles(key.shape[-1], code.refined, seed)
-    value_roles = _roles(value.shape[-1], code.value_refined, seed)
-    return replace(
-        code,
-        key_encoder=key @ key_roles,
-        query_encoder=query @ key_roles,
-        value_encoder=value @ value_roles,
-        value_decoder=value_roles.T @ decoder,
+    key_turn = _turn(key.shape[-1], residuals[0], seed)
+    value_turn = _turn(value.shape[-1], residuals[1], seed)
+    return edit.coded(
+        key_encoder=key @ key_turn,
+        query_encoder=query @ key_turn,
+        value_encoder=value @ value_turn,
+        value_decoder=value_turn.T @ decoder,
     )
 
 
-def _roles(rank: int, refined: int, seed: int) -> Array:
-    """[rank, rank]: row c is the role hypervector of coefficient c, over its group's components."""
-    roles = np.zeros((rank, rank))
-    for start, stop in ((0, refined), (refined, rank)):
+def _turn(rank: int, residual: int, seed: int) -> Array:
+    """[rank, rank]: a rotation of the first `residual` coordinates beside one of the others."""
+    turn = np.zeros((rank, rank))
+    for start, stop in ((0, residual), (residual, rank)):
         if stop > start:
-            roles[start:stop, start:stop] = item_memory(stop - start, seed)
-    return roles
+            turn[start:stop, start:stop] = rotation(stop - start, seed)
+    return turn
 
 
-def _with_levels(statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes) -> LayerCodes:
+def _with_levels(statistics: CalibrationStatistics, layer: int, cache: PackedCache, edit: LayerEdit) -> LayerEdit:
     """Offset, scale and fitted levels of packed codes; the sinks stay exact, so their samples do not count."""
     body = statistics.key_samples.shape[2]
-    weights = sample_weights(statistics, layer.layer)[:, :body]
-    keys = statistics.key_samples[layer.layer] @ np.asarray(code.key_encoder)
-    values = statistics.value_samples[layer.layer] @ np.asarray(code.value_encoder)
+    weights = sample_weights(statistics, layer)[:, :body]
+    keys = statistics.key_samples[layer] @ np.asarray(edit.code.key_encoder)
+    values = statistics.value_samples[layer] @ np.asarray(edit.code.value_encoder)
     offset = np.einsum("hn,hnd->hd", weights, keys) / weights.sum(1)[:, None]
-    key_scale, key_levels = _fitted(keys - offset[:, None], weights, layer)
-    value_scale, value_levels = _fitted(values, weights, layer)
-    return replace(
-        code,
-        cache=layer.cache,
-        window=layer.window,
-        sinks=layer.sinks,
-        key_offset=offset if layer.centred else None,
-        key_scale=key_scale,
-        value_scale=value_scale,
-        key_levels=key_levels,
-        value_levels=value_levels,
-        per_tensor=layer.granularity == "per_tensor",
-    )
+    key_scale, key_levels = _fitted(keys - offset[:, None], weights, cache)
+    value_scale, value_levels = _fitted(values, weights, cache)
+    edit = edit.coded(key_offset=offset if cache.centred else None)
+    return edit.rounded(key_scale=key_scale, value_scale=value_scale, key_levels=key_levels, value_levels=value_levels)
 
 
-def _fitted(samples: Array, weights: Array, layer: LayerPlan) -> tuple[Array, Array]:
+def _fitted(samples: Array, weights: Array, cache: PackedCache) -> tuple[Array, Array]:
     """Scale [heads, rank] and levels [2 ** bits] of samples [heads, n, rank]."""
     power = np.einsum("hn,hnd->hd", weights, np.square(samples)) / weights.sum(1)[:, None]
-    power = np.full_like(power, power.mean()) if layer.granularity == "per_tensor" else power
+    power = np.full_like(power, power.mean()) if cache.granularity == "per_tensor" else power
     scale = np.sqrt(np.maximum(power, TINY**2))
     cost = np.broadcast_to(weights[..., None], samples.shape) * np.square(scale)[:, None]
-    bits = {cache: count for count, cache in STORED.items()}[layer.cache]
-    return scale, fit_levels((samples / scale[:, None]).ravel(), cost.ravel(), bits)
+    return scale, fit_levels((samples / scale[:, None]).ravel(), cost.ravel(), cache.bits)

@@ -10,21 +10,20 @@ PCA (H = I), kept for comparison.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from kvslim.errors import UsageError
+from kvslim.caches import CodedCache
+from kvslim.caches.coded import STEP, check_rank, rank_step
+from kvslim.contract import ModelSpec, Objective
 from kvslim.methods.base import Method
-from kvslim.transform.codes import Array, LayerCodes
-from kvslim.types import CacheType, LayerPlan, ModelSpec, Objective, Plan
+from kvslim.transform.edits import Array, LayerEdit
+from kvslim.types import Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
-
-STEP, WINDOW_STEP = 8, 16  # onnxruntime's kernel reads heads in multiples of this, with a window in those of that
 
 
 class Basis(NamedTuple):
@@ -73,48 +72,6 @@ def _damped(matrix: Array, damping: float) -> Array:
     return matrix + (damping * level + np.finfo(np.float64).tiny) * np.eye(dim)
 
 
-def rank_step(window: int | None) -> int:
-    """The step of the ranks that a layer with this window can have."""
-    return STEP if window is None else WINDOW_STEP
-
-
-def width_step(window: int | None, cache: CacheType) -> int:
-    """The step of the numbers per head that a layer with this window can cache; two of int4 lie in a byte."""
-    return rank_step(window) * (2 if window is not None and cache == "int4" else 1)
-
-
-def check_width(layer: LayerPlan, spec: ModelSpec, where: str) -> None:
-    """Refuses a cache whose heads are no multiple of what the kernel takes.
-
-    Raises:
-        UsageError: Naming `where` it was asked for.
-    """
-    window = spec.windows[layer.layer]
-    step = rank_step(window) if layer.window is not None else width_step(window, layer.cache)
-    for width in layer.widths(spec.head_dim):
-        if width % step:
-            raise UsageError(
-                f"{width} numbers per head in {layer.cache} do not fit the window of layer {layer.layer}",
-                where=where,
-                fix=f"use a multiple of {step}, or more bits",
-            )
-
-
-def check_rank(rank: int, spec: ModelSpec, window: int | None, where: str) -> None:
-    """Refuses a rank that the kernel cannot take, or beyond head_dim.
-
-    Raises:
-        UsageError: Naming `where` it was asked for.
-    """
-    step = rank_step(window)
-    if rank % step or not step <= rank <= spec.head_dim:
-        raise UsageError(
-            f"rank {rank} does not fit head_dim {spec.head_dim}" + ("" if window is None else " and a window"),
-            where=where,
-            fix=f"use a multiple of {step}, at most {spec.head_dim}",
-        )
-
-
 class KvPca(Method):
     """PCA of keys and values; equal rank for both in a layer, given directly, as a share of head_dim, or by energy.
 
@@ -152,6 +109,9 @@ class KvPca(Method):
         """Sets each layer's ranks and objective, with the least energy kept by any of its heads as score."""
         layers = []
         for layer in plan.layers:
+            if not isinstance(layer.cache, CodedCache):
+                layers.append(layer)
+                continue
             bases = self.bases(statistics, layer.layer, self.objective)
             key, value = (basis.energy.min(0) for basis in bases)
             step = rank_step(spec.windows[layer.layer])
@@ -163,18 +123,21 @@ class KvPca(Method):
             ranks = f"rank {rank}" if rank == value_rank else f"ranks {rank} and {value_rank}"
             reason = f"{ranks} of {spec.head_dim} keep{'s' * (rank == value_rank)} {score:.2%} of the energy"
             reason = reason if layer.reason == "kept" else f"{layer.reason}; {reason}"
-            update = {"rank": rank, "objective": self.objective, "score": score, "reason": reason}
-            update |= {} if rank == value_rank else {"value_rank": value_rank}
-            layers.append(layer.model_copy(update=update))
+            coded = layer.with_cache(
+                rank=rank, value_rank=None if rank == value_rank else value_rank, objective=self.objective
+            )
+            layers.append(coded.model_copy(update={"score": score, "reason": reason}))
         return plan.model_copy(update={"layers": tuple(layers)})
 
     def apply(
-        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, codes: tuple[LayerCodes, ...]
-    ) -> tuple[LayerCodes, ...]:
+        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: tuple[LayerEdit, ...]
+    ) -> tuple[LayerEdit, ...]:
         """Adds each layer's encoders and decoders."""
         return tuple(
-            code if layer.rank is None else self._code(spec, statistics, layer, code)
-            for layer, code in zip(plan.layers, codes, strict=True)
+            edit
+            if not isinstance(layer.cache, CodedCache) or layer.cache.rank is None
+            else self._coded(spec, statistics, layer.layer, layer.cache, edit)
+            for layer, edit in zip(plan.layers, edits, strict=True)
         )
 
     def _rank(self, spec: ModelSpec, step: int, energy: Array) -> int:
@@ -197,19 +160,15 @@ class KvPca(Method):
             balanced_basis(value, statistics.output_gram[layer] if balanced else identity, self.damping),
         )
 
-    def _code(
-        self, spec: ModelSpec, statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes
-    ) -> LayerCodes:
-        key, value = self.bases(statistics, layer.layer, layer.objective)
-        key_rank, value_rank = layer.ranks(spec.head_dim)
-        key_refined, value_refined = layer.twice
+    def _coded(
+        self, spec: ModelSpec, statistics: CalibrationStatistics, layer: int, cache: CodedCache, edit: LayerEdit
+    ) -> LayerEdit:
+        key, value = self.bases(statistics, layer, cache.objective)
+        key_rank, value_rank = cache.ranks(spec.head_dim)
         by_query = lambda array: np.repeat(array, spec.group_size, axis=0)  # noqa: E731
         encoder, decoder = by_query(value.encoder[..., :value_rank]), by_query(value.decoder[..., :value_rank])
-        mean = statistics.output_mean[layer.layer]
-        return replace(
-            code,
-            refined=key_refined,
-            value_refined=value_refined,
+        mean = statistics.output_mean[layer]
+        return edit.coded(
             key_encoder=key.encoder[..., :key_rank],
             query_encoder=by_query(key.decoder[..., :key_rank]),
             value_encoder=value.encoder[..., :value_rank],

@@ -8,14 +8,15 @@ constant vector taken from all keys of a head changes no softmax; where it makes
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
+from kvslim.caches import IntegerCache
+from kvslim.caches.coded import bits_of
+from kvslim.contract import Clip, Granularity, ModelSpec
 from kvslim.methods.base import Method
-from kvslim.methods.kv_pca import check_width
 from kvslim.methods.rounding import (
     fit_steps,
     key_samples,
@@ -25,13 +26,11 @@ from kvslim.methods.rounding import (
     score_error,
     value_samples,
 )
-from kvslim.transform.codes import Array, LayerCodes
-from kvslim.types import BITS, Clip, Granularity, LayerPlan, ModelSpec, Plan
+from kvslim.transform.edits import Array, LayerEdit
+from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
-
-INTEGERS = ("int8", "int4")
 
 
 class KvQuant(Method):
@@ -48,16 +47,18 @@ class KvQuant(Method):
 
     def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
         """Makes every layer's cache integer, and centres the keys of layers where that pays."""
-        update = {"cache": f"int{self.bits}", "granularity": self.granularity, "clip": self.clip}
+        update = {"stored": f"int{self.bits}", "granularity": self.granularity, "clip": self.clip}
         return with_integers(spec, statistics, plan, update, self.centre)
 
     def apply(
-        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, codes: tuple[LayerCodes, ...]
-    ) -> tuple[LayerCodes, ...]:
+        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: tuple[LayerEdit, ...]
+    ) -> tuple[LayerEdit, ...]:
         """Adds scales fitted to each layer's coded keys and values."""
         return tuple(
-            scaled(statistics, layer, code) if layer.cache in INTEGERS else code
-            for layer, code in zip(plan.layers, codes, strict=True)
+            scaled(statistics, layer.layer, layer.cache, edit)
+            if isinstance(layer.cache, IntegerCache) and layer.cache.is_integer
+            else edit
+            for layer, edit in zip(plan.layers, edits, strict=True)
         )
 
 
@@ -71,112 +72,117 @@ def with_integers(
     """
     from kvslim.methods.fitting import fit
 
-    layers = tuple(layer.model_copy(update=update) for layer in plan.layers)
+    layers = tuple(
+        layer.with_cache(**update) if isinstance(layer.cache, IntegerCache) else layer for layer in plan.layers
+    )
     for layer in layers:
-        check_width(layer, spec, "recipe: methods")
+        layer.cache.check_storage(spec, layer.layer, "recipe: methods")
     coded = fit(spec, statistics, plan.model_copy(update={"layers": layers}), before=KvQuant.order)
-    chosen = []
-    for layer, code in zip(layers, coded, strict=True):
-        errors = {
-            way: key_rounding_error(statistics, layer.model_copy(update={"centred": way}), code)
-            for way in (False, True)
-        }
-        centred = centre and errors[True] < errors[False]
-        words = [] if layer.reason == "kept" else [layer.reason]
-        words += [layer.cache + (f", centring takes {1 - errors[True] / errors[False]:.0%} of the error" * centred)]
-        chosen.append(layer.model_copy(update={"centred": centred, "reason": "; ".join(words)}))
-    return plan.model_copy(update={"layers": tuple(chosen)})
+    pairs = zip(layers, coded, strict=True)
+    chosen = tuple(_centred(statistics, layer, edit, centre) for layer, edit in pairs)
+    return plan.model_copy(update={"layers": chosen})
 
 
-def scaled(statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes) -> LayerCodes:
-    """A layer's codes with the offset of its keys and the steps of both sides.
+def _centred(statistics: CalibrationStatistics, layer: LayerPlan, edit: LayerEdit, centre: bool) -> LayerPlan:
+    """A layer with its keys centred where that makes rounding cheaper."""
+    cache = layer.cache
+    if not isinstance(cache, IntegerCache):
+        return layer
+    errors = {
+        centred: key_rounding_error(statistics, layer.layer, cache.with_(centred=centred), edit)
+        for centred in (False, True)
+    }
+    centred = centre and errors[True] < errors[False]
+    words = [] if layer.reason == "kept" else [layer.reason]
+    words += [cache.stored + (f", centring takes {1 - errors[True] / errors[False]:.0%} of the error" * centred)]
+    return layer.with_cache(centred=centred).model_copy(update={"reason": "; ".join(words)})
+
+
+def scaled(statistics: CalibrationStatistics, layer: int, cache: IntegerCache, edit: LayerEdit) -> LayerEdit:
+    """A layer's edit with the offset of its keys and the steps of both sides.
 
     One step for a side costs coded coordinates nothing: each is scaled to it, and its reader back.
     """
-    code = replace(
-        _with_key_steps(statistics, layer, code),
-        cache=layer.cache,
-        value_scale=_steps(statistics, layer, code, _values(statistics, layer, code), code.value_refined),
-        per_tensor=layer.granularity == "per_tensor",
-    )
-    return _evened(code) if code.per_tensor and code.key_encoder is not None else code
+    values = _values(statistics, layer, edit)
+    edit = _with_key_steps(statistics, layer, cache, edit)
+    edit = edit.rounded(value_scale=_steps(statistics, layer, cache, edit, values, cache.residuals[1]))
+    return _evened(edit) if cache.granularity == "per_tensor" and edit.code.key_encoder is not None else edit
 
 
-def key_rounding_error(statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes) -> float:
+def key_rounding_error(statistics: CalibrationStatistics, layer: int, cache: IntegerCache, edit: LayerEdit) -> float:
     """What rounding a layer's keys does to its scores, but for what all keys share: mean square, summed over heads."""
-    made = _with_key_steps(statistics, layer, code)
-    keys, weights = _keys(statistics, layer, made), sample_weights(statistics, layer.layer)
-    error = rounded(keys, np.asarray(made.key_scale), BITS[layer.cache], code.refined) - keys
+    made = _with_key_steps(statistics, layer, cache, edit)
+    keys, weights = _keys(statistics, layer, made), sample_weights(statistics, layer)
+    error = rounded(keys, np.asarray(made.rounding.key_scale), bits_of(cache), cache.residuals[0]) - keys
     error -= np.einsum("hn,hnd->hd", weights, error)[:, None]
-    metric = statistics.query_moment[layer.layer]
-    if code.query_encoder is not None:
-        decoder = code.query_encoder[:: len(code.query_encoder) // len(keys)]
+    metric = statistics.query_moment[layer]
+    if (query := edit.code.query_encoder) is not None:
+        decoder = query[:: len(query) // len(keys)]
         metric = decoder.swapaxes(1, 2) @ metric @ decoder
     return score_error(error, weights, metric)
 
 
-def value_rounding_error(statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes) -> float:
+def value_rounding_error(statistics: CalibrationStatistics, layer: int, cache: IntegerCache, edit: LayerEdit) -> float:
     """What rounding a layer's values does to its output: mean square, summed over heads."""
-    values, weights = _values(statistics, layer, code), sample_weights(statistics, layer.layer)
-    steps = _steps(statistics, layer, code, values, code.value_refined)
-    error = rounded(values, steps, BITS[layer.cache], code.value_refined) - values
-    metric = statistics.output_gram[layer.layer]
-    if code.value_decoder is not None:
-        decoder = code.value_decoder[:: len(code.value_decoder) // len(values)]
+    values, weights = _values(statistics, layer, edit), sample_weights(statistics, layer)
+    steps = _steps(statistics, layer, cache, edit, values, cache.residuals[1])
+    error = rounded(values, steps, bits_of(cache), cache.residuals[1]) - values
+    metric = statistics.output_gram[layer]
+    if (given := edit.code.value_decoder) is not None:
+        decoder = given[:: len(given) // len(values)]
         metric = decoder @ metric @ decoder.swapaxes(1, 2)
     return score_error(error, weights, metric)
 
 
-def _with_key_steps(statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes) -> LayerCodes:
-    offset = _middle(_keys(statistics, layer, code)) if layer.centred else None
-    code = replace(code, key_offset=offset)
-    return replace(code, key_scale=_steps(statistics, layer, code, _keys(statistics, layer, code), code.refined))
+def _with_key_steps(statistics: CalibrationStatistics, layer: int, cache: IntegerCache, edit: LayerEdit) -> LayerEdit:
+    offset = _middle(_keys(statistics, layer, edit)) if cache.centred else None
+    edit = edit.coded(key_offset=offset)
+    keys = _keys(statistics, layer, edit)
+    return edit.rounded(key_scale=_steps(statistics, layer, cache, edit, keys, cache.residuals[0]))
 
 
-def _evened(code: LayerCodes) -> LayerCodes:
-    """The code with its coordinates scaled so that all of a side have one step."""
-    key_scale, value_scale = np.asarray(code.key_scale), np.asarray(code.value_scale)
+def _evened(edit: LayerEdit) -> LayerEdit:
+    """The edit with its coordinates scaled so that all of a side have one step."""
+    code = edit.code
+    key_scale, value_scale = np.asarray(edit.rounding.key_scale), np.asarray(edit.rounding.value_scale)
     key_step, value_step = (np.exp(np.log(scale).mean()) for scale in (key_scale, value_scale))
     to_key, to_value = key_step / key_scale, value_step / value_scale
     by_query = len(np.asarray(code.query_encoder)) // len(key_scale)
     from_key, from_value = (np.repeat(1 / to, by_query, axis=0) for to in (to_key, to_value))
-    return replace(
-        code,
+    even = edit.coded(
         key_encoder=code.key_encoder * to_key[:, None],
         query_encoder=code.query_encoder * from_key[:, None],
         value_encoder=code.value_encoder * to_value[:, None],
         value_decoder=code.value_decoder * from_value[..., None],
         key_offset=None if code.key_offset is None else code.key_offset * to_key,
-        key_scale=np.full_like(key_scale, key_step),
-        value_scale=np.full_like(value_scale, value_step),
-        per_tensor=True,
     )
+    return even.rounded(key_scale=np.full_like(key_scale, key_step), value_scale=np.full_like(value_scale, value_step))
 
 
-def _keys(statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes) -> Array:
+def _keys(statistics: CalibrationStatistics, layer: int, edit: LayerEdit) -> Array:
     """[heads, samples, rank] of keys as they are rounded."""
-    keys = _coded(key_samples(statistics, layer.layer), code.key_encoder)
-    return keys if code.key_offset is None else keys - code.key_offset[:, None]
+    keys = _encoded(key_samples(statistics, layer), edit.code.key_encoder)
+    return keys if edit.code.key_offset is None else keys - edit.code.key_offset[:, None]
 
 
-def _values(statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes) -> Array:
+def _values(statistics: CalibrationStatistics, layer: int, edit: LayerEdit) -> Array:
     """[heads, samples, rank] of values as they are rounded."""
-    return _coded(value_samples(statistics, layer.layer), code.value_encoder)
+    return _encoded(value_samples(statistics, layer), edit.code.value_encoder)
 
 
 def _steps(
-    statistics: CalibrationStatistics, layer: LayerPlan, code: LayerCodes, samples: Array, refined: int
+    statistics: CalibrationStatistics, layer: int, cache: IntegerCache, edit: LayerEdit, samples: Array, residual: int
 ) -> Array:
     """[heads, rank] steps of samples; those of coded coordinates are evened later."""
-    bits, weights = BITS[layer.cache], sample_weights(statistics, layer.layer)
-    granularity = layer.granularity if code.key_encoder is None else "per_channel"
-    if layer.clip == "minmax":
+    bits, weights = bits_of(cache), sample_weights(statistics, layer)
+    granularity = cache.granularity if edit.code.key_encoder is None else "per_channel"
+    if cache.clip == "minmax":
         return peak_steps(samples, granularity, bits)
-    if not refined:
+    if not residual:
         return fit_steps(samples, weights, granularity, bits)
     # What is held twice must not be clipped: as fine as it becomes, clipping would be all its error.
-    top = fit_steps(samples[..., :refined], weights, granularity, 2 * bits) * (1 << bits)
-    return np.concatenate([top, fit_steps(samples[..., refined:], weights, granularity, bits)], axis=1)
+    top = fit_steps(samples[..., :residual], weights, granularity, 2 * bits) * (1 << bits)
+    return np.concatenate([top, fit_steps(samples[..., residual:], weights, granularity, bits)], axis=1)
 
 
 def _middle(samples: Array) -> Array:
@@ -184,5 +190,5 @@ def _middle(samples: Array) -> Array:
     return np.asarray((samples.max(axis=1) + samples.min(axis=1)) / 2)
 
 
-def _coded(samples: Array, encoder: Array | None) -> Array:
+def _encoded(samples: Array, encoder: Array | None) -> Array:
     return samples if encoder is None else samples @ encoder

@@ -8,20 +8,21 @@ keeps.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from pydantic import Field, model_validator
 
+from kvslim.caches import FullCache, WindowCache
+from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
 from kvslim.methods.base import Method
-from kvslim.transform.codes import LayerCodes
-from kvslim.types import LayerPlan, ModelSpec, Plan
+from kvslim.transform.edits import LayerEdit
+from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
-    from kvslim.transform.codes import Array
+    from kvslim.transform.edits import Array
 
 
 def kept_attention(statistics: CalibrationStatistics, window: int) -> Array:
@@ -79,19 +80,26 @@ class KvWindow(Method):
         chosen = set(able if self.layers is None else self.layers).intersection(able)
         if self.lazy is not None:
             chosen = set(sorted(able, key=lambda layer: -kept[layer])[: self.lazy])
-        layers = (self._decided(layer, kept[layer.layer]) if layer.layer in chosen else layer for layer in plan.layers)
+        layers = (
+            self._decided(layer, layer.cache, kept[layer.layer])
+            if layer.layer in chosen and isinstance(layer.cache, FullCache)
+            else layer
+            for layer in plan.layers
+        )
         return plan.model_copy(update={"layers": tuple(layers)})
 
     def apply(
-        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, codes: tuple[LayerCodes, ...]
-    ) -> tuple[LayerCodes, ...]:
-        """Adds each layer's window and sinks."""
-        return tuple(
-            replace(code, window=layer.window, sinks=layer.sinks)
-            for layer, code in zip(plan.layers, codes, strict=True)
-        )
+        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: tuple[LayerEdit, ...]
+    ) -> tuple[LayerEdit, ...]:
+        """Nothing is fitted: the cache says it all."""
+        return edits
 
-    def _decided(self, layer: LayerPlan, kept: float) -> LayerPlan:
+    def _decided(self, layer: LayerPlan, cache: FullCache, kept: float) -> LayerPlan:
         reason = f"{self.sinks} sinks and {self.window} recent tokens get {kept:.1%} of attention or more"
-        reason = reason if layer.rank is None else f"{layer.reason}; {reason}"
-        return layer.model_copy(update={"window": self.window, "sinks": self.sinks, "reason": reason})
+        reason = reason if cache.rank is None else f"{layer.reason}; {reason}"
+        return layer.model_copy(update={"cache": windowed(cache, self.window, self.sinks), "reason": reason})
+
+
+def windowed(cache: FullCache, window: int, sinks: int) -> WindowCache:
+    """A full cache's codes in a ring."""
+    return WindowCache(**cache.model_dump(exclude={"kind"}), window=window, sinks=sinks)

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
 from kvslim.methods.base import Method
-from kvslim.transform.codes import LayerCodes
-from kvslim.types import LayerPlan, ModelSpec, Plan
+from kvslim.transform.edits import KeptHeads, LayerEdit
+from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import HeadStatistics
@@ -111,15 +112,15 @@ class PruneHeads(Method):
         return plan.model_copy(update={"layers": tuple(layers)})
 
     def apply(
-        self, spec: ModelSpec, statistics: HeadStatistics, plan: Plan, codes: tuple[LayerCodes, ...]
-    ) -> tuple[LayerCodes, ...]:
+        self, spec: ModelSpec, statistics: HeadStatistics, plan: Plan, edits: tuple[LayerEdit, ...]
+    ) -> tuple[LayerEdit, ...]:
         """Adds the kept heads of each layer, and the mean output that stands for the others.
 
         `prune_layers` carries out what leaves a layer without any.
         """
         return tuple(
-            without_heads(code, layer, spec, statistics) if layer.heads else code
-            for layer, code in zip(plan.layers, codes, strict=True)
+            without_heads(edit, layer, spec, statistics) if layer.heads else edit
+            for layer, edit in zip(plan.layers, edits, strict=True)
         )
 
     def _steps(self, spec: ModelSpec, gone: Heads) -> Iterator[Heads]:
@@ -159,10 +160,10 @@ def check_heads(heads: Heads, spec: ModelSpec, where: str) -> None:
         )
 
 
-def without_heads(code: LayerCodes, layer: LayerPlan, spec: ModelSpec, statistics: HeadStatistics) -> LayerCodes:
-    """A layer's code with the heads alone that its plan keeps."""
+def without_heads(edit: LayerEdit, layer: LayerPlan, spec: ModelSpec, statistics: HeadStatistics) -> LayerEdit:
+    """A layer's edit with the heads alone that its plan keeps."""
     mean = statistics.output_mean[layer.layer]
-    return replace(code, heads=layer.heads, kv_heads=layer.kv_heads(spec), mean_output=mean)
+    return replace(edit, heads=KeptHeads(layer.heads or (), layer.kv_heads(spec), mean))
 
 
 def _without(layer: LayerPlan, heads: Heads, spec: ModelSpec, share: float) -> LayerPlan:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from kvslim.contract import ModelSpec, Part
 from kvslim.errors import UsageError
 from kvslim.methods.base import Method
-from kvslim.transform.codes import LayerCodes
-from kvslim.types import LayerPlan, ModelSpec, Part, Plan
+from kvslim.transform.edits import KeptHeads, LayerEdit
+from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import HeadStatistics
@@ -127,10 +128,10 @@ class PruneLayers(Method):
         return plan.model_copy(update={"layers": tuple(layers)})
 
     def apply(
-        self, spec: ModelSpec, statistics: HeadStatistics, plan: Plan, codes: tuple[LayerCodes, ...]
-    ) -> tuple[LayerCodes, ...]:
+        self, spec: ModelSpec, statistics: HeadStatistics, plan: Plan, edits: tuple[LayerEdit, ...]
+    ) -> tuple[LayerEdit, ...]:
         """Adds the mean outputs that stand for what is gone."""
-        return tuple(_with_means(code, layer, statistics) for layer, code in zip(plan.layers, codes, strict=True))
+        return tuple(_with_means(edit, layer, statistics) for layer, edit in zip(plan.layers, edits, strict=True))
 
     def _free(self, spec: ModelSpec) -> range:
         return range(self.protect, spec.layers - self.protect)
@@ -146,9 +147,9 @@ def _without(layer: LayerPlan, part: Part, spec: ModelSpec) -> LayerPlan:
     return layer.model_copy(update=update)
 
 
-def _with_means(code: LayerCodes, layer: LayerPlan, statistics: HeadStatistics) -> LayerCodes:
+def _with_means(edit: LayerEdit, layer: LayerPlan, statistics: HeadStatistics) -> LayerEdit:
     if layer.heads == ():
-        code = replace(code, heads=(), attention_mean=statistics.attention_mean[layer.layer])
+        edit = replace(edit, heads=KeptHeads(()), attention_mean=statistics.attention_mean[layer.layer])
     if not layer.mlp:
-        code = replace(code, mlp_mean=statistics.mlp_mean[layer.layer])
-    return code
+        edit = replace(edit, mlp_mean=statistics.mlp_mean[layer.layer])
+    return edit

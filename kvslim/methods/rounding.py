@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvslim.transform.codes import REFINEMENT, Array
-from kvslim.types import Granularity
+from kvslim.contract import Granularity
+from kvslim.transform.edits import RESIDUAL_STEPS, Array
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
@@ -57,7 +57,7 @@ def rounded(values: Array, steps: Array, bits: int, refined: int = 0) -> Array:
     coarse = np.clip(np.round(values / steps[:, None]), -most, most - 1) * steps[:, None]
     if refined:
         top = slice(0, refined)
-        coarse[..., top] += rounded(values[..., top] - coarse[..., top], steps[:, top] / REFINEMENT, bits)
+        coarse[..., top] += rounded(values[..., top] - coarse[..., top], steps[:, top] / RESIDUAL_STEPS, bits)
     return coarse
 
 

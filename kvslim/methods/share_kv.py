@@ -2,7 +2,7 @@
 
 Sharing a cache between layers saves it whole (Brandon et al., "Reducing Transformer Key-Value Cache Size with
 Cross-Layer Attention", 2024, section 2), but a trained model's layers do not hold the same. So nothing is copied: the
-least-squares map from what the donor caches to the layer's own keys and values folds into its queries and its output
+least-squares map from what the source caches to the layer's own keys and values folds into its queries and its output
 projection (see `sharing`), at no cost per past token. Pairs are proposed by the error that remains, and chosen by
 measured KL.
 """
@@ -16,18 +16,20 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import numpy as np
 from pydantic import Field, model_validator
 
+from kvslim.caches import ClusteredCache, PackedCache, SharedCache, WindowCache
+from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
 from kvslim.methods.base import Method
 from kvslim.methods.sharing import Maps, fit_maps
-from kvslim.transform.codes import Array, LayerCodes
-from kvslim.types import LayerPlan, ModelSpec, Plan
+from kvslim.transform.edits import Array, KeptHeads, LayerEdit
+from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
 
-REACH = 4  # how many layers back a donor is looked for
+REACH = 4  # how many layers back a source is looked for
 PROPOSED = 8  # pairs whose KL is measured before each choice
-Donors = dict[int, int]
+Sources = dict[int, int]
 
 
 class Distance(NamedTuple):
@@ -38,28 +40,28 @@ class Distance(NamedTuple):
 
 
 class ShareKv(Method):
-    """Layers named with their donors, or chosen among the nearest pairs by measured KL."""
+    """Layers named with their sources, or chosen among the nearest pairs by measured KL."""
 
     name: ClassVar[str] = "share_kv"
-    order: ClassVar[int] = 30  # after all that decides what a donor caches, since that is what is mapped
+    order: ClassVar[int] = 30  # after all that decides what a source caches, since that is what is mapped
     summary: ClassVar[str] = "layers that read an earlier layer's cache through a fitted map, and have none"
 
     layers: int | None = Field(None, ge=1, description="number of layers to lose their cache, by measured KL")
-    donors: dict[int, int] | None = Field(None, description="the layers themselves, each with the one it reads")
+    sources: dict[int, int] | None = Field(None, description="the layers themselves, each with the one it reads")
 
     @model_validator(mode="after")
     def _one_choice(self) -> ShareKv:
-        if self.layers is not None and self.donors is not None:
-            raise ValueError("give layers or donors, not both")
+        if self.layers is not None and self.sources is not None:
+            raise ValueError("give layers or sources, not both")
         return self
 
     def check(self, spec: ModelSpec) -> None:
-        """Refuses donors that come later, read another cache themselves or do not exist, and to share nothing."""
+        """Refuses sources that come later, read another cache themselves or do not exist, and to share nothing."""
         where = "recipe: methods.share_kv"
-        if self.layers is None and not self.donors:
-            raise UsageError("it says not what to share", where=where, fix="give layers or donors")
-        for layer, donor in (self.donors or {}).items():
-            check_pair(spec, layer, donor, self.donors or {}, f"{where}.donors")
+        if self.layers is None and not self.sources:
+            raise UsageError("it says not what to share", where=where, fix="give layers or sources")
+        for layer, source in (self.sources or {}).items():
+            check_pair(spec, layer, source, self.sources or {}, f"{where}.sources")
         if (self.layers or 0) > spec.layers // 2:
             raise UsageError(
                 f"{self.layers} of {spec.layers} layers are too many",
@@ -70,167 +72,159 @@ class ShareKv(Method):
     def chosen(
         self,
         distances: dict[tuple[int, int], float],
-        divergence: Callable[[Donors], float],
+        divergence: Callable[[Sources], float],
         layers: Callable[[Iterable[int]], Iterable[int]] = iter,
     ) -> ShareKv:
         """The method with the pairs that lose least, one after the other.
 
         Args:
-            distances: Of the pairs that are possible, by layer and donor.
-            divergence: Of the model with these layers reading these donors.
+            distances: Of the pairs that are possible, by layer and source.
+            divergence: Of the model with these layers reading these sources.
             layers: Wraps the iterable of choices, to show progress.
 
         Raises:
             UsageError: There are not so many pairs.
         """
-        donors: Donors = {}
+        sources: Sources = {}
         for _ in layers(range(self.layers or 0)):
-            proposed = sorted(_possible(distances, donors), key=distances.__getitem__)[:PROPOSED]
+            proposed = sorted(_possible(distances, sources), key=distances.__getitem__)[:PROPOSED]
             if not proposed:
                 raise UsageError(
-                    f"only {len(donors)} layers find a donor",
+                    f"only {len(sources)} layers find a source",
                     where="recipe: methods.share_kv.layers",
                     fix="ask for fewer",
                 )
-            losses = {pair: divergence({**donors, pair[0]: pair[1]}) for pair in proposed}
-            layer, donor = min(proposed, key=losses.__getitem__)
-            donors[layer] = donor
-        return self.model_copy(update={"layers": None, "donors": dict(sorted(donors.items()))})
+            losses = {pair: divergence({**sources, pair[0]: pair[1]}) for pair in proposed}
+            layer, source = min(proposed, key=losses.__getitem__)
+            sources[layer] = source
+        return self.model_copy(update={"layers": None, "sources": dict(sorted(sources.items()))})
 
     def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
         """Takes the cache from the layers that read another's, with the share of energy that the maps keep as score.
 
         Raises:
-            UsageError: A donor has no cache that holds every token, or heads do not fit.
+            UsageError: A source has no cache that holds every token, or heads do not fit.
         """
         method = self
-        if self.donors is None:
+        if self.sources is None:
             near = {pair: distance.key + distance.value for pair, distance in distances(spec, statistics, plan).items()}
-            method = self.chosen(near, lambda donors: sum(near[pair] for pair in donors.items()))
-        layers = [_without_cache(layer, (method.donors or {}).get(layer.layer)) for layer in plan.layers]
+            method = self.chosen(near, lambda sources: sum(near[pair] for pair in sources.items()))
+        layers = [_without_cache(layer, (method.sources or {}).get(layer.layer)) for layer in plan.layers]
         plan = plan.model_copy(update={"layers": tuple(layers)})
-        check_donors(plan, spec, lambda layer: f"recipe: methods.share_kv: layer {layer}")
+        check_sources(plan, spec, lambda layer: f"recipe: methods.share_kv: layer {layer}")
         layers = [
-            layer if layer.donor is None else _told(layer, distance(spec, statistics, layer, layers[layer.donor]))
+            layer if layer.source is None else _told(layer, distance(spec, statistics, layer, layers[layer.source]))
             for layer in layers
         ]
         return plan.model_copy(update={"layers": tuple(layers)})
 
     def apply(
-        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, codes: tuple[LayerCodes, ...]
-    ) -> tuple[LayerCodes, ...]:
-        """Replaces the codes of layers that have a donor by maps from what that caches."""
+        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: tuple[LayerEdit, ...]
+    ) -> tuple[LayerEdit, ...]:
+        """Replaces the codes of layers that have a source by maps from what that caches."""
         return tuple(
-            code
-            if layer.donor is None
-            else _reading(spec, statistics, (layer, plan.layers[layer.donor]), (code, codes[layer.donor]))
-            for layer, code in zip(plan.layers, codes, strict=True)
+            edit
+            if layer.source is None
+            else _reading(spec, statistics, (layer, plan.layers[layer.source]), (edit, edits[layer.source]))
+            for layer, edit in zip(plan.layers, edits, strict=True)
         )
 
 
 def distances(spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> dict[tuple[int, int], Distance]:
     """How far each layer is from the earlier ones near it whose cache it could read."""
     return {
-        (layer.layer, donor.layer): distance(spec, statistics, layer, donor)
+        (layer.layer, source.layer): distance(spec, statistics, layer, source)
         for layer in plan.layers
-        for donor in plan.layers[max(0, layer.layer - REACH) : layer.layer]
-        if lack_of(spec, plan, layer, donor) is None
+        for source in plan.layers[max(0, layer.layer - REACH) : layer.layer]
+        if lack_of(spec, plan, layer, source) is None
     }
 
 
-def distance(spec: ModelSpec, statistics: CalibrationStatistics, layer: LayerPlan, donor: LayerPlan) -> Distance:
-    """What the best maps between two layers leave, with heads paired as they are best; the donor not coded."""
-    maps = fit_maps(statistics, layer.layer, donor.layer, donor.kv_heads(spec))
+def distance(spec: ModelSpec, statistics: CalibrationStatistics, layer: LayerPlan, source: LayerPlan) -> Distance:
+    """What the best maps between two layers leave, with heads paired as they are best; the source not coded."""
+    maps = fit_maps(statistics, layer.layer, source.layer, source.kv_heads(spec))
     heads, read = _paired(spec, layer, maps)
     own = heads // spec.group_size
     return Distance(float(maps.key_error[own, read].mean()), float(maps.value_error[own, read].mean()))
 
 
-def check_pair(spec: ModelSpec, layer: int, donor: int, donors: Donors, where: str) -> None:
-    """Refuses a donor that comes later, does not exist or reads another cache itself.
+def check_pair(spec: ModelSpec, layer: int, source: int, sources: Sources, where: str) -> None:
+    """Refuses a source that comes later, does not exist or reads another cache itself.
 
     Raises:
         UsageError: Naming `where` it stands.
     """
-    beyond = [index for index in (layer, donor) if not 0 <= index < spec.layers]
+    beyond = [index for index in (layer, source) if not 0 <= index < spec.layers]
     if beyond:
         raise UsageError(
             f"the model has {spec.layers} layers, not a layer {beyond[0]}",
             where=where,
             fix=f"use 0 to {spec.layers - 1}",
         )
-    if donor >= layer:
+    if source >= layer:
         raise UsageError(
-            f"layer {layer} cannot read the cache of layer {donor}, which comes no earlier",
+            f"layer {layer} cannot read the cache of layer {source}, which comes no earlier",
             where=where,
             fix="name an earlier layer",
         )
-    if donor in donors:
+    if source in sources:
         raise UsageError(
-            f"layer {donor}, which layer {layer} is to read, reads that of layer {donors[donor]} itself",
+            f"layer {source}, which layer {layer} is to read, reads that of layer {sources[source]} itself",
             where=where,
-            fix=f"let layer {layer} read layer {donors[donor]}, or another",
+            fix=f"let layer {layer} read layer {sources[source]}, or another",
         )
 
 
-def check_donors(plan: Plan, spec: ModelSpec, where: Callable[[int], str]) -> None:
+def check_sources(plan: Plan, spec: ModelSpec, where: Callable[[int], str]) -> None:
     """Refuses layers that read a cache which does not exist, lacks tokens or does not fit their heads.
 
     Raises:
         UsageError: Naming where the layer stands.
     """
-    donors = {layer.layer: layer.donor for layer in plan.layers if layer.donor is not None}
-    for layer, donor in donors.items():
-        check_pair(spec, layer, donor, donors, where(layer))
-        own = _without_cache(plan.layers[layer], donor)
-        if plan.layers[layer].model_copy(update=dict.fromkeys(FREE)) != own.model_copy(update=dict.fromkeys(FREE)):
-            raise UsageError(
-                f"layer {layer} reads the cache of layer {donor} and stores none",
-                where=where(layer),
-                fix="give it no rank, cache, roles or window of its own",
-            )
-        lack = lack_of(spec, plan, plan.layers[layer], plan.layers[donor])
+    sources = {layer.layer: layer.source for layer in plan.layers if layer.source is not None}
+    for layer, source in sources.items():
+        check_pair(spec, layer, source, sources, where(layer))
+        lack = lack_of(spec, plan, plan.layers[layer], plan.layers[source])
         if lack is not None:
             raise UsageError(
-                f"layer {layer} cannot read layer {donor}: {lack}", where=where(layer), fix="name another donor"
+                f"layer {layer} cannot read layer {source}: {lack}", where=where(layer), fix="name another source"
             )
 
 
-FREE = ("refit", "score", "reason")  # what a plan may say of any layer
-
-
-def lack_of(spec: ModelSpec, plan: Plan, layer: LayerPlan, donor: LayerPlan) -> str | None:
+def lack_of(spec: ModelSpec, plan: Plan, layer: LayerPlan, source: LayerPlan) -> str | None:
     """What speaks against a layer reading the cache of an earlier one; None if nothing."""
-    if layer.heads == () or donor.heads == ():
-        return f"layer {layer.layer if layer.heads == () else donor.layer} has no attention"
-    clustered = next((each.layer for each in (layer, donor) if each.clustering is not None), None)
+    if layer.heads == () or source.heads == ():
+        return f"layer {layer.layer if layer.heads == () else source.layer} has no attention"
+    clustered = next((each.layer for each in (layer, source) if isinstance(each.cache, ClusteredCache)), None)
     if clustered is not None:
         return f"layer {clustered} has clusters of heads"
-    windowed = plan.layout == "gqa" and plan.window_cache and spec.windows[donor.layer] is not None
-    if windowed or donor.window is not None:
+    windowed = plan.layout == "gqa" and plan.window_cache and spec.windows[source.layer] is not None
+    if windowed or isinstance(source.cache, WindowCache | PackedCache):
         return "it keeps a window of tokens alone"
-    queries, kv_heads = len(_heads(spec, layer)), len(donor.kv_heads(spec))
+    queries, kv_heads = len(_heads(spec, layer)), len(source.kv_heads(spec))
     if queries % kv_heads:
         return f"{queries} query heads cannot read {kv_heads} kv heads alike"
     return None
 
 
-def _without_cache(layer: LayerPlan, donor: int | None) -> LayerPlan:
-    """The layer as it is, or with what is kept of its parts and a donor alone."""
-    return layer if donor is None else LayerPlan(layer=layer.layer, heads=layer.heads, mlp=layer.mlp, donor=donor)
+def _without_cache(layer: LayerPlan, source: int | None) -> LayerPlan:
+    """The layer as it is, or with what is kept of its parts and the cache of a source alone."""
+    if source is None:
+        return layer
+    return LayerPlan(layer=layer.layer, heads=layer.heads, mlp=layer.mlp, cache=SharedCache(source=source))
 
 
 def _told(layer: LayerPlan, left: Distance) -> LayerPlan:
-    reason = f"reads the cache of layer {layer.donor}; the map misses {left.key:.0%} of the scores' variance"
+    reason = f"reads the cache of layer {layer.source}; the map misses {left.key:.0%} of the scores' variance"
     reason += f" and {left.value:.0%} of the outputs'"
     return layer.model_copy(update={"score": 1 - max(left), "reason": reason})
 
 
-def _possible(distances: dict[tuple[int, int], float], donors: Donors) -> Iterator[tuple[int, int]]:
+def _possible(distances: dict[tuple[int, int], float], sources: Sources) -> Iterator[tuple[int, int]]:
     """The pairs that make no chain with those that are chosen."""
-    for layer, donor in distances:
-        if layer not in donors and layer not in donors.values() and donor not in donors:
-            yield layer, donor
+    for layer, source in distances:
+        if layer not in sources and layer not in sources.values() and source not in sources:
+            yield layer, source
 
 
 def _heads(spec: ModelSpec, layer: LayerPlan) -> Array:
@@ -238,9 +232,9 @@ def _heads(spec: ModelSpec, layer: LayerPlan) -> Array:
 
 
 def _paired(spec: ModelSpec, layer: LayerPlan, maps: Maps) -> tuple[Array, Array]:
-    """Query heads in the order of the donor head that each reads, and the number of that head among the donor's.
+    """Query heads in the order of the source head that each reads, and the number of that head among the source's.
 
-    As many read each donor head, as the operator needs it. From the best of the cyclic pairings on, two query heads
+    As many read each source head, as the operator needs it. From the best of the cyclic pairings on, two query heads
     change places while that lowers the error; with few heads that ends at the best of all, or near it.
     """
     heads = _heads(spec, layer)
@@ -264,12 +258,12 @@ def _reading(
     spec: ModelSpec,
     statistics: CalibrationStatistics,
     plans: tuple[LayerPlan, LayerPlan],
-    codes: tuple[LayerCodes, LayerCodes],
-) -> LayerCodes:
-    """The code of a layer with maps from what its donor caches; plans and codes so far are those of both."""
-    (layer, donor), (code, given) = plans, codes
-    encoders = given.key_encoder, given.value_encoder
-    maps = fit_maps(statistics, layer.layer, donor.layer, donor.kv_heads(spec), encoders)
+    edits: tuple[LayerEdit, LayerEdit],
+) -> LayerEdit:
+    """The edit of a layer with maps from what its source caches; plans and edits so far are those of both."""
+    (layer, source), (edit, given) = plans, edits
+    encoders = given.code.key_encoder, given.code.value_encoder
+    maps = fit_maps(statistics, layer.layer, source.layer, source.kv_heads(spec), encoders)
     heads, read = _paired(spec, layer, maps)
     own = heads // spec.group_size
 
@@ -278,19 +272,11 @@ def _reading(
         whole[heads] = of_pair[own, read]
         return whole
 
-    return replace(
-        code,
+    code = replace(
+        edit.code,
         query_encoder=by_head(maps.key).swapaxes(1, 2),
         value_decoder=by_head(maps.value),
         value_offset=by_head(maps.offset),
-        heads=tuple(heads.tolist()),
-        kv_heads=donor.kv_heads(spec),
-        donor=donor.layer,
-        mean_output=statistics.output_mean[layer.layer],
-        refined=given.refined,
-        value_refined=given.value_refined,
-        cache=given.cache,
-        key_scale=given.key_scale,
-        value_scale=given.value_scale,
-        per_tensor=given.per_tensor,
     )
+    kept = KeptHeads(tuple(heads.tolist()), source.kv_heads(spec), statistics.output_mean[layer.layer])
+    return replace(edit, heads=kept, code=code, rounding=given.rounding, source_cache=given.cache)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from kvslim.calibrate import rope
-from kvslim.transform.codes import Array
+from kvslim.transform.edits import Array
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics

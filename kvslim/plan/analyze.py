@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import Field
 
+from kvslim.contract import Frozen, ModelSpec
 from kvslim.methods.cluster_heads import ClusterHeads
 from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_window import kept_attention
 from kvslim.methods.prune_heads import PruneHeads
 from kvslim.methods.prune_layers import INFLUENCES, PruneLayers
 from kvslim.methods.share_kv import distances
-from kvslim.types import Frozen, ModelSpec, Plan
+from kvslim.types import Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics

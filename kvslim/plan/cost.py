@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from kvslim.caches import IntegerCache
+from kvslim.caches.coded import width_step
+from kvslim.caches.rotation import has_rotation
+from kvslim.contract import ModelSpec
 from kvslim.methods.fitting import fit
 from kvslim.methods.kv_hdc import KvHdc
-from kvslim.methods.kv_pca import KvPca, width_step
+from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_quant import KvQuant, key_rounding_error, value_rounding_error
-from kvslim.methods.roles import has_item_memory
-from kvslim.types import LayerPlan, ModelSpec, Plan
+from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
@@ -32,7 +35,7 @@ class Choice(NamedTuple):
     """What one side of a layer keeps: coordinates, and how many of them twice."""
 
     rank: int
-    refined: int
+    residual: int
 
 
 class Cost(NamedTuple):
@@ -56,8 +59,8 @@ class SideCosts:
 
     def cost(self, choice: Choice, bits: int) -> Cost:
         """The cost of a choice stored in 8 or 4 bits."""
-        rank, refined = choice
-        kept, twice = self._spread(refined, rank), self._spread(0, refined)
+        rank, residual = choice
+        kept, twice = self._spread(residual, rank), self._spread(0, residual)
         noise = self.factor * (kept + twice / FINER)
         return Cost(float(self.values[:, rank:].sum()), noise if bits == 4 else noise / FINER)
 
@@ -76,7 +79,9 @@ def side_costs(spec: ModelSpec, statistics: CalibrationStatistics) -> list[tuple
     for layer, code in zip(plan.layers, codes, strict=True):
         sides = []
         bases = KvPca().bases(statistics, layer.layer, "balanced")
-        noises = (key_rounding_error(statistics, layer, code), value_rounding_error(statistics, layer, code))
+        stored = layer.cache
+        assert isinstance(stored, IntegerCache)  # `rounded_plan` makes it so
+        noises = [error(statistics, layer.layer, stored, code) for error in (key_rounding_error, value_rounding_error)]
         for basis, noise in zip(bases, noises, strict=True):
             bare = SideCosts(basis.values, 1.0)
             sides.append(SideCosts(basis.values, noise / bare.cost(Choice(spec.head_dim, 0), 4).noise))
@@ -93,27 +98,25 @@ def rounded_plan(spec: ModelSpec) -> Plan:
 def choices(spec: ModelSpec, window: int | None, width: int, bits: int) -> Iterator[Choice]:
     """All that one side can keep in a cache of `width` numbers per head."""
     step = width_step(window, "int4" if bits == 4 else "int8")
-    for refined in range(0, width // 2 + 1, STEP) if bits == 4 else (0,):
-        rank = width - refined
-        if rank <= spec.head_dim and width % step == 0 and _has_roles(rank, refined):
-            yield Choice(rank, refined)
+    for residual in range(0, width // 2 + 1, STEP) if bits == 4 else (0,):
+        rank = width - residual
+        if rank <= spec.head_dim and width % step == 0 and _has_rotations(rank, residual):
+            yield Choice(rank, residual)
 
 
 def bundled(layer: LayerPlan, key: Choice, value: Choice | None, bits: int) -> LayerPlan:
     """A layer's plan with these choices, as hyperdimensional codes in integers."""
     value = value or key
-    return layer.model_copy(
-        update={
-            "rank": key.rank,
-            "value_rank": None if value.rank == key.rank else value.rank,
-            "refined": key.refined,
-            "value_refined": None if value.refined == key.refined else value.refined,
-            "roles": KvHdc().seed,
-            "cache": f"int{bits}",
-            "granularity": "per_channel" if bits == 4 else "per_tensor",
-        }
+    return layer.with_cache(
+        rank=key.rank,
+        value_rank=None if value.rank == key.rank else value.rank,
+        residual=key.residual,
+        value_residual=None if value.residual == key.residual else value.residual,
+        rotation=KvHdc().seed,
+        stored=f"int{bits}",
+        granularity="per_channel" if bits == 4 else "per_tensor",
     )
 
 
-def _has_roles(rank: int, refined: int) -> bool:
-    return has_item_memory(rank - refined) and has_item_memory(refined)
+def _has_rotations(rank: int, residual: int) -> bool:
+    return has_rotation(rank - residual) and has_rotation(residual)

@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvslim.types import CacheType, LayerPlan, ModelSpec, WeightType
+from kvslim.caches import CodedCache, PackedCache, WindowCache
+from kvslim.contract import CacheType, ModelSpec, WeightType
+from kvslim.types import LayerPlan
 
 OF_WEIGHTS: dict[WeightType, float] = {"int4": 0.31, "int8": 0.47, "fp32": 1.15}
 OF_CACHE: dict[CacheType, float] = {"float32": 0.87, "int8": 0.45, "int4": 0.8}
@@ -39,27 +41,38 @@ class DecodeTime:
     others: tuple[int, ...]
     head: int
 
-    def of_layer(self, layer: LayerPlan, donor: LayerPlan | None = None) -> float:
-        """The work of one layer for one token, over its own cache or that of a donor."""
+    def of_layer(self, layer: LayerPlan, source: LayerPlan | None = None) -> float:
+        """The work of one layer for one token, over its own cache or that of a source layer."""
         others = OF_WEIGHTS[self.weights] * self.others[layer.layer] * layer.mlp
-        return others if layer.heads == () else others + self._attention(layer, donor or layer)
+        return others if layer.heads == () else others + self._attention(layer, source or layer)
 
     def of_plan(self, layers: Sequence[LayerPlan]) -> float:
         """The work of a whole plan for one token."""
-        donors = (None if layer.donor is None else layers[layer.donor] for layer in layers)
-        return OF_WEIGHTS[self.weights] * self.head + sum(map(self.of_layer, layers, donors))
+        sources = (None if layer.source is None else layers[layer.source] for layer in layers)
+        return OF_WEIGHTS[self.weights] * self.head + sum(map(self.of_layer, layers, sources))
 
     def _attention(self, layer: LayerPlan, cached: LayerPlan) -> float:
-        spec, kv_heads = self.spec, len(layer.kv_heads(self.spec)) if layer.donor is None else 0
+        spec, kv_heads = self.spec, len(layer.kv_heads(self.spec)) if layer.source is None else 0
         heads = spec.q_heads if layer.heads is None else len(layer.heads)
         kept = (heads + kv_heads) / (spec.q_heads + spec.kv_heads)
-        coding = (heads + kv_heads) * spec.head_dim * (cached.rank or spec.head_dim * (layer.donor is not None))
+        coding = (heads + kv_heads) * spec.head_dim * (_rank(cached) or spec.head_dim * (layer.source is not None))
         seen = min((limit for limit in self._limits(layer) if limit is not None), default=self.context)
-        scoring = OF_CACHE[cached.cache] * sum(cached.widths(spec.head_dim)) + OF_SCORE
+        scoring = OF_CACHE[cached.cache.dtype] * sum(_widths(cached, spec)) + OF_SCORE
         reading = heads * scoring * min(seen, self.context)
         return OF_WEIGHTS[self.weights] * kept * self.attention[layer.layer] + coding + reading
 
     def _limits(self, layer: LayerPlan) -> tuple[int | None, int | None]:
         """Tokens that the model's own window leaves, and those of a ring."""
-        ring = None if layer.window is None else layer.window + layer.sinks
+        ring = layer.cache.window + layer.cache.sinks if isinstance(layer.cache, WindowCache | PackedCache) else None
         return self.spec.windows[layer.layer], ring
+
+
+def _rank(layer: LayerPlan) -> int:
+    """Coordinates of a code; 0 where there is none."""
+    return (layer.cache.rank or 0) if isinstance(layer.cache, CodedCache) else 0
+
+
+def _widths(layer: LayerPlan, spec: ModelSpec) -> tuple[int, int]:
+    """Numbers that a head of the cache holds of a token's key, and of its value."""
+    cache = layer.cache
+    return cache.widths(spec.head_dim) if isinstance(cache, CodedCache) else (spec.head_dim, spec.head_dim)

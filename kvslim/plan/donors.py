@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from kvslim.contract import ModelSpec
 from kvslim.methods.share_kv import PROPOSED, distances
 from kvslim.plan.removals import Pays
 from kvslim.plan.trials import PlanTrials
 from kvslim.plan.ways import Change
-from kvslim.types import ModelSpec
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from kvslim.caches import WindowCache
+from kvslim.contract import ModelSpec
 from kvslim.errors import GateError
 from kvslim.methods.kv_window import KvWindow
-from kvslim.transform.codes import LayerCodes
-from kvslim.types import ModelSpec
+from kvslim.transform.edits import LayerEdit
 
 MOST_RECALL = 0.01  # share of recall that a window in one layer may cost
 
@@ -15,8 +16,8 @@ MOST_RECALL = 0.01  # share of recall that a window in one layer may cost
 def laziest(
     method: KvWindow,
     spec: ModelSpec,
-    divergence: Callable[[tuple[LayerCodes, ...]], float],
-    recall_drop: Callable[[tuple[LayerCodes, ...]], float],
+    divergence: Callable[[tuple[LayerEdit, ...]], float],
+    recall_drop: Callable[[tuple[LayerEdit, ...]], float],
     layers: Callable[[Iterable[int]], Iterable[int]],
 ) -> KvWindow:
     """The method with its number of lazy layers turned into those layers.
@@ -37,7 +38,7 @@ def laziest(
     losses: dict[int, float] = {}
     for layer in layers(method.able(spec)):
         codes = tuple(
-            LayerCodes(window=method.window, sinks=method.sinks) if index == layer else LayerCodes()
+            LayerEdit(cache=WindowCache(window=method.window, sinks=method.sinks)) if index == layer else LayerEdit()
             for index in range(spec.layers)
         )
         if recall_drop(codes) <= MOST_RECALL:

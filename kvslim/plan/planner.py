@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvslim.contract import ModelSpec
 from kvslim.errors import GateError
 from kvslim.methods.fitting import fit
 from kvslim.methods.kv_quant import with_integers
@@ -22,8 +23,8 @@ from kvslim.plan.removals import removals
 from kvslim.plan.trials import PlanTrials, keeping_recall
 from kvslim.plan.ways import Change, Way, Ways, words
 from kvslim.plan.windows import SINKS, Window, WindowTrials, windowed
-from kvslim.transform.codes import LayerCodes
-from kvslim.types import KVLayout, LayerPlan, ModelSpec, Plan, PlanPoint
+from kvslim.transform.edits import LayerEdit
+from kvslim.types import KVLayout, LayerPlan, Plan, PlanPoint
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
@@ -102,7 +103,7 @@ class Planner:
         tried = spec, statistics, trials.plans, self._pays, layers
         removed, shared = removals(*tried, timed=time_ratio is not None), sharing(*tried)
         self.ways = {bits: list(self._offered(whole, windows, removed, shared)) for bits, whole in self.whole.items()}
-        self._fitted: dict[LayerPlan, tuple[LayerPlan, LayerCodes]] = {}
+        self._fitted: dict[LayerPlan, tuple[LayerPlan, LayerEdit]] = {}
         self._divergences: dict[tuple[LayerPlan, ...], float] = {}
 
     @property
@@ -235,7 +236,7 @@ class Planner:
             self._divergences[plan.layers] = self.judge(codes)
         size = KVLayout.of(self.spec, plan).bytes_at(self.context)
         point = PlanPoint(
-            cache=next(layer.cache for layer in plan.layers if layer.has_cache),
+            cache=next(layer.cache.dtype for layer in plan.layers if layer.has_cache),
             kv_bytes_per_token=size / self.context,
             kv_ratio=self.plain_bytes / size,
             time_ratio=self.time.of_plan(plan.layers) / self.plain_time,
@@ -243,14 +244,14 @@ class Planner:
         )
         return Planned(plan, point)
 
-    def _fit(self, layer: LayerPlan) -> tuple[LayerPlan, LayerCodes]:
+    def _fit(self, layer: LayerPlan) -> tuple[LayerPlan, LayerEdit]:
         """A layer's final plan and its codes, fitted once."""
         if layer not in self._fitted:
             told = layer.model_copy(update={"reason": words(layer, self.spec)})
             final = self.base.model_copy(update={"layers": (told,)})
             if layer.has_cache:
                 final = with_integers(self.spec, self.statistics, final, {}, True)
-            own = LayerCodes() if layer.donor is not None else fit(self.spec, self.statistics, final)[0]
+            own = LayerEdit() if layer.source is not None else fit(self.spec, self.statistics, final)[0]
             self._fitted[layer] = final.layers[0], own
         return self._fitted[layer]
 

@@ -8,20 +8,22 @@ since a layer that bears a little may not bear a lot.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvslim.caches import FullCache
+from kvslim.contract import ModelSpec
 from kvslim.methods.fitting import fit
 from kvslim.plan.cost import Choice, Cost, SideCosts, rounded_plan
-from kvslim.transform.codes import LayerCodes
-from kvslim.types import LayerPlan, ModelSpec, Plan
+from kvslim.transform.edits import LayerEdit
+from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
 
-Divergence = Callable[[tuple[LayerCodes, ...]], float]
+Divergence = Callable[[tuple[LayerEdit, ...]], float]
 LITTLE, MUCH = 0.75, 0.5  # shares of head_dim that the two probes of a dropped rank keep
 STEEPEST = 3.0
 TINY = 1e-12
@@ -88,16 +90,16 @@ def _price(energies: list[float], kls: list[float], per_noise: float) -> Price:
     return Price(little, low, float(np.clip(exponent, 1.0, STEEPEST)), per_noise)
 
 
-def _coded(spec: ModelSpec, statistics: CalibrationStatistics, rank: int) -> tuple[LayerCodes, ...]:
-    layers = tuple(LayerPlan(layer=layer, rank=rank) for layer in range(spec.layers))
+def _coded(spec: ModelSpec, statistics: CalibrationStatistics, rank: int) -> tuple[LayerEdit, ...]:
+    layers = tuple(LayerPlan(layer=layer, cache=FullCache(rank=rank)) for layer in range(spec.layers))
     return fit(spec, statistics, Plan(layers=layers))
 
 
-def _alone(codes: tuple[LayerCodes, ...], layer: int, side: int) -> tuple[LayerCodes, ...]:
+def _alone(codes: tuple[LayerEdit, ...], layer: int, side: int) -> tuple[LayerEdit, ...]:
     """The codes of one side of one layer, and none of any other."""
-    code, bare = codes[layer], LayerCodes()
+    edit, bare = codes[layer], LayerEdit()
     if side == 0:
-        code = replace(code, value_encoder=None, value_decoder=None, value_offset=None, value_scale=None)
+        edit = edit.coded(value_encoder=None, value_decoder=None, value_offset=None).rounded(value_scale=None)
     else:
-        code = replace(code, key_encoder=None, query_encoder=None, key_offset=None, key_scale=None)
-    return tuple(code if index == layer else bare for index in range(len(codes)))
+        edit = edit.coded(key_encoder=None, query_encoder=None, key_offset=None).rounded(key_scale=None)
+    return tuple(edit if index == layer else bare for index in range(len(codes)))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvslim.transform.codes import LayerCodes
+from kvslim.transform.edits import LayerEdit
 from kvslim.types import Plan
 
 LEAST_GAIN = 0.03  # of the loss; less is the noise of a few windows of text
-Codes = tuple[LayerCodes, ...]
+Codes = tuple[LayerEdit, ...]
 
 
 def refit_as_planned(plan: Plan, codes: Codes, refitted: Callable[[Codes], Codes]) -> Codes:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvslim.contract import ModelSpec
 from kvslim.methods.prune_heads import Heads, kept
 from kvslim.plan.trials import PlanTrials
 from kvslim.plan.ways import Change
-from kvslim.types import ModelSpec
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvslim.methods.kv_pca import rank_step
+from kvslim.caches.coded import rank_step
+from kvslim.contract import ModelSpec
 from kvslim.methods.prune_layers import GONE
 from kvslim.plan.allocate import Option, hull
 from kvslim.plan.cost import STEP, SideCosts, bundled, choices
 from kvslim.plan.probes import Price
-from kvslim.types import KVLayout, LayerPlan, ModelSpec, Plan
+from kvslim.types import KVLayout, LayerPlan, Plan
 
 Way = tuple[Option, LayerPlan]
 
@@ -96,12 +97,8 @@ def words(layer: LayerPlan, spec: ModelSpec) -> str:
     cost = f"expected to cost {layer.score:.1e} nats"
     if layer.heads == ():
         return f"{GONE['attention' if layer.mlp else 'block']}; {cost}"
-    if layer.donor is not None:
-        return f"reads the cache of layer {layer.donor}; {cost}"
-    key, value = layer.ranks(spec.head_dim)
-    ranks = f"rank {key}" if key == value else f"ranks {key} and {value}"
-    refined = ", {} and {} of them refined".format(*layer.twice) if any(layer.twice) else ""
-    window = "" if layer.window is None else f", of {layer.sinks} sinks and {layer.window} recent tokens"
+    if layer.source is not None:
+        return f"{layer.cache.describe(spec)}; {cost}"
     heads = "" if layer.heads is None else f", {len(layer.heads)} of {spec.q_heads} heads"
     mlp = "" if layer.mlp else f"; {GONE['mlp']}"
-    return f"{ranks} of {spec.head_dim}{refined}{window}{heads}{mlp}; {cost}"
+    return f"{layer.cache.describe(spec)}{heads}{mlp}; {cost}"

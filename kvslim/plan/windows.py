@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from kvslim.transform.codes import LayerCodes
+from kvslim.caches import WindowCache
+from kvslim.transform.edits import LayerEdit
 
-Measure = Callable[[tuple[LayerCodes, ...]], float]
+Measure = Callable[[tuple[LayerEdit, ...]], float]
 SHARES = (1 / 4, 1 / 8, 1 / 16)  # of the target context, the largest first
 SINKS = 4
 LEAST = 16  # tokens; onnxruntime-genai takes no shorter ring beside full caches
@@ -48,6 +49,9 @@ class WindowTrials(NamedTuple):
         return seen * (1 - window / context) / (1 - window / self.seen)
 
 
-def windowed(chosen: Sequence[int], window: int, layers: int) -> tuple[LayerCodes, ...]:
+def windowed(chosen: Sequence[int], window: int, layers: int) -> tuple[LayerEdit, ...]:
     """Codes of a model with a window in some layers and nothing else."""
-    return tuple(LayerCodes(window=window, sinks=SINKS) if layer in chosen else LayerCodes() for layer in range(layers))
+    return tuple(
+        LayerEdit(cache=WindowCache(window=window, sinks=SINKS)) if layer in chosen else LayerEdit()
+        for layer in range(layers)
+    )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from kvslim.contract import Frozen
 from kvslim.errors import UsageError
 from kvslim.report.card import name_of
 from kvslim.report.tables import METRICS, NONE, Table, measures_table
-from kvslim.types import Frozen, GateResult, Manifest, Measures
+from kvslim.types import GateResult, Manifest, Measures
 
 
 class Column(Frozen):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from kvslim.types import BITS, KVTensor, LayerPlan, Manifest, ModelSpec
+from kvslim.contract import BITS, KVTensor, ModelSpec
+from kvslim.types import LayerPlan, Manifest
 
 WIDTH, ROW, TOP = 360, 16, 22
 KEYS, VALUES, SIDE, NOTE = 28, 134, 100, 242  # left edges of the columns, and the width of a side

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvslim.contract import Frozen, ModelSpec
 from kvslim.devices.demand import Cache, query_heads
 from kvslim.devices.limits import Limits
-from kvslim.types import Frozen, Manifest, ModelSpec, Plan
+from kvslim.types import Manifest, Plan
 
 PRECISIONS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
 PLAIN, AS_IS = "plain", "as it is"

@@ -11,11 +11,11 @@ from typing import Literal
 from pydantic import Field
 from tokenizers import Tokenizer
 
+from kvslim.contract import Frozen
 from kvslim.errors import UsageError
 from kvslim.runtime.generate import GREEDY, Sampling, eos_ids, generate_tokens, load_tokenizer, stream_text
 from kvslim.runtime.session import DecodeSession
 from kvslim.runtime.template import ChatTemplate, Messages
-from kvslim.types import Frozen
 
 
 class Usage(Frozen):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,28 +16,16 @@ from google.protobuf.message import DecodeError
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from pydantic import TypeAdapter, ValidationError
 
+from kvslim.caches import CACHES, Cache, FullCache
+from kvslim.caches.buffers import LayerBuffers
+from kvslim.caches.shared import SHARED
+from kvslim.contract import INPUTS, LAST_POSITION, KVTensor
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
-from kvslim.transform.clustering import Formed
-from kvslim.types import (
-    BITS,
-    CLUSTER_INPUTS,
-    CLUSTERS,
-    INPUTS,
-    LAST_POSITION,
-    RINGS,
-    SHARED,
-    WINDOW_SLACK,
-    CacheType,
-    Frozen,
-    Kind,
-    KVLayout,
-    KVTensor,
-)
+from kvslim.types import KVLayout
 
 Logits = npt.NDArray[np.float32]
 
-_PAST = re.compile(r"past_key_values\.(\d+)\.((?:key|value)(?:_codes)?)")
-_CACHE_TYPES: dict[str, CacheType] = {"tensor(float)": "float32", "tensor(int8)": "int8", "tensor(uint8)": "int4"}
+_PAST = re.compile(r"past_key_values\.(\d+)\.[a-z_]+")
 # onnxruntime derives each of its errors from Exception itself, so there is no common base to catch; a run through an
 # IOBinding raises RuntimeError instead, and a message that quotes a broken name fails on its way to Python.
 ORT_ERRORS = (
@@ -52,25 +41,6 @@ ORT_ERRORS = (
     ort_state.NotImplemented,
     ort_state.RuntimeException,
 )
-
-
-class _Ring(Frozen):
-    """What no shape tells of a layer with a ring: its sinks, and how it stores what is not in the ring."""
-
-    sinks: int
-    cache: CacheType
-
-
-class _Clusters(Frozen):
-    """How a layer forms clusters of its heads for each prompt."""
-
-    count: int
-    calibrated: list[list[float]]
-
-
-_T = TypeVar("_T")
-_RINGS = TypeAdapter(dict[str, _Ring])
-_CLUSTERS = TypeAdapter(dict[str, _Clusters | None])
 
 
 def open_session(model: Path, threads: int | None = None, *, all_positions: bool = False) -> ort.InferenceSession:
@@ -139,92 +109,75 @@ def layout_of(session: ort.InferenceSession) -> KVLayout:
     Raises:
         ArtifactError: An input is no part of KVSlim's graph contract.
     """
-    rings, clusters = _noted(session, RINGS, _RINGS), _noted(session, CLUSTERS, _CLUSTERS)
-    others = {*INPUTS, *(name.format(layer) for layer in clusters for name in CLUSTER_INPUTS)}
-    tensors: list[KVTensor] = []
+    notes = cache_notes(session)
+    by_layer: dict[int, list[ort.NodeArg]] = {}
+    others = []
     for node in session.get_inputs():
         match = _PAST.fullmatch(node.name)
-        if match is None and node.name in others:
-            continue
-        if match is not None and match[1] in clusters:
-            tensor = _clustered_tensor(node, match, clusters[match[1]])
+        if match is None:
+            others.append(node)
         else:
-            tensor = _kv_tensor(node, match, None if match is None else rings.get(match[1]))
-        if tensor is None or (tensor.is_packed and not tensors):
-            raise ArtifactError(
-                f"graph input {node.name!r} is {node.type} {list(node.shape)}",
-                where="model.onnx",
-                fix="export with `kvslim compress`: float32, int8 or int4 [batch, heads, past, dim], heads, dim fixed",
-            )
-        if tensor.is_packed:  # its window is that of the ring before it
-            tensor = tensor.model_copy(update={"window": tensors[-1].window})
-        tensors.append(tensor)
-    return KVLayout(tensors=tuple(tensors))
+            by_layer.setdefault(int(match[1]), []).append(node)
+    tensors: list[KVTensor] = []
+    for layer, nodes in by_layer.items():
+        kind, note = notes.get(layer, (FullCache, None))
+        found = kind.read_tensors(nodes, note)
+        if found is None:
+            raise _foreign(nodes)
+        tensors.extend(found)
+    layout = KVLayout(tensors=tuple(tensors))
+    if foreign := [node for node in others if node.name not in {*INPUTS, *layout.extra_inputs}]:
+        raise _foreign(foreign)
+    return layout
 
 
-def shared_outputs(session: ort.InferenceSession, tensor: KVTensor) -> list[str]:
+def cache_notes(session: ort.InferenceSession) -> dict[int, tuple[type[Cache], Any]]:
+    """The kind of cache of each layer that the graph's metadata tell of, with what they say.
+
+    Raises:
+        ArtifactError: The graph's metadata cannot be read.
+    """
+    written = session.get_modelmeta().custom_metadata_map
+    found: dict[int, tuple[type[Cache], Any]] = {}
+    for kind in CACHES.values():
+        if kind.metadata is None or kind.metadata not in written:
+            continue
+        try:
+            notes = TypeAdapter(dict[int, kind.note_type]).validate_json(written[kind.metadata])  # type: ignore[name-defined]
+        except ValidationError as error:
+            message = f"cannot read the metadata {kind.metadata}"
+            raise ArtifactError(message, where="model.onnx", fix="export the model again") from error
+        found |= {layer: (kind, note) for layer, note in notes.items() if kind.claims(note)}
+    return found
+
+
+def layer_buffers(session: ort.InferenceSession, layout: KVLayout, *, capacity: int, batch: int) -> list[LayerBuffers]:
+    """Memory for the cache of each layer."""
+    notes = cache_notes(session)
+    return [
+        CACHES[tensors[0].cache].buffers()(
+            tensors,
+            capacity=capacity,
+            batch=batch,
+            note=notes.get(tensors[0].layer, (None, None))[1],
+            aliases=[_shared_outputs(session, tensor) for tensor in tensors],
+        )
+        for tensors in layout.layers
+    ]
+
+
+def _shared_outputs(session: ort.InferenceSession, tensor: KVTensor) -> list[str]:
     """Outputs that are to lie in a tensor's memory too: what layers that read it give back of it."""
     start = f"{SHARED}{tensor.kind}.{tensor.layer}."
     return [node.name for node in session.get_outputs() if node.name.startswith(start)]
 
 
-def formed_clusters(session: ort.InferenceSession) -> dict[int, Formed]:
-    """How the layers with dynamic clusters form them.
-
-    Raises:
-        ArtifactError: The graph's metadata cannot be read.
-    """
-    noted = _noted(session, CLUSTERS, _CLUSTERS).items()
-    return {int(layer): Formed(how.count, np.array(how.calibrated)) for layer, how in noted if how is not None}
-
-
-def _noted(session: ort.InferenceSession, key: str, kind: TypeAdapter[dict[str, _T]]) -> dict[str, _T]:
-    """What the graph's metadata say under a key, by layer; nothing if another tool made it."""
-    text = session.get_modelmeta().custom_metadata_map.get(key)
-    try:
-        return {} if text is None else kind.validate_json(text)
-    except ValidationError as error:
-        raise ArtifactError(
-            f"cannot read the metadata {key}", where="model.onnx", fix="export the model again"
-        ) from error
-
-
-def _clustered_tensor(node: ort.NodeArg, match: re.Match[str], clusters: _Clusters | None) -> KVTensor | None:
-    """The KV tensor of a layer with dynamic clusters, or static ones; None where the input is none."""
-    if _CACHE_TYPES.get(node.type) != "float32" or len(node.shape) != 4:
-        return None
-    heads, dim = node.shape[1], node.shape[3]
-    if clusters is not None and match[2] == "key":
-        heads = clusters.count
-    if not isinstance(heads, int) or not isinstance(dim, int):
-        return None
-    kind = "static" if clusters is None else "dynamic"
-    return KVTensor(
-        layer=int(match[1]), kind=cast("Kind", match[2]), heads=heads, dim=dim, dtype="float32", clusters=kind
-    )
-
-
-def _kv_tensor(node: ort.NodeArg, match: re.Match[str] | None, ring: _Ring | None) -> KVTensor | None:
-    """The KV tensor that a graph input is; None where it is none."""
-    if match is None or node.type not in _CACHE_TYPES or len(node.shape) != 4:
-        return None
-    packed = match[2].endswith("_codes")
-    rows, heads = node.shape[2 - packed], node.shape[1 + packed]
-    columns = node.shape[3]
-    if not isinstance(heads, int) or not isinstance(columns, int) or (packed and ring is None):
-        return None
-    if ring is not None and not packed and not (isinstance(rows, int) and rows > ring.sinks):
-        return None
-    dtype = ring.cache if packed and ring is not None else _CACHE_TYPES[node.type]
-    slack = WINDOW_SLACK if ring is None else ring.sinks
-    return KVTensor(
-        layer=int(match[1]),
-        kind=cast("Kind", match[2]),
-        heads=heads,
-        dim=columns if dtype in {"float32", "int8"} else columns * 8 // BITS[dtype],
-        dtype=dtype,
-        window=rows - slack if isinstance(rows, int) else None,
-        sinks=None if ring is None else ring.sinks,
+def _foreign(nodes: Sequence[ort.NodeArg]) -> ArtifactError:
+    inputs = ", ".join(f"{node.name!r} is {node.type} {list(node.shape)}" for node in nodes[:2])
+    return ArtifactError(
+        f"graph input {inputs}",
+        where="model.onnx",
+        fix="export with `kvslim compress`: float32, int8 or int4 [batch, heads, past, dim], heads, dim fixed",
     )
 
 

@@ -1,13 +1,13 @@
-"""The one slim attention: evaluated in torch, exported as the operators of `operators`.
+"""The one slim attention: evaluated in torch, exported as operators.
 
 transformers calls it through its `AttentionInterface` with q, k and v after norms, and with RoPE taken over (see
-`rotary`) before RoPE, for every family alike, so no family's modelling code is repeated here.
+`rotary`) before RoPE, for every family alike, so no family's modelling code is repeated here. What attention over the
+layer's kind of cache is, the `CacheAttention` says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,32 +16,15 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 
-from kvslim.transform.clustered import clustered_attention, evaluated_clusters
-from kvslim.transform.clustering import Formed
-from kvslim.transform.operators import (
-    ExportStep,
-    Scales,
-    group_query_attention,
-    rotary_embedding,
-    shared_attention,
-    standard_attention,
-    standard_shared_attention,
-)
+from kvslim.caches.attention.base import CacheAttention
+from kvslim.caches.attention.full import FullAttention
+from kvslim.caches.attention.shared import SharedStates
+from kvslim.contract import BITS, CacheType
+from kvslim.transform.operators import ExportStep, Scales, rotary_embedding
 from kvslim.transform.rotary import Rotary
 from kvslim.transform.scoring import Scoring
-from kvslim.transform.storage import Integers, Levels
-from kvslim.transform.streaming import (
-    Codebooks,
-    Ring,
-    Stores,
-    evaluated_packed_attention,
-    packed_attention,
-    ring_attention,
-)
-from kvslim.types import BITS, CODES, CacheType
 
 NAME = "kvslim"
-FUSED_ROTARY_STEP = 16  # the fused operator rotates heads and coordinates in multiples of this
 
 
 class Observed(NamedTuple):
@@ -64,20 +47,6 @@ class Observed(NamedTuple):
 Observer = Callable[[Observed], None]
 
 
-@dataclass
-class Lent:
-    """The cache of a layer that others read.
-
-    Attributes:
-        layer: The layer that has it.
-        states: Keys and values [batch, kv_heads, length, rank] as it gives them back; while exporting, the present
-            cache; None before the layer ran.
-    """
-
-    layer: int
-    states: tuple[Tensor, Tensor] | None = None
-
-
 class SlimAttention(nn.Module):
     """Codes, folded weights and scales of one layer; lives at `attention.kvslim`.
 
@@ -86,17 +55,16 @@ class SlimAttention(nn.Module):
         query_bias, key_bias, value_bias: [heads * dim], or None.
         heads: Query, key and value heads that are kept, by side; None for all.
         membership: [q_heads] the place among the kept query heads of the one whose attention each takes, or None.
-        formed: How clusters are formed from each text's first tokens, or None.
         query_encoder: [q_heads, head_dim, rank], or None; applied after RoPE.
         key_encoder: [kv_heads, head_dim, rank], or None.
-        refined, value_refined: Leading coordinates of keys and values that the cache holds twice.
         key_offset: [kv_heads, 1, rank], subtracted from coded keys, or None.
-        cache: How keys and values are stored.
-        key_scale, value_scale: [kv_heads, rank + refined] steps of an integer cache, or None for a float32 one.
+        key_scale, value_scale: [kv_heads, rank + residual] steps of an integer cache, or None for a float32 one.
         key_levels, value_levels: [2 ** bits] levels of packed codes in units of the scales, or None.
-        lent: Its cache, where other layers read it, or None.
-        borrowed: Another layer's cache that this one reads in place of its own, or None.
-        ring: Sinks and recent tokens of a layer that keeps no more exactly, or None.
+        residuals: Leading coordinates of keys and of values that the cache holds twice.
+        stored: How keys and values are stored.
+        per_tensor: Whether all entries of each scale are equal, and the kernel may use one.
+        cache: What attention over this kind of cache is.
+        shared: What this layer caches, where other layers read it, or None.
         rotary: RoPE of this layer, or None.
         window: Tokens that a query of this layer sees in the model, or None for all.
         hidden: Input of the model's projections, caught by a hook, [batch, length, hidden].
@@ -124,13 +92,11 @@ class SlimAttention(nn.Module):
         for name in ("key_scale", "value_scale", "key_levels", "value_levels"):
             self.register_buffer(name, None)
         self.heads: dict[str, tuple[int, ...]] | None = None
-        self.formed: Formed | None = None
-        self.cache: CacheType = "float32"
-        self.refined = self.value_refined = 0
-        self.lent: Lent | None = None
-        self.borrowed: Lent | None = None
-        self.ring: Ring | None = None
+        self.residuals = 0, 0
+        self.stored: CacheType = "float32"
         self.per_tensor = False
+        self.cache: CacheAttention = FullAttention()
+        self.shared: SharedStates | None = None
         self.rotary, self.window = rotary, window
         self.hidden: Tensor | None = None
         self.observer: Observer | None = None
@@ -150,73 +116,16 @@ class SlimAttention(nn.Module):
         """
         if self.is_dropped:
             return query.new_zeros(query.shape[0], query.shape[2], 1, 1)
-        if self.borrowed is not None:
-            return self._borrowing(self.borrowed, self.projected("query", query), scoring)
-        query, key, value = (
-            self.projected(side, states) for side, states in (("query", query), ("key", key), ("value", value))
-        )
-        if self.step is not None:
-            return self._exported(self.step, query, key, value, scoring)
-        bare_query, bare_key = query, key
-        if self.rotary is not None:
-            bare_query, bare_key = self.rotary.scaled(query), self.rotary.scaled(key)
-            query, key = self.rotary.rotated(query), self.rotary.rotated(key)
-        if self.observer is not None:
-            self.observer(Observed(query, key, value, bare_query, bare_key, scoring))
-        return self._evaluated(*self._coded(query, key, value), scoring)
+        return self.cache.attend(self, (query, key, value), scoring)
 
     @property
     def is_dropped(self) -> bool:
         """Whether no head is kept, and so no cache either."""
         return self.heads is not None and not self.heads["query"]
 
-    @property
-    def is_clustered(self) -> bool:
-        """Whether heads share attention."""
-        return self.membership is not None or self.formed is not None
-
     def scoring(self, scale: float, softcap: float | None) -> Scoring:
-        """How this layer's scores become weights; packed codes hide no token."""
-        if self.ring is None or self.cache in CODES:
-            return Scoring(scale, self.window, softcap)
-        return Scoring(scale, self.window, softcap, self.ring.window, self.ring.sinks)
-
-    def _evaluated(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        if self.ring is not None and self.cache in CODES:
-            attended = evaluated_packed_attention((query, key, value), scoring, self.ring, self._codebooks())
-            return attended.transpose(1, 2)
-        if self.is_clustered:
-            return evaluated_clusters((query, key, value), scoring, self.membership, self.formed).transpose(1, 2)
-        key, value = self._rounded(key, self.key_scale), self._rounded(value, self.value_scale)
-        if self.lent is not None:
-            self.lent.states = key, value
-        return self._attended(query, key, value, scoring)
-
-    def _borrowing(self, borrowed: Lent, query: Tensor, scoring: Scoring) -> Tensor:
-        """Attention of queries before RoPE over another layer's cache."""
-        assert borrowed.states is not None  # donors are earlier layers
-        if self.rotary is not None and self.step is not None:
-            query = rotary_embedding(query, self.step.positions, self.rotary)
-        elif self.rotary is not None:
-            query = self.rotary.rotated(query)
-        query = self._coded_query(query)
-        if self.step is None:
-            return self._attended(query, *borrowed.states, scoring)
-        if self.step.layout == "attention24":
-            return standard_shared_attention(self.step, query, borrowed.states, scoring)
-        scales = self._kernel_scales()
-        return shared_attention(self.step, query, borrowed.states, scoring, cache=self.cache, scales=scales)
-
-    def _attended(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        if scoring.window is None and scoring.softcap is None and scoring.recent is None:
-            attended = nn.functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scoring.scale, enable_gqa=True
-            )
-        else:
-            group = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-            attended = scoring.weights(query, key) @ value
-        return attended.transpose(1, 2)
+        """How this layer's scores become weights."""
+        return self.cache.scoring(Scoring(scale, self.window, softcap))
 
     def projected(self, side: str, states: Tensor) -> Tensor:
         """One side's states by the layer's own projection of the hidden states where it has one, else the model's.
@@ -236,78 +145,57 @@ class SlimAttention(nn.Module):
         flat = nn.functional.linear(self.hidden, weight, getattr(self, f"{side}_bias"))
         return flat.unflatten(-1, (len(heads), -1)).transpose(1, 2)
 
-    def _exported(self, step: ExportStep, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        fused = step.layout == "gqa" and self.ring is None and not self.is_clustered
-        inside = fused and self._rotates_inside(query.shape[-1])
-        if self.rotary is not None and not inside:
-            query, key = (rotary_embedding(states, step.positions, self.rotary) for states in (query, key))
-        states = self._coded(query, key, value)
-        if self.is_clustered:
-            return clustered_attention(step, states, scoring, self.membership)
-        if self.ring is not None and self.cache in CODES:
-            return packed_attention(step, states, scoring, self.ring, self._codebooks())
-        if self.ring is not None:
-            return ring_attention(step, states, scoring, self.ring, self._stores())
-        if step.layout == "attention24":
-            attended = standard_attention(step, states, scoring)
-        else:
-            rotary, scales = self.rotary if inside else None, self._kernel_scales()
-            attended = group_query_attention(step, states, scoring, rotary=rotary, cache=self.cache, scales=scales)
-        if self.lent is not None and step.present is not None:
-            self.lent.states = step.present[0], step.present[1]
-        return attended
+    def rotated(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        """Query and key after RoPE; an observer sees them, before and after it."""
+        bare_query, bare_key = query, key
+        if self.rotary is not None:
+            bare_query, bare_key = self.rotary.scaled(query), self.rotary.scaled(key)
+            query, key = self.rotary.rotated(query), self.rotary.rotated(key)
+        if self.observer is not None:
+            self.observer(Observed(query, key, value, bare_query, bare_key, scoring))
+        return query, key
 
-    def _coded(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def rotated_in_graph(self, step: ExportStep, states: Tensor) -> Tensor:
+        """States after RoPE, by an operator of its own."""
+        return states if self.rotary is None else rotary_embedding(states, step.positions, self.rotary)
+
+    def coded(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value as the cache knows them."""
         if self.key_encoder is not None:
             key = key @ self.key_encoder
         if self.key_offset is not None:
             key = key - self.key_offset
         return (
-            self._coded_query(query),
-            self._refined(key, self.key_scale, self.refined),
-            self._refined(value, self.value_scale, self.value_refined),
+            self.coded_query(query),
+            self._with_residual(key, self.key_scale, self.residuals[0]),
+            self._with_residual(value, self.value_scale, self.residuals[1]),
         )
 
-    def _coded_query(self, query: Tensor) -> Tensor:
+    def coded_query(self, query: Tensor) -> Tensor:
+        """Queries as they meet coded keys."""
         return query if self.query_encoder is None else query @ self.query_encoder
 
-    def _refined(self, states: Tensor, scale: Tensor | None, count: int) -> Tensor:
-        """The states, and behind them what rounding leaves of their first `count` coordinates."""
-        if not count or scale is None:
-            return states
-        top = states[..., :count]
-        return torch.cat([states, top - self._rounded(top, scale[:, :count])], dim=-1)
-
-    def _rounded(self, states: Tensor, scale: Tensor | None) -> Tensor:
+    def rounded(self, states: Tensor, scale: Tensor | None) -> Tensor:
         """What the cache gives back of keys or values."""
         if scale is None:
             return states
-        step, most = scale[:, None], 1 << (BITS[self.cache] - 1)
+        step, most = scale[:, None], 1 << (BITS[self.stored] - 1)
         return (states / step).round().clamp(-most, most - 1) * step
 
-    def _rotates_inside(self, head_dim: int) -> bool:
-        """Whether the fused operator applies RoPE: not where a code comes after it, or sizes do not fit."""
-        if self.rotary is None or self.key_encoder is not None or self.key_offset is not None:
-            return False
-        return head_dim % FUSED_ROTARY_STEP == 0 and self.rotary.dim % FUSED_ROTARY_STEP == 0
-
-    def _stores(self) -> Stores:
-        if self.key_scale is None or self.value_scale is None:
-            return None
-        return Integers(self.cache, self.key_scale), Integers(self.cache, self.value_scale)
-
-    def _codebooks(self) -> Codebooks:
-        parts = (self.key_levels, self.key_scale), (self.value_levels, self.value_scale)
-        key, value = (Levels(levels, scale) for levels, scale in parts if levels is not None and scale is not None)
-        return key, value
-
-    def _kernel_scales(self) -> Scales:
+    def kernel_scales(self) -> Scales:
+        """Scales in the shapes that onnxruntime's operator reads; None for a float32 cache."""
         if self.key_scale is None or self.value_scale is None:
             return None
         if self.per_tensor:
             return self.key_scale.flatten()[:1], self.value_scale.flatten()[:1]
         return self.key_scale[None, :, None, :], self.value_scale[None, :, None, :]
+
+    def _with_residual(self, states: Tensor, scale: Tensor | None, count: int) -> Tensor:
+        """The states, and behind them what rounding leaves of their first `count` coordinates."""
+        if not count or scale is None:
+            return states
+        top = states[..., :count]
+        return torch.cat([states, top - self.rounded(top, scale[:, :count])], dim=-1)
 
 
 def _slim_attention(

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvslim.caches.attention.shared import SharedAttention
 from kvslim.load.architecture import Architecture
-from kvslim.transform.codes import Array, LayerCodes
+from kvslim.transform.edits import Affine, Array, LayerEdit
 from kvslim.transform.removal import residual_multiplier
 from kvslim.transform.surgery import layer_modules, parameters, slim_modules, trial
 
@@ -33,10 +34,10 @@ Side = Literal["output", "down"]
 def refitted(
     model: Any,
     architecture: Architecture,
-    codes: tuple[LayerCodes, ...],
+    codes: tuple[LayerEdit, ...],
     windows: Iterable[Array],
     layers: Callable[[Iterable[int]], Iterable[int]],
-) -> tuple[LayerCodes, ...]:
+) -> tuple[LayerEdit, ...]:
     """The codes with projections fitted to them; of layers without codes those alone that blocks are gone behind.
 
     Args:
@@ -50,26 +51,26 @@ def refitted(
     plain: list[Any] = [None] * len(tokens)  # what the layer below gives, in the model as it is
     coded = plain  # and in the one with codes
     fitted = list(codes)
-    lent: dict[int, list[Any]] = {}  # and what its caches give back to the layers that read them
+    shared: dict[int, list[Any]] = {}  # and what its caches give back to the layers that read them
     for first, last in runs_of(codes, layers):
         if all(code.is_empty for code in codes[first:]):
             break
-        refit = _Refit(model, architecture, first, last, tokens, lent)
+        refit = _Refit(model, architecture, first, last, tokens, shared)
         wanted = list(refit.runs(plain))
         if not all(code.is_empty for code in codes[first : last + 1]):
             fitted[first] = refit.fitted(fitted, coded, wanted)
-        is_read = any(code.donor == first for code in codes)
+        is_read = any(code.source == first for code in codes)
         untouched = not is_read and all(code.is_empty for code in codes[: last + 1])
         found = wanted if untouched else list(refit.runs(coded, fitted))
         coded = [run.output for run in found]
         if is_read:
-            lent[first] = [run.lent for run in found]
+            shared[first] = [run.shared for run in found]
         plain = [run.output for run in wanted]
     return tuple(fitted)
 
 
 def runs_of(
-    codes: Sequence[LayerCodes], layers: Callable[[Iterable[int]], Iterable[int]] = iter
+    codes: Sequence[LayerEdit], layers: Callable[[Iterable[int]], Iterable[int]] = iter
 ) -> Iterator[tuple[int, int]]:
     """Indices of each layer, and of the last of the blocks behind it that are gone, itself if none is."""
     for first in layers(range(len(codes))):
@@ -91,7 +92,7 @@ class _Refit:
         first: The layer.
         last: The last block behind it that is gone, or the layer itself.
         tokens: Windows, [1, length] each.
-        lent: What the caches of layers below give back, by window, where others read them.
+        shared: What the caches of layers below give back, by window, where others read them.
     """
 
     model: Any
@@ -99,9 +100,9 @@ class _Refit:
     first: int
     last: int
     tokens: list[Tensor]
-    lent: dict[int, list[Any]]
+    shared: dict[int, list[Any]]
 
-    def fitted(self, codes: Sequence[LayerCodes], before: list[Any], wanted: list[_Run]) -> LayerCodes:
+    def fitted(self, codes: Sequence[LayerEdit], before: list[Any], wanted: list[_Run]) -> LayerEdit:
         """The layer's code with what can be fitted of it.
 
         Args:
@@ -110,18 +111,18 @@ class _Refit:
             wanted: What the layers do in the model as it is.
         """
         code, is_linear = codes[self.first], self.architecture.post_norms is None
-        if code.heads != () and not code.is_empty:
+        if code.has_attention and not code.is_empty:
             whole = is_linear and code.mlp_mean is not None
             weight, bias = self._solved("output", codes, before, wanted, whole=whole)
-            code = replace(code, output_weight=weight, output_bias=bias)
-        if is_linear and code.mlp_mean is None and (code.heads == () or self.last > self.first):
+            code = replace(code, output=Affine(weight, bias))
+        if is_linear and code.mlp_mean is None and (not code.has_attention or self.last > self.first):
             codes = [*codes[: self.first], code, *codes[self.first + 1 :]]
             weight, bias = self._solved("down", codes, before, wanted, whole=True)
-            code = replace(code, down_weight=weight, down_bias=bias)
+            code = replace(code, down=Affine(weight, bias))
         return code
 
     def _solved(
-        self, side: Side, codes: Sequence[LayerCodes], before: list[Any], wanted: list[_Run], *, whole: bool
+        self, side: Side, codes: Sequence[LayerEdit], before: list[Any], wanted: list[_Run], *, whole: bool
     ) -> tuple[Array, Array]:
         """Weight and bias of a projection, fitted to what it gave, or to what the whole of the layers gave."""
         multiplier, equations = residual_multiplier(self.model), _Equations()
@@ -136,7 +137,7 @@ class _Refit:
         return weight + change, shift + (0.0 if bias is None else bias)
 
     def runs(
-        self, before: list[Any], codes: Sequence[LayerCodes] | None = None, side: Side = "output"
+        self, before: list[Any], codes: Sequence[LayerEdit] | None = None, side: Side = "output"
     ) -> Iterator[_Run]:
         """What the layers do with what the layer below them gives, without codes or with, window by window.
 
@@ -148,18 +149,18 @@ class _Refit:
         with trial(self.model, self.architecture, self._alone(codes)):
             slim = slim_modules(self.model, self.architecture)[self.first]
             for place, (tokens, given) in enumerate(zip(self.tokens, before, strict=True)):
-                if slim.borrowed is not None:
-                    slim.borrowed.states = self.lent[slim.borrowed.layer][place]
+                if isinstance(slim.cache, SharedAttention):
+                    slim.cache.read.states = self.shared[slim.cache.read.source][place]
                 run = self._run(tokens, given, side)
-                yield run if slim.lent is None else run._replace(lent=slim.lent.states)
+                yield run if slim.shared is None else run._replace(shared=slim.shared.states)
 
-    def _alone(self, codes: Sequence[LayerCodes] | None) -> tuple[LayerCodes, ...]:
+    def _alone(self, codes: Sequence[LayerEdit] | None) -> tuple[LayerEdit, ...]:
         """Codes of these layers and of those that read the cache of the first, and none of any other."""
         if codes is None:
-            return (LayerCodes(),) * len(layer_modules(self.model, self.architecture))
+            return (LayerEdit(),) * len(layer_modules(self.model, self.architecture))
         inside = range(self.first, self.last + 1)
         return tuple(
-            code if at in inside or code.donor == self.first else LayerCodes() for at, code in enumerate(codes)
+            code if at in inside or code.source == self.first else LayerEdit() for at, code in enumerate(codes)
         )
 
     def _projection(self, side: Side) -> Any:
@@ -199,13 +200,13 @@ class _Run(NamedTuple):
         output: [1, length, hidden], what the last of them gives.
         read: [1, length, inputs], what the layer's projection read.
         projected: [1, length, hidden], what that gave.
-        lent: Keys and values as its cache gives them back, where other layers read them.
+        shared: Keys and values as its cache gives them back, where other layers read them.
     """
 
     output: Tensor
     read: Tensor
     projected: Tensor
-    lent: Any = None
+    shared: Any = None
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvslim.load.architecture import Architecture
-from kvslim.transform.codes import Array, LayerCodes
+from kvslim.transform.edits import Array, LayerEdit
 from kvslim.transform.surgery import layer_modules, trial
 
 BATCH = 1024  # tokens of a forward pass
@@ -70,9 +70,11 @@ class Judge:
                 self._reference.append(self._log_probabilities(batch))
             self._outputs.append(outputs)
 
-    def kl(self, codes: tuple[LayerCodes, ...]) -> float:
+    def kl(self, codes: tuple[LayerEdit, ...]) -> float:
         """Mean KL(model || model with codes), nats per token."""
-        changed = [layer if code.donor is None else code.donor for layer, code in enumerate(codes) if not code.is_empty]
+        changed = [
+            layer if code.source is None else code.source for layer, code in enumerate(codes) if not code.is_empty
+        ]
         if not changed:
             return 0.0
         first = min(changed)
@@ -86,10 +88,10 @@ class Judge:
                 total += float((divergence.double() * weights).sum())
         return max(total / sum(int(weights.sum()) for weights in self._weights), 0.0)
 
-    def recall(self, codes: tuple[LayerCodes, ...], items: Sequence[Question]) -> float:
+    def recall(self, codes: tuple[LayerEdit, ...], items: Sequence[Question]) -> float:
         """Share of answer tokens that the model finds most likely, with codes if there are any."""
         hits = count = 0
-        codes = codes or tuple(LayerCodes() for _ in self.layers)
+        codes = codes or tuple(LayerEdit() for _ in self.layers)
         with trial(self.model, self.architecture, codes), torch.inference_mode():
             for item in items:
                 ids = torch.tensor([[*item.prompt, *item.answer]])
@@ -149,7 +151,7 @@ class RecallTrials:
         """Recall of the model without codes."""
         return self.judge.recall((), self.items)
 
-    def drop(self, codes: tuple[LayerCodes, ...]) -> float:
+    def drop(self, codes: tuple[LayerEdit, ...]) -> float:
         """Share of recall that the model loses with codes."""
         return self.plain - self.judge.recall(codes, self.items)
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvslim.contract import BITS, CacheType, Layout
 from kvslim.transform.rotary import Rotary
 from kvslim.transform.scoring import Scoring
-from kvslim.types import BITS, CacheType, Layout
 
 Scales = tuple[Tensor, Tensor] | None
 
@@ -31,11 +31,10 @@ class ExportStep:
         rows: Rows of every cache in layout attention24, read off one, so that all layers share what masks them.
         mask: [batch, total] int64, 1 for every token so far and of this step.
         positions: [batch, length] int64, of the new tokens.
-        clusters: Where a prompt forms them: query heads that attend [clusters], and for each of all query heads the
-            place among them of the one whose attention it takes [q_heads]; else None.
+        extra: What the layer's cache takes from the graph besides, as `Cache.inputs` names it.
         shared: What is the same in all layers of a step and better traced once, by the name that a layer gives it.
         present: Key and value cache with the new tokens, once attention has run; then new rows of packed codes.
-        attentions: With `clusters`, the weights of the heads that attend, [batch, clusters, length, rows].
+        extra_outputs: What it gives besides, as `Cache.outputs` names it.
     """
 
     layout: Layout
@@ -44,10 +43,10 @@ class ExportStep:
     rows: int
     mask: Tensor
     positions: Tensor
-    clusters: tuple[Tensor, Tensor] | None
+    extra: tuple[Tensor, ...]
     shared: dict[object, Tensor]
     present: tuple[Tensor, ...] | None = field(default=None, init=False)
-    attentions: Tensor | None = field(default=None, init=False)
+    extra_outputs: tuple[Tensor, ...] = field(default=(), init=False)
 
 
 def group_query_attention(
@@ -95,34 +94,40 @@ def group_query_attention(
 
 
 def shared_attention(
-    step: ExportStep, query: Tensor, donor: tuple[Tensor, Tensor], scoring: Scoring, *, cache: CacheType, scales: Scales
+    step: ExportStep,
+    query: Tensor,
+    source: tuple[Tensor, Tensor],
+    scoring: Scoring,
+    *,
+    cache: CacheType,
+    scales: Scales,
 ) -> Tensor:
     """Attention over another layer's cache by the same operator, which then gets no new keys and values.
 
-    The operator gives a present cache of its own; bound to the donor's memory it copies nothing. It could do without
+    The operator gives a present cache of its own; bound to the source's memory it copies nothing. It could do without
     over float32 alone, and there onnxruntime before 1.31 crashes.
 
     Args:
         step: Where it stands in the graph; takes that present cache.
-        query: [batch, q_heads, length, dim], to be multiplied with what the donor keeps.
-        donor: Its present cache, with the new tokens.
+        query: [batch, q_heads, length, dim], to be multiplied with what the source layer keeps.
+        source: Its present cache, with the new tokens.
         scoring: How scores become weights.
-        cache: How the donor stores keys and values.
+        cache: How the source stores keys and values.
         scales: Its steps.
 
     Returns:
         [batch, length, q_heads, dim].
     """
-    (batch, q_heads, length, dim), (kv_heads, rows, columns) = query.shape, donor[0].shape[1:]
+    (batch, q_heads, length, dim), (kv_heads, rows, columns) = query.shape, source[0].shape[1:]
     merged = _merged(query)
     nothing = merged[:, :0, : kv_heads * dim]
-    inputs: list[Tensor | None] = [merged, nothing, nothing, *donor, *_lengths(step)]
+    inputs: list[Tensor | None] = [merged, nothing, nothing, *source, *_lengths(step)]
     inputs += [] if scales is None else [None] * 5 + list(scales)
     attended, *present = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
         inputs,
         attrs=_attributes(query, kv_heads, scoring, cache, scales),
-        dtypes=[query.dtype, donor[0].dtype, donor[1].dtype],
+        dtypes=[query.dtype, source[0].dtype, source[1].dtype],
         shapes=[(batch, length, q_heads * dim), *[(batch, kv_heads, rows, columns)] * 2],
         version=1,
     )

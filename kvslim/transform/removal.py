@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kvslim.load.architecture import Architecture
-from kvslim.transform.codes import Array, LayerCodes
+from kvslim.transform.edits import Array, LayerEdit
 
 
 class Constant(nn.Module):
@@ -31,17 +31,17 @@ def residual_multiplier(model: Any) -> float:
     return float(getattr(model.config, "residual_multiplier", 1.0))
 
 
-def remove_parts(layer: Any, architecture: Architecture, code: LayerCodes, multiplier: float) -> None:
-    """Edits a layer in place so that what its code says is gone is a constant.
+def remove_parts(layer: Any, architecture: Architecture, edit: LayerEdit, multiplier: float) -> None:
+    """Edits a layer in place so that what its edit says is gone is a constant.
 
     Args:
         layer: The layer.
         architecture: Where its parts live.
-        code: What is gone of it.
+        edit: What is gone of it.
         multiplier: What the family multiplies by before it adds.
     """
-    attention, mlp = code.attention_mean, code.mlp_mean
-    if code.heads == () and attention is None:
+    attention, mlp = edit.attention_mean, edit.mlp_mean
+    if not edit.has_attention and attention is None:
         raise ValueError("an attention that goes needs its mean")
     if attention is not None and mlp is not None:
         layer.forward = partial(_skipped, torch.from_numpy(multiplier * (attention + mlp)).float())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kvslim.types import BITS, CacheType
+from kvslim.contract import BITS, CacheType
 
 _STORED = {"int8": torch.int8, "int4": torch.uint8}
 

@@ -1,4 +1,4 @@
-"""Shape-checked weight edits: puts a layer's codes into a model, folding all that folds."""
+"""Shape-checked weight edits: puts a layer's edit into a model, folding all that folds."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kvslim.caches import ClusteredCache, CodedCache
+from kvslim.caches.attention.shared import SharedAttention
+from kvslim.contract import ModelSpec
 from kvslim.load.architecture import Architecture
-from kvslim.transform.attention import NAME, Lent, SlimAttention, register
-from kvslim.transform.codes import REFINEMENT, Array, LayerCodes
+from kvslim.transform.attention import NAME, SlimAttention, register
+from kvslim.transform.edits import RESIDUAL_STEPS, Array, KeptHeads, LayerEdit
 from kvslim.transform.normal import normalise
 from kvslim.transform.removal import remove_parts, residual_multiplier
 from kvslim.transform.rotary import take_over
-from kvslim.transform.streaming import Ring
-from kvslim.types import ModelSpec
 
 SIDES = ("query", "key", "value")
 
@@ -119,39 +120,39 @@ def catch_hidden(slim: SlimAttention) -> Any:
     return hook
 
 
-def install(model: nn.Module, architecture: Architecture, codes: tuple[LayerCodes, ...]) -> None:
-    """Edits a prepared model in place so that it computes with `codes`, one entry per layer.
+def install(model: nn.Module, architecture: Architecture, edits: tuple[LayerEdit, ...]) -> None:
+    """Edits a prepared model in place so that it computes with `edits`, one entry per layer.
 
     Keys and queries are coded after RoPE; without RoPE their codes fold into the projections too.
     """
     multiplier, slims = residual_multiplier(model), slim_modules(model, architecture)
-    for layer, slim, whole in zip(layer_modules(model, architecture), slims, codes, strict=True):
+    for layer, slim, whole in zip(layer_modules(model, architecture), slims, edits, strict=True):
         attention = layer.get_submodule(architecture.attention)
         remove_parts(layer, architecture, whole, multiplier)
-        if whole.down_weight is not None and whole.down_bias is not None:
-            layer.set_submodule(architecture.down, _linear(whole.down_weight, whole.down_bias))
-        if whole.donor is not None:
-            slim.borrowed = slims[whole.donor].lent = slims[whole.donor].lent or Lent(whole.donor)
+        if whole.down is not None:
+            layer.set_submodule(architecture.down, _linear(whole.down.weight, whole.down.bias))
         if whole.heads is not None:
-            slim.heads = {"query": whole.heads}
-            slim.heads |= {} if whole.donor is not None else dict.fromkeys(("key", "value"), whole.kv_heads)
+            slim.heads = {"query": whole.heads.query}
+            slim.heads |= {} if whole.source is not None else dict.fromkeys(("key", "value"), whole.heads.kv)
         if slim.is_dropped:
             continue
         if whole.heads is not None:
-            _prune_heads(attention, slim, architecture, whole)
-        if whole.clusters is not None:
-            _cluster_heads(attention, slim, architecture, whole.clusters)
-        slim.formed = whole.formed_clusters
-        code = whole.of_kept_heads()
-        _install_linear_codes(attention, slim, architecture, code)
-        _install_storage(slim, code)
+            _prune_heads(attention, slim, architecture, whole.heads)
+        if isinstance(whole.cache, ClusteredCache) and whole.cache.clusters is not None:
+            _cluster_heads(attention, slim, architecture, whole.cache.clusters)
+        edit = whole.of_kept_heads()
+        _install_code(attention, slim, architecture, edit)
+        _install_storage(slim, edit)
+        slim.cache = edit.cache.attention(edit)
+        if isinstance(slim.cache, SharedAttention):
+            source = slims[slim.cache.read.source]
+            slim.cache.read = source.shared = source.shared or slim.cache.read
 
 
-def _install_linear_codes(
-    attention: nn.Module, slim: SlimAttention, architecture: Architecture, code: LayerCodes
-) -> None:
+def _install_code(attention: nn.Module, slim: SlimAttention, architecture: Architecture, edit: LayerEdit) -> None:
+    code, (key_residual, value_residual) = edit.code, _residuals(edit)
     if code.query_encoder is not None:
-        query_encoder = _with_copies(code.query_encoder, code.refined, axis=2)
+        query_encoder = _with_copies(code.query_encoder, key_residual, axis=2)
         _install_query_code(attention, slim, architecture, query_encoder)
     if code.key_encoder is not None:
         _install_key_code(attention, slim, architecture, code.key_encoder)
@@ -160,35 +161,44 @@ def _install_linear_codes(
             raise ValueError("a value code needs a decoder and an offset")
         _fold(attention, slim, architecture, "value", code.value_encoder)
     if code.value_decoder is not None and code.value_offset is not None:
-        decoder = _with_copies(code.value_decoder, code.value_refined, axis=1)
+        decoder = _with_copies(code.value_decoder, value_residual, axis=1)
         _install_value_decoder(attention, architecture, decoder, code.value_offset)
-    if code.output_weight is not None and code.output_bias is not None:
-        _set_output(attention, architecture, code.output_weight, code.output_bias)
+    if edit.output is not None:
+        _set_output(attention, architecture, edit.output.weight, edit.output.bias)
 
 
-def _install_storage(slim: SlimAttention, code: LayerCodes) -> None:
-    slim.refined, slim.value_refined = code.refined, code.value_refined
-    if code.key_offset is not None:
-        slim.key_offset = _tensor(code.key_offset[:, None])
-    if code.key_scale is not None:
-        slim.key_scale = _tensor(_with_finer(code.key_scale, code.refined))
-    if code.value_scale is not None:
-        slim.value_scale = _tensor(_with_finer(code.value_scale, code.value_refined))
-    slim.cache, slim.per_tensor = code.cache, code.per_tensor
-    if code.key_levels is not None and code.value_levels is not None:
-        slim.key_levels, slim.value_levels = _tensor(code.key_levels), _tensor(code.value_levels)
-    if code.window is not None:
-        slim.ring = Ring(code.window, code.sinks)
+def _residuals(edit: LayerEdit) -> tuple[int, int]:
+    """Coordinates of keys and of values that what the layer reads holds twice, once they are rounded."""
+    stored, rounding = edit.stored, edit.rounding
+    if not isinstance(stored, CodedCache):
+        return 0, 0
+    key, value = stored.residuals
+    return (0 if rounding.key_scale is None else key), (0 if rounding.value_scale is None else value)
+
+
+def _install_storage(slim: SlimAttention, edit: LayerEdit) -> None:
+    rounding = edit.rounding
+    slim.residuals = _residuals(edit)
+    if edit.code.key_offset is not None:
+        slim.key_offset = _tensor(edit.code.key_offset[:, None])
+    if rounding.key_scale is not None:
+        slim.key_scale = _tensor(_with_finer(rounding.key_scale, slim.residuals[0]))
+    if rounding.value_scale is not None:
+        slim.value_scale = _tensor(_with_finer(rounding.value_scale, slim.residuals[1]))
+    slim.stored = edit.stored.dtype
+    slim.per_tensor = isinstance(edit.stored, CodedCache) and edit.stored.granularity == "per_tensor"
+    if rounding.key_levels is not None and rounding.value_levels is not None:
+        slim.key_levels, slim.value_levels = _tensor(rounding.key_levels), _tensor(rounding.value_levels)
 
 
 @contextlib.contextmanager
-def trial(model: nn.Module, architecture: Architecture, codes: tuple[LayerCodes, ...]) -> Iterator[None]:
-    """Within the block a prepared model computes with `codes`; after it, as before."""
+def trial(model: nn.Module, architecture: Architecture, edits: tuple[LayerEdit, ...]) -> Iterator[None]:
+    """Within the block a prepared model computes with `edits`; after it, as before."""
     layers, slims = layer_modules(model, architecture), slim_modules(model, architecture)
     modules = [{name: layer.get_submodule(name) for name in architecture.edited} for layer in layers]
     before = [{**vars(slim), "_buffers": dict(slim._buffers)} for slim in slims]
     try:
-        install(model, architecture, codes)
+        install(model, architecture, edits)
         yield
     finally:
         for layer, slim, edited, state in zip(layers, slims, modules, before, strict=True):
@@ -212,17 +222,17 @@ def parameters(linear: Any) -> tuple[Array, Array | None]:
     return _double(linear.weight), None if linear.bias is None else _double(linear.bias)
 
 
-def _prune_heads(attention: nn.Module, slim: SlimAttention, architecture: Architecture, code: LayerCodes) -> None:
+def _prune_heads(attention: nn.Module, slim: SlimAttention, architecture: Architecture, kept: KeptHeads) -> None:
     """Takes heads out of all projections; their mean output stays, as a bias."""
-    if code.heads is None or code.mean_output is None or slim.heads is None:
+    if kept.mean_output is None or slim.heads is None:
         raise ValueError("pruned heads need the mean output of all heads")
-    q_heads, head_dim = code.mean_output.shape
+    q_heads, head_dim = kept.mean_output.shape
     weight, bias = projection(attention, architecture, "output")
     by_head = weight.reshape(-1, q_heads, head_dim)
-    gone = [head for head in range(q_heads) if head not in code.heads]
-    shift = np.einsum("ohd,hd->o", by_head[:, gone], code.mean_output[gone])
+    gone = [head for head in range(q_heads) if head not in kept.query]
+    shift = np.einsum("ohd,hd->o", by_head[:, gone], kept.mean_output[gone])
     bias = shift if bias is None else bias + shift
-    _set_output(attention, architecture, by_head[:, code.heads].reshape(len(weight), -1), bias)
+    _set_output(attention, architecture, by_head[:, kept.query].reshape(len(weight), -1), bias)
     for side in slim.heads:
         _keep_rows(attention, slim, architecture, side, head_dim)
 
@@ -300,8 +310,8 @@ def _with_copies(array: Array, count: int, axis: int) -> Array:
 
 
 def _with_finer(scale: Array, count: int) -> Array:
-    """Steps [heads, rank] with those of the refinement of the first `count`."""
-    return np.concatenate([scale, scale[:, :count] / REFINEMENT], axis=1)
+    """Steps [heads, rank] with those of the residuals of the first `count`."""
+    return np.concatenate([scale, scale[:, :count] / RESIDUAL_STEPS], axis=1)
 
 
 def _fold(attention: nn.Module, slim: SlimAttention, architecture: Architecture, side: str, encoder: Array) -> None:

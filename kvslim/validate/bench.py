@@ -10,9 +10,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
+from kvslim.contract import Frozen
 from kvslim.runtime.encoder import EncoderSession
 from kvslim.runtime.session import DecodeSession
-from kvslim.types import Frozen
 from kvslim.validate.encoder import time_texts
 from kvslim.validate.latency import Times, joules_per_token, quartiles, ratio, time_models
 from kvslim.validate.measure import file_mib

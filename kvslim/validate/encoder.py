@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvslim.calibrate.sentences import Sentences
+from kvslim.contract import ModelSpec
 from kvslim.recipe import Recipe
 from kvslim.runtime.encoder import EncoderSession, pad
-from kvslim.types import Measures, ModelSpec, Report
+from kvslim.types import Measures, Report
 from kvslim.validate.gates import report
 from kvslim.validate.latency import Cost, Times, cost, in_turns
 from kvslim.validate.measure import file_mib

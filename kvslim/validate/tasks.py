@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from kvslim.contract import Frozen
 from kvslim.errors import NotFoundError, UnsupportedError, UsageError, suggestion
 from kvslim.export.manifest import read_manifest
 from kvslim.progress import Progress, Silent
-from kvslim.types import Frozen, GateResult
+from kvslim.types import GateResult
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from support.models import open_workshop, recipe_of
 
+from kvslim.contract import Layout, ModelSpec
 from kvslim.methods import KvHdc, KvPca, KvQuant, KvWindow, Method, PruneHeads, ShareKv
 from kvslim.pipeline import decide
-from kvslim.types import KVLayout, LayerPlan, Layout, ModelSpec, Plan, Weights
+from kvslim.types import KVLayout, LayerPlan, Plan, Weights
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvslim.calibrate.statistics import CalibrationStatistics
-from kvslim.types import ModelSpec
+from kvslim.contract import ModelSpec
 from support.tiny_artifact import SPEC
 
 __all__ = ["SPEC", "statistics_of"]

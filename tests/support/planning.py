@@ -8,12 +8,12 @@ from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.plan.planner import Planner, Trials
 from kvslim.plan.trials import PlanTrials
 from kvslim.plan.windows import WindowTrials
-from kvslim.transform.codes import LayerCodes
+from kvslim.transform.edits import LayerEdit
 from kvslim.transform.judge import Judge
 from kvslim.types import Plan
 from kvslim.workshop import Workshop
 
-Codes = tuple[LayerCodes, ...]
+Codes = tuple[LayerEdit, ...]
 
 
 def nothing(_: object) -> float:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from kvslim.caches.packed import CODES
+from kvslim.contract import BITS, CacheType
 from kvslim.methods.levels import fit_levels
-from kvslim.transform.codes import LayerCodes
-from kvslim.types import BITS, CODES, CacheType, LayerPlan, Plan
+from kvslim.transform.edits import LayerEdit
+from kvslim.types import LayerPlan, Plan
 from kvslim.workshop import Workshop
 from support.models import open_workshop, recipe_of
 
@@ -20,7 +22,7 @@ def install_ring(model: Path, cache: CacheType, window: int = WINDOW, sinks: int
     workshop = open_workshop(model, recipe_of())
     statistics = workshop.statistics()
     codes = tuple(
-        LayerCodes(
+        LayerEdit(
             cache=cache,
             window=window,
             sinks=sinks,

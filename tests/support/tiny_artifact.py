@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kvslim.contract import ModelSpec
 from kvslim.export.manifest import hash_files, write_manifest
-from kvslim.types import KVLayout, LayerPlan, Manifest, ModelSpec, Plan, Report, Source
+from kvslim.types import KVLayout, LayerPlan, Manifest, Plan, Report, Source
 
 SPEC = ModelSpec(
     model_type="llama",

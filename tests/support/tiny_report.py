@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kvslim.types import GateResult, KVLayout, LayerPlan, Manifest, Measures, ModelSpec, Plan, PlanPoint, Report, Source
+from kvslim.contract import ModelSpec
+from kvslim.types import GateResult, KVLayout, LayerPlan, Manifest, Measures, Plan, PlanPoint, Report, Source
 from kvslim.validate.gates import ratio
 
 SPEC = ModelSpec(

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
+FIRST_TOKENS = 5  # of a prompt, from which dynamic clusters are formed (Agarwal et al., "CHAI", 2024)
 PLATEAU = 0.5  # of the mean fall per cluster
 
 

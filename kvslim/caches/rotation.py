@@ -11,7 +11,7 @@ import numpy as np
 Array = np.ndarray
 
 
-def item_memory(order: int, seed: int) -> Array:
+def rotation(order: int, seed: int) -> Array:
     """Role hypervectors of length 1: [order, order], orthogonal, all entries of one size, signs drawn from `seed`.
 
     Raises:
@@ -22,7 +22,7 @@ def item_memory(order: int, seed: int) -> Array:
     return roles
 
 
-def has_item_memory(order: int) -> bool:
+def has_rotation(order: int) -> bool:
     """Whether there is a construction of that order."""
     while order > 1:
         if order % 4 == 0 and (_is_prime(order - 1) or (order % 8 == 4 and _is_prime(order // 2 - 1))):
@@ -37,7 +37,7 @@ def hadamard(order: int) -> Array:
     """A Hadamard matrix: by doubling (Sylvester 1867), or from the quadratic residues of a prime (Paley 1933).
 
     Raises:
-        ValueError: As `item_memory`.
+        ValueError: As `rotation`.
     """
     if order == 1:
         return np.ones((1, 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvslim.methods.roles import hadamard, has_item_memory, item_memory
+from kvslim.caches.rotation import hadamard, has_rotation, rotation
 
 ORDERS = tuple(range(8, 129, 8))
 MISSING = (3, 6, 92, 184)  # not a multiple of 4; 92 has no Paley construction, nor has its double
@@ -20,35 +20,35 @@ def test_hadamard_is_orthogonal_and_bipolar(order: int) -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_roles_have_length_1_and_entries_of_one_size(order: int) -> None:
-    roles = item_memory(order, seed=3)
-    assert has_item_memory(order)
+    roles = rotation(order, seed=3)
+    assert has_rotation(order)
     np.testing.assert_allclose(np.abs(roles), order**-0.5)
     np.testing.assert_allclose(roles @ roles.T, np.eye(order), atol=1e-12)
 
 
 def test_roles_are_those_of_their_seed() -> None:
-    np.testing.assert_array_equal(item_memory(24, 5), item_memory(24, 5))
-    assert (item_memory(24, 5) != item_memory(24, 6)).any()
+    np.testing.assert_array_equal(rotation(24, 5), rotation(24, 5))
+    assert (rotation(24, 5) != rotation(24, 6)).any()
 
 
 @pytest.mark.parametrize("order", MISSING)
 def test_order_is_refused_when_it_has_no_construction(order: int) -> None:
-    assert not has_item_memory(order)
+    assert not has_rotation(order)
     with pytest.raises(ValueError, match="no Hadamard matrix"):
-        item_memory(order, 0)
+        rotation(order, 0)
 
 
-def test_has_item_memory_knows_all_orders_that_are_built() -> None:
+def test_has_rotation_knows_all_orders_that_are_built() -> None:
     def built(order: int) -> bool:
         try:
-            return item_memory(order, 0).shape == (order, order)
+            return rotation(order, 0).shape == (order, order)
         except ValueError:
             return False
 
-    assert [order for order in range(1, 200) if built(order) != has_item_memory(order)] == []
+    assert [order for order in range(1, 200) if built(order) != has_rotation(order)] == []
 
 
 def test_each_component_holds_an_equal_share_when_one_coordinate_has_all_the_power() -> None:
     coordinate = np.zeros(40)
     coordinate[7] = 3.0
-    np.testing.assert_allclose(np.square(coordinate @ item_memory(40, 0)), 9 / 40)
+    np.testing.assert_allclose(np.square(coordinate @ rotation(40, 0)), 9 / 40)

@@ -1,0 +1,23 @@
+"""Kinds of caches, one module each; importing this package registers them."""
+
+from kvslim.caches.base import CACHES, Cache, Place, cache_class
+from kvslim.caches.clustered import ClusteredCache
+from kvslim.caches.coded import CodedCache, IntegerCache
+from kvslim.caches.full import FullCache
+from kvslim.caches.packed import PackedCache
+from kvslim.caches.shared import SharedCache
+from kvslim.caches.window import WindowCache
+
+__all__ = [
+    "CACHES",
+    "Cache",
+    "ClusteredCache",
+    "CodedCache",
+    "FullCache",
+    "IntegerCache",
+    "PackedCache",
+    "Place",
+    "SharedCache",
+    "WindowCache",
+    "cache_class",
+]

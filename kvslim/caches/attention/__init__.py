@@ -1,0 +1,1 @@
+"""What each kind of cache computes: in torch for evaluation, and as operators of a graph. Needs torch."""

@@ -1,0 +1,104 @@
+"""Attention over packed codes, the exact ring before them, and the new tokens, by stock operators."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvslim.caches.attention.base import CacheAttention, States
+from kvslim.caches.attention.window import (
+    Ring,
+    Span,
+    attend_blocks,
+    by_group,
+    by_kv_head,
+    by_query_head,
+    hidden_rows,
+    span_of,
+    write_rows,
+)
+from kvslim.transform.operators import ExportStep
+from kvslim.transform.scoring import Scoring
+from kvslim.transform.storage import Levels
+
+if TYPE_CHECKING:
+    from kvslim.transform.attention import SlimAttention
+
+EVALUATION_CHUNK = 16  # tokens of a step, as quality is measured
+
+
+class PackedAttention(CacheAttention):
+    """Sinks and recent tokens exact, all others as packed codes."""
+
+    def __init__(self, ring: Ring) -> None:
+        self.ring = ring
+
+    def evaluated(self, slim: SlimAttention, states: States, scoring: Scoring) -> Tensor:
+        """What a graph gives for a whole text that comes in chunks of 16."""
+        books, ring = _codebooks(slim), self.ring
+        query, key, value = states
+        group, tokens = query.shape[1] // key.shape[1], torch.arange(query.shape[2])
+        read = [
+            book.read(book.stored(exact.transpose(1, 2))).transpose(1, 2) * book.scale[:, None]
+            for book, exact in zip(books, (key, value), strict=True)
+        ]
+        key, value, coded_key, coded_value = (part.repeat_interleave(group, 1) for part in (key, value, *read))
+        oldest = tokens // EVALUATION_CHUNK * EVALUATION_CHUNK - ring.window
+        exact = (tokens < ring.sinks) | (tokens >= oldest[:, None])
+        scores = torch.where(exact, scoring.scores(query, key), scoring.scores(query, coded_key))
+        weights = scores.masked_fill(scoring.hidden(tokens, tokens), -torch.inf).softmax(-1)
+        return ((weights * exact) @ value + (weights * ~exact) @ coded_value).transpose(1, 2)
+
+    def exported(self, slim: SlimAttention, step: ExportStep, states: States, scoring: Scoring) -> Tensor:
+        """Reads codes and ring; gives the ring, and the codes of what leaves it.
+
+        All sequences of a batch have one length. `step.past` is the ring's keys and values, then their codes, uint8
+        [batch, rows, heads, bytes]; `step.present` has the new rows of codes alone.
+        """
+        books, ring = _codebooks(slim), self.ring
+        query, key, value = states
+        past, codes = step.past[:2], step.past[2:]
+        span, grouped = span_of(step, query), by_kv_head(query, key.shape[1]) * scoring.scale
+        if ring not in step.shared:  # its length is known to no one before it runs, and dear to trace in every layer
+            step.shared[ring] = _leaving(ring, span, query.shape[2])
+        left = [_left(ring, span, step.shared[ring], held, new) for held, new in zip(past, (key, value), strict=True)]
+        read = [book.read(rows.transpose(1, 2)) for book, rows in zip(books, codes, strict=True)]
+        coded = _hidden_codes(ring, span, scoring, query, key, codes[0])
+        hidden = [coded, *hidden_rows(ring, span, scoring, query, key)]
+        queries = [grouped * books[0].scale[:, None], grouped, grouped]
+        blocks = attend_blocks(scoring, queries, [read[0], past[0], key], [read[1], past[1], value], hidden)
+        rings = write_rows(ring, span, past, (key, value), after=[blocks[1], *left])
+        step.present = (*rings, *(book.stored(rows) for book, rows in zip(books, left, strict=True)))
+        return by_query_head(blocks[0] * books[1].scale[:, None] + blocks[1] + blocks[2], query)
+
+
+def _codebooks(slim: SlimAttention) -> tuple[Levels, Levels]:
+    """Levels and scales of keys and of values."""
+    parts = (slim.key_levels, slim.key_scale), (slim.value_levels, slim.value_scale)
+    key, value = (Levels(levels, scale) for levels, scale in parts if levels is not None and scale is not None)
+    return key, value
+
+
+def _hidden_codes(ring: Ring, span: Span, scoring: Scoring, query: Tensor, key: Tensor, codes: Tensor) -> Tensor | None:
+    """The same for packed codes, whose tokens are S, S + 1 and so on; None where every query sees all."""
+    if scoring.window is None:
+        return None
+    new = span[0][:, None] + torch.arange(query.shape[2])
+    tokens = ring.sinks + torch.arange(codes.shape[1])
+    return by_group(scoring.hidden(new, tokens[None]), query.shape[1] // key.shape[1])
+
+
+def _leaving(ring: Ring, span: Span, length: int) -> Tensor:
+    """Positions of the tokens that leave the window in this step, oldest first."""
+    tokens = (span[0][0] - ring.window).clamp(min=ring.sinks) + torch.arange(length)
+    return tokens[tokens < span[1][0] - ring.window]
+
+
+def _left(ring: Ring, span: Span, tokens: Tensor, held: Tensor, new: Tensor) -> Tensor:
+    """Keys or values of tokens, from the ring or the new ones: [batch, tokens, heads, dim]."""
+    start = span[0][0]
+    arrived = torch.index_select(new, 2, (tokens - start).clamp(min=0))
+    rows = torch.where((tokens < start)[:, None], torch.index_select(held, 2, ring.row(tokens)), arrived)
+    return rows.transpose(1, 2)

@@ -1,0 +1,182 @@
+"""How a session holds the cache of one layer: memory, binding, rewinding. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from kvslim.contract import WINDOW_SLACK, KVTensor
+
+Array = npt.NDArray[Any]
+FILL_PERIOD = 256
+NUMPY_TYPES: Mapping[str, Any] = {"float32": np.float32, "int8": np.int8}  # all else is packed in bytes
+
+
+class LayerBuffers:
+    """A full cache: past and present of each tensor lie in one buffer, so that the operator appends in place.
+
+    Attributes:
+        tensors: The layer's KV inputs.
+        arrays: Their memory, in the same order.
+        prefill_chunk: Prompt tokens of one run, so that what a run holds in memory stays small.
+        pauses_after: Tokens of a text after which a run must end, or 0.
+        single_sequence: Why only one sequence can be decoded and what to do about it, or None.
+
+    Args:
+        tensors: The layer's KV inputs.
+        capacity: Tokens to allocate for.
+        batch: Sequences.
+        note: What the graph's metadata say of the layer, or None.
+        aliases: For each tensor, outputs of other layers that are to lie in its memory too.
+    """
+
+    prefill_chunk: ClassVar[int] = 512
+    pauses_after: int = 0
+    single_sequence: tuple[str, str] | None = None
+
+    def __init__(
+        self,
+        tensors: Sequence[KVTensor],
+        *,
+        capacity: int,
+        batch: int,
+        note: Any = None,
+        aliases: Sequence[Sequence[str]] = (),
+    ) -> None:
+        self.tensors, self.capacity, self.batch = tuple(tensors), capacity, batch
+        self.aliases = tuple(map(tuple, aliases)) or ((),) * len(self.tensors)
+        self.arrays = [self.allocated(tensor) for tensor in self.tensors]
+
+    def allocated(self, tensor: KVTensor) -> Array:
+        """Memory for an empty cache."""
+        return np.zeros(
+            (self.batch, tensor.heads, tensor.rows(self.capacity), tensor.columns),
+            dtype=NUMPY_TYPES.get(tensor.dtype, np.uint8),
+        )
+
+    def bind(self, binding: ort.IOBinding) -> None:
+        """Binds what stays bound from run to run."""
+        for tensor, array, aliases in zip(self.tensors, self.arrays, self.aliases, strict=True):
+            value = ort.OrtValue.ortvalue_from_numpy(array)
+            binding.bind_ortvalue_input(tensor.past, value)
+            for present in (tensor.present, *aliases):
+                binding.bind_ortvalue_output(present, value)
+
+    def bind_step(self, binding: ort.IOBinding, length: int, total: int) -> None:
+        """Binds what a run from `length` to `total` tokens needs besides."""
+
+    def after_step(self, length: int, total: int) -> bool:
+        """Takes note of a run; whether the buffers are others now, and must be bound again."""
+        return False
+
+    def reserve(self, length: int) -> bool:
+        """Makes room for a context of `length` tokens; whether the buffers are others now."""
+        return False
+
+    def reset(self) -> bool:
+        """Forgets the text; whether the buffers are others now."""
+        return False
+
+    def refusal(self, length: int, current: int) -> str | None:
+        """Why a cache of `current` tokens can't be cut to `length`, or None if it can."""
+        if any(self.has_dropped(tensor, length, current) for tensor in self.tensors):
+            return f"a window has dropped tokens that a context of {length} needs"
+        return None
+
+    def has_dropped(self, tensor: KVTensor, length: int, current: int) -> bool:
+        """Whether a tensor that holds `current` tokens lacks one that it needs when only `length` remain."""
+        if tensor.window is None:
+            return False
+        return _kept(length, tensor.window) != _kept(current, tensor.window) - (current - length)
+
+    def fill(self, length: int, generator: np.random.Generator) -> bool:
+        """Sets the cache to `length` tokens of pseudo-random content; whether the buffers are others now."""
+        for tensor, array in zip(self.tensors, self.arrays, strict=True):
+            for sequence in array:
+                _fill(self.heads_first(tensor, sequence), min(tensor.rows(length), length), generator)
+        return False
+
+    def heads_first(self, tensor: KVTensor, sequence: Array) -> Array:
+        """One sequence of a tensor as [heads, rows, columns]."""
+        return sequence
+
+
+class RingBuffers(LayerBuffers):
+    """Rings: what a window has dropped is gone."""
+
+    def has_dropped(self, tensor: KVTensor, length: int, current: int) -> bool:
+        """Once the ring is full, every new token takes the row of an old one."""
+        return current > length and current > (tensor.window or 0) + (tensor.sinks or 0)
+
+
+class PackedBuffers(RingBuffers):
+    """Rings, and codes: the rows so far as past, and the rows behind them for those that a run adds."""
+
+    prefill_chunk: ClassVar[int] = 64  # scores of a whole chunk are held in memory
+    single_sequence = ("packed codes are appended to one sequence", "use a batch of 1")
+
+    def allocated(self, tensor: KVTensor) -> Array:
+        """Memory for an empty cache; codes have rows before heads, so that a row can be appended."""
+        if not _is_codes(tensor):
+            return super().allocated(tensor)
+        return np.zeros((self.batch, tensor.rows(self.capacity), tensor.heads, tensor.columns), dtype=np.uint8)
+
+    def bind(self, binding: ort.IOBinding) -> None:
+        """Binds the rings."""
+        for tensor, array in zip(self.tensors, self.arrays, strict=True):
+            if not _is_codes(tensor):
+                value = ort.OrtValue.ortvalue_from_numpy(array)
+                binding.bind_ortvalue_input(tensor.past, value)
+                binding.bind_ortvalue_output(tensor.present, value)
+
+    def bind_step(self, binding: ort.IOBinding, length: int, total: int) -> None:
+        """Binds the codes so far, and the rows for those that the run adds."""
+        for tensor, array in zip(self.tensors, self.arrays, strict=True):
+            if _is_codes(tensor):
+                start, stop = tensor.rows(length), tensor.rows(total)
+                past, added = array[:, :start], array[:, start:stop]
+                binding.bind_ortvalue_input(tensor.past, ort.OrtValue.ortvalue_from_numpy(past))
+                binding.bind_ortvalue_output(tensor.present, ort.OrtValue.ortvalue_from_numpy(added))
+
+    def heads_first(self, tensor: KVTensor, sequence: Array) -> Array:
+        """One sequence of a tensor as [heads, rows, columns]."""
+        return sequence.swapaxes(0, 1) if _is_codes(tensor) else sequence
+
+
+def bind_all(binding: ort.IOBinding, layers: Iterable[LayerBuffers]) -> None:
+    """Binds the buffers of all layers as they are now."""
+    binding.clear_binding_inputs()
+    binding.clear_binding_outputs()
+    for layer in layers:
+        layer.bind(binding)
+
+
+def _is_codes(tensor: KVTensor) -> bool:
+    return tensor.kind.endswith("_codes")
+
+
+def _kept(tokens: int, window: int) -> int:
+    """Rows that the kernel keeps of so many tokens: it drops them in blocks when the cache is full."""
+    block = WINDOW_SLACK + 1
+    over = max(0, tokens - window - WINDOW_SLACK)
+    return tokens - block * -(-over // block)
+
+
+def _fill(buffer: Array, rows: int, generator: np.random.Generator) -> None:
+    """Sets the first rows of a buffer [heads, rows, columns]; drawing all of them would take too long."""
+    heads, _, columns = buffer.shape
+    content = _noise(generator, (heads, min(rows, FILL_PERIOD), columns), buffer.dtype)
+    for start in range(0, rows, FILL_PERIOD):
+        buffer[:, start : min(start + FILL_PERIOD, rows)] = content[:, : rows - start]
+
+
+def _noise(generator: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Content that a cache of a type could have."""
+    if dtype == np.uint8:
+        return generator.integers(256, size=shape, dtype=np.uint8)
+    noise = generator.standard_normal(shape, dtype=np.float32)
+    return np.clip(noise * 40, -127, 127).astype(np.int8) if dtype == np.int8 else noise
