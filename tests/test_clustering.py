@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvslim.calibrate.statistics import sharing_loss, value_power
+from kvslim.calibrate.attended import sharing_loss, value_power
 from kvslim.transform.clustering import Formed, clusters_of, curve, elbow, prompt_loss
 
 

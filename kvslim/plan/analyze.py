@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +14,7 @@ from kvslim.methods.kv_window import kept_attention
 from kvslim.methods.prune_heads import PruneHeads
 from kvslim.methods.prune_layers import INFLUENCES, PruneLayers
 from kvslim.methods.share_kv import distances
+from kvslim.progress import Progress
 from kvslim.types import Frozen, ModelSpec, Plan
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def analyze(
     taylor: np.ndarray,
     source: str,
     kl_without: Callable[[PruneHeads | PruneLayers], float],
-    layers: Callable[[Iterable[int]], Iterable[int]],
+    progress: Progress,
 ) -> Analysis:
     """Measures every layer's parts and kv heads, each alone, and reads the rest off the statistics.
 
@@ -82,7 +83,7 @@ def analyze(
         taylor: [layers, q_heads] scores by gradients.
         source: What the text is called.
         kl_without: Divergence of the model without the heads or layers that a method names.
-        layers: Wraps the iterable of layers, to show progress.
+        progress: Hears which layer is measured.
     """
     groups = [
         tuple(range(first, first + spec.group_size))
@@ -92,7 +93,7 @@ def analyze(
     donors = _donors(spec, statistics)
     clusters = ClusterHeads().numbers(spec, statistics)
     found = []
-    for layer in layers(range(spec.layers)):
+    for layer in progress.track(range(spec.layers), "layers"):
         ranks = [
             int((basis.energy.min(0) < ENERGY).sum()) + 1 for basis in KvPca().bases(statistics, layer, "balanced")
         ]

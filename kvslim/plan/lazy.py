@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from kvslim.errors import GateError
 from kvslim.methods.kv_window import KvWindow
+from kvslim.progress import Progress
 from kvslim.transform.codes import LayerCodes
 from kvslim.types import ModelSpec
 
@@ -17,7 +18,7 @@ def laziest(
     spec: ModelSpec,
     divergence: Callable[[tuple[LayerCodes, ...]], float],
     recall_drop: Callable[[tuple[LayerCodes, ...]], float],
-    layers: Callable[[Iterable[int]], Iterable[int]],
+    progress: Progress,
 ) -> KvWindow:
     """The method with its number of lazy layers turned into those layers.
 
@@ -29,13 +30,13 @@ def laziest(
         spec: The model's shape.
         divergence: Of the model with the codes given, on text longer than the window.
         recall_drop: Recall that it loses, over distances longer than the window.
-        layers: Wraps the iterable of layers, to show progress.
+        progress: Hears which layer is tried.
 
     Raises:
         GateError: Fewer layers keep the recall.
     """
     losses: dict[int, float] = {}
-    for layer in layers(method.able(spec)):
+    for layer in progress.track(method.able(spec), "layers tried with a window"):
         codes = tuple(
             LayerCodes(window=method.window, sinks=method.sinks) if index == layer else LayerCodes()
             for index in range(spec.layers)
