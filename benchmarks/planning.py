@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from random_model import save_random_model
 
-from kvslim.calibrate.statistics import collect
+from kvslim.calibrate.recorder import collect
 from kvslim.load.source import read_spec, resolve
 from kvslim.progress import Silent
 from kvslim.recipe import parse_recipe
@@ -48,7 +48,7 @@ def main() -> None:
     statistics = timed(
         "statistics",
         lambda: collect(
-            workshop.model, workshop.architecture, workshop.spec, windows, context=4096, seed=0, batches=iter
+            workshop.model, workshop.architecture, workshop.spec, windows, context=4096, seed=0, progress=Silent()
         ),
     )
     held_out = timed("reference of the judge", lambda: workshop.held_out_judge(statistics))

@@ -83,8 +83,7 @@ class EncoderWorkshop:
     def statistics(self, fitting: Sentences) -> HeadStatistics:
         """Means and fluctuations of attention outputs, on sentences as the model is used to them."""
         texts = fitting.masked or fitting.texts
-        track = lambda texts: self.progress.track(texts, "sentences")  # noqa: E731
-        return collect_heads(self.model.base_model, self.architecture, self.spec, texts, track)
+        return collect_heads(self.model.base_model, self.architecture, self.spec, texts, self.progress)
 
     def planned(self, fitting: Sentences, statistics: HeadStatistics, judge: EncoderJudge) -> tuple[Plan, float]:
         """The plan of the recipe's methods, and its loss on sentences that nothing is fitted to."""

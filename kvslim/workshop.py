@@ -19,7 +19,8 @@ from kvslim.calibrate.corpus import (
     source_digest,
     text_windows,
 )
-from kvslim.calibrate.statistics import CalibrationStatistics, collect
+from kvslim.calibrate.recorder import collect
+from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.calibrate.taylor import taylor_scores
 from kvslim.contract import ModelSpec
 from kvslim.demo.world import recall_questions
@@ -34,13 +35,17 @@ from kvslim.methods import ClusterHeads, KvWindow, Method, PruneHeads, PruneLaye
 from kvslim.methods.fitting import fit
 from kvslim.methods.share_kv import distances
 from kvslim.plan.analyze import Analysis, analyze
+from kvslim.plan.candidates import SINKS
 from kvslim.plan.choose import Chosen, choose
 from kvslim.plan.decode_time import DecodeTime
 from kvslim.plan.lazy import laziest
-from kvslim.plan.planner import Planner, Trials
+from kvslim.plan.planner import Planner
+from kvslim.plan.probes import FORMAT as PROBES_FORMAT
+from kvslim.plan.probes import Probes
+from kvslim.plan.probing import Prober
 from kvslim.plan.refit import refit_as_planned, refit_where_it_pays
 from kvslim.plan.trials import PlanTrials
-from kvslim.plan.windows import SINKS, WindowTrials
+from kvslim.plan.windows import WindowTrials
 from kvslim.progress import Progress
 from kvslim.recipe import Budget, Calibration, Recipe, Validation
 from kvslim.transform.compensate import refitted
@@ -90,13 +95,13 @@ class Workshop:
                 windows,
                 context=context,
                 seed=settings.seed,
-                batches=lambda windows: self.progress.track(windows, "windows"),
-                counted=self._counted(settings, share),
+                progress=self.progress,
+                loss_mask=self._loss_mask(settings, share),
             )
             cache.store_statistics(key, statistics)
         return statistics
 
-    def _counted(self, settings: Calibration, share: tuple[float, float]) -> np.ndarray | None:
+    def _loss_mask(self, settings: Calibration, share: tuple[float, float]) -> np.ndarray | None:
         """Which tokens of the calibration windows count; None for all."""
         if settings.source == "self":
             return None
@@ -118,7 +123,8 @@ class Workshop:
     def held_out_judge(self, statistics: CalibrationStatistics) -> Judge:
         """The judge on that part of the calibration text which nothing is fitted to."""
         windows, counted = (
-            judged_windows(_split(array)[1], self.spec.vocab_size) for array in (statistics.windows, statistics.counted)
+            judged_windows(_split(array)[1], self.spec.vocab_size)
+            for array in (statistics.windows, statistics.loss_mask)
         )
         return Judge(self.model, self.architecture, windows, counted, probing=True)
 
@@ -129,30 +135,50 @@ class Workshop:
         context: int | None = None,
         time_ratio: float | None = None,
     ) -> Planner:
-        """A planner that has probed every layer; bytes and time count at a context, by default the target."""
+        """A planner of what was probed; bytes and time count at a context, by default the target."""
         context = context or self.recipe.calibration.target(self.spec)
-        windows, counted = (
-            probe_windows(_split(array)[0], self.spec.layers) for array in (statistics.windows, statistics.counted)
+        probes = self.probes(statistics, held_out, context, timed=time_ratio is not None)
+        time = self.decode_time(context)
+        return Planner(self.spec, statistics, self._identity(), time, probes, held_out.kl, time_ratio)
+
+    def probes(self, statistics: CalibrationStatistics, held_out: Judge, context: int, *, timed: bool) -> Probes:
+        """What was measured of the layers at a context, from the disk when they were probed before."""
+        key = self._probes_key(statistics, held_out, context, timed=timed)
+        probes = cache.load_probes(key)
+        if probes is None:
+            probes = self._prober(statistics, held_out, context, key, timed=timed).probe(self.progress)
+            cache.store_probes(probes)
+        return probes
+
+    def _probes_key(self, statistics: CalibrationStatistics, held_out: Judge, context: int, *, timed: bool) -> str:
+        """Hash of all that decides what probes measure; of a budget only its context and whether it limits time."""
+        recipe, asked = self.recipe, {"seed", "recall_items", "recall_distance"}
+        made = recipe.weights.type, recipe.layout, recipe.window_cache, recipe.validation.model_dump(include=asked)
+        of = self.digest, statistics.digest(), held_out.length, context, timed
+        return cache.content_key("probes", PROBES_FORMAT, *of, *made)
+
+    def _prober(
+        self, statistics: CalibrationStatistics, held_out: Judge, context: int, key: str, *, timed: bool
+    ) -> Prober:
+        windows, loss_mask = (
+            probe_windows(_split(array)[0], self.spec.layers) for array in (statistics.windows, statistics.loss_mask)
         )
-        probe = Judge(self.model, self.architecture, windows, counted, probing=True)
+        judge = Judge(self.model, self.architecture, windows, loss_mask, probing=True)
         seen = min(held_out.length, 2 * (self.recipe.validation.recall_distance - SINKS))
         recall = self._recall_trials(statistics, held_out, LAZY_ITEMS)
-        return Planner(
+        return Prober(
             self.spec,
             statistics,
             self.decode_time(context),
-            Trials(
-                probe.kl,
-                held_out.kl,
-                WindowTrials(seen, held_out.kl, recall.drop),
-                PlanTrials(
-                    self._identity(),
-                    lambda plan: probe.kl(fit(self.spec, statistics, plan)),
-                    lambda plan: recall.drop(fit(self.spec, statistics, plan)),
-                ),
+            judge.kl,
+            WindowTrials(seen, held_out.kl, recall.drop),
+            PlanTrials(
+                self._identity(),
+                lambda plan: judge.kl(fit(self.spec, statistics, plan)),
+                lambda plan: recall.drop(fit(self.spec, statistics, plan)),
             ),
-            lambda layers: self.progress.track(layers, "layers probed"),
-            time_ratio,
+            timed,
+            key,
         )
 
     def decode_time(self, context: int) -> DecodeTime:
@@ -172,8 +198,7 @@ class Workshop:
         """A method with what it leaves to measuring filled in."""
         if isinstance(method, KvWindow) and method.lazy:
             trials = self._recall_trials(statistics, held_out, LAZY_ITEMS)
-            layers = lambda layers: self.progress.track(layers, "layers tried with a window")  # noqa: E731
-            return laziest(method, self.spec, held_out.kl, trials.drop, layers)
+            return laziest(method, self.spec, held_out.kl, trials.drop, self.progress)
         if isinstance(method, PruneHeads) and method.score == "taylor" and method.is_measured:
             scores = self.taylor(statistics)
             return method.chosen(self.spec, lambda layer, gone: float(scores[layer, list(gone)].sum()))
@@ -200,7 +225,7 @@ class Workshop:
             near = distances(self.spec, statistics, self._identity())
             return method.chosen(
                 {pair: distance.key + distance.value for pair, distance in near.items()},
-                lambda donors: held_out.kl(self.without(statistics, ShareKv(sources=donors))),
+                lambda sources: held_out.kl(self.without(statistics, ShareKv(sources=sources))),
                 lambda layers: self.progress.track(layers, "layers to lose their cache"),
             )
         return method
@@ -217,10 +242,9 @@ class Workshop:
 
     def taylor(self, statistics: CalibrationStatistics) -> np.ndarray:
         """Taylor scores of query heads, on some of the text that serves for fitting; see `taylor_scores`."""
-        windows, counted = (_split(array)[0] for array in (statistics.windows, statistics.counted))
+        windows, counted = (_split(array)[0] for array in (statistics.windows, statistics.loss_mask))
         count = max(1, TAYLOR_TOKENS // windows.shape[1])
-        track = lambda windows: self.progress.track(windows, "windows, with gradients")  # noqa: E731
-        return taylor_scores(self.model, self.architecture, self.spec, windows[:count], counted[:count], track)
+        return taylor_scores(self.model, self.architecture, self.spec, windows[:count], counted[:count], self.progress)
 
     def analysis(self, statistics: CalibrationStatistics) -> Analysis:
         """What the calibration text needs of the model."""
@@ -231,7 +255,7 @@ class Workshop:
             self.taylor(statistics),
             self.recipe.calibration.source,
             lambda method: held_out.kl(self.without(statistics, method)),
-            lambda layers: self.progress.track(layers, "layers"),
+            self.progress,
         )
 
     def compensated(self, statistics: CalibrationStatistics, held_out: Judge, plan: Plan) -> tuple[Plan, float]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvslim.caches.clustering import Formed, clusters_of, curve, elbow, prompt_loss
-from kvslim.calibrate.statistics import sharing_loss, value_power
+from kvslim.calibrate.attended import sharing_loss, value_power
 
 
 def distances(*points: float) -> np.ndarray:

@@ -100,7 +100,7 @@ def test_means_and_fluctuations_are_those_of_the_outputs(bert: EncoderWorkshop) 
             bert.model(input_ids=torch.tensor([text]))
     hook.remove()
     outputs = np.concatenate(seen).astype(float)
-    found = collect_heads(bert.model, bert.architecture, bert.spec, TEXTS, iter)
+    found = collect_heads(bert.model, bert.architecture, bert.spec, TEXTS, Silent())
     np.testing.assert_allclose(found.output_mean[1].ravel(), outputs.mean(0), atol=1e-5)
     added = outputs[:, 16:32] @ attention.output.dense.weight.detach().double().numpy()[:, 16:32].T
     assert found.fluctuation[1, 1] == pytest.approx(added.var(0).sum(), rel=1e-4)

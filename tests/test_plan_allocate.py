@@ -13,7 +13,7 @@ from kvslim.checks import check_plan
 from kvslim.errors import UsageError
 from kvslim.plan.allocate import Option, allocate, hull
 from kvslim.plan.cost import Choice, Cost, SideCosts, bundled, choices, side_costs
-from kvslim.plan.probes import Price
+from kvslim.plan.prices import Price
 from kvslim.types import LayerPlan, Plan
 
 Layers = list[list[Option]]

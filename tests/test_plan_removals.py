@@ -14,13 +14,13 @@ from kvslim.checks import check_plan
 from kvslim.cli import app
 from kvslim.errors import GateError
 from kvslim.plan.allocate import Option, allocate, allocate_both
+from kvslim.plan.candidates import Alteration
 from kvslim.plan.choose import choose
 from kvslim.plan.decode_time import OF_CACHE, OF_SCORE, OF_WEIGHTS, DecodeTime
-from kvslim.plan.donors import sharing
 from kvslim.plan.planner import Planner
-from kvslim.plan.removals import removals
+from kvslim.plan.removals import removals, removals_keeping_recall, spare_layers
+from kvslim.plan.sharing import nearest_sources, sharing, sharing_keeping_recall
 from kvslim.plan.trials import PlanTrials
-from kvslim.plan.ways import Change
 from kvslim.recipe import Budget
 from kvslim.types import KVLayout, LayerPlan, Plan
 from kvslim.workshop import Workshop
@@ -73,40 +73,46 @@ def test_removals_are_tried_where_their_share_of_fluctuation_could_pay() -> None
         asked.append(layer)
         return float(SPEC.q_heads - len(layer.heads or ()))
 
-    def pays(layer: int, change: Change) -> bool:
-        return layer == 1 and change.loss < SPEC.q_heads
+    def pays(alteration: Alteration) -> bool:
+        return asked[-1].layer == 1 and alteration.loss < SPEC.q_heads
 
-    found = removals(SPEC, statistics, PlanTrials(BASE, divergence, nothing), pays, iter, timed=False)
+    trials = PlanTrials(BASE, divergence, nothing)
+    found = {
+        layer: tried
+        for layer in spare_layers(statistics, timed=False)
+        if (tried := removals(layer, SPEC, statistics, trials, pays, timed=False))
+    }
     assert list(found) == [1]
     assert [layer.layer for layer in asked if layer.heads == ()] == list(range(SPEC.layers))
     assert {layer.layer for layer in asked if layer.heads} == {1}
-    parts = [change.update["heads"] for change in found[1]]
+    parts = [alteration.heads or () for alteration in found[1]]
     assert all(0 < len(heads) < SPEC.q_heads for heads in parts)
-    assert [change.share for change in found[1]] == [len(heads) / SPEC.q_heads for heads in parts]
-    assert [change.loss for change in found[1]] == [SPEC.q_heads - len(heads) for heads in parts]
+    assert [alteration.share for alteration in found[1]] == [len(heads) / SPEC.q_heads for heads in parts]
+    assert [alteration.loss for alteration in found[1]] == [SPEC.q_heads - len(heads) for heads in parts]
 
 
 @pytest.mark.parametrize("timed", [False, True])
 def test_feed_forward_parts_are_tried_where_time_is_limited(timed: bool) -> None:
-    trials = PlanTrials(BASE, lambda _: 0.1, nothing)
-    found = removals(SPEC, statistics_of(SPEC), trials, lambda *_: True, iter, timed=timed)
-    for changes in found.values():
-        assert ({"mlp": False} in [change.update for change in changes]) == timed
-        assert ({"heads": (), "mlp": False} in [change.update for change in changes]) == timed
+    trials, statistics = PlanTrials(BASE, lambda _: 0.1, nothing), statistics_of(SPEC)
+    for layer in range(SPEC.layers):
+        found = removals(layer, SPEC, statistics, trials, lambda _: True, timed=timed)
+        assert (Alteration(mlp=False, loss=0.1) in found) == timed
+        assert (Alteration(heads=(), mlp=False, loss=0.1, share=0.0) in found) == timed
 
 
 def test_removals_that_cost_recall_are_not_offered() -> None:
     def drop(plan: Plan) -> float:
         return 0.2 * (0 in [layer.layer for layer in changed_in(plan)])
 
-    trials = PlanTrials(BASE, lambda _: 0.1, drop)
-    found = removals(SPEC, statistics_of(SPEC), trials, lambda *_: True, iter, timed=False)
-    assert set(found) == set(range(1, SPEC.layers))
+    trials, order = PlanTrials(BASE, lambda _: 0.1, drop), range(SPEC.layers)
+    found = {layer: removals(layer, SPEC, statistics_of(SPEC), trials, lambda _: True, timed=False) for layer in order}
+    assert all(found.values())
+    assert set(removals_keeping_recall(found, order, trials)) == set(range(1, SPEC.layers))
 
 
 def test_attention_that_loses_nothing_goes_first(workshop: Workshop, planner_with: Callable[..., Planner]) -> None:
     planner = planner_with(lambda plan: 0.0 if plan.layers[1].heads == () else 1e9)
-    layers = planner._filled(planner.plain_bytes / 12, planner.ways[4][1])
+    layers = planner._filled(planner.plain_bytes / 12, planner.offered[4][1])
     assert layers is not None
     assert layers[1].heads == ()
     planned = planner._planned(layers)
@@ -114,7 +120,7 @@ def test_attention_that_loses_nothing_goes_first(workshop: Workshop, planner_wit
     assert "attention removed" in planned.plan.layers[1].reason
     assert planned.point.kv_bytes_per_token * CONTEXT == KVLayout.of(workshop.spec, planned.plan).bytes_at(CONTEXT)
     # What the layer does not take, the others have.
-    whole = planner._filled(planner.plain_bytes / 12, planner.ways[4][0])
+    whole = planner._filled(planner.plain_bytes / 12, planner.offered[4][0])
     assert whole is not None
     assert all(layers[index].widths(16) > whole[index].widths(16) for index in range(len(whole)) if index != 1)
 
@@ -176,15 +182,19 @@ def test_time_ratio_is_an_option_of_plan(tiny_llama: Path, capsys: pytest.Captur
 
 
 def test_shared_caches_form_no_chain_and_keep_recall(workshop: Workshop, statistics: CalibrationStatistics) -> None:
-    def offered(drop: Loss, pays: bool) -> dict[int, Change]:
-        trials = PlanTrials(Plan.identity(workshop.spec), lambda _: 0.1, drop)
-        return sharing(workshop.spec, statistics, trials, lambda *_: pays, iter)
+    spec, base = workshop.spec, Plan.identity(workshop.spec)
+    sources = nearest_sources(spec, statistics, base)
+
+    def offered(drop: Loss, pays: bool) -> dict[int, Alteration | None]:
+        trials = PlanTrials(base, lambda _: 0.1, drop)
+        found = {layer: sharing(layer, source, trials, lambda _: pays) for layer, source in sources.items()}
+        return {layer: found[layer] for layer in sharing_keeping_recall(found, sources, trials)}
 
     found = offered(nothing, pays=True)
     assert found
-    donors = {change.update["donor"] for change in found.values()}
-    assert not donors & set(found)
-    assert all(change.share == 0 and change.loss == 0.1 for change in found.values())
+    assert not {sources[layer] for layer in found} & set(found)
+    expected = {layer: Alteration(source=sources[layer], loss=0.1, share=0.0) for layer in found}
+    assert found == expected
     kept = offered(lambda plan: 0.5 * (plan.layers[-1].donor is not None), pays=True)
-    assert set(kept) == set(found) - {workshop.spec.layers - 1}
+    assert set(kept) == set(found) - {spec.layers - 1}
     assert offered(nothing, pays=False) == {}

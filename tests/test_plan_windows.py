@@ -8,9 +8,10 @@ import pytest
 from support.planning import Codes, much, nothing, planner_of
 
 from kvslim.calibrate.statistics import CalibrationStatistics
+from kvslim.plan.candidates import SINKS
 from kvslim.plan.planner import Planner
 from kvslim.plan.trials import keeping_recall
-from kvslim.plan.windows import SINKS, WindowTrials
+from kvslim.plan.windows import WindowTrials
 from kvslim.types import KVLayout
 from kvslim.workshop import Workshop
 
@@ -87,10 +88,10 @@ def test_window_that_loses_nothing_is_offered_in_every_layer(
     workshop: Workshop, planner_with: Callable[..., Planner]
 ) -> None:
     planner = planner_with()
-    for ways in planner.ways.values():
-        offered = [{layer.window for _, layer in ways[index]} for ways in ways for index in range(workshop.spec.layers)]
+    for kinds in planner.offered.values():
+        offered = [{each.layer.window for each in layer} for layers in kinds for layer in layers]
         assert offered == [{None}] * 2 + [{None, 32}] * 2 + [{None, 16}] * 2
-    planned = planner._planned(planner._filled(planner.plain_bytes / 20, planner.ways[4][1]) or ())
+    planned = planner._planned(planner._filled(planner.plain_bytes / 20, planner.offered[4][1]) or ())
     windowed = [layer for layer in planned.plan.layers if layer.window is not None]
     assert windowed
     assert all(layer.sinks == SINKS and "recent tokens" in layer.reason for layer in windowed)
@@ -115,7 +116,8 @@ def test_no_window_is_offered_when_it_costs_too_much(
     planner_with: Callable[..., Planner], refusal: dict[str, Callable[[Codes], float]]
 ) -> None:
     planner = planner_with(**refusal)
-    assert planner.ways == {bits: [whole] for bits, whole in planner.whole.items()}
+    whole = {bits: [[list(layer) for layer in layers]] for bits, layers in planner.whole.items()}
+    assert planner.offered == whole
 
 
 def test_workshop_plans_with_windows_where_its_text_allows(
@@ -129,4 +131,4 @@ def test_workshop_plans_with_windows_where_its_text_allows(
         planner = workshop.planner(statistics, held_out, 80)
     finally:
         workshop.recipe = recipe
-    assert {layer.window for ways in planner.ways[4] for layers in ways for _, layer in layers} == {None, 20}
+    assert {each.layer.window for layers in planner.offered[4] for layer in layers for each in layer} == {None, 20}

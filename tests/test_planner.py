@@ -112,9 +112,9 @@ def test_plan_is_not_worse_than_uniform(planner: Planner, ratio: float) -> None:
     planned = chosen_for(planner, kv_ratio=ratio).planned
     budget = planned.point.kv_bytes_per_token * CONTEXT
     alike = [
-        planner._planned([layer[place][1] for layer in planner.whole[4]])
+        planner._planned([layer[place].layer for layer in planner.whole[4]])
         for place in range(len(planner.whole[4][0]))
-        if sum(layer[place][0].size for layer in planner.whole[4]) <= budget
+        if sum(layer[place].size for layer in planner.whole[4]) <= budget
     ]
     assert alike
     assert planned.point.kl <= alike[-1].point.kl

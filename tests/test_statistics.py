@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,11 @@ from support.gathering import attention, gather, states, windows_of
 from support.models import open_workshop, recipe_of
 
 from kvslim.calibrate import cache
+from kvslim.calibrate.recorder import collect, record, rope_frequencies
+from kvslim.calibrate.recording import SINKS, Recording, finish, merge
 from kvslim.calibrate.rope import rotate
-from kvslim.calibrate.statistics import SINKS, collect, rope_frequencies
+from kvslim.errors import UsageError
+from kvslim.progress import Silent
 from kvslim.transform.surgery import slim_modules
 from kvslim.workshop import Workshop
 
@@ -61,7 +67,7 @@ def test_fluctuation_is_the_variance_of_what_a_head_adds(workshop: Workshop) -> 
 def test_blocks_of_queries_change_nothing(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     windows = windows_of(workshop, 2)
     whole = gather(workshop, windows)
-    monkeypatch.setattr("kvslim.calibrate.statistics.QUERY_BLOCK", 7)
+    monkeypatch.setattr("kvslim.calibrate.attended.QUERY_BLOCK", 7)
     for name, array in gather(workshop, windows).arrays().items():
         np.testing.assert_allclose(array, getattr(whole, name), atol=1e-6)
 
@@ -82,9 +88,10 @@ def test_size_does_not_grow_when_tokens_do(workshop: Workshop) -> None:
 
 
 def test_model_is_left_silent_when_interrupted(workshop: Workshop) -> None:
-    def interrupted(windows: np.ndarray) -> Any:
-        yield windows[0]
-        raise KeyboardInterrupt
+    class Interrupted(Silent):
+        def track(self, items: Iterable[Any], label: str, total: int | None = None) -> Iterator[Any]:
+            yield next(iter(items))
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         collect(
@@ -94,9 +101,70 @@ def test_model_is_left_silent_when_interrupted(workshop: Workshop) -> None:
             windows_of(workshop, 2),
             context=64,
             seed=0,
-            batches=interrupted,
+            progress=Interrupted(),
         )
     assert all(slim.observer is None for slim in slim_modules(workshop.model, workshop.architecture))
+
+
+def recorded(workshop: Workshop, windows: np.ndarray, part: range | None = None, seed: int = 0) -> Recording:
+    parts = workshop.model, workshop.architecture, workshop.spec
+    return record(*parts, windows, seed=seed, progress=Silent(), part=part)
+
+
+# What is not a sum over the text: exact. The rest is up to the rounding of float64 sums in another order.
+EXACT = {
+    *("output_gram", "key_samples", "value_samples", "received", "positions"),
+    *("frequencies", "context", "sink_keys", "sink_values", "windows", "loss_mask"),
+}
+
+
+@pytest.mark.parametrize("cuts", [[3], [1, 4]])
+def test_parts_recorded_apart_make_the_statistics_of_the_whole(workshop: Workshop, cuts: list[int]) -> None:
+    windows = windows_of(workshop, 6)
+    ends = itertools.pairwise([0, *cuts, 6])
+    parts = [recorded(workshop, windows, range(*end)) for end in ends]
+    merged = finish(merge(*reversed(parts)), context=200)
+    whole = gather(workshop, windows)
+    for name, array in whole.arrays().items():
+        if name in EXACT:
+            np.testing.assert_array_equal(getattr(merged, name), array)
+        else:
+            np.testing.assert_allclose(getattr(merged, name), array, rtol=1e-10, atol=1e-13)
+
+
+def test_sinks_are_sampled_of_the_first_windows_of_the_whole_text(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvslim.calibrate.recorder.SAMPLES", 64)
+    windows = windows_of(workshop, 6)
+    merged = merge(*(recorded(workshop, windows, part) for part in (range(3), range(3, 6))))
+    whole = recorded(workshop, windows)
+    assert whole.layers[0].samples["sink_key"].shape[1] == 4 * SINKS
+    np.testing.assert_array_equal(merged.layers[0].samples["sink_key"], whole.layers[0].samples["sink_key"])
+
+
+def test_recordings_that_do_not_fit_together_are_refused(workshop: Workshop) -> None:
+    windows = windows_of(workshop, 4)
+    first = recorded(workshop, windows, range(2))
+    for message, *others in (
+        ("window 2 is not recorded", recorded(workshop, windows, range(3, 4))),
+        ("window 1 is recorded twice", recorded(workshop, windows, range(1, 4))),
+        ("different texts", recorded(workshop, np.roll(windows, 1), range(2, 4))),
+        ("different texts", recorded(workshop, windows, range(2, 4), seed=1)),
+    ):
+        with pytest.raises(UsageError, match=message):
+            merge(first, *others)
+    with pytest.raises(UsageError, match="no recordings"):
+        merge()
+    with pytest.raises(UsageError, match="2 of 4 windows"):
+        finish(first, context=64)
+
+
+def test_digest_differs_when_any_number_does(workshop: Workshop) -> None:
+    statistics = gather(workshop, windows_of(workshop, 2))
+    assert statistics.digest() == gather(workshop, windows_of(workshop, 2)).digest()
+    moved = replace(statistics, sink_mass=statistics.sink_mass + 1e-12)
+    assert moved.digest() != statistics.digest()
 
 
 def test_statistics_come_from_the_disk_when_nothing_changed(

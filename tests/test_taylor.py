@@ -16,6 +16,7 @@ from kvslim.calibrate.taylor import taylor_scores
 from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
 from kvslim.methods import PruneHeads
+from kvslim.progress import Silent
 from kvslim.transform.surgery import attention_modules
 from kvslim.workshop import Workshop
 
@@ -26,7 +27,7 @@ def workshop(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) 
 
 
 def scores_of(workshop: Workshop, windows: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    return taylor_scores(workshop.model, workshop.architecture, workshop.spec, windows, counted, iter)
+    return taylor_scores(workshop.model, workshop.architecture, workshop.spec, windows, counted, Silent())
 
 
 def loss_with(workshop: Workshop, window: np.ndarray, counts: np.ndarray, layer: int, head: int, gate: float) -> float:

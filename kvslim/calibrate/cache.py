@@ -1,4 +1,7 @@
-"""Statistics on disk, by the hash of everything that decides them: a second run on the same model starts at once."""
+"""Statistics and probes on disk, by the hash of everything that decides them.
+
+A second run on the same model starts at once, and a second budget plans without a measurement.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,16 @@ import json
 import os
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from kvslim.calibrate.statistics import CalibrationStatistics
+from kvslim.plan.probes import Probes
 
-FORMAT = 7
+FORMAT = 8
 
 
 def cache_folder() -> Path:
@@ -40,7 +45,24 @@ def load_statistics(key: str) -> CalibrationStatistics | None:
 
 def store_statistics(key: str, statistics: CalibrationStatistics) -> None:
     """Stores statistics whole or not at all; a cache that cannot be written is no reason to fail."""
-    path = _path(key)
+    _store(_path(key), lambda file: np.savez(file, allow_pickle=False, **statistics.arrays()))
+
+
+def load_probes(key: str) -> Probes | None:
+    """The stored probes, or None when there are none or they cannot be read."""
+    try:
+        probes = Probes.model_validate_json(_probes_path(key).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return probes if probes.key == key else None
+
+
+def store_probes(probes: Probes) -> None:
+    """Stores probes under their key, whole or not at all; a cache that cannot be written is no reason to fail."""
+    _store(_probes_path(probes.key), lambda file: file.write(probes.model_dump_json().encode()))
+
+
+def _store(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".partial")
@@ -48,7 +70,7 @@ def store_statistics(key: str, statistics: CalibrationStatistics) -> None:
         return
     try:
         with os.fdopen(descriptor, "wb") as file:
-            np.savez(file, allow_pickle=False, **statistics.arrays())
+            write(file)
         Path(name).replace(path)
     except OSError:
         Path(name).unlink(missing_ok=True)
@@ -59,3 +81,7 @@ def store_statistics(key: str, statistics: CalibrationStatistics) -> None:
 
 def _path(key: str) -> Path:
     return cache_folder() / "statistics" / f"{key}.npz"
+
+
+def _probes_path(key: str) -> Path:
+    return cache_folder() / "probes" / f"{key}.json"

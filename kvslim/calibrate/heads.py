@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from kvslim.calibrate.parts import parts_recorded
-from kvslim.calibrate.statistics import HeadStatistics, output_gram
+from kvslim.calibrate.recorder import output_gram
+from kvslim.calibrate.statistics import HeadStatistics
 from kvslim.contract import ModelSpec
 from kvslim.load.architecture import Architecture
+from kvslim.progress import Progress
 from kvslim.transform.surgery import attention_modules, projection
 
 Texts = Sequence[Sequence[int]]
@@ -23,7 +25,7 @@ def collect_heads(
     architecture: Architecture,
     spec: ModelSpec,
     texts: Texts,
-    progress: Callable[[Iterable[Any]], Iterable[Any]],
+    progress: Progress,
 ) -> HeadStatistics:
     """Runs texts through a prepared model without codes; every token counts alike.
 
@@ -32,7 +34,7 @@ def collect_heads(
         architecture: Where its parts live.
         spec: Its shape.
         texts: Token ids of each.
-        progress: Wraps the iterable of texts.
+        progress: Hears which text is run.
     """
     attentions = attention_modules(model, architecture)
     sums = [_Sums(spec) for _ in attentions]
@@ -42,7 +44,7 @@ def collect_heads(
     ]
     try:
         with torch.inference_mode(), parts_recorded(model, architecture) as parts:
-            for text in progress(texts):
+            for text in progress.track(texts, "sentences"):
                 model(input_ids=torch.tensor([text]))
     finally:
         for hook in hooks:

@@ -7,7 +7,7 @@ The score of head h is the mean over windows of |sum over tokens of o_h . dL/do_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvslim.contract import ModelSpec
 from kvslim.load.architecture import Architecture
+from kvslim.progress import Progress
 from kvslim.transform.surgery import attention_modules, slim_modules
 
 Array = np.ndarray
@@ -27,8 +28,8 @@ def taylor_scores(
     architecture: Architecture,
     spec: ModelSpec,
     windows: Array,
-    counted: Array,
-    progress: Callable[[Iterable[Any]], Iterable[Any]],
+    loss_mask: Array,
+    progress: Progress,
 ) -> Array:
     """Scores of all query heads; one window at a time, so that memory follows its length.
 
@@ -37,8 +38,8 @@ def taylor_scores(
         architecture: Where its parts live.
         spec: Its shape.
         windows: [n, length] token ids.
-        counted: [n, length] bool, the tokens whose prediction counts; a window without any is passed over.
-        progress: Wraps the iterable of windows.
+        loss_mask: [n, length] bool, the tokens whose prediction counts; a window without any is passed over.
+        progress: Hears which window is run.
 
     Returns:
         [layers, q_heads], nats per token.
@@ -46,7 +47,7 @@ def taylor_scores(
     scores = np.zeros((spec.layers, spec.q_heads))
     used = 0
     with torch.enable_grad(), _gated(model, architecture, spec) as gates:
-        for window, counts in progress(list(zip(windows, counted, strict=True))):
+        for window, counts in progress.track(list(zip(windows, loss_mask, strict=True)), "windows, with gradients"):
             if not counts[1:].any():
                 continue
             tokens = torch.from_numpy(window)

@@ -20,15 +20,15 @@ from kvslim.transform.edits import Array
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
 
-RIDGE = 1e-3  # of the donor's mean power
+RIDGE = 1e-3  # of the source's mean power
 TINY = np.finfo(np.float64).tiny
 
 
 class Maps(NamedTuple):
-    """Maps of each reading kv head j from each donor head i; J and I heads, d head_dim, r rank.
+    """Maps of each reading kv head j from each source head i; J and I heads, d head_dim, r rank.
 
     Attributes:
-        key: [J, I, r, d]; a key is `y @ key[j, i]` but for what all keys share, y being what the donor caches of it.
+        key: [J, I, r, d]; a key is `y @ key[j, i]` but for what all keys share, y being what the source caches of it.
         value: [J, I, r, d]; a value is `y @ value[j, i] + offset[j, i]`.
         offset: [J, I, d].
         key_error: [J, I] mean squared error of the scores over their variance, 0 to 1.
@@ -69,7 +69,7 @@ class _Weights(NamedTuple):
 
 
 class _Fit(NamedTuple):
-    """One head's maps from every donor head: [I, r, d], [I, d] and [I]."""
+    """One head's maps from every source head: [I, r, d], [I, d] and [I]."""
 
     found: Array
     offset: Array
@@ -79,18 +79,18 @@ class _Fit(NamedTuple):
 def fit_maps(
     statistics: CalibrationStatistics,
     layer: int,
-    donor: int,
+    source: int,
     heads: tuple[int, ...],
     encoders: tuple[Array | None, Array | None] = (None, None),
 ) -> Maps:
-    """The maps of a layer from a donor.
+    """The maps of a layer from a source.
 
     Args:
         statistics: What is known of both.
         layer: The layer that reads.
-        donor: The layer whose cache it reads.
-        heads: The donor's kv heads that have a cache.
-        encoders: [kv_heads, d, r] codes of the donor's keys and values; None where they are cached as they are.
+        source: The layer whose cache it reads.
+        heads: The source's kv heads that have a cache.
+        encoders: [kv_heads, d, r] codes of the source's keys and values; None where they are cached as they are.
     """
     picked, context, plain = list(heads), int(statistics.context), np.eye(statistics.key_samples.shape[-1])
     weights = [_weights(statistics, layer, head) for head in range(statistics.key_samples.shape[1])]
@@ -99,7 +99,7 @@ def fit_maps(
         (_keys, statistics.query_moment[layer], encoders[0]),
         (_values, statistics.output_gram[layer], encoders[1]),
     ):
-        own, given = vectors(statistics, layer), vectors(statistics, donor).of(picked)
+        own, given = vectors(statistics, layer), vectors(statistics, source).of(picked)
         code = np.broadcast_to(plain, metric.shape)[picked] if encoder is None else encoder[picked]
         each = [_fit(own.of(head), given, code, weights[head], metric[head], context) for head in range(len(weights))]
         fits.append(_Fit(*(np.stack(parts) for parts in zip(*each, strict=True))))
@@ -108,12 +108,12 @@ def fit_maps(
 
 
 def _fit(own: _Vectors, given: _Vectors, code: Array, weights: _Weights, metric: Array, context: int) -> _Fit:
-    """Ridge regression of one head's vectors on what each donor head caches.
+    """Ridge regression of one head's vectors on what each source head caches.
 
     Args:
         own: The head's.
-        given: [I, ...], the donor's.
-        code: [I, d, r], how the donor caches them.
+        given: [I, ...], the source's.
+        code: [I, d, r], how the source caches them.
         weights: What each token counts.
         metric: [d, d], what an error costs.
         context: Positions to average over.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,7 @@ from kvslim.methods.kv_window import kept_attention
 from kvslim.methods.prune_heads import PruneHeads
 from kvslim.methods.prune_layers import INFLUENCES, PruneLayers
 from kvslim.methods.share_kv import distances
+from kvslim.progress import Progress
 from kvslim.types import Plan
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ ENERGY = 0.99
 RECENT = 256
 
 
-class Donor(Frozen):
+class SourceLayer(Frozen):
     """The earlier layer whose cache stands best for a layer's own, through linear maps."""
 
     layer: int
@@ -51,7 +52,9 @@ class LayerAnalysis(Frozen):
     key_rank: int = Field(description="dimensions with which every kv head keeps 99 % of the score energy")
     value_rank: int = Field(description="the same for values")
     recent_attention: float = Field(description="least share of a kv head's attention on sinks and 256 recent tokens")
-    donor: Donor | None = Field(description="what `share_kv` would have it read; None where no layer near it can be")
+    source: SourceLayer | None = Field(
+        description="what `share_kv` would have it read; None where no layer near it can be"
+    )
 
     @property
     def part_kl(self) -> tuple[float, float, float]:
@@ -73,7 +76,7 @@ def analyze(
     taylor: np.ndarray,
     source: str,
     kl_without: Callable[[PruneHeads | PruneLayers], float],
-    layers: Callable[[Iterable[int]], Iterable[int]],
+    progress: Progress,
 ) -> Analysis:
     """Measures every layer's parts and kv heads, each alone, and reads the rest off the statistics.
 
@@ -83,17 +86,17 @@ def analyze(
         taylor: [layers, q_heads] scores by gradients.
         source: What the text is called.
         kl_without: Divergence of the model without the heads or layers that a method names.
-        layers: Wraps the iterable of layers, to show progress.
+        progress: Hears which layer is measured.
     """
     groups = [
         tuple(range(first, first + spec.group_size))
         for first in range(0, spec.kv_heads * spec.group_size, spec.group_size)
     ]
     recent = kept_attention(statistics, RECENT).min(axis=1)
-    donors = _donors(spec, statistics)
+    sources = _source_layers(spec, statistics)
     clusters = ClusterHeads().numbers(spec, statistics)
     found = []
-    for layer in layers(range(spec.layers)):
+    for layer in progress.track(range(spec.layers), "layers"):
         ranks = [
             int((basis.energy.min(0) < ENERGY).sum()) + 1 for basis in KvPca().bases(statistics, layer, "balanced")
         ]
@@ -111,17 +114,17 @@ def analyze(
                 key_rank=min(ranks[0], spec.head_dim),
                 value_rank=min(ranks[1], spec.head_dim),
                 recent_attention=float(np.clip(recent[layer], 0, 1)),
-                donor=donors.get(layer),
+                source=sources.get(layer),
             )
         )
     return Analysis(source=source, tokens=int(statistics.windows.size), layers=tuple(found))
 
 
-def _donors(spec: ModelSpec, statistics: CalibrationStatistics) -> dict[int, Donor]:
-    """The nearest donor of each layer that has one."""
+def _source_layers(spec: ModelSpec, statistics: CalibrationStatistics) -> dict[int, SourceLayer]:
+    """The nearest source of each layer that has one."""
     near = distances(spec, statistics, Plan.identity(spec))
-    best: dict[int, Donor] = {}
-    for layer, donor in sorted(near, key=lambda pair: sum(near[pair])):
-        key, value = near[layer, donor]
-        best.setdefault(layer, Donor(layer=donor, key_distance=key, value_distance=value))
+    best: dict[int, SourceLayer] = {}
+    for layer, source in sorted(near, key=lambda pair: sum(near[pair])):
+        key, value = near[layer, source]
+        best.setdefault(layer, SourceLayer(layer=source, key_distance=key, value_distance=value))
     return best

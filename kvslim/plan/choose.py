@@ -44,7 +44,7 @@ def choose(planner: Planner, budget: Budget, recall_drop: Callable[[Planned], fl
     if limit is not None:
         chosen = _within_bytes(planner, budget, frontier, limit)
         if budget.max_recall_drop is not None:
-            chosen = _told(chosen, recall_drop)
+            chosen = _with_recall(chosen, recall_drop)
             _check_recall(chosen, budget.max_recall_drop)
     else:
         chosen = _within_quality(planner, budget, frontier, recall_drop)
@@ -89,14 +89,15 @@ def _within_quality(
         return chosen
     larger = [other for other in frontier if other.point.kv_ratio < chosen.point.kv_ratio]
     for planned in [chosen, *reversed(larger)]:
-        told = _told(planned, recall_drop)
-        if (told.point.recall_drop or 0.0) <= budget.max_recall_drop:
-            return told
-    _check_recall(told, budget.max_recall_drop)
-    return told
+        measured = _with_recall(planned, recall_drop)
+        if (measured.point.recall_drop or 0.0) <= budget.max_recall_drop:
+            return measured
+    _check_recall(measured, budget.max_recall_drop)
+    return measured
 
 
-def _told(planned: Planned, recall_drop: Callable[[Planned], float]) -> Planned:
+def _with_recall(planned: Planned, recall_drop: Callable[[Planned], float]) -> Planned:
+    """The plan with the recall that it loses in its point."""
     return Planned(planned.plan, planned.point.model_copy(update={"recall_drop": recall_drop(planned)}))
 
 

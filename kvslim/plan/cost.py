@@ -1,7 +1,7 @@
 """What a choice costs: the score energy that a rank drops, and the noise that rounding adds.
 
 In the balanced basis coordinate j of the cache has power sqrt(lam_j) and so has its reader: dropping it costs lam_j,
-and rounding noise, spread evenly over a group of n coordinates by their roles, costs (sum of sqrt(lam_j))^2 / n times
+and rounding noise, spread evenly over a group of n coordinates by a rotation, costs (sum of sqrt(lam_j))^2 / n times
 a factor of the quantiser. The factor is measured on samples, once per layer and side.
 """
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from kvslim.caches import WindowCache
 from kvslim.contract import ModelSpec
 from kvslim.errors import GateError
 from kvslim.methods.kv_window import KvWindow
+from kvslim.progress import Progress
 from kvslim.transform.edits import LayerEdit
 
 MOST_RECALL = 0.01  # share of recall that a window in one layer may cost
@@ -18,7 +19,7 @@ def laziest(
     spec: ModelSpec,
     divergence: Callable[[tuple[LayerEdit, ...]], float],
     recall_drop: Callable[[tuple[LayerEdit, ...]], float],
-    layers: Callable[[Iterable[int]], Iterable[int]],
+    progress: Progress,
 ) -> KvWindow:
     """The method with its number of lazy layers turned into those layers.
 
@@ -30,13 +31,13 @@ def laziest(
         spec: The model's shape.
         divergence: Of the model with the codes given, on text longer than the window.
         recall_drop: Recall that it loses, over distances longer than the window.
-        layers: Wraps the iterable of layers, to show progress.
+        progress: Hears which layer is tried.
 
     Raises:
         GateError: Fewer layers keep the recall.
     """
     losses: dict[int, float] = {}
-    for layer in layers(method.able(spec)):
+    for layer in progress.track(method.able(spec), "layers tried with a window"):
         codes = tuple(
             LayerEdit(cache=WindowCache(window=method.window, sinks=method.sinks)) if index == layer else LayerEdit()
             for index in range(spec.layers)

@@ -1,105 +1,109 @@
-"""How much each layer and side hurts: the divergence of the model with that side alone compressed.
+"""What is measured of a model before plans are searched, as a value: stored, merged and used for any budget.
 
-Two probes drop coordinates, one rounds. Dropped energy and rounding noise are priced apart, since a direction that is
-gone hurts a model more than the same energy spread as noise; and dropped energy by a power law through its two probes,
-since a layer that bears a little may not bear a lot.
+Layers are probed apart from each other, so different machines may probe different layers of one model. What keeps
+recall is asked of all layers together, once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import Literal
 
-import numpy as np
+from pydantic import Field
 
-from kvslim.caches import FullCache
-from kvslim.contract import ModelSpec
-from kvslim.methods.fitting import fit
-from kvslim.plan.cost import Choice, Cost, SideCosts, rounded_plan
-from kvslim.transform.edits import LayerEdit
-from kvslim.types import LayerPlan, Plan
+from kvslim.contract import Frozen
+from kvslim.errors import UsageError
+from kvslim.plan.candidates import Alteration, Candidate
+from kvslim.plan.prices import Price
 
-if TYPE_CHECKING:
-    from kvslim.calibrate.statistics import CalibrationStatistics
-
-Divergence = Callable[[tuple[LayerEdit, ...]], float]
-LITTLE, MUCH = 0.75, 0.5  # shares of head_dim that the two probes of a dropped rank keep
-STEEPEST = 3.0
-TINY = 1e-12
+FORMAT: Literal[1] = 1
+BITS = (8, 4)
+FIX = "probe the layers again"
 
 
-@dataclass(frozen=True)
-class Price:
-    """What costs of one side turn into, nats per token.
+class LayerProbe(Frozen):
+    """What was measured of one layer alone."""
 
-    Attributes:
-        energy: Dropped energy of the probe that drops little.
-        kl: Its divergence.
-        exponent: Of the power law beyond it; up to it the divergence is linear.
-        per_noise: Divergence per rounding noise.
-    """
-
-    energy: float
-    kl: float
-    exponent: float
-    per_noise: float
-
-    def of(self, cost: Cost) -> float:
-        """The divergence that a cost is expected to make."""
-        share = cost.dropped / self.energy
-        dropped = self.kl * (share if share <= 1 else share**self.exponent)
-        return dropped + self.per_noise * cost.noise
+    layer: int
+    prices: tuple[Price, Price] = Field(description="of keys and of values")
+    candidates: dict[int, tuple[Candidate, ...]] = Field(description="codes of a whole cache in each size, by bits")
+    windows: tuple[Alteration, ...] = Field(description="windows that could be worth it")
+    removals: tuple[Alteration, ...] = Field(description="parts that could be worth removing")
+    sharing: Alteration | None = Field(description="the nearest earlier cache, where reading that could be worth it")
 
 
-def prices(
-    spec: ModelSpec,
-    statistics: CalibrationStatistics,
-    costs: list[tuple[SideCosts, SideCosts]],
-    divergence: Divergence,
-    layers: Callable[[Iterable[int]], Iterable[int]],
-) -> list[tuple[Price, Price]]:
-    """The price of keys and of values, layer by layer.
+class RecallKept(Frozen):
+    """The layers that can be altered together at no cost of recall."""
 
-    Args:
-        spec: The model's shape.
-        statistics: What is known of its cache.
-        costs: Of each layer's sides.
-        divergence: Of the model with the codes given, on calibration text.
-        layers: Wraps the iterable of layers, to show progress.
-    """
-    ranks = [max(8, int(spec.head_dim * share) // 8 * 8) for share in (LITTLE, MUCH)]
-    probes = [_coded(spec, statistics, rank) for rank in ranks]
-    rounded = fit(spec, statistics, rounded_plan(spec))
-    priced = []
-    for layer in layers(range(spec.layers)):
-        sides = []
-        for side, side_cost in enumerate(costs[layer]):
-            energies = [side_cost.cost(Choice(rank, 0), 8).dropped for rank in ranks]
-            kls = [divergence(_alone(codes, layer, side)) for codes in probes]
-            noise = divergence(_alone(rounded, layer, side))
-            per_noise = noise / side_cost.cost(Choice(spec.head_dim, 0), 4).noise
-            sides.append(_price(energies, kls, per_noise))
-        priced.append((sides[0], sides[1]))
-    return priced
+    windows: dict[int, tuple[int, ...]] = Field(description="layers that may have a window, by its length")
+    removals: tuple[int, ...] = Field(description="layers whose parts may be removed")
+    sharing: tuple[int, ...] = Field(description="layers that may read an earlier layer's cache")
 
 
-def _price(energies: list[float], kls: list[float], per_noise: float) -> Price:
-    (little, much), (low, high) = np.maximum(energies, TINY), np.maximum(kls, TINY)
-    exponent = np.log(high / low) / max(np.log(much / little), TINY)
-    return Price(little, low, float(np.clip(exponent, 1.0, STEEPEST)), per_noise)
+class Probes(Frozen):
+    """What was measured of a model at one target context; no limit of a budget decides it."""
 
+    format: Literal[1] = FORMAT
+    key: str = Field(description="hash of all that decides it: model, text, settings")
+    context: int = Field(description="target context in tokens, at which bytes and time are counted")
+    timed: bool = Field(description="whether what saves time alone was probed too")
+    layers: tuple[LayerProbe, ...] = Field(description="the probed layers, in order")
+    recall: RecallKept | None = Field(None, description="what keeps recall; None until all layers are probed and asked")
 
-def _coded(spec: ModelSpec, statistics: CalibrationStatistics, rank: int) -> tuple[LayerEdit, ...]:
-    layers = tuple(LayerPlan(layer=layer, cache=FullCache(rank=rank)) for layer in range(spec.layers))
-    return fit(spec, statistics, Plan(layers=layers))
+    @classmethod
+    def merge(cls, *parts: Probes) -> Probes:
+        """The probes of different layers of one model as one value; recall is still to be asked.
 
+        Raises:
+            UsageError: There are no parts, they are of different models or settings, or two have the same layer.
+        """
+        if not parts:
+            raise UsageError("there are no probes to merge", where="probes", fix="give at least one part")
+        first = parts[0]
+        if any((part.key, part.context, part.timed) != (first.key, first.context, first.timed) for part in parts):
+            raise UsageError("the probes are of different models or settings", where="probes", fix=FIX)
+        layers = sorted((layer for part in parts for layer in part.layers), key=lambda layer: layer.layer)
+        for layer, following in pairwise(layers):
+            if layer.layer == following.layer:
+                raise UsageError(f"layer {layer.layer} is probed twice", where="probes", fix="give each layer once")
+        return first.model_copy(update={"layers": tuple(layers), "recall": None})
 
-def _alone(codes: tuple[LayerEdit, ...], layer: int, side: int) -> tuple[LayerEdit, ...]:
-    """The codes of one side of one layer, and none of any other."""
-    edit, bare = codes[layer], LayerEdit()
-    if side == 0:
-        edit = edit.coded(value_encoder=None, value_decoder=None, value_offset=None).rounded(value_scale=None)
-    else:
-        edit = edit.coded(key_encoder=None, query_encoder=None, key_offset=None).rounded(key_scale=None)
-    return tuple(edit if index == layer else bare for index in range(len(codes)))
+    @property
+    def windowed(self) -> list[dict[int, tuple[Alteration, ...]]]:
+        """The windows that keep recall: for each length, the longest first, by layer."""
+        return [
+            {layer: tuple(each for each in self.layers[layer].windows if each.window == length) for layer in layers}
+            for length, layers in self._recall.windows.items()
+        ]
+
+    @property
+    def removed(self) -> dict[int, tuple[Alteration, ...]]:
+        """The removals that keep recall, by layer."""
+        return {layer: self.layers[layer].removals for layer in self._recall.removals}
+
+    @property
+    def shared(self) -> dict[int, tuple[Alteration, ...]]:
+        """The layers that may read an earlier layer's cache, with what that loses."""
+        return {
+            layer: (alteration,)
+            for layer in self._recall.sharing
+            if (alteration := self.layers[layer].sharing) is not None
+        }
+
+    @property
+    def _recall(self) -> RecallKept:
+        """What keeps recall; layers then stand at their index, as all are probed."""
+        if self.recall is None:
+            raise UsageError("nobody has asked yet what keeps recall", where="probes", fix="ask it of all layers")
+        return self.recall
+
+    def check_layers(self, layers: int) -> None:
+        """Refuses probes that do not have all layers of a model.
+
+        Raises:
+            UsageError: Naming a layer that is not probed, or is not one of the model's.
+        """
+        probed = {layer.layer for layer in self.layers}
+        if wrong := sorted(probed ^ set(range(layers))):
+            lack = "not probed" if wrong[0] < layers else f"probed, and the model has {layers}"
+            raise UsageError(f"layer {wrong[0]} is {lack}", where="probes", fix=FIX)

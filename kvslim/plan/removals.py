@@ -6,61 +6,67 @@ fluctuation, and only where this could pay is it tried too. Feed-forward parts a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvslim.contract import ModelSpec
 from kvslim.methods.prune_heads import Heads, kept
-from kvslim.plan.trials import PlanTrials
-from kvslim.plan.ways import Change
+from kvslim.plan.candidates import Alteration
+from kvslim.plan.trials import Pays, PlanTrials
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
 
-Pays = Callable[[int, Change], bool]
 TRIED = 8  # layers, those whose attention changes the hidden states least; all of them where time is limited
-ATTENTION, MLP = Change({"heads": ()}, 0.0, share=0.0), Change({"mlp": False}, 0.0)
-BLOCK = Change({**ATTENTION.update, **MLP.update}, 0.0, share=0.0)
+ATTENTION, MLP = Alteration(heads=(), share=0.0), Alteration(mlp=False)
+BLOCK = Alteration(heads=(), mlp=False, share=0.0)
+
+
+def spare_layers(statistics: CalibrationStatistics, *, timed: bool) -> list[int]:
+    """The layers to remove something of, those whose attention changes the hidden states least first."""
+    spare: list[int] = np.argsort(statistics.influence[:, 0], kind="stable").tolist()
+    return spare if timed else spare[:TRIED]
 
 
 def removals(
-    spec: ModelSpec,
-    statistics: CalibrationStatistics,
-    trials: PlanTrials,
-    pays: Pays,
-    layers: Callable[[Iterable[int]], Iterable[int]],
-    *,
-    timed: bool,
-) -> dict[int, list[Change]]:
-    """What may be removed of each layer at no cost of recall, with what it loses.
+    layer: int, spec: ModelSpec, statistics: CalibrationStatistics, trials: PlanTrials, pays: Pays, *, timed: bool
+) -> tuple[Alteration, ...]:
+    """What could be worth removing of a layer, with what it loses.
 
     Args:
+        layer: The layer.
         spec: The model's shape.
         statistics: What is known of its heads.
         trials: How the model is tried.
-        pays: Whether a change of a layer could be part of a plan.
-        layers: Wraps the iterable of layers, to show progress.
+        pays: Whether an alteration of the layer could be part of a plan.
         timed: Whether time is limited too.
     """
-    found: dict[int, list[Change]] = {}
-    spare = np.argsort(statistics.influence[:, 0], kind="stable").tolist()
-    for layer in layers(spare if timed else spare[:TRIED]):
-        fluctuation = statistics.fluctuation[layer]
-        attention = trials.tried(layer, ATTENTION)
-        heads = (_without(part, attention.loss, fluctuation, spec) for part in _parts(spec, fluctuation))
-        promising = [*(change for change in heads if pays(layer, change)), *([MLP, BLOCK] if timed else [])]
-        changes = [attention, *(trials.tried(layer, change) for change in promising)]
-        if paying := [change for change in changes if pays(layer, change)]:
-            found[layer] = paying
-    worst = {layer: max(changes, key=_loss) for layer, changes in found.items()}
-    least = sorted(worst, key=lambda layer: worst[layer].loss)
-    return {layer: found[layer] for layer in trials.keeping_recall(least, worst)}
+    fluctuation = statistics.fluctuation[layer]
+    attention = trials.tried(layer, ATTENTION)
+    heads = (_without(part, attention.loss, fluctuation, spec) for part in _parts(spec, fluctuation))
+    promising = [*(part for part in heads if pays(part)), *([MLP, BLOCK] if timed else [])]
+    tried = [attention, *(trials.tried(layer, alteration) for alteration in promising)]
+    return tuple(alteration for alteration in tried if pays(alteration))
 
 
-def _loss(change: Change) -> float:
-    return change.loss
+def removals_keeping_recall(
+    found: Mapping[int, Sequence[Alteration]], order: Sequence[int], trials: PlanTrials
+) -> tuple[int, ...]:
+    """The layers whose worst removals can be made together at no cost of recall.
+
+    Args:
+        found: The removals of each layer; none where nothing pays.
+        order: The layers, for those that lose equally much.
+        trials: How the model is tried.
+    """
+    worst = {layer: max(found[layer], key=_loss) for layer in order if found[layer]}
+    return trials.keeping_recall(sorted(worst, key=lambda layer: worst[layer].loss), worst)
+
+
+def _loss(alteration: Alteration) -> float:
+    return alteration.loss
 
 
 def _parts(spec: ModelSpec, fluctuation: np.ndarray) -> Iterator[Heads]:
@@ -75,8 +81,8 @@ def _parts(spec: ModelSpec, fluctuation: np.ndarray) -> Iterator[Heads]:
         yield tuple(sorted(np.take_along_axis(heads, within[:, :count], axis=1).ravel().tolist()))
 
 
-def _without(gone: Heads, whole: float, fluctuation: np.ndarray, spec: ModelSpec) -> Change:
+def _without(gone: Heads, whole: float, fluctuation: np.ndarray, spec: ModelSpec) -> Alteration:
     """The removal of some heads, with their share of what the whole attention loses."""
     heads = kept(gone, spec)
     share = float(fluctuation[list(gone)].sum() / max(fluctuation.sum(), 1e-30))
-    return Change({"heads": heads}, share * whole, share=len(heads) / spec.q_heads)
+    return Alteration(heads=heads, loss=share * whole, share=len(heads) / spec.q_heads)

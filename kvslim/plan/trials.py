@@ -1,15 +1,16 @@
-"""What a model loses by a change of some of its layers, and of which layers it keeps its recall."""
+"""What a model loses by an alteration of some of its layers, and of which layers it keeps its recall."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from kvslim.plan.candidates import Alteration, altered
 from kvslim.plan.lazy import MOST_RECALL
-from kvslim.plan.ways import Change
 from kvslim.types import Plan
 
 Measure = Callable[[Plan], float]
+Pays = Callable[[Alteration], bool]
 
 
 @dataclass(frozen=True)
@@ -26,31 +27,31 @@ class PlanTrials:
     divergence: Measure
     recall_drop: Measure
 
-    def tried(self, layer: int, change: Change) -> Change:
-        """A change with what the model loses by it."""
-        return change._replace(loss=self.divergence(self._changed({layer: change})))
+    def tried(self, layer: int, alteration: Alteration) -> Alteration:
+        """An alteration with what the model loses by it."""
+        return alteration.model_copy(update={"loss": self.divergence(self._altered({layer: alteration}))})
 
-    def keeping_recall(self, layers: Sequence[int], changes: Mapping[int, Change]) -> list[int]:
-        """As many of the layers, those that lose least first, as can change together at no cost of recall."""
-        drop = lambda some: self.recall_drop(self._changed({layer: changes[layer] for layer in some}))  # noqa: E731
-        return keeping_recall(layers, drop)
+    def keeping_recall(self, layers: Sequence[int], alterations: Mapping[int, Alteration]) -> tuple[int, ...]:
+        """As many of the layers, those that lose least first, as can be altered together at no cost of recall."""
+        drop = lambda some: self.recall_drop(self._altered({layer: alterations[layer] for layer in some}))  # noqa: E731
+        return tuple(keeping_recall(layers, drop))
 
-    def _changed(self, changes: Mapping[int, Change]) -> Plan:
+    def _altered(self, alterations: Mapping[int, Alteration]) -> Plan:
         layers = (
-            layer.model_copy(update=changes[layer.layer].update) if layer.layer in changes else layer
-            for layer in self.base.layers
+            altered(layer, alterations[index]) if index in alterations else layer
+            for index, layer in enumerate(self.base.layers)
         )
         return self.base.model_copy(update={"layers": tuple(layers)})
 
 
 def keeping_recall(wanted: Sequence[int], recall_drop: Callable[[Sequence[int]], float]) -> list[int]:
-    """As many of the layers as can change together at no cost of recall.
+    """As many of the layers as can be altered together at no cost of recall.
 
     Halves of the row are tried as one, and only those that fail are taken apart.
 
     Args:
         wanted: Layers, those that lose least first.
-        recall_drop: Share of recall that the model loses by a change of some layers.
+        recall_drop: Share of recall that the model loses by an alteration of some layers.
     """
 
     def kept(taken: list[int], more: Sequence[int]) -> list[int]:

@@ -10,19 +10,15 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from kvslim.caches import WindowCache
+from kvslim.contract import ModelSpec
+from kvslim.methods.kv_window import KvWindow
+from kvslim.plan.candidates import SINKS, Alteration
+from kvslim.plan.trials import Pays, keeping_recall
 from kvslim.transform.edits import LayerEdit
 
 Measure = Callable[[tuple[LayerEdit, ...]], float]
 SHARES = (1 / 4, 1 / 8, 1 / 16)  # of the target context, the largest first
-SINKS = 4
 LEAST = 16  # tokens; onnxruntime-genai takes no shorter ring beside full caches
-
-
-class Window(NamedTuple):
-    """A length, and the divergence that it is expected to make in each layer that may have it."""
-
-    length: int
-    losses: dict[int, float]
 
 
 class WindowTrials(NamedTuple):
@@ -49,9 +45,44 @@ class WindowTrials(NamedTuple):
         return seen * (1 - window / context) / (1 - window / self.seen)
 
 
+def window_alterations(
+    layer: int, spec: ModelSpec, trials: WindowTrials, pays: Pays, context: int
+) -> tuple[Alteration, ...]:
+    """The windows that could be worth it in a layer, each with what it loses at a target context, the longest first."""
+    tried = (
+        Alteration(window=length, loss=trials.loss(layer, length, spec.layers, context))
+        for length in trials.lengths(context)
+        if layer in KvWindow(window=length).able(spec)
+    )
+    return tuple(alteration for alteration in tried if pays(alteration))
+
+
+def windows_keeping_recall(
+    windows: dict[int, dict[int, float]], layers: int, trials: WindowTrials
+) -> dict[int, tuple[int, ...]]:
+    """Of each window the layers that may have it at no cost of recall, together; windows that no layer may have go.
+
+    In one plan all windows are of one length, as onnxruntime-genai needs it. A layer that a longer window takes recall
+    from is not asked again.
+
+    Args:
+        windows: What each window loses in each layer where it could be worth it, by length and layer.
+        layers: Of the model.
+        trials: How windows are tried.
+    """
+    kept: dict[int, tuple[int, ...]] = {}
+    refused: set[int] = set()
+    for length in sorted(windows, reverse=True):
+        losses = {layer: loss for layer, loss in windows[length].items() if layer not in refused}
+        drop = lambda some, length=length: trials.recall_drop(windowed(some, length, layers))  # noqa: E731
+        together = keeping_recall(sorted(losses, key=losses.__getitem__), drop)
+        refused |= losses.keys() - together
+        if together:
+            kept[length] = tuple(together)
+    return kept
+
+
 def windowed(chosen: Sequence[int], window: int, layers: int) -> tuple[LayerEdit, ...]:
     """Codes of a model with a window in some layers and nothing else."""
-    return tuple(
-        LayerEdit(cache=WindowCache(window=window, sinks=SINKS)) if layer in chosen else LayerEdit()
-        for layer in range(layers)
-    )
+    edit = LayerEdit(cache=WindowCache(window=window, sinks=SINKS))
+    return tuple(edit if layer in chosen else LayerEdit() for layer in range(layers))

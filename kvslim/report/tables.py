@@ -123,7 +123,7 @@ def decisions_table(spec: ModelSpec, plan: Plan) -> Table:
 
 def parts_table(analysis: Analysis) -> Table:
     """What the parts of each layer are worth to a text, and what its cache needs."""
-    header = ("layer", "KL without attention", "MLP", "both", "influence", "rank K", "rank V", "recent", "donor: K, V")
+    header = ("layer", "KL without attention", "MLP", "both", "influence", "rank K", "rank V", "recent", "source: K, V")
     rows = tuple(
         (
             str(layer.layer),
@@ -133,8 +133,8 @@ def parts_table(analysis: Analysis) -> Table:
             str(layer.value_rank),
             f"{layer.recent_attention:.0%}",
             NONE
-            if layer.donor is None
-            else f"{layer.donor.layer}: {layer.donor.key_distance:.0%}, {layer.donor.value_distance:.0%}",
+            if layer.source is None
+            else f"{layer.source.layer}: {layer.source.key_distance:.0%}, {layer.source.value_distance:.0%}",
         )
         for layer in analysis.layers
     )

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvslim.calibrate.statistics import CalibrationStatistics, collect
+from kvslim.calibrate.recorder import collect
+from kvslim.calibrate.statistics import CalibrationStatistics
+from kvslim.progress import Silent
 from kvslim.transform.attention import Observed
 from kvslim.transform.surgery import slim_modules
 from kvslim.workshop import Workshop
 
 
 def gather(workshop: Workshop, windows: np.ndarray, context: int = 200) -> CalibrationStatistics:
-    return collect(workshop.model, workshop.architecture, workshop.spec, windows, context=context, seed=0, batches=iter)
+    return collect(
+        workshop.model, workshop.architecture, workshop.spec, windows, context=context, seed=0, progress=Silent()
+    )
 
 
 def windows_of(workshop: Workshop, count: int, length: int = 40) -> np.ndarray:

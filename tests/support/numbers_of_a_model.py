@@ -47,5 +47,5 @@ def statistics_of(spec: ModelSpec, seed: int = 0) -> CalibrationStatistics:
         influence=np.tile(np.arange(1.0, 4.0), (spec.layers, 1)),
         age_mass=rng.dirichlet(np.ones(6), shape) * 0.6,
         windows=rng.integers(0, spec.vocab_size, (4, 32)),
-        counted=np.ones((4, 32), bool),
+        loss_mask=np.ones((4, 32), bool),
     )

@@ -1,13 +1,16 @@
-"""A planner of a tiny model, told what windows, removed parts and shared caches lose."""
+"""A planner of a tiny model, with what windows, removed parts and shared caches lose made up."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from kvslim.calibrate.statistics import CalibrationStatistics
-from kvslim.plan.planner import Planner, Trials
+from kvslim.plan.planner import Planner
+from kvslim.plan.probes import Probes
+from kvslim.plan.probing import Prober
 from kvslim.plan.trials import PlanTrials
 from kvslim.plan.windows import WindowTrials
+from kvslim.progress import Silent
 from kvslim.transform.edits import LayerEdit
 from kvslim.transform.judge import Judge
 from kvslim.types import Plan
@@ -24,6 +27,46 @@ def much(_: object) -> float:
     return 1e9
 
 
+def prober_of(
+    workshop: Workshop,
+    statistics: CalibrationStatistics,
+    *,
+    context: int = 2048,
+    divergence: Callable[[Codes], float] | None = None,
+    windows: tuple[Callable[[Codes], float], Callable[[Codes], float]] | None = None,
+    plans: tuple[Callable[[Plan], float], Callable[[Plan], float]] = (much, nothing),
+    timed: bool = False,
+    key: str = "",
+) -> Prober:
+    """What probes a tiny model at a target context.
+
+    Args:
+        workshop: Of the model.
+        statistics: What is known of its cache.
+        context: Target context in tokens.
+        divergence: Of the model with codes; None to measure it.
+        windows: Divergence and lost recall by windows; None if none is offered.
+        plans: The same by removed parts and shared caches.
+        timed: Whether time is limited too.
+        key: What the probes are stored under.
+    """
+    measured = divergence or judge_of(workshop, statistics).kl
+    return Prober(
+        workshop.spec,
+        statistics,
+        workshop.decode_time(context),
+        measured,
+        WindowTrials(context if windows else 0, *(windows or (much, nothing))),
+        PlanTrials(Plan.identity(workshop.spec), *plans),
+        timed,
+        key,
+    )
+
+
+def judge_of(workshop: Workshop, statistics: CalibrationStatistics) -> Judge:
+    return Judge(workshop.model, workshop.architecture, statistics.windows)
+
+
 def planner_of(
     workshop: Workshop,
     statistics: CalibrationStatistics,
@@ -33,21 +76,15 @@ def planner_of(
     plans: tuple[Callable[[Plan], float], Callable[[Plan], float]] = (much, nothing),
     time_ratio: float | None = None,
 ) -> Planner:
-    """A planner at a target context.
+    """A planner at a target context; arguments as of `prober_of`, and the limit of time."""
+    timed = time_ratio is not None
+    prober = prober_of(workshop, statistics, context=context, windows=windows, plans=plans, timed=timed)
+    return planner_with(workshop, statistics, prober.probe(Silent()), time_ratio)
 
-    Args:
-        workshop: Of the model.
-        statistics: What is known of its cache.
-        context: Target context in tokens.
-        windows: Divergence and lost recall by windows; None if none is offered.
-        plans: The same by removed parts and shared caches.
-        time_ratio: Limit of time.
-    """
-    judge = Judge(workshop.model, workshop.architecture, statistics.windows)
-    trials = Trials(
-        judge.kl,
-        judge.kl,
-        WindowTrials(context if windows else 0, *(windows or (much, nothing))),
-        PlanTrials(Plan.identity(workshop.spec), *plans),
-    )
-    return Planner(workshop.spec, statistics, workshop.decode_time(context), trials, iter, time_ratio)
+
+def planner_with(
+    workshop: Workshop, statistics: CalibrationStatistics, probes: Probes, time_ratio: float | None = None
+) -> Planner:
+    """A planner of probes at their context."""
+    time, judge = workshop.decode_time(probes.context), judge_of(workshop, statistics)
+    return Planner(workshop.spec, statistics, Plan.identity(workshop.spec), time, probes, judge.kl, time_ratio)

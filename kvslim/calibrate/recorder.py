@@ -1,0 +1,166 @@
+"""Streaming float64 sums of keys, queries and attention outputs, one pass over the calibration windows.
+
+What a softmax loses by small errors in its scores is half their variance under its own weights (the second-order term
+of the KL divergence), so keys count by the attention they receive. Keys and queries are un-rotated to before RoPE;
+`rope` then averages their moments over the target context in closed form, so a short calibration serves a long
+deployment. The first tokens of a sequence are attention sinks (Xiao et al., "Efficient Streaming Language Models with
+Attention Sinks", 2023, section 3.1): they stay where they are however long the context, so their keys are not turned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvslim.calibrate.attended import attend
+from kvslim.calibrate.parts import parts_recorded
+from kvslim.calibrate.recording import SAMPLES, SINKS, LayerRecording, Recording, finish, sampled_tokens
+from kvslim.calibrate.statistics import CalibrationStatistics
+from kvslim.contract import ModelSpec
+from kvslim.load.architecture import Architecture
+from kvslim.progress import Progress
+from kvslim.transform.attention import Observed, SlimAttention
+from kvslim.transform.surgery import attention_modules, projection, slim_modules
+
+Array = np.ndarray
+
+
+class _LayerRecorder:
+    """Sums of one layer; memory does not depend on the number of tokens.
+
+    Args:
+        spec: The model's shape.
+        frequencies: Of RoPE.
+        gram: W_O^T W_O of each query head.
+        picks: The tokens to sample of each window.
+        first: Windows of the text before the first one that is seen.
+    """
+
+    def __init__(self, spec: ModelSpec, frequencies: Array, gram: Array, picks: Iterable[Array], first: int) -> None:
+        self.spec, self.frequencies, self.gram, self.picks = spec, frequencies, gram, iter(picks)
+        self.windows = first
+        self.sums: dict[str, Tensor] = {}
+        self.samples: dict[str, list[Tensor]] = {
+            name: [] for name in ("key", "value", "received", "sink_key", "sink_value")
+        }
+
+    def __call__(self, seen: Observed) -> None:
+        """Adds one batch."""
+        bare_key, bare_query, key = seen.bare_key.double(), seen.bare_query.double(), seen.key
+        received, by_age, outputs, sharing = attend(seen, torch.from_numpy(self.gram).float())
+        self._add("age", by_age)
+        self._add("sharing", sharing)
+        self._add_keys("key", bare_key[:, :, SINKS:], received[:, :, SINKS:])
+        self._add_keys("sink", key[:, :, :SINKS].double(), received[:, :, :SINKS])
+        self._add("mass", received[:, :, :SINKS].sum((0, 2)))
+        grouped = bare_query.unflatten(1, (self.spec.kv_heads, -1))
+        self._add("query", torch.einsum("bhgsd,bhgse->hde", grouped, grouped) / grouped[0, 0, :, :, 0].numel())
+        self._add("output_mean", outputs.mean(3).sum(0))
+        self._add("output", torch.einsum("bhgsd,bhgse->hgde", outputs, outputs) / outputs.shape[3])
+        self.windows += key.shape[0]
+        self._sample(bare_key, key, seen.value, received)
+
+    def _add(self, name: str, amount: Tensor) -> None:
+        self.sums[name] = self.sums[name] + amount if name in self.sums else amount
+
+    def _add_keys(self, name: str, keys: Tensor, weights: Tensor) -> None:
+        self._add(f"{name}_mean", torch.einsum("bhs,bhsd->hd", weights, keys))
+        self._add(name, torch.einsum("bhs,bhsd,bhse->hde", weights, keys, keys))
+
+    def _sample(self, bare_key: Tensor, key: Tensor, value: Tensor, received: Tensor) -> None:
+        pick = torch.from_numpy(next(self.picks))
+        self.samples["received"].append(received[:, :, pick].transpose(0, 1).flatten(1))
+        self.samples["key"].append(bare_key[:, :, pick].transpose(0, 1).flatten(1, 2).float())
+        self.samples["value"].append(value[:, :, pick].transpose(0, 1).flatten(1, 2))
+        if self.windows * SINKS <= SAMPLES // 4:
+            self.samples["sink_key"].append(key[:, :, :SINKS].transpose(0, 1).flatten(1, 2))
+            self.samples["sink_value"].append(value[:, :, :SINKS].transpose(0, 1).flatten(1, 2))
+
+    def recording(self, hidden: dict[str, Tensor]) -> LayerRecording:
+        """What was added up, with the sums of the layer's hidden states."""
+        return LayerRecording(
+            self.frequencies,
+            self.gram,
+            {name: total.numpy() for name, total in self.sums.items()},
+            {name: total.numpy() for name, total in hidden.items()},
+            {name: torch.cat([*parts], dim=1).numpy() for name, parts in self.samples.items()},
+        )
+
+
+def record(
+    model: Any,
+    architecture: Architecture,
+    spec: ModelSpec,
+    windows: Array,
+    *,
+    seed: int,
+    progress: Progress,
+    part: range | None = None,
+) -> Recording:
+    """Runs windows through a prepared model and adds up what its layers do.
+
+    Args:
+        model: The prepared model, without codes.
+        architecture: Where its parts live.
+        spec: Its shape.
+        windows: [n, length] token ids of the whole text.
+        seed: Seed of sampled tokens.
+        progress: Hears which window is run.
+        part: The windows to run, without gaps; None for all.
+    """
+    part = range(len(windows)) if part is None else part
+    picks, _ = sampled_tokens(windows, seed)
+    slims, attentions = slim_modules(model, architecture), attention_modules(model, architecture)
+    recorders = [
+        _LayerRecorder(
+            spec,
+            rope_frequencies(slim),
+            output_gram(attention, architecture, spec),
+            picks[part.start : part.stop],
+            part.start,
+        )
+        for slim, attention in zip(slims, attentions, strict=True)
+    ]
+    for slim, recorder in zip(slims, recorders, strict=True):
+        slim.observer = recorder
+    try:
+        with torch.inference_mode(), parts_recorded(model, architecture) as parts:
+            for window in progress.track(windows[part.start : part.stop], "windows"):
+                model.base_model(input_ids=torch.from_numpy(window[None]), use_cache=False)
+    finally:
+        for slim in slims:
+            slim.observer, slim.hidden = None, None
+    layers = tuple(recorder.recording(hidden.sums) for recorder, hidden in zip(recorders, parts, strict=True))
+    return Recording(windows, seed, part, parts[0].tokens, layers)
+
+
+def collect(
+    model: Any,
+    architecture: Architecture,
+    spec: ModelSpec,
+    windows: Array,
+    *,
+    context: int,
+    seed: int,
+    progress: Progress,
+    loss_mask: Array | None = None,
+) -> CalibrationStatistics:
+    """Records all windows on this machine and finishes; see `record` and `finish`."""
+    recording = record(model, architecture, spec, windows, seed=seed, progress=progress)
+    return finish(recording, context=context, loss_mask=loss_mask)
+
+
+def rope_frequencies(slim: SlimAttention) -> Array:
+    """[rotary_dim / 2] radians per position, scaling included; empty without RoPE."""
+    return np.zeros(0) if slim.rotary is None else slim.rotary.frequencies
+
+
+def output_gram(attention: Any, architecture: Architecture, spec: ModelSpec) -> Array:
+    """W_O^T W_O of each query head, [kv_heads, group, head_dim, head_dim]."""
+    weight, _ = projection(attention, architecture, "output")
+    by_head = weight.reshape(-1, spec.kv_heads, spec.group_size, spec.head_dim)
+    return np.einsum("ohgd,ohge->hgde", by_head, by_head)

@@ -1,0 +1,126 @@
+"""Probing a model: each layer alone, then what keeps recall where several layers are altered together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from kvslim.contract import ModelSpec
+from kvslim.plan.candidates import Alteration, CandidateMaker
+from kvslim.plan.cost import SideCosts, side_costs
+from kvslim.plan.decode_time import DecodeTime
+from kvslim.plan.prices import Divergence, Pricing
+from kvslim.plan.probes import BITS, LayerProbe, Probes, RecallKept
+from kvslim.plan.removals import removals, removals_keeping_recall, spare_layers
+from kvslim.plan.sharing import nearest_sources, sharing, sharing_keeping_recall
+from kvslim.plan.trials import Pays, PlanTrials
+from kvslim.plan.windows import WindowTrials, window_alterations, windows_keeping_recall
+from kvslim.progress import Progress
+
+if TYPE_CHECKING:
+    from kvslim.calibrate.statistics import CalibrationStatistics
+
+
+@dataclass(frozen=True)
+class Prober:
+    """Probes a model.
+
+    Attributes:
+        spec: The model's shape.
+        statistics: What is known of its cache.
+        time: Of a token at the target context, at which bytes are counted too.
+        divergence: Of the model with codes, on the text that prices come from.
+        windows: How windows are tried.
+        plans: How removed parts and shared caches are tried.
+        timed: Whether time is limited too.
+        key: Hash of all that decides what is measured.
+    """
+
+    spec: ModelSpec
+    statistics: CalibrationStatistics
+    time: DecodeTime
+    divergence: Divergence
+    windows: WindowTrials
+    plans: PlanTrials
+    timed: bool = False
+    key: str = ""
+
+    def probe(self, progress: Progress) -> Probes:
+        """Probes all layers, and asks what keeps recall."""
+        return self.with_recall(self.probe_layers(range(self.spec.layers), progress))
+
+    def probe_layers(self, layers: Iterable[int], progress: Progress) -> Probes:
+        """Probes some layers, each alone."""
+        found = [self._layer(layer) for layer in progress.track(sorted(layers), "layers probed")]
+        return Probes(key=self.key, context=self.time.context, timed=self.timed, layers=tuple(found))
+
+    def with_recall(self, probes: Probes) -> Probes:
+        """Probes of all layers, with what keeps recall.
+
+        Raises:
+            UsageError: A layer is not probed.
+        """
+        probes.check_layers(self.spec.layers)
+        removed = {layer.layer: layer.removals for layer in probes.layers}
+        shared = {layer.layer: layer.sharing for layer in probes.layers}
+        recall = RecallKept(
+            windows=windows_keeping_recall(_by_length(probes), self.spec.layers, self.windows),
+            removals=removals_keeping_recall(removed, self._spare, self.plans),
+            sharing=sharing_keeping_recall(shared, self._sources, self.plans),
+        )
+        return probes.model_copy(update={"recall": recall})
+
+    def _layer(self, layer: int) -> LayerProbe:
+        costs, base = self._costs[layer], self.plans.base.layers[layer]
+        prices = self._pricing.of_layer(layer, costs)
+        candidates = {bits: tuple(self._maker.coded(base, costs, prices, bits)) for bits in BITS}
+
+        def pays(alteration: Alteration) -> bool:
+            return any(self._maker.pays(whole, alteration) for whole in candidates.values())
+
+        source = self._sources.get(layer)
+        return LayerProbe(
+            layer=layer,
+            prices=prices,
+            candidates=candidates,
+            windows=window_alterations(layer, self.spec, self.windows, pays, self.time.context),
+            removals=self._removals(layer, pays),
+            sharing=None if source is None else sharing(layer, source, self.plans, pays),
+        )
+
+    def _removals(self, layer: int, pays: Pays) -> tuple[Alteration, ...]:
+        if layer not in self._spare:
+            return ()
+        return removals(layer, self.spec, self.statistics, self.plans, pays, timed=self.timed)
+
+    @cached_property
+    def _maker(self) -> CandidateMaker:
+        return CandidateMaker(self.spec, self.plans.base, self.time, self.timed)
+
+    @cached_property
+    def _costs(self) -> list[tuple[SideCosts, SideCosts]]:
+        return side_costs(self.spec, self.statistics)
+
+    @cached_property
+    def _pricing(self) -> Pricing:
+        return Pricing.fitted(self.spec, self.statistics, self.divergence)
+
+    @cached_property
+    def _spare(self) -> list[int]:
+        return spare_layers(self.statistics, timed=self.timed)
+
+    @cached_property
+    def _sources(self) -> dict[int, int]:
+        return nearest_sources(self.spec, self.statistics, self.plans.base)
+
+
+def _by_length(probes: Probes) -> dict[int, dict[int, float]]:
+    """What each window loses in each layer where it could be worth it."""
+    found: dict[int, dict[int, float]] = {}
+    for layer in probes.layers:
+        for alteration in layer.windows:
+            if alteration.window is not None:
+                found.setdefault(alteration.window, {})[layer.layer] = alteration.loss
+    return found
