@@ -187,11 +187,11 @@ BAD_LINES = {
     '["prompt"]': "an object with prompt or messages",
     '{"text": "a"}': "an object with prompt or messages",
     '{"prompt": "a", "messages": []}': "an object with prompt or messages",
-    '{"prompt": 3}': "prompt is no text",
+    '{"prompt": 3}': "prompt is not a text",
     '{"prompt": ""}': "no tokens",
     '{"prompt": "' + "a" * 64 + '"}': "64 tokens leave no room in a cache of 64",
-    '{"messages": []}': "no list of role and content",
-    '{"messages": ["hello"]}': "no list of role and content",
+    '{"messages": []}': "not a list of role and content",
+    '{"messages": ["hello"]}': "not a list of role and content",
 }
 
 

@@ -14,7 +14,6 @@ from support.models import export_slim, open_workshop, recipe_of
 from support.tiny_artifact import SPEC, fill
 
 from kvslim.cli import app
-from kvslim.cli.inspect import inspect
 from kvslim.devices.demand import StoredWeights
 from kvslim.devices.graph import artifact_weights
 from kvslim.devices.profile import load_device
@@ -23,6 +22,7 @@ from kvslim.export.manifest import read_manifest
 from kvslim.load.parameters import Parameters, count_parameters
 from kvslim.load.source import read_spec, resolve
 from kvslim.methods import KvPca
+from kvslim.report.inspect import inspect
 from kvslim.report.memory import artifact_caches, cache_memory
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import KVLayout, LayerPlan, Plan

@@ -9,9 +9,23 @@ from typing import Annotated, NoReturn
 import typer
 
 from kvslim import __version__
-from kvslim.cli import console, making, measuring, telling, using
+from kvslim.cli import console
+from kvslim.cli.analyze import analyze
+from kvslim.cli.bench import bench
+from kvslim.cli.compare import compare
+from kvslim.cli.compress import compress
+from kvslim.cli.doctor import doctor
+from kvslim.cli.eval import evaluate
 from kvslim.cli.failures import READER_GONE, InterruptError, explained, usage_error
+from kvslim.cli.generate import generate
+from kvslim.cli.inspect import inspect
 from kvslim.cli.memory import check_memory
+from kvslim.cli.methods import methods
+from kvslim.cli.plan import plan
+from kvslim.cli.recipes import recipes
+from kvslim.cli.schema import schema
+from kvslim.cli.validate import validate
+from kvslim.cli.verify import verify
 from kvslim.errors import KvslimError, UsageError
 
 app = typer.Typer(
@@ -83,20 +97,20 @@ def _root(
     check_memory(context.invoked_subcommand or "")
 
 
-app.command()(making.compress)
-app.command()(making.plan)
-app.command()(making.analyze)
-app.command()(measuring.validate)
-app.command("eval")(measuring.evaluate)
-app.command()(measuring.compare)
-app.command()(measuring.bench)
-app.command()(using.generate)
-app.command()(using.inspect)
-app.command()(using.verify)
-app.command()(telling.methods)
-app.command()(telling.recipes)
-app.command()(telling.doctor)
-app.command()(telling.schema)
+app.command()(compress)
+app.command()(plan)
+app.command()(analyze)
+app.command()(validate)
+app.command("eval")(evaluate)
+app.command()(compare)
+app.command()(bench)
+app.command()(generate)
+app.command()(inspect)
+app.command()(verify)
+app.command()(methods)
+app.command()(recipes)
+app.command()(doctor)
+app.command()(schema)
 
 
 if __name__ == "__main__":

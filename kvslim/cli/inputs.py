@@ -15,7 +15,6 @@ from kvslim.types import Plan
 
 if TYPE_CHECKING:
     from kvslim.types import Report
-    from kvslim.validate.bench import Grid
 
 THOUSAND = 1024
 MOST_DIGITS = 12
@@ -42,21 +41,17 @@ def read_length(text: str, option: str) -> int:
     return int(digits) * factor
 
 
-def read_grid(prompts: str, contexts: str, threads: str | None, batches: str, repeats: int) -> Grid:
-    """The grid of the options of `kvslim bench`.
+def read_counts(text: str, option: str) -> tuple[int, ...]:
+    """Positive numbers like `1,4`.
 
     Raises:
-        UsageError: One of them is no list of positive numbers.
+        UsageError: One of them is not a positive number.
     """
-    from kvslim.validate.bench import Grid
-
-    return Grid(
-        prompts=read_lengths(prompts, "--prompt"),
-        contexts=read_lengths(contexts, "--context"),
-        threads=(None,) if threads is None else _counts(threads, "--threads"),
-        batches=_counts(batches, "--batch"),
-        repeats=repeats,
-    )
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not (part.isascii() and part.isdigit() and len(part) <= MOST_DIGITS and int(part)):
+            raise UsageError(f"{part!r} is not a positive number", where=option, fix="write numbers like 1,4")
+    return tuple(int(part) for part in parts)
 
 
 def read_plan(path: Path) -> Plan:
@@ -180,11 +175,3 @@ def read_recipe(name: str | None, overrides: Sequence[str], budget: Budget | Non
     """
     recipe = load_recipe(name or ("small" if budget else "balanced"), overrides)
     return recipe.within(budget) if budget else recipe
-
-
-def _counts(text: str, option: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",")]
-    for part in parts:
-        if not (part.isascii() and part.isdigit() and len(part) <= MOST_DIGITS and int(part)):
-            raise UsageError(f"{part!r} is not a positive number", where=option, fix="write numbers like 1,4")
-    return tuple(int(part) for part in parts)

@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 from pydantic import BaseModel, Field, create_model
 
 from kvslim.cli.console import schema_id
-from kvslim.cli.doctor import Check
+from kvslim.cli.machine import Check
 from kvslim.devices.profile import Device
 from kvslim.errors import NotFoundError, suggestion
 from kvslim.pipeline import PlanSummary

@@ -1,4 +1,4 @@
-"""What `kvslim compare` reads and prints, and how it tells of regressions."""
+"""What `kvslim compare` reads, and its exit code when something is worse than the baseline."""
 
 from __future__ import annotations
 
@@ -9,50 +9,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from kvslim.cli import console
-from kvslim.cli.inputs import write_text
-from kvslim.devices.profile import device_memory
 from kvslim.errors import GateError, NotFoundError, UsageError
 from kvslim.export.manifest import read_manifest
-from kvslim.report.compare import (
-    Comparison,
-    Regression,
-    compared,
-    comparison_table,
-    regressions,
-    regressions_table,
-)
+from kvslim.report.compare import Comparison, Regression
 from kvslim.types import Manifest
-
-
-def compare(folders: Sequence[Path], html: Path | None, against: Path | None, fails: bool, as_json: bool) -> int:
-    """Prints artifacts side by side, and writes their page.
-
-    Args:
-        folders: The artifacts.
-        html: The page to write.
-        against: The baseline to compare with.
-        fails: Whether a regression is an error.
-        as_json: Whether to print JSON in place of tables.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        KvslimError: An artifact or the baseline cannot be read, or the page cannot be written.
-    """
-    manifests = read_artifacts(folders)
-    comparison = compared(manifests)
-    found = regressions(comparison, read_baseline(against)) if against else None
-    if html:
-        from kvslim.report.page import comparison_page
-
-        write_text(html, comparison_page(comparison, manifests, found, device_memory()), "--html")
-    if as_json:
-        worse = None if found is None else [one.model_dump(mode="json") for one in found]
-        console.print_json("compare", {**comparison.model_dump(mode="json"), "regressions": worse})
-    else:
-        console.print_tables(comparison_table(comparison), regressions_table(found or ()))
-    return told(found, str(against), fails)
 
 
 def read_artifacts(folders: Sequence[Path]) -> dict[str, Manifest]:
@@ -87,8 +47,8 @@ def read_baseline(path: Path) -> Comparison:
         raise UsageError(f"this is not JSON: {error}", where=where, fix=fix) from error
 
 
-def told(found: Sequence[Regression] | None, baseline: str, fails: bool) -> int:
-    """The exit code of a comparison; regressions are named on stderr, as stdout has the result already."""
+def regression_verdict(found: Sequence[Regression] | None, baseline: str, fails: bool) -> int:
+    """The exit code of a comparison. Regressions are named on stderr, because stdout already holds the result."""
     if found is None:
         return 0
     if not found:
