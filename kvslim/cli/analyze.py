@@ -17,13 +17,16 @@ def analyze(
     data: Annotated[
         str, typer.Option("--data", "-d", metavar="SOURCE", help="text of the task: self, .txt, .jsonl, or hub:DATASET")
     ] = "self",
-    svg: Annotated[Path | None, typer.Option(help="draw parts by their KL, heads by what they add")] = None,
+    svg: Annotated[
+        Path | None, typer.Option(help="draw a heat map: parts by their KL, heads by what they contribute")
+    ] = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Show which layers and heads a task needs least.
 
-    Measures KL on the task's text without each layer's attention, feed-forward part and both, and without each kv head.
+    Measures KL on the task's text with parts left out: the attention of each layer, its feed-forward part, both, and
+    each kv head.
     Writes no graph.
     """
     from kvslim.cli.inputs import check_target, read_recipe, write_text
@@ -38,7 +41,7 @@ def analyze(
     with console.library_output_on_stderr():
         analysis = api.analyze(model, typed, progress=console.Terminal())
     if svg:
-        title = f"KL without each part, and what each query head adds: {model}, {analysis.source}"
+        title = f"KL without each part, and what each query head contributes: {model}, {analysis.source}"
         write_text(svg, heatmap(title, analysis_panels(analysis)), "--svg")
     if as_json:
         console.print_json("analyze", analysis.model_dump(mode="json"))

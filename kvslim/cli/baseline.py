@@ -16,7 +16,7 @@ from kvslim.types import Manifest
 
 
 def read_artifacts(folders: Sequence[Path]) -> dict[str, Manifest]:
-    """The manifests by the names of their folders, or by their paths where two have one name.
+    """The manifests by folder name, or by path if two folders have the same name.
 
     Raises:
         NotFoundError, ArtifactError: A manifest cannot be read.
@@ -52,11 +52,11 @@ def regression_verdict(found: Sequence[Regression] | None, baseline: str, fails:
     if found is None:
         return 0
     if not found:
-        console.hint(f"nothing is worse than in {baseline}")
+        console.hint(f"nothing is worse than the baseline {baseline}")
         return 0
     named = ", ".join(f"{one.artifact}: {one.measure}" for one in found)
     error = GateError(
-        f"worse than the baseline: {named}", where=baseline, fix="see what changed, or write a new baseline"
+        f"worse than the baseline: {named}", where=baseline, fix="find out what changed, or write a new baseline"
     )
     if fails:
         console.print_error(error)

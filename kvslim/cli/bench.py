@@ -12,21 +12,21 @@ from kvslim.cli.options import Json
 
 
 def bench(
-    artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="folders to time, interleaved")],
-    contexts: Annotated[str, typer.Option("--context", help="contexts for time per token")] = "128,1k",
+    artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="folders to time, in turns")],
+    contexts: Annotated[str, typer.Option("--context", help="context lengths for time per token")] = "128,1k",
     prompts: Annotated[str, typer.Option("--prompt", help="prompt lengths for time to first token")] = "128,512",
     threads: Annotated[
         str | None, typer.Option(metavar="N,...", help="threads of one operator; default: onnxruntime's choice")
     ] = None,
-    batches: Annotated[str, typer.Option("--batch", metavar="N,...", help="sequences side by side")] = "1",
-    repeats: Annotated[int, typer.Option(min=3, help="timings per point of the grid")] = 16,
+    batches: Annotated[str, typer.Option("--batch", metavar="N,...", help="sequences per batch")] = "1",
+    repeats: Annotated[int, typer.Option(min=3, help="timings per combination")] = 16,
     csv: Annotated[Path | None, typer.Option(help="write one row per timing to this file")] = None,
     markdown: Annotated[Path | None, typer.Option(help="write the tables to this file")] = None,
     as_json: Json = False,
 ) -> None:
     """Time artifacts against each other, over a grid of lengths, threads and batches.
 
-    All of them take turns in one run, so that a busy machine slows all alike.
+    They take turns in one run, so that load on the machine slows all of them alike.
     """
     from kvslim.cli.inputs import check_target, read_counts, read_lengths, write_text
 

@@ -16,7 +16,7 @@ def compare(
     artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="folders to put side by side")],
     html: Annotated[Path | None, typer.Option(help="write a page with tables and figures to this file")] = None,
     against: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="baseline: what `kvslim compare --json` printed before")
+        Path | None, typer.Option(metavar="FILE", help="baseline: earlier output of `kvslim compare --json`")
     ] = None,
     fail_on_regression: Annotated[
         bool, typer.Option("--fail-on-regression", help="exit code 3 when a measure is worse than the baseline")
@@ -25,7 +25,7 @@ def compare(
 ) -> int:
     """Put artifacts side by side.
 
-    Reads what their manifests say was measured; measures nothing itself. The printed JSON is a baseline for later.
+    Reads the measurements in their manifests and measures nothing itself. The JSON can be a baseline for later runs.
     """
     from kvslim.cli.baseline import read_artifacts, read_baseline, regression_verdict
     from kvslim.cli.inputs import check_target, write_text
@@ -33,7 +33,7 @@ def compare(
 
     check_target(html, "--html")
     if fail_on_regression and against is None:
-        raise UsageError("there is no baseline", where="--fail-on-regression", fix="add --against baseline.json")
+        raise UsageError("no baseline is given", where="--fail-on-regression", fix="add --against baseline.json")
     manifests = read_artifacts(artifacts)
     comparison = compared(manifests)
     found = regressions(comparison, read_baseline(against)) if against else None

@@ -19,13 +19,13 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    """What holds for every prompt.
+    """The options for all prompts.
 
     Attributes:
-        chat: Whether a prompt is a user's message.
+        chat: Whether a prompt is a message of the user, for the chat template.
         system: The system message of a conversation.
         max_new_tokens: Tokens of a completion at most.
-        context: Tokens to allocate the cache for; None for what is needed.
+        context: Tokens to allocate the cache for; None for as many as the prompt needs.
         sampling: How tokens are drawn.
         threads: Threads of one operator.
         as_json: Whether to print JSON in place of text.
@@ -45,7 +45,7 @@ class Generation:
 
     Args:
         artifact: The folder.
-        options: What holds for every prompt.
+        options: The options for all prompts.
 
     Raises:
         KvslimError: The artifact cannot be read, writes no text, or does not fit the options.
@@ -93,7 +93,9 @@ def complete(generation: Generation, prompt: str) -> int:
     ids = generation.ids(prompt)
     if len(ids) >= most:
         raise UsageError(
-            f"the prompt has {len(ids)} tokens, the model {most} positions", where="--prompt", fix="shorten the prompt"
+            f"the prompt has {len(ids)} tokens, but the model has only {most} positions",
+            where="--prompt",
+            fix="shorten the prompt",
         )
     completer = generation.completer(min(most, options.context or len(ids) + options.max_new_tokens))
     show(completer, ids, {"prompt": prompt}, "" if options.chat else prompt, options)
@@ -108,7 +110,7 @@ def show(completer: Completer, ids: Sequence[int], record: Record, before: str, 
         ids: Tokens of the whole prompt.
         record: What the JSON object starts with.
         before: Text to print in front of the completion.
-        options: What holds for every prompt.
+        options: The options for all prompts.
 
     Returns:
         The completion.

@@ -14,23 +14,23 @@ from kvslim.cli.options import Json, Junit, MaxDrop, MaxKl, MibAt, Model, Overri
 
 def compress(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="the folder to make")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the folder to write")],
     recipe: RecipeName = None,
     kv_ratio: Ratio = None,
     kv_mib_at: MibAt = None,
     time_ratio: TimeRatio = None,
     max_kl: MaxKl = None,
     max_recall_drop: MaxDrop = None,
-    plan: Annotated[Path | None, typer.Option(help="use these decisions (see `kvslim plan`)")] = None,
+    plan: Annotated[Path | None, typer.Option(help="use the decisions in this file (see `kvslim plan -o`)")] = None,
     overrides: Overrides = None,
-    force: Annotated[bool, typer.Option("--force", help="replace the artifact that is there")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace an existing artifact")] = False,
     junit: Junit = None,
     as_json: Json = False,
 ) -> int:
     """Make an artifact from a model.
 
-    It is measured against the plain export; exit code 3 when a gate of the recipe fails. With a budget the planner
-    picks methods, ranks and bits, and the budget's limits are the gates.
+    The artifact is compared with the plain export; exit code 3 if a gate of the recipe fails. With a budget, the
+    planner picks methods, ranks and bits, and the limits of the budget are the gates.
     """
     from kvslim.cli.inputs import check_target, read_budget, read_plan, read_recipe, write_junit
 

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
 def doctor(
     measure: Annotated[
-        Path | None, typer.Option(metavar="FILE.yaml", help="measure this machine, and write a file for --device")
+        Path | None,
+        typer.Option(metavar="FILE.yaml", help="measure this machine and write a file for `kvslim inspect --device`"),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Check that this machine can run KVSlim.
 
-    Versions, kernels, memory and disk; exit code 4 when something is wrong.
+    Checks versions, kernels, memory and disk; exit code 4 if something is wrong.
     """
     from kvslim.cli.machine import examine
 
@@ -41,7 +42,7 @@ def doctor(
         console.print_tables(_checks_table(checks), *([] if device is None else [_device_table(device)]))
     if failed:
         names = ", ".join(check.name for check in failed)
-        error = UnsupportedError(f"not fit: {names}", where="this machine", fix=failed[0].fix)
+        error = UnsupportedError(f"failed checks: {names}", where="this machine", fix=failed[0].fix)
         console.print_error(error)
         raise typer.Exit(error.exit_code)
 
@@ -53,8 +54,10 @@ def _measured(path: Path) -> Device:
 
     check_target(path, "--measure")
     if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path.name!r} is no YAML file", where="--measure", fix=f"write --measure {path.stem}.yaml")
-    # Only now, because it imports onnxruntime and a wrong name should be refused at once.
+        raise UsageError(
+            f"{path.name!r} is not a YAML file", where="--measure", fix=f"write --measure {path.stem}.yaml"
+        )
+    # Imported only now: it loads onnxruntime, and a wrong file name should be refused at once.
     from kvslim.devices.measure import measure_device
 
     device = measure_device()
@@ -63,7 +66,7 @@ def _measured(path: Path) -> Device:
 
 
 def _checks_table(checks: Sequence[Check]) -> Table:
-    """The findings; with advice only where something is wrong or may be slow."""
+    """The findings, with advice only if something is wrong or may be slow."""
     from kvslim.report.tables import Table
 
     rows = tuple((check.name, "ok" if check.ok else "FAILED", check.found, check.fix) for check in checks)

@@ -18,18 +18,22 @@ def evaluate(
     tasks: Annotated[
         str, typer.Option("--tasks", metavar="NAME,...", help="tasks of lm-evaluation-harness, or .jsonl files")
     ],
-    include: Annotated[Path | None, typer.Option(metavar="FOLDER", help="a folder with task files of your own")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="use so many items of each task; default: all")] = None,
-    shots: Annotated[int | None, typer.Option(min=0, help="solved examples per item; default: the task's own")] = None,
+    include: Annotated[Path | None, typer.Option(metavar="FOLDER", help="a folder with your own task files")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="use only the first items of each task; default: all")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="solved examples per item; default: as the task says")
+    ] = None,
     min_accuracy: Annotated[
-        float | None, typer.Option(min=0, max=1, help="a gate: exit code 3 when a task's `acc` is below")
+        float | None, typer.Option(min=0, max=1, help="gate: exit code 3 if the `acc` of a task is lower")
     ] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> int:
     """Score an artifact on tasks.
 
-    Runs them through lm-evaluation-harness (extra `eval`). A line of a .jsonl file is {"prompt", "completion"} or
+    Runs the tasks with lm-evaluation-harness (extra `eval`). A line of a .jsonl file is {"prompt", "completion"} or
     {"prompt", "choices", "answer"}.
     """
     from kvslim.report.tables import gates_table, scores_table
@@ -38,7 +42,7 @@ def evaluate(
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
-        raise UsageError("no task is named", where="--tasks", fix="write --tasks lambada_openai,mine.jsonl")
+        raise UsageError("no task is given", where="--tasks", fix="write --tasks lambada_openai,mine.jsonl")
     with console.library_output_on_stderr():
         scores = scores_of(
             artifact,

@@ -16,24 +16,28 @@ def generate(
     file: Annotated[
         str | None, typer.Option(help='JSON lines, {"prompt": ...} or {"messages": [...]}; - for stdin')
     ] = None,
-    interactive: Annotated[bool, typer.Option("--interactive", "-i", help="converse; Ctrl-D ends")] = False,
-    chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the chat template")] = False,
-    system: Annotated[str | None, typer.Option(help="the system message; goes with the chat template")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to write at most")] = 128,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", "-i", help="hold a conversation; Ctrl-D ends it")
+    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="send the prompt through the chat template")] = False,
+    system: Annotated[str | None, typer.Option(help="the system message; implies --chat")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="generate at most this many tokens")] = 128,
     context: Annotated[
-        str | None, typer.Option(metavar="TOKENS", help="room in the cache, such as 16k; default: what is needed")
+        str | None, typer.Option(metavar="TOKENS", help="capacity of the cache, such as 16k; default: what is needed")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the most likely token")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="sample from this many tokens; 0 for all")] = 0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="sample from the tokens that hold this share")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="sample from the most likely tokens that together have this probability")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="seed of the sampling")] = 0,
     threads: Threads = None,
     as_json: Json = False,
 ) -> int:
     """Continue a text, converse, or complete a file of prompts.
 
-    Text is printed as it comes, and then on stderr what it took. Prompts of a file give one JSON object per line; a
-    line that cannot be completed gives its error, and exit code 2 at the end.
+    Text is printed as it is generated, then counts and speed on stderr. A file of prompts gives one JSON object per
+    line; a line that cannot be completed gives its error, and the exit code is 2 at the end.
     """
     from kvslim.cli.completions import Generation, Options, complete
     from kvslim.cli.conversation import converse
@@ -59,6 +63,8 @@ def generate(
 
 def _check_sources(prompt: str | None, file: str | None, interactive: bool) -> None:
     if sum((prompt is not None, file is not None, interactive)) != 1:
-        raise UsageError("what to continue?", where="generate", fix="give one of --prompt, --file and --interactive")
+        raise UsageError(
+            "there is nothing to continue", where="generate", fix="give one of --prompt, --file and --interactive"
+        )
     if prompt == "":
         raise UsageError("the prompt is empty", where="--prompt", fix="give some text to continue")

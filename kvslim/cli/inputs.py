@@ -1,4 +1,4 @@
-"""Option values that need more than a type: lengths like `512,4k`, plan files, a model or an artifact."""
+"""Option values that need more than a type: lengths like `512,4k`, plan files, budgets and gates."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def read_plan(path: Path) -> Plan:
             f"{place}: {fault['msg']}", where=f"--plan {path}", fix="see `kvslim plan MODEL --json`"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"this is not JSON: {error}", where=f"--plan {path}", fix="mend the JSON syntax") from error
+        raise UsageError(f"this is not JSON: {error}", where=f"--plan {path}", fix="correct the JSON syntax") from error
 
 
 def check_target(path: Path | None, option: str) -> None:
-    """Refuses a file that cannot be written, before the work that fills it.
+    """Refuses a file that cannot be written, before the long work that fills it.
 
     Raises:
         OutputError: Its folder does not exist, or it is a folder itself.
@@ -101,7 +101,7 @@ def write_text(path: Path, text: str, option: str) -> None:
 
 
 def write_junit(path: Path | None, report: Report, artifact: Path) -> None:
-    """Writes the gates where a file for them was named; failed ones too."""
+    """Writes the gates as JUnit XML if a file is given."""
     if path:
         from kvslim.report.junit import junit_xml
 
@@ -115,10 +115,10 @@ def read_budget(
     max_kl: float | None,
     max_recall_drop: float | None,
 ) -> Budget | None:
-    """The budget of the options; None when none is given.
+    """The budget that the options describe; None if there is none.
 
     Raises:
-        UsageError: A value is out of range, or two limit the bytes.
+        UsageError: A value is out of range, or two options limit the bytes.
     """
     limits = {
         "--kv-ratio": ("kv_ratio", kv_ratio),
@@ -145,7 +145,7 @@ def read_budget(
 
 
 def read_gates(texts: Sequence[str]) -> Gates:
-    """Gates like `max_kl=0.01`; of two with one name the last counts.
+    """Gates like `max_kl=0.01`; if a name occurs twice, the last one counts.
 
     Raises:
         UsageError: One has no limit, an unknown name, or a limit out of range.
@@ -168,7 +168,7 @@ def read_gates(texts: Sequence[str]) -> Gates:
 
 
 def read_recipe(name: str | None, overrides: Sequence[str], budget: Budget | None) -> Recipe:
-    """The recipe of the options, with the budget in place of its methods.
+    """The recipe that the options describe, with the budget in place of its methods.
 
     Raises:
         NotFoundError, UsageError: As `load_recipe`.

@@ -11,18 +11,20 @@ from kvslim.cli.options import Json, WeightKind
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL|ARTIFACT", help="a model as for compress, or an artifact")],
+    model: Annotated[str, typer.Argument(metavar="MODEL|ARTIFACT", help="a model (as for compress) or an artifact")],
     contexts: Annotated[str, typer.Option("--context", help="context lengths")] = "4k,16k",
     weights: Annotated[WeightKind | None, typer.Option(help="how a model's weights are stored; default: fp32")] = None,
     devices: Annotated[
         list[str] | None,
-        typer.Option("--device", help="limits of a device: a name (docs/devices.md) or a .yaml; may be repeated"),
+        typer.Option(
+            "--device", help="show the limits of a device: a name (docs/devices.md) or a .yaml file; repeatable"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Show how much memory the KV cache takes, and what devices allow.
 
-    Told from the config, or the manifest and the graph; no weights are read.
+    Reads the config, or the manifest and the graph, and no weights.
     """
     from kvslim.cli.inputs import read_lengths
     from kvslim.devices.profile import load_device

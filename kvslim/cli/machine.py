@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 MIN_PYTHON = (3, 11)
 MIN_MEMORY_GIB = 2.0
 MIN_DISK_GIB = 2.0
-SC_LEVEL2_CACHE_SIZE = 191  # of Linux; Python has no name for it
+SC_LEVEL2_CACHE_SIZE = 191  # sysconf number on Linux; Python has no name for it
 TOLERANCE = 0.05  # int8 keys and values are off by up to half a step of 1/32
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
-FLASH_HINT = "the system tells no L2 cache size: if prefill is slow, set ORT_GQA_DISABLE_FLASH_ATTENTION=1 and compare"
+FLASH_HINT = (
+    "the system reports no L2 cache size: if prefill is slow, set ORT_GQA_DISABLE_FLASH_ATTENTION=1 and compare"
+)
 
 
 class Check(Frozen):
-    """One finding; `fix` says what to do, where something is wrong or may be slow."""
+    """One finding; `fix` says what to do if something is wrong or may be slow."""
 
     name: str
     ok: bool
@@ -39,7 +41,7 @@ def _check(name: str, ok: bool, found: str, fix: str) -> Check:
 
 
 def examine() -> tuple[Check, ...]:
-    """Every check, in the order in which trouble is best mended."""
+    """All checks, in the order in which problems are best fixed."""
     return (_python(), *_packages(), *_kernels(), _cpu(), _l2(), _memory(), _disk())
 
 
@@ -49,7 +51,7 @@ def _python() -> Check:
 
 
 def _packages() -> Iterator[Check]:
-    """The installed versions against those that KVSlim asks for."""
+    """The installed versions, compared with those that KVSlim requires."""
     from packaging.requirements import Requirement
 
     try:
@@ -79,7 +81,7 @@ def _kernels() -> Iterator[Check]:
         try:
             difference = attention_error(cache)
             ok, found = difference < TOLERANCE, f"in place, largest error {difference:.1e}"
-        except Exception as error:  # whatever onnxruntime or onnx raises, the kernel does not work here
+        except Exception as error:  # any exception of onnxruntime or onnx means that the kernel does not work here
             ok, found = False, " ".join(str(error).split())[:200]
         yield _check(f"attention, {cache} cache", ok, found, "update onnxruntime")
 
@@ -103,7 +105,7 @@ def _cpu_flags() -> set[str]:
 
 
 def _l2() -> Check:
-    """The L2 size that onnxruntime sees: it asks sysconf, which some systems answer with 0."""
+    """The L2 size that onnxruntime sees. It asks sysconf, which returns 0 on some systems."""
     try:
         size = os.sysconf(SC_LEVEL2_CACHE_SIZE) if sys.platform == "linux" else 0
     except (OSError, ValueError):

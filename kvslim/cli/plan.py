@@ -25,7 +25,8 @@ def plan(
 ) -> None:
     """Show what compress would decide.
 
-    Calibrates, and predicts the bytes of the cache and its KL; with a budget, shows the sizes it saw. Writes no graph.
+    Calibrates, and predicts the size of the cache and its KL. With a budget, also shows the other sizes that the
+    planner tried. Writes no graph.
     """
     from kvslim.cli.inputs import check_target, read_budget, read_recipe, write_text
 

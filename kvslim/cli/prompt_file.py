@@ -79,13 +79,15 @@ def _record(line: bytes) -> dict[str, Any]:
         raise UsageError(f"not JSON: {error}", where="line", fix='write {"prompt": "..."} on one line') from error
     if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
         raise UsageError(
-            "a line is an object with prompt or messages", where="line", fix='write {"prompt": "..."} on one line'
+            "a line must be an object with either prompt or messages",
+            where="line",
+            fix='write {"prompt": "..."} on one line',
         )
     return record
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _answer(completer: Completer, record: Record, generation: Generation) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def validate(
 ) -> int:
     """Measure an artifact again.
 
-    Exit code 3 when a gate fails: one of its recipe, or of --gate.
+    Exit code 3 if a gate fails, either of its recipe or of --gate.
     """
     from kvslim.cli.inputs import check_target, read_gates, write_junit
 

@@ -10,7 +10,7 @@ from kvslim.errors import ArtifactError
 def verify(artifact: Artifact, as_json: Json = False) -> int:
     """Check the files of an artifact.
 
-    Each is compared with its SHA-256; exit code 4 when one differs, is missing or was added.
+    Compares each file with its SHA-256; exit code 4 if one differs, is missing or was added.
     """
     from kvslim.export.manifest import verify as problems_of
 

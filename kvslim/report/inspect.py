@@ -1,4 +1,4 @@
-"""What `kvslim inspect` tells of a model or an artifact; no weights are read."""
+"""What `kvslim inspect` reports about a model or an artifact. No weights are read."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def inspect(model: str, contexts: Sequence[int], weights: WeightType | None, dev
     Args:
         model: As for `kvslim compress`, or an artifact's folder.
         contexts: Lengths in tokens.
-        weights: How a model's weights are to be stored; None for float32. An artifact's are as they are.
-        devices: Devices whose limits to work out.
+        weights: How a model's weights would be stored; None for float32. Not allowed for an artifact.
+        devices: Devices to compute limits for.
 
     Raises:
-        KvslimError: Neither can be read, or an option does not fit it.
+        KvslimError: The model or artifact cannot be read, or an option does not fit it.
     """
     if not (Path(model) / MANIFEST).exists():
         return _inspect_model(model, contexts, weights or "fp32", devices)
     if weights is not None:
-        raise UsageError("an artifact's weights are as they are", where="--weights", fix="drop the option")
+        raise UsageError("the weights of an artifact are stored already", where="--weights", fix="drop the option")
     return _inspect_artifact(Path(model), contexts, devices)
 
 
@@ -68,7 +68,7 @@ def _inspect_artifact(folder: Path, contexts: Sequence[int], devices: Sequence[D
 def _check(spec: ModelSpec, devices: Sequence[Device]) -> None:
     if spec.is_encoder and devices:
         raise UnsupportedError(
-            f"{spec.model_type} is an encoder: without a KV cache a device sets it no longest context",
+            f"{spec.model_type} is an encoder: it has no KV cache, so a device does not limit its context",
             where="--device",
             fix="time it with `kvslim bench`",
         )
