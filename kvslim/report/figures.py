@@ -137,7 +137,7 @@ def _plain_marks(measured: Named, value: Callable[[Measures], float | None]) -> 
 
 
 def _kl_rules(reports: Sequence[Report]) -> list[Rule]:
-    """A line at the bytes of plain, because the axis cannot show its KL of zero; for a single artifact also its limit."""
+    """A line at the bytes of plain, whose KL of zero the axis cannot show; for a single artifact also its limit."""
     sizes = {report.plain.kv_bytes_per_token for report in reports}
     rules = [Rule("x", size, f"plain {size:,.0f}") for size in sorted(filter(None, sizes))]
     if len(reports) == 1:

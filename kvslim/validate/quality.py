@@ -59,9 +59,9 @@ def measure_quality(teacher: DecodeSession, student: DecodeSession, windows: Win
     """Compares a student with its teacher, both decoding `chunk` tokens at a time through their caches.
 
     Perplexity is exp(m), m the mean over windows of the mean negative log-likelihood of a window (all windows are
-    equally long, so that is the mean over tokens). Tokens within a window are not independent, but windows
-    nearly are. So the standard error of m is the sample deviation of the window means over sqrt(n). The delta method
-    multiplies it by the derivative of exp at m, which is the perplexity itself. Logits of one window at a time are held in memory.
+    equally long, so that is the mean over tokens). Tokens within a window are not independent, but windows nearly are.
+    So the standard error of m is the sample deviation of the window means over sqrt(n). The delta method multiplies it
+    by the derivative of exp at m, which is the perplexity itself. Logits of one window at a time are held in memory.
 
     Args:
         teacher: Session of the plain export.

@@ -214,7 +214,7 @@ def run_tasks(
 
 
 def _scores(values: Mapping[str, Any]) -> Iterator[tuple[str, Score]]:
-    """The metrics of a task from the harness's `acc,none` and `acc_stderr,none`; with the filter's name if there is one."""
+    """The metrics of a task from the harness's `acc,none` and `acc_stderr,none`; a filter becomes part of the name."""
     for key, value in values.items():
         metric, comma, kind = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
