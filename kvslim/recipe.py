@@ -52,7 +52,7 @@ class Calibration(Frozen):
 
     source: str = Field("self", description="self, a .txt or .jsonl file, or hub:DATASET[:SPLIT]")
     samples: int = Field(64, ge=1, description="chunks of text; sentences for an encoder")
-    length: int = Field(512, ge=8, description="tokens per chunk; at most per sentence")
+    length: int = Field(512, ge=8, description="tokens per chunk; longest sentence for an encoder")
     context: int | None = Field(
         None, ge=8, description="target context in tokens; default: the model's own, at most 4096"
     )
@@ -68,7 +68,7 @@ class Validation(Frozen):
 
     source: str = Field("self", description="self, a .txt or .jsonl file, or hub:DATASET[:SPLIT]")
     samples: int = Field(16, ge=2, description="chunks of text; sentences for an encoder")
-    length: int = Field(512, ge=32, description="tokens per chunk; at most per sentence")
+    length: int = Field(512, ge=32, description="tokens per chunk; longest sentence for an encoder")
     recall_items: int = Field(200, ge=1, description="recall questions")
     recall_distance: int = Field(512, ge=16, description="tokens between a fact and its question")
     prompts: tuple[Annotated[int, Field(ge=1)], ...] = Field(

@@ -281,7 +281,7 @@ def write_graph(path: Path) -> None:
 
 def test_artifact_refuses_another_kind_of_weights(tmp_path: Path) -> None:
     fill(tmp_path)
-    with pytest.raises(UsageError, match="as they are"):
+    with pytest.raises(UsageError, match="stored already"):
         inspect(str(tmp_path), [64], "int4", [])
 
 

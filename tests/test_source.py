@@ -146,5 +146,5 @@ def test_model_is_refused_when_its_rope_changes_with_the_length(tmp_path: Path) 
 
 def test_model_is_refused_when_it_looks_ahead(tmp_path: Path) -> None:
     folder = config_folder(tmp_path, model_type="gemma3_text", use_bidirectional_attention=True)
-    with pytest.raises(UnsupportedError, match="looks ahead"):
+    with pytest.raises(UnsupportedError, match="bidirectional attention"):
         read_spec(resolve(str(folder)))

@@ -77,7 +77,7 @@ class Generation:
         return [] if system is None else [{"role": "system", "content": system}]
 
     def completer(self, capacity: int | None = None) -> Completer:
-        """A cache with room for so many tokens: by default for `--context`, else as the artifact was made for."""
+        """A cache for `capacity` tokens; by default `--context`, or the context that the artifact was made for."""
         default = min(self.manifest.context, self.manifest.spec.max_context)
         capacity = capacity or self.options.context or default
         return Completer(self.artifact, self.encoder.tokenizer, capacity=capacity, threads=self.options.threads)

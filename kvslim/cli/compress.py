@@ -1,4 +1,4 @@
-"""`kvslim compress`: makes an artifact from a model."""
+"""`kvslim compress`: compresses a model into an artifact."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def compress(
     junit: Junit = None,
     as_json: Json = False,
 ) -> int:
-    """Make an artifact from a model.
+    """Compress a model into an artifact: an ONNX folder.
 
     The artifact is compared with the plain export; exit code 3 if a gate of the recipe fails. With a budget, the
     planner picks methods, ranks and bits, and the limits of the budget are the gates.

@@ -19,9 +19,7 @@ def evaluate(
         str, typer.Option("--tasks", metavar="NAME,...", help="tasks of lm-evaluation-harness, or .jsonl files")
     ],
     include: Annotated[Path | None, typer.Option(metavar="FOLDER", help="a folder with your own task files")] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="use only the first items of each task; default: all")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="use this many items of each task; default: all")] = None,
     shots: Annotated[
         int | None, typer.Option(min=0, help="solved examples per item; default: as the task says")
     ] = None,

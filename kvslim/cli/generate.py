@@ -1,4 +1,4 @@
-"""`kvslim generate`: continues a text, converses, or completes a file of prompts."""
+"""`kvslim generate`: continues a text, holds a conversation, or completes a file of prompts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def generate(
     threads: Threads = None,
     as_json: Json = False,
 ) -> int:
-    """Continue a text, converse, or complete a file of prompts.
+    """Continue a text, hold a conversation, or complete a file of prompts.
 
     Text is printed as it is generated, then counts and speed on stderr. A file of prompts gives one JSON object per
     line; a line that cannot be completed gives its error, and the exit code is 2 at the end.

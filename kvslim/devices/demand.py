@@ -109,7 +109,7 @@ class Cache:
         return tensor.bytes_per_token if self.bits is None else tensor.heads * tensor.dim * self.bits // 8
 
     def bytes_at(self, context: int) -> int:
-        """Bytes to allocate for a context of so many tokens; a window is always allocated in full."""
+        """Bytes to allocate for a context of this many tokens; a window is always allocated in full."""
         return sum(self.row_bytes(tensor) * tensor.rows(context) for tensor in self.layout.tensors)
 
     def read_at(self, context: int) -> int:
@@ -120,7 +120,7 @@ class Cache:
         )
 
     def flops_at(self, context: int) -> int:
-        """FLOPs of one token's attention over so many tokens."""
+        """FLOPs of one token's attention over a context."""
         return sum(2 * self.q_heads[each.layer] * each.dim * _held(each, context) for each in self.layout.tensors)
 
 
@@ -141,7 +141,7 @@ def decode(weights: StoredWeights, cache: Cache, context: int) -> Demand:
 
 
 def prefill(weights: StoredWeights, cache: Cache, context: int) -> Demand:
-    """A prompt of so many tokens, in chunks, the head on the last token of each."""
+    """A prompt of `context` tokens, in chunks; each chunk needs the head only for its last token."""
     ends = [*range(CHUNK, context, CHUNK), context]
     moved = sum(weights.read + cache.read_at(end) for end in ends)
     flops = 2 * (weights.products * context + weights.head * len(ends)) + _attention(cache, ends)
@@ -155,7 +155,7 @@ def prefill(weights: StoredWeights, cache: Cache, context: int) -> Demand:
 
 
 def training(spec: ModelSpec, parameters: Parameters, cache: Cache, context: int) -> Demand:
-    """A step of Adam in float32 on one text of so many tokens."""
+    """A step of Adam in float32 on one text of `context` tokens."""
     kept = FLOAT * context * (ACTIVATIONS * spec.hidden_size * spec.layers + spec.vocab_size)
     products = 2 * (parameters.products + parameters.head) * context
     attention = _attention(cache, [*range(CHUNK, context, CHUNK), context])

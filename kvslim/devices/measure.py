@@ -44,7 +44,7 @@ def measure_device() -> Device:
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes per second that so many threads read together.
+    """Bytes per second that `threads` threads read together.
 
     A dot product of a vector with itself needs hardly any arithmetic per byte; numpy's sum and maximum are slower than
     the memory.

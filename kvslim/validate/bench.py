@@ -124,7 +124,7 @@ def bench_encoders(artifacts: Mapping[str, Path], grid: Grid) -> dict[str, Bench
 
 
 def _add(timings: dict[str, list[Timing]], point: Point, costs: Mapping[str, Times], tokens: int) -> None:
-    """Adds the timings of each artifact at a point of the grid, in runs of so many tokens."""
+    """Adds the timings of each artifact at a point of the grid, in runs of `tokens` tokens."""
     reference = next(iter(costs.values()))[:, 0]
     for name, runs in costs.items():
         times = runs[:, 0]

@@ -72,7 +72,7 @@ def encoder_costs(models: Mapping[str, Path], lengths: Sequence[int], repeats: i
 
 
 def time_texts(sessions: Mapping[str, EncoderSession], length: int, repeats: int, batch: int = 1) -> dict[str, Times]:
-    """Times texts of so many tokens in turns: costs [repeats, 2] by name, milliseconds and joules."""
+    """Times texts of `length` tokens in turns: costs [repeats, 2] by name, milliseconds and joules."""
     ids, mask = pad([[0] * length] * batch)
 
     def timed(name: str) -> Cost:

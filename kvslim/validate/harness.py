@@ -155,7 +155,7 @@ class ArtifactLM(TemplateLM):
         return np.concatenate(logits)
 
     def _open(self, capacity: int) -> DecodeSession:
-        """A session with room for so many tokens; the open one if it is large enough."""
+        """A session with room for `capacity` tokens; the open one if it is large enough."""
         if self._session is None or self._session.capacity < capacity:
             self._session = None  # frees the old cache before a new one is allocated
             room = min(self.max_length, max(2 * capacity, 64))
