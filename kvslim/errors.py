@@ -1,4 +1,4 @@
-"""Errors a user can act on: what is wrong, where, and how to fix it, with the exit code that CI reads."""
+"""Errors that a user can fix: what is wrong, where, and how to fix it. Each class has the exit code for CI."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import ClassVar
 
 
 class KvslimError(Exception):
-    """An expected failure, told in one line each of what, where and how to fix it.
+    """An expected failure, described in three lines: what is wrong, where, and how to fix it.
 
     Args:
         message: What is wrong.
-        where: The file, option or layer it is wrong in.
+        where: The file, option or layer that is wrong.
         fix: What the user can do about it.
     """
 
@@ -32,7 +32,7 @@ class UsageError(KvslimError):
 
 
 class OutputError(KvslimError):
-    """The output cannot be written: permission, space, or a folder that is not ours (exit code 2)."""
+    """The output cannot be written: no permission, no space, or a folder that is not an artifact (exit code 2)."""
 
     exit_code = 2
 
@@ -68,7 +68,7 @@ class NotFoundError(KvslimError):
 
 
 def suggestion(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
-    """A hint for an unknown name: the closest known one, or else the whole list, or what stands for a list too long."""
+    """A hint for an unknown name: the closest known one, or else all of them, or `otherwise` if they are many."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {close[0]!r}?" if close else otherwise or f"known: {', '.join(names)}"

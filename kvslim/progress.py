@@ -1,4 +1,4 @@
-"""How a long function tells what it is doing, without knowing who listens."""
+"""How a long function reports its progress without depending on the terminal."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ T = TypeVar("T")
 
 
 class Progress(Protocol):
-    """A listener for stages and for steps within a stage."""
+    """Receives the stages of a long function and the steps within a stage."""
 
     def stage(self, name: str) -> None:
-        """Hears that a new stage begins, named in a few words."""
+        """A new stage begins; `name` describes it in a few words."""
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-        """Yields `items` unchanged and hears how far they are.
+        """Yields `items` unchanged and follows how many are done.
 
         Args:
-            items: What is worked through.
+            items: The items to work through.
             label: What one step does, in a few words.
-            total: Number of items, where `len(items)` cannot tell.
+            total: Number of items, if `items` has no length.
         """
         ...
 
 
 class Silent:
-    """The listener for tests and for callers who do not want to hear."""
+    """Ignores all progress: for tests and for callers who need no output."""
 
     def stage(self, name: str) -> None:
-        """Says nothing."""
+        """Does nothing."""
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """Yields `items` unchanged."""

@@ -1,4 +1,4 @@
-"""The recipe: everything that decides an artifact besides the model, as a typed YAML file."""
+"""The recipe: everything that determines an artifact, apart from the model, as a typed YAML file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULT_CONTEXT = 4096
 
 
 def _number(value: object) -> object:
-    """YAML 1.1 reads `1e-3` as a string; a recipe means the number."""
+    """Reads `1e-3` as a number: YAML 1.1 makes it a string."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -36,7 +36,7 @@ def _method(value: object) -> object:
     entry = {value: None} if isinstance(value, str) else value
     if not isinstance(entry, dict) or len(entry) != 1:
         raise UsageError(
-            f"a method is a name or one `name: options` pair, not {value!r}",
+            f"a method must be a name or one `name: options` pair, not {value!r}",
             where="recipe: methods",
             fix="write `- kv_pca: {rank: 48}`",
         )
@@ -49,15 +49,15 @@ MethodEntry = Annotated[Method, BeforeValidator(_method)]
 
 
 class Calibration(Frozen):
-    """Text that the statistics come from, and the context they are meant for."""
+    """The text for the statistics, and the context the cache is made for."""
 
     source: str = Field("self", description="self, a .txt or .jsonl file, or hub:DATASET[:SPLIT]")
-    samples: int = Field(64, ge=1, description="windows of text; sentences for an encoder")
-    length: int = Field(512, ge=8, description="tokens per window; at most per sentence")
+    samples: int = Field(64, ge=1, description="chunks of text; sentences for an encoder")
+    length: int = Field(512, ge=8, description="tokens per chunk; longest sentence for an encoder")
     context: int | None = Field(
         None, ge=8, description="target context in tokens; default: the model's own, at most 4096"
     )
-    seed: int = Field(0, description="of the model's own samples, and of the positions that samples are turned to")
+    seed: int = Field(0, description="seed of the model's own samples, and of the positions they are moved to")
 
     def target(self, spec: ModelSpec) -> int:
         """The target context for a model, in tokens."""
@@ -65,11 +65,11 @@ class Calibration(Frozen):
 
 
 class Validation(Frozen):
-    """What is measured, on text that calibration never saw."""
+    """What is measured, on text that calibration has not seen."""
 
     source: str = Field("self", description="self, a .txt or .jsonl file, or hub:DATASET[:SPLIT]")
-    samples: int = Field(16, ge=2, description="windows of text; sentences for an encoder")
-    length: int = Field(512, ge=32, description="tokens per window; at most per sentence")
+    samples: int = Field(16, ge=2, description="chunks of text; sentences for an encoder")
+    length: int = Field(512, ge=32, description="tokens per chunk; longest sentence for an encoder")
     recall_items: int = Field(200, ge=1, description="recall questions")
     recall_distance: int = Field(512, ge=16, description="tokens between a fact and its question")
     prompts: tuple[Annotated[int, Field(ge=1)], ...] = Field(
@@ -79,17 +79,17 @@ class Validation(Frozen):
         (128, 1024), min_length=1, description="contexts for time per token"
     )
     repeats: int = Field(16, ge=3, description="interleaved timings per context")
-    seed: int = Field(1, description="of the model's own samples and of the recall questions")
+    seed: int = Field(1, description="seed of the model's own samples and of the recall questions")
 
 
 class Budget(Frozen):
     """What a cache may cost; the planner picks methods, ranks and bits for it."""
 
     kv_ratio: Number | None = Field(None, gt=1, description="how many times smaller than the plain fp32 cache")
-    kv_mib: Number | None = Field(None, gt=0, description="MiB of the cache at `context` tokens")
-    context: int | None = Field(None, ge=8, description="goes with kv_mib")
+    kv_mib: Number | None = Field(None, gt=0, description="size of the cache at `context` tokens, MiB")
+    context: int | None = Field(None, ge=8, description="tokens; needed with kv_mib")
     time_ratio: Number | None = Field(
-        None, gt=0, lt=1, description="expected time per token at the target context, over the plain model's"
+        None, gt=0, lt=1, description="expected time per token at the target context, as a share of the plain model's"
     )
     max_kl: Number | None = Field(None, gt=0, description="mean KL to the plain model, nats per token")
     max_recall_drop: Number | None = Field(None, ge=0, le=1, description="share of recall that may be lost")
@@ -106,7 +106,7 @@ class Budget(Frozen):
         return self
 
     def bytes_limit(self, plain: float) -> float | None:
-        """Bytes that the cache may take where the plain one takes `plain`; None for no limit."""
+        """The most bytes that the cache may take if the plain one takes `plain`; None for no limit."""
         if self.kv_ratio is not None:
             return plain / self.kv_ratio
         return None if self.kv_mib is None else self.kv_mib * 2**20
@@ -116,9 +116,11 @@ class Gates(Frozen):
     """Limits; a gate that is not set is not checked."""
 
     max_kl: Number | None = Field(None, ge=0, description="mean KL divergence to the plain export, nats per token")
-    min_top1_agreement: Number | None = Field(None, ge=0, le=1, description="share of equal most likely tokens")
-    max_recall_drop: Number | None = Field(None, ge=0, le=1, description="recall lost against the plain export")
-    max_kv_ratio: Number | None = Field(None, gt=0, le=1, description="KV bytes, artifact over plain")
+    min_top1_agreement: Number | None = Field(
+        None, ge=0, le=1, description="share of positions with the same most likely token"
+    )
+    max_recall_drop: Number | None = Field(None, ge=0, le=1, description="recall lost, compared with the plain export")
+    max_kv_ratio: Number | None = Field(None, gt=0, le=1, description="KV bytes of the artifact, divided by plain")
     min_embedding_cosine: Number | None = Field(
         None, ge=-1, le=1, description="encoders: mean cosine to the plain export"
     )
@@ -126,20 +128,27 @@ class Gates(Frozen):
         None, ge=-1, le=1, description="encoders: rank correlation of retrieval to the plain export"
     )
     min_masked_top1_agreement: Number | None = Field(
-        None, ge=0, le=1, description="encoders with a masked-token head: share of equal most likely tokens"
+        None,
+        ge=0,
+        le=1,
+        description="encoders with a masked-token head: share of masks with the same most likely token",
     )
 
 
 class Recipe(Frozen):
     """A named set of methods with their calibration, validation and gates."""
 
-    name: str = Field(description="by default the file's name")
+    name: str = Field(description="default: the file's name")
     description: str = Field("", description="one line for `kvslim recipes`")
     methods: tuple[MethodEntry, ...] = Field((), description="names, or `name: options` pairs; see below")
-    budget: Budget | None = Field(None, description="lets the planner pick the methods; then give none")
-    compensate: bool = Field(True, description="fit projections again where held-out text gains by it")
+    budget: Budget | None = Field(
+        None, description="limits for the planner, which then picks the methods; leave `methods` empty"
+    )
+    compensate: bool = Field(True, description="refit projections where that helps on held-out text")
     weights: Weights = WeightFormat()
-    layout: Layout = Field("gqa", description="attention operators: gqa is fused and fast, attention24 standard ONNX")
+    layout: Layout = Field(
+        "gqa", description="attention operators: gqa is fused and fast, attention24 is standard ONNX"
+    )
     window_cache: bool = Field(True, description="give sliding-window layers a cache of their window's size")
     calibration: Calibration = Calibration()
     validation: Validation = Validation()
@@ -153,7 +162,7 @@ class Recipe(Frozen):
 
     @property
     def ordered_methods(self) -> list[Method]:
-        """The methods in the order that they run in."""
+        """The methods in the order they run."""
         return sorted(self.methods, key=lambda method: method.order)
 
     def within(self, budget: Budget) -> Recipe:
@@ -169,7 +178,7 @@ class Recipe(Frozen):
         return self.model_copy(update={"methods": (), "budget": budget, "gates": gates})
 
     def gated(self, gates: Gates) -> Recipe:
-        """This recipe with gates that are set in place of its own."""
+        """This recipe; gates that are set replace its own."""
         return self.model_copy(update={"gates": self.gates.model_copy(update=gates.model_dump(exclude_none=True))})
 
     @field_serializer("methods")
@@ -202,19 +211,21 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(_one_line(error), where=str(path), fix="mend the YAML syntax") from error
+        raise UsageError(_one_line(error), where=str(path), fix="correct the YAML syntax") from error
     if not isinstance(data, dict):
-        raise UsageError("a recipe is a mapping of keys", where=str(path), fix="start from `kvslim recipes balanced`")
+        raise UsageError(
+            "a recipe must be a mapping of keys to values", where=str(path), fix="start from `kvslim recipes balanced`"
+        )
     for override in overrides:
         _override(data, override)
     return parse_recipe({"name": path.stem, **data}, where=str(path))
 
 
 def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
-    """The typed recipe of plain data.
+    """Plain data as a typed recipe.
 
     Raises:
-        UsageError: A key is unknown or a value out of range; every fault is named.
+        UsageError: A key is unknown or a value out of range; the error names all of them.
     """
     try:
         return Recipe.model_validate(data)
@@ -231,7 +242,7 @@ def _fault(fault: Any) -> str:
 
 
 def _override(data: dict[str, Any], override: str) -> None:
-    """Sets one `key.path=value`; a method's options are reached by its name (`methods.kv_pca.rank=32`)."""
+    """Sets one `key.path=value`. A method's options are addressed by its name (`methods.kv_pca.rank=32`)."""
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
@@ -240,14 +251,18 @@ def _override(data: dict[str, Any], override: str) -> None:
     for key in keys[:-1]:
         target = _methods_by_name(target, key) if isinstance(target, list) else _nested(target, key)
         if not isinstance(target, dict | list):
-            raise UsageError(f"{key!r} in {override!r} has no keys below it", where="--set", fix="see docs/recipes.md")
+            raise UsageError(
+                f"{key!r} in {override!r} is a value, not a group of keys", where="--set", fix="see docs/recipes.md"
+            )
     if isinstance(target, list):
-        raise UsageError(f"{override!r} replaces a method", where="--set", fix="write --set methods.kv_pca.rank=32")
+        raise UsageError(
+            f"{override!r} would replace a whole method", where="--set", fix="write --set methods.kv_pca.rank=32"
+        )
     try:
         target[keys[-1]] = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(
-            f"cannot read {override!r}: {_one_line(error)}", where="--set", fix="mend the value"
+            f"cannot read {override!r}: {_one_line(error)}", where="--set", fix="correct the value"
         ) from error
 
 

@@ -163,7 +163,7 @@ def test_bugs_are_one_line_and_exit_1(run: Run, monkeypatch: pytest.MonkeyPatch)
     def broken() -> None:
         raise ZeroDivisionError("by zero\nand more")
 
-    monkeypatch.setattr("kvslim.cli.doctor.examine", broken)
+    monkeypatch.setattr("kvslim.cli.machine.examine", broken)
     code, out, err = run("doctor")
     assert (code, out) == (1, "")
     assert err.splitlines()[0] == "error: ZeroDivisionError: by zero"
@@ -176,7 +176,7 @@ def test_bugs_show_the_traceback_when_debugging(run: Run, monkeypatch: pytest.Mo
         raise ZeroDivisionError("by zero")
 
     monkeypatch.setenv("KVSLIM_DEBUG", "1")
-    monkeypatch.setattr("kvslim.cli.doctor.examine", broken)
+    monkeypatch.setattr("kvslim.cli.machine.examine", broken)
     assert "in broken" in run("doctor")[2]
 
 
@@ -184,7 +184,7 @@ def test_interrupt_exits_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvslim.cli.doctor.examine", interrupted)
+    monkeypatch.setattr("kvslim.cli.machine.examine", interrupted)
     code, out, err = run("doctor")
     assert (code, out) == (130, "")
     assert "interrupted" in err
@@ -352,7 +352,7 @@ def test_doctor_finds_the_kernels(run: Run) -> None:
 
 
 def test_doctor_exits_4_when_a_check_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvslim.cli.doctor.MIN_DISK_GIB", 1e9)
+    monkeypatch.setattr("kvslim.cli.machine.MIN_DISK_GIB", 1e9)
     code, out, err = run("doctor")
     assert code == 4
     assert "FAILED" in out

@@ -122,7 +122,7 @@ def test_regressions_are_refused_when_there_is_no_counterpart() -> None:
     assert regressions(compared({"new": manifest()}), compared({"old": manifest()})) == ()
     with pytest.raises(UsageError, match="no artifact 'c'"):
         regressions(compared({"c": manifest()}), two)
-    with pytest.raises(UsageError, match="8,192 tokens, in the baseline at 4,096"):
+    with pytest.raises(UsageError, match="8,192 tokens, but at 4,096 in the baseline"):
         regressions(compared({"a": manifest().model_copy(update={"context": 8192})}), two)
 
 

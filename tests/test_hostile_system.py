@@ -91,7 +91,7 @@ def test_memory_limit_is_one_error_when_the_cache_does_not_fit(artifact: Path) -
     manifest = artifact / "kvslim.json"
     manifest.write_text(manifest.read_text().replace('"max_context": 512', '"max_context": 1000000000'))
     code = (
-        "import resource, sys; from kvslim.cli.app import run; import kvslim.cli.generating\n"
+        "import resource, sys; from kvslim.cli.app import run; import kvslim.cli.completions\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31)); sys.exit(run(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "generate", str(artifact), "-p", "a", "--context", "100000000"]

@@ -14,7 +14,6 @@ from support.models import export_slim, open_workshop, recipe_of
 from support.tiny_artifact import SPEC, fill
 
 from kvslim.cli import app
-from kvslim.cli.inspect import inspect
 from kvslim.devices.demand import StoredWeights
 from kvslim.devices.graph import artifact_weights
 from kvslim.devices.profile import load_device
@@ -23,6 +22,7 @@ from kvslim.export.manifest import read_manifest
 from kvslim.load.parameters import Parameters, count_parameters
 from kvslim.load.source import read_spec, resolve
 from kvslim.methods import KvPca
+from kvslim.report.inspect import inspect
 from kvslim.report.memory import artifact_caches, cache_memory
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import KVLayout, LayerPlan, Plan
@@ -281,7 +281,7 @@ def write_graph(path: Path) -> None:
 
 def test_artifact_refuses_another_kind_of_weights(tmp_path: Path) -> None:
     fill(tmp_path)
-    with pytest.raises(UsageError, match="as they are"):
+    with pytest.raises(UsageError, match="stored already"):
         inspect(str(tmp_path), [64], "int4", [])
 
 

@@ -16,6 +16,7 @@ from kvslim.cli.console import schema_id
 from kvslim.cli.schemas import OUTPUTS, output_type, schema_of
 from kvslim.errors import NotFoundError
 from kvslim.export.manifest import write_manifest
+from kvslim.validate import tasks
 from kvslim.validate.tasks import Score, TaskScores
 
 KEYS = Path(__file__).with_name("json_keys.txt")
@@ -126,7 +127,7 @@ def test_outputs_of_long_work_are_of_their_schemas(
     printed: Printed, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = {"piqa": TaskScores(items=3, shots=0, metrics={"acc": Score(value=0.5, stderr=None)})}
-    monkeypatch.setattr("kvslim.validate.tasks.evaluate", lambda *_, **__: scores)
+    monkeypatch.setattr(tasks, "evaluate", lambda *_, **__: scores)
     judged = printed("eval", artifact, "--tasks", "piqa", "--min-accuracy", "0.6")
     assert (judged["passed"], judged["gates"][0]["name"]) == (False, "min_accuracy of piqa")
 

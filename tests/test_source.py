@@ -11,6 +11,7 @@ import pytest
 
 from kvslim.demo import MODEL_DIR
 from kvslim.errors import NotFoundError, UnsupportedError
+from kvslim.load import source
 from kvslim.load.architecture import ARCHITECTURES, architecture_of
 from kvslim.load.source import read_spec, resolve
 
@@ -28,7 +29,7 @@ def test_demo_is_the_model_in_the_package() -> None:
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "../x", "a/b/c", "nowhere"])
 def test_name_that_cannot_be_a_hub_id_is_refused_without_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvslim.load.source._download", None)
+    monkeypatch.setattr(source, "_download", None)
     with pytest.raises(NotFoundError):
         resolve(name)
 
@@ -145,5 +146,5 @@ def test_model_is_refused_when_its_rope_changes_with_the_length(tmp_path: Path) 
 
 def test_model_is_refused_when_it_looks_ahead(tmp_path: Path) -> None:
     folder = config_folder(tmp_path, model_type="gemma3_text", use_bidirectional_attention=True)
-    with pytest.raises(UnsupportedError, match="looks ahead"):
+    with pytest.raises(UnsupportedError, match="bidirectional attention"):
         read_spec(resolve(str(folder)))

@@ -1,4 +1,4 @@
-"""The command line: each verb parses its options and calls one public function; see the modules that they are from."""
+"""The command line. Each verb has its own module, which parses the options and calls one public function."""
 
 from __future__ import annotations
 
@@ -9,14 +9,28 @@ from typing import Annotated, NoReturn
 import typer
 
 from kvslim import __version__
-from kvslim.cli import console, making, measuring, telling, using
+from kvslim.cli import console
+from kvslim.cli.analyze import analyze
+from kvslim.cli.bench import bench
+from kvslim.cli.compare import compare
+from kvslim.cli.compress import compress
+from kvslim.cli.doctor import doctor
+from kvslim.cli.eval import evaluate
 from kvslim.cli.failures import READER_GONE, InterruptError, explained, usage_error
+from kvslim.cli.generate import generate
+from kvslim.cli.inspect import inspect
 from kvslim.cli.memory import check_memory
+from kvslim.cli.methods import methods
+from kvslim.cli.plan import plan
+from kvslim.cli.recipes import recipes
+from kvslim.cli.schema import schema
+from kvslim.cli.validate import validate
+from kvslim.cli.verify import verify
 from kvslim.errors import KvslimError, UsageError
 
 app = typer.Typer(
     name="kvslim",
-    help="Turns a Hugging Face model into an ONNX folder with a several times smaller KV cache, measured.",
+    help="Turns a Hugging Face model into an ONNX folder with a several times smaller KV cache, and measures it.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -39,7 +53,7 @@ def run(arguments: list[str]) -> int:
 
     Returns:
         The exit code: 0 ok, 1 bug, 2 usage, 3 gate, 4 unsupported, broken or out of memory, 5 not found, 130 Ctrl-C,
-        141 when nobody reads the output any more.
+        141 when the reader of the output is gone.
     """
     as_json = "--json" in arguments
     try:
@@ -50,20 +64,20 @@ def run(arguments: list[str]) -> int:
         return (code or 0) if arguments else UsageError.exit_code
     except KeyboardInterrupt:
         error: KvslimError = InterruptError(
-            "interrupted", where="kvslim", fix="run it again; nothing half-written is left"
+            "interrupted", where="kvslim", fix="run it again; no half-written files are left"
         )
-    except (BrokenPipeError, SystemExit):  # the parser makes the one of the other
+    except (BrokenPipeError, SystemExit):  # the parser turns the first into the second
         console.abandon_stdout()
         return READER_GONE
     except typer.TyperException as caught:
         error = usage_error(caught)
-    except BaseException as caught:  # a bug is one line too, and so is a panic, which Rust raises as no Exception
+    except BaseException as caught:  # a bug is reported in one line; a panic in Rust code is a BaseException
         error = explained(caught)
-    return _told(error, as_json)
+    return _report(error, as_json)
 
 
-def _told(error: KvslimError, as_json: bool) -> int:
-    """Prints an error, on stderr alone where stdout takes no more; returns its exit code."""
+def _report(error: KvslimError, as_json: bool) -> int:
+    """Prints an error, only on stderr if stdout is closed, and returns its exit code."""
     try:
         console.print_error(error, as_json)
         console.flush()
@@ -83,20 +97,20 @@ def _root(
     check_memory(context.invoked_subcommand or "")
 
 
-app.command()(making.compress)
-app.command()(making.plan)
-app.command()(making.analyze)
-app.command()(measuring.validate)
-app.command("eval")(measuring.evaluate)
-app.command()(measuring.compare)
-app.command()(measuring.bench)
-app.command()(using.generate)
-app.command()(using.inspect)
-app.command()(using.verify)
-app.command()(telling.methods)
-app.command()(telling.recipes)
-app.command()(telling.doctor)
-app.command()(telling.schema)
+app.command()(compress)
+app.command()(plan)
+app.command()(analyze)
+app.command()(validate)
+app.command("eval")(evaluate)
+app.command()(compare)
+app.command()(bench)
+app.command()(generate)
+app.command()(inspect)
+app.command()(verify)
+app.command()(methods)
+app.command()(recipes)
+app.command()(doctor)
+app.command()(schema)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PIPE_WIDTH = 160
-SCHEMA_VERSION = 1  # raised when a key goes, or changes its meaning; keys may be added
+SCHEMA_VERSION = 1  # goes up when a key is removed or changes its meaning; new keys do not change it
 
 
 class Terminal:
-    """A progress listener: bars on a terminal, one line per stage in a log."""
+    """Shows progress: bars on a terminal, one line per stage in a log."""
 
     def __init__(self) -> None:
         self._console = _console(stderr=True)
@@ -34,7 +34,7 @@ class Terminal:
         self._console.print(f"• {name}", markup=False, highlight=False)
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-        """Yields `items` and, on a terminal, shows how far they are."""
+        """Yields `items` and shows a progress bar on a terminal."""
         if not self._console.is_terminal:
             yield from items
             return
@@ -57,12 +57,12 @@ def print_json(name: str, value: dict[str, Any]) -> None:
 
 
 def schema_id(name: str) -> str:
-    """What the key `schema` says, such as `kvslim.compress/1`."""
+    """The value of the key `schema`, such as `kvslim.compress/1`."""
     return f"kvslim.{name}/{SCHEMA_VERSION}"
 
 
 def print_json_line(value: Any) -> None:
-    """Prints one object of JSON lines, at once."""
+    """Prints one object of JSON lines without delay."""
     print_text(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -75,36 +75,36 @@ def print_tables(*tables: Table) -> None:
 
 
 def print_text(text: str) -> None:
-    """Prints a piece of a result as it is and at once, so that a reader can follow."""
+    """Prints a piece of a result unchanged and without delay, so that a reader can follow."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def accept_any_text() -> None:
-    """Lets names and prompts that are no Unicode in and out: they are refused or told, and never a crash."""
+    """Accepts names and prompts that are not valid Unicode, so that they lead to an error message, not a crash."""
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
 
 
 def flush() -> None:
-    """Writes out what stdout still holds, so that a full disk or a closed pipe shows while it can be told."""
+    """Flushes stdout, so that a full disk or a closed pipe raises while the error can still be reported."""
     sys.stdout.flush()
 
 
 def abandon_stdout() -> None:
-    """Drops what stdout cannot take, which Python would try to write once more at its end."""
+    """Drops the rest of the output; Python would try to write it again at exit, and fail again."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def hint(text: str) -> None:
-    """Prints a line that is no result."""
+    """Prints a line that is not part of the result, on stderr."""
     sys.stderr.write(f"{text}\n")
 
 
 def mark(text: str) -> None:
-    """Prints on stderr where to type."""
+    """Prints a prompt sign on stderr."""
     sys.stderr.write(text)
     sys.stderr.flush()
 
@@ -132,7 +132,7 @@ def _console(stderr: bool) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    # Rich takes a pipe for 80 columns wide and would cut the tables that a script or a log wants whole.
+    # Rich assumes that a pipe is 80 columns wide, and would cut tables that a script or a log needs in full.
     return Console(file=stream, width=None if stream.isatty() else PIPE_WIDTH, soft_wrap=False)
 
 

@@ -1,64 +1,63 @@
-"""Whether this machine can make and run artifacts: packages, kernels, CPU, memory and disk."""
+"""`kvslim doctor`: checks that this machine can run KVSlim."""
 
 from __future__ import annotations
 
-import os
-import platform
-import shutil
-import sys
-from collections.abc import Iterator
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from kvslim.contract import Frozen
-from kvslim.errors import UsageError
+import typer
+
+from kvslim.cli import console
+from kvslim.cli.options import Json
+from kvslim.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
-    from packaging.requirements import Requirement
-
+    from kvslim.cli.machine import Check
     from kvslim.devices.profile import Device
-
-MIN_PYTHON = (3, 11)
-MIN_MEMORY_GIB = 2.0
-MIN_DISK_GIB = 2.0
-SC_LEVEL2_CACHE_SIZE = 191  # of Linux; Python has no name for it
-TOLERANCE = 0.05  # int8 keys and values are off by up to half a step of 1/32
-CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
-FLASH_HINT = "the system tells no L2 cache size: if prefill is slow, set ORT_GQA_DISABLE_FLASH_ATTENTION=1 and compare"
+    from kvslim.report.tables import Table
 
 
-class Check(Frozen):
-    """One finding; `fix` says what to do, where something is wrong or may be slow."""
+def doctor(
+    measure: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.yaml", help="measure this machine and write a file for `kvslim inspect --device`"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check that this machine can run KVSlim.
 
-    name: str
-    ok: bool
-    found: str
-    fix: str = ""
-
-
-def _check(name: str, ok: bool, found: str, fix: str) -> Check:
-    return Check(name=name, ok=ok, found=found, fix="" if ok else fix)
-
-
-def examine() -> tuple[Check, ...]:
-    """Every check, in the order in which trouble is best mended."""
-    return (_python(), *_packages(), *_kernels(), _cpu(), _l2(), _memory(), _disk())
-
-
-def measured(path: Path) -> Device:
-    """This machine's profile, written to a file that `kvslim inspect --device` reads.
-
-    Raises:
-        UsageError: The file would not be taken for one.
-        OutputError: The file cannot be written.
+    Checks versions, kernels, memory and disk; exit code 4 if something is wrong.
     """
+    from kvslim.cli.machine import examine
+
+    device = None if measure is None else _measured(measure)
+    checks = examine()
+    failed = [check for check in checks if not check.ok]
+    if as_json:
+        profile = None if device is None else device.model_dump(mode="json")
+        listed = [check.model_dump(mode="json") for check in checks]
+        console.print_json("doctor", {"ok": not failed, "checks": listed, "device": profile})
+    else:
+        console.print_tables(_checks_table(checks), *([] if device is None else [_device_table(device)]))
+    if failed:
+        names = ", ".join(check.name for check in failed)
+        error = UnsupportedError(f"failed checks: {names}", where="this machine", fix=failed[0].fix)
+        console.print_error(error)
+        raise typer.Exit(error.exit_code)
+
+
+def _measured(path: Path) -> Device:
+    """This machine's profile, written to a file that `kvslim inspect --device` reads."""
     from kvslim.cli.inputs import check_target, write_text
     from kvslim.devices.profile import SUFFIXES, device_text
 
     check_target(path, "--measure")
     if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path.name!r} is no YAML file", where="--measure", fix=f"write --measure {path.stem}.yaml")
+        raise UsageError(
+            f"{path.name!r} is not a YAML file", where="--measure", fix=f"write --measure {path.stem}.yaml"
+        )
+    # Imported only now: it loads onnxruntime, and a wrong file name should be refused at once.
     from kvslim.devices.measure import measure_device
 
     device = measure_device()
@@ -66,83 +65,17 @@ def measured(path: Path) -> Device:
     return device
 
 
-def _python() -> Check:
-    needed = ".".join(map(str, MIN_PYTHON))
-    return _check("python", sys.version_info >= MIN_PYTHON, platform.python_version(), f"use {needed} or newer")
+def _checks_table(checks: Sequence[Check]) -> Table:
+    """The findings, with advice only if something is wrong or may be slow."""
+    from kvslim.report.tables import Table
+
+    rows = tuple((check.name, "ok" if check.ok else "FAILED", check.found, check.fix) for check in checks)
+    return Table(("check", "", "found", "advice"), rows, words=True)
 
 
-def _packages() -> Iterator[Check]:
-    """The installed versions against those that KVSlim asks for."""
-    from packaging.requirements import Requirement
+def _device_table(device: Device) -> Table:
+    """A device's numbers with their sources."""
+    from kvslim.report.tables import Table
 
-    try:
-        asked = metadata.requires("kvslim") or []
-    except metadata.PackageNotFoundError:
-        yield _check("kvslim", False, "not installed", "pip install -c constraints.txt -e .")
-        return
-    for text in asked:
-        requirement = Requirement(text)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            yield _package(requirement)
-
-
-def _package(requirement: Requirement) -> Check:
-    fix = f"pip install '{requirement}'"
-    try:
-        found = metadata.version(requirement.name)
-    except metadata.PackageNotFoundError:
-        return _check(requirement.name, False, "missing", fix)
-    return _check(requirement.name, requirement.specifier.contains(found, prereleases=True), found, fix)
-
-
-def _kernels() -> Iterator[Check]:
-    from kvslim.cli.kernel import CACHES, attention_error
-
-    for cache in CACHES:
-        try:
-            difference = attention_error(cache)
-            ok, found = difference < TOLERANCE, f"in place, largest error {difference:.1e}"
-        except Exception as error:  # whatever onnxruntime or onnx raises, the kernel does not work here
-            ok, found = False, " ".join(str(error).split())[:200]
-        yield _check(f"attention, {cache} cache", ok, found, "update onnxruntime")
-
-
-def _cpu() -> Check:
-    import psutil
-
-    flags = _cpu_flags()
-    features = ", ".join(name for name in CPU_FEATURES if name in flags) or "no known vector features"
-    threads = f"{psutil.cpu_count(logical=False) or '?'} cores, {psutil.cpu_count()} threads"
-    return Check(name="cpu", ok=True, found=f"{platform.machine()}, {threads}, {features}")
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return set()
-    lines = (line.partition(":") for line in text.splitlines())
-    return {flag for name, _, flags in lines if name.strip() in {"flags", "Features"} for flag in flags.split()}
-
-
-def _l2() -> Check:
-    """The L2 size that onnxruntime sees: it asks sysconf, which some systems answer with 0."""
-    try:
-        size = os.sysconf(SC_LEVEL2_CACHE_SIZE) if sys.platform == "linux" else 0
-    except (OSError, ValueError):
-        size = 0
-    if size <= 0:
-        return Check(name="L2 cache", ok=True, found="unknown", fix=FLASH_HINT)
-    return Check(name="L2 cache", ok=True, found=f"{size // 1024} KiB")
-
-
-def _memory() -> Check:
-    import psutil
-
-    free = psutil.virtual_memory().available / 2**30
-    return _check("memory", free >= MIN_MEMORY_GIB, f"{free:.1f} GiB free", f"free {MIN_MEMORY_GIB} GiB")
-
-
-def _disk() -> Check:
-    free = shutil.disk_usage(Path.cwd()).free / 2**30
-    return _check("disk", free >= MIN_DISK_GIB, f"{free:.1f} GiB free here", f"free {MIN_DISK_GIB} GiB")
+    rows = tuple((name, f"{value.value:g}", value.source) for name, value in device if name != "name")
+    return Table((device.name, "", "source"), rows, words=True)

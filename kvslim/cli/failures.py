@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from kvslim.types import GateResult
 
 
-READER_GONE = 141  # as shells report a process that SIGPIPE ended
-# torch, onnxruntime, safetensors and the loader of libraries have no type of their own for this.
+READER_GONE = 141  # what shells report for a process that SIGPIPE ended
+# torch, onnxruntime, safetensors and the library loader have no exception type for this, only these messages.
 OUT_OF_MEMORY = (
     "bad_alloc",
     "bad allocation",
@@ -45,20 +45,20 @@ class FileAccessError(KvslimError):
 
 
 def verdict(passed: bool | None, gates: Sequence[GateResult], where: str) -> int:
-    """The exit code of an artifact; failed gates are told on stderr, as stdout has the result already."""
+    """The exit code of an artifact. Failed gates are named on stderr, because stdout already holds the result."""
     if passed is not False:
         return 0
     failed = ", ".join(
         f"{gate.name} {_number(gate.value)} against {_number(gate.limit)}" for gate in gates if not gate.passed
     )
-    fix = "use a gentler recipe, or set the gates to what the task needs; the artifact is kept and marked"
+    fix = "use a milder recipe, or set the gates to what the task needs; the artifact is kept and marked as failed"
     error = GateError(f"gate failed: {failed}", where=where, fix=fix)
     console.print_error(error)
     return error.exit_code
 
 
 def usage_error(caught: typer.TyperException) -> UsageError:
-    """What the parser of the command line refused, as an error of ours."""
+    """An error of the command line parser as a `UsageError`."""
     context: Any = getattr(caught, "ctx", None)
     command = context.command_path if context else "kvslim"
     message = caught.format_message() if hasattr(caught, "format_message") else str(caught)
@@ -66,33 +66,35 @@ def usage_error(caught: typer.TyperException) -> UsageError:
 
 
 def explained(caught: BaseException) -> KvslimError:
-    """Any exception as an error of ours; what memory and files lack is told as such, however deep it came up."""
+    """Any exception as a `KvslimError`. Lack of memory and file errors are recognised however deep they were raised."""
     if any(_is_out_of_memory(error) for error in _chain(caught)):
         return _after(
             MemoryLimitError(
                 "out of memory",
                 where=_place(caught),
-                fix="free memory or raise its limit (ulimit -v), or take a smaller model, context or batch",
+                fix="free memory, raise the limit (ulimit -v), or use a smaller model, context or batch",
             ),
             caught,
         )
     if isinstance(caught, KvslimError):
         return caught
     if isinstance(caught, OSError) and caught.strerror:
-        fix = "see that the file can be read or written, and that the disk has space"
+        fix = "check that the file can be read or written, and that the disk has space"
         return _after(FileAccessError(caught.strerror, where=str(caught.filename or "the output"), fix=fix), caught)
     return bug(caught)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and those that it was raised from, or while handling."""
+    """An exception, and the exceptions that it was raised from or while handling."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, KvslimError | ValueError):  # a validation error writes out its input, however large
+    if isinstance(
+        error, KvslimError | ValueError
+    ):  # a validation error quotes its input, which could contain these words
         return False
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno == errno.ENOMEM
@@ -112,9 +114,9 @@ def _after(error: KvslimError, caught: BaseException) -> KvslimError:
 
 
 def bug(caught: BaseException) -> KvslimError:
-    """An exception that nobody expected, in one line."""
+    """An unexpected exception as an error of one line."""
     reason = str(caught).strip().partition("\n")[0]
-    fix = "set KVSLIM_DEBUG=1 for the traceback, and report it"
+    fix = "set KVSLIM_DEBUG=1 to see the traceback, and report it"
     return _after(KvslimError(f"{type(caught).__name__}: {reason}", where=_place(caught), fix=fix), caught)
 
 

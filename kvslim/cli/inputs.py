@@ -1,4 +1,4 @@
-"""Option values that need more than a type: lengths like `512,4k`, plan files, a model or an artifact."""
+"""Option values that need more than a type: lengths like `512,4k`, plan files, budgets and gates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from kvslim.types import Plan
 
 if TYPE_CHECKING:
     from kvslim.types import Report
-    from kvslim.validate.bench import Grid
 
 THOUSAND = 1024
 MOST_DIGITS = 12
@@ -42,21 +41,17 @@ def read_length(text: str, option: str) -> int:
     return int(digits) * factor
 
 
-def read_grid(prompts: str, contexts: str, threads: str | None, batches: str, repeats: int) -> Grid:
-    """The grid of the options of `kvslim bench`.
+def read_counts(text: str, option: str) -> tuple[int, ...]:
+    """Positive numbers like `1,4`.
 
     Raises:
-        UsageError: One of them is no list of positive numbers.
+        UsageError: One of them is not a positive number.
     """
-    from kvslim.validate.bench import Grid
-
-    return Grid(
-        prompts=read_lengths(prompts, "--prompt"),
-        contexts=read_lengths(contexts, "--context"),
-        threads=(None,) if threads is None else _counts(threads, "--threads"),
-        batches=_counts(batches, "--batch"),
-        repeats=repeats,
-    )
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not (part.isascii() and part.isdigit() and len(part) <= MOST_DIGITS and int(part)):
+            raise UsageError(f"{part!r} is not a positive number", where=option, fix="write numbers like 1,4")
+    return tuple(int(part) for part in parts)
 
 
 def read_plan(path: Path) -> Plan:
@@ -79,11 +74,11 @@ def read_plan(path: Path) -> Plan:
             f"{place}: {fault['msg']}", where=f"--plan {path}", fix="see `kvslim plan MODEL --json`"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"this is not JSON: {error}", where=f"--plan {path}", fix="mend the JSON syntax") from error
+        raise UsageError(f"this is not JSON: {error}", where=f"--plan {path}", fix="correct the JSON syntax") from error
 
 
 def check_target(path: Path | None, option: str) -> None:
-    """Refuses a file that cannot be written, before the work that fills it.
+    """Refuses a file that cannot be written, before the long work that fills it.
 
     Raises:
         OutputError: Its folder does not exist, or it is a folder itself.
@@ -106,7 +101,7 @@ def write_text(path: Path, text: str, option: str) -> None:
 
 
 def write_junit(path: Path | None, report: Report, artifact: Path) -> None:
-    """Writes the gates where a file for them was named; failed ones too."""
+    """Writes the gates as JUnit XML if a file is given."""
     if path:
         from kvslim.report.junit import junit_xml
 
@@ -120,10 +115,10 @@ def read_budget(
     max_kl: float | None,
     max_recall_drop: float | None,
 ) -> Budget | None:
-    """The budget of the options; None when none is given.
+    """The budget that the options describe; None if there is none.
 
     Raises:
-        UsageError: A value is out of range, or two limit the bytes.
+        UsageError: A value is out of range, or two options limit the bytes.
     """
     limits = {
         "--kv-ratio": ("kv_ratio", kv_ratio),
@@ -150,7 +145,7 @@ def read_budget(
 
 
 def read_gates(texts: Sequence[str]) -> Gates:
-    """Gates like `max_kl=0.01`; of two with one name the last counts.
+    """Gates like `max_kl=0.01`; if a name occurs twice, the last one counts.
 
     Raises:
         UsageError: One has no limit, an unknown name, or a limit out of range.
@@ -173,18 +168,10 @@ def read_gates(texts: Sequence[str]) -> Gates:
 
 
 def read_recipe(name: str | None, overrides: Sequence[str], budget: Budget | None) -> Recipe:
-    """The recipe of the options, with the budget in place of its methods.
+    """The recipe that the options describe, with the budget in place of its methods.
 
     Raises:
         NotFoundError, UsageError: As `load_recipe`.
     """
     recipe = load_recipe(name or ("small" if budget else "balanced"), overrides)
     return recipe.within(budget) if budget else recipe
-
-
-def _counts(text: str, option: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",")]
-    for part in parts:
-        if not (part.isascii() and part.isdigit() and len(part) <= MOST_DIGITS and int(part)):
-            raise UsageError(f"{part!r} is not a positive number", where=option, fix="write numbers like 1,4")
-    return tuple(int(part) for part in parts)

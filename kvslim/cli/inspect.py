@@ -1,74 +1,45 @@
-"""What `kvslim inspect` tells of a model or an artifact; no weights are read."""
+"""`kvslim inspect`: shows how much memory a KV cache takes, and what devices allow."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from typing import Annotated
 
-from kvslim.contract import ModelSpec, WeightType
-from kvslim.devices.demand import StoredWeights, training
-from kvslim.devices.limits import Limits, limits
-from kvslim.devices.profile import Device
-from kvslim.errors import UnsupportedError, UsageError
-from kvslim.export.manifest import MANIFEST, read_manifest
-from kvslim.report.memory import CacheMemory, artifact_caches, cache_memory, model_caches
+import typer
+
+from kvslim.cli import console
+from kvslim.cli.options import Json, WeightKind
 
 
-def inspect(model: str, contexts: Sequence[int], weights: WeightType | None, devices: Sequence[Device]) -> CacheMemory:
-    """The cache of a model from its config, or of an artifact from its manifest.
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL|ARTIFACT", help="a model (as for compress) or an artifact")],
+    contexts: Annotated[str, typer.Option("--context", help="context lengths")] = "4k,16k",
+    weights: Annotated[WeightKind | None, typer.Option(help="how a model's weights are stored; default: fp32")] = None,
+    devices: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--device", help="show the limits of a device: a name (docs/devices.md) or a .yaml file; repeatable"
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show how much memory the KV cache takes, and what devices allow.
 
-    Args:
-        model: As for `kvslim compress`, or an artifact's folder.
-        contexts: Lengths in tokens.
-        weights: How a model's weights are to be stored; None for float32. An artifact's are as they are.
-        devices: Devices whose limits to work out.
-
-    Raises:
-        KvslimError: Neither can be read, or an option does not fit it.
+    Reads the config, or the manifest and the graph, and no weights.
     """
-    if not (Path(model) / MANIFEST).exists():
-        return _inspect_model(model, contexts, weights or "fp32", devices)
-    if weights is not None:
-        raise UsageError("an artifact's weights are as they are", where="--weights", fix="drop the option")
-    return _inspect_artifact(Path(model), contexts, devices)
+    from kvslim.cli.inputs import read_lengths
+    from kvslim.devices.profile import load_device
+    from kvslim.report.inspect import inspect as memory_of
+    from kvslim.report.limits import limits_table, stages_table
+    from kvslim.report.tables import contexts_table, layers_table
 
-
-def _inspect_model(model: str, contexts: Sequence[int], kind: WeightType, devices: Sequence[Device]) -> CacheMemory:
-    from kvslim.load.parameters import count_parameters
-    from kvslim.load.source import read_spec, resolve
-
-    snapshot = resolve(model)
-    spec = read_spec(snapshot)
-    _check(spec, devices)
-    parameters = count_parameters(snapshot, spec)
-    weights, caches = StoredWeights.of(parameters, kind), model_caches(spec)
-    steps = [training(spec, parameters, caches[0], context) for context in contexts]
-    found: list[Limits] = []
-    for device in devices:
-        found += limits(device, weights, caches, spec.max_context, contexts, steps)
-    return cache_memory(spec, caches, kind, weights.stored, contexts, found)
-
-
-def _inspect_artifact(folder: Path, contexts: Sequence[int], devices: Sequence[Device]) -> CacheMemory:
-    from kvslim.devices.graph import artifact_weights
-    from kvslim.validate.measure import file_mib
-
-    manifest = read_manifest(folder)
-    spec, caches = manifest.spec, artifact_caches(manifest)
-    _check(spec, devices)
-    name, stored = str(manifest.weights), int(file_mib(folder) * 2**20)
-    found: list[Limits] = []
-    if devices:
-        weights = artifact_weights(folder, spec, name, stored)
-        for device in devices:
-            found += limits(device, weights, caches, spec.max_context, contexts)
-    return cache_memory(spec, caches, name, stored, contexts, found)
-
-
-def _check(spec: ModelSpec, devices: Sequence[Device]) -> None:
-    if spec.is_encoder and devices:
-        raise UnsupportedError(
-            f"{spec.model_type} is an encoder: without a KV cache a device sets it no longest context",
-            where="--device",
-            fix="time it with `kvslim bench`",
-        )
+    lengths = read_lengths(contexts, "--context")
+    memory = memory_of(model, lengths, weights, [load_device(name) for name in devices or ()])
+    if as_json:
+        console.print_json("inspect", memory.model_dump(mode="json"))
+        return
+    console.print_tables(layers_table(memory), contexts_table(memory))
+    console.print_text(f"weights: {memory.weights_mib:,.1f} MiB, {memory.weights}\n")
+    console.print_tables(limits_table(memory.devices), stages_table(memory.devices))
+    longest = max(lengths)
+    if longest > memory.max_context:
+        console.hint(f"hint: this model was made for {memory.max_context:,} positions, fewer than {longest:,}")

@@ -1,4 +1,4 @@
-"""One step of onnxruntime's fused attention, checked against numpy: does the kernel that artifacts need work here?"""
+"""Checks one step of onnxruntime's fused attention against numpy: does the kernel that artifacts need work here?"""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 from pydantic import BaseModel, Field, create_model
 
 from kvslim.cli.console import schema_id
-from kvslim.cli.doctor import Check
+from kvslim.cli.machine import Check
 from kvslim.contract import Frozen
 from kvslim.devices.profile import Device
 from kvslim.errors import NotFoundError, suggestion
@@ -35,7 +35,7 @@ class Compared(Comparison):
 
 
 class Benched(Frozen):
-    """Timings, energy, bytes and memory, by the paths given."""
+    """Timings, energy, bytes and memory, by path."""
 
     artifacts: dict[str, BenchResult]
 
@@ -49,14 +49,14 @@ class Scored(Frozen):
 
 
 class Generated(Usage):
-    """A prompt, the text that follows it, and what it took."""
+    """A prompt, the text that follows it, and counts and times."""
 
     prompt: str
     completion: str
 
 
 class Verified(Frozen):
-    """Every way in which an artifact differs from what was written."""
+    """All differences between an artifact and what was written."""
 
     ok: bool
     problems: tuple[str, ...]
@@ -86,11 +86,11 @@ class Examined(Frozen):
 
     ok: bool
     checks: tuple[Check, ...]
-    device: Device | None = Field(description="what was measured of the machine, if it was asked for")
+    device: Device | None = Field(description="this machine's profile, with --measure")
 
 
 class Failure(Frozen):
-    """What is wrong, where, how to mend it, and the exit code."""
+    """What is wrong, where, how to fix it, and the exit code."""
 
     message: str
     where: str
@@ -123,7 +123,7 @@ OUTPUTS: dict[str, type[Frozen]] = {
 
 
 def output_type(name: str) -> type[BaseModel]:
-    """The type of the whole object that a command prints, its key `schema` too.
+    """The type of the whole object that a command prints, with its key `schema`.
 
     Raises:
         NotFoundError: There is no such command.
@@ -136,7 +136,7 @@ def output_type(name: str) -> type[BaseModel]:
 
 
 def schema_of(name: str) -> dict[str, Any]:
-    """The JSON Schema of what a command prints; it allows keys that later versions may add.
+    """The JSON Schema of what a command prints. It allows other keys, because later versions may add some.
 
     Raises:
         NotFoundError: There is no such command.

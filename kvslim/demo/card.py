@@ -66,7 +66,7 @@ smoothing; the text is {documents} stories of up to {context} tokens.
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """How a model was made: wall-clock minutes, millions of tokens, device, command."""
+    """How a model was trained: wall-clock minutes, millions of tokens, device, command."""
 
     minutes: float
     million_tokens: float
@@ -75,7 +75,7 @@ class TrainingRecord:
 
 
 def model_card(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: TrainingRecord) -> str:
-    """Returns the text of the model's README.md, with figures measured here."""
+    """Measures the model and returns the text of its README.md."""
     recall = {d: recall_accuracy(model, tokenizer, d, QUESTIONS) for d in DISTANCES}
     config = model.config
     heldout = _token_ids(tokenizer, heldout_text(_DOCUMENTS, _WORDS))
@@ -117,7 +117,7 @@ def recall_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def chance_level(distance: int, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Returns the expected share right of a uniform guess among the kind's values."""
+    """Returns the expected share of right answers of a uniform guess among the kind's values."""
     choices = {value: len(kind.values) for kind in KINDS for value in kind.values}
     questions = recall_questions(QUESTIONS, distance, lambda text: len(tokenizer.encode(text)))
     return sum(1 / choices[question.answer.strip()] for question in questions) / QUESTIONS
@@ -125,7 +125,7 @@ def chance_level(distance: int, tokenizer: PreTrainedTokenizerBase) -> float:
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, documents: list[list[int]]) -> float:
-    """Returns exp of the mean cross-entropy over all tokens but each first."""
+    """Returns exp of the mean cross-entropy over all tokens except the first of each text."""
     total, count = 0.0, 0
     for ids in documents:
         batch = torch.tensor([ids], device=model.device)

@@ -1,12 +1,12 @@
-"""A seeded generator of short stories whose facts are asked for later.
+"""A seeded generator of short stories that state facts and ask for them later.
 
 A story has a cast. Scene by scene it tells facts about one of them ("Mira's lamp
 is red."), repeats facts told before, and asks for facts at all distances
 ("Question: what colour is Mira's lamp? Answer: Mira's lamp is red."). A quarter of all
 (person, kind, value) facts occurs only in held-out text.
 
-Free choices are few and follow Zipf's law, as near-ties would make the top-1
-agreement of two models a matter of rounding.
+Free choices are few and follow Zipf's law, because near-ties would make the top-1
+agreement of two models depend on rounding.
 """
 
 import random
@@ -48,7 +48,7 @@ class RecallQuestion:
 
 @dataclass
 class _Fact:
-    """A told fact; before word ``due`` of the story it is not spoken of again."""
+    """A stated fact; it is not mentioned again before word ``due`` of the story."""
 
     name: str
     kind: Kind
@@ -72,7 +72,7 @@ def _zipf(rng: random.Random, items: Sequence[T], exponent: float = 1.0) -> T:
 
 
 class _Story:
-    """The sentences told so far and the state needed to go on."""
+    """The sentences so far, and the state needed to continue."""
 
     def __init__(self, rng: random.Random, split: Split, words: int) -> None:
         self.rng = rng
@@ -90,7 +90,7 @@ class _Story:
         self._roll_call()
 
     def _roll_call(self) -> None:
-        """Tells one fact of the same kind about everybody, so that names matter early."""
+        """States one fact of the same kind about everybody, so that names matter early."""
         for name in self.cast:
             self._tell_next(name)
 
@@ -99,7 +99,7 @@ class _Story:
         self.words += sentence.count(" ") + 1
 
     def scene(self) -> None:
-        """Tells one scene: an event, new facts, an event, a reminder, questions."""
+        """Writes one scene: an event, new facts, an event, a reminder, questions."""
         leader = self._next_leader()
         self._event(leader)
         for _ in range(_zipf(self.rng, (2, 1, 3))):
@@ -116,7 +116,7 @@ class _Story:
         return fact
 
     def _mention(self, fact: _Fact, form: str) -> None:
-        """Speaks of a fact and lets it rest, half the time long, for far questions."""
+        """Mentions a fact, then leaves it alone, half of the time long enough for a far question."""
         self.say(fact.fill(form))
         fact.last_mention = self.words
         longest = max(1.0, self.length / _REST) if self.rng.random() < 0.5 else 1.0
@@ -154,7 +154,7 @@ class _Story:
             self._mention(_zipf(self.rng, known), self.rng.choices(_REMINDERS, (3, 1))[0])
 
     def _ask(self, name: str) -> str:
-        """Asks for a fact, mostly one long unspoken of; returns whose fact it was."""
+        """Asks for a fact, mostly one not mentioned for long; returns whose fact it was."""
         known = self._open_facts(name if self.rng.random() < 0.3 else None)
         if not known:
             return name
@@ -181,31 +181,31 @@ def document(seed: int, split: Split, words: int) -> str:
 
 
 def heldout_text(documents: int, words: int, seed: int = 0) -> list[str]:
-    """Returns stories none of whose facts occurs in any training story."""
+    """Returns stories with no fact that occurs in a training story."""
     return [document(1_000_000 * seed + i, "heldout", words) for i in range(documents)]
 
 
 def calibration_text(documents: int, words: int, seed: int = 0) -> list[str]:
-    """Returns stories of the train split, whose facts no held-out story tells."""
+    """Returns stories of the train split, with no fact of a held-out story."""
     return [document(1_000_000 * seed + i, "train", words) for i in range(documents)]
 
 
 def recall_questions(
     count: int, distance: int, count_tokens: Callable[[str], int], seed: int = 0
 ) -> list[RecallQuestion]:
-    """Returns held-out questions about a fact told once, ``distance`` tokens before.
+    """Returns held-out questions about a fact stated once, ``distance`` tokens before.
 
-    Between fact and question the story goes on; it tells other values for other
-    people's facts of the same kind and never speaks of the fact itself.
+    Between fact and question the story continues. It states other values for other
+    people's facts of the same kind, and never mentions the fact itself.
 
     Args:
         count: How many questions.
-        distance: Tokens from the value in the fact to the answer; met within 5 %.
+        distance: Tokens from the value in the fact to the answer; met to within 5 %.
         count_tokens: Length of a text in tokens.
         seed: Other seeds give other questions.
 
     Raises:
-        ValueError: If no story meets ``distance``, as when it is below some 60 tokens.
+        ValueError: If no story meets ``distance``, for example one below about 60 tokens.
     """
     return [
         _recall_question(random.Random(f"recall/{seed}/{distance}/{i}"), distance, count_tokens) for i in range(count)
@@ -253,7 +253,7 @@ def _cut(sentences: list[str], budget: int, count_tokens: Callable[[str], int]) 
 
 
 def _competes(fact: _Fact, middle: list[str]) -> bool:
-    """Whether the text tells another value for somebody else's fact of the kind."""
+    """Whether the text states another value for somebody else's fact of this kind."""
     words = " ".join(middle).replace(".", "").split(" ")
     others = set(fact.kind.values) - {fact.value}
     return bool(others.intersection(words))

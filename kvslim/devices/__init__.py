@@ -1,1 +1,1 @@
-"""What a device allows: profiles of small machines, and the bounds they set on a model."""
+"""What a device allows: profiles of small machines, and the limits they set for a model."""

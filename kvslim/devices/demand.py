@@ -1,10 +1,10 @@
-"""What a model asks of a machine when it trains, reads a prompt and decodes: memory, bytes moved, and FLOPs.
+"""What a model needs for training, reading a prompt and decoding: memory, memory traffic, and FLOPs.
 
-A product with a matrix of n numbers costs a token 2 n FLOPs; attention over c tokens costs a query head 2 c (key dim +
-value dim). Decoding reads each matrix once per token, a prompt once per chunk. The cache is read once by each query
-head: onnxruntime's kernel goes over a kv head's rows again for every query head of the group, so that its time follows
-query heads. Activations of inference stay in the processor's caches and are not counted. docs/devices.md has the
-formulas, and what was measured.
+Multiplying a token with a matrix of n numbers takes 2 n FLOPs; attention over c tokens takes 2 c (key dim + value dim)
+per query head. Decoding reads each matrix once per token; a prompt reads it once per chunk. The cache is read once by
+each query head: onnxruntime's kernel reads the rows of a kv head again for every query head of the group, so its time
+grows with the query heads. Activations of inference stay in the processor's caches and are not counted.
+docs/devices.md has the formulas and the measurements.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvslim.types import KVLayout, Plan
 StageName = Literal["training", "prefill", "decode"]
 
 CHUNK = 512  # tokens of a prompt that run at once, as in `kvslim.runtime`
-RUNTIME_BYTES = 128 * 2**20  # what peak memory has beside weights and cache: interpreter, onnxruntime, activations
+RUNTIME_BYTES = 128 * 2**20  # peak memory apart from weights and cache: interpreter, onnxruntime, activations
 FLOAT = 4
 BLOCK = 32
 BLOCK_BYTES: dict[WeightType, float] = {  # codes, a float32 scale and a zero point
@@ -27,8 +27,10 @@ BLOCK_BYTES: dict[WeightType, float] = {  # codes, a float32 scale and a zero po
     "int8": BLOCK + FLOAT + 1,
     "int4": BLOCK / 2 + FLOAT + 0.5,
 }
-STATES = 4  # numbers that training with Adam holds of a parameter: itself, its gradient and two moments
-MOVES = 10  # and moves in a step: read forward and back, gradient written, all four read, all but the gradient written
+STATES = 4  # numbers that training with Adam holds per parameter: itself, its gradient and two moments
+MOVES = (
+    10  # numbers moved per step: read forward and back, gradient written, all four read, all but the gradient written
+)
 PASSES = 3  # the backward pass computes two products for each of the forward pass
 # Numbers of the hidden size that a layer keeps of a token for the backward pass: equation 2 of Korthikanti et al.
 # (2022), "Reducing activation recomputation in large transformer models", without dropout, with attention's scores
@@ -37,12 +39,12 @@ ACTIVATIONS = 16
 
 
 class Demand(Frozen):
-    """What one stage asks for at a context of so many tokens.
+    """What one stage needs at a context length.
 
     Attributes:
         stage: Training on one text, reading a prompt or decoding after it, of `context` tokens.
         context: Tokens.
-        memory_bytes: Memory that is held.
+        memory_bytes: Memory that it occupies.
         bytes_per_token: Memory traffic.
         flops_per_token: Products and sums.
     """
@@ -56,14 +58,14 @@ class Demand(Frozen):
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """Weights as they are stored.
+    """Weights and how they are stored.
 
     Attributes:
-        name: What tables call them.
+        name: Their name in tables.
         stored: Bytes in memory.
         read: Bytes that a token reads.
         products: Numbers in matrices that every token is multiplied with.
-        head: Numbers in the one that gives logits, which a prompt needs once per chunk.
+        head: Numbers in the matrix that gives logits, which a prompt needs once per chunk.
     """
 
     name: str
@@ -74,7 +76,7 @@ class StoredWeights:
 
     @classmethod
     def of(cls, parameters: Parameters, kind: WeightType) -> StoredWeights:
-        """A model's matrices in this type, and all else in float32."""
+        """A model's matrices in this type, everything else in float32."""
         products = parameters.products + parameters.head
         number = BLOCK_BYTES[kind] / BLOCK
         read = int(products * number) + parameters.others * FLOAT
@@ -87,10 +89,10 @@ class Cache:
     """A cache, and the attention that reads it.
 
     Attributes:
-        name: What tables call it.
+        name: Its name in tables.
         layout: Its tensors.
         q_heads: Query heads, by layer.
-        bits: Of every number; None: as the layout stores it.
+        bits: Bits of every number; None for those of the layout.
     """
 
     name: str
@@ -108,23 +110,23 @@ class Cache:
         return tensor.bytes_per_token if self.bits is None else tensor.heads * tensor.dim * self.bits // 8
 
     def bytes_at(self, context: int) -> int:
-        """Bytes that a context of so many tokens allocates; a window is allocated whole."""
+        """Bytes to allocate for a context of this many tokens; a window is always allocated in full."""
         return sum(self.row_bytes(tensor) * tensor.rows(context) for tensor in self.layout.tensors)
 
     def read_at(self, context: int) -> int:
-        """Bytes that the next token's query heads read, each the rows of its kv head that hold something."""
+        """Bytes that the next token reads: each query head reads the filled rows of its kv head."""
         return sum(
             self.row_bytes(each) // each.heads * self.q_heads[each.layer] * _held(each, context)
             for each in self.layout.tensors
         )
 
     def flops_at(self, context: int) -> int:
-        """FLOPs of one token's attention over so many tokens."""
+        """FLOPs of one token's attention over a context."""
         return sum(2 * self.q_heads[each.layer] * each.dim * _held(each, context) for each in self.layout.tensors)
 
 
 def query_heads(spec: ModelSpec, plan: Plan) -> tuple[int, ...]:
-    """Query heads that a plan leaves each layer."""
+    """Query heads that each layer keeps under a plan."""
     return tuple(spec.q_heads if layer.heads is None else len(layer.heads) for layer in plan.layers)
 
 
@@ -140,7 +142,7 @@ def decode(weights: StoredWeights, cache: Cache, context: int) -> Demand:
 
 
 def prefill(weights: StoredWeights, cache: Cache, context: int) -> Demand:
-    """A prompt of so many tokens, in chunks, the head on the last token of each."""
+    """A prompt of `context` tokens, in chunks; each chunk needs the head only for its last token."""
     ends = [*range(CHUNK, context, CHUNK), context]
     moved = sum(weights.read + cache.read_at(end) for end in ends)
     flops = 2 * (weights.products * context + weights.head * len(ends)) + _attention(cache, ends)
@@ -154,7 +156,7 @@ def prefill(weights: StoredWeights, cache: Cache, context: int) -> Demand:
 
 
 def training(spec: ModelSpec, parameters: Parameters, cache: Cache, context: int) -> Demand:
-    """A step of Adam in float32 on one text of so many tokens."""
+    """A step of Adam in float32 on one text of `context` tokens."""
     kept = FLOAT * context * (ACTIVATIONS * spec.hidden_size * spec.layers + spec.vocab_size)
     products = 2 * (parameters.products + parameters.head) * context
     attention = _attention(cache, [*range(CHUNK, context, CHUNK), context])
@@ -168,7 +170,7 @@ def training(spec: ModelSpec, parameters: Parameters, cache: Cache, context: int
 
 
 def memory(weights: StoredWeights, cache: Cache, context: int) -> int:
-    """Bytes that inference holds at a context."""
+    """Memory that inference needs at a context."""
     return weights.stored + cache.bytes_at(context) + RUNTIME_BYTES
 
 
@@ -177,7 +179,7 @@ def _held(tensor: KVTensor, context: int) -> int:
 
 
 def _attention(cache: Cache, ends: list[int]) -> float:
-    """FLOPs of all tokens' attention; each chunk's grow linearly from its first token to its last."""
+    """FLOPs of all tokens' attention. Within a chunk they grow linearly from the first token to the last."""
     starts = [0, *ends[:-1]]
     return sum(
         (end - start) * (cache.flops_at(start + 1) + cache.flops_at(end)) / 2

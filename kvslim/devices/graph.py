@@ -1,4 +1,4 @@
-"""What the weights of an artifact ask for, told from its graph; the data file is not read."""
+"""What the weights of an artifact need, computed from its graph without reading the data file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def artifact_weights(folder: Path, spec: ModelSpec, name: str, stored: int) -> S
     Args:
         folder: The artifact.
         spec: Its model's shape; the head is the product with as many outputs as there are tokens.
-        name: What to call them.
+        name: Their name in tables.
         stored: Bytes of its files.
 
     Raises:
@@ -54,7 +54,7 @@ def _load(folder: Path) -> onnx.GraphProto:
 
 
 def _product(node: onnx.NodeProto, constants: list[onnx.TensorProto]) -> tuple[int, int] | None:
-    """(inputs, outputs) of a product with constants; a stack of matrices counts all their inputs."""
+    """(inputs, outputs) of a product with constants; for a stack of matrices, the inputs of all of them."""
     if node.op_type == "MatMulNBits":
         sizes = {attribute.name: attribute.i for attribute in node.attribute}
         return sizes["K"], sizes["N"]

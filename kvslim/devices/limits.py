@@ -1,7 +1,7 @@
-"""The limits that a device sets: the longest context, the fewest seconds a token can take, and what sets them.
+"""The limits of a device: the longest context, the shortest time per token, and what sets them.
 
-A stage can take no less time than its memory traffic at full bandwidth, and no less than its FLOPs at full rate: the
-roofline of Williams et al. (2009). The larger of the two binds, unless memory is too small to begin with.
+A stage takes at least the time of its memory traffic at full bandwidth and at least that of its FLOPs at full rate: the
+roofline of Williams et al. (2009). The larger of the two is the limit, unless the memory is too small anyway.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Resource = Literal["memory", "bandwidth", "compute"]
 
 
 class Bound(Frozen):
-    """What a device makes of a demand.
+    """How fast a device can be at a demand.
 
     Attributes:
-        demand: What the stage asks for.
-        seconds_per_token: The least that it can take.
-        binds: What it waits for; memory where it does not fit at all.
+        demand: What the stage needs.
+        seconds_per_token: The least time it can take.
+        binds: What limits it; memory if it does not fit at all.
     """
 
     demand: Demand
@@ -31,18 +31,18 @@ class Bound(Frozen):
 
     @property
     def tokens_per_second(self) -> float:
-        """The most that it can do."""
+        """The most tokens per second that are possible."""
         return 1 / self.seconds_per_token
 
 
 class Limits(Frozen):
-    """What a device allows one way to store weights and cache.
+    """What a device allows with one type of weights and cache.
 
     Attributes:
         device: The device's name.
         weights, cache: The names of what is stored.
-        longest_context: Tokens that fit and that the model has positions for; 0 if the weights alone are too large.
-        longest_by: What ends it.
+        longest_context: Tokens that fit and that the model has positions for; 0 if the weights alone do not fit.
+        longest_by: What limits it.
         stages: Bounds, by stage and context.
     """
 
@@ -66,11 +66,11 @@ def limits(
 
     Args:
         device: The device.
-        weights: The weights beside each cache.
-        caches: Ways to store the cache.
+        weights: The weights, which are in memory with each cache.
+        caches: The caches to compare.
         positions: Tokens that the model has positions for.
         contexts: Lengths in tokens at which prompt and decoding are bounded.
-        others: Demands that no cache changes, such as those of training.
+        others: Demands that do not depend on the cache, such as training.
     """
     result = []
     for cache in caches:

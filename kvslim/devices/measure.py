@@ -1,4 +1,4 @@
-"""The profile of the machine that this runs on, measured in some seconds."""
+"""Measures the profile of this machine, in a few seconds."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from onnx import TensorProto, helper
 
 from kvslim.devices.profile import Device, Quantity, Share
 
-PART_BYTES = 256 * 2**20  # of each thread: far beyond a processor's caches
+PART_BYTES = 256 * 2**20  # per thread: much larger than a processor's caches
 SIDE = 1024
 REPEATS = 7
 
 
 def measure_device() -> Device:
-    """Memory from the system, bandwidth and FLOP/s as the best of some runs on all cores.
+    """Memory as the system reports it; bandwidth and FLOP/s as the best of several runs on all cores.
 
-    The best and not the median: a bound must not be lower than what the machine can do when nothing disturbs it.
+    The best, not the median, because a limit must not be below what an idle machine can do.
     """
     import psutil
 
@@ -44,10 +44,10 @@ def measure_device() -> Device:
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes per second that so many threads read together.
+    """Bytes per second that `threads` threads read together.
 
-    A dot product of a vector with itself does as little as possible with what it reads; numpy's sum and its maximum
-    are slower than memory.
+    A dot product of a vector with itself needs hardly any arithmetic per byte; numpy's sum and maximum are slower than
+    the memory.
     """
     parts = [np.ones(PART_BYTES // 4, np.float32) for _ in range(threads)]
     with ThreadPoolExecutor(threads) as pool:
@@ -64,7 +64,7 @@ def matmul_rate() -> float:
 
 
 def _best(action: Callable[[], object]) -> float:
-    """Seconds of the fastest of some runs, after one that warms up."""
+    """Seconds of the fastest of several runs, after one to warm up."""
     action()
     seconds = []
     for _ in range(REPEATS):

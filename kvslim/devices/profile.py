@@ -1,4 +1,4 @@
-"""A device in five numbers, each with its source; read from a YAML file or taken from those that ship."""
+"""Devices as a few numbers, each with its source, from a YAML file or from the profiles that come with KVSlim."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SUFFIXES = (".yaml", ".yml")
 
 
 class Quantity(Frozen):
-    """A number and where it is from."""
+    """A number and its source."""
 
     value: float = Field(gt=0)
     source: str = Field(min_length=1)
@@ -30,17 +30,19 @@ class Share(Quantity):
 
 
 class Device(Frozen):
-    """What a machine has to give to one model on its CPU."""
+    """What a machine offers to a model on its CPU."""
 
     name: str = Field(min_length=1)
     ram_gib: Quantity = Field(description="memory, GiB")
-    usable_share: Share = Field(description="of the memory, what the system and other programs leave")
-    bandwidth_gb_s: Quantity = Field(description="of reading memory, all cores together, 1e9 bytes per second")
-    gflops: Quantity = Field(description="float32 products and sums of all cores together, 1e9 per second")
+    usable_share: Share = Field(description="share of the memory that the system and other programs leave free")
+    bandwidth_gb_s: Quantity = Field(
+        description="bandwidth of reading memory, all cores together, 1e9 bytes per second"
+    )
+    gflops: Quantity = Field(description="float32 multiplications and additions, all cores together, 1e9 per second")
 
     @property
     def usable_bytes(self) -> int:
-        """Memory that a model may take."""
+        """Memory that a model can use."""
         return int(self.ram_gib.value * self.usable_share.value * 2**30)
 
 
@@ -51,16 +53,16 @@ def shipped_devices() -> dict[str, Path]:
 
 
 def device_memory() -> tuple[tuple[str, float], ...]:
-    """The shipped devices with the GiB that each leaves to a model."""
+    """The shipped devices with the GiB that a model can use on each."""
     devices = (load_device(name) for name in shipped_devices())
     return tuple((device.name, device.usable_bytes / 2**30) for device in devices)
 
 
 def load_device(name: str) -> Device:
-    """A shipped profile by name, or a profile of one's own by path.
+    """A shipped profile by name, or your own profile by path.
 
     Raises:
-        UsageError: No profile has that name, or the file is no profile; every faulty key is named.
+        UsageError: No profile has that name, or the file is not a profile; the error names every wrong key.
         NotFoundError: There is no such file.
     """
     shipped = shipped_devices()
@@ -75,7 +77,7 @@ def load_device(name: str) -> Device:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(" ".join(str(error).split()), where=str(path), fix="mend the YAML syntax") from error
+        raise UsageError(" ".join(str(error).split()), where=str(path), fix="correct the YAML syntax") from error
     return _parse(data, path)
 
 

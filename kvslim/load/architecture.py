@@ -1,4 +1,4 @@
-"""Where the parts of each model family live: architectures as data. Adding a family is adding a row."""
+"""Where the parts of each model family are, as a table. To add a family, add a row."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ class Architecture:
     """Module paths of a family in transformers.
 
     Attributes:
-        title: What the family is called, with the best known of its models.
-        note: What its graphs have of their own.
+        title: The name of the family, with its best known models.
+        note: What is special about its graphs.
         layers: The list of decoder layers, from the model.
         attention: The attention module, from a layer.
         query, key, value, output: Its projections, from the attention module.
-        packing: Order of the rows where query, key and value are one projection: all query heads, all key heads, all
+        packing: Order of the rows if query, key and value are one projection: all query heads, all key heads, all
             value heads ("blocks"), or query, key and value of one head after the other ("heads").
-        direct: Whether the modelling code slices and joins projections with no effect but RoPE's; they are then
-            computed straight from the hidden states.
+        direct: Whether the modelling code only slices and joins projections around RoPE; they can then be computed
+            directly from the hidden states.
         rotary: The rotary embedding, from the model; None for learned positions.
         scaled_query: Whether the family scales queries after their projection.
-        mlp: The modules that make the feed-forward part, from a layer, in order; no other part of it has weights.
-        down: The projection at its end, from a layer.
-        post_norms: The norms behind attention and feed-forward part, before what these give is added to the hidden
-            states, from a layer; None for families without.
+        mlp: The modules of the feed-forward part, from a layer, in order; nothing else in it has weights.
+        down: Its last projection, from a layer.
+        post_norms: The norms on the outputs of attention and of the feed-forward part, before these are added to the
+            hidden states, from a layer; None if the family has none.
     """
 
     title: str

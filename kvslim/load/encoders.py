@@ -1,4 +1,4 @@
-"""The encoder families: what their graphs read, and the shape that config.json gives them."""
+"""The encoder families: the inputs of their graphs, and their shape from config.json."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Encoder(Architecture):
     """A family of encoders in transformers; module paths start at the model without its head.
 
     Attributes:
-        token_types: Whether sentence pairs are told apart by `token_type_ids`.
-        pooler: Whether the bare model carries a pooler, which embeddings by mean pooling never read.
-        offset_positions: Whether positions count attended tokens, from one beyond the padding token's id.
+        token_types: Whether the model takes `token_type_ids`, which mark the sentences of a pair.
+        pooler: Whether the bare model has a pooler, which mean-pooled embeddings do not use.
+        offset_positions: Whether positions count only attended tokens, starting one after the padding token's id.
     """
 
     token_types: bool = False
@@ -26,7 +26,7 @@ class Encoder(Architecture):
 
 
 def _encoder(title: str, note: str, *, token_types: bool = False, offset_positions: bool = False) -> Encoder:
-    """The row of a family whose layers are named as BERT's."""
+    """The row of a family whose layers have the same names as BERT's."""
     return Encoder(
         title,
         note,
@@ -79,13 +79,13 @@ def encoder_spec(raw: dict[str, Any], where: str) -> ModelSpec:
 
     Raises:
         ModelError: The config is broken or contradicts itself.
-        UnsupportedError: It is a decoder in an encoder's clothes, or its positions are relative.
+        UnsupportedError: The config makes the model a decoder, or its positions are relative.
     """
     from transformers import AutoConfig
 
     try:
         spec = _spec(AutoConfig.for_model(**raw))
-    except Exception as error:  # transformers' config classes raise many types, each with its reason
+    except Exception as error:  # transformers' config classes raise many exception types
         reason = " ".join(str(error).split())
         raise ModelError(f"config.json is broken: {reason}", where=where, fix="download the model again") from error
     _refuse_unsupported(raw, where)
@@ -95,7 +95,7 @@ def encoder_spec(raw: dict[str, Any], where: str) -> ModelSpec:
 def _spec(config: Any) -> ModelSpec:
     heads, hidden = config.num_attention_heads, config.hidden_size
     if min(heads, hidden, config.num_hidden_layers) < 1 or hidden % heads:
-        raise ValueError(f"{heads} heads do not divide a hidden size of {hidden}")
+        raise ValueError(f"{heads} heads do not divide the hidden size {hidden}")
     offset = config.pad_token_id + 1 if ENCODERS[config.model_type].offset_positions else 0
     return ModelSpec(
         model_type=config.model_type,
@@ -118,10 +118,14 @@ def _task(architectures: list[str] | None) -> Task:
 def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
     if raw.get("is_decoder"):
         raise UnsupportedError(
-            f"a {raw['model_type']} that decodes is not supported", where=where, fix="use an encoder, or a causal model"
+            f"a {raw['model_type']} used as a decoder is not supported",
+            where=where,
+            fix="use an encoder, or a causal model",
         )
     positions = raw.get("position_embedding_type", "absolute")
     if positions != "absolute":
         raise UnsupportedError(
-            f"position embeddings {positions!r} are not supported", where=where, fix="use a model with absolute ones"
+            f"position embeddings {positions!r} are not supported",
+            where=where,
+            fix="use a model with absolute position embeddings",
         )

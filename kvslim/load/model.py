@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 def load_model(snapshot: Snapshot) -> PreTrainedModel:
     """The causal language model in float32, in evaluation mode.
 
-    Weights in another type are read and converted one by one: there is no second copy of them in memory.
+    Weights in another type are read and converted one by one, so that memory never holds a second copy.
 
     Raises:
-        ModelError: The weights are corrupt, missing in part, or of another shape than the config says.
+        ModelError: The weights are corrupt or incomplete, or their shapes do not match the config.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -28,7 +28,7 @@ def load_model(snapshot: Snapshot) -> PreTrainedModel:
 
 
 def load_encoder(snapshot: Snapshot, spec: ModelSpec) -> PreTrainedModel:
-    """The encoder in float32, in evaluation mode, with its masked-token head where the config names one.
+    """The encoder in float32, in evaluation mode, with its masked-token head if the config names one.
 
     Raises:
         ModelError: As `load_model`.
@@ -38,7 +38,7 @@ def load_encoder(snapshot: Snapshot, spec: ModelSpec) -> PreTrainedModel:
 
 
 def encoder_class(spec: ModelSpec) -> tuple[Any, dict[str, bool]]:
-    """transformers' classes by config for an encoder's task, and what to construct one with."""
+    """transformers' model class for an encoder's task, and the arguments of its constructor."""
     from transformers import MODEL_FOR_MASKED_LM_MAPPING, MODEL_MAPPING
 
     if spec.task == "fill-mask":
@@ -66,12 +66,12 @@ def _load(classes: Any, snapshot: Snapshot, **options: Any) -> PreTrainedModel:
             **options,
         )
         _read_generation_config(model, snapshot)
-    except Exception as error:  # safetensors, torch and transformers each raise their own types
+    except Exception as error:  # safetensors, torch and transformers each raise their own exception types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"cannot load the weights: {reason}", where=str(snapshot.path), fix=fix) from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{len(missing)} weights are missing, first {missing[0]!r}", where=str(snapshot.path), fix=fix)
-    # A sum has no copy of the weights, and in float64 none overflows.
+    # A sum makes no copy of the weights, and in float64 it cannot overflow.
     broken = (name for name, weight in model.named_parameters() if not weight.sum(dtype=torch.float64).isfinite())
     if name := next(broken, None):
         raise ModelError(f"weights are not finite, first {name!r}", where=str(snapshot.path), fix=fix)
@@ -79,9 +79,10 @@ def _load(classes: Any, snapshot: Snapshot, **options: Any) -> PreTrainedModel:
 
 
 def _unread(snapshot: Snapshot) -> dict[str, Any]:
-    """Every stored tensor by name, to be read from its file when it is needed.
+    """All stored tensors by name; each is read from its file when it is needed.
 
-    transformers would map the files into memory, where the pages it has read stay until the last tensor is converted.
+    transformers would map the files into memory, and the pages it has read would stay until the last tensor is
+    converted.
     """
     from safetensors import safe_open
 
@@ -90,7 +91,7 @@ def _unread(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def _read_generation_config(model: PreTrainedModel, snapshot: Snapshot) -> None:
-    """Reads how the model's makers end and pad a text; without their file the model takes it from its config."""
+    """Reads generation_config.json (end and padding tokens); without it the model uses its config."""
     from transformers import GenerationConfig
 
     if (snapshot.path / "generation_config.json").is_file():
@@ -107,7 +108,7 @@ def load_tokenizer(snapshot: Snapshot) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(snapshot.path, local_files_only=True)
-    except Exception as error:  # transformers raises several types for a missing or broken tokenizer
+    except Exception as error:  # transformers raises several exception types for a missing or broken tokenizer
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"cannot load the tokenizer: {reason}",

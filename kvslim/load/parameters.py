@@ -1,4 +1,4 @@
-"""How many parameters a config asks for, counted on the model's own modules, which take no memory here."""
+"""Counts the parameters of a config on the model's own modules, without allocating them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from kvslim.load.source import Snapshot, read_config
 
 
 class Parameters(Frozen):
-    """Parameters by what a token does with them.
+    """Parameters, grouped by how a token uses them.
 
     Attributes:
         products: In matrices that every token is multiplied with.
-        head: In the one that gives logits, of which a prompt's last token alone has need; the embedding, if tied.
-        embedding: In a token embedding that is not the head, of which a token reads one row.
-        positions: In tables of learned positions or segments, of which it reads one row too.
+        head: In the matrix that gives logits, which only the last token of a prompt needs; the embedding, if tied.
+        embedding: In a token embedding that is not the head; a token reads one row of it.
+        positions: In tables of learned positions or segments; a token reads one row of each.
         others: In norms and biases.
     """
 
@@ -29,7 +29,7 @@ class Parameters(Frozen):
 
     @property
     def total(self) -> int:
-        """All of them, a tied table once."""
+        """The total; a tied table counts once."""
         return self.products + self.head + self.embedding + self.positions + self.others
 
 
@@ -37,7 +37,7 @@ def count_parameters(snapshot: Snapshot, spec: ModelSpec) -> Parameters:
     """The parameters of the model that `kvslim compress` would export.
 
     Raises:
-        NotFoundError, ModelError: The config cannot be read, or is of no model.
+        NotFoundError, ModelError: The config cannot be read, or no model can be built from it.
     """
     import torch
     from torch.nn import Embedding
@@ -72,9 +72,9 @@ def _unfilled(snapshot: Snapshot, spec: ModelSpec) -> Any:
         config = AutoConfig.for_model(**raw)
         with torch.device("meta"):
             return classes[type(config)](config, **options)
-    except Exception as error:  # modelling code raises many types, each with its reason
+    except Exception as error:  # modelling code raises many exception types
         where = str(snapshot.path / "config.json")
         reason = " ".join(str(error).split())
         raise ModelError(
-            f"config.json is of no model: {reason}", where=where, fix="download the model again"
+            f"no model can be built from config.json: {reason}", where=where, fix="download the model again"
         ) from error

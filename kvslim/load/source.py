@@ -1,4 +1,4 @@
-"""From what the user typed to a folder on disk and what its config.json says, before any weight is read."""
+"""Finds the folder of the model that the user named and reads its config.json, before any weights are read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Snapshot:
 
     @property
     def is_demo(self) -> bool:
-        """Whether this is the model that ships with KVSlim."""
+        """Whether this is the model that comes with KVSlim."""
         return self.path == MODEL_DIR
 
     def sha256(self) -> str:
@@ -52,7 +52,7 @@ def resolve(model: str) -> Snapshot:
     """The local files of `demo`, a folder, a hub id or `id@revision`; only a hub id touches the network.
 
     Raises:
-        NotFoundError: No such folder, and no such model on the hub or no way to reach it.
+        NotFoundError: No such folder, no such model on the hub, or the hub cannot be reached.
     """
     if model == "demo":
         return Snapshot(MODEL_DIR, model)
@@ -114,12 +114,12 @@ def read_config(snapshot: Snapshot) -> dict[str, Any]:
 def read_spec(snapshot: Snapshot, context: int | None = None) -> ModelSpec:
     """The model's shape, from config.json alone.
 
-    LongRoPE (Ding et al., 2024) rotates all positions faster in texts up to the original context than in longer ones,
-    so one cache serves one of the two: `context` decides.
+    LongRoPE (Ding et al., 2024) rotates all positions faster in texts up to the original context than in longer ones.
+    A cache can serve only one of the two, and `context` decides which.
 
     Args:
         snapshot: The model's files.
-        context: Tokens that the model is wanted for; None for its own choice.
+        context: The target context in tokens; None for the model's own.
 
     Raises:
         NotFoundError: The folder has no config.json.
@@ -137,7 +137,7 @@ def read_spec(snapshot: Snapshot, context: int | None = None) -> ModelSpec:
     try:
         config = AutoConfig.for_model(**raw)
         spec = _spec(config, NormalizedTextConfig(config), context or 0)
-    except Exception as error:  # transformers' config classes raise many types, each with its reason
+    except Exception as error:  # transformers' config classes raise many exception types
         reason = " ".join(str(error).split())
         raise ModelError(f"config.json is broken: {reason}", where=where, fix="download the model again") from error
     _refuse_unsupported(config, where)
@@ -145,7 +145,7 @@ def read_spec(snapshot: Snapshot, context: int | None = None) -> ModelSpec:
         raise UnsupportedError(
             f"{spec.q_heads} query heads, {spec.kv_heads} kv heads of {spec.head_dim} do not fit onnxruntime's kernel",
             where=where,
-            fix="it needs query heads a multiple of kv heads, and head_dim a multiple of 8",
+            fix="it needs query heads that are a multiple of kv heads, and a head_dim that is a multiple of 8",
         )
     return spec
 
@@ -179,7 +179,7 @@ def _max_context(config: Any, context: int) -> int:
 
 
 def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
-    """The window of each layer; a window that holds the whole context is none."""
+    """The window of each layer; None if the window holds the whole context."""
     window = getattr(config, "sliding_window", None)
     if window is None or window >= config.max_position_embeddings or not getattr(config, "use_sliding_window", True):
         return (None,) * layers
@@ -206,20 +206,20 @@ def _refuse_experts(raw: dict[str, Any], where: str) -> None:
 def _refuse_unsupported(config: Any, where: str) -> None:
     if getattr(config, "use_bidirectional_attention", False):
         raise UnsupportedError(
-            "attention that looks ahead is not supported in this family", where=where, fix="use a causal model"
+            "bidirectional attention is not supported in this family", where=where, fix="use a causal model"
         )
     for rope in _ropes(config):
         kind = rope.get("rope_type", "default")
         if kind not in STATIC_ROPE:
             raise UnsupportedError(
-                f"RoPE scaling {kind!r} changes its frequencies with the length",
+                f"RoPE scaling {kind!r} changes its frequencies with the length of the text",
                 where=where,
                 fix=f"supported: {', '.join(sorted(STATIC_ROPE))}",
             )
 
 
 def check_weights(snapshot: Snapshot) -> None:
-    """Fails early when the folder has no safetensors weights; pickled weights are never loaded.
+    """Fails early if the folder has no safetensors weights. Pickled weights are never loaded: they can run code.
 
     Raises:
         NotFoundError: No weights.
@@ -236,7 +236,7 @@ def weight_files(snapshot: Snapshot) -> list[Path]:
     """The files that hold the model's weights: one, or the shards that an index names.
 
     Raises:
-        ModelError: The index is broken, leads out of the folder, or names a file that is not there.
+        ModelError: The index is broken, points outside the folder, or names a file that is not there.
     """
     whole, index = (snapshot.path / name for name in WEIGHT_FILES)
     if whole.is_file():
@@ -247,6 +247,6 @@ def weight_files(snapshot: Snapshot) -> list[Path]:
         raise ModelError("the index names no shards", where=str(index), fix="download the model again") from error
     known = {path.name for path in snapshot.path.glob("*.safetensors")}
     if strange := [name for name in shards if name not in known]:
-        message = f"the index names {strange[0]!r}, which is no .safetensors file of the folder"
+        message = f"the index names {strange[0]!r}, which is not a .safetensors file in the folder"
         raise ModelError(message, where=str(index), fix="download the model again")
     return [snapshot.path / name for name in shards]

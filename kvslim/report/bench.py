@@ -1,4 +1,4 @@
-"""What `kvslim bench` found, as tables and as CSV."""
+"""The results of `kvslim bench` as tables and as CSV."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def timings_table(results: Results) -> Table:
 
 
 def bench_csv(results: Results) -> str:
-    """One row per timing, with the artifact's costs in each; what was not measured is empty."""
+    """One row per timing, each with the artifact's bytes and memory; values that were not measured are empty."""
     file = io.StringIO()
     writer = csv.DictWriter(file, ("artifact", *Timing.model_fields, *COSTS), lineterminator="\n")
     writer.writeheader()

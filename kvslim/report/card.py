@@ -1,4 +1,4 @@
-"""The model card of an artifact: README.md with YAML front matter, written from its manifest and nothing else."""
+"""The model card of an artifact: README.md with YAML front matter, written from its manifest alone."""
 
 from __future__ import annotations
 
@@ -89,10 +89,10 @@ def model_card(manifest: Manifest) -> str:
     """The card's text; the same manifest gives the same text.
 
     Args:
-        manifest: The artifact's manifest; its file digests are not used, as the card is one of the files.
+        manifest: The artifact's manifest; its file digests are not used, because the card is one of the files.
     """
     spec, report = manifest.spec, manifest.report
-    # Markdown, not HTML: escaping would spoil the tables.
+    # Markdown, not HTML: escaping would break the tables.
     environment = Environment(autoescape=False, undefined=StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(TEMPLATE).render(
         manifest=manifest,
@@ -123,5 +123,5 @@ def _front_matter(manifest: Manifest) -> dict[str, Any]:
 
 
 def name_of(manifest: Manifest) -> str:
-    """The hub id, or the last part of a local path: a card does not tell of its maker's disk."""
+    """The hub id, or the last part of a local path: the card should not reveal folders on the author's disk."""
     return manifest.source.model if manifest.source.revision else Path(manifest.source.model).name

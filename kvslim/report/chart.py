@@ -1,4 +1,4 @@
-"""One chart as inline SVG: lines and marks on two axes, coloured by the page's style sheet, no plotting library."""
+"""One chart as inline SVG: lines and marks on two axes, coloured by the page's style sheet; no plotting library."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from html import escape
 from math import ceil, floor, log, log10
 
-WIDTH, HEIGHT = 360, 240  # the width of a phone, so that letters keep their size there
+WIDTH, HEIGHT = 360, 240  # the width of a phone, so that text keeps its size there
 LEFT, RIGHT, TOP, BOTTOM = 62, 350, 36, 198
 MOST_TICKS = 6
 DECIMAL = 10
-LABEL_GAP, LABEL_WIDTH = 13, 56  # of flat rules: labels that would be closer stand side by side
+LABEL_GAP, LABEL_WIDTH = 13, 56  # for horizontal rules: labels that would be closer are put side by side
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Axis:
 
     Attributes:
         label: What is shown, with its unit.
-        base: Of the logarithm; None for a linear axis.
+        base: Base of the logarithm; None for a linear axis.
         low: Lowest value of a linear axis.
-        high: Highest value of a linear axis, where the data do not set it.
+        high: Highest value of a linear axis, if the data do not set it.
         shown: A tick's text.
     """
 
@@ -40,8 +40,8 @@ class Series:
     Attributes:
         label: Name in the legend and in the hints.
         points: (x, y) pairs, left to right.
-        style: Class of the style sheet: `plain`, or `s0` to `s5`.
-        line: `solid`, `dashed`, or none for marks alone.
+        style: Class in the style sheet: `plain`, or `s0` to `s5`.
+        line: `solid`, `dashed`, or none for marks only.
         marks: Whether points are marked; hollow ones are predictions.
     """
 
@@ -54,7 +54,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Rule:
-    """A straight line across the chart at one value: `x` stands upright, `y` lies flat."""
+    """A straight line across the chart at one value: vertical for `x`, horizontal for `y`."""
 
     axis: str
     value: float
@@ -65,9 +65,9 @@ def chart(title: str, x: Axis, y: Axis, series: Sequence[Series], rules: Sequenc
     """The chart's SVG; the same values give the same text.
 
     Args:
-        title: Read to those who do not see the chart.
-        x: The axis below.
-        y: The axis at the left.
+        title: Text for screen readers.
+        x: The horizontal axis.
+        y: The vertical axis.
         series: At least one point in all.
         rules: Drawn behind the series.
     """

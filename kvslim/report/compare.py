@@ -13,7 +13,7 @@ from kvslim.types import GateResult, Manifest, Measures
 
 
 class Column(Frozen):
-    """One artifact of a comparison; `context` is the tokens that its bytes per token are counted in."""
+    """One artifact of a comparison; its bytes per token are counted at `context` tokens."""
 
     model: str
     recipe: str
@@ -31,7 +31,7 @@ class Comparison(Frozen):
 
 
 class Regression(Frozen):
-    """A measure that is worse than the baseline's by more than its tolerance; None: not measured any more."""
+    """A measure that is worse than in the baseline by more than its tolerance; None if it is no longer measured."""
 
     artifact: str
     measure: str
@@ -41,7 +41,7 @@ class Regression(Frozen):
 
     @property
     def values(self) -> tuple[float | None, float | None, float | None]:
-        """Baseline, now, and the worst that is tolerated."""
+        """The baseline, the value now, and the worst value within the tolerance."""
         return self.baseline, self.value, self.limit
 
 
@@ -49,9 +49,9 @@ class Tolerance(NamedTuple):
     """How much worse a measure may get before it counts.
 
     Attributes:
-        sign: 1 where less is better, -1 where more is.
+        sign: 1 if less is better, -1 if more is better.
         relative: Share of the baseline.
-        absolute: In the measure's unit, on top of that.
+        absolute: In the unit of the measure, added to the relative one.
     """
 
     sign: int
@@ -59,8 +59,8 @@ class Tolerance(NamedTuple):
     absolute: float
 
 
-# Quality is the same at every run of the same versions, but for sums in another order. Latencies are factors to the
-# plain export of the same run, as a baseline may come from another machine, and even so they scatter.
+# With the same versions, quality is the same in every run except for the order of sums. Latencies are relative to the
+# plain export of the same run, because a baseline may come from another machine; they still vary between runs.
 QUALITY = {
     "kv_bytes_per_token": Tolerance(1, 0.001, 0),
     "file_mib": Tolerance(1, 0.01, 0),
@@ -83,9 +83,9 @@ def compared(manifests: Mapping[str, Manifest]) -> Comparison:
 
 
 def regressions(comparison: Comparison, baseline: Comparison) -> tuple[Regression, ...]:
-    """All that is worse than in the baseline.
+    """Everything that is worse than in the baseline.
 
-    Artifacts are matched by name; one alone is matched with one alone, whatever their names.
+    Artifacts are matched by name. If there is only one on each side, they are matched whatever their names.
 
     Raises:
         UsageError: An artifact has no counterpart, or its bytes are counted at another context.
@@ -98,7 +98,7 @@ def regressions(comparison: Comparison, baseline: Comparison) -> tuple[Regressio
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """A column per artifact: what was measured, as factors to plain too, and how many gates hold."""
+    """A column per artifact: what was measured, also relative to plain, and how many gates hold."""
     columns = comparison.artifacts
     measured = measures_table({name: column.artifact for name, column in columns.items()})
     rows = (
@@ -112,7 +112,7 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def regressions_table(found: Sequence[Regression]) -> Table:
-    """Each regression with the baseline's value, the artifact's, and the worst that the tolerance allows."""
+    """Each regression with the baseline's value, the artifact's, and the worst value within the tolerance."""
     rows = tuple(
         (one.artifact, one.measure, *(NONE if value is None else f"{value:.4g}" for value in one.values))
         for one in found
@@ -162,9 +162,9 @@ def _counterpart(name: str, comparison: Comparison, baseline: Comparison) -> Col
     context = comparison.artifacts[name].context
     if column.context != context:
         raise UsageError(
-            f"bytes per token are counted at {context:,} tokens, in the baseline at {column.context:,}",
+            f"bytes per token are counted at {context:,} tokens, but at {column.context:,} in the baseline",
             where=f"--against, {name}",
-            fix="compare artifacts of one target context",
+            fix="compare artifacts with the same target context",
         )
     return column
 
@@ -188,7 +188,7 @@ def _worse(name: str, now: Column, before: Column) -> Iterator[Regression]:
 def _judged(
     name: str, measure: str, tolerance: Tolerance, old: float | None, new: float | None
 ) -> Iterator[Regression]:
-    """The regression of one measure, if it is one; what was never measured cannot get worse."""
+    """The regression of one measure, if there is one; a measure that the baseline does not have cannot get worse."""
     if old is None:
         return
     limit = old + tolerance.sign * (abs(old) * tolerance.relative + tolerance.absolute)

@@ -1,4 +1,4 @@
-"""The figures of a report, each drawn from one manifest or from several side by side."""
+"""The figures of a report, each for one manifest or for several side by side."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvslim.types import KVLayout, Manifest, Measures, Plan, Report
 
 COLOURS = 6
 LEAST_KL = 1e-7  # where a KL of zero is drawn on the logarithmic axis
-SHORTEST = 128  # tokens where the axis of memory begins
+SHORTEST = 128  # tokens at which the memory axis begins
 MIB_PER_GIB = 1024
 MOST_LIMITS = 4  # devices that are too small for the longest context
 
@@ -24,14 +24,14 @@ Limits = Sequence[tuple[str, float]]
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with its words.
+    """A picture with its caption.
 
     Attributes:
-        name: Of the element in the page.
+        name: The id of the element in the page.
         title: Headline.
         svg: The picture.
         caption: What it shows, and how it was measured.
-        legend: (class of the style sheet, text) pairs.
+        legend: (class in the style sheet, text) pairs.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Figure:
 
 
 def figures(manifests: Named, limits: Limits = ()) -> tuple[Figure, ...]:
-    """All that the manifests have the numbers for.
+    """All figures that the manifests have the numbers for.
 
     Args:
         manifests: By the name in the legend.
@@ -75,7 +75,7 @@ _KL = Axis("mean KL to plain, nats per token", base=10, shown=_scientific)
 
 
 def _recall_axis(measured: Named) -> Axis:
-    """From the ten below the least recall up to all."""
+    """Recall, from the multiple of ten percent below the lowest value up to 100 percent."""
     values = [column.recall for column in _columns(measured) if column.recall is not None]
     low = max(0, int(10 * min(values, default=0) - 1e-9)) / 10
     return Axis("recall", low=low, high=1.0, shown=lambda share: f"{100 * share:g}%")
@@ -93,7 +93,7 @@ def _reports(measured: Named) -> dict[str, Report]:
 def _quality(
     measured: Named, name: str, title: str, axis: Axis, value: Callable[[Measures], float | None]
 ) -> Figure | None:
-    """Quality against bytes: a mark for each artifact, and of KL what the planner expected at other sizes."""
+    """Quality against bytes: a mark for each artifact, and for KL also what the planner expected at other sizes."""
     series, legend, kl = [], [], name == "kl"
     for style, (label, report) in _styled(_reports(measured)):
         point = _point(report.artifact, value(report.artifact), kl)
@@ -122,7 +122,7 @@ _QUALITY_CAPTIONS = {
     "cache.",
     "recall": "Questions about facts far back in the prompt. Further left is smaller, further up recalls more.",
 }
-_PLANNED_CAPTION = " What the planner expected was measured on calibration text, before the graph was made."
+_PLANNED_CAPTION = " The planner's expectations were measured on calibration text, before the graph was made."
 
 
 def _point(measures: Measures, value: float | None, logarithmic: bool) -> tuple[float, float] | None:
@@ -137,7 +137,7 @@ def _plain_marks(measured: Named, value: Callable[[Measures], float | None]) -> 
 
 
 def _kl_rules(reports: Sequence[Report]) -> list[Rule]:
-    """The bytes of plain, whose KL of zero is nowhere on the axis; of one artifact alone the limit too."""
+    """A line at the bytes of plain, whose KL of zero the axis cannot show; for a single artifact also its limit."""
     sizes = {report.plain.kv_bytes_per_token for report in reports}
     rules = [Rule("x", size, f"plain {size:,.0f}") for size in sorted(filter(None, sizes))]
     if len(reports) == 1:
@@ -152,7 +152,7 @@ def _kl_rules(reports: Sequence[Report]) -> list[Rule]:
 def _latency(
     measured: Named, name: str, title: str, below: str, value: Callable[[Measures], Mapping[str, float] | None]
 ) -> Figure | None:
-    """Milliseconds against a length, each artifact beside the plain export of its own run."""
+    """Milliseconds against a length, each artifact with the plain export of the same run."""
     series, legend = [], []
     reports = {label: report for label, report in _reports(measured).items() if value(report.artifact)}
     for style, (label, report) in _styled(reports):
@@ -177,7 +177,7 @@ def _by_length(latencies: Mapping[str, float] | None) -> tuple[tuple[float, floa
 
 
 def _memory(measured: Named, limits: Limits) -> Figure | None:
-    """Weights and cache against context, with the memory of devices where the lines come near it."""
+    """Weights and cache against context, with the memory of devices in the range of the lines."""
     series: list[Series] = []
     legend, drawn = [], set()
     for style, (label, report) in _styled(_reports(measured)):
@@ -203,8 +203,8 @@ def _memory(measured: Named, limits: Limits) -> Figure | None:
     return Figure("memory", "Memory against context", svg, caption, tuple(legend))
 
 
-_MEMORY_CAPTION = "Files of the graph and the cache at that context; activations and the runtime come on top."
-_DEVICES_CAPTION = " Dotted lines are what devices have for a model."
+_MEMORY_CAPTION = "Files of the graph and the cache at that context; activations and the runtime are not included."
+_DEVICES_CAPTION = " Dotted lines are the memory that devices have for a model."
 
 
 def _mebibytes(manifest: Manifest, layout: KVLayout, file_mib: float | None) -> tuple[tuple[float, float], ...]:
@@ -217,7 +217,7 @@ def _mebibytes(manifest: Manifest, layout: KVLayout, file_mib: float | None) -> 
 
 
 def _near(limits: Limits, most: float) -> dict[float, str]:
-    """The devices that the lines reach, and the next one above: names by GiB."""
+    """The devices within the range of the lines and the next larger one: names by GiB."""
     sizes = sorted({gib for _, gib in limits})
     reached = [gib for gib in sizes if gib * MIB_PER_GIB < most][-MOST_LIMITS:]
     shown = reached + [gib for gib in sizes if gib * MIB_PER_GIB >= most][:1]
@@ -237,9 +237,9 @@ def _layers(name: str, manifest: Manifest, several: bool) -> Figure | None:
 
 
 _LAYERS_CAPTION = (
-    "A box is a kv head, filled as far as its dimensions are kept; an empty one is gone. At the right: cached "
-    "numbers per head and token (more than its dimensions where some are stored twice), their type, and the window "
-    "where there is one (sinks + recent tokens)."
+    "A box is a kv head, filled by the share of its dimensions that is kept; an empty box is a removed head. At the "
+    "right: cached numbers per head and token (more than its dimensions if some are stored twice), their type, and the "
+    "window, if there is one (sinks + recent tokens)."
 )
 
 

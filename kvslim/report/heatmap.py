@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from kvslim.plan.analyze import Analysis
 
 CELL, LETTER, LEFT, TOP, GAP = 26, 7, 64, 52, 16
-PALE, DARK = (236, 244, 250), (8, 48, 107)  # of the least and the largest value of a panel
+PALE, DARK = (236, 244, 250), (8, 48, 107)  # colours of the smallest and the largest value of a panel
 
 
 class Panel(NamedTuple):
-    """Columns of one heat map that share their colours.
+    """Columns of a heat map that share a colour scale.
 
     Attributes:
-        kind: What a column is, such as "head"; said before its name where one points at a cell.
-        names: Of the columns.
-        rows: [layers][columns] values; what is not positive has the palest colour.
+        kind: What a column is, such as "head"; shown before its name in a cell's tooltip.
+        names: Names of the columns.
+        rows: [layers][columns] values; values that are not positive get the palest colour.
     """
 
     kind: str
@@ -34,7 +34,7 @@ class Panel(NamedTuple):
 
 
 def analysis_panels(analysis: Analysis) -> tuple[Panel, Panel]:
-    """What each layer is worth to a text: parts by the KL without them, query heads by what they add."""
+    """How important each layer is for a text: parts by the KL without them, query heads by their contribution."""
     heads = [str(head) for head in range(len(analysis.layers[0].fluctuation))]
     return (
         Panel("KL without", ("attention", "MLP", "both"), [layer.part_kl for layer in analysis.layers]),
@@ -46,8 +46,8 @@ def heatmap(title: str, panels: Sequence[Panel]) -> str:
     """An SVG with one row per layer, coloured by the logarithm of each value.
 
     Args:
-        title: Written above.
-        panels: From left to right, each with a scale of its own.
+        title: The title above it.
+        panels: From left to right, each with its own scale.
     """
     layers = len(panels[0].rows)
     width = LEFT + sum(panel.width * len(panel.names) + GAP for panel in panels)

@@ -8,7 +8,7 @@ from kvslim.types import GateResult, Report
 
 
 def junit_xml(report: Report, artifact: str) -> str:
-    """One suite with a test case per gate; a gate that does not hold is a failure with its value and limit.
+    """One suite with a test case per gate. A gate that fails is a failure with its value and limit.
 
     Args:
         report: The measured artifact.
@@ -27,8 +27,8 @@ def junit_xml(report: Report, artifact: str) -> str:
 def _case(suite: ElementTree.Element, gate: GateResult, artifact: str) -> None:
     case = ElementTree.SubElement(suite, "testcase", {"classname": artifact, "name": gate.name, "time": "0"})
     value = "not measured" if gate.value is None else f"{gate.value:.6g}"
-    told = f"{gate.name}: {value}, limit {gate.limit:.6g}"
+    summary = f"{gate.name}: {value}, limit {gate.limit:.6g}"
     if not gate.passed:
-        failure = ElementTree.SubElement(case, "failure", {"message": told, "type": "GateError"})
-        failure.text = told
-    ElementTree.SubElement(case, "system-out").text = f"{told}; {gate.note}" if gate.note else told
+        failure = ElementTree.SubElement(case, "failure", {"message": summary, "type": "GateError"})
+        failure.text = summary
+    ElementTree.SubElement(case, "system-out").text = f"{summary}; {gate.note}" if gate.note else summary

@@ -1,4 +1,4 @@
-"""A picture of a cache: what each layer keeps of each head's keys and values, in how many dimensions and bits."""
+"""A picture of a cache: how many dimensions and bits each layer keeps of each head's keys and values."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ GAP = 2
 
 
 def layer_map(manifest: Manifest) -> str:
-    """The picture's SVG: a row per layer, a box per kv head, filled as far as its dimensions are kept.
+    """The picture's SVG: a row per layer, a box per kv head, filled by the share of its dimensions that is kept.
 
     Args:
-        manifest: Of a decoder; its spec sets the boxes, its KV layout what fills them.
+        manifest: The manifest of a decoder. Its spec sets the boxes, its KV layout how full they are.
     """
     spec, height = manifest.spec, TOP + ROW * manifest.spec.layers + 4
     parts = [
@@ -29,12 +29,12 @@ def layer_map(manifest: Manifest) -> str:
         tensors = [tensor for tensor in manifest.kv_layout.tensors if tensor.layer == layer.layer]
         parts.extend(
             _row(spec, layer, tensors[-2:], TOP + ROW * layer.layer)
-        )  # with packed codes the last two are they
+        )  # with packed codes, these are the last two
     return "\n".join([*parts, "</svg>"])
 
 
 def stored_bits(manifest: Manifest) -> tuple[int, ...]:
-    """The bits that the picture shows, the most first."""
+    """The bit widths in the picture, the largest first."""
     return tuple(sorted({BITS[tensor.dtype] for tensor in manifest.kv_layout.tensors}, reverse=True))
 
 
@@ -48,7 +48,7 @@ def _row(spec: ModelSpec, layer: LayerPlan, tensors: Sequence[KVTensor], top: in
 
 
 def _side(spec: ModelSpec, layer: LayerPlan, tensor: KVTensor | None, left: int, top: int) -> Iterator[str]:
-    """The boxes of one side of a layer; those of heads that are gone stay empty."""
+    """The boxes of one side of a layer; those of removed heads stay empty."""
     pitch = SIDE / spec.kv_heads
     width = pitch - min(GAP, pitch / 4)
     kept = layer.kv_heads(spec)[: tensor.heads] if tensor else ()
@@ -61,7 +61,7 @@ def _side(spec: ModelSpec, layer: LayerPlan, tensor: KVTensor | None, left: int,
 
 
 def _note(tensors: Sequence[KVTensor]) -> str:
-    """Dimensions, type and window of a layer's cache, in few words."""
+    """Dimensions, type and window of a layer's cache, in short."""
     if not tensors:
         return "no cache"
     key, value = tensors

@@ -26,7 +26,7 @@ def limits_table(limits: Sequence[Limits]) -> Table:
 
 
 def stages_table(limits: Sequence[Limits]) -> Table:
-    """What each stage asks for at the longest of the contexts, and what binds it on each device."""
+    """What each stage needs at the longest context, and what limits it on each device."""
     rows = [
         _stage_row(entry, bound)
         for entry in limits
@@ -42,7 +42,7 @@ def _rate(bound: Bound) -> str:
 
 
 def _stage_row(entry: Limits, bound: Bound) -> tuple[str, ...]:
-    """A row of the table; that of training is the same for every cache."""
+    """A row of the table; the one for training is the same for every cache."""
     demand = bound.demand
     stored = ("fp32", NONE) if demand.stage == "training" else (entry.weights, entry.cache)
     return (
@@ -59,5 +59,5 @@ def _stage_row(entry: Limits, bound: Bound) -> tuple[str, ...]:
 
 
 def _figure(value: float) -> str:
-    """Three digits, or all of those before the point."""
+    """Three digits, or more if there are more before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""The memory that a KV cache asks for, told from a config or a manifest alone."""
+"""The memory that a KV cache needs, computed from a config or a manifest alone."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PLAIN, AS_IS = "plain", "as it is"
 class LayerMemory(Frozen):
     """The cache of one layer.
 
-    `key_dim` and `value_dim` are cached numbers per head and token; `bytes_per_token` is keyed by precision, and with
-    packed codes it is theirs. `window` and `sinks` are the tokens kept, or with packed codes kept exact. A layer
-    without attention has no heads; keys have fewer `heads` than `value_heads` where heads share attention.
+    `key_dim` and `value_dim` are cached numbers per head and token; `bytes_per_token` is keyed by precision; for
+    packed codes it counts the codes. `window` and `sinks` are the tokens kept, or with packed codes the tokens kept
+    exact. A layer without attention has no heads; keys have fewer `heads` than `value_heads` if heads share attention.
     """
 
     layer: int
@@ -33,7 +33,7 @@ class LayerMemory(Frozen):
 
 
 class CacheMemory(Frozen):
-    """The cache of a whole model or artifact, and the limits that devices set to it.
+    """The cache of a whole model or artifact, and its limits on devices.
 
     `mib` and `share`, of cache and weights together, are keyed by context length in tokens, then by precision.
     """
@@ -55,7 +55,7 @@ def model_caches(spec: ModelSpec) -> tuple[Cache, ...]:
 
 
 def artifact_caches(manifest: Manifest) -> tuple[Cache, ...]:
-    """The float32 cache of the model that an artifact is made from, and the artifact's own."""
+    """The float32 cache of the original model, and the artifact's own."""
     spec = manifest.spec
     own = Cache(AS_IS, manifest.kv_layout, query_heads(spec, manifest.plan))
     return Cache.of(PLAIN, spec, Plan.identity(spec)), own
@@ -69,15 +69,15 @@ def cache_memory(
     contexts: Sequence[int],
     devices: Sequence[Limits] = (),
 ) -> CacheMemory:
-    """What each cache takes, by itself and next to the weights.
+    """The size of each cache, by itself and together with the weights.
 
     Args:
         spec: The model's shape.
-        caches: Ways to store the cache; the layers are told of the last.
+        caches: Caches to compare; the layers are those of the last.
         weights: How the weights are stored.
-        weight_bytes: Their bytes.
+        weight_bytes: Bytes of the weights.
         contexts: Lengths in tokens.
-        devices: Limits worked out for the same caches.
+        devices: Limits computed for the same caches.
     """
     layers = tuple(_layer(caches, index) for index in range(0 if spec.is_encoder else spec.layers))
     sizes = {str(tokens): {cache.name: cache.bytes_at(tokens) for cache in caches} for tokens in contexts}
@@ -100,11 +100,11 @@ def cache_memory(
 def _layer(caches: Sequence[Cache], index: int) -> LayerMemory:
     tensors = {cache.name: [each for each in cache.layout.tensors if each.layer == index][-2:] for cache in caches}
     sizes = {cache.name: sum(cache.row_bytes(tensor) for tensor in tensors[cache.name]) for cache in caches}
-    told = tensors[caches[-1].name]  # with packed codes, these
-    if not told:
+    shown = tensors[caches[-1].name]  # with packed codes, the tensors that hold them
+    if not shown:
         numbers = dict.fromkeys(("heads", "value_heads", "key_dim", "value_dim"), 0)
         return LayerMemory(layer=index, bytes_per_token=sizes, dtype="none", window=None, sinks=None, **numbers)
-    key, value = told
+    key, value = shown
     return LayerMemory(
         layer=index,
         heads=key.heads,

@@ -1,6 +1,6 @@
-"""`report.html`: one self-contained page of tables and figures, made from manifests and nothing else.
+"""`report.html`: one self-contained page of tables and figures, made from manifests alone.
 
-No script, no font and no picture comes from elsewhere; the page follows the reader's light or dark setting.
+The page loads no script, font or picture from elsewhere, and follows the reader's light or dark setting.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the page: words, tables and figures, in this order; `source` is text to unfold."""
+    """One part of the page: text, tables and figures, in this order; `source` is text that can be unfolded."""
 
     title: str
     text: str = ""
@@ -65,7 +65,7 @@ def artifact_page(manifest: Manifest, limits: Limits = ()) -> str:
     """The page of one artifact; the same manifest gives the same text.
 
     Args:
-        manifest: The artifact's manifest; its file digests are not used, as the page is one of the files.
+        manifest: The artifact's manifest; its file digests are not used, because the page is one of the files.
         limits: Devices with their memory in GiB.
     """
     report, recipe = manifest.report, str(manifest.recipe.get("name", "custom"))
@@ -77,7 +77,7 @@ def artifact_page(manifest: Manifest, limits: Limits = ()) -> str:
         else Section("Before and after"),
         Section("Gates", "What the recipe asks of the artifact.", (gates_table(report.gates) if report else NOTHING,)),
         Section("Figures", figures=drawn),
-        Section("What the planner saw", PLANNED, (frontier_table(manifest.frontier),)),
+        Section("What the planner tried", PLANNED, (frontier_table(manifest.frontier),)),
         Section(
             "Decisions",
             "" if encoder else DECIDED,
@@ -105,7 +105,7 @@ def comparison_page(
     Args:
         comparison: What the manifests measured.
         manifests: The artifacts by the same names.
-        regressions: What got worse than a baseline; None where there is none to compare with.
+        regressions: What got worse than a baseline; None without a baseline.
         limits: Devices with their memory in GiB.
     """
     verdict = "Nothing is worse than the baseline." if regressions == () else ""
@@ -126,10 +126,10 @@ def comparison_page(
 
 NOTHING = Table((), ())
 PLANNED = "Plans of other sizes, measured on calibration text before any graph was made."
-DECIDED = "Score is the share of the score energy that a rank keeps, the worse of keys and values."
+DECIDED = "Score is the share of the score energy that a rank keeps, the lower one of keys and values."
 COMPARED = (
     "Each artifact was measured against the plain export of its own model in one run of its own; times of different "
-    "machines are not comparable, the factors to plain are."
+    "machines are not comparable, but times relative to plain are."
 )
 
 
@@ -146,7 +146,7 @@ def _page(title: str, lead: str, passed: bool | None, tiles: Sequence[Tile], sec
 
 
 def _tiles(report: Report) -> tuple[Tile, ...]:
-    """The numbers that most readers came for; what was not measured has no tile."""
+    """The numbers that most readers look for; a number that was not measured has no tile."""
     artifact, ratio = report.artifact, report.ratio
     longest = max(ratio.tpot_ms or {}, key=int, default=None)
     slowest = max(ratio.latency_ms or {}, key=int, default=None)

@@ -1,4 +1,4 @@
-"""Measurements as rows of text, and those rows for the terminal and for markdown."""
+"""Measurements as rows of text, shown in the terminal or as markdown."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def report_table(report: Report) -> Table:
 
 
 def measures_table(columns: Mapping[str, Measures]) -> Table:
-    """One row per metric that any column measured; the column named `ratio` is shown as factors."""
+    """One row per metric that any column has; the column named `ratio` is shown as factors."""
     rows = (row for name in METRICS for row in _metric_rows(name, columns))
     return Table(("", *columns), tuple(rows))
 
@@ -114,7 +114,7 @@ def _window(layer: LayerPlan) -> tuple[int, int] | None:
 
 
 def decisions_table(spec: ModelSpec, plan: Plan) -> Table:
-    """What happens to each layer: of a decoder to its cache, of an encoder, which has none, what went."""
+    """What happens to each layer: to its cache for a decoder; for an encoder, which has no cache, what is removed."""
     if not spec.is_encoder:
         return plan_table(plan)
     rows = ((str(layer.layer), layer.reason) for layer in plan.layers if layer.heads is not None)
@@ -122,7 +122,7 @@ def decisions_table(spec: ModelSpec, plan: Plan) -> Table:
 
 
 def parts_table(analysis: Analysis) -> Table:
-    """What the parts of each layer are worth to a text, and what its cache needs."""
+    """How important the parts of each layer are for a text, and what its cache needs."""
     header = ("layer", "KL without attention", "MLP", "both", "influence", "rank K", "rank V", "recent", "source: K, V")
     rows = tuple(
         (
@@ -142,7 +142,7 @@ def parts_table(analysis: Analysis) -> Table:
 
 
 def heads_table(analysis: Analysis) -> Table:
-    """What the heads of each layer are worth to a text; of many heads there are more numbers than a line holds."""
+    """How important the heads of each layer are for a text. With many heads the numbers wrap over several lines."""
     rows = tuple(
         (
             str(layer.layer),
@@ -169,7 +169,7 @@ def scores_table(scores: Mapping[str, TaskScores]) -> Table:
 
 
 def frontier_table(frontier: Sequence[PlanPoint]) -> Table:
-    """The sizes that the planner saw, and what each loses."""
+    """The sizes that the planner tried, and what each loses."""
     rows = tuple(
         (
             f"{point.kv_ratio:.2f}x",

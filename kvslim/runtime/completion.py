@@ -89,7 +89,6 @@ class Completer:
         folder: Folder with model.onnx and generation_config.json.
         tokenizer: The folder's tokenizer.
         capacity: Tokens to allocate the cache for.
-        sampling: How tokens are drawn.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
 
     Raises:
@@ -104,12 +103,11 @@ class Completer:
         tokenizer: Tokenizer,
         *,
         capacity: int,
-        sampling: Sampling = GREEDY,
         threads: int | None = None,
     ) -> None:
         self._stop = eos_ids(folder)
         self._session = DecodeSession(folder, capacity=capacity, threads=threads)
-        self._tokenizer, self._sampling = tokenizer, sampling
+        self._tokenizer = tokenizer
         self._tokens: list[int] = []
         self.usage: Usage | None = None
 
@@ -117,12 +115,13 @@ class Completer:
         """Empties the cache."""
         self._session.reset()
 
-    def stream(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[str]:
+    def stream(self, ids: Sequence[int], max_new_tokens: int, sampling: Sampling = GREEDY) -> Iterator[str]:
         """The text that follows a prompt, in pieces, without the token that ends it.
 
         Args:
             ids: Tokens of the whole prompt, those of earlier turns included.
             max_new_tokens: Tokens to generate at most; a full cache ends the text too.
+            sampling: How tokens are drawn.
 
         Raises:
             UsageError: The cache has no room for the prompt and one more token.
@@ -137,13 +136,15 @@ class Completer:
             )
         cached = self._session.keep_shared(self._tokens, ids[:-1])  # the logits of the last token are wanted
         self._tokens = list(ids)
-        return stream_text(self._tokenizer, ids, self._timed(cached, min(max_new_tokens, capacity - len(ids))))
+        return stream_text(
+            self._tokenizer, ids, self._timed(cached, min(max_new_tokens, capacity - len(ids)), sampling)
+        )
 
-    def _timed(self, cached: int, most: int) -> Iterator[int]:
+    def _timed(self, cached: int, most: int, sampling: Sampling) -> Iterator[int]:
         """New tokens; notes them, and at the end what they took."""
         prompt, start = len(self._tokens), time.perf_counter()
         new = generate_tokens(
-            self._session, self._tokens[cached:], max_new_tokens=most, stop=self._stop, sampling=self._sampling
+            self._session, self._tokens[cached:], max_new_tokens=most, stop=self._stop, sampling=sampling
         )
         times = []
         for token in new:

@@ -1,1 +1,1 @@
-"""What an artifact costs and saves, measured next to the plain export of the same model."""
+"""Measures what an artifact costs and saves, compared with the plain export of the same model."""

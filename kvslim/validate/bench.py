@@ -1,4 +1,4 @@
-"""Timings over a grid of lengths, threads and batches: every artifact at a point before any at the next."""
+"""Timings over a grid of lengths, threads and batches. All artifacts are timed at one point before the next point."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Metric = Literal["ttft_ms", "tpot_ms", "latency_ms"]
 
 
 class Grid(Frozen):
-    """What to time, all combinations.
+    """What to time: all combinations of these.
 
     Attributes:
         prompts: Prompt lengths in tokens for time to first token; text lengths for an encoder.
         contexts: Context lengths in tokens for time per output token; an encoder has none.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
-        batches: Sequences side by side.
+        batches: Sequences per batch.
         repeats: Timed turns per point.
     """
 
@@ -45,7 +45,7 @@ class Grid(Frozen):
 
 
 class Point(NamedTuple):
-    """A point of the grid, in the names of `Timing`."""
+    """A point of the grid; the fields are those of `Timing`."""
 
     metric: Metric
     tokens: int
@@ -59,11 +59,11 @@ class Timing(Frozen):
     Attributes:
         metric: What was timed: a prompt, a step that gives one token to each sequence, or texts.
         tokens: Length of the prompt, the context or each text.
-        threads: Threads of one operator; None where onnxruntime chose.
-        batch: Sequences side by side.
-        median_ms, first_quartile_ms, third_quartile_ms: Over the turns.
-        ratio: Median over neighbouring turns of this time over the first artifact's.
-        joules_per_token: Mean energy of the processor's packages; None where the machine does not tell.
+        threads: Threads of one operator; None if onnxruntime chose.
+        batch: Sequences per batch.
+        median_ms, first_quartile_ms, third_quartile_ms: Over all turns.
+        ratio: This time divided by the first artifact's, median over pairs of neighbouring turns.
+        joules_per_token: Mean energy of the processor's packages; None if the machine does not report it.
     """
 
     metric: Metric
@@ -78,7 +78,7 @@ class Timing(Frozen):
 
 
 class BenchResult(Frozen):
-    """What one artifact takes; memory is that of a fresh process at the grid's largest length and batch."""
+    """Timings and sizes of one artifact. Memory: a fresh process at the largest length and batch of the grid."""
 
     kv_bytes_per_token: float | None
     file_mib: float
@@ -90,7 +90,7 @@ def bench_decoders(artifacts: Mapping[str, Path], grid: Grid) -> dict[str, Bench
     """Times prompts and decoding.
 
     Raises:
-        NotFoundError, ArtifactError, UsageError: A model cannot be opened, or not with such a batch.
+        NotFoundError, ArtifactError, UsageError: A model cannot be opened, or does not run such a batch.
     """
     timings: dict[str, list[Timing]] = {name: [] for name in artifacts}
     for threads, batch in grid.points:
@@ -108,7 +108,7 @@ def bench_decoders(artifacts: Mapping[str, Path], grid: Grid) -> dict[str, Bench
 
 
 def bench_encoders(artifacts: Mapping[str, Path], grid: Grid) -> dict[str, BenchResult]:
-    """Times texts; the contexts of the grid are not for encoders.
+    """Times texts. The contexts of the grid are ignored.
 
     Raises:
         NotFoundError, ArtifactError: A model cannot be opened, or has fewer positions than a length.
@@ -124,7 +124,7 @@ def bench_encoders(artifacts: Mapping[str, Path], grid: Grid) -> dict[str, Bench
 
 
 def _add(timings: dict[str, list[Timing]], point: Point, costs: Mapping[str, Times], tokens: int) -> None:
-    """Adds what each artifact took at a point of the grid, in runs of so many tokens."""
+    """Adds the timings of each artifact at a point of the grid, in runs of `tokens` tokens."""
     reference = next(iter(costs.values()))[:, 0]
     for name, runs in costs.items():
         times = runs[:, 0]

@@ -1,4 +1,4 @@
-"""What an encoder's artifact costs and saves, next to the plain export: embeddings, masked tokens, latency, bytes."""
+"""Compares an encoder's artifact with the plain export: embeddings, masked tokens, latency, bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BATCH = 8
 def measure_encoder(plain: Path, artifact: Path, spec: ModelSpec, recipe: Recipe, held_out: Sentences) -> Report:
     """Measures an encoder's artifact against the plain export of its model.
 
-    The reference is the plain export on one sentence at a time; artifact and floor run padded batches, as users do.
+    The reference is the plain export on one sentence at a time; artifact and floor run padded batches, as in real use.
 
     Args:
         plain: Folder of the plain export, fp32.
@@ -36,7 +36,7 @@ def measure_encoder(plain: Path, artifact: Path, spec: ModelSpec, recipe: Recipe
         held_out: Sentences.
 
     Returns:
-        The report, gates judged; a model without a masked-token head is spared that gate.
+        The report with its gates; a model without a masked-token head skips that gate.
     """
     reference = answers(plain, held_out, batch=1)
     quality = {
@@ -73,11 +73,11 @@ def encoder_costs(models: Mapping[str, Path], lengths: Sequence[int], repeats: i
 
 
 def time_texts(sessions: Mapping[str, EncoderSession], length: int, repeats: int, batch: int = 1) -> dict[str, Times]:
-    """What texts of so many tokens take, timed in turns: costs [repeats, 2] by name, milliseconds and joules."""
+    """Times texts of `length` tokens in turns: costs [repeats, 2] by name, milliseconds and joules."""
     ids, mask = pad([[0] * length] * batch)
 
     def timed(name: str) -> Cost:
-        # The run before puts the model's weights where a service in use has them: in the processor's caches.
+        # The untimed run first brings the model's weights into the processor's caches, where a busy service has them.
         sessions[name].hidden_states(ids, mask)
         return cost(lambda: sessions[name].hidden_states(ids, mask))
 
@@ -85,14 +85,14 @@ def time_texts(sessions: Mapping[str, EncoderSession], length: int, repeats: int
 
 
 class Answers(NamedTuple):
-    """Embeddings [n, hidden], and the most likely token at each masked place."""
+    """Embeddings [n, hidden], and the most likely token at each masked position."""
 
     embeddings: npt.NDArray[np.float32]
     tokens: npt.NDArray[np.int64] | None
 
 
 def answers(folder: Path, held_out: Sentences, batch: int) -> Answers:
-    """What a graph says of sentences, so many at once."""
+    """The outputs of a graph for sentences, in batches."""
     session = EncoderSession(folder)
     starts = range(0, len(held_out.texts), batch)
     embeddings = [session.embed(held_out.texts[start : start + batch]) for start in starts]
@@ -107,7 +107,7 @@ def _predicted(session: EncoderSession, held_out: Sentences, part: slice) -> npt
 
 
 def compare(reference: Answers, found: Answers) -> dict[str, float | None]:
-    """The measures of quality of a report, by name."""
+    """The quality measures of a report, by name."""
     cosines = _cosines(reference.embeddings, found.embeddings)
     measures: dict[str, float | None] = {
         "embedding_cosine_mean": float(cosines.mean()),
@@ -120,7 +120,7 @@ def compare(reference: Answers, found: Answers) -> dict[str, float | None]:
 
 
 def _cosines(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """Cosine of each row of one with the same row of the other, in float64."""
+    """Cosine between the same rows of two matrices, in float64."""
     a, b = left.astype(np.float64), right.astype(np.float64)
     cosines: npt.NDArray[np.float64] = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
     return cosines

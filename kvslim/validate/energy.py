@@ -1,4 +1,4 @@
-"""Energy that the processor's packages use, where Linux tells it (RAPL, `/sys/class/powercap`)."""
+"""Energy that the processor's packages use, if Linux reports it (RAPL, `/sys/class/powercap`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ POWERCAP = Path("/sys/class/powercap")
 
 
 class Zone(NamedTuple):
-    """A package's counter of microjoules, which starts again at 0 beyond `range_uj`."""
+    """A package's counter of microjoules; it wraps to 0 after `range_uj`."""
 
     counter: Path
     range_uj: int
@@ -19,7 +19,10 @@ class Zone(NamedTuple):
 
 @cache
 def package_zones(folder: Path) -> tuple[Zone, ...]:
-    """The packages whose counters may be read, which since 2020 only root may; cores and memory are parts of them."""
+    """The packages whose counters can be read, which since 2020 only root may do.
+
+    Cores and memory have counters too. They are parts of a package, so they are left out.
+    """
     zones = []
     for path in sorted(folder.glob("*:*")):
         try:
@@ -32,12 +35,12 @@ def package_zones(folder: Path) -> tuple[Zone, ...]:
 
 
 def microjoules() -> tuple[int, ...]:
-    """The counter of each package now; empty where there is none."""
+    """The current counter of each package; empty if there is none."""
     return tuple(int(zone.counter.read_text()) for zone in package_zones(POWERCAP))
 
 
 def joules_since(before: tuple[int, ...]) -> float:
-    """Joules of all packages since `before` was read; nan where there is no counter."""
+    """Joules of all packages since `before` was read; nan if there is no counter."""
     if not before:
         return math.nan
     zones = package_zones(POWERCAP)

@@ -1,4 +1,4 @@
-"""The verdict: measured values against the recipe's limits, and the report that carries them."""
+"""Checks measured values against the limits of the recipe, and puts them in a report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from kvslim.recipe import Gates
 from kvslim.types import GateResult, Measures, Report
 
-# Limits are decimal fractions, which differences of shares miss by a rounding error (1 - 0.95 > 0.05).
+# Limits are decimal fractions; a difference of shares can miss one by a rounding error (1 - 0.95 > 0.05).
 _TOLERANCE = 1e-9
 
 NO_RECALL = "the plain export recalls nothing, so there was nothing to lose"
@@ -25,7 +25,7 @@ _VALUES: dict[str, Callable[[Measures, Measures], float | None]] = {
 
 
 def check_gates(gates: Gates, plain: Measures, artifact: Measures) -> tuple[GateResult, ...]:
-    """One result per gate that is set, in the order of the recipe; what was not measured fails."""
+    """One result per gate that is set, in the order of the recipe; a gate without a measured value fails."""
     limits = {name: limit for name, limit in gates.model_dump().items() if limit is not None}
     blind = NO_RECALL if plain.recall == 0 else None
     return tuple(
@@ -42,7 +42,7 @@ def _result(name: str, value: float | None, limit: float, note: str | None) -> G
 
 
 def ratio(artifact: Measures, plain: Measures) -> Measures:
-    """Artifact over plain, field by field and key by key; None where either is missing or plain is 0."""
+    """The artifact divided by plain, for every field and key; None if one of them is missing or plain is 0."""
     return Measures.model_validate(
         {name: _ratio(getattr(artifact, name), getattr(plain, name)) for name in Measures.model_fields}
     )
@@ -68,7 +68,7 @@ def _difference(minuend: float | None, subtrahend: float | None) -> float | None
 
 
 def report(gates: Gates, *, plain: Measures, floor: Measures, artifact: Measures) -> Report:
-    """The report of an artifact; it passes if every gate that is set does."""
+    """The report of an artifact; it passes if every gate passes."""
     results = check_gates(gates, plain, artifact)
     return Report(
         passed=all(result.passed for result in results),

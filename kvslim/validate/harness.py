@@ -1,4 +1,4 @@
-"""An artifact as lm-evaluation-harness sees a model; needs the extra `eval`."""
+"""An artifact as a model for lm-evaluation-harness. Needs the extra `eval`."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Scored = tuple[float, bool]
 
 
 class ArtifactLM(TemplateLM):
-    """A decoder's folder behind the harness's interface: one sequence at a time, through the cache.
+    """A decoder's folder with the harness's model interface: one sequence at a time, through the cache.
 
-    Text becomes tokens as in the harness's own `HFLM`, which runs the model in transformers, so that both see the same
-    items. A prompt goes through the cache in chunks, as generation would never see it whole, and what two requests
-    begin with alike is run once.
+    Text is tokenized as in the harness's own `HFLM`, which runs the model in transformers, so that both see the same
+    items. A prompt goes through the cache in chunks, as in generation, and a common beginning of two requests is run
+    once.
 
     Attributes:
         tokenizer: The folder's tokenizer.
@@ -39,20 +39,20 @@ class ArtifactLM(TemplateLM):
         folder: Folder with model.onnx, tokenizer and generation_config.json.
         max_length: Positions of the model.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
-        progress: Hears of requests.
+        progress: Receives the progress.
 
     Raises:
         NotFoundError: A file of the folder is missing.
         ArtifactError: A file of the folder is broken.
     """
 
-    max_gen_toks = 256  # of the harness, where a task does not say
+    max_gen_toks = 256  # default of the harness for tasks that do not say
 
     def __init__(
         self, folder: Path, *, max_length: int, threads: int | None = None, progress: Progress | None = None
     ) -> None:
         super().__init__()
-        load_tokenizer(folder)  # names what is missing or broken
+        load_tokenizer(folder)  # raises if the file is missing or broken
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.max_length = max_length
         self._folder, self._threads = folder, threads
@@ -68,29 +68,29 @@ class ArtifactLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands for an empty prompt."""
+        """The token used for an empty prompt."""
         start = self.tokenizer.bos_token_id
         return self.eot_token_id if start is None else start
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids of a text, started as the tokenizer starts one; a text that has its start is left as it is."""
+        """Token ids of a text, with the tokenizer's start token unless the text already has it."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows of the model's positions."""
+        """Log-likelihood of whole texts, in chunks as long as the model's positions."""
         return [self._rolling(request.args[0]) for request in requests]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations of prompts up to the first of their stop texts, or the end token."""
+        """Continuations of prompts up to the first stop string or the end token."""
         prompts = self._progress.track((request.args for request in requests), "texts", total=len(requests))
         return [self._generated(prompt, settings, seed) for seed, (prompt, settings) in enumerate(prompts)]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[Scored]:
-        # In the order of their tokens, requests follow those that they share most with.
+        # Sorted by tokens, each request follows the one with which it shares the longest beginning.
         order = sorted(range(len(requests)), key=lambda index: requests[index][1] + requests[index][2])
         scores: dict[int, Scored] = {}
         for index in self._progress.track(order, "items", total=len(order)):
@@ -147,7 +147,7 @@ class ArtifactLM(TemplateLM):
         """Logits that follow tokens[start:], float32 [n, vocab]."""
         session = self._open(len(tokens))
         first = session.keep_shared(self._cached, tokens[:start])
-        self._cached = ()  # until all went well
+        self._cached = ()  # no cached tokens are known until the run succeeds
         for begin in range(first, start, CHUNK):
             session.step(tokens[begin : min(begin + CHUNK, start)])
         logits = [session.step(tokens[begin : begin + CHUNK]) for begin in range(start, len(tokens), CHUNK)]
@@ -155,9 +155,9 @@ class ArtifactLM(TemplateLM):
         return np.concatenate(logits)
 
     def _open(self, capacity: int) -> DecodeSession:
-        """A session with room for so many tokens; the one that is open, if it has it."""
+        """A session with room for `capacity` tokens; the open one if it is large enough."""
         if self._session is None or self._session.capacity < capacity:
-            self._session = None  # frees its cache first
+            self._session = None  # frees the old cache before a new one is allocated
             room = min(self.max_length, max(2 * capacity, 64))
             self._session = DecodeSession(self._folder, capacity=room, threads=self._threads, all_positions=True)
             self._cached = ()
@@ -165,5 +165,5 @@ class ArtifactLM(TemplateLM):
 
 
 def _cut(text: str, until: Collection[str]) -> str:
-    """The text before the first of the stop texts."""
+    """The text before the first stop string."""
     return text[: min((text.index(stop) for stop in until if stop in text), default=len(text))]

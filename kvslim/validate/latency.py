@@ -20,7 +20,7 @@ Quartiles = tuple[float, float]
 
 
 class Cost(NamedTuple):
-    """What one run takes."""
+    """Time and energy of one run."""
 
     milliseconds: float
     joules: float
@@ -33,11 +33,11 @@ class Latency:
     Attributes:
         ttft_ms: Median time to first token, the prefill of a prompt, milliseconds.
         tpot_ms: Median time per output token at a context, milliseconds.
-        ttft_quartiles_ms: First and third quartile of the former.
-        tpot_quartiles_ms: First and third quartile of the latter.
-        ttft_ratio: Median over pairs of neighbouring turns of this model's time over the first model's.
-        tpot_ratio: The same for time per output token. Load on the machine hits both models in a turn, and each goes
-            first in one of two turns, so these are steadier than a ratio of medians.
+        ttft_quartiles_ms: First and third quartile of `ttft_ms`.
+        tpot_quartiles_ms: First and third quartile of `tpot_ms`.
+        ttft_ratio: This model's time divided by the first model's, median over pairs of neighbouring turns.
+        tpot_ratio: The same for time per output token. Load on the machine affects both models of a turn, and
+            each goes first in every other turn, so these vary less than a ratio of medians.
     """
 
     ttft_ms: dict[str, float]
@@ -49,7 +49,7 @@ class Latency:
 
 
 class Runs(NamedTuple):
-    """What models took, by length in tokens and then by name: costs [repeats, 2], milliseconds and joules."""
+    """Costs of models, by length in tokens and then by name: [repeats, 2], milliseconds and joules."""
 
     ttft: dict[int, dict[str, Times]]
     tpot: dict[int, dict[str, Times]]
@@ -62,7 +62,7 @@ def measure_latency(
     repeats: int,
     threads: int | None = None,
 ) -> dict[str, Latency]:
-    """Times models in turns; arguments and errors as `time_models`, the first model is the reference of the ratios."""
+    """Times models in turns. Arguments and errors as for `time_models`; ratios are relative to the first model."""
     runs = time_models(models, prompts, contexts, repeats, threads)
     return {name: _latency(name, next(iter(models)), runs) for name in models}
 
@@ -75,10 +75,11 @@ def time_models(
     threads: int | None = None,
     batch: int = 1,
 ) -> Runs:
-    """Times models in turns (A B B A), so that slow changes of the machine's load hit all of them.
+    """Times models in turns (A B B A), so that slow changes of the machine's load affect all of them.
 
-    A context is reached with random cache content, which takes the same time as real content, and is held
-    there. A prefill is long and steady, so prompts are timed a quarter as often as contexts, but thrice at least.
+    The cache is filled with random content, which takes the same time as real content, and is kept at the same context.
+    A prefill is long and its time varies little, so prompts are timed a quarter as often as contexts, and at least
+    three times.
 
     Args:
         models: Graph or folder by name.
@@ -86,16 +87,14 @@ def time_models(
         contexts: Context lengths in tokens for TPOT.
         repeats: Timed turns per context, at least 2.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
-        batch: Sequences side by side; a step then gives as many tokens.
+        batch: Sequences per batch; one step gives one token for each.
 
     Raises:
-        UsageError: A length is not positive, there are less than 2 repeats, or a model decodes one sequence alone.
+        UsageError: A length is not positive, there are fewer than 2 repeats, or a model decodes only one sequence.
         NotFoundError, ArtifactError: A model cannot be opened.
     """
     if min(repeats - 1, *prompts, *contexts) < 1:
-        raise UsageError(
-            "lengths must be positive, and repeats 2 or more", where="latency", fix="use longer lengths, more repeats"
-        )
+        raise UsageError("lengths must be positive, and repeats at least 2", where="latency", fix="use larger values")
     capacity = max((1, *prompts, *(context + 1 for context in contexts)))
     sessions = {
         name: DecodeSession(path, capacity=capacity, threads=threads, batch=batch) for name, path in models.items()
@@ -122,7 +121,7 @@ def _decode_times(sessions: Mapping[str, DecodeSession], context: int, repeats: 
         session.fill(context)
 
     def timed(name: str) -> Cost:
-        # The step before puts the model where a decode loop has it: its weights in the processor's caches.
+        # The untimed step first brings the weights into the processor's caches, where a decode loop has them.
         _step(sessions[name], context)
         return cost(lambda: _step(sessions[name], context))
 
@@ -131,15 +130,14 @@ def _decode_times(sessions: Mapping[str, DecodeSession], context: int, repeats: 
 
 def _step(session: DecodeSession, context: int) -> None:
     session.step([0])
-    session.length = context  # the content is random, so what a window has dropped is not missed
+    session.length = context  # the content is random anyway, so it does not matter what a window has dropped
 
 
 def in_turns(names: Sequence[str], timed: Callable[[str], float | Cost], repeats: int) -> dict[str, Times]:
     """Milliseconds [repeats] or costs [repeats, 2] by name, in changing order (A B B A).
 
-    The first turn warms up and is not counted.
-
-    What runs second finds the processor's caches as the first left them, which is worth some percent.
+    The first turn warms up and is not counted. The order alternates because the second model of a turn finds the
+    processor's caches as the first left them, which makes a difference of a few percent.
     """
     orders = [names if turn % 2 else names[::-1] for turn in range(repeats + 1)]
     turns = [{name: timed(name) for name in order} for order in orders]
@@ -147,7 +145,7 @@ def in_turns(names: Sequence[str], timed: Callable[[str], float | Cost], repeats
 
 
 def cost(action: Callable[[], object]) -> Cost:
-    """What an action takes; joules are nan where the machine does not tell."""
+    """Time and energy of an action; joules are nan if the machine does not report them."""
     before = microjoules()
     start = time.perf_counter()
     action()
@@ -156,21 +154,22 @@ def cost(action: Callable[[], object]) -> Cost:
 
 
 def joules_per_token(costs: Times, tokens: int) -> float | None:
-    """Mean energy of runs of so many tokens; None where the machine does not tell.
+    """Mean energy of runs of so many tokens; None if the machine does not report it.
 
-    A counter moves about once in a millisecond, so that a single run tells little; a median would keep that.
+    The counter is updated about once per millisecond, so a single run is inaccurate. The mean averages
+    that out; a median would not.
     """
     joules = float(costs[:, 1].mean()) / tokens
     return joules if np.isfinite(joules) else None
 
 
 def ratio(times: Times, reference: Times) -> float:
-    """Median ratio over neighbouring turns, one in either order."""
+    """Median ratio over pairs of neighbouring turns, one in each order."""
     return float(np.median((times[1:] + times[:-1]) / (reference[1:] + reference[:-1])))
 
 
 def quartiles(times: Times) -> Quartiles:
-    """The first and the third."""
+    """The first and the third quartile."""
     first, third = np.quantile(times, [0.25, 0.75])
     return float(first), float(third)
 

@@ -1,4 +1,4 @@
-"""All that a report says of an artifact, measured next to the plain export: quality, recall, latency, bytes, memory."""
+"""Measures everything in a report against the plain export: quality, recall, latency, bytes, memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GRAPH_FILES = ("model.onnx", "model.onnx_data")
 
 
 class Evaluation(NamedTuple):
-    """Held-out material.
+    """Held-out text and questions.
 
     Attributes:
         windows: [n, length] token ids.
@@ -40,10 +40,10 @@ def measure(plain: Path, artifact: Path, recipe: Recipe, evaluation: Evaluation,
         artifact: Folder of the artifact.
         recipe: Its validation settings and gates.
         evaluation: Held-out text and recall questions.
-        context: Tokens of the cache that bytes per token are counted in.
+        context: Context in tokens at which bytes per token are counted.
 
     Returns:
-        The report, gates judged.
+        The report with its gates.
     """
     windows, items = evaluation
     longest = max([windows.shape[1], *(len(item.prompt) + len(item.answer) for item in items)])

@@ -1,4 +1,4 @@
-"""Distance of an artifact from the plain export, measured through the KV cache on held-out text."""
+"""How far an artifact is from the plain export, measured through the KV cache on held-out text."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Quality:
-    """A model against its teacher.
+    """A model compared with its teacher.
 
     Attributes:
         kl_mean: Mean of KL(teacher || student) over all positions, nats per token.
         kl_p99: Its 99th percentile.
-        top1_agreement: Share of positions at which both find the same token most likely.
+        top1_agreement: Share of positions where both have the same most likely token.
         perplexity: exp of the student's mean negative log-likelihood of the next token.
-        perplexity_se: Standard error of that over windows; NaN for a single window.
+        perplexity_se: Standard error of that over the windows; NaN for a single window.
     """
 
     kl_mean: float
@@ -36,7 +36,7 @@ class Quality:
     perplexity_se: float
 
     def as_measures(self) -> dict[str, float | None]:
-        """The fields of `types.Measures`; a number that is not finite was not measured, so it is None."""
+        """The fields of `types.Measures`; a number that is not finite becomes None."""
         return {name: value if math.isfinite(value) else None for name, value in vars(self).items()}
 
 
@@ -45,8 +45,8 @@ class QualityReport:
     """The three quality columns of a report.
 
     Attributes:
-        plain: The plain export, which is its own reference: KL 0, agreement 1.
-        floor: The plain export against itself with another chunk size, the numeric noise of the measurement.
+        plain: The plain export, compared with itself: KL 0, agreement 1.
+        floor: The plain export against itself with another chunk size: the numerical noise of the measurement.
         artifact: The compressed export.
     """
 
@@ -59,18 +59,18 @@ def measure_quality(teacher: DecodeSession, student: DecodeSession, windows: Win
     """Compares a student with its teacher, both decoding `chunk` tokens at a time through their caches.
 
     Perplexity is exp(m), m the mean over windows of the mean negative log-likelihood of a window (all windows are
-    equally long, so that is the mean over tokens). Tokens of one window are not independent, windows nearly are: the
-    standard error of m is the sample deviation of the window means over sqrt(n), and the delta method multiplies it
+    equally long, so that is the mean over tokens). Tokens within a window are not independent, but windows nearly are.
+    So the standard error of m is the sample deviation of the window means over sqrt(n). The delta method multiplies it
     by the derivative of exp at m, which is the perplexity itself. Logits of one window at a time are held in memory.
 
     Args:
         teacher: Session of the plain export.
-        student: Session of the model to judge.
+        student: Session of the model to measure.
         windows: Token ids [n, length], length >= 2.
         chunk: Tokens of one step.
 
     Raises:
-        UsageError: The windows have another shape or exceed a cache, or the models differ in vocabulary.
+        UsageError: The windows have another shape or do not fit a cache, or the vocabularies differ.
     """
     _check(teacher, student, windows)
     tally = _Tally()
@@ -84,8 +84,8 @@ def measure_all(
 ) -> QualityReport:
     """All quality columns of a report; the plain export runs twice, the artifact once.
 
-    The floor decodes token by token, as generation does: onnxruntime then takes other matrix kernels, while chunks of
-    any two or more tokens agree to the last bit and would show a floor of exactly 0.
+    The floor decodes token by token, as generation does, because onnxruntime then uses other matrix kernels. Chunks of
+    two or more tokens agree to the last bit, whatever their length, and would give a floor of exactly 0.
 
     Args:
         plain: Session of the plain export.
@@ -116,7 +116,7 @@ def log_softmax(logits: npt.NDArray[np.floating]) -> Floats:
 
 @dataclass
 class _Tally:
-    """Sums over windows of one student."""
+    """Sums over the windows for one student."""
 
     kl: list[Floats] = field(default_factory=list)
     agreement: list[npt.NDArray[np.bool_]] = field(default_factory=list)
@@ -130,7 +130,7 @@ class _Tally:
             stop = start + len(piece)
             reference = teacher[start:stop]
             self.agreement.append(reference.argmax(axis=-1) == piece.argmax(axis=-1))
-            # A broken model's infinities must end as a failed gate, not as a warning from here.
+            # The infinities of a broken model should lead to a failed gate, not to a warning here.
             with np.errstate(invalid="ignore", over="ignore"):
                 student_log, teacher_log = log_softmax(piece), log_softmax(reference)
                 self.kl.append((np.exp(teacher_log) * (teacher_log - student_log)).sum(axis=-1))
@@ -172,7 +172,9 @@ def _pieces(logits: Logits, chunk: int) -> Iterator[Logits]:
 def _check(teacher: DecodeSession, student: DecodeSession, windows: Windows) -> None:
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise UsageError(
-            f"windows of shape {windows.shape} measure nothing", where="validation", fix="pass [n, length >= 2] tokens"
+            f"cannot measure on windows of shape {windows.shape}",
+            where="validation",
+            fix="pass [n, length >= 2] tokens",
         )
     if teacher.vocab != student.vocab:
         raise UsageError(

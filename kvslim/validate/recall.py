@@ -1,4 +1,4 @@
-"""Retrieval through the KV cache: what perplexity hides when a cache is compressed."""
+"""Recall through the KV cache, which perplexity does not show when a cache is compressed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CUE = 4
 
 @dataclass(frozen=True)
 class RecallItem:
-    """A question whose answer stands in its own prompt.
+    """A question whose answer is in its prompt.
 
     Attributes:
         prompt: Token ids up to the answer.
@@ -30,14 +30,14 @@ class RecallItem:
 
 
 def measure_recall(session: DecodeSession, items: Sequence[RecallItem]) -> float:
-    """Share of all answer tokens that the model finds most likely, given the true tokens before them.
+    """Share of answer tokens that are the model's most likely token, given the true tokens before them.
 
     Args:
         session: Model to ask; its cache must hold a prompt with its answer.
         items: Questions, at least one.
 
     Raises:
-        UsageError: There are no items, one has an empty prompt or answer, or one exceeds the cache.
+        UsageError: There are no items, one has an empty prompt or answer, or one does not fit the cache.
     """
     if not items or not all(item.prompt and item.answer for item in items):
         raise UsageError("recall needs prompts with answers", where="recall items", fix="pass at least one full item")
@@ -56,9 +56,9 @@ def _hits(session: DecodeSession, item: RecallItem) -> int:
 def repeated_spans(
     windows: npt.NDArray[np.int64], *, count: int, distance: int, seed: int = 0
 ) -> tuple[RecallItem, ...]:
-    """Retrieval items for any model: random tokens, ordinary text, then the same random tokens again.
+    """Recall items for any model: random tokens, ordinary text, then the same random tokens again.
 
-    The first `CUE` tokens of the second copy say where to look and belong to the prompt; the other `SPAN - CUE` are
+    The first `CUE` tokens of the second copy belong to the prompt and show where to look; the other `SPAN - CUE` are
     the answer. A span is drawn evenly from the distinct tokens of the text, so that word frequencies do not help. A
     token that starts every window (a BOS) starts every item and is never drawn.
 
@@ -72,7 +72,7 @@ def repeated_spans(
         Items with prompts of at most `1 + SPAN + distance + CUE` tokens and answers of `SPAN - CUE`.
 
     Raises:
-        UsageError: The windows hold no text.
+        UsageError: The windows contain no text.
     """
     if windows.ndim != 2 or windows.size < 2:
         raise UsageError("recall needs text to hide spans in", where="recall items", fix="pass [n, length] tokens")

@@ -1,4 +1,4 @@
-"""Whether compressed embeddings find the same neighbours: rank correlation of similarities, sentence by sentence."""
+"""Measures whether compressed embeddings find the same neighbours: the rank correlation of their similarities."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ Floats = npt.NDArray[np.floating]
 
 
 def retrieval_rank_correlation(reference: Floats, found: Floats) -> float | None:
-    """Spearman's rank correlation of each sentence's cosines to all others, mean over the sentences.
+    """Spearman's rank correlation of each sentence's cosines to all others, averaged over the sentences.
 
-    Every sentence is once the query and the others are what is retrieved, so that a shift which all embeddings share
-    costs nothing, and a changed order of neighbours does.
+    Each sentence is the query once, and the others are what is retrieved. A shift that all embeddings share costs
+    nothing; a changed order of neighbours does.
 
     Args:
         reference: [n, hidden] embeddings.
         found: [n, hidden] embeddings of the same sentences.
 
     Returns:
-        -1 to 1; 0 for a query to which all others are equally near; None with fewer than three sentences, two of which
-        make no order.
+        -1 to 1; 0 for a query that is equally near to all others; None with fewer than three sentences, because two
+        have no order.
     """
     if len(reference) < 3:
         return None
@@ -42,7 +42,7 @@ def _spearman(left: Floats, right: Floats) -> float:
 
 
 def _ranks(values: Floats) -> Floats:
-    """Ranks from 1; equal values share the mean of theirs."""
+    """Ranks from 1; equal values share their mean rank."""
     _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     ranks: Floats = (last - (counts - 1) / 2)[places]

@@ -1,4 +1,4 @@
-"""Peak memory of one use of a model, taken in a process that does nothing else.
+"""Peak memory of one use of a model, measured in a process that does nothing else.
 
     python -m kvslim.validate.rss decode|encode MODEL TOKENS BATCH [THREADS]
 
@@ -28,8 +28,8 @@ def peak_rss(model: Path, tokens: int, threads: int | None = None, use: Use = "d
         model: The `.onnx` file, or the folder that holds `model.onnx`.
         tokens: Tokens in the cache, or of the text.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
-        use: What the model is for.
-        batch: Sequences side by side.
+        use: Whether to decode or to encode.
+        batch: Sequences per batch.
 
     Raises:
         ArtifactError: The process failed.
@@ -50,12 +50,13 @@ def peak_rss(model: Path, tokens: int, threads: int | None = None, use: Use = "d
 def own_peak_mib() -> float:
     """Peak resident memory of this process in MiB.
 
-    On Linux `ru_maxrss` survives exec, so that a small child of a large parent reports the parent; `VmHWM` does not.
+    On Linux `ru_maxrss` survives exec, so a small child of a large parent would report the parent's peak. `VmHWM` does
+    not.
     """
     status = Path("/proc/self/status")
     if status.exists() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return int(match[1]) / 2**10
-    # Imported here because Windows has no such module.
+    # imported here because Windows does not have it
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,6 +1,6 @@
 """Tasks on an artifact: lm-evaluation-harness's own, task files of the user, and plain JSONL. Needs the extra `eval`.
 
-JSONL becomes a task of the harness too, so that prompts, scores and standard errors have one meaning everywhere.
+A JSONL file becomes a task of the harness too, so that prompts, scores and standard errors mean the same everywhere.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from kvslim.types import GateResult
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
-BOOTSTRAP = 1000  # draws for the standard error of what is no mean
-SEED = 1234  # of few-shot examples, the harness's own
+BOOTSTRAP = 1000  # bootstrap draws for the standard error of metrics that are not means
+SEED = 1234  # seed of the few-shot examples, the harness's default
 SPLIT = "test"
 
 
@@ -32,11 +32,11 @@ class Score(Frozen):
     """A metric of a task, named and computed by the harness."""
 
     value: float
-    stderr: float | None = Field(description="standard error over the items; None where there is none")
+    stderr: float | None = Field(description="standard error over the items; None if there is none")
 
 
 class TaskScores(Frozen):
-    """What an artifact scores on a task."""
+    """The scores of an artifact on a task."""
 
     items: int | None = Field(description="questions; None for a group of tasks")
     shots: int | None = Field(description="solved examples before each question; None for a group of tasks")
@@ -51,7 +51,7 @@ class Completion(Frozen):
 
 
 class Choice(Frozen):
-    """A line of a JSONL task: texts that may follow a prompt, and the number of the right one, from 0."""
+    """A line of a JSONL task: texts that could follow a prompt, and the index of the right one, from 0."""
 
     prompt: str
     choices: tuple[str, ...] = Field(min_length=2)
@@ -60,7 +60,7 @@ class Choice(Frozen):
     @model_validator(mode="after")
     def _answered(self) -> Choice:
         if self.answer >= len(self.choices) or not all(self.choices):
-            raise ValueError("answer is the number of a choice, from 0, and no choice is empty")
+            raise ValueError("answer must be the index of a choice, from 0, and no choice may be empty")
         return self
 
 
@@ -96,11 +96,11 @@ def evaluate(
     Args:
         artifact: The folder.
         tasks: Names that the harness knows, or paths of JSONL files.
-        include: A folder with task files of the harness, YAML, whose names are then known too.
-        limit: Items of each task to use, the first ones; None for all.
+        include: A folder with task files of the harness, YAML, which can then be named too.
+        limit: How many items of each task to use, from the first; None for all.
         shots: Solved examples before each question; None leaves it to the task.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
-        progress: Hears of requests.
+        progress: Receives the progress.
 
     Returns:
         The scores by task, in the harness's order.
@@ -108,7 +108,7 @@ def evaluate(
     Raises:
         UnsupportedError: The extra `eval` is not installed, or the artifact is an encoder.
         NotFoundError: There is no such artifact, task, file or data set.
-        UsageError: A JSONL file is no task, or a text is too long to be scored.
+        UsageError: A JSONL file is not a task, or a text is too long to be scored.
         ArtifactError: A file of the artifact is broken.
     """
     spec = read_manifest(artifact).spec
@@ -123,7 +123,7 @@ def evaluate(
 
 
 def accuracy_gates(scores: Mapping[str, TaskScores], limit: float) -> tuple[GateResult, ...]:
-    """One gate per task on its accuracy, `acc`; a task that has none fails."""
+    """One gate per task on its accuracy, `acc`; a task without one fails."""
     found = {name: task.metrics.get("acc") for name, task in scores.items()}
     values = {name: None if score is None else score.value for name, score in found.items()}
     return tuple(
@@ -135,19 +135,21 @@ def accuracy_gates(scores: Mapping[str, TaskScores], limit: float) -> tuple[Gate
 
 
 def load_tasks(tasks: Sequence[str], include: Path | None = None) -> Mapping[str, Any]:
-    """The harness's tasks behind names and JSONL files.
+    """The harness's tasks for names and JSONL files.
 
     Raises:
         NotFoundError, UsageError: As `evaluate`.
     """
     if include is not None and not include.is_dir():
-        raise NotFoundError("no such folder", where="--include", fix="name a folder with task files")
+        raise NotFoundError("no such folder", where="--include", fix="give a folder with task files")
     specs: dict[str, Any] = {task: _jsonl_task(Path(task)) if task.endswith(".jsonl") else task for task in tasks}
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _manager([name for name in tasks if specs[name] == name], include)
     try:
         return manager.load(list(specs.values()))
-    except Exception as error:  # the libraries raise many types for a missing set, no network or a broken task file
+    except (
+        Exception
+    ) as error:  # the libraries raise many exception types for a missing data set, no network or a broken task file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise NotFoundError(
             f"cannot load: {reason}", where=f"--tasks {','.join(tasks)}", fix="check the task file and its data set"
@@ -155,7 +157,7 @@ def load_tasks(tasks: Sequence[str], include: Path | None = None) -> Mapping[str
 
 
 def _manager(names: Sequence[str], include: Path | None) -> Any:
-    """The harness's index of tasks; its own thousands of files are read only where a name is not among the user's."""
+    """The harness's index of tasks. Its own thousands of files are read only if a name is not among the user's."""
     from lm_eval.tasks import TaskManager
 
     own = None if include is None else str(include)
@@ -164,7 +166,7 @@ def _manager(names: Sequence[str], include: Path | None) -> Any:
         manager = TaskManager(include_path=own)
     for name in names:
         if name not in manager.task_index:
-            listed = "`lm-eval ls tasks` lists all; --include FOLDER adds yours"
+            listed = "`lm-eval ls tasks` lists them; --include FOLDER adds your own"
             raise NotFoundError(
                 f"no task {name!r}", where="--tasks", fix=suggestion(name, manager.task_index, otherwise=listed)
             )
@@ -186,19 +188,19 @@ def run_tasks(
         loaded: Of `load_tasks`.
         limit: As for `evaluate`.
         shots: As for `evaluate`.
-        progress: Hears of the stage.
+        progress: Receives the progress.
     """
     from lm_eval.evaluator import evaluate as run
 
     for task in loaded["tasks"].values():
         fixed = task.get_config("num_fewshot")
-        if fixed != 0:  # a task that says 0 means it
+        if fixed != 0:  # do not change a task that asks for 0
             task.set_config(key="num_fewshot", value=fixed if shots is None else shots)
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=SEED)
     (progress or Silent()).stage("tasks")
-    # The harness would fork for its bootstrap, which a process with onnxruntime's threads may not survive.
+    # The harness would fork for its bootstrap, which can crash a process with onnxruntime's threads.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     found = run(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
     sizes, shown = found["n-samples"], found["n-shot"]
@@ -213,7 +215,7 @@ def run_tasks(
 
 
 def _scores(values: Mapping[str, Any]) -> Iterator[tuple[str, Score]]:
-    """The metrics of a task from the harness's `acc,none` and `acc_stderr,none`; a filter is named if there is one."""
+    """The metrics of a task from the harness's `acc,none` and `acc_stderr,none`; a filter becomes part of the name."""
     for key, value in values.items():
         metric, comma, kind = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -233,7 +235,7 @@ def _require_harness() -> None:
 
 
 def _jsonl_task(path: Path) -> dict[str, Any]:
-    """A task of the harness made of a JSONL file; prompt and answer stand together as they are written."""
+    """A task of the harness from a JSONL file; prompt and answer are joined without a separator."""
     from datasets import Dataset
 
     lines = read_lines(path)
@@ -254,7 +256,7 @@ def read_lines(path: Path) -> list[Completion] | list[Choice]:
 
     Raises:
         NotFoundError: There is no such file.
-        UsageError: It is no JSONL, a line has other keys, or lines are of two kinds.
+        UsageError: It is not JSONL, a line has other keys, or there are two kinds of lines.
     """
     if not path.is_file():
         raise NotFoundError(f"no task file {str(path)!r}", where="--tasks", fix="give a path that ends in .jsonl")
@@ -264,7 +266,7 @@ def read_lines(path: Path) -> list[Completion] | list[Choice]:
         raise UsageError(f"not UTF-8 text: {error}", where=str(path), fix="save it as UTF-8") from error
     lines: list[Any] = [_line(text, f"{path}:{number}") for number, text in enumerate(texts, 1) if text.strip()]
     if len({type(line) for line in lines}) != 1:
-        fault = "lines of two kinds" if lines else "the file is empty"
+        fault = "the file mixes two kinds of lines" if lines else "the file is empty"
         raise UsageError(fault, where=str(path), fix=_KEYS)
     return lines
 
@@ -273,6 +275,6 @@ def _line(text: str, where: str) -> Completion | Choice:
     try:
         return _LINE.validate_python(json.loads(text))
     except ValidationError as error:
-        raise UsageError(f"no question: {error.errors()[-1]['msg']}", where=where, fix=_KEYS) from error
+        raise UsageError(f"not a question: {error.errors()[-1]['msg']}", where=where, fix=_KEYS) from error
     except ValueError as error:
         raise UsageError(f"not JSON: {error}", where=where, fix=_KEYS) from error

@@ -1,0 +1,196 @@
+"""The Python API: `import kvslim` gives these functions, which take names and paths as the command line does.
+
+Each one imports what it needs when it is called: `load` works without torch and without transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from kvslim.errors import UsageError
+from kvslim.progress import Progress
+
+if TYPE_CHECKING:
+    from kvslim.pipeline import PlanSummary
+    from kvslim.plan.analyze import Analysis
+    from kvslim.recipe import Gates, Recipe
+    from kvslim.runtime.text import TextGenerator
+    from kvslim.types import Manifest, Plan, Report
+    from kvslim.validate.bench import BenchResult
+
+AnyPath: TypeAlias = "str | PathLike[str]"
+RecipeLike: TypeAlias = "Recipe | str | PathLike[str]"
+
+
+def compress(
+    model: AnyPath,
+    recipe: RecipeLike,
+    out: AnyPath,
+    *,
+    plan: Plan | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Compresses a model into an ONNX folder and measures it against the plain export.
+
+    Args:
+        model: `demo`, a folder, a hub id or `id@revision`.
+        recipe: A shipped recipe's name, a recipe file, or a `Recipe`.
+        out: The folder to make; it appears only when everything is done.
+        plan: Use these decisions, such as `kvslim.plan(...).plan`, instead of the methods' own.
+        overwrite: Whether to replace an artifact that is already at `out`.
+        progress: Receives the progress; by default nothing is printed.
+
+    Returns:
+        The artifact's manifest. `passed` says whether all gates hold, `report` has the measurements.
+
+    Raises:
+        KvslimError: Something that the user can fix; `out` is then as it was before.
+    """
+    from kvslim import pipeline
+
+    return pipeline.compress(str(model), _recipe(recipe), Path(out), plan=plan, overwrite=overwrite, progress=progress)
+
+
+def plan(model: AnyPath, recipe: RecipeLike, *, progress: Progress | None = None) -> PlanSummary:
+    """What `compress` would decide, with the cache size and the KL it predicts. Writes no graph.
+
+    Args:
+        model: `demo`, a folder, a hub id or `id@revision`.
+        recipe: A shipped recipe's name, a recipe file, or a `Recipe`.
+        progress: Receives the progress.
+
+    Raises:
+        KvslimError: Something that the user can fix.
+    """
+    from kvslim import pipeline
+
+    return pipeline.plan(str(model), _recipe(recipe), progress=progress)
+
+
+def analyze(
+    model: AnyPath, recipe: RecipeLike = "lossless", *, data: AnyPath | None = None, progress: Progress | None = None
+) -> Analysis:
+    """Which layers and heads a task needs least, measured on the task's text. Writes no graph.
+
+    Args:
+        model: `demo`, a folder, a hub id or `id@revision`.
+        recipe: Sets the calibration text; its methods are not used.
+        data: The task's text, in place of the recipe's: `self`, a .txt or .jsonl file, or `hub:DATASET`.
+        progress: Receives the progress.
+
+    Raises:
+        KvslimError: Something that the user can fix.
+    """
+    from kvslim import pipeline
+
+    chosen = _recipe(recipe)
+    if data is not None:
+        calibration = chosen.calibration.model_copy(update={"source": str(data)})
+        chosen = chosen.model_copy(update={"calibration": calibration})
+    return pipeline.analyze(str(model), chosen, progress=progress)
+
+
+def validate(
+    artifact: AnyPath,
+    *,
+    against: AnyPath | None = None,
+    gates: Gates | Mapping[str, float] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Measures an artifact again, against the plain export of the model it was made from.
+
+    Args:
+        artifact: A folder that `compress` wrote.
+        against: The model, if the one it was made from has moved.
+        gates: Limits such as `{"max_kl": 0.01}`, in addition to the recipe's or in place of them.
+        progress: Receives the progress.
+
+    Raises:
+        KvslimError: Something that the user can fix.
+    """
+    from kvslim import pipeline
+
+    model = None if against is None else str(against)
+    return pipeline.validate(Path(artifact), against=model, gates=_gates(gates), progress=progress)
+
+
+def bench(
+    artifacts: Sequence[AnyPath] | AnyPath,
+    *,
+    prompts: Sequence[int] = (128, 512),
+    contexts: Sequence[int] = (128, 1024),
+    threads: Sequence[int] | None = None,
+    batches: Sequence[int] = (1,),
+    repeats: int = 16,
+) -> dict[str, BenchResult]:
+    """Times artifacts against each other; they take turns in one run, so that a busy machine slows all of them alike.
+
+    Args:
+        artifacts: Folders that `compress` wrote.
+        prompts: Prompt lengths in tokens, for time to first token; text lengths for an encoder.
+        contexts: Context lengths in tokens, for time per token.
+        threads: Thread counts; None leaves the choice to onnxruntime.
+        batches: Numbers of sequences side by side.
+        repeats: Timings per combination, at least 2.
+
+    Returns:
+        Timings, memory and energy, by the path given.
+
+    Raises:
+        KvslimError: An artifact cannot be opened, or a length does not fit it.
+    """
+    from kvslim import pipeline
+    from kvslim.validate.bench import Grid
+
+    folders = [artifacts] if isinstance(artifacts, str | PathLike) else artifacts
+    grid = Grid(
+        prompts=tuple(prompts),
+        contexts=tuple(contexts),
+        threads=(None,) if threads is None else tuple(threads),
+        batches=tuple(batches),
+        repeats=repeats,
+    )
+    return pipeline.bench([Path(folder) for folder in folders], grid)
+
+
+def load(artifact: AnyPath, *, context: int | None = None, threads: int | None = None) -> TextGenerator:
+    """Opens an artifact to generate text with it. Needs neither torch nor transformers.
+
+    Args:
+        artifact: A folder that `compress` wrote.
+        context: Tokens that the cache has room for; None for the context that the artifact was made for.
+        threads: Threads of one operator; None leaves the choice to onnxruntime.
+
+    Raises:
+        UsageError: The context is longer than the model allows.
+        NotFoundError, ArtifactError: A file of the folder is missing or broken.
+        UnsupportedError: The model is an encoder.
+    """
+    from kvslim.runtime.text import TextGenerator
+
+    return TextGenerator(Path(artifact), context=context, threads=threads)
+
+
+def _recipe(recipe: RecipeLike) -> Recipe:
+    from kvslim.recipe import Recipe, load_recipe
+
+    return recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
+
+
+def _gates(gates: Gates | Mapping[str, float] | None) -> Gates | None:
+    from pydantic import ValidationError
+
+    from kvslim.recipe import Gates
+
+    if gates is None or isinstance(gates, Gates):
+        return gates
+    try:
+        return Gates.model_validate(gates)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = ".".join(str(part) for part in fault["loc"])
+        raise UsageError(f"{name}: {fault['msg']}", where="gates", fix="see gates in docs/recipes.md") from error

@@ -1,0 +1,59 @@
+"""`kvslim bench`: times artifacts against each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvslim.cli import console
+from kvslim.cli.options import Json
+
+
+def bench(
+    artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="folders to time, in turns")],
+    contexts: Annotated[str, typer.Option("--context", help="context lengths for time per token")] = "128,1k",
+    prompts: Annotated[str, typer.Option("--prompt", help="prompt lengths for time to first token")] = "128,512",
+    threads: Annotated[
+        str | None, typer.Option(metavar="N,...", help="threads of one operator; default: onnxruntime's choice")
+    ] = None,
+    batches: Annotated[str, typer.Option("--batch", metavar="N,...", help="sequences per batch")] = "1",
+    repeats: Annotated[int, typer.Option(min=3, help="timings per combination")] = 16,
+    csv: Annotated[Path | None, typer.Option(help="write one row per timing to this file")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="write the tables to this file")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time artifacts against each other, over a grid of lengths, threads and batches.
+
+    They take turns in one run, so that load on the machine slows all of them alike.
+    """
+    from kvslim.cli.inputs import check_target, read_counts, read_lengths, write_text
+
+    for path, option in ((csv, "--csv"), (markdown, "--markdown")):
+        check_target(path, option)
+    prompt_lengths, context_lengths = read_lengths(prompts, "--prompt"), read_lengths(contexts, "--context")
+    thread_counts = None if threads is None else read_counts(threads, "--threads")
+    batch_sizes = read_counts(batches, "--batch")
+    from kvslim import api
+    from kvslim.report.bench import bench_csv, costs_table, timings_table
+
+    with console.library_output_on_stderr():
+        results = api.bench(
+            artifacts,
+            prompts=prompt_lengths,
+            contexts=context_lengths,
+            threads=thread_counts,
+            batches=batch_sizes,
+            repeats=repeats,
+        )
+    tables = costs_table(results), timings_table(results)
+    if csv:
+        write_text(csv, bench_csv(results), "--csv")
+    if markdown:
+        write_text(markdown, "\n".join(table.markdown() for table in tables), "--markdown")
+    if as_json:
+        columns = {name: result.model_dump(mode="json") for name, result in results.items()}
+        console.print_json("bench", {"artifacts": columns})
+    else:
+        console.print_tables(*tables)

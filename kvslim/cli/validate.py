@@ -1,0 +1,39 @@
+"""`kvslim validate`: measures an artifact again."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kvslim.cli import console
+from kvslim.cli.failures import verdict
+from kvslim.cli.options import Artifact, GateLimits, Json, Junit
+
+
+def validate(
+    artifact: Artifact,
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="default: the model it was made from")] = None,
+    gates: GateLimits = None,
+    junit: Junit = None,
+    as_json: Json = False,
+) -> int:
+    """Measure an artifact again.
+
+    Exit code 3 if a gate fails, either of its recipe or of --gate.
+    """
+    from kvslim.cli.inputs import check_target, read_gates, write_junit
+
+    check_target(junit, "--junit")
+    limits = read_gates(gates or ())
+    from kvslim import api
+    from kvslim.report.tables import gates_table, report_table
+
+    with console.library_output_on_stderr():
+        report = api.validate(artifact, against=against, gates=limits, progress=console.Terminal())
+    write_junit(junit, report, artifact)
+    if as_json:
+        console.print_json("validate", report.model_dump(mode="json"))
+    else:
+        console.print_tables(report_table(report), gates_table(report.gates))
+    return verdict(report.passed, report.gates, str(artifact))

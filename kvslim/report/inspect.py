@@ -1,0 +1,74 @@
+"""What `kvslim inspect` reports about a model or an artifact. No weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvslim.contract import ModelSpec, WeightType
+from kvslim.devices.demand import StoredWeights, training
+from kvslim.devices.limits import Limits, limits
+from kvslim.devices.profile import Device
+from kvslim.errors import UnsupportedError, UsageError
+from kvslim.export.manifest import MANIFEST, read_manifest
+from kvslim.report.memory import CacheMemory, artifact_caches, cache_memory, model_caches
+
+
+def inspect(model: str, contexts: Sequence[int], weights: WeightType | None, devices: Sequence[Device]) -> CacheMemory:
+    """The cache of a model from its config, or of an artifact from its manifest.
+
+    Args:
+        model: As for `kvslim compress`, or an artifact's folder.
+        contexts: Lengths in tokens.
+        weights: How a model's weights would be stored; None for float32. Not allowed for an artifact.
+        devices: Devices to compute limits for.
+
+    Raises:
+        KvslimError: The model or artifact cannot be read, or an option does not fit it.
+    """
+    if not (Path(model) / MANIFEST).exists():
+        return _inspect_model(model, contexts, weights or "fp32", devices)
+    if weights is not None:
+        raise UsageError("the weights of an artifact are stored already", where="--weights", fix="drop the option")
+    return _inspect_artifact(Path(model), contexts, devices)
+
+
+def _inspect_model(model: str, contexts: Sequence[int], kind: WeightType, devices: Sequence[Device]) -> CacheMemory:
+    from kvslim.load.parameters import count_parameters
+    from kvslim.load.source import read_spec, resolve
+
+    snapshot = resolve(model)
+    spec = read_spec(snapshot)
+    _check(spec, devices)
+    parameters = count_parameters(snapshot, spec)
+    weights, caches = StoredWeights.of(parameters, kind), model_caches(spec)
+    steps = [training(spec, parameters, caches[0], context) for context in contexts]
+    found: list[Limits] = []
+    for device in devices:
+        found += limits(device, weights, caches, spec.max_context, contexts, steps)
+    return cache_memory(spec, caches, kind, weights.stored, contexts, found)
+
+
+def _inspect_artifact(folder: Path, contexts: Sequence[int], devices: Sequence[Device]) -> CacheMemory:
+    from kvslim.devices.graph import artifact_weights
+    from kvslim.validate.measure import file_mib
+
+    manifest = read_manifest(folder)
+    spec, caches = manifest.spec, artifact_caches(manifest)
+    _check(spec, devices)
+    name, stored = str(manifest.weights), int(file_mib(folder) * 2**20)
+    found: list[Limits] = []
+    if devices:
+        weights = artifact_weights(folder, spec, name, stored)
+        for device in devices:
+            found += limits(device, weights, caches, spec.max_context, contexts)
+    return cache_memory(spec, caches, name, stored, contexts, found)
+
+
+def _check(spec: ModelSpec, devices: Sequence[Device]) -> None:
+    if spec.is_encoder and devices:
+        raise UnsupportedError(
+            f"{spec.model_type} is an encoder: it has no KV cache, so a device does not limit its context",
+            where="--device",
+            fix="time it with `kvslim bench`",
+        )
