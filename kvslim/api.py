@@ -14,8 +14,8 @@ from kvslim.errors import UsageError
 from kvslim.progress import Progress
 
 if TYPE_CHECKING:
-    from kvslim.pipeline import PlanSummary
     from kvslim.plan.analyze import Analysis
+    from kvslim.plan.decide import PlanSummary
     from kvslim.recipe import Gates, Recipe
     from kvslim.runtime.text import TextGenerator
     from kvslim.types import Manifest, Plan, Report

@@ -8,24 +8,29 @@ from pathlib import Path
 from kvslim.caches import ClusteredCache
 from kvslim.contract import ModelSpec
 from kvslim.errors import UnsupportedError, UsageError
-from kvslim.methods.base import Method
-from kvslim.methods.kv_hdc import KvHdc
-from kvslim.methods.kv_window import KvWindow
-from kvslim.methods.prune_heads import PruneHeads, check_heads
-from kvslim.methods.prune_layers import PruneLayers
-from kvslim.methods.share_kv import ShareKv, check_sources
+from kvslim.methods.prune_heads import check_heads
+from kvslim.methods.share_kv import check_sources
 from kvslim.recipe import Recipe
 from kvslim.types import LayerPlan, Plan
+from kvslim.validate.bench import Grid
 
 RECALL_MARGIN = 33  # first token, span and its second copy
-LACKING = {
-    "cluster_heads": "clusters of heads",
-    "kv_quant": "integer cache",
-    "kv_hdc": "integer cache",
-    "kv_window": "ring",
-}  # what layout attention24 does not have
 ENCODER_DECISIONS = ("layer", "heads", "refit", "score", "reason")
 ENCODER_GATES = {"min_embedding_cosine", "min_retrieval_rank_correlation", "min_masked_top1_agreement"}
+
+
+def check_recipe(recipe: Recipe, spec: ModelSpec) -> None:
+    """Refuses a recipe whose parts do not fit each other or the model.
+
+    Raises:
+        UnsupportedError: The recipe is for the other kind of model.
+        UsageError: Naming the method or key.
+    """
+    check_task(recipe, spec)
+    for method in recipe.methods:
+        method.check(spec)
+    check_methods(recipe)
+    check_lengths(recipe, spec)
 
 
 def check_task(recipe: Recipe, spec: ModelSpec) -> None:
@@ -36,7 +41,7 @@ def check_task(recipe: Recipe, spec: ModelSpec) -> None:
     """
     gates = {name for name, limit in recipe.gates if limit is not None}
     if spec.is_encoder:
-        asked = [method.name for method in recipe.methods if not isinstance(method, PruneHeads | PruneLayers)]
+        asked = [method.name for method in recipe.methods if not method.supports_encoders]
         asked += ["a budget"] * (recipe.budget is not None)
         misfits = asked + sorted(gates - ENCODER_GATES)
         kind, lack, fix = "an encoder", "which has no KV cache", "use `-r encoder`"
@@ -51,68 +56,18 @@ def check_task(recipe: Recipe, spec: ModelSpec) -> None:
         )
 
 
-def check_layout(recipe: Recipe) -> None:
-    """Refuses methods that the recipe's attention operators cannot express.
+def check_methods(recipe: Recipe) -> None:
+    """Refuses methods that cannot stand beside each other, or that the recipe's attention operators cannot express.
 
     Raises:
-        UsageError: Naming the method.
+        UsageError: Naming the methods.
     """
-    names = {method.name for method in recipe.methods}
     if recipe.layout == "attention24" and recipe.budget is not None:
         raise UsageError("the planner plans for layout gqa", where="recipe: budget", fix="use layout gqa")
-    for method in recipe.methods:
-        if isinstance(method, ShareKv):
-            _check_sharing(method, recipe)
-    if {"kv_hdc", "kv_quant"} <= names:
-        message = "kv_hdc and kv_quant both choose how the cache is stored"
-        raise UsageError(message, where="recipe: methods", fix="drop one of them")
-    if any(isinstance(method, KvHdc) and method.bits <= 3 for method in recipe.methods) and "kv_window" in names:
-        message = "packed codes keep what leaves their window, kv_window drops it"
-        raise UsageError(message, where="recipe: methods", fix="drop kv_window, or use kv_hdc with 8 or 4 bits")
-    if any(map(_counts_heads, recipe.methods)) and any(map(_takes_attention, recipe.methods)):
-        message = "prune_heads cannot count on the heads of layers that prune_layers may take"
-        raise UsageError(message, where="recipe: methods", fix="name the heads: prune_heads: {heads: {2: [0, 1]}}")
-    for method in recipe.methods:
-        if recipe.layout == "attention24" and method.name in LACKING:
-            raise UsageError(
-                f"layout attention24 has no {LACKING[method.name]}",
-                where=f"recipe: methods.{method.name}",
-                fix="use layout gqa",
-            )
-        if recipe.layout == "gqa" and getattr(method, "value_rank", None) is not None:
-            raise UsageError(
-                "layout gqa gives keys and values one rank",
-                where="recipe: methods.kv_pca.value_rank",
-                fix="use layout attention24, or rank alone",
-            )
-
-
-def _check_sharing(method: ShareKv, recipe: Recipe) -> None:
-    """A source layer keeps every token, and no other method may take a layer away that is counted on."""
-    where, named = "recipe: methods", {*(method.sources or {}), *(method.sources or {}).values()}
-    for other in recipe.methods:
-        if isinstance(other, KvHdc) and other.bits <= 3:
-            message = "no layer can read the packed codes of another"
-            raise UsageError(message, where=where, fix="drop share_kv, or use kv_hdc with 8 or 4 bits")
-        if isinstance(other, KvWindow) and (other.layers is None or method.sources is None):
-            message = "share_kv and kv_window may choose the same layers"
-            raise UsageError(message, where=where, fix="name layers in both: kv_window.layers and share_kv.sources")
-        if isinstance(other, KvWindow) and (both := named.intersection(other.layers or ())):
-            message = f"layer {min(both)} cannot have a window and share a cache of all tokens"
-            raise UsageError(message, where=where, fix="drop it from kv_window.layers or from share_kv.sources")
-        if method.sources is None and (_counts_heads(other) or _takes_attention(other)):
-            message = f"share_kv cannot count on layers that {other.name} may take"
-            raise UsageError(message, where=where, fix="name the layers: share_kv: {sources: {5: 4}}")
-
-
-def _counts_heads(method: Method) -> bool:
-    """Whether a method takes heads that it must choose among all layers."""
-    return isinstance(method, PruneHeads) and not method.heads
-
-
-def _takes_attention(method: Method) -> bool:
-    """Whether a method takes whole attentions."""
-    return isinstance(method, PruneLayers) and method.takes_attention
+    for method in recipe.ordered_methods:
+        others = [other for other in recipe.methods if other is not method]
+        for conflict in method.conflicts(others, recipe):
+            raise UsageError(conflict.message, where=conflict.where, fix=conflict.fix)
 
 
 def check_lengths(recipe: Recipe, spec: ModelSpec) -> None:
@@ -122,9 +77,6 @@ def check_lengths(recipe: Recipe, spec: ModelSpec) -> None:
         UsageError: Naming the key and the limit.
     """
     calibration, validation = recipe.calibration, recipe.validation
-    for method in recipe.methods:
-        if isinstance(method, KvWindow) and method.lazy:
-            _check_lazy(method, recipe)
     lengths = {"validation.length": validation.length, "validation.prompts": max(validation.prompts)}
     if not spec.is_encoder:
         lengths |= {
@@ -141,22 +93,37 @@ def check_lengths(recipe: Recipe, spec: ModelSpec) -> None:
             )
 
 
-def _check_lazy(method: KvWindow, recipe: Recipe) -> None:
-    kept = method.window + method.sinks
-    lengths = {
-        "calibration.length": recipe.calibration.length,
-        "validation.recall_distance": recipe.validation.recall_distance,
-    }
-    for key, length in lengths.items():
-        if length <= kept:
-            raise UsageError(
-                f"{key} of {length} tokens never leaves a window of {kept}, so no layer can be judged by it",
-                where="recipe: methods.kv_window.lazy",
-                fix=f"--set {key}={2 * kept}, or name the layers",
-            )
+def check_cache(spec: ModelSpec, lack: str) -> None:
+    """Refuses a model without a KV cache.
+
+    Args:
+        spec: The model's shape.
+        lack: What there is then not, such as "nothing to plan".
+
+    Raises:
+        UnsupportedError: The model is an encoder.
+    """
+    if spec.is_encoder:
+        raise UnsupportedError(
+            f"{spec.model_type} is an encoder: without a KV cache there is {lack}",
+            where="MODEL",
+            fix="make the artifact with `kvslim compress MODEL -r encoder`",
+        )
 
 
-def check_encoders(specs: Sequence[ModelSpec], lengths: Sequence[int]) -> None:
+def check_grid(artifacts: Sequence[Path], specs: Sequence[ModelSpec], grid: Grid) -> None:
+    """Refuses to time decoders among encoders, and lengths beyond a model's positions.
+
+    Raises:
+        UsageError: Naming the option or the artifact.
+    """
+    if any(spec.is_encoder for spec in specs):
+        _check_encoders(specs, grid.prompts)
+    else:
+        _check_context(artifacts, specs, max([*grid.prompts, *(context + 1 for context in grid.contexts)]))
+
+
+def _check_encoders(specs: Sequence[ModelSpec], lengths: Sequence[int]) -> None:
     """Refuses to time decoders among encoders, and texts beyond a model's positions.
 
     Raises:
@@ -171,7 +138,7 @@ def check_encoders(specs: Sequence[ModelSpec], lengths: Sequence[int]) -> None:
         )
 
 
-def check_context(artifacts: Sequence[Path], specs: Sequence[ModelSpec], longest: int) -> None:
+def _check_context(artifacts: Sequence[Path], specs: Sequence[ModelSpec], longest: int) -> None:
     """Refuses a length beyond the positions of an artifact's model.
 
     Raises:

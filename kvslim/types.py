@@ -104,6 +104,11 @@ class Plan(Frozen):
         layers = tuple(LayerPlan(layer=index) for index in range(spec.layers))
         return cls(layout=layout, window_cache=window_cache, layers=layers)
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether every layer stays as it is."""
+        return all(layer == LayerPlan(layer=layer.layer, reason=layer.reason) for layer in self.layers)
+
 
 class PlanPoint(Frozen):
     """A plan that was measured in torch on calibration text, before any graph was made."""

@@ -14,7 +14,7 @@ from support.tiny_decoders import save_decoder
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
-    from kvslim.workshop import Workshop
+    from kvslim.prepared.decoder import PreparedDecoder
 
 
 def pytest_configure() -> None:
@@ -84,17 +84,17 @@ def tiny_family(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path
 
 
 @pytest.fixture(scope="module")
-def workshop(tiny_llama: Path) -> Workshop:
+def prepared(tiny_llama: Path) -> PreparedDecoder:
     """The tiny Llama opened; test files that look at other models have a fixture of their own by this name."""
-    from support.models import open_workshop, recipe_of
+    from support.models import open_prepared, recipe_of
 
-    return open_workshop(tiny_llama, recipe_of())
+    return open_prepared(tiny_llama, recipe_of())
 
 
 @pytest.fixture(scope="module")
-def statistics(workshop: Workshop) -> CalibrationStatistics:
+def statistics(prepared: PreparedDecoder) -> CalibrationStatistics:
     """Of the opened model."""
-    return workshop.statistics()
+    return prepared.statistics
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.models import open_workshop, recipe_of
+from support.models import open_prepared, recipe_of
 from support.tiny_encoders import save_encoder
 
 from kvslim import pipeline
@@ -49,9 +49,8 @@ def test_every_layer_and_head_is_there(analysis: Analysis) -> None:
 
 
 def test_kl_is_that_of_the_model_without_the_head(analysis: Analysis, tiny_model: Callable[[str], Path]) -> None:
-    workshop = open_workshop(tiny_model("llama"), recipe_of())
-    statistics = workshop.statistics()
-    judge = workshop.held_out_judge(statistics)
+    prepared = open_prepared(tiny_model("llama"), recipe_of())
+    trials = prepared.trials()
     first, second = analysis.layers
     for found, method in (
         (second.kv_head_kl[1], PruneHeads(heads={1: (2, 3)})),
@@ -59,7 +58,7 @@ def test_kl_is_that_of_the_model_without_the_head(analysis: Analysis, tiny_model
         (first.mlp_kl, PruneLayers(layers={0: "mlp"})),
         (second.block_kl, PruneLayers(layers={1: "block"})),
     ):
-        assert found == pytest.approx(judge.kl(workshop.without(statistics, method)))
+        assert found == pytest.approx(trials.divergence(method))
 
 
 def test_task_in_jsonl_gives_table_json_and_heat_map(

@@ -15,27 +15,28 @@ from support.models import (
     cached_logits,
     export_slim,
     in_chunks,
-    open_workshop,
+    open_prepared,
     original_logits,
     recipe_of,
     tokens_of,
     torch_logits,
 )
 from support.numbers_of_a_model import SPEC, statistics_of
+from support.trials import MadeUpTrials
 
 from kvslim.caches.clustered import ATTENTIONS, CLUSTER_INPUTS, CLUSTERS
 from kvslim.caches.clustering import FIRST_TOKENS, Formed
-from kvslim.checks import check_layout, check_plan
+from kvslim.checks import check_methods, check_plan
 from kvslim.errors import ArtifactError, UsageError
 from kvslim.methods import ClusterHeads, KvQuant, Method, PruneHeads
-from kvslim.pipeline import decide
+from kvslim.plan.decide import decide, resolved
+from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import KVLayout, LayerPlan, Plan
-from kvslim.workshop import Workshop
 
 ModelOf = Callable[[str], Path]
-Made = Callable[[str], tuple[Workshop, Path, Plan]]
+Made = Callable[[str], tuple[PreparedDecoder, Path, Plan]]
 MHA = SPEC.model_copy(update={"kv_heads": 4})
 LENGTH = 48
 KINDS: dict[str, tuple[str, ClusterHeads]] = {
@@ -48,15 +49,15 @@ KINDS: dict[str, tuple[str, ClusterHeads]] = {
 
 @pytest.fixture(scope="module")
 def made(tiny_model: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """Workshop, graph and plan of each kind, made once."""
-    found: dict[str, tuple[Workshop, Path, Plan]] = {}
+    """PreparedDecoder, graph and plan of each kind, made once."""
+    found: dict[str, tuple[PreparedDecoder, Path, Plan]] = {}
 
-    def of(kind: str) -> tuple[Workshop, Path, Plan]:
+    def of(kind: str) -> tuple[PreparedDecoder, Path, Plan]:
         if kind not in found:
             family, method = KINDS[kind]
             folder = tmp_path_factory.mktemp("clusters") / "graph"
-            workshop = open_workshop(tiny_model(family), recipe_of([method]))
-            found[kind] = workshop, folder, export_slim(workshop, folder)
+            prepared = open_prepared(tiny_model(family), recipe_of([method]))
+            found[kind] = prepared, folder, export_slim(prepared, folder)
         return found[kind]
 
     return of
@@ -101,19 +102,18 @@ def test_layers_are_those_that_lose_least_by_measured_kl() -> None:
         asked.append(method.clusters)
         return {0: 0.5, 1: 0.1}[next(iter(method.clusters or {}))]
 
-    method = ClusterHeads(count=1, fraction=0.5).chosen(MHA, statistics_of(MHA), divergence, iter)
+    method = ClusterHeads(count=1, fraction=0.5).resolve(MadeUpTrials(MHA, divergence, statistics_of(MHA)))
     assert asked == [{0: 2}, {1: 2}]
     assert method == ClusterHeads(clusters={1: 2})
 
 
-def test_measured_layers_come_out_of_the_workshop(tiny_model: ModelOf) -> None:
+def test_measured_layers_come_out_of_the_trials(tiny_model: ModelOf) -> None:
     recipe = recipe_of([ClusterHeads(count=1, fraction=0.5)])
-    workshop = open_workshop(tiny_model("gpt2"), recipe)
-    statistics = workshop.statistics()
-    judge = workshop.held_out_judge(statistics)
-    (method,) = workshop.measured_recipe(statistics, judge).methods
+    prepared = open_prepared(tiny_model("gpt2"), recipe)
+    trials = prepared.trials()
+    (method,) = resolved(recipe, trials).methods
     assert isinstance(method, ClusterHeads)
-    losses = [judge.kl(workshop.without(statistics, ClusterHeads(clusters={layer: 2}))) for layer in (0, 1)]
+    losses = [trials.divergence(ClusterHeads(clusters={layer: 2})) for layer in (0, 1)]
     assert min(losses) > 0
     assert method.clusters == {int(np.argmin(losses)): 2}
 
@@ -160,7 +160,7 @@ def test_heads_that_share_keys_are_refused_odd_and_dynamic_clusters() -> None:
     with pytest.raises(UsageError, match="one head"):
         ClusterHeads().check(SPEC.model_copy(update={"q_heads": 1, "kv_heads": 1}))
     with pytest.raises(UsageError, match="attention24 has no clusters"):
-        check_layout(recipe_of([ClusterHeads()]).model_copy(update={"layout": "attention24"}))
+        check_methods(recipe_of([ClusterHeads()]).model_copy(update={"layout": "attention24"}))
 
 
 @pytest.mark.parametrize("options", [{"clusters": {0: 1}, "count": 1}, {"clusters": {0: 1}, "fraction": 0.5}])
@@ -206,12 +206,12 @@ def test_plans_that_mix_kv_heads_are_refused(layer: dict[str, Any], message: str
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_graph_equals_torch_however_the_text_is_cut(made: Made, kind: str) -> None:
-    workshop, folder, plan = made(kind)
-    tokens = tokens_of(workshop, LENGTH)
-    expected = torch_logits(workshop, tokens)
-    assert np.abs(expected - original_logits(workshop.snapshot.path, tokens)).max() > 1e-3
+    prepared, folder, plan = made(kind)
+    tokens = tokens_of(prepared, LENGTH)
+    expected = torch_logits(prepared, tokens)
+    assert np.abs(expected - original_logits(prepared.snapshot.path, tokens)).max() > 1e-3
     session = DecodeSession(folder, capacity=LENGTH, all_positions=True)
-    assert session.layout == KVLayout.of(workshop.spec, plan)
+    assert session.layout == KVLayout.of(prepared.spec, plan)
     for chunks in ([LENGTH], [16], [1], [3, 1, 9]):
         session.reset()
         np.testing.assert_allclose(in_chunks(session, tokens, chunks), expected, atol=1e-4)
@@ -219,8 +219,8 @@ def test_graph_equals_torch_however_the_text_is_cut(made: Made, kind: str) -> No
 
 @pytest.mark.parametrize("kind", ["mha", "mha, dynamic"])
 def test_cache_grows_with_the_text(made: Made, kind: str) -> None:
-    workshop, folder, _ = made(kind)
-    tokens = tokens_of(workshop, 270)
+    prepared, folder, _ = made(kind)
+    tokens = tokens_of(prepared, 270)
     session = DecodeSession(folder, capacity=300, all_positions=True)
     clustered = [index for index, tensor in enumerate(session.layout.tensors) if tensor.clusters]
     in_chunks(session, tokens[:20], [20])
@@ -228,25 +228,25 @@ def test_cache_grows_with_the_text(made: Made, kind: str) -> None:
     session.reset()
     found = in_chunks(session, tokens, [130, 10])
     assert {session._cache[index].shape[2] for index in clustered} == {300}
-    np.testing.assert_allclose(found, torch_logits(workshop, tokens), atol=1e-4)
+    np.testing.assert_allclose(found, torch_logits(prepared, tokens), atol=1e-4)
 
 
 @pytest.mark.parametrize(("family", "clusters"), [("gpt2", (0, 1, 2, 3)), ("llama", (0, 1, 2, 3))])
 def test_plain_logits_come_out_when_every_head_is_its_own_cluster(
     tiny_model: ModelOf, tmp_path: Path, family: str, clusters: tuple[int, ...]
 ) -> None:
-    workshop = open_workshop(tiny_model(family), recipe_of())
+    prepared = open_prepared(tiny_model(family), recipe_of())
     plan = Plan(layers=tuple(LayerPlan(layer=layer, clusters=clusters) for layer in range(2)))
-    workshop.install(workshop.codes(workshop.statistics(), plan))
-    workshop.export(plan, tmp_path)
-    tokens = tokens_of(workshop)
+    prepared.install(prepared.codes(plan))
+    prepared.export(plan, tmp_path)
+    tokens = tokens_of(prepared)
     np.testing.assert_allclose(cached_logits(tmp_path, tokens), original_logits(tiny_model(family), tokens), atol=1e-4)
 
 
 def test_batch_of_unequal_lengths_equals_each_text_alone(made: Made) -> None:
-    workshop, folder, _ = made("mha")
+    prepared, folder, _ = made("mha")
     lengths, steps = (11, 6), 4
-    texts = [tokens_of(workshop, length + steps)[::-1] for length in lengths]
+    texts = [tokens_of(prepared, length + steps)[::-1] for length in lengths]
     alone = [in_chunks(DecodeSession(folder, capacity=20, all_positions=True), text, [len(text)]) for text in texts]
     session = open_session(folder, all_positions=True)
     caches = {t.past: np.zeros((2, t.heads, 20, t.columns), np.float32) for t in layout_of(session).tensors}
@@ -280,13 +280,13 @@ def run(
 def test_dynamic_graph_equals_the_static_one_when_the_membership_is_the_same(
     made: Made, tiny_model: ModelOf, tmp_path: Path
 ) -> None:
-    workshop, folder, _ = made("mha, dynamic")
+    prepared, folder, _ = made("mha, dynamic")
     clusters = {0: (2, 2, 2, 2), 1: (0, 3, 0, 3)}
-    fixed = open_workshop(tiny_model("gpt2"), recipe_of())
+    fixed = open_prepared(tiny_model("gpt2"), recipe_of())
     plan = Plan(layers=tuple(LayerPlan(layer=layer, clusters=own) for layer, own in clusters.items()))
-    fixed.install(fixed.codes(fixed.statistics(), plan))
+    fixed.install(fixed.codes(plan))
     fixed.export(plan, tmp_path)
-    tokens = tokens_of(workshop, 20)
+    tokens = tokens_of(prepared, 20)
     expected = in_chunks(DecodeSession(tmp_path, capacity=20, all_positions=True), tokens, [20])
     session = open_session(folder, all_positions=True)
     caches = {t.past: np.zeros((1, t.heads, 20, t.columns), np.float32) for t in layout_of(session).tensors}
@@ -307,12 +307,12 @@ def test_dynamic_graph_equals_the_static_one_when_the_membership_is_the_same(
 
 def test_prompts_form_clusters_of_their_own(made: Made) -> None:
     """Each from its first tokens, whatever prompt came before, and the same again for the same prompt."""
-    workshop, folder, _ = made("mha, dynamic")
+    prepared, folder, _ = made("mha, dynamic")
     session = DecodeSession(folder, capacity=LENGTH, all_positions=True)
     formed, logits = [], []
     for seed in (0, 1, 2, 3, 0):
         session.reset()
-        tokens = np.random.default_rng(seed).integers(0, workshop.spec.vocab_size, LENGTH)
+        tokens = np.random.default_rng(seed).integers(0, prepared.spec.vocab_size, LENGTH)
         logits.append(in_chunks(session, tokens, [9]))
         formed.append(session._clusters._clusters)
     assert formed[0] == formed[-1]
@@ -321,11 +321,11 @@ def test_prompts_form_clusters_of_their_own(made: Made) -> None:
 
 
 def test_all_heads_attend_until_the_first_tokens_are_there(made: Made) -> None:
-    workshop, folder, _ = made("mha, dynamic")
-    tokens = tokens_of(workshop, FIRST_TOKENS + 1)
+    prepared, folder, _ = made("mha, dynamic")
+    tokens = tokens_of(prepared, FIRST_TOKENS + 1)
     session = DecodeSession(folder, capacity=8, all_positions=True)
     found = in_chunks(session, tokens[:FIRST_TOKENS], [1])
-    expected = original_logits(workshop.snapshot.path, tokens)
+    expected = original_logits(prepared.snapshot.path, tokens)
     np.testing.assert_allclose(found, expected[:FIRST_TOKENS], atol=1e-4)
     assert [buffer.shape[1] for buffer in session._cache] == [1, 4, 2, 4]
     assert np.abs(session.step(tokens[FIRST_TOKENS:]) - expected[FIRST_TOKENS:]).max() > 1e-3
@@ -335,13 +335,13 @@ def test_all_heads_attend_until_the_first_tokens_are_there(made: Made) -> None:
 
 
 def test_session_is_filled_for_timing_when_clusters_are_dynamic(made: Made) -> None:
-    workshop, folder, _ = made("mha, dynamic")
+    prepared, folder, _ = made("mha, dynamic")
     session = DecodeSession(folder, capacity=40)
     session.fill(30)
     assert [buffer.shape[1:3] for buffer in session._cache] == [(1, 40), (4, 40), (2, 40), (4, 40)]
-    assert session.step([3]).shape == (1, workshop.spec.vocab_size)
+    assert session.step([3]).shape == (1, prepared.spec.vocab_size)
     session.reset()
-    assert session.prefill(tokens_of(workshop, 30)).shape == (workshop.spec.vocab_size,)
+    assert session.prefill(tokens_of(prepared, 30)).shape == (prepared.spec.vocab_size,)
 
 
 @pytest.mark.parametrize("note", ["[1]", '{"0": {"count": "two"}}'])
@@ -360,16 +360,16 @@ def test_broken_notes_on_clusters_are_refused(made: Made, tmp_path: Path, note: 
 def test_genai_config_is_written_when_genai_can_open_the_graph(
     made: Made, tmp_path: Path, kind: str, opens: bool
 ) -> None:
-    workshop, _, plan = made(kind)
-    workshop.write_companions(tmp_path, KVLayout.of(workshop.spec, plan), ("input_ids", "attention_mask"))
+    prepared, _, plan = made(kind)
+    prepared.write_companions(tmp_path, KVLayout.of(prepared.spec, plan), ("input_ids", "attention_mask"))
     assert (tmp_path / "genai_config.json").exists() is opens
 
 
 def test_clusters_follow_calibration_when_a_session_forms_them(made: Made) -> None:
     """What the graph notes of calibration is what torch used."""
-    workshop, folder, _ = made("mha, dynamic")
+    prepared, folder, _ = made("mha, dynamic")
     noted = DecodeSession(folder, capacity=8)._clusters._formed
-    loss = workshop.statistics().sharing_loss
+    loss = prepared.statistics.sharing_loss
     for layer, how in noted.items():
         assert isinstance(how, Formed)
         np.testing.assert_allclose(how.calibrated, loss[layer] / loss[layer].max(), atol=1e-4)
@@ -391,8 +391,8 @@ def test_dynamic_clusters_are_formed_for_one_sequence(made: Made) -> None:
 
 
 def test_sequences_side_by_side_equal_each_alone_when_clusters_are_fixed(made: Made) -> None:
-    workshop, folder, _ = made("mha")
-    tokens = tokens_of(workshop, 24).reshape(2, 12)
+    prepared, folder, _ = made("mha")
+    tokens = tokens_of(prepared, 24).reshape(2, 12)
     session = DecodeSession(folder, capacity=12, all_positions=True, batch=2)
     found = np.concatenate([session.step(tokens[:, :10]), session.step(tokens[:, 10:11])], axis=1)
     for row in (0, 1):

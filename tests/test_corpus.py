@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.models import open_workshop, recipe_of
+from support.models import open_prepared, recipe_of
 
-from kvslim.calibrate.corpus import check_source, counted_windows, self_windows, source_digest, text_windows
+from kvslim.calibrate.corpus import check_source, loss_mask, self_windows, source_digest, text_windows
 from kvslim.errors import UnsupportedError
+from kvslim.progress import Silent
 from kvslim.recipe import Calibration, Validation
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_llama: Path) -> Any:
-    return open_workshop(tiny_llama, recipe_of()).tokenizer
+    return open_prepared(tiny_llama, recipe_of()).tokenizer
 
 
 def test_windows_are_spread_over_the_text(tmp_path: Path, tokenizer: Any) -> None:
@@ -55,7 +56,7 @@ def test_one_file_for_both_uses_is_split(tmp_path: Path, tiny_llama: Path) -> No
             "validation": Validation(source=str(path), samples=4, length=40),
         }
     )
-    assert open_workshop(tiny_llama, recipe)._shared_text()
+    assert open_prepared(tiny_llama, recipe)._shared_text()
 
 
 def test_jsonl_gives_texts_and_completed_prompts(tmp_path: Path, tokenizer: Any) -> None:
@@ -71,7 +72,7 @@ def test_completions_alone_count(tmp_path: Path, tokenizer: Any) -> None:
     records = [{"text": "abcd"}, {"prompt": "efgh", "completion": "ijkl"}, {"prompt": "mn", "completion": "op"}]
     path.write_text("\n".join(map(json.dumps, records)) + "\n")
     sizes = {"samples": 1, "length": 20}
-    (window,), (counted,) = (part(str(path), tokenizer, **sizes) for part in (text_windows, counted_windows))
+    (window,), (counted,) = (part(str(path), tokenizer, **sizes) for part in (text_windows, loss_mask))
     assert tokenizer.decode(window) == "abcd\n\nefghijkl\n\nmnop"
     assert tokenizer.decode(window[counted]) == "abcdijklop"
 
@@ -80,7 +81,7 @@ def test_windows_and_what_counts_of_them_are_cut_alike(tmp_path: Path, tokenizer
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"prompt": "p" * n, "completion": "c" * n}) + "\n" for n in range(1, 40)))
     sizes = {"samples": 7, "length": 33, "share": (0.2, 0.9)}
-    windows, counted = (part(str(path), tokenizer, **sizes) for part in (text_windows, counted_windows))
+    windows, counted = (part(str(path), tokenizer, **sizes) for part in (text_windows, loss_mask))
     assert windows.shape == counted.shape == (7, 33)
     assert set(tokenizer.decode(windows[counted])) == {"c"}
     assert "c" not in tokenizer.decode(windows[~counted])
@@ -94,8 +95,8 @@ def test_digest_tells_a_prompt_from_a_completion(tmp_path: Path) -> None:
 
 
 def test_self_samples_repeat_when_the_seed_does(tiny_llama: Path) -> None:
-    workshop = open_workshop(tiny_llama, recipe_of())
-    draw = lambda seed: self_windows(workshop.model, samples=3, length=20, seed=seed, batches=iter)  # noqa: E731
+    prepared = open_prepared(tiny_llama, recipe_of())
+    draw = lambda seed: self_windows(prepared.model, samples=3, length=20, seed=seed, progress=Silent())  # noqa: E731
     first, again, other = draw(0), draw(0), draw(1)
     assert first.shape == (3, 20)
     np.testing.assert_array_equal(first, again)
@@ -105,8 +106,8 @@ def test_self_samples_repeat_when_the_seed_does(tiny_llama: Path) -> None:
 
 def test_self_samples_follow_the_models_own_distribution(tiny_llama: Path) -> None:
     """Two windows share their first token alone; a greedy sampler would repeat itself."""
-    workshop = open_workshop(tiny_llama, recipe_of())
-    windows = self_windows(workshop.model, samples=8, length=4, seed=0, batches=iter)
+    prepared = open_prepared(tiny_llama, recipe_of())
+    windows = self_windows(prepared.model, samples=8, length=4, seed=0, progress=Silent())
     assert len(np.unique(windows[:, 0])) == 1
     assert len(np.unique(windows[:, 1])) > 3
 

@@ -25,7 +25,7 @@ STAGES = [
 DRIVER = """
 import json, os, signal, sys
 from pathlib import Path
-import kvslim.workshop
+import kvslim.prepared
 from kvslim import pipeline
 from kvslim.recipe import load_recipe
 
@@ -59,7 +59,7 @@ KILLS = 20
 RANDOM_DRIVER = """
 import os, random, signal, sys, time
 from pathlib import Path
-import kvslim.workshop
+import kvslim.prepared
 from kvslim import pipeline
 from kvslim.export.manifest import verify
 from kvslim.recipe import load_recipe

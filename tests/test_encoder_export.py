@@ -11,28 +11,29 @@ import onnx
 import pytest
 from support.tiny_encoders import FAMILIES, TASKS, save_encoder
 
-from kvslim.encoder_workshop import EncoderWorkshop
 from kvslim.load.source import read_spec, resolve
+from kvslim.prepared.encoder import PreparedEncoder
 from kvslim.progress import Silent
 from kvslim.recipe import Recipe
 from kvslim.runtime.encoder import EncoderSession, mean_pool, pad
-from kvslim.types import Weights
+from kvslim.types import Plan, Weights
 
 TEXTS = [[2, 40, 50, 60, 3], [2, 9, 3], [2, *range(30, 55), 3]]
 
 
-Made = tuple[EncoderWorkshop, Path]
+Made = tuple[PreparedEncoder, Path]
 Make = Callable[[str, str], Made]
 
 
 def export(folder: Path, family: str, task: str, weights: Weights = "int8") -> Made:
     """A tiny encoder with its graphs in `folder`: `plain`, and `slim` in the given weights."""
     snapshot = resolve(str(save_encoder(family, task, folder / "model")))
-    workshop = EncoderWorkshop(snapshot, read_spec(snapshot), Recipe(name="test", weights=weights), Silent())
+    prepared = PreparedEncoder(snapshot, read_spec(snapshot), Recipe(name="test", weights=weights), Silent())
     for name in ("plain", "slim"):
         (folder / name).mkdir()
-    workshop.export(folder / "plain", folder / "slim")
-    return workshop, folder
+    prepared.export_plain(folder / "plain")
+    prepared.export(Plan.identity(prepared.spec), folder / "slim")
+    return prepared, folder
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +49,18 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     return of
 
 
-def torch_outputs(workshop: EncoderWorkshop, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+def torch_outputs(prepared: PreparedEncoder, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Hidden states and logits of transformers' own model, with its own attention."""
     import torch
     from transformers import AutoModel, AutoModelForMaskedLM
 
-    loader = AutoModelForMaskedLM if workshop.spec.task == "fill-mask" else AutoModel
-    model = loader.from_pretrained(workshop.snapshot.path, attn_implementation="eager").eval()
+    loader = AutoModelForMaskedLM if prepared.spec.task == "fill-mask" else AutoModel
+    model = loader.from_pretrained(prepared.snapshot.path, attn_implementation="eager").eval()
     tokens = {"input_ids": torch.from_numpy(np.where(mask, ids, model.config.pad_token_id))}
     tokens["attention_mask"] = torch.from_numpy(mask)
     with torch.inference_mode():
         hidden = model.base_model(**tokens).last_hidden_state.numpy()
-        logits = model(**tokens).logits.numpy() if workshop.spec.task == "fill-mask" else None
+        logits = model(**tokens).logits.numpy() if prepared.spec.task == "fill-mask" else None
     return hidden, logits
 
 
@@ -71,10 +72,10 @@ def operators(folder: Path) -> Counter[str]:
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_graph_equals_torch_when_a_batch_is_padded(make: Make, family: str, task: str) -> None:
-    workshop, folder = make(family, task)
+    prepared, folder = make(family, task)
     session = EncoderSession(folder / "plain")
     ids, mask = pad(TEXTS)
-    hidden, logits = torch_outputs(workshop, ids, mask)
+    hidden, logits = torch_outputs(prepared, ids, mask)
     seen = mask.astype(bool)
     assert np.abs(hidden[seen]).max() > 0.5
     assert np.abs(session.hidden_states(ids, mask) - hidden)[seen].max() < 1e-4
@@ -106,8 +107,8 @@ def test_token_types_change_the_states_when_the_family_has_them(make: Make) -> N
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_graph_is_fused(make: Make, family: str) -> None:
-    workshop, folder = make(family, "feature-extraction")
-    count, layers = operators(folder / "plain"), workshop.spec.layers
+    prepared, folder = make(family, "feature-extraction")
+    count, layers = operators(folder / "plain"), prepared.spec.layers
     assert count["Attention"] == layers
     assert count["MatMul"] == 4 * layers
     assert count["SkipLayerNormalization"] >= 2 * layers
@@ -121,13 +122,13 @@ def test_graph_is_fused(make: Make, family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_is_quantised_when_weights_are_int8(make: Make, family: str) -> None:
-    workshop, folder = make(family, "fill-mask")
-    count, layers = operators(folder / "slim"), workshop.spec.layers
+    prepared, folder = make(family, "fill-mask")
+    count, layers = operators(folder / "slim"), prepared.spec.layers
     assert count["MatMulInteger"] == 3 * layers + 1  # packed projections, output and up; the head's own matrix
     assert count["MatMulNBits"] == layers + 1  # down, behind the activation; the head, which the embedding shares
     assert count["MatMul"] == count["Gemm"] == count["FusedMatMul"] == 0
     ids, mask = pad(TEXTS)
-    _, logits = torch_outputs(workshop, ids, mask)
+    _, logits = torch_outputs(prepared, ids, mask)
     assert logits is not None
     seen = mask.astype(bool)
     found = EncoderSession(folder / "slim").logits(ids, mask)[seen]
@@ -136,9 +137,9 @@ def test_every_matrix_is_quantised_when_weights_are_int8(make: Make, family: str
 
 
 def test_int4_keeps_blocks_everywhere(tmp_path: Path) -> None:
-    workshop, folder = export(tmp_path, "bert", "feature-extraction", "int4")
+    prepared, folder = export(tmp_path, "bert", "feature-extraction", "int4")
     count = operators(folder / "slim")
-    assert count["MatMulNBits"] == 4 * workshop.spec.layers
+    assert count["MatMulNBits"] == 4 * prepared.spec.layers
     assert count["MatMulInteger"] == count["MatMul"] == 0
 
 

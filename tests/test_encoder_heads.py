@@ -13,10 +13,11 @@ from support.tiny_encoders import FAMILIES, save_encoder
 from kvslim.calibrate.heads import collect_heads
 from kvslim.calibrate.sentences import Sentences
 from kvslim.cli import app
-from kvslim.encoder_workshop import EncoderWorkshop
 from kvslim.export.manifest import read_manifest
 from kvslim.load.source import read_spec, resolve
 from kvslim.methods import PruneHeads, PruneLayers
+from kvslim.plan.decide import planned
+from kvslim.prepared.encoder import PreparedEncoder
 from kvslim.progress import Silent
 from kvslim.recipe import parse_recipe
 from kvslim.runtime.encoder import EncoderSession, pad
@@ -27,14 +28,14 @@ TEXTS = [[2, *RNG.integers(5, 260, length).tolist(), 3] for length in (7, 12, 5,
 ALL = (0, 1, 2, 3)
 
 
-def open_encoder(folder: Path, family: str, task: str = "feature-extraction", **settings: Any) -> EncoderWorkshop:
+def open_encoder(folder: Path, family: str, task: str = "feature-extraction", **settings: Any) -> PreparedEncoder:
     snapshot = resolve(str(save_encoder(family, task, folder / "model")))
     recipe = parse_recipe({"name": "test", **settings}, where="test")
-    return EncoderWorkshop(snapshot, read_spec(snapshot), recipe, Silent())
+    return PreparedEncoder(snapshot, read_spec(snapshot), recipe, Silent())
 
 
 @pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> EncoderWorkshop:
+def bert(tmp_path_factory: pytest.TempPathFactory) -> PreparedEncoder:
     """An encoder that no test installs codes in."""
     return open_encoder(tmp_path_factory.mktemp("bert"), "bert")
 
@@ -43,12 +44,12 @@ def plan_of(first: tuple[int, ...] | None, second: tuple[int, ...] | None) -> Pl
     return Plan(layers=(LayerPlan(layer=0, heads=first), LayerPlan(layer=1, heads=second)))
 
 
-def states_with_means(workshop: EncoderWorkshop, plan: Plan, means: np.ndarray, texts: list[list[int]]) -> np.ndarray:
+def states_with_means(prepared: PreparedEncoder, plan: Plan, means: np.ndarray, texts: list[list[int]]) -> np.ndarray:
     """Hidden states of transformers' own model, means in the place of what heads that go would give."""
     import torch
     from transformers import AutoModel
 
-    model = AutoModel.from_pretrained(workshop.snapshot.path, attn_implementation="eager").eval()
+    model = AutoModel.from_pretrained(prepared.snapshot.path, attn_implementation="eager").eval()
 
     def replace(layer: int) -> Any:
         def hook(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -59,10 +60,10 @@ def states_with_means(workshop: EncoderWorkshop, plan: Plan, means: np.ndarray, 
 
         return hook
 
-    layers = model.get_submodule(workshop.architecture.layers)
+    layers = model.get_submodule(prepared.architecture.layers)
     for index, layer in enumerate(layers):
-        attention = layer.get_submodule(workshop.architecture.attention)
-        attention.get_submodule(workshop.architecture.output).register_forward_pre_hook(replace(index))
+        attention = layer.get_submodule(prepared.architecture.attention)
+        attention.get_submodule(prepared.architecture.output).register_forward_pre_hook(replace(index))
     ids, mask = (torch.from_numpy(array) for array in pad(texts))
     ids = torch.where(mask.bool(), ids, model.config.pad_token_id)
     with torch.inference_mode():
@@ -73,23 +74,24 @@ def states_with_means(workshop: EncoderWorkshop, plan: Plan, means: np.ndarray, 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_graph_without_heads_equals_torch_with_their_means(tmp_path: Path, family: str) -> None:
     """The first layer keeps two heads, the second has no attention."""
-    workshop = open_encoder(tmp_path, family)
+    prepared = open_encoder(tmp_path, family)
     plan, fitting = plan_of((0, 3), ()), Sentences(TEXTS, (), ())
-    statistics = workshop.statistics(fitting)
-    workshop.install(workshop.codes(fitting, statistics, plan))
-    workshop.export(tmp_path)
+    prepared.calibration = fitting, fitting
+    statistics = prepared.statistics
+    prepared.install(prepared.codes(plan))
+    prepared.export_plain(tmp_path)
     ids, mask = pad(TEXTS[:4])
     found = EncoderSession(tmp_path).hidden_states(ids, mask)
     plans = (plan, plan_of(ALL, ALL))
-    wanted, plain = (states_with_means(workshop, plan, statistics.output_mean, TEXTS[:4]) for plan in plans)
+    wanted, plain = (states_with_means(prepared, plan, statistics.output_mean, TEXTS[:4]) for plan in plans)
     seen = mask.astype(bool)
     assert np.abs(wanted - plain)[seen].max() > 1e-2
     assert np.abs(found - wanted)[seen].max() < 1e-4
-    kept = [value.nbytes for value in workshop.model.state_dict().values()]
+    kept = [value.nbytes for value in prepared.model.state_dict().values()]
     assert (tmp_path / "model.onnx_data").stat().st_size < sum(kept) - 6 * 16 * 4 * 64 * 4 * 0.9
 
 
-def test_means_and_fluctuations_are_those_of_the_outputs(bert: EncoderWorkshop) -> None:
+def test_means_and_fluctuations_are_those_of_the_outputs(bert: PreparedEncoder) -> None:
     import torch
 
     seen: list[np.ndarray] = []
@@ -112,26 +114,26 @@ def test_measured_choice_takes_the_head_that_loses_least(tmp_path: Path, task: s
     import torch
 
     sentences = {"calibration": {"samples": 16, "length": 48}, "validation": {"samples": 8, "length": 48}}
-    workshop = open_encoder(tmp_path, "roberta", task, methods=[{"prune_heads": {"groups": 1}}], **sentences)
+    prepared = open_encoder(tmp_path, "roberta", task, methods=[{"prune_heads": {"groups": 1}}], **sentences)
     with torch.no_grad():
-        workshop.model.base_model.encoder.layer[1].attention.self.value.weight[32:48] = 0.0
-    fitting, judged = workshop.calibration()
-    assert not set(map(tuple, fitting.texts)) & set(map(tuple, (*judged.texts, *workshop.held_out().texts)))
-    statistics, judge = workshop.statistics(fitting), workshop.judge(judged)
-    plan, loss = workshop.planned(fitting, statistics, judge)
-    assert [layer.heads for layer in plan.layers] == [None, (0, 1, 3)]
-    assert loss < 1e-4
-    other = judge.loss(workshop.without(statistics, PruneHeads(heads={0: (1,)})))
+        prepared.model.base_model.encoder.layer[1].attention.self.value.weight[32:48] = 0.0
+    (fitting, chosen_by), validated = prepared.calibration, prepared.text.validated()
+    assert not set(map(tuple, fitting.texts)) & set(map(tuple, (*chosen_by.texts, *validated.texts)))
+    summary, trials = planned(prepared), prepared.trials()
+    assert [layer.heads for layer in summary.plan.layers] == [None, (0, 1, 3)]
+    assert summary.kl < 1e-4
+    other = trials.divergence(PruneHeads(heads={0: (1,)}))
     assert other > 1e-3
-    assert judge.loss(workshop.without(statistics, PruneLayers(layers={0: "attention"}))) > other
-    assert judge.loss(workshop.without(statistics, PruneHeads(heads={0: (1,)}))) == other
+    assert trials.divergence(PruneLayers(layers={0: "attention"})) > other
+    assert trials.divergence(PruneHeads(heads={0: (1,)})) == other
 
 
-def test_refit_lowers_the_loss_of_pruned_heads(bert: EncoderWorkshop) -> None:
-    fitting = Sentences(TEXTS, (), ())
-    judge, statistics = bert.judge(fitting), bert.statistics(fitting)
-    codes = bert.without(statistics, PruneHeads(heads={0: (0, 1), 1: (2,)}))
-    assert 0 < judge.loss(bert.refitted(fitting, codes)) < 0.95 * judge.loss(codes)
+def test_refit_lowers_the_loss_of_pruned_heads(tmp_path: Path) -> None:
+    bert, fitting = open_encoder(tmp_path, "bert"), Sentences(TEXTS, (), ())
+    bert.calibration = fitting, fitting
+    trials = bert.trials()
+    codes = trials.codes_of(PruneHeads(heads={0: (0, 1), 1: (2,)}))
+    assert 0 < trials.loss(trials.refitted(codes)) < 0.95 * trials.loss(codes)
 
 
 def test_compress_prunes_measures_and_keeps_its_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

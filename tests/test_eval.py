@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.harness import needs_harness
-from support.models import open_workshop, recipe_of
+from support.models import open_prepared, recipe_of
 from support.tiny_artifact import fill
 
 from kvslim.cli import app
@@ -36,11 +36,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model's plain export, as an artifact that was never measured."""
     folder = tmp_path_factory.mktemp("plain") / "demo"
     folder.mkdir()
-    workshop = open_workshop("demo", recipe_of())
-    plan = Plan.identity(workshop.spec)
-    layout = KVLayout.of(workshop.spec, plan)
-    workshop.write_companions(folder, layout, workshop.export(plan, folder))
-    shape = {"spec": workshop.spec, "plan": plan, "kv_layout": layout}
+    prepared = open_prepared("demo", recipe_of())
+    plan = Plan.identity(prepared.spec)
+    layout = KVLayout.of(prepared.spec, plan)
+    prepared.write_companions(folder, layout, prepared.export(plan, folder))
+    shape = {"spec": prepared.spec, "plan": plan, "kv_layout": layout}
     template = folder.with_name("template")
     template.mkdir()
     fill(template)

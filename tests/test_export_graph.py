@@ -12,7 +12,7 @@ import pytest
 from support.models import (
     cached_logits,
     export_slim,
-    open_workshop,
+    open_prepared,
     original_logits,
     recipe_of,
     tokens_of,
@@ -31,15 +31,15 @@ ModelOf = Callable[[str], Path]
 def test_every_large_matrix_is_quantised_when_weights_are(
     tiny_model: ModelOf, tmp_path: Path, family: str, weights: str
 ) -> None:
-    workshop = open_workshop(tiny_model(family), recipe_of([KvPca(rank=8)], weights))
-    export_slim(workshop, tmp_path / "slim")
+    prepared = open_prepared(tiny_model(family), recipe_of([KvPca(rank=8)], weights))
+    export_slim(prepared, tmp_path / "slim")
     graph = onnx.load(tmp_path / "slim" / "model.onnx", load_external_data=False).graph
     constants = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
     products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm", "FusedMatMul")]
     assert not [node.name for node in products if constants.intersection(node.input)]
-    assert Counter(node.op_type for node in graph.node)["MatMulNBits"] >= 4 * workshop.spec.layers + 1
-    tokens = tokens_of(workshop)
-    expected, found = torch_logits(workshop, tokens), cached_logits(tmp_path / "slim", tokens)
+    assert Counter(node.op_type for node in graph.node)["MatMulNBits"] >= 4 * prepared.spec.layers + 1
+    tokens = tokens_of(prepared)
+    expected, found = torch_logits(prepared, tokens), cached_logits(tmp_path / "slim", tokens)
     correlation = np.corrcoef(expected.ravel(), found.ravel())[0, 1]
     assert correlation > {"int8": 0.999, "int4": 0.9}[weights]
 
@@ -50,23 +50,23 @@ def test_standard_operators_take_different_ranks_for_keys_and_values(
 ) -> None:
     head_dim = 32 if family == "gemma2" else 16
     recipe = recipe_of([KvPca(rank=head_dim // 2, value_rank=head_dim)]).model_copy(update={"layout": "attention24"})
-    workshop = open_workshop(tiny_model(family), recipe)
-    tokens = tokens_of(workshop)
-    export_slim(workshop, tmp_path / "slim")
+    prepared = open_prepared(tiny_model(family), recipe)
+    tokens = tokens_of(prepared)
+    export_slim(prepared, tmp_path / "slim")
     model = onnx.load(tmp_path / "slim" / "model.onnx", load_external_data=False)
     assert {opset.domain: opset.version for opset in model.opset_import}[""] == 24
-    assert Counter(node.op_type for node in model.graph.node)["TensorScatter"] == 2 * workshop.spec.layers
+    assert Counter(node.op_type for node in model.graph.node)["TensorScatter"] == 2 * prepared.spec.layers
     dims = {tensor.kind: tensor.dim for tensor in layout_of(open_session(tmp_path / "slim")).tensors}
     assert dims == {"key": head_dim // 2, "value": head_dim}
-    assert np.abs(cached_logits(tmp_path / "slim", tokens) - torch_logits(workshop, tokens)).max() < 1e-4
+    assert np.abs(cached_logits(tmp_path / "slim", tokens) - torch_logits(prepared, tokens)).max() < 1e-4
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_window_is_a_mask_alone_when_its_cache_is_full(tiny_model: ModelOf, tmp_path: Path, family: str) -> None:
     recipe = recipe_of().model_copy(update={"window_cache": False})
-    workshop = open_workshop(tiny_model(family), recipe)
-    tokens = tokens_of(workshop)
-    export_slim(workshop, tmp_path / "full")
+    prepared = open_prepared(tiny_model(family), recipe)
+    tokens = tokens_of(prepared)
+    export_slim(prepared, tmp_path / "full")
     assert {tensor.window for tensor in layout_of(open_session(tmp_path / "full")).tensors} == {None}
     expected = original_logits(tiny_model(family), tokens)
     assert np.abs(cached_logits(tmp_path / "full", tokens) - expected).max() < 1e-4
@@ -89,8 +89,8 @@ def count_of(folder: Path) -> Counter[str]:
 def test_plain_int4_graph_has_the_nodes_of_a_layer_and_no_more(
     tiny_model: ModelOf, tmp_path: Path, family: str
 ) -> None:
-    workshop = open_workshop(tiny_model(family), recipe_of(weights="int4"))
-    export_slim(workshop, tmp_path / "plain")
+    prepared = open_prepared(tiny_model(family), recipe_of(weights="int4"))
+    export_slim(prepared, tmp_path / "plain")
     count = count_of(tmp_path / "plain")
     if family == "gpt_neox":  # its own norms, activation and parallel residual
         assert count["GroupQueryAttention"] == 2
@@ -98,17 +98,17 @@ def test_plain_int4_graph_has_the_nodes_of_a_layer_and_no_more(
         assert not {"Transpose", "Concat", "Reshape", "RotaryEmbedding"}.intersection(count)
         return
     expected = Counter(ONCE)
-    for _ in range(workshop.spec.layers):
+    for _ in range(prepared.spec.layers):
         expected.update(LAYER)
     assert not count - expected
 
 
 def test_slim_graph_adds_codes_alone_and_names_no_path(tiny_llama: Path, tmp_path: Path) -> None:
-    workshop = open_workshop(tiny_llama, recipe_of([KvPca(rank=8), KvQuant()], "int4"))
-    export_slim(workshop, tmp_path / "slim")
+    prepared = open_prepared(tiny_llama, recipe_of([KvPca(rank=8), KvQuant()], "int4"))
+    export_slim(prepared, tmp_path / "slim")
     assert b".py" not in (tmp_path / "slim" / "model.onnx").read_bytes()
     expected = Counter(ONCE)
-    for _ in range(workshop.spec.layers):
+    for _ in range(prepared.spec.layers):
         expected.update(LAYER)
         expected.update(CODED)
     expected.update({"Concat": 4, "Shape": 2, "Unsqueeze": 4})  # the shapes that heads are split and merged to
@@ -116,22 +116,22 @@ def test_slim_graph_adds_codes_alone_and_names_no_path(tiny_llama: Path, tmp_pat
 
 
 def test_graph_gives_the_last_position_and_evaluation_all(tiny_model: ModelOf, tmp_path: Path) -> None:
-    workshop = open_workshop(tiny_model("qwen3"), recipe_of(weights="int4"))
-    export_slim(workshop, tmp_path / "plain")
-    tokens = tokens_of(workshop)
+    prepared = open_prepared(tiny_model("qwen3"), recipe_of(weights="int4"))
+    export_slim(prepared, tmp_path / "plain")
+    tokens = tokens_of(prepared)
     every = DecodeSession(tmp_path / "plain", capacity=40, all_positions=True).step(tokens)
     last = DecodeSession(tmp_path / "plain", capacity=40).step(tokens)
-    assert every.shape == (40, workshop.spec.vocab_size)
+    assert every.shape == (40, prepared.spec.vocab_size)
     np.testing.assert_allclose(last, every[-1:], atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_long_text_equals_torch_when_prefilled_in_chunks(tiny_model: ModelOf, tmp_path: Path, family: str) -> None:
     """Far past the calibration windows of 48 tokens, and past many evictions from windows of 16."""
-    workshop = open_workshop(tiny_model(family), recipe_of([KvPca(rank_ratio=0.5)]))
-    export_slim(workshop, tmp_path / "slim")
-    tokens = tokens_of(workshop, 700)
-    expected = torch_logits(workshop, tokens)
+    prepared = open_prepared(tiny_model(family), recipe_of([KvPca(rank_ratio=0.5)]))
+    export_slim(prepared, tmp_path / "slim")
+    tokens = tokens_of(prepared, 700)
+    expected = torch_logits(prepared, tokens)
     session = DecodeSession(tmp_path / "slim", capacity=len(tokens))
     for start, stop, chunk in ((0, 500, 64), (500, 633, 500), (633, 634, 1), (634, 700, 7)):
         logits = session.prefill(tokens[start:stop], chunk=chunk)
@@ -139,8 +139,8 @@ def test_long_text_equals_torch_when_prefilled_in_chunks(tiny_model: ModelOf, tm
 
 
 def test_dimensions_have_the_names_of_the_field(tiny_llama: Path, tmp_path: Path) -> None:
-    workshop = open_workshop(tiny_llama, recipe_of())
-    export_slim(workshop, tmp_path / "plain")
+    prepared = open_prepared(tiny_llama, recipe_of())
+    export_slim(prepared, tmp_path / "plain")
     session = open_session(tmp_path / "plain")
     shapes = {value.name: value.shape for value in [*session.get_inputs(), *session.get_outputs()]}
     assert shapes["input_ids"] == ["batch_size", "sequence_length"]
@@ -152,6 +152,6 @@ def test_dimensions_have_the_names_of_the_field(tiny_llama: Path, tmp_path: Path
 
 def test_two_exports_are_equal_to_the_byte(tiny_llama: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
-        export_slim(open_workshop(tiny_llama, recipe_of([KvPca(rank=8), KvQuant()], "int4")), tmp_path / name)
+        export_slim(open_prepared(tiny_llama, recipe_of([KvPca(rank=8), KvQuant()], "int4")), tmp_path / name)
     for file in ("model.onnx", "model.onnx_data"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()

@@ -10,7 +10,7 @@ import pytest
 from support.models import (
     cached_logits,
     export_slim,
-    open_workshop,
+    open_prepared,
     original_logits,
     recipe_of,
     tokens_of,
@@ -47,7 +47,7 @@ PLANS: dict[str, Sequence[Method]] = {
     "pca_hdc_int4": (KvHdc(bits=4, granularity="per_channel"), KvPca(rank_ratio=0.5)),
     "heads": (PruneHeads(heads={0: (0, 2)}, score="fluctuation"),),
     "clusters": (ClusterHeads(clusters={0: 2}), KvQuant()),
-    "shared": (ShareKv(donors={1: 0}), KvQuant()),
+    "shared": (ShareKv(sources={1: 0}), KvQuant()),
     "layers": (PruneLayers(layers={1: "attention"}), KvQuant()),
 }
 CORE = ("llama", "gpt2")  # with RoPE, and with learned positions
@@ -75,13 +75,13 @@ def test_matrix_covers_every_method() -> None:
 def test_graph_equals_torch_in_prefill_and_cached_decode(
     tiny_model: ModelOf, tmp_path: Path, family: str, plan: str
 ) -> None:
-    workshop = open_workshop(tiny_model(family), recipe_of(PLANS[plan]))
-    tokens = tokens_of(workshop)
+    prepared = open_prepared(tiny_model(family), recipe_of(PLANS[plan]))
+    tokens = tokens_of(prepared)
     original = original_logits(tiny_model(family), tokens)
-    made = export_slim(workshop, tmp_path / "slim")
+    made = export_slim(prepared, tmp_path / "slim")
     layout = layout_of(open_session(tmp_path / "slim"))
-    assert layout == KVLayout.of(workshop.spec, made)
-    slim = torch_logits(workshop, tokens)
+    assert layout == KVLayout.of(prepared.spec, made)
+    slim = torch_logits(prepared, tokens)
     effect = np.abs(slim - original).max()
     assert effect > 1e-4 if PLANS[plan] else effect < 2e-5
     # A number on the edge between two integers may round to either side, which moves all later logits a little.
@@ -93,19 +93,19 @@ def test_graph_equals_torch_in_prefill_and_cached_decode(
 def test_graph_equals_torch_when_keys_and_values_refine_different_ranks(
     tiny_model: ModelOf, tmp_path: Path, family: str
 ) -> None:
-    workshop = open_workshop(tiny_model(family), recipe_of())
+    prepared = open_prepared(tiny_model(family), recipe_of())
     halves = {"rank": 8, "refined": 8, "value_rank": 16, "value_refined": 0, "roles": 0, "cache": "int4"}
-    layers = tuple(LayerPlan(layer=layer, centred=True, **halves) for layer in range(workshop.spec.layers))
+    layers = tuple(LayerPlan(layer=layer, centred=True, **halves) for layer in range(prepared.spec.layers))
     plan = Plan(layers=layers)
-    check_plan(plan, workshop.spec)
-    tokens = tokens_of(workshop)
-    workshop.install(workshop.codes(workshop.statistics(), plan))
+    check_plan(plan, prepared.spec)
+    tokens = tokens_of(prepared)
+    prepared.install(prepared.codes(plan))
     (tmp_path / "slim").mkdir()
-    workshop.export(plan, tmp_path / "slim")
-    slim = torch_logits(workshop, tokens)
+    prepared.export(plan, tmp_path / "slim")
+    slim = torch_logits(prepared, tokens)
     effect = np.abs(slim - original_logits(tiny_model(family), tokens)).max()
     assert effect > 1e-4
-    assert layout_of(open_session(tmp_path / "slim")) == KVLayout.of(workshop.spec, plan)
+    assert layout_of(open_session(tmp_path / "slim")) == KVLayout.of(prepared.spec, plan)
     assert np.abs(cached_logits(tmp_path / "slim", tokens) - slim).max() < 0.1 * effect
 
 
@@ -113,11 +113,11 @@ def test_graph_equals_torch_when_keys_and_values_refine_different_ranks(
 def test_full_rank_reproduces_the_plain_export_when_not_quantised(
     tiny_model: ModelOf, tmp_path: Path, family: str
 ) -> None:
-    workshop = open_workshop(tiny_model(family), recipe_of([KvPca(rank_ratio=1.0)]))
+    prepared = open_prepared(tiny_model(family), recipe_of([KvPca(rank_ratio=1.0)]))
     (tmp_path / "plain").mkdir()
-    workshop.export(Plan.identity(workshop.spec), tmp_path / "plain")
-    export_slim(workshop, tmp_path / "slim")
-    tokens = tokens_of(workshop)
+    prepared.export(Plan.identity(prepared.spec), tmp_path / "plain")
+    export_slim(prepared, tmp_path / "slim")
+    tokens = tokens_of(prepared)
     plain, slim = (cached_logits(tmp_path / name, tokens) for name in ("plain", "slim"))
     assert np.abs(plain).max() > 0.1
     np.testing.assert_allclose(slim, plain, atol=1e-4)

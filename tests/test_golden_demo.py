@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clients.runners import genai_tokens, our_tokens
-from support.models import cached_logits, export_slim, open_workshop
+from support.models import cached_logits, export_slim, open_prepared
 
 from kvslim.demo.world import heldout_text, recall_questions
 from kvslim.export.manifest import read_manifest
@@ -17,7 +17,7 @@ from kvslim.recipe import Recipe, load_recipe
 from kvslim.report.tables import plan_table
 from kvslim.runtime.generate import load_tokenizer
 from kvslim.runtime.session import DecodeSession
-from kvslim.transform.judge import Judge
+from kvslim.transform.kl_evaluator import KLEvaluator
 from kvslim.types import KVLayout, Plan, Report
 from kvslim.validate.quality import measure_quality
 
@@ -67,13 +67,13 @@ def test_small_tells_what_the_planner_did_to_each_layer(demo_artifact: ArtifactO
 def test_kl_of_the_plan_in_torch_is_that_of_the_graph(demo_artifact: ArtifactOf, tmp_path: Path) -> None:
     """What the planner compares plans by, and the same text through onnxruntime and its cache."""
     folder = demo_artifact("small")
-    workshop = open_workshop("demo", load_recipe("small"))
-    statistics = workshop.statistics()
+    prepared = open_prepared("demo", load_recipe("small"))
+    statistics = prepared.statistics
     windows = statistics.windows[-2:]
     plan = read_manifest(folder).plan
-    codes = workshop.codes(statistics, plan)
-    expected = Judge(workshop.model, workshop.architecture, windows).kl(codes)
-    workshop.export(Plan.identity(workshop.spec), tmp_path)
+    codes = prepared.codes(plan)
+    expected = KLEvaluator(prepared.model, prepared.architecture, windows).kl(codes)
+    prepared.export(Plan.identity(prepared.spec), tmp_path)
     length = windows.shape[1]
     sessions = [DecodeSession(path, capacity=length, all_positions=True) for path in (tmp_path, folder)]
     measured = measure_quality(*sessions, windows, chunk=16).kl_mean
@@ -105,21 +105,21 @@ def demo_with(
 
 
 def plain_export(folder: Path) -> Path:
-    workshop = open_workshop("demo", demo_with(rank=64))
+    prepared = open_prepared("demo", demo_with(rank=64))
     folder.mkdir()
-    workshop.export(Plan.identity(workshop.spec), folder)
+    prepared.export(Plan.identity(prepared.spec), folder)
     return folder
 
 
 def mean_kl(plain: Path, recipe: Recipe, folder: Path, windows: np.ndarray) -> float:
-    export_slim(open_workshop("demo", recipe), folder)
+    export_slim(open_prepared("demo", recipe), folder)
     length = windows.shape[1]
     teacher, student = (DecodeSession(path, capacity=length, all_positions=True) for path in (plain, folder))
     return measure_quality(teacher, student, windows, chunk=16).kl_mean
 
 
 def windows_of(count: int, length: int) -> np.ndarray:
-    tokenizer = open_workshop("demo", demo_with(rank=64)).tokenizer
+    tokenizer = open_prepared("demo", demo_with(rank=64)).tokenizer
     return np.stack([tokenizer(text).input_ids[:length] for text in heldout_text(count, words=length)])
 
 
@@ -133,10 +133,10 @@ def test_balanced_objective_beats_key_pca_at_the_same_rank(tmp_path: Path) -> No
 
 def test_full_rank_reproduces_the_plain_logits(tmp_path: Path) -> None:
     plain, (window,) = plain_export(tmp_path / "plain"), windows_of(1, 256)
-    workshop = open_workshop(
+    prepared = open_prepared(
         "demo", Recipe(name="full", methods=(KvPca(rank=64),), calibration=demo_with(rank=64).calibration)
     )
-    export_slim(workshop, tmp_path / "full")
+    export_slim(prepared, tmp_path / "full")
     np.testing.assert_allclose(cached_logits(tmp_path / "full", window), cached_logits(plain, window), atol=1e-4)
 
 

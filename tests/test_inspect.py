@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from support.models import export_slim, open_workshop, recipe_of
+from support.models import export_slim, open_prepared, recipe_of
 from support.tiny_artifact import SPEC, fill
 
 from kvslim.cli import app
@@ -219,20 +219,20 @@ def test_rows_that_are_looked_up_are_stored_but_not_read() -> None:
 
 
 def test_config_and_graph_agree_on_int4_weights(tiny_llama: Path, tmp_path: Path) -> None:
-    workshop = open_workshop(tiny_llama, recipe_of(weights="int4"))
-    export_slim(workshop, tmp_path / "plain")
-    expected = StoredWeights.of(count_parameters(workshop.snapshot, workshop.spec), "int4")
-    found = artifact_weights(tmp_path / "plain", workshop.spec, "int4", expected.stored)
+    prepared = open_prepared(tiny_llama, recipe_of(weights="int4"))
+    export_slim(prepared, tmp_path / "plain")
+    expected = StoredWeights.of(count_parameters(prepared.snapshot, prepared.spec), "int4")
+    found = artifact_weights(tmp_path / "plain", prepared.spec, "int4", expected.stored)
     assert (found.products, found.head) == (expected.products, expected.head)
     assert found.read == pytest.approx(expected.read, rel=0.02)  # equal norms are stored once
 
 
 def test_cache_of_an_artifact_has_the_bytes_of_its_graph(tiny_llama: Path, tmp_path: Path) -> None:
-    workshop = open_workshop(tiny_llama, recipe_of((KvPca(rank=8, rank_ratio=None),)))
-    plan = export_slim(workshop, tmp_path / "slim")
+    prepared = open_prepared(tiny_llama, recipe_of((KvPca(rank=8, rank_ratio=None),)))
+    plan = export_slim(prepared, tmp_path / "slim")
     fill(tmp_path)
     manifest = read_manifest(tmp_path).model_copy(
-        update={"spec": workshop.spec, "plan": plan, "kv_layout": KVLayout.of(workshop.spec, plan)}
+        update={"spec": prepared.spec, "plan": plan, "kv_layout": KVLayout.of(prepared.spec, plan)}
     )
     plain, slim = artifact_caches(manifest)
     assert slim.bytes_at(100) == DecodeSession(tmp_path / "slim", capacity=100).layout.bytes_at(100)

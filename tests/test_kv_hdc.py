@@ -7,19 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.models import export_slim, open_workshop, original_logits, recipe_of, tokens_of, torch_logits
+from support.models import export_slim, open_prepared, original_logits, recipe_of, tokens_of, torch_logits
 from support.numbers_of_a_model import SPEC, statistics_of
 
-from kvslim.checks import check_layout
+from kvslim.checks import check_methods
 from kvslim.errors import UsageError
 from kvslim.methods import KvHdc, KvPca, KvQuant
 from kvslim.methods.fitting import fit
 from kvslim.methods.rounding import rounded
+from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
 from kvslim.transform.edits import LayerEdit
 from kvslim.types import KVLayout, LayerPlan, Plan
-from kvslim.workshop import Workshop
 
 ModelOf = Callable[[str], Path]
 
@@ -30,13 +30,13 @@ def same(**layer: object) -> Plan:
 
 
 def logits_with(model: Path, plan: Plan) -> np.ndarray:
-    workshop = open_workshop(model, recipe_of())
-    workshop.install(workshop.codes(workshop.statistics(), plan))
-    return torch_logits(workshop, tokens_of(workshop))
+    prepared = open_prepared(model, recipe_of())
+    prepared.install(prepared.codes(plan))
+    return torch_logits(prepared, tokens_of(prepared))
 
 
 def test_roles_change_no_logits_when_nothing_is_rounded(tiny_llama: Path) -> None:
-    tokens = tokens_of(open_workshop(tiny_llama, recipe_of()))
+    tokens = tokens_of(open_prepared(tiny_llama, recipe_of()))
     plain = original_logits(tiny_llama, tokens)
     np.testing.assert_allclose(logits_with(tiny_llama, same(rank=16, roles=0)), plain, atol=1e-4)
     cut = logits_with(tiny_llama, same(rank=8))
@@ -115,25 +115,25 @@ def test_rank_without_rotation_is_refused(bits: int) -> None:
 
 def test_kv_hdc_is_refused_beside_kv_quant_and_in_attention24() -> None:
     with pytest.raises(UsageError, match="both choose how the cache is stored"):
-        check_layout(recipe_of([KvHdc(), KvQuant()]))
+        check_methods(recipe_of([KvHdc(), KvQuant()]))
     with pytest.raises(UsageError, match="attention24 has no integer cache"):
-        check_layout(recipe_of([KvHdc()]).model_copy(update={"layout": "attention24"}))
-    check_layout(recipe_of([KvPca(), KvHdc()]))
+        check_methods(recipe_of([KvHdc()]).model_copy(update={"layout": "attention24"}))
+    check_methods(recipe_of([KvPca(), KvHdc()]))
 
 
-def exported(model: Path, folder: Path, bits: int) -> tuple[Workshop, Plan]:
-    workshop = open_workshop(model, recipe_of([KvHdc.model_validate({"bits": bits, "window": 12, "sinks": 3})]))
-    return workshop, export_slim(workshop, folder)
+def exported(model: Path, folder: Path, bits: int) -> tuple[PreparedDecoder, Plan]:
+    prepared = open_prepared(model, recipe_of([KvHdc.model_validate({"bits": bits, "window": 12, "sinks": 3})]))
+    return prepared, export_slim(prepared, folder)
 
 
 @pytest.mark.parametrize("bits", [3, 2, 1])
 def test_packed_codes_come_through_the_cache_as_torch_has_them(tiny_llama: Path, tmp_path: Path, bits: int) -> None:
-    workshop, plan = exported(tiny_llama, tmp_path / "slim", bits)
-    tokens = tokens_of(workshop, 80)
-    assert layout_of(open_session(tmp_path / "slim")) == KVLayout.of(workshop.spec, plan)
+    prepared, plan = exported(tiny_llama, tmp_path / "slim", bits)
+    tokens = tokens_of(prepared, 80)
+    assert layout_of(open_session(tmp_path / "slim")) == KVLayout.of(prepared.spec, plan)
     session = DecodeSession(tmp_path / "slim", capacity=len(tokens), all_positions=True)
     cached = np.concatenate([session.step(chunk) for chunk in np.split(tokens, 5)])
-    slim, plain = torch_logits(workshop, tokens), original_logits(tiny_llama, tokens)
+    slim, plain = torch_logits(prepared, tokens), original_logits(tiny_llama, tokens)
     error, effect = (np.abs(logits - slim).max(1) for logits in (cached, plain))
     # A component on the edge between two levels may fall to either side, which moves what follows a little.
     assert np.median(error) < 1e-4
@@ -144,10 +144,10 @@ def test_packed_codes_come_through_the_cache_as_torch_has_them(tiny_llama: Path,
 def test_packed_codes_lose_less_when_they_have_more_bits(tiny_llama: Path) -> None:
     errors = []
     for bits in (1, 2, 3):
-        workshop = open_workshop(tiny_llama, recipe_of([KvHdc.model_validate({"bits": bits, "window": 4, "sinks": 1})]))
-        statistics, tokens = workshop.statistics(), tokens_of(workshop, 200)
-        plan = workshop.recipe.methods[0].decide(workshop.spec, statistics, Plan.identity(workshop.spec))
-        before = torch_logits(workshop, tokens)
-        workshop.install(workshop.codes(statistics, plan))
-        errors.append(float(np.square(torch_logits(workshop, tokens) - before).mean()))
+        prepared = open_prepared(tiny_llama, recipe_of([KvHdc.model_validate({"bits": bits, "window": 4, "sinks": 1})]))
+        statistics, tokens = prepared.statistics, tokens_of(prepared, 200)
+        plan = prepared.recipe.methods[0].decide(prepared.spec, statistics, Plan.identity(prepared.spec))
+        before = torch_logits(prepared, tokens)
+        prepared.install(prepared.codes(plan))
+        errors.append(float(np.square(torch_logits(prepared, tokens) - before).mean()))
     assert errors[0] > errors[1] > errors[2] > 0

@@ -10,11 +10,11 @@ import pytest
 from pydantic import ValidationError
 from support.gathering import attention, gather, states
 from support.gathering import windows_of as texts_of
-from support.models import open_workshop, recipe_of
+from support.models import open_prepared, recipe_of
 from support.numbers_of_a_model import SPEC, statistics_of
 from support.tiny_artifact import fill
 
-from kvslim.checks import check_layout, check_plan
+from kvslim.checks import check_methods, check_plan
 from kvslim.errors import UsageError
 from kvslim.export.manifest import read_manifest
 from kvslim.methods import KvPca, KvQuant, KvWindow
@@ -93,7 +93,7 @@ def test_options_out_of_range_are_refused(options: dict[str, object]) -> None:
 
 def test_layout_attention24_refuses_rings() -> None:
     with pytest.raises(UsageError, match="attention24 has no ring"):
-        check_layout(recipe_of([KvWindow()]).model_copy(update={"layout": "attention24"}))
+        check_methods(recipe_of([KvWindow()]).model_copy(update={"layout": "attention24"}))
 
 
 @pytest.mark.parametrize(
@@ -129,10 +129,10 @@ def test_inspect_counts_sinks_window_and_codes(tmp_path: Path) -> None:
 
 
 def test_ages_of_attention_are_those_of_a_direct_count(tiny_llama: Path) -> None:
-    workshop = open_workshop(tiny_llama, recipe_of())
-    windows = texts_of(workshop, 3)
-    statistics = gather(workshop, windows)
-    weights = attention(states(workshop, windows, 1)).mean((0, 2))
+    prepared = open_prepared(tiny_llama, recipe_of())
+    windows = texts_of(prepared, 3)
+    statistics = gather(prepared, windows)
+    weights = attention(states(prepared, windows, 1)).mean((0, 2))
     queries = np.arange(40)[40 // 8 :]
     for window in (1, 3, 7, 15, 31, 63):  # where buckets end
         near = queries[:, None] - np.arange(40) < window

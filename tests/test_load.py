@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import open_workshop, recipe_of
+from support.models import open_prepared, recipe_of
 from transformers import AutoModelForCausalLM
 
 from kvslim.errors import ModelError
@@ -47,8 +47,8 @@ def test_model_is_refused_when_a_shard_is_missing(sharded: Path) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 def test_model_is_gone_after_release(tiny_model: Callable[[str], Path], family: str) -> None:
-    workshop = open_workshop(tiny_model(family), recipe_of())
-    model = weakref.ref(workshop.model)
-    workshop.release()
+    prepared = open_prepared(tiny_model(family), recipe_of())
+    model = weakref.ref(prepared.model)
+    prepared.release()
     gc.collect()
     assert model() is None

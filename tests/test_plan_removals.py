@@ -14,6 +14,7 @@ from kvslim.checks import check_plan
 from kvslim.cli import app
 from kvslim.errors import GateError
 from kvslim.plan.allocate import Option, allocate, allocate_both
+from kvslim.plan.budget import decode_time
 from kvslim.plan.candidates import Alteration
 from kvslim.plan.choose import choose
 from kvslim.plan.decode_time import OF_CACHE, OF_SCORE, OF_WEIGHTS, DecodeTime
@@ -21,9 +22,9 @@ from kvslim.plan.planner import Planner
 from kvslim.plan.removals import removals, removals_keeping_recall, spare_layers
 from kvslim.plan.sharing import nearest_sources, sharing, sharing_keeping_recall
 from kvslim.plan.trials import PlanTrials
+from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.recipe import Budget
 from kvslim.types import KVLayout, LayerPlan, Plan
-from kvslim.workshop import Workshop
 
 CONTEXT = 2048
 BASE = Plan.identity(SPEC)
@@ -35,9 +36,9 @@ def changed_in(plan: Plan) -> list[LayerPlan]:
 
 
 @pytest.fixture(scope="module")
-def planner_with(workshop: Workshop, statistics: CalibrationStatistics) -> Callable[..., Planner]:
+def planner_with(prepared: PreparedDecoder, statistics: CalibrationStatistics) -> Callable[..., Planner]:
     def made(divergence: Loss, drop: Loss = nothing, time_ratio: float | None = None) -> Planner:
-        return planner_of(workshop, statistics, context=CONTEXT, plans=(divergence, drop), time_ratio=time_ratio)
+        return planner_of(prepared, statistics, context=CONTEXT, plans=(divergence, drop), time_ratio=time_ratio)
 
     return made
 
@@ -110,15 +111,17 @@ def test_removals_that_cost_recall_are_not_offered() -> None:
     assert set(removals_keeping_recall(found, order, trials)) == set(range(1, SPEC.layers))
 
 
-def test_attention_that_loses_nothing_goes_first(workshop: Workshop, planner_with: Callable[..., Planner]) -> None:
+def test_attention_that_loses_nothing_goes_first(
+    prepared: PreparedDecoder, planner_with: Callable[..., Planner]
+) -> None:
     planner = planner_with(lambda plan: 0.0 if plan.layers[1].heads == () else 1e9)
     layers = planner._filled(planner.plain_bytes / 12, planner.offered[4][1])
     assert layers is not None
     assert layers[1].heads == ()
     planned = planner._planned(layers)
-    check_plan(planned.plan, workshop.spec)
+    check_plan(planned.plan, prepared.spec)
     assert "attention removed" in planned.plan.layers[1].reason
-    assert planned.point.kv_bytes_per_token * CONTEXT == KVLayout.of(workshop.spec, planned.plan).bytes_at(CONTEXT)
+    assert planned.point.kv_bytes_per_token * CONTEXT == KVLayout.of(prepared.spec, planned.plan).bytes_at(CONTEXT)
     # What the layer does not take, the others have.
     whole = planner._filled(planner.plain_bytes / 12, planner.offered[4][0])
     assert whole is not None
@@ -135,7 +138,9 @@ def test_plan_is_no_worse_than_one_with_all_heads(planner_with: Callable[..., Pl
 
 
 @pytest.mark.parametrize("time_ratio", [0.9, 0.75])
-def test_plan_keeps_time_and_bytes(workshop: Workshop, planner_with: Callable[..., Planner], time_ratio: float) -> None:
+def test_plan_keeps_time_and_bytes(
+    prepared: PreparedDecoder, planner_with: Callable[..., Planner], time_ratio: float
+) -> None:
     planner = planner_with(lambda _: 0.05, time_ratio=time_ratio)
     alone = choose(planner, Budget(time_ratio=time_ratio), lambda _: 0.0).planned
     assert alone.point.time_ratio <= time_ratio
@@ -143,9 +148,9 @@ def test_plan_keeps_time_and_bytes(workshop: Workshop, planner_with: Callable[..
     assert both.point.time_ratio <= time_ratio
     assert both.point.kv_ratio >= 8
     for planned in (alone, both):
-        check_plan(planned.plan, workshop.spec)
-        work = workshop.decode_time(CONTEXT)
-        plain = work.of_plan(Plan.identity(workshop.spec).layers)
+        check_plan(planned.plan, prepared.spec)
+        work = decode_time(prepared, CONTEXT)
+        plain = work.of_plan(Plan.identity(prepared.spec).layers)
         assert planned.point.time_ratio == pytest.approx(work.of_plan(planned.plan.layers) / plain)
 
 
@@ -181,8 +186,10 @@ def test_time_ratio_is_an_option_of_plan(tiny_llama: Path, capsys: pytest.Captur
     assert "--time-ratio" in capsys.readouterr().err
 
 
-def test_shared_caches_form_no_chain_and_keep_recall(workshop: Workshop, statistics: CalibrationStatistics) -> None:
-    spec, base = workshop.spec, Plan.identity(workshop.spec)
+def test_shared_caches_form_no_chain_and_keep_recall(
+    prepared: PreparedDecoder, statistics: CalibrationStatistics
+) -> None:
+    spec, base = prepared.spec, Plan.identity(prepared.spec)
     sources = nearest_sources(spec, statistics, base)
 
     def offered(drop: Loss, pays: bool) -> dict[int, Alteration | None]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
+from support.models import VALIDATION, open_prepared, recipe_of
 from support.planning import Codes, much, nothing, planner_of
 
 from kvslim.calibrate.statistics import CalibrationStatistics
+from kvslim.plan.budget import planner_of as planner_of_model
 from kvslim.plan.candidates import SINKS
 from kvslim.plan.planner import Planner
 from kvslim.plan.trials import keeping_recall
-from kvslim.plan.windows import WindowTrials
+from kvslim.plan.windows import SINKS, WindowTrials
+from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.types import KVLayout
-from kvslim.workshop import Workshop
 
 CONTEXT = 128
 
@@ -77,15 +80,15 @@ def test_windows_that_cost_recall_only_together_are_not_all_taken() -> None:
 
 
 @pytest.fixture(scope="module")
-def planner_with(workshop: Workshop, statistics: CalibrationStatistics) -> Callable[..., Planner]:
+def planner_with(prepared: PreparedDecoder, statistics: CalibrationStatistics) -> Callable[..., Planner]:
     def made(divergence: Callable[[Codes], float] = nothing, drop: Callable[[Codes], float] = nothing) -> Planner:
-        return planner_of(workshop, statistics, context=CONTEXT, windows=(divergence, drop))
+        return planner_of(prepared, statistics, context=CONTEXT, windows=(divergence, drop))
 
     return made
 
 
 def test_window_that_loses_nothing_is_offered_in_every_layer(
-    workshop: Workshop, planner_with: Callable[..., Planner]
+    prepared: PreparedDecoder, planner_with: Callable[..., Planner]
 ) -> None:
     planner = planner_with()
     for kinds in planner.offered.values():
@@ -95,12 +98,12 @@ def test_window_that_loses_nothing_is_offered_in_every_layer(
     windowed = [layer for layer in planned.plan.layers if layer.window is not None]
     assert windowed
     assert all(layer.sinks == SINKS and "recent tokens" in layer.reason for layer in windowed)
-    assert planned.point.kv_bytes_per_token * CONTEXT == KVLayout.of(workshop.spec, planned.plan).bytes_at(CONTEXT)
+    assert planned.point.kv_bytes_per_token * CONTEXT == KVLayout.of(prepared.spec, planned.plan).bytes_at(CONTEXT)
     assert planned.point.kv_ratio >= 20
 
 
 def test_plan_is_no_worse_than_one_without_windows(planner_with: Callable[..., Planner]) -> None:
-    """Windows that seemed to lose nothing lose much in the judge's text."""
+    """Windows that seemed to lose nothing lose much in the text of the evaluator."""
     misled, whole = planner_with(), planner_with(much)
     for ratio in (8, 16):
         plans = [planner.allocated(planner.plain_bytes / ratio) for planner in (misled, whole)]
@@ -120,15 +123,9 @@ def test_no_window_is_offered_when_it_costs_too_much(
     assert planner.offered == whole
 
 
-def test_workshop_plans_with_windows_where_its_text_allows(
-    workshop: Workshop, statistics: CalibrationStatistics
-) -> None:
+def test_planner_offers_windows_where_the_text_allows(tiny_llama: Path) -> None:
     """The text has windows of 48 tokens, and its questions reach back far enough for all of these."""
-    held_out = workshop.held_out_judge(statistics)
-    validation = workshop.recipe.validation.model_copy(update={"recall_distance": 32})
-    recipe, workshop.recipe = workshop.recipe, workshop.recipe.model_copy(update={"validation": validation})
-    try:
-        planner = workshop.planner(statistics, held_out, 80)
-    finally:
-        workshop.recipe = recipe
-    assert {each.layer.window for layers in planner.offered[4] for layer in layers for each in layer} == {None, 20}
+    validation = VALIDATION.model_copy(update={"recall_distance": 32})
+    recipe = recipe_of().model_copy(update={"validation": validation})
+    planner = planner_of_model(open_prepared(tiny_llama, recipe).trials(), 80)
+    assert {layer.window for ways in planner.ways[4] for layers in ways for _, layer in layers} == {None, 20}

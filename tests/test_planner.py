@@ -21,10 +21,10 @@ from kvslim.errors import GateError, UnsupportedError
 from kvslim.export.manifest import read_manifest
 from kvslim.plan.choose import Chosen, choose
 from kvslim.plan.planner import MARGIN, Planned, Planner
+from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.recipe import Budget, Recipe, load_recipe, parse_recipe
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.types import KVLayout, Plan
-from kvslim.workshop import Workshop
 
 CONTEXT = 2048
 
@@ -35,8 +35,8 @@ def budget_of(**limits: float | int) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def planner(workshop: Workshop, statistics: CalibrationStatistics) -> Planner:
-    return planner_of(workshop, statistics)
+def planner(prepared: PreparedDecoder, statistics: CalibrationStatistics) -> Planner:
+    return planner_of(prepared, statistics)
 
 
 def no_drop(_: Planned) -> float:
@@ -48,10 +48,12 @@ def chosen_for(planner: Planner, drop: Callable[[Planned], float] = no_drop, **l
 
 
 @pytest.mark.parametrize("ratio", [4, 6, 8, 9.5, 16])
-def test_plan_holds_the_bytes_it_tells_within_its_ratio(workshop: Workshop, planner: Planner, ratio: float) -> None:
+def test_plan_holds_the_bytes_it_tells_within_its_ratio(
+    prepared: PreparedDecoder, planner: Planner, ratio: float
+) -> None:
     planned = chosen_for(planner, kv_ratio=ratio).planned
-    check_plan(planned.plan, workshop.spec)
-    size = KVLayout.of(workshop.spec, planned.plan).bytes_at(CONTEXT)
+    check_plan(planned.plan, prepared.spec)
+    size = KVLayout.of(prepared.spec, planned.plan).bytes_at(CONTEXT)
     assert size == planned.point.kv_bytes_per_token * CONTEXT
     assert size * ratio <= planner.plain_bytes
     assert planned.point.kv_ratio == pytest.approx(planner.plain_bytes / size)
@@ -120,8 +122,8 @@ def test_plan_is_not_worse_than_uniform(planner: Planner, ratio: float) -> None:
     assert planned.point.kl <= alike[-1].point.kl
 
 
-def test_same_inputs_give_the_same_plan(workshop: Workshop, statistics: CalibrationStatistics) -> None:
-    first, second = (chosen_for(planner_of(workshop, statistics), kv_ratio=8) for _ in range(2))
+def test_same_inputs_give_the_same_plan(prepared: PreparedDecoder, statistics: CalibrationStatistics) -> None:
+    first, second = (chosen_for(planner_of(prepared, statistics), kv_ratio=8) for _ in range(2))
     assert first == second
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 from support.gathering import gather, windows_of
-from support.models import cached_logits, exported, open_workshop, original_logits, recipe_of, tokens_of, torch_logits
+from support.models import cached_logits, exported, open_prepared, original_logits, recipe_of, tokens_of, torch_logits
 from support.numbers_of_a_model import SPEC, statistics_of
 from support.tiny_decoders import FAMILIES
+from support.trials import MadeUpTrials
 
 from kvslim import pipeline
 from kvslim.checks import check_plan
@@ -20,9 +21,10 @@ from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
 from kvslim.methods import KvHdc, KvPca, KvQuant, KvWindow, Method, PruneHeads
 from kvslim.methods.fitting import fit
+from kvslim.progress import Silent
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.transform.compensate import refitted
-from kvslim.transform.judge import Judge
+from kvslim.transform.kl_evaluator import KLEvaluator
 from kvslim.types import KVLayout, LayerPlan, Plan
 
 GROUPED = SPEC.model_copy(update={"layers": 3, "q_heads": 6, "kv_heads": 2, "windows": (None,) * 3})
@@ -39,14 +41,14 @@ def test_graph_without_heads_equals_torch_in_prefill_and_cached_decode(
     tiny_model: ModelOf, tmp_path: Path, family: str
 ) -> None:
     """The last kv head of the first layer stays with one reader; the second layer has no attention."""
-    workshop = open_workshop(tiny_model(family), recipe_of())
-    last = (workshop.spec.q_heads - 1,)
-    plan = partial_plan(workshop.spec, last, ())
-    tokens = tokens_of(workshop)
-    slim = exported(workshop, plan, tmp_path / "slim")
+    prepared = open_prepared(tiny_model(family), recipe_of())
+    last = (prepared.spec.q_heads - 1,)
+    plan = partial_plan(prepared.spec, last, ())
+    tokens = tokens_of(prepared)
+    slim = exported(prepared, plan, tmp_path / "slim")
     assert np.abs(slim - original_logits(tiny_model(family), tokens)).max() > 1e-3
     assert np.abs(cached_logits(tmp_path / "slim", tokens) - slim).max() < 1e-4
-    (tensor, _) = KVLayout.of(workshop.spec, plan).tensors
+    (tensor, _) = KVLayout.of(prepared.spec, plan).tensors
     assert (tensor.heads, tensor.past) == (1, "past_key_values.0.key")
 
 
@@ -61,36 +63,36 @@ def test_graph_without_heads_equals_torch_in_prefill_and_cached_decode(
     ids=["int8", "int4", "window"],
 )
 def test_heads_go_along_with_codes(tiny_model: ModelOf, tmp_path: Path, family: str, codes: dict[str, object]) -> None:
-    workshop = open_workshop(tiny_model(family), recipe_of())
-    plan = partial_plan(workshop.spec, (0, 1), (0, 1, 2, 3), **codes)
-    tokens = tokens_of(workshop)
-    slim = exported(workshop, plan, tmp_path / "slim")
+    prepared = open_prepared(tiny_model(family), recipe_of())
+    plan = partial_plan(prepared.spec, (0, 1), (0, 1, 2, 3), **codes)
+    tokens = tokens_of(prepared)
+    slim = exported(prepared, plan, tmp_path / "slim")
     effect = np.abs(slim - original_logits(tiny_model(family), tokens)).max()
     assert effect > 1e-3
     assert np.abs(cached_logits(tmp_path / "slim", tokens) - slim).max() < max(1e-4, 0.1 * effect * ("cache" in codes))
 
 
 def test_first_layer_without_attention_leaves_the_second_one_its_number(tiny_model: ModelOf, tmp_path: Path) -> None:
-    workshop = open_workshop(tiny_model("llama"), recipe_of())
-    slim = exported(workshop, partial_plan(workshop.spec, (), (0, 1, 2, 3)), tmp_path / "slim")
+    prepared = open_prepared(tiny_model("llama"), recipe_of())
+    slim = exported(prepared, partial_plan(prepared.spec, (), (0, 1, 2, 3)), tmp_path / "slim")
     assert {tensor.layer for tensor in layout_of(open_session(tmp_path / "slim")).tensors} == {1}
-    assert np.abs(cached_logits(tmp_path / "slim", tokens_of(workshop)) - slim).max() < 1e-4
+    assert np.abs(cached_logits(tmp_path / "slim", tokens_of(prepared)) - slim).max() < 1e-4
 
 
 def test_kept_heads_reproduce_the_model_when_the_others_say_the_same_for_every_token(tiny_model: ModelOf) -> None:
     """Heads whose values are constant lose nothing when their mean takes their place."""
     import torch
 
-    workshop = open_workshop(tiny_model("qwen2"), recipe_of())
-    attention = workshop.model.model.layers[1].self_attn
+    prepared = open_prepared(tiny_model("qwen2"), recipe_of())
+    attention = prepared.model.model.layers[1].self_attn
     with torch.no_grad():
         attention.v_proj.weight[16:] = 0.0  # the second kv head, which query heads 2 and 3 read
-    tokens = tokens_of(workshop)
-    before = torch_logits(workshop, tokens)
-    statistics = gather(workshop, windows_of(workshop, 20))
-    codes = fit(workshop.spec, statistics, partial_plan(workshop.spec, (0, 1, 2, 3), (0, 1)))
-    workshop.install(codes)
-    np.testing.assert_allclose(torch_logits(workshop, tokens), before, atol=2e-5)
+    tokens = tokens_of(prepared)
+    before = torch_logits(prepared, tokens)
+    statistics = gather(prepared, windows_of(prepared, 20))
+    codes = fit(prepared.spec, statistics, partial_plan(prepared.spec, (0, 1, 2, 3), (0, 1)))
+    prepared.install(codes)
+    np.testing.assert_allclose(torch_logits(prepared, tokens), before, atol=2e-5)
 
 
 def test_groups_with_the_least_fluctuation_go_first() -> None:
@@ -118,7 +120,8 @@ def test_measured_choice_takes_what_loses_least_alone_and_asks_once() -> None:
         asked.append((layer, gone))
         return {0: 3.0, 1: 1.0, 2: 2.0}[layer] + gone[0]
 
-    method = PruneHeads(groups=3).chosen(GROUPED, loss)
+    trials = MadeUpTrials(GROUPED, lambda method: loss(*next(iter(method.heads.items()))))
+    method = PruneHeads(groups=3).resolve(trials)
     assert method.heads == {0: (0, 1, 2), 1: (0, 1, 2), 2: (0, 1, 2)}
     assert len(asked) == len(set(asked)) == 6
     assert not method.is_measured
@@ -180,9 +183,9 @@ def test_compress_measures_prunes_and_keeps_its_plan(
 
 @pytest.mark.parametrize("second", [(), (0, 1, 2, 3)])
 def test_refit_lowers_the_kl_of_pruned_heads(tiny_model: ModelOf, second: tuple[int, ...]) -> None:
-    workshop = open_workshop(tiny_model("llama"), recipe_of())
-    windows = windows_of(workshop, 20)
-    codes = workshop.codes(workshop.statistics(), partial_plan(workshop.spec, (0, 1), second))
-    judge = Judge(workshop.model, workshop.architecture, windows)
-    again = refitted(workshop.model, workshop.architecture, codes, windows, iter)
-    assert 0 < judge.kl(again) < 0.95 * judge.kl(codes)
+    prepared = open_prepared(tiny_model("llama"), recipe_of())
+    windows = windows_of(prepared, 20)
+    codes = prepared.codes(partial_plan(prepared.spec, (0, 1), second))
+    evaluator = KLEvaluator(prepared.model, prepared.architecture, windows)
+    again = refitted(prepared.model, prepared.architecture, codes, windows, Silent())
+    assert 0 < evaluator.kl(again) < 0.95 * evaluator.kl(codes)

@@ -15,7 +15,7 @@ from support.gathering import gather, windows_of
 from support.models import (
     cached_logits,
     export_slim,
-    open_workshop,
+    open_prepared,
     original_logits,
     recipe_of,
     tokens_of,
@@ -23,24 +23,31 @@ from support.models import (
 )
 from support.numbers_of_a_model import SPEC, statistics_of
 from support.tiny_decoders import FAMILIES
+from support.trials import MadeUpTrials
 
 from kvslim import pipeline
-from kvslim.checks import check_layout, check_plan
+from kvslim.checks import check_methods, check_plan
 from kvslim.contract import Part
 from kvslim.errors import UsageError
 from kvslim.methods import KvHdc, KvQuant, PruneHeads, PruneLayers
 from kvslim.methods.fitting import fit
-from kvslim.pipeline import decide
+from kvslim.plan.decide import decide
+from kvslim.prepared.decoder import PreparedDecoder
+from kvslim.progress import Silent
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.transform.compensate import RIDGE, refitted, runs_of
-from kvslim.transform.judge import Judge
+from kvslim.transform.kl_evaluator import KLEvaluator
 from kvslim.transform.removal import residual_multiplier
 from kvslim.transform.surgery import layer_modules, trial
 from kvslim.types import KVLayout, Plan
-from kvslim.workshop import Workshop
 
 DEEP = SPEC.model_copy(update={"layers": 6, "windows": (None,) * 6})
 ModelOf = Callable[[str], Path]
+
+
+def trials_with(loss: Callable[[Mapping[int, Part]], float]) -> MadeUpTrials:
+    """Trials in which parts of layers that go lose so much."""
+    return MadeUpTrials(DEEP, lambda method: loss(method.layers or {}))
 
 
 def test_layers_go_one_by_one_with_the_loss_measured_again() -> None:
@@ -51,7 +58,7 @@ def test_layers_go_one_by_one_with_the_loss_measured_again() -> None:
         asked.append(tuple(gone))
         return sum({1: 0.1, 2: 0.2, 3: 0.5, 4: 0.9}[layer] for layer in gone) + 5.0 * ({1, 2} <= set(gone))
 
-    method = PruneLayers(attention=2).chosen(DEEP, loss)
+    method = PruneLayers(attention=2).resolve(trials_with(loss))
     assert method.layers == {1: "attention", 3: "attention"}
     assert asked == [(1,), (2,), (3,), (4,), (1, 2), (1, 3), (1, 4)]
     assert not method.is_measured
@@ -63,8 +70,8 @@ def test_parts_of_all_kinds_compete_when_several_are_asked_for() -> None:
         "mlp": {1: 2.0, 2: 0.5, 3: 6.0, 4: 9.0},
         "block": {1: 9.0, 2: 9.0, 3: 9.0, 4: 8.0},
     }
-    method = PruneLayers(attention=1, mlps=1, blocks=1).chosen(
-        DEEP, lambda gone: sum(losses[part][layer] for layer, part in gone.items())
+    method = PruneLayers(attention=1, mlps=1, blocks=1).resolve(
+        trials_with(lambda gone: sum(losses[part][layer] for layer, part in gone.items()))
     )
     assert method.layers == {1: "attention", 2: "mlp", 4: "block"}
 
@@ -79,7 +86,7 @@ def test_ends_are_protected(part: str, protect: int, free: set[int]) -> None:
         asked.extend(gone)
         return 0.0
 
-    method.chosen(DEEP, loss)
+    method.resolve(trials_with(loss))
     assert set(asked) == free
 
 
@@ -146,16 +153,16 @@ def test_options_that_contradict_are_refused(options: dict[str, object]) -> None
 
 def test_counted_heads_are_refused_beside_layers_that_may_go() -> None:
     with pytest.raises(UsageError, match="cannot count on the heads"):
-        check_layout(recipe_of([PruneLayers(attention=1), PruneHeads(groups=1)]))
-    check_layout(recipe_of([PruneLayers(attention=1), PruneHeads(heads={0: (0, 1)})]))
-    check_layout(recipe_of([PruneLayers(mlps=1), PruneHeads(groups=1)]))
+        check_methods(recipe_of([PruneLayers(attention=1), PruneHeads(groups=1)]))
+    check_methods(recipe_of([PruneLayers(attention=1), PruneHeads(heads={0: (0, 1)})]))
+    check_methods(recipe_of([PruneLayers(mlps=1), PruneHeads(groups=1)]))
 
 
-def exported(workshop: Workshop, folder: Path) -> np.ndarray:
-    """Logits in torch of the workshop's recipe, now installed, its graph in `folder`."""
-    plan = export_slim(workshop, folder)
-    assert layout_of(open_session(folder)) == KVLayout.of(workshop.spec, plan)
-    return torch_logits(workshop, tokens_of(workshop))
+def exported(prepared: PreparedDecoder, folder: Path) -> np.ndarray:
+    """Logits in torch of the prepared model's recipe, now installed, its graph in `folder`."""
+    plan = export_slim(prepared, folder)
+    assert layout_of(open_session(folder)) == KVLayout.of(prepared.spec, plan)
+    return torch_logits(prepared, tokens_of(prepared))
 
 
 def matrix_entries(folder: Path) -> int:
@@ -169,13 +176,13 @@ def test_graph_without_a_feed_forward_part_and_a_block_equals_torch(
     tiny_model: ModelOf, tmp_path: Path, family: str
 ) -> None:
     """The first layer keeps its attention alone, the second nothing, and the graph holds no weight of what is gone."""
-    workshop = open_workshop(tiny_model(family), recipe_of([PruneLayers(layers={0: "mlp", 1: "block"})]))
-    first, second = layer_modules(workshop.model, workshop.architecture)
-    parts = [first.get_submodule(name) for name in workshop.architecture.mlp]
+    prepared = open_prepared(tiny_model(family), recipe_of([PruneLayers(layers={0: "mlp", 1: "block"})]))
+    first, second = layer_modules(prepared.model, prepared.architecture)
+    parts = [first.get_submodule(name) for name in prepared.architecture.mlp]
     gone = sum(weight.numel() for part in (*parts, second) for weight in part.parameters() if weight.dim() == 2)
     (tmp_path / "plain").mkdir()
-    workshop.export(Plan.identity(workshop.spec), tmp_path / "plain")
-    slim, tokens = exported(workshop, tmp_path / "slim"), tokens_of(workshop)
+    prepared.export(Plan.identity(prepared.spec), tmp_path / "plain")
+    slim, tokens = exported(prepared, tmp_path / "slim"), tokens_of(prepared)
     assert np.abs(slim - original_logits(tiny_model(family), tokens)).max() > 1e-3
     assert np.abs(cached_logits(tmp_path / "slim", tokens) - slim).max() < 1e-4
     assert {tensor.layer for tensor in layout_of(open_session(tmp_path / "slim")).tensors} == {0}
@@ -186,8 +193,8 @@ def test_graph_without_a_feed_forward_part_and_a_block_equals_torch(
 def test_later_layer_keeps_its_number_and_its_code_when_the_first_block_goes(
     tiny_model: ModelOf, tmp_path: Path, family: str
 ) -> None:
-    workshop = open_workshop(tiny_model(family), recipe_of([PruneLayers(layers={0: "block"}), KvQuant()]))
-    slim, tokens = exported(workshop, tmp_path / "slim"), tokens_of(workshop)
+    prepared = open_prepared(tiny_model(family), recipe_of([PruneLayers(layers={0: "block"}), KvQuant()]))
+    slim, tokens = exported(prepared, tmp_path / "slim"), tokens_of(prepared)
     effect = np.abs(slim - original_logits(tiny_model(family), tokens)).max()
     cached = layout_of(open_session(tmp_path / "slim")).tensors
     assert {(tensor.past, tensor.dtype) for tensor in cached} == {
@@ -200,26 +207,26 @@ def test_later_layer_keeps_its_number_and_its_code_when_the_first_block_goes(
 @pytest.mark.parametrize("family", [family for family in FAMILIES if "-" not in family])
 def test_parts_add_up_to_their_layer_in_every_family(tiny_model: ModelOf, family: str) -> None:
     """Means and influences are those of what really is added to the hidden states."""
-    workshop = open_workshop(tiny_model(family), recipe_of())
-    windows = windows_of(workshop, 2)
-    seen = hidden_states(workshop, windows)
-    statistics = gather(workshop, windows)
-    multiplier = residual_multiplier(workshop.model)
+    prepared = open_prepared(tiny_model(family), recipe_of())
+    windows = windows_of(prepared, 2)
+    seen = hidden_states(prepared, windows)
+    statistics = gather(prepared, windows)
+    multiplier = residual_multiplier(prepared.model)
     for layer, (before, after) in enumerate(pairwise(seen)):
         before, after = (states[:, states.shape[1] // 8 :].reshape(-1, states.shape[2]) for states in (before, after))
         parts = statistics.attention_mean[layer] + statistics.mlp_mean[layer]
         np.testing.assert_allclose(multiplier * parts, (after - before).mean(0), atol=1e-5)
         lengths = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
         assert statistics.influence[layer, 2] == pytest.approx(1 - ((before * after).sum(1) / lengths).mean(), abs=1e-5)
-    down = dict(layer_modules(workshop.model, workshop.architecture)[0].named_modules())[workshop.architecture.down]
-    assert down.out_features == workshop.spec.hidden_size
+    down = dict(layer_modules(prepared.model, prepared.architecture)[0].named_modules())[prepared.architecture.down]
+    assert down.out_features == prepared.spec.hidden_size
 
 
-def hidden_states(workshop: Workshop, windows: np.ndarray) -> list[np.ndarray]:
+def hidden_states(prepared: PreparedDecoder, windows: np.ndarray) -> list[np.ndarray]:
     """[windows, length, hidden] before each layer and after the last."""
     import torch
 
-    layers = layer_modules(workshop.model, workshop.architecture)
+    layers = layer_modules(prepared.model, prepared.architecture)
     seen: list[np.ndarray] = []
     hooks = [
         layers[0].register_forward_pre_hook(
@@ -229,7 +236,7 @@ def hidden_states(workshop: Workshop, windows: np.ndarray) -> list[np.ndarray]:
         *(layer.register_forward_hook(lambda *call: seen.append(call[2].double().numpy())) for layer in layers),
     ]
     with torch.inference_mode():
-        workshop.model(torch.from_numpy(windows))
+        prepared.model(torch.from_numpy(windows))
     for hook in hooks:
         hook.remove()
     return seen
@@ -238,39 +245,39 @@ def hidden_states(workshop: Workshop, windows: np.ndarray) -> list[np.ndarray]:
 def test_model_stays_as_it_is_when_the_part_that_goes_says_the_same_for_every_token(tiny_model: ModelOf) -> None:
     import torch
 
-    workshop = open_workshop(tiny_model("gpt2"), recipe_of())
-    block = workshop.model.transformer.h[1]
+    prepared = open_prepared(tiny_model("gpt2"), recipe_of())
+    block = prepared.model.transformer.h[1]
     with torch.no_grad():
         for projection in (block.mlp.c_proj, block.attn.c_proj):
             projection.weight.zero_()
             projection.bias.normal_()
-    tokens = tokens_of(workshop)
-    before = torch_logits(workshop, tokens)
-    statistics = gather(workshop, windows_of(workshop, 2))
+    tokens = tokens_of(prepared)
+    before = torch_logits(prepared, tokens)
+    prepared.statistics = gather(prepared, windows_of(prepared, 2))
     for part in ("attention", "mlp", "block"):
         method = PruneLayers.model_validate({"layers": {1: part}})
-        with trial(workshop.model, workshop.architecture, workshop.without(statistics, method)):
-            np.testing.assert_allclose(torch_logits(workshop, tokens), before, atol=2e-5)
-    np.testing.assert_array_equal(torch_logits(workshop, tokens), before)
+        with trial(prepared.model, prepared.architecture, prepared.trials().codes_of(method)):
+            np.testing.assert_allclose(torch_logits(prepared, tokens), before, atol=2e-5)
+    np.testing.assert_array_equal(torch_logits(prepared, tokens), before)
 
 
 @pytest.mark.parametrize("family", ["llama", "granite", "phi"])
 def test_down_projection_before_a_block_that_goes_is_the_ridge_regression_to_what_comes_behind(
     tiny_model: ModelOf, family: str
 ) -> None:
-    workshop = open_workshop(tiny_model(family), recipe_of())
-    windows = windows_of(workshop, 40)
-    statistics = gather(workshop, windows)
-    codes = workshop.without(statistics, PruneLayers(layers={1: "block"}))
-    fitted = refitted(workshop.model, workshop.architecture, codes, windows, iter)
-    down = layer_modules(workshop.model, workshop.architecture)[0].get_submodule(workshop.architecture.down)
+    prepared = open_prepared(tiny_model(family), recipe_of())
+    windows = windows_of(prepared, 40)
+    prepared.statistics = statistics = gather(prepared, windows)
+    codes = prepared.trials().codes_of(PruneLayers(layers={1: "block"}))
+    fitted = refitted(prepared.model, prepared.architecture, codes, windows, Silent())
+    down = layer_modules(prepared.model, prepared.architecture)[0].get_submodule(prepared.architecture.down)
     read: list[np.ndarray] = []
     hook = down.register_forward_hook(lambda *call: read.append(call[1][0].double().numpy()))
-    _, first, wanted = hidden_states(workshop, windows)
+    _, first, wanted = hidden_states(prepared, windows)
     hook.remove()
-    multiplier = residual_multiplier(workshop.model)
+    multiplier = residual_multiplier(prepared.model)
     mean = multiplier * (statistics.attention_mean[1] + statistics.mlp_mean[1])
-    missing = ((wanted - first - mean) / multiplier).reshape(-1, workshop.spec.hidden_size)
+    missing = ((wanted - first - mean) / multiplier).reshape(-1, prepared.spec.hidden_size)
     rows = read[0].reshape(-1, down.in_features)
     norms = np.linalg.norm(wanted, axis=2).reshape(-1, 1)
     seen = norms[:, 0] > 0
@@ -280,8 +287,8 @@ def test_down_projection_before_a_block_that_goes_is_the_ridge_regression_to_wha
     change = np.linalg.solve(rows.T @ rows + ridge, rows.T @ missing).T
     expected = down.weight.detach().double().numpy() + change[:, :-1]
     np.testing.assert_allclose(fitted[0].down_weight, expected, atol=1e-4)
-    judge = Judge(workshop.model, workshop.architecture, windows)
-    assert judge.kl(fitted) < judge.kl(codes)
+    evaluator = KLEvaluator(prepared.model, prepared.architecture, windows)
+    assert evaluator.kl(fitted) < evaluator.kl(codes)
 
 
 def test_plan_refits_the_layer_before_a_block_that_goes_and_its_graph_equals_torch(
@@ -291,29 +298,30 @@ def test_plan_refits_the_layer_before_a_block_that_goes_and_its_graph_equals_tor
     summary = pipeline.plan(str(tiny_model("gpt2")), recipe)
     assert [layer.refit for layer in summary.plan.layers] == [True, False]
     assert "refitted, which takes" in summary.plan.layers[0].reason
-    workshop = open_workshop(tiny_model("gpt2"), recipe)
-    statistics = workshop.statistics()
-    means_alone = decide(recipe, workshop.spec, statistics)
-    judge = workshop.held_out_judge(statistics)
-    assert summary.kl < 0.97 * judge.kl(workshop.codes(statistics, means_alone))
-    workshop.install(workshop.codes(statistics, Plan.model_validate_json(summary.plan.model_dump_json())))
-    workshop.export(summary.plan, tmp_path)
-    tokens = tokens_of(workshop)
-    assert np.abs(cached_logits(tmp_path, tokens) - torch_logits(workshop, tokens)).max() < 1e-4
+    prepared = open_prepared(tiny_model("gpt2"), recipe)
+    statistics = prepared.statistics
+    means_alone = decide(recipe, prepared.spec, statistics)
+    evaluator = prepared.trials().held_out
+    assert summary.kl < 0.97 * evaluator.kl(prepared.codes(means_alone))
+    prepared.install(prepared.codes(Plan.model_validate_json(summary.plan.model_dump_json())))
+    prepared.export(summary.plan, tmp_path)
+    tokens = tokens_of(prepared)
+    assert np.abs(cached_logits(tmp_path, tokens) - torch_logits(prepared, tokens)).max() < 1e-4
 
 
 def test_norm_behind_the_feed_forward_part_leaves_the_means_alone(tiny_model: ModelOf) -> None:
-    workshop = open_workshop(tiny_model("olmo2"), recipe_of())
-    windows = windows_of(workshop, 4)
-    codes = workshop.without(gather(workshop, windows), PruneLayers(layers={1: "block"}))
-    assert refitted(workshop.model, workshop.architecture, codes, windows, iter) == codes
+    prepared = open_prepared(tiny_model("olmo2"), recipe_of())
+    windows = windows_of(prepared, 4)
+    prepared.statistics = gather(prepared, windows)
+    codes = prepared.trials().codes_of(PruneLayers(layers={1: "block"}))
+    assert refitted(prepared.model, prepared.architecture, codes, windows, Silent()) == codes
 
 
 def test_layers_are_refitted_together_with_the_blocks_that_are_gone_behind_them() -> None:
     codes = fit(DEEP, statistics_of(DEEP), PruneLayers(layers={0: "block", 2: "block", 3: "block", 4: "mlp"}).decide(
         DEEP, statistics_of(DEEP), Plan.identity(DEEP)
     ))  # fmt: skip
-    assert list(runs_of(codes)) == [(0, 0), (1, 3), (4, 4), (5, 5)]
+    assert list(runs_of(codes, Silent())) == [(0, 0), (1, 3), (4, 4), (5, 5)]
 
 
 def test_compress_measures_what_goes_and_keeps_its_plan(tiny_model: ModelOf, tmp_path: Path) -> None:

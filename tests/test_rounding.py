@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.gathering import gather, states, windows_of
-from support.models import open_workshop, recipe_of, tokens_of, torch_logits
+from support.models import open_prepared, recipe_of, tokens_of, torch_logits
 from support.numbers_of_a_model import SPEC, statistics_of
 
 from kvslim.contract import CacheType, Granularity
@@ -101,13 +101,13 @@ def test_keys_stay_where_they_are_when_centring_is_not_wanted() -> None:
 
 
 def test_offset_of_all_keys_changes_no_logits_when_nothing_is_rounded(tiny_llama: Path) -> None:
-    workshop = open_workshop(tiny_llama, recipe_of())
-    tokens = tokens_of(workshop)
-    before = torch_logits(workshop, tokens)
-    spec = workshop.spec
+    prepared = open_prepared(tiny_llama, recipe_of())
+    tokens = tokens_of(prepared)
+    before = torch_logits(prepared, tokens)
+    spec = prepared.spec
     offset = np.random.default_rng(0).standard_normal((spec.kv_heads, spec.head_dim))
-    workshop.install((LayerEdit(key_offset=offset),) * spec.layers)
-    np.testing.assert_allclose(torch_logits(workshop, tokens), before, atol=2e-5)
+    prepared.install((LayerEdit(key_offset=offset),) * spec.layers)
+    np.testing.assert_allclose(torch_logits(prepared, tokens), before, atol=2e-5)
 
 
 def test_refined_steps_clip_no_sample_of_the_coordinates_held_twice() -> None:
@@ -123,13 +123,13 @@ def test_refined_steps_clip_no_sample_of_the_coordinates_held_twice() -> None:
 
 def test_steps_hold_beyond_the_calibration_length_when_keys_turn(tiny_llama: Path) -> None:
     """Windows of 48 tokens; keys are those of any position up to the target context."""
-    workshop = open_workshop(tiny_llama, recipe_of())
-    short, long = windows_of(workshop, 20), np.random.default_rng(5).integers(0, workshop.spec.vocab_size, (1, 400))
-    statistics = gather(workshop, short)
-    plan = KvQuant().decide(workshop.spec, statistics, Plan.identity(workshop.spec))
-    codes = fit(workshop.spec, statistics, plan)
+    prepared = open_prepared(tiny_llama, recipe_of())
+    short, long = windows_of(prepared, 20), np.random.default_rng(5).integers(0, prepared.spec.vocab_size, (1, 400))
+    statistics = gather(prepared, short)
+    plan = KvQuant().decide(prepared.spec, statistics, Plan.identity(prepared.spec))
+    codes = fit(prepared.spec, statistics, plan)
     for layer, code in enumerate(codes):
-        keys = states(workshop, long, layer)["k"][0][:, 200:]
+        keys = states(prepared, long, layer)["k"][0][:, 200:]
         keys = keys if code.key_offset is None else keys - code.key_offset[:, None]
         beyond = (np.abs(keys) > 128 * code.key_scale[:, None]).mean()
         assert beyond < 1e-3

@@ -10,23 +10,25 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 from support.gathering import gather, windows_of
-from support.models import cached_logits, exported, open_workshop, original_logits, recipe_of, tokens_of, torch_logits
+from support.models import cached_logits, exported, open_prepared, original_logits, recipe_of, tokens_of, torch_logits
 from support.numbers_of_a_model import SPEC, statistics_of
+from support.trials import MadeUpTrials
 
 from kvslim import pipeline
 from kvslim.calibrate.rope import rotate
-from kvslim.checks import check_layout, check_plan
+from kvslim.checks import check_methods, check_plan
 from kvslim.errors import UsageError
 from kvslim.methods import KvHdc, KvPca, KvQuant, KvWindow, Method, PruneHeads, PruneLayers, ShareKv
 from kvslim.methods.fitting import fit
-from kvslim.methods.share_kv import distances
+from kvslim.methods.share_kv import Distance, distances
 from kvslim.methods.sharing import fit_maps
+from kvslim.prepared.decoder import PreparedDecoder
+from kvslim.progress import Silent
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.transform.compensate import refitted
-from kvslim.transform.judge import Judge
+from kvslim.transform.kl_evaluator import KLEvaluator
 from kvslim.transform.surgery import trial
 from kvslim.types import KVLayout, LayerPlan, Plan
-from kvslim.workshop import Workshop
 
 ModelOf = Callable[[str], Path]
 DEEP = SPEC.model_copy(update={"layers": 6, "windows": (None,) * 6})
@@ -41,13 +43,13 @@ def test_graph_that_shares_equals_torch_in_prefill_and_cached_decode(
     tiny_model: ModelOf, tmp_path: Path, family: str
 ) -> None:
     recipe = recipe_of().model_copy(update={"window_cache": False})
-    workshop = open_workshop(tiny_model(family), recipe)
+    prepared = open_prepared(tiny_model(family), recipe)
     plan = sharing_plan().model_copy(update={"window_cache": False})
-    tokens = tokens_of(workshop)
-    slim = exported(workshop, plan, tmp_path / "slim")
+    tokens = tokens_of(prepared)
+    slim = exported(prepared, plan, tmp_path / "slim")
     assert np.abs(slim - original_logits(tiny_model(family), tokens)).max() > 1e-3
     assert np.abs(cached_logits(tmp_path / "slim", tokens) - slim).max() < 1e-4
-    assert {tensor.layer for tensor in KVLayout.of(workshop.spec, plan).tensors} == {0}
+    assert {tensor.layer for tensor in KVLayout.of(prepared.spec, plan).tensors} == {0}
 
 
 @pytest.mark.parametrize(
@@ -63,31 +65,31 @@ def test_graph_that_shares_equals_torch_in_prefill_and_cached_decode(
 def test_codes_of_the_donor_are_read(
     tiny_model: ModelOf, tmp_path: Path, family: str, codes: dict[str, object]
 ) -> None:
-    workshop = open_workshop(tiny_model(family), recipe_of())
-    tokens = tokens_of(workshop)
-    slim = exported(workshop, sharing_plan(**codes), tmp_path / "slim")
+    prepared = open_prepared(tiny_model(family), recipe_of())
+    tokens = tokens_of(prepared)
+    slim = exported(prepared, sharing_plan(**codes), tmp_path / "slim")
     effect = np.abs(slim - original_logits(tiny_model(family), tokens)).max()
     assert effect > 1e-3
     assert np.abs(cached_logits(tmp_path / "slim", tokens) - slim).max() < max(1e-4, 0.1 * effect)
 
 
 def test_standard_operators_share_too(tiny_model: ModelOf, tmp_path: Path) -> None:
-    workshop = open_workshop(tiny_model("llama"), recipe_of().model_copy(update={"layout": "attention24"}))
+    prepared = open_prepared(tiny_model("llama"), recipe_of().model_copy(update={"layout": "attention24"}))
     plan = sharing_plan(rank=8, value_rank=16).model_copy(update={"layout": "attention24"})
-    check_plan(plan, workshop.spec)
-    workshop.install(workshop.codes(workshop.statistics(), plan))
+    check_plan(plan, prepared.spec)
+    prepared.install(prepared.codes(plan))
     (tmp_path / "slim").mkdir()
-    workshop.export(plan, tmp_path / "slim")
-    slim = torch_logits(workshop, tokens_of(workshop))
-    assert np.abs(cached_logits(tmp_path / "slim", tokens_of(workshop)) - slim).max() < 1e-4
+    prepared.export(plan, tmp_path / "slim")
+    slim = torch_logits(prepared, tokens_of(prepared))
+    assert np.abs(cached_logits(tmp_path / "slim", tokens_of(prepared)) - slim).max() < 1e-4
 
 
 def test_layer_reproduces_itself_when_its_keys_and_values_are_linear_in_those_of_the_donor(tiny_model: ModelOf) -> None:
     """Layer 0 adds nothing, so layer 1 sees what it saw; its heads are those of layer 0, mixed and in another order."""
     import torch
 
-    workshop = open_workshop(tiny_model("gpt2"), recipe_of())
-    first, second = workshop.model.transformer.h
+    prepared = open_prepared(tiny_model("gpt2"), recipe_of())
+    first, second = prepared.model.transformer.h
     mixing = torch.eye(16).roll(3, 1) * torch.linspace(0.5, 2, 16)
     with torch.no_grad():
         for part in (first.attn.c_proj, first.mlp.c_proj):
@@ -95,11 +97,11 @@ def test_layer_reproduces_itself_when_its_keys_and_values_are_linear_in_those_of
         for side in (slice(64, 128), slice(128, 192)):
             heads = first.attn.c_attn.weight[side].unflatten(0, (4, 16))[[2, 0, 3, 1]]
             second.attn.c_attn.weight[side] = torch.einsum("hdi,de->hei", heads, mixing).flatten(0, 1)
-    tokens = tokens_of(workshop)
-    before = torch_logits(workshop, tokens)
-    statistics = gather(workshop, windows_of(workshop, 20))
-    workshop.install(fit(workshop.spec, statistics, sharing_plan()))
-    assert np.abs(torch_logits(workshop, tokens) - before).max() < 0.01 * np.abs(before).max()
+    tokens = tokens_of(prepared)
+    before = torch_logits(prepared, tokens)
+    statistics = gather(prepared, windows_of(prepared, 20))
+    prepared.install(fit(prepared.spec, statistics, sharing_plan()))
+    assert np.abs(torch_logits(prepared, tokens) - before).max() < 0.01 * np.abs(before).max()
 
 
 def test_key_map_is_the_least_squares_one_of_the_whole_context_when_calibrated_on_a_short_text() -> None:
@@ -138,15 +140,17 @@ def test_key_map_is_the_least_squares_one_of_the_whole_context_when_calibrated_o
     assert missing(short.key[0, 0]) > 1.1 * missing(best)
 
 
-def test_pairs_are_chosen_one_by_one_by_measured_kl_and_make_no_chain() -> None:
-    near = {(layer, layer - 1): 0.1 * layer for layer in range(1, 6)}
+def test_pairs_are_chosen_one_by_one_by_measured_kl_and_make_no_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    near = {(layer, layer - 1): Distance(0.1 * layer, 0.0) for layer in range(1, 6)}
+    monkeypatch.setattr("kvslim.methods.share_kv.distances", lambda *_: near)
     asked: list[dict[int, int]] = []
 
-    def divergence(donors: dict[int, int]) -> float:
+    def divergence(method: ShareKv) -> float:
+        donors = method.donors or {}
         asked.append(donors)
         return sum({1: 5.0, 2: 4.0, 3: 1.0, 4: 2.0, 5: 3.0}[layer] for layer in donors)
 
-    assert ShareKv(layers=2).chosen(near, divergence).donors == {3: 2, 5: 4}
+    assert ShareKv(layers=2).resolve(MadeUpTrials(DEEP, divergence)).donors == {3: 2, 5: 4}
     assert asked[:5] == [{1: 0}, {2: 1}, {3: 2}, {4: 3}, {5: 4}]
     assert asked[5:] == [{3: 2, 1: 0}, {3: 2, 5: 4}]
 
@@ -187,18 +191,18 @@ def test_options_that_contradict_are_refused(options: dict[str, object]) -> None
         ((ShareKv(layers=1), PruneLayers(attention=1)), "cannot count on"),
         ((ShareKv(layers=1), PruneHeads(groups=1)), "cannot count on"),
         ((ShareKv(layers=1), KvWindow(layers=(1,))), "same layers"),
-        ((ShareKv(donors={2: 1}), KvWindow()), "same layers"),
-        ((ShareKv(donors={2: 1}), KvWindow(layers=(1,))), "layer 1 cannot have a window"),
-        ((ShareKv(donors={2: 1}), KvHdc(bits=2)), "packed codes"),
+        ((ShareKv(sources={2: 1}), KvWindow()), "same layers"),
+        ((ShareKv(sources={2: 1}), KvWindow(layers=(1,))), "layer 1 cannot have a window"),
+        ((ShareKv(sources={2: 1}), KvHdc(bits=2)), "packed codes"),
     ],
 )
 def test_methods_that_conflict_are_refused_before_any_work(methods: tuple[Method, ...], fault: str) -> None:
     with pytest.raises(UsageError, match=fault):
-        check_layout(recipe_of(methods))
+        check_methods(recipe_of(methods))
 
 
 def test_named_layers_go_with_windows_and_removed_attention_elsewhere() -> None:
-    check_layout(recipe_of([ShareKv(donors={2: 1}), KvWindow(layers=(3,)), PruneLayers(layers={4: "attention"})]))
+    check_methods(recipe_of([ShareKv(sources={2: 1}), KvWindow(layers=(3,)), PruneLayers(layers={4: "attention"})]))
 
 
 @pytest.mark.parametrize(
@@ -221,7 +225,7 @@ def test_plan_with_an_impossible_donor_is_refused(changes: dict[int, dict[str, o
 
 
 def test_recipe_that_drops_a_named_donor_is_refused() -> None:
-    recipe = recipe_of([PruneLayers(layers={1: "attention"}), ShareKv(donors={2: 1})])
+    recipe = recipe_of([PruneLayers(layers={1: "attention"}), ShareKv(sources={2: 1})])
     with pytest.raises(UsageError, match="layer 1 has no attention"):
         pipeline.decide(recipe, DEEP, statistics_of(DEEP))
 
@@ -242,28 +246,30 @@ def test_compress_measures_pairs_and_keeps_its_plan(tiny_model: ModelOf, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def demo() -> Workshop:
-    return open_workshop("demo", recipe_of())
+def demo() -> PreparedDecoder:
+    return open_prepared("demo", recipe_of())
 
 
-def test_judge_runs_the_donor_that_lies_before_the_first_changed_layer(demo: Workshop) -> None:
+def test_evaluator_runs_the_donor_that_lies_before_the_first_changed_layer(demo: PreparedDecoder) -> None:
     import torch
 
-    windows = demo.statistics().windows
-    codes = demo.without(demo.statistics(), ShareKv(donors={5: 3}))
-    judge = Judge(demo.model, demo.architecture, windows)
+    windows = demo.statistics.windows
+    codes = demo.trials().codes_of(ShareKv(sources={5: 3}))
+    evaluator = KLEvaluator(demo.model, demo.architecture, windows)
     ids = torch.from_numpy(windows)
     with torch.inference_mode():
         plain = demo.model(ids).logits.log_softmax(-1)
         with trial(demo.model, demo.architecture, codes):
             shared = demo.model(ids).logits.log_softmax(-1)
         assert torch.equal(demo.model(ids).logits.log_softmax(-1), plain)
-    assert judge.kl(codes) == pytest.approx(float((plain.exp() * (plain - shared)).sum(-1).mean()), rel=1e-3)
+    assert evaluator.kl(codes) == pytest.approx(float((plain.exp() * (plain - shared)).sum(-1).mean()), rel=1e-3)
 
 
-def test_refit_lowers_the_kl_of_shared_layers(demo: Workshop) -> None:
-    statistics = demo.statistics()
+def test_refit_lowers_the_kl_of_shared_layers(demo: PreparedDecoder) -> None:
+    statistics = demo.statistics
     windows = statistics.windows
-    codes = demo.without(statistics, ShareKv(donors={3: 2, 5: 4}))
-    judge = Judge(demo.model, demo.architecture, windows)
-    assert 0 < judge.kl(refitted(demo.model, demo.architecture, codes, windows, iter)) < 0.95 * judge.kl(codes)
+    codes = demo.trials().codes_of(ShareKv(sources={3: 2, 5: 4}))
+    evaluator = KLEvaluator(demo.model, demo.architecture, windows)
+    assert (
+        0 < evaluator.kl(refitted(demo.model, demo.architecture, codes, windows, Silent())) < 0.95 * evaluator.kl(codes)
+    )

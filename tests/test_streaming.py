@@ -17,10 +17,10 @@ from kvslim.caches.packed import CODES
 from kvslim.caches.window import RINGS
 from kvslim.contract import CacheType
 from kvslim.errors import ArtifactError, UsageError
+from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import KVLayout
-from kvslim.workshop import Workshop
 
 ModelOf = Callable[[str], Path]
 LENGTH = 80  # many times the window
@@ -37,11 +37,11 @@ OTHER_FAMILIES: tuple[tuple[str, CacheType], ...] = (
 @pytest.fixture(scope="module")
 def made(
     tiny_model: ModelOf, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, CacheType], tuple[Workshop, Path]]:
-    """The workshop and the graph of a family with rings in all layers, made once."""
-    found: dict[tuple[str, CacheType], tuple[Workshop, Path]] = {}
+) -> Callable[[str, CacheType], tuple[PreparedDecoder, Path]]:
+    """The prepared and the graph of a family with rings in all layers, made once."""
+    found: dict[tuple[str, CacheType], tuple[PreparedDecoder, Path]] = {}
 
-    def of(family: str, cache: CacheType) -> tuple[Workshop, Path]:
+    def of(family: str, cache: CacheType) -> tuple[PreparedDecoder, Path]:
         if (family, cache) not in found:
             folder = tmp_path_factory.mktemp("ring") / "graph"
             found[family, cache] = export_ring(tiny_model(family), folder, cache), folder
@@ -50,7 +50,7 @@ def made(
     return of
 
 
-Made = Callable[[str, CacheType], tuple[Workshop, Path]]
+Made = Callable[[str, CacheType], tuple[PreparedDecoder, Path]]
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ Made = Callable[[str, CacheType], tuple[Workshop, Path]]
     [*(("llama", cache) for cache in (*RINGS_OF, *CODES)), *OTHER_FAMILIES],
 )
 def test_graph_equals_torch_when_text_comes_in_chunks_of_16(made: Made, family: str, cache: CacheType) -> None:
-    workshop, folder = made(family, cache)
-    tokens = tokens_of(workshop, LENGTH)
-    expected = torch_logits(workshop, tokens)
+    prepared, folder = made(family, cache)
+    tokens = tokens_of(prepared, LENGTH)
+    expected = torch_logits(prepared, tokens)
     session = DecodeSession(folder, capacity=LENGTH, all_positions=True)
     error = np.abs(in_chunks(session, tokens, [16]) - expected).max(1)
     # A number on the edge between two steps may round to either side, which moves what follows.
@@ -71,8 +71,8 @@ def test_graph_equals_torch_when_text_comes_in_chunks_of_16(made: Made, family: 
 @pytest.mark.parametrize("cache", RINGS_OF)
 @pytest.mark.parametrize("chunks", [[1], [LENGTH], [5], [WINDOW + SINKS + 9, 2, 1, 30], [2, 1, 1]])
 def test_ring_gives_one_result_however_the_text_is_cut(made: Made, cache: CacheType, chunks: list[int]) -> None:
-    workshop, folder = made("llama", cache)
-    tokens = tokens_of(workshop, LENGTH)
+    prepared, folder = made("llama", cache)
+    tokens = tokens_of(prepared, LENGTH)
     session = DecodeSession(folder, capacity=LENGTH, all_positions=True)
     expected = in_chunks(session, tokens, [16])
     session.reset()
@@ -83,8 +83,8 @@ def test_ring_gives_one_result_however_the_text_is_cut(made: Made, cache: CacheT
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_ring_equals_the_model_when_the_text_fits(tiny_model: ModelOf, tmp_path: Path, family: str) -> None:
-    workshop = export_ring(tiny_model(family), tmp_path / "graph", "float32", window=40, sinks=3)
-    tokens = tokens_of(workshop, 43)
+    prepared = export_ring(tiny_model(family), tmp_path / "graph", "float32", window=40, sinks=3)
+    tokens = tokens_of(prepared, 43)
     session = DecodeSession(tmp_path / "graph", capacity=43, all_positions=True)
     expected = original_logits(tiny_model(family), tokens)
     np.testing.assert_allclose(in_chunks(session, tokens, [20, 1, 3]), expected, atol=1e-4)
@@ -94,45 +94,45 @@ def test_ring_equals_the_model_when_the_text_fits(tiny_model: ModelOf, tmp_path:
 def test_packed_equals_the_model_when_no_token_has_left_the_ring(
     made: Made, tiny_model: ModelOf, cache: CacheType
 ) -> None:
-    workshop, folder = made("llama", cache)
-    tokens = tokens_of(workshop, WINDOW + SINKS + 20)
+    prepared, folder = made("llama", cache)
+    tokens = tokens_of(prepared, WINDOW + SINKS + 20)
     session = DecodeSession(folder, capacity=len(tokens), all_positions=True)
     found = in_chunks(session, tokens, [WINDOW + SINKS, 20])
     np.testing.assert_allclose(found, original_logits(tiny_model("llama"), tokens), atol=1e-4)
 
 
-def naive_packed(workshop: Workshop, tokens: np.ndarray, chunk: int) -> np.ndarray:
+def naive_packed(prepared: PreparedDecoder, tokens: np.ndarray, chunk: int) -> np.ndarray:
     """[n, vocab] logits as torch gives them for chunks of another size."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kvslim.transform.streaming.EVALUATION_CHUNK", chunk)
-        return torch_logits(workshop, tokens)
+        return torch_logits(prepared, tokens)
 
 
 @pytest.mark.parametrize("cache", CODES)
 @pytest.mark.parametrize("chunk", [1, 7, 40])
 def test_packed_equals_torch_when_chunks_have_another_size(made: Made, cache: CacheType, chunk: int) -> None:
-    workshop, folder = made("llama", cache)
-    tokens = tokens_of(workshop, LENGTH)
-    expected = naive_packed(workshop, tokens, chunk)
+    prepared, folder = made("llama", cache)
+    tokens = tokens_of(prepared, LENGTH)
+    expected = naive_packed(prepared, tokens, chunk)
     session = DecodeSession(folder, capacity=LENGTH, all_positions=True)
     error = np.abs(in_chunks(session, tokens, [chunk]) - expected).max(1)
     assert np.median(error) < 1e-4
     assert error.max() < 0.1 * np.abs(expected).max()
-    plain = original_logits_of(workshop, tokens)
+    plain = original_logits_of(prepared, tokens)
     assert np.abs(plain - expected)[-20:].max() > 1e-2  # the codes are in use
 
 
-def original_logits_of(workshop: Workshop, tokens: np.ndarray) -> np.ndarray:
-    return original_logits(workshop.snapshot.path, tokens)
+def original_logits_of(prepared: PreparedDecoder, tokens: np.ndarray) -> np.ndarray:
+    return original_logits(prepared.snapshot.path, tokens)
 
 
 @pytest.mark.parametrize("cache", RINGS_OF)
 @pytest.mark.parametrize("shared", [False, True])
 def test_batch_of_unequal_lengths_equals_each_text_alone(made: Made, cache: CacheType, shared: bool) -> None:
-    workshop, folder = made("llama", cache)
+    prepared, folder = made("llama", cache)
     session = open_session(folder, all_positions=True)
     lengths, steps = (WINDOW + SINKS + 6, 5), 30
-    texts = [tokens_of(workshop, length + steps)[::-1][: length + steps] for length in lengths]
+    texts = [tokens_of(prepared, length + steps)[::-1][: length + steps] for length in lengths]
     alone = [in_chunks(DecodeSession(folder, capacity=80, all_positions=True), text, [len(text)]) for text in texts]
     caches = [np.zeros((2, *shape), dtype) for shape, dtype in cache_shapes(session)]
     ids = np.zeros((2, max(lengths)), np.int64)
@@ -184,11 +184,11 @@ def run(
 
 @pytest.mark.parametrize("cache", [*RINGS_OF, *CODES])
 def test_layout_of_the_graph_is_that_of_the_plan(made: Made, tiny_model: ModelOf, cache: CacheType) -> None:
-    workshop, folder = made("llama", cache)
+    prepared, folder = made("llama", cache)
     _, plan = install_ring(tiny_model("llama"), cache)
     layout = layout_of(open_session(folder))
-    assert layout == KVLayout.of(workshop.spec, plan)
-    width = workshop.spec.layers * 2 * workshop.spec.kv_heads * workshop.spec.head_dim
+    assert layout == KVLayout.of(prepared.spec, plan)
+    width = prepared.spec.layers * 2 * prepared.spec.kv_heads * prepared.spec.head_dim
     exact = {"int8": 1, "int4": 0.5}.get(cache, 4)
     ring = width * (WINDOW + SINKS) * exact
     coded = width * (1000 - WINDOW - SINKS) * int(cache[-1]) / 8 if cache in CODES else 0
@@ -227,8 +227,8 @@ def ancestors(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> set[st
 
 @pytest.mark.parametrize("cache", ["float32", "codes2"])
 def test_rewind_is_refused_when_the_ring_has_moved_on(made: Made, cache: CacheType) -> None:
-    workshop, folder = made("llama", cache)
-    tokens = tokens_of(workshop, 40)
+    prepared, folder = made("llama", cache)
+    tokens = tokens_of(prepared, 40)
     session = DecodeSession(folder, capacity=40, all_positions=True)
     first = session.step(tokens[: WINDOW + SINKS])
     session.rewind(5)
@@ -255,9 +255,9 @@ def test_fill_sets_ring_and_codes_when_packed(made: Made, length: int) -> None:
 
 
 def test_codes_are_appended_in_place_when_tokens_leave(made: Made) -> None:
-    workshop, folder = made("llama", "codes3")
+    prepared, folder = made("llama", "codes3")
     session = DecodeSession(folder, capacity=60)
-    tokens = tokens_of(workshop, 60)
+    tokens = tokens_of(prepared, 60)
     session.step(tokens[:30])
     codes = [buffer for tensor, buffer in zip(session.layout.tensors, session._cache, strict=True) if tensor.is_packed]
     before = [buffer.copy() for buffer in codes]

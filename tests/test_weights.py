@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.models import cached_logits, open_workshop, recipe_of, tokens_of, torch_logits
+from support.models import cached_logits, open_prepared, recipe_of, tokens_of, torch_logits
 
 from kvslim.contract import WeightMethod
 from kvslim.errors import UsageError
@@ -170,10 +170,10 @@ def tied(tiny_model: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> dict[
     formats = {"fp32": WeightFormat(), "int4": WeightFormat(type="int4"), "int8": WeightFormat(type="int8")}
     formats["mixed"] = WeightFormat(type="int4", mixed=True)
     for name, weights in formats.items():
-        workshop = open_workshop(tiny_model("qwen3"), recipe_of((), weights))
+        prepared = open_prepared(tiny_model("qwen3"), recipe_of((), weights))
         folders[name] = tmp_path_factory.mktemp("tied") / name
         folders[name].mkdir()
-        workshop.export(Plan.identity(workshop.spec), folders[name])
+        prepared.export(Plan.identity(prepared.spec), folders[name])
     return folders
 
 
@@ -212,10 +212,10 @@ def test_head_and_sensitive_layers_get_eight_bits_when_mixed(tied: dict[str, Pat
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 def test_int8_graph_is_close_to_torch(tiny_model: ModelOf, tmp_path: Path, family: str) -> None:
-    workshop = open_workshop(tiny_model(family), recipe_of((), "int8"))
-    workshop.export(Plan.identity(workshop.spec), tmp_path)
-    tokens = tokens_of(workshop)
-    expected = torch_logits(workshop, tokens)
+    prepared = open_prepared(tiny_model(family), recipe_of((), "int8"))
+    prepared.export(Plan.identity(prepared.spec), tmp_path)
+    tokens = tokens_of(prepared)
+    expected = torch_logits(prepared, tokens)
     assert np.abs(cached_logits(tmp_path, tokens) - expected).max() < 0.05 * np.abs(expected).max()
 
 
@@ -223,8 +223,8 @@ def test_two_exports_are_equal_to_the_byte_when_mixed(
     tied: dict[str, Path], tiny_model: ModelOf, tmp_path: Path
 ) -> None:
     weights = WeightFormat(type="int4", mixed=True)
-    workshop = open_workshop(tiny_model("qwen3"), recipe_of((), weights))
-    workshop.export(Plan.identity(workshop.spec), tmp_path)
+    prepared = open_prepared(tiny_model("qwen3"), recipe_of((), weights))
+    prepared.export(Plan.identity(prepared.spec), tmp_path)
     for file in ("model.onnx", "model.onnx_data"):
         assert (tmp_path / file).read_bytes() == (tied["mixed"] / file).read_bytes()
 

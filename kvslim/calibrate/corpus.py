@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from kvslim.errors import NotFoundError, UnsupportedError, UsageError
+from kvslim.progress import Progress
 
 Array = np.ndarray
 SELF_BATCH = 16
@@ -78,9 +79,7 @@ def text_windows(
     return _spread(tokens[first:last], _prefix(tokenizer), samples, length, source)
 
 
-def counted_windows(
-    source: str, tokenizer: Any, *, samples: int, length: int, share: tuple[float, float] = WHOLE
-) -> Array:
+def loss_mask(source: str, tokenizer: Any, *, samples: int, length: int, share: tuple[float, float] = WHOLE) -> Array:
     """Which tokens of `text_windows` count when a model is judged: of prompts with completions, the completions alone.
 
     Arguments are those of `text_windows`.
@@ -93,7 +92,7 @@ def counted_windows(
     return _spread(counted[first:last], np.zeros(len(_prefix(tokenizer)), bool), samples, length, source)
 
 
-def self_windows(model: Any, *, samples: int, length: int, seed: int, batches: Any) -> Array:
+def self_windows(model: Any, *, samples: int, length: int, seed: int, progress: Progress) -> Array:
     """Windows that the model wrote itself: sampled from its own distribution, so no text is needed.
 
     Args:
@@ -101,7 +100,7 @@ def self_windows(model: Any, *, samples: int, length: int, seed: int, batches: A
         samples: Windows.
         length: Tokens per window, the first one included.
         seed: Seed of the samples.
-        batches: Wraps the iterable of batches, to show progress.
+        progress: Hears of each batch.
 
     Returns:
         [samples, length] token ids.
@@ -112,7 +111,7 @@ def self_windows(model: Any, *, samples: int, length: int, seed: int, batches: A
     parts = []
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(seed)
-        for first in batches(range(0, samples, SELF_BATCH)):
+        for first in progress.track(range(0, samples, SELF_BATCH), "the model's own samples"):
             prompt = torch.full((min(SELF_BATCH, samples - first), 1), start)
             parts.append(_sample(model, prompt, length).numpy())
     return np.concatenate(parts)

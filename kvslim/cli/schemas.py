@@ -11,8 +11,8 @@ from kvslim.cli.machine import Check
 from kvslim.contract import Frozen
 from kvslim.devices.profile import Device
 from kvslim.errors import NotFoundError, suggestion
-from kvslim.pipeline import PlanSummary
 from kvslim.plan.analyze import Analysis
+from kvslim.plan.decide import PlanSummary
 from kvslim.recipe import Recipe
 from kvslim.report.compare import Comparison, Regression
 from kvslim.report.memory import CacheMemory

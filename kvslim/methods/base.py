@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -12,22 +13,41 @@ from kvslim.types import Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
+    from kvslim.prepared.trials import Trials
+    from kvslim.recipe import Recipe
     from kvslim.transform.edits import LayerEdit
 
 METHODS: dict[str, type[Method]] = {}
 
 
+class Conflict(NamedTuple):
+    """What a method cannot stand beside: a message, where the recipe has it, and how to fix it."""
+
+    message: str
+    where: str
+    fix: str
+
+
 class Method(BaseModel):
     """A method is its own recipe entry: its fields are its options, one file holds all of it.
 
-    `check` uses the config alone and runs before weights are loaded; `decide` and `apply` are pure. Methods run by
-    `order`, whatever the order of the recipe: what changes the cached coordinates comes before what rounds them.
+    `check` and `conflicts` use config and recipe alone and run before weights are loaded; `resolve` may measure the
+    model; `decide` and `apply` are pure. Methods run by `order`, whatever the order of the recipe: what changes the
+    cached coordinates comes before what rounds them.
+
+    Attributes:
+        supports_encoders: Whether it works without a cache, from `HeadStatistics` alone.
+        needs_gqa: What it needs that layout attention24 does not have; empty for nothing.
+        stores_cache: Whether it chooses how the cache is stored.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     name: ClassVar[str]
     summary: ClassVar[str]
     order: ClassVar[int]
+    supports_encoders: ClassVar[bool] = False
+    needs_gqa: ClassVar[str] = ""
+    stores_cache: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -39,6 +59,46 @@ class Method(BaseModel):
         Raises:
             UsageError: An option is impossible for a model of this spec.
         """
+
+    def conflicts(self, others: Sequence[Method], recipe: Recipe) -> Iterator[Conflict]:
+        """What it cannot stand beside in a recipe: other methods, the layout, lengths of text.
+
+        Args:
+            others: The other methods of the recipe.
+            recipe: All of it.
+        """
+        if self.needs_gqa and recipe.layout == "attention24":
+            yield Conflict(
+                f"layout attention24 has no {self.needs_gqa}", f"recipe: methods.{self.name}", "use layout gqa"
+            )
+
+    def resolve(self, trials: Trials) -> Method:
+        """The method with what it leaves open measured, each choice alone on the model as it is.
+
+        Raises:
+            KvslimError: No choice is good enough.
+        """
+        return self
+
+    @property
+    def packs_cache(self) -> bool:
+        """Whether it packs codes of tokens that leave a window."""
+        return False
+
+    @property
+    def takes_attention(self) -> bool:
+        """Whether any layer may lose its whole attention."""
+        return False
+
+    @property
+    def picks_heads(self) -> bool:
+        """Whether it takes heads that it chooses among all layers."""
+        return False
+
+    @property
+    def windowed_layers(self) -> tuple[int, ...] | None:
+        """Layers that forget the tokens behind a window; None where that may be any."""
+        return ()
 
     def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
         """The plan with this method's decisions, their scores and reasons filled in."""

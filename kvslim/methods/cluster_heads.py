@@ -8,7 +8,6 @@ themselves, which saves time alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -26,6 +25,7 @@ from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
+    from kvslim.prepared.trials import Trials
 
 WHERE = "recipe: methods.cluster_heads"
 
@@ -36,6 +36,7 @@ class ClusterHeads(Method):
     name: ClassVar[str] = "cluster_heads"
     order: ClassVar[int] = 6
     summary: ClassVar[str] = "heads that attend alike share one head's attention, and its keys"
+    needs_gqa: ClassVar[str] = "clusters of heads"
 
     mode: Clusters = Field(
         "static", description="whether clusters are fixed, or formed from each prompt's first tokens"
@@ -72,26 +73,15 @@ class ClusterHeads(Method):
         for layer, number in (self.clusters or {}).items():
             check_number(number, spec, f"{WHERE}.clusters: layer {layer}")
 
-    def chosen(
-        self,
-        spec: ModelSpec,
-        statistics: CalibrationStatistics,
-        divergence: Callable[[ClusterHeads], float],
-        layers: Callable[[Iterable[int]], Iterable[int]],
-    ) -> ClusterHeads:
-        """The method with the `count` layers that lose least, each measured alone.
-
-        Args:
-            spec: The model's shape.
-            statistics: What is known of its heads.
-            divergence: Of the model with these clusters and nothing else.
-            layers: Wraps the iterable of layers, to show progress.
-        """
+    def resolve(self, trials: Trials) -> ClusterHeads:
+        """The method with the `count` layers that lose least, each measured alone."""
+        if not self.count:
+            return self
         named = {"count": None, "fraction": None}
-        numbers = self.numbers(spec, statistics)
+        numbers = self.numbers(trials.spec, trials.statistics)
         losses = {
-            layer: divergence(self.model_copy(update={**named, "clusters": {layer: numbers[layer]}}))
-            for layer in layers(numbers)
+            layer: trials.divergence(self.model_copy(update={**named, "clusters": {layer: numbers[layer]}}))
+            for layer in trials.progress.track(numbers, "layers to cluster heads in")
         }
         cheapest = sorted(sorted(losses, key=losses.__getitem__)[: self.count])
         return self.model_copy(update={**named, "clusters": {layer: numbers[layer] for layer in cheapest}})

@@ -10,6 +10,7 @@ kernels; with 3, 2 or 1 bits they are fitted (Lloyd-Max), and all but the first 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from kvslim.caches import CodedCache, FullCache, PackedCache
 from kvslim.caches.rotation import has_rotation, rotation
 from kvslim.contract import Granularity, ModelSpec
 from kvslim.errors import UsageError
-from kvslim.methods.base import Method
+from kvslim.methods.base import Conflict, Method
 from kvslim.methods.kv_quant import with_integers
 from kvslim.methods.levels import fit_levels
 from kvslim.methods.rounding import TINY, sample_weights
@@ -28,6 +29,7 @@ from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
+    from kvslim.recipe import Recipe
 
 
 class KvHdc(Method):
@@ -36,6 +38,8 @@ class KvHdc(Method):
     name: ClassVar[str] = "kv_hdc"
     order: ClassVar[int] = 17
     summary: ClassVar[str] = "hyperdimensional codes: coefficients spread evenly, so that few bits hold them"
+    needs_gqa: ClassVar[str] = "integer cache"
+    stores_cache: ClassVar[bool] = True
 
     bits: Literal[8, 4, 3, 2, 1] = Field(8, description="bits per component; 3, 2 and 1 are packed, and slow to read")
     granularity: Granularity = Field("per_tensor", description="one step for a layer's side, or one per component")
@@ -43,6 +47,23 @@ class KvHdc(Method):
     seed: int = Field(0, ge=0, description="of the item memory")
     window: int = Field(128, ge=1, description="with 3, 2 or 1 bits: recent tokens kept exact")
     sinks: int = Field(4, ge=0, description="with 3, 2 or 1 bits: first tokens kept exact")
+
+    @property
+    def packs_cache(self) -> bool:
+        """Whether codes are packed."""
+        return self.bits <= 3
+
+    def conflicts(self, others: Sequence[Method], recipe: Recipe) -> Iterator[Conflict]:
+        """Another way to store the cache, and with packed codes a window that forgets."""
+        yield from super().conflicts(others, recipe)
+        for other in others:
+            if other.stores_cache and other.name != self.name:
+                message = f"{self.name} and {other.name} both choose how the cache is stored"
+                yield Conflict(message, "recipe: methods", "drop one of them")
+            if self.packs_cache and other.windowed_layers != ():
+                message = f"packed codes keep what leaves their window, {other.name} drops it"
+                fix = f"drop {other.name}, or use {self.name} with 8 or 4 bits"
+                yield Conflict(message, "recipe: methods", fix)
 
     def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
         """Rotates every layer's coefficients, all of them where no rank is chosen yet.

@@ -10,6 +10,7 @@ PCA (H = I), kept for comparison.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
@@ -18,12 +19,13 @@ from pydantic import Field, model_validator
 from kvslim.caches import CodedCache
 from kvslim.caches.coded import STEP, check_rank, rank_step
 from kvslim.contract import ModelSpec, Objective
-from kvslim.methods.base import Method
+from kvslim.methods.base import Conflict, Method
 from kvslim.transform.edits import Array, LayerEdit
 from kvslim.types import Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
+    from kvslim.recipe import Recipe
 
 
 class Basis(NamedTuple):
@@ -104,6 +106,15 @@ class KvPca(Method):
             rank = getattr(self, name)
             for window in set(spec.windows) if rank is not None else ():
                 check_rank(rank, spec, window, f"recipe: methods.kv_pca.{name}")
+
+    def conflicts(self, others: Sequence[Method], recipe: Recipe) -> Iterator[Conflict]:
+        """Two ranks in a layout that has one."""
+        if self.value_rank is not None and recipe.layout == "gqa":
+            yield Conflict(
+                "layout gqa gives keys and values one rank",
+                "recipe: methods.kv_pca.value_rank",
+                "use layout attention24, or rank alone",
+            )
 
     def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
         """Sets each layer's ranks and objective, with the least energy kept by any of its heads as score."""

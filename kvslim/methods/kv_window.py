@@ -8,6 +8,7 @@ keeps.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -15,14 +16,18 @@ from pydantic import Field, model_validator
 
 from kvslim.caches import FullCache, WindowCache
 from kvslim.contract import ModelSpec
-from kvslim.errors import UsageError
-from kvslim.methods.base import Method
+from kvslim.errors import GateError, UsageError
+from kvslim.methods.base import Conflict, Method
 from kvslim.transform.edits import LayerEdit
 from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
+    from kvslim.prepared.trials import Trials
+    from kvslim.recipe import Recipe
     from kvslim.transform.edits import Array
+
+MOST_RECALL = 0.01  # share of recall that a window in one layer may cost
 
 
 def kept_attention(statistics: CalibrationStatistics, window: int) -> Array:
@@ -43,6 +48,7 @@ class KvWindow(Method):
     name: ClassVar[str] = "kv_window"
     order: ClassVar[int] = 15
     summary: ClassVar[str] = "a cache of constant size per layer: attention sinks and recent tokens"
+    needs_gqa: ClassVar[str] = "ring"
 
     window: int = Field(256, ge=1, description="recent tokens that a layer keeps")
     sinks: int = Field(4, ge=0, description="first tokens that it keeps beside them")
@@ -65,6 +71,52 @@ class KvWindow(Method):
                 where=f"recipe: methods.kv_window.{'layers' if beyond else 'lazy'}",
                 fix=f"use 0 to {spec.layers - 1}" if beyond else f"use at most {spec.layers}",
             )
+
+    @property
+    def windowed_layers(self) -> tuple[int, ...] | None:
+        """The layers that are named; else any may get a window."""
+        return self.layers
+
+    def conflicts(self, others: Sequence[Method], recipe: Recipe) -> Iterator[Conflict]:
+        """Text too short to measure what a window forgets."""
+        yield from super().conflicts(others, recipe)
+        kept = self.window + self.sinks
+        lengths = {
+            "calibration.length": recipe.calibration.length,
+            "validation.recall_distance": recipe.validation.recall_distance,
+        }
+        for key, length in lengths.items():
+            if self.lazy and length <= kept:
+                yield Conflict(
+                    f"{key} of {length} tokens never leaves a window of {kept}, so no layer can be judged by it",
+                    "recipe: methods.kv_window.lazy",
+                    f"--set {key}={2 * kept}, or name the layers",
+                )
+
+    def resolve(self, trials: Trials) -> KvWindow:
+        """The method with its number of lazy layers turned into those layers: least loss, and no recall lost.
+
+        Perplexity and KL on plain text hide what a window forgets, so a layer that retrieval needs is out however
+        little else it loses.
+
+        Raises:
+            GateError: Fewer layers keep the recall.
+        """
+        if not self.lazy:
+            return self
+        losses: dict[int, float] = {}
+        for layer in trials.progress.track(self.able(trials.spec), "layers tried with a window"):
+            alone = self.model_copy(update={"lazy": None, "layers": (layer,)})
+            if trials.recall_drop(alone) <= MOST_RECALL:
+                losses[layer] = trials.divergence(alone)
+        if len(losses) < self.lazy:
+            raise GateError(
+                f"only {len(losses)} layers keep recall with a window of {self.window} tokens",
+                where="recipe: methods.kv_window.lazy",
+                fix=f"ask for {len(losses)} lazy layers, or a longer window" if losses else "use a longer window",
+            )
+        chosen = sorted(sorted(losses, key=losses.__getitem__)[: self.lazy])
+        return self.model_copy(update={"lazy": None, "layers": tuple(chosen)})
 
     def able(self, spec: ModelSpec) -> list[int]:
         """The layers that see further than the window."""

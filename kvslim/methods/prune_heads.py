@@ -9,7 +9,7 @@ that groups stay equal. Each head of an encoder is a group, and without a cache 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -17,16 +17,18 @@ from pydantic import Field, model_validator
 
 from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
-from kvslim.methods.base import Method
+from kvslim.methods.base import Conflict, Method
+from kvslim.progress import Progress, Silent
 from kvslim.transform.edits import KeptHeads, LayerEdit
 from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import HeadStatistics
+    from kvslim.prepared.trials import Trials
+    from kvslim.recipe import Recipe
 
 Heads = tuple[int, ...]
 Loss = Callable[[int, Heads], float]
-Layers = Callable[[Iterable[int]], Iterable[int]]
 
 
 class PruneHeads(Method):
@@ -35,6 +37,7 @@ class PruneHeads(Method):
     name: ClassVar[str] = "prune_heads"
     order: ClassVar[int] = 5
     summary: ClassVar[str] = "attention without the heads that matter least; whole kv groups take their cache along"
+    supports_encoders: ClassVar[bool] = True
 
     groups: int | None = Field(
         None, ge=1, description="kv heads to remove, over all layers, with their query heads; of an encoder, heads"
@@ -76,17 +79,42 @@ class PruneHeads(Method):
                 fix = f"use at most {limit}" if limit else "use groups; each kv head of this model has one query head"
                 raise UsageError(f"{getattr(self, name)} are too many", where=f"{where}.{name}", fix=fix)
 
-    def chosen(self, spec: ModelSpec, loss: Loss, layers: Layers = iter) -> PruneHeads:
+    @property
+    def picks_heads(self) -> bool:
+        """Whether it is to choose the heads."""
+        return not self.heads
+
+    def conflicts(self, others: Sequence[Method], recipe: Recipe) -> Iterator[Conflict]:
+        """Heads to choose in layers that may lose them all."""
+        for other in others:
+            if self.picks_heads and other.takes_attention:
+                message = f"prune_heads cannot count on the heads of layers that {other.name} may take"
+                yield Conflict(message, "recipe: methods", "name the heads: prune_heads: {heads: {2: [0, 1]}}")
+
+    def resolve(self, trials: Trials) -> PruneHeads:
+        """The method with the heads that lose least, by the loss without each or by gradients."""
+        if not self.is_measured:
+            return self
+        if self.score == "taylor":
+            scores = trials.taylor
+            return self._named(trials.spec, lambda layer, gone: float(scores[layer, list(gone)].sum()))
+
+        def loss(layer: int, gone: Heads) -> float:
+            return trials.divergence(PruneHeads(heads={layer: gone}))
+
+        return self._named(trials.spec, loss, trials.progress)
+
+    def _named(self, spec: ModelSpec, loss: Loss, progress: Progress | None = None) -> PruneHeads:
         """The method with the heads that lose least.
 
         Args:
             spec: The model's shape.
             loss: Of removing some query heads of a layer, and nothing else.
-            layers: Wraps the iterable of layers, to show progress.
+            progress: Hears of each layer.
         """
         removed: dict[int, Heads] = {}
         losses: dict[tuple[int, Heads], float] = {}
-        for layer in layers(range(spec.layers)):
+        for layer in (progress or Silent()).track(range(spec.layers), "layers to lose heads"):
             removed[layer] = ()
             losses |= {(layer, gone): loss(layer, gone) for gone in self._steps(spec, ())}
         for _ in range(self.groups or self.queries or 0):
@@ -103,7 +131,7 @@ class PruneHeads(Method):
         fluctuation = statistics.fluctuation
         method = self
         if self.heads is None:
-            method = self.chosen(spec, lambda layer, gone: float(fluctuation[layer, list(gone)].sum()))
+            method = self._named(spec, lambda layer, gone: float(fluctuation[layer, list(gone)].sum()))
         layers = []
         for layer in plan.layers:
             gone = list((method.heads or {}).get(layer.layer, ()))

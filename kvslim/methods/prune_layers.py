@@ -9,7 +9,7 @@ Redundant Than You Expect", 2024, section 3.1), measured once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -18,11 +18,13 @@ from pydantic import Field, model_validator
 from kvslim.contract import ModelSpec, Part
 from kvslim.errors import UsageError
 from kvslim.methods.base import Method
+from kvslim.progress import Progress, Silent
 from kvslim.transform.edits import KeptHeads, LayerEdit
 from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import HeadStatistics
+    from kvslim.prepared.trials import Trials
 
 Parts = Mapping[int, Part]
 INFLUENCES: tuple[Part, ...] = ("attention", "mlp", "block")  # the order in the statistics
@@ -39,6 +41,7 @@ class PruneLayers(Method):
     name: ClassVar[str] = "prune_layers"
     order: ClassVar[int] = 4
     summary: ClassVar[str] = "layers without attention (and cache), feed-forward part or both, where they are spare"
+    supports_encoders: ClassVar[bool] = True
 
     attention: int | None = Field(None, ge=1, description="number of layers to lose their attention")
     mlps: int | None = Field(None, ge=1, description="number of layers to lose their feed-forward part")
@@ -94,22 +97,23 @@ class PruneLayers(Method):
         if named + (self.attention or 0) + (self.blocks or 0) >= spec.layers:
             raise UsageError("no layer keeps its attention", where=where, fix=f"take that of {spec.layers - 1} at most")
 
-    def chosen(
-        self,
-        spec: ModelSpec,
-        loss: Callable[[Parts], float],
-        steps: Callable[[Iterable[int]], Iterable[int]] = iter,
-    ) -> PruneLayers:
+    def resolve(self, trials: Trials) -> PruneLayers:
+        """The method with the layers that lose least, measured before each goes."""
+        if not self.is_measured:
+            return self
+        return self._named(trials.spec, lambda gone: trials.divergence(PruneLayers(layers=dict(gone))), trials.progress)
+
+    def _named(self, spec: ModelSpec, loss: Callable[[Parts], float], progress: Progress | None = None) -> PruneLayers:
         """The method with the layers that lose least.
 
         Args:
             spec: The model's shape.
             loss: Of the model without these parts of these layers.
-            steps: Wraps the iterable of parts that go, to show progress.
+            progress: Hears of each part that goes.
         """
         gone: dict[int, Part] = {}
         left = self.counts
-        for _ in steps(range(sum(left.values()))):
+        for _ in (progress or Silent()).track(range(sum(left.values())), "parts of layers to go"):
             free = [(layer, part) for layer in self._free(spec) if layer not in gone for part in left if left[part]]
             losses = {step: loss({**gone, step[0]: step[1]}) for step in free}
             layer, part = min(losses, key=losses.__getitem__)
@@ -122,7 +126,7 @@ class PruneLayers(Method):
         method = self
         if any(self.counts.values()):
             influence = statistics.influence
-            method = self.chosen(spec, lambda gone: sum(influence[at, INFLUENCES.index(gone[at])] for at in gone))
+            method = self._named(spec, lambda gone: sum(influence[at, INFLUENCES.index(gone[at])] for at in gone))
         named = method.layers or {}
         layers = (_without(layer, named[layer.layer], spec) if layer.layer in named else layer for layer in plan.layers)
         return plan.model_copy(update={"layers": tuple(layers)})

@@ -9,7 +9,7 @@ measured KL.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -19,13 +19,16 @@ from pydantic import Field, model_validator
 from kvslim.caches import ClusteredCache, PackedCache, SharedCache, WindowCache
 from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
-from kvslim.methods.base import Method
+from kvslim.methods.base import Conflict, Method
 from kvslim.methods.sharing import Maps, fit_maps
+from kvslim.progress import Progress, Silent
 from kvslim.transform.edits import Array, KeptHeads, LayerEdit
 from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
+    from kvslim.prepared.trials import Trials
+    from kvslim.recipe import Recipe
 
 REACH = 4  # how many layers back a source is looked for
 PROPOSED = 8  # pairs whose KL is measured before each choice
@@ -69,24 +72,53 @@ class ShareKv(Method):
                 fix=f"use at most {spec.layers // 2}" if spec.layers > 1 else "drop it",
             )
 
-    def chosen(
+    def conflicts(self, others: Sequence[Method], recipe: Recipe) -> Iterator[Conflict]:
+        """A source keeps every token, and no other method may take a layer away that is counted on."""
+        where, named = "recipe: methods", {*(self.sources or {}), *(self.sources or {}).values()}
+        for other in others:
+            if other.packs_cache:
+                fix = f"drop share_kv, or use {other.name} with 8 or 4 bits"
+                yield Conflict("no layer can read the packed codes of another", where, fix)
+            windowed = other.windowed_layers
+            if windowed != () and None in (windowed, self.sources):
+                fix = f"name layers in both: {other.name}.layers and share_kv.sources"
+                yield Conflict(f"share_kv and {other.name} may choose the same layers", where, fix)
+            if both := named.intersection(windowed or ()):
+                message = f"layer {min(both)} cannot have a window and share a cache of all tokens"
+                yield Conflict(message, where, f"drop it from {other.name}.layers or from share_kv.sources")
+            if self.sources is None and (other.picks_heads or other.takes_attention):
+                message = f"share_kv cannot count on layers that {other.name} may take"
+                yield Conflict(message, where, "name the layers: share_kv: {sources: {5: 4}}")
+
+    def resolve(self, trials: Trials) -> ShareKv:
+        """The method with the pairs that lose least, measured one after the other."""
+        if not self.layers:
+            return self
+        near = distances(trials.spec, trials.statistics, trials.identity)
+        return self._named(
+            {pair: distance.key + distance.value for pair, distance in near.items()},
+            lambda sources: trials.divergence(ShareKv(sources=sources)),
+            trials.progress,
+        )
+
+    def _named(
         self,
         distances: dict[tuple[int, int], float],
         divergence: Callable[[Sources], float],
-        layers: Callable[[Iterable[int]], Iterable[int]] = iter,
+        progress: Progress | None = None,
     ) -> ShareKv:
         """The method with the pairs that lose least, one after the other.
 
         Args:
             distances: Of the pairs that are possible, by layer and source.
             divergence: Of the model with these layers reading these sources.
-            layers: Wraps the iterable of choices, to show progress.
+            progress: Hears of each choice.
 
         Raises:
             UsageError: There are not so many pairs.
         """
         sources: Sources = {}
-        for _ in layers(range(self.layers or 0)):
+        for _ in (progress or Silent()).track(range(self.layers or 0), "layers to lose their cache"):
             proposed = sorted(_possible(distances, sources), key=distances.__getitem__)[:PROPOSED]
             if not proposed:
                 raise UsageError(
@@ -108,10 +140,13 @@ class ShareKv(Method):
         method = self
         if self.sources is None:
             near = {pair: distance.key + distance.value for pair, distance in distances(spec, statistics, plan).items()}
-            method = self.chosen(near, lambda sources: sum(near[pair] for pair in sources.items()))
+            method = self._named(near, lambda sources: sum(near[pair] for pair in sources.items()))
         layers = [_without_cache(layer, (method.sources or {}).get(layer.layer)) for layer in plan.layers]
-        plan = plan.model_copy(update={"layers": tuple(layers)})
-        check_sources(plan, spec, lambda layer: f"recipe: methods.share_kv: layer {layer}")
+        check_sources(
+            plan.model_copy(update={"layers": tuple(layers)}),
+            spec,
+            lambda layer: f"recipe: methods.share_kv: layer {layer}",
+        )
         layers = [
             layer if layer.source is None else _told(layer, distance(spec, statistics, layer, layers[layer.source]))
             for layer in layers

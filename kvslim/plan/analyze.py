@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,11 +14,11 @@ from kvslim.methods.kv_window import kept_attention
 from kvslim.methods.prune_heads import PruneHeads
 from kvslim.methods.prune_layers import INFLUENCES, PruneLayers
 from kvslim.methods.share_kv import distances
-from kvslim.progress import Progress
 from kvslim.types import Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
+    from kvslim.prepared.trials import Trials
 
 ENERGY = 0.99
 RECENT = 256
@@ -70,24 +69,14 @@ class Analysis(Frozen):
     layers: tuple[LayerAnalysis, ...]
 
 
-def analyze(
-    spec: ModelSpec,
-    statistics: CalibrationStatistics,
-    taylor: np.ndarray,
-    source: str,
-    kl_without: Callable[[PruneHeads | PruneLayers], float],
-    progress: Progress,
-) -> Analysis:
+def analyze(trials: Trials, source: str) -> Analysis:
     """Measures every layer's parts and kv heads, each alone, and reads the rest off the statistics.
 
     Args:
-        spec: The model's shape.
-        statistics: What is known of its cache on the text.
-        taylor: [layers, q_heads] scores by gradients.
+        trials: How the model is measured.
         source: What the text is called.
-        kl_without: Divergence of the model without the heads or layers that a method names.
-        progress: Hears which layer is measured.
     """
+    spec, statistics, taylor, kl_without = trials.spec, trials.statistics, trials.taylor, trials.divergence
     groups = [
         tuple(range(first, first + spec.group_size))
         for first in range(0, spec.kv_heads * spec.group_size, spec.group_size)
@@ -96,7 +85,7 @@ def analyze(
     sources = _source_layers(spec, statistics)
     clusters = ClusterHeads().numbers(spec, statistics)
     found = []
-    for layer in progress.track(range(spec.layers), "layers"):
+    for layer in trials.progress.track(range(spec.layers), "layers"):
         ranks = [
             int((basis.energy.min(0) < ENERGY).sum()) + 1 for basis in KvPca().bases(statistics, layer, "balanced")
         ]

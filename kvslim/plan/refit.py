@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from kvslim.transform.edits import LayerEdit
 from kvslim.types import Plan
+
+if TYPE_CHECKING:
+    from kvslim.prepared.trials import Trials
 
 LEAST_GAIN = 0.03  # of the loss; less is the noise of a few windows of text
 Codes = tuple[LayerEdit, ...]
@@ -19,26 +23,17 @@ def refit_as_planned(plan: Plan, codes: Codes, refitted: Callable[[Codes], Codes
     return tuple(new if layer.refit else old for layer, old, new in zip(plan.layers, codes, again, strict=True))
 
 
-def refit_where_it_pays(
-    plan: Plan, codes: Codes, loss: Callable[[Codes], float], refitted: Callable[[Codes], Codes], name: str = "KL"
-) -> tuple[Plan, float]:
-    """The plan, with output projections marked to be fitted again if that lowers the loss, and the loss.
-
-    Args:
-        plan: What happens to each layer.
-        codes: What that puts into the model.
-        loss: Of the model with codes, on text that nothing is fitted to.
-        refitted: Codes with output projections fitted to them.
-        name: Of the loss, for the reason.
-    """
-    before = loss(codes)
+def refit_where_it_pays(trials: Trials, plan: Plan) -> tuple[Plan, float]:
+    """The plan, with output projections marked to be fitted again if that lowers the loss, and the loss."""
+    codes = trials.codes(plan)
+    before = trials.loss(codes)
     if not before:
         return plan, before
-    again = refitted(codes)
-    after = loss(again)
+    again = trials.refitted(codes)
+    after = trials.loss(again)
     if after > (1 - LEAST_GAIN) * before:
         return plan, before
-    reason = f"refitted, which takes {1 - after / before:.0%} of the {name}"
+    reason = f"refitted, which takes {1 - after / before:.0%} of the {trials.loss_name}"
     layers = tuple(
         layer if new is old else layer.model_copy(update={"refit": True, "reason": f"{layer.reason}; {reason}"})
         for layer, old, new in zip(plan.layers, codes, again, strict=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from kvslim.methods.kv_window import MOST_RECALL
 from kvslim.plan.candidates import Alteration, altered
-from kvslim.plan.lazy import MOST_RECALL
 from kvslim.types import Plan
 
 Measure = Callable[[Plan], float]

@@ -13,7 +13,7 @@ becomes the ridge regression, in closed form and towards the projection it had:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kvslim.caches.attention.shared import SharedAttention
 from kvslim.load.architecture import Architecture
+from kvslim.progress import Progress
 from kvslim.transform.edits import Affine, Array, LayerEdit
 from kvslim.transform.removal import residual_multiplier
 from kvslim.transform.surgery import layer_modules, parameters, slim_modules, trial
@@ -36,7 +37,7 @@ def refitted(
     architecture: Architecture,
     codes: tuple[LayerEdit, ...],
     windows: Iterable[Array],
-    layers: Callable[[Iterable[int]], Iterable[int]],
+    progress: Progress,
 ) -> tuple[LayerEdit, ...]:
     """The codes with projections fitted to them; of layers without codes those alone that blocks are gone behind.
 
@@ -45,14 +46,14 @@ def refitted(
         architecture: Where its parts live.
         codes: One entry per layer.
         windows: [length] token ids each.
-        layers: Wraps the iterable of layers, to show progress.
+        progress: Hears of each layer.
     """
     tokens = [torch.from_numpy(window[None]) for window in windows]
     plain: list[Any] = [None] * len(tokens)  # what the layer below gives, in the model as it is
     coded = plain  # and in the one with codes
     fitted = list(codes)
     shared: dict[int, list[Any]] = {}  # and what its caches give back to the layers that read them
-    for first, last in runs_of(codes, layers):
+    for first, last in runs_of(codes, progress):
         if all(code.is_empty for code in codes[first:]):
             break
         refit = _Refit(model, architecture, first, last, tokens, shared)
@@ -69,11 +70,9 @@ def refitted(
     return tuple(fitted)
 
 
-def runs_of(
-    codes: Sequence[LayerEdit], layers: Callable[[Iterable[int]], Iterable[int]] = iter
-) -> Iterator[tuple[int, int]]:
+def runs_of(codes: Sequence[LayerEdit], progress: Progress) -> Iterator[tuple[int, int]]:
     """Indices of each layer, and of the last of the blocks behind it that are gone, itself if none is."""
-    for first in layers(range(len(codes))):
+    for first in progress.track(range(len(codes)), "layers refitted"):
         if first and codes[first].is_dropped:
             continue
         last = first

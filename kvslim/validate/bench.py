@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from kvslim.contract import Frozen
+from kvslim.contract import Frozen, ModelSpec
 from kvslim.runtime.encoder import EncoderSession
 from kvslim.runtime.session import DecodeSession
 from kvslim.validate.encoder import time_texts
@@ -84,6 +84,12 @@ class BenchResult(Frozen):
     file_mib: float
     peak_rss_mib: float
     timings: tuple[Timing, ...]
+
+
+def bench_all(artifacts: Mapping[str, Path], specs: Sequence[ModelSpec], grid: Grid) -> dict[str, BenchResult]:
+    """Times artifacts of models that are all decoders or all encoders."""
+    timed = bench_encoders if any(spec.is_encoder for spec in specs) else bench_decoders
+    return timed(artifacts, grid)
 
 
 def bench_decoders(artifacts: Mapping[str, Path], grid: Grid) -> dict[str, BenchResult]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from kvslim.calibrate.sentences import Sentences
 from kvslim.contract import ModelSpec
-from kvslim.recipe import Recipe
+from kvslim.recipe import Gates, Validation
 from kvslim.runtime.encoder import EncoderSession, pad
 from kvslim.types import Measures, Report
 from kvslim.validate.gates import report
@@ -23,34 +23,42 @@ from kvslim.validate.rss import peak_rss
 BATCH = 8
 
 
-def measure_encoder(plain: Path, artifact: Path, spec: ModelSpec, recipe: Recipe, held_out: Sentences) -> Report:
-    """Measures an encoder's artifact against the plain export of its model.
+class EncoderEvaluation(NamedTuple):
+    """Held-out material of an encoder, and how artifacts are measured on it.
 
-    The reference is the plain export on one sentence at a time; artifact and floor run padded batches, as in real use.
-
-    Args:
-        plain: Folder of the plain export, fp32.
-        artifact: Folder of the artifact.
-        spec: The model's shape.
-        recipe: Its validation settings and gates.
+    Attributes:
         held_out: Sentences.
-
-    Returns:
-        The report with its gates; a model without a masked-token head skips that gate.
+        spec: The model's shape.
+        settings: What is timed.
+        gates: Limits; a model without a masked-token head is spared that of masked tokens.
     """
-    reference = answers(plain, held_out, batch=1)
-    quality = {
-        "plain": compare(reference, reference),
-        "floor": compare(reference, answers(plain, held_out, BATCH)),
-        "artifact": compare(reference, answers(artifact, held_out, BATCH)),
-    }
-    settings = recipe.validation
-    costs = encoder_costs({"plain": plain, "artifact": artifact}, settings.prompts, settings.repeats)
-    columns = {name: cost.model_copy(update=quality[name]) for name, cost in costs.items()}
-    gates = recipe.gates
-    if spec.task != "fill-mask":
-        gates = gates.model_copy(update={"min_masked_top1_agreement": None})
-    return report(gates, floor=Measures.model_validate(quality["floor"]), **columns)
+
+    held_out: Sentences
+    spec: ModelSpec
+    settings: Validation
+    gates: Gates
+
+    def measure(self, plain: Path, artifact: Path) -> Report:
+        """The report of an artifact next to the plain export of its model, gates judged.
+
+        The reference is the plain export on one sentence at a time; artifact and floor run padded batches, as users do.
+
+        Args:
+            plain: Folder of the plain export, fp32.
+            artifact: Folder of the artifact.
+        """
+        reference = answers(plain, self.held_out, batch=1)
+        quality = {
+            "plain": compare(reference, reference),
+            "floor": compare(reference, answers(plain, self.held_out, BATCH)),
+            "artifact": compare(reference, answers(artifact, self.held_out, BATCH)),
+        }
+        costs = encoder_costs({"plain": plain, "artifact": artifact}, self.settings.prompts, self.settings.repeats)
+        columns = {name: cost.model_copy(update=quality[name]) for name, cost in costs.items()}
+        gates = self.gates
+        if self.spec.task != "fill-mask":
+            gates = gates.model_copy(update={"min_masked_top1_agreement": None})
+        return report(gates, floor=Measures.model_validate(quality["floor"]), **columns)
 
 
 def encoder_costs(models: Mapping[str, Path], lengths: Sequence[int], repeats: int) -> dict[str, Measures]:

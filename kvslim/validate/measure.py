@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvslim.recipe import Recipe
+from kvslim.recipe import Gates, Validation
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import Measures, Report
 from kvslim.validate.gates import report
@@ -20,32 +20,35 @@ from kvslim.validate.rss import peak_rss
 GRAPH_FILES = ("model.onnx", "model.onnx_data")
 
 
-class Evaluation(NamedTuple):
-    """Held-out text and questions.
+class DecoderEvaluation(NamedTuple):
+    """Held-out material of a decoder, and how artifacts are measured on it.
 
     Attributes:
         windows: [n, length] token ids.
         items: Recall questions.
+        settings: What is timed.
+        gates: Limits.
+        context: Tokens of the cache that bytes per token are counted in.
     """
 
     windows: np.ndarray
     items: Sequence[RecallItem]
+    settings: Validation
+    gates: Gates
+    context: int
+
+    def measure(self, plain: Path, artifact: Path) -> Report:
+        """The report of an artifact next to the plain export of its model, gates judged.
+
+        Args:
+            plain: Folder of the plain export.
+            artifact: Folder of the artifact.
+        """
+        return _measure(plain, artifact, self)
 
 
-def measure(plain: Path, artifact: Path, recipe: Recipe, evaluation: Evaluation, context: int) -> Report:
-    """Measures an artifact against the plain export of its model.
-
-    Args:
-        plain: Folder of the plain export.
-        artifact: Folder of the artifact.
-        recipe: Its validation settings and gates.
-        evaluation: Held-out text and recall questions.
-        context: Context in tokens at which bytes per token are counted.
-
-    Returns:
-        The report with its gates.
-    """
-    windows, items = evaluation
+def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Report:
+    windows, items, settings, gates, context = evaluation
     longest = max([windows.shape[1], *(len(item.prompt) + len(item.answer) for item in items)])
     sessions = {
         name: DecodeSession(path, capacity=longest, all_positions=True)
@@ -55,7 +58,6 @@ def measure(plain: Path, artifact: Path, recipe: Recipe, evaluation: Evaluation,
     recall = {name: measure_recall(session, items) for name, session in sessions.items()}
     sizes = {name: session.layout.bytes_per_token(context) for name, session in sessions.items()}
     del sessions
-    settings = recipe.validation
     latency = measure_latency({"plain": plain, "slim": artifact}, settings.prompts, settings.contexts, settings.repeats)
     measures = {
         name: _costs(path, latency[name], settings.contexts).model_copy(
@@ -64,7 +66,7 @@ def measure(plain: Path, artifact: Path, recipe: Recipe, evaluation: Evaluation,
         for name, path, column in (("plain", plain, quality.plain), ("slim", artifact, quality.artifact))
     }
     floor = Measures.model_validate(quality.floor.as_measures())
-    return report(recipe.gates, plain=measures["plain"], floor=floor, artifact=measures["slim"])
+    return report(gates, plain=measures["plain"], floor=floor, artifact=measures["slim"])
 
 
 def file_mib(folder: Path) -> float:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.models import open_workshop, recipe_of
+from support.models import open_prepared, recipe_of
 
 from kvslim.contract import Layout, ModelSpec
 from kvslim.methods import KvHdc, KvPca, KvQuant, KvWindow, Method, PruneHeads, ShareKv
-from kvslim.pipeline import decide
+from kvslim.plan.decide import decide
 from kvslim.types import KVLayout, LayerPlan, Plan, Weights
 
 
@@ -40,8 +40,8 @@ KINDS: dict[str, Kind] = {
     "int4 weights": Kind(weights="int4"),
     "a rank per layer": Kind((HALF,), rank_per_layer=True),
     "prune_heads": Kind((PruneHeads(groups=1, score="fluctuation"),)),
-    "share_kv + kv_quant": Kind((ShareKv(donors={1: 0}), KvQuant())),
-    "share_kv": Kind((ShareKv(donors={1: 0}),)),
+    "share_kv + kv_quant": Kind((ShareKv(sources={1: 0}), KvQuant())),
+    "share_kv": Kind((ShareKv(sources={1: 0}),)),
     "a layer without cache": Kind((PruneHeads(heads={1: (0, 1, 2, 3)}),)),
 }
 STANDARD = "layout attention24"
@@ -51,16 +51,16 @@ OTHER_LAYOUT = {STANDARD: Kind((KvPca(rank=8, value_rank=16),), layout="attentio
 def make_artifact(model: Path | str, kind: Kind, folder: Path) -> Path:
     """All that a client reads of an artifact, made by the pipeline's stages without the measuring."""
     recipe = recipe_of(kind.methods, kind.weights).model_copy(update={"layout": kind.layout})
-    workshop = open_workshop(model, recipe)
-    statistics = workshop.statistics()
-    plan = _rank_per_layer(workshop.spec) if kind.rank_per_layer else decide(workshop.recipe, workshop.spec, statistics)
+    prepared = open_prepared(model, recipe)
+    statistics = prepared.statistics
+    plan = _rank_per_layer(prepared.spec) if kind.rank_per_layer else decide(prepared.recipe, prepared.spec, statistics)
     if kind.refined:
-        sizes = {"rank": workshop.spec.head_dim - kind.refined, "refined": kind.refined}
+        sizes = {"rank": prepared.spec.head_dim - kind.refined, "refined": kind.refined}
         plan = plan.model_copy(update={"layers": tuple(layer.model_copy(update=sizes) for layer in plan.layers)})
-    workshop.install(workshop.codes(statistics, plan))
+    prepared.install(prepared.codes(plan))
     folder.mkdir()
-    inputs = workshop.export(plan, folder)
-    workshop.write_companions(folder, KVLayout.of(workshop.spec, plan), inputs)
+    inputs = prepared.export(plan, folder)
+    prepared.write_companions(folder, KVLayout.of(prepared.spec, plan), inputs)
     return folder
 
 

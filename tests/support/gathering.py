@@ -9,20 +9,19 @@ from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.progress import Silent
 from kvslim.transform.attention import Observed
 from kvslim.transform.surgery import slim_modules
-from kvslim.workshop import Workshop
 
 
-def gather(workshop: Workshop, windows: np.ndarray, context: int = 200) -> CalibrationStatistics:
+def gather(prepared: PreparedDecoder, windows: np.ndarray, context: int = 200) -> CalibrationStatistics:
     return collect(
-        workshop.model, workshop.architecture, workshop.spec, windows, context=context, seed=0, progress=Silent()
+        prepared.model, prepared.architecture, prepared.spec, windows, context=context, seed=0, progress=Silent()
     )
 
 
-def windows_of(workshop: Workshop, count: int, length: int = 40) -> np.ndarray:
-    return np.random.default_rng(3).integers(0, workshop.spec.vocab_size, (count, length))
+def windows_of(prepared: PreparedDecoder, count: int, length: int = 40) -> np.ndarray:
+    return np.random.default_rng(3).integers(0, prepared.spec.vocab_size, (count, length))
 
 
-def states(workshop: Workshop, windows: np.ndarray, layer: int) -> dict[str, np.ndarray]:
+def states(prepared: PreparedDecoder, windows: np.ndarray, layer: int) -> dict[str, np.ndarray]:
     """q, k and v of a layer, [windows, heads, length, dim], by running the model and listening."""
     import torch
 
@@ -32,10 +31,10 @@ def states(workshop: Workshop, windows: np.ndarray, layer: int) -> dict[str, np.
         for name, tensor in (("q", seen.query), ("k", seen.key), ("v", seen.value)):
             heard[name].append(tensor.double().numpy())
 
-    slim = slim_modules(workshop.model, workshop.architecture)[layer]
+    slim = slim_modules(prepared.model, prepared.architecture)[layer]
     slim.observer = listen
     with torch.inference_mode():
-        workshop.model(torch.from_numpy(windows))
+        prepared.model(torch.from_numpy(windows))
     slim.observer = None
     return {name: np.concatenate(parts) for name, parts in heard.items()}
 

@@ -10,13 +10,13 @@ import numpy as np
 from kvslim.checks import check_plan
 from kvslim.load.source import read_spec, resolve
 from kvslim.methods import Method
-from kvslim.pipeline import decide
+from kvslim.plan.decide import decide
+from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Silent
 from kvslim.recipe import Calibration, Recipe, Validation
 from kvslim.runtime.graph import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import KVLayout, Plan, WeightFormat
-from kvslim.workshop import Workshop
 
 CALIBRATION = Calibration(samples=4, length=48)
 VALIDATION = Validation(
@@ -28,23 +28,22 @@ def recipe_of(methods: Sequence[Method] = (), weights: str | WeightFormat = "fp3
     return Recipe(name="test", methods=tuple(methods), weights=weights, calibration=CALIBRATION, validation=VALIDATION)
 
 
-def open_workshop(model: Path | str, recipe: Recipe) -> Workshop:
+def open_prepared(model: Path | str, recipe: Recipe) -> PreparedDecoder:
     snapshot = resolve(str(model))
-    return Workshop(snapshot, read_spec(snapshot), recipe, Silent())
+    return PreparedDecoder(snapshot, read_spec(snapshot), recipe, Silent())
 
 
-def export_slim(workshop: Workshop, folder: Path) -> Plan:
-    """Fits the workshop's recipe, installs it and writes the graph to a new `folder`."""
-    statistics = workshop.statistics()
-    plan = decide(workshop.recipe, workshop.spec, statistics)
-    workshop.install(workshop.codes(statistics, plan))
+def export_slim(prepared: PreparedDecoder, folder: Path) -> Plan:
+    """Fits the prepared model's recipe, installs it and writes the graph to a new `folder`."""
+    plan = decide(prepared.recipe, prepared.spec, prepared.statistics)
+    prepared.install(prepared.codes(plan))
     folder.mkdir()
-    workshop.export(plan, folder)
+    prepared.export(plan, folder)
     return plan
 
 
-def tokens_of(workshop: Workshop, count: int = 40) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, workshop.spec.vocab_size, count)
+def tokens_of(prepared: PreparedDecoder, count: int = 40) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, prepared.spec.vocab_size, count)
 
 
 def original_logits(model: Path, tokens: np.ndarray) -> np.ndarray:
@@ -58,12 +57,12 @@ def original_logits(model: Path, tokens: np.ndarray) -> np.ndarray:
     return logits
 
 
-def torch_logits(workshop: Workshop, tokens: np.ndarray) -> np.ndarray:
-    """[n, vocab] logits of the workshop's model as it is now, in one forward pass."""
+def torch_logits(prepared: PreparedDecoder, tokens: np.ndarray) -> np.ndarray:
+    """[n, vocab] logits of the prepared model's model as it is now, in one forward pass."""
     import torch
 
     with torch.inference_mode():
-        logits: np.ndarray = workshop.model(torch.from_numpy(tokens[None])).logits[0].numpy()
+        logits: np.ndarray = prepared.model(torch.from_numpy(tokens[None])).logits[0].numpy()
     return logits
 
 
@@ -83,11 +82,11 @@ def in_chunks(session: DecodeSession, tokens: np.ndarray, chunks: Sequence[int])
     return np.concatenate(logits)
 
 
-def exported(workshop: Workshop, plan: Plan, folder: Path) -> np.ndarray:
+def exported(prepared: PreparedDecoder, plan: Plan, folder: Path) -> np.ndarray:
     """Logits in torch of a plan that is now installed, its graph in `folder`."""
-    check_plan(plan, workshop.spec)
-    workshop.install(workshop.codes(workshop.statistics(), plan))
+    check_plan(plan, prepared.spec)
+    prepared.install(prepared.codes(plan))
     folder.mkdir()
-    workshop.export(plan, folder)
-    assert layout_of(open_session(folder)) == KVLayout.of(workshop.spec, plan)
-    return torch_logits(workshop, tokens_of(workshop))
+    prepared.export(plan, folder)
+    assert layout_of(open_session(folder)) == KVLayout.of(prepared.spec, plan)
+    return torch_logits(prepared, tokens_of(prepared))

@@ -10,11 +10,11 @@ from kvslim.plan.probes import Probes
 from kvslim.plan.probing import Prober
 from kvslim.plan.trials import PlanTrials
 from kvslim.plan.windows import WindowTrials
+from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Silent
 from kvslim.transform.edits import LayerEdit
-from kvslim.transform.judge import Judge
+from kvslim.transform.kl_evaluator import KLEvaluator
 from kvslim.types import Plan
-from kvslim.workshop import Workshop
 
 Codes = tuple[LayerEdit, ...]
 
@@ -28,7 +28,7 @@ def much(_: object) -> float:
 
 
 def prober_of(
-    workshop: Workshop,
+    prepared: PreparedDecoder,
     statistics: CalibrationStatistics,
     *,
     context: int = 2048,
@@ -41,7 +41,7 @@ def prober_of(
     """What probes a tiny model at a target context.
 
     Args:
-        workshop: Of the model.
+        prepared: Of the model.
         statistics: What is known of its cache.
         context: Target context in tokens.
         divergence: Of the model with codes; None to measure it.
@@ -50,25 +50,25 @@ def prober_of(
         timed: Whether time is limited too.
         key: What the probes are stored under.
     """
-    measured = divergence or judge_of(workshop, statistics).kl
+    measured = divergence or judge_of(prepared, statistics).kl
     return Prober(
-        workshop.spec,
+        prepared.spec,
         statistics,
-        workshop.decode_time(context),
+        prepared.decode_time(context),
         measured,
         WindowTrials(context if windows else 0, *(windows or (much, nothing))),
-        PlanTrials(Plan.identity(workshop.spec), *plans),
+        PlanTrials(Plan.identity(prepared.spec), *plans),
         timed,
         key,
     )
 
 
-def judge_of(workshop: Workshop, statistics: CalibrationStatistics) -> Judge:
-    return Judge(workshop.model, workshop.architecture, statistics.windows)
+def judge_of(prepared: PreparedDecoder, statistics: CalibrationStatistics) -> KLEvaluator:
+    return KLEvaluator(prepared.model, prepared.architecture, statistics.windows)
 
 
 def planner_of(
-    workshop: Workshop,
+    prepared: PreparedDecoder,
     statistics: CalibrationStatistics,
     *,
     context: int = 2048,
@@ -78,13 +78,13 @@ def planner_of(
 ) -> Planner:
     """A planner at a target context; arguments as of `prober_of`, and the limit of time."""
     timed = time_ratio is not None
-    prober = prober_of(workshop, statistics, context=context, windows=windows, plans=plans, timed=timed)
-    return planner_with(workshop, statistics, prober.probe(Silent()), time_ratio)
+    prober = prober_of(prepared, statistics, context=context, windows=windows, plans=plans, timed=timed)
+    return planner_with(prepared, statistics, prober.probe(Silent()), time_ratio)
 
 
 def planner_with(
-    workshop: Workshop, statistics: CalibrationStatistics, probes: Probes, time_ratio: float | None = None
+    prepared: PreparedDecoder, statistics: CalibrationStatistics, probes: Probes, time_ratio: float | None = None
 ) -> Planner:
     """A planner of probes at their context."""
-    time, judge = workshop.decode_time(probes.context), judge_of(workshop, statistics)
-    return Planner(workshop.spec, statistics, Plan.identity(workshop.spec), time, probes, judge.kl, time_ratio)
+    time, judge = prepared.decode_time(probes.context), judge_of(prepared, statistics)
+    return Planner(prepared.spec, statistics, Plan.identity(prepared.spec), time, probes, judge.kl, time_ratio)

@@ -9,18 +9,20 @@ import numpy as np
 from kvslim.caches.packed import CODES
 from kvslim.contract import BITS, CacheType
 from kvslim.methods.levels import fit_levels
+from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.transform.edits import LayerEdit
 from kvslim.types import LayerPlan, Plan
-from kvslim.workshop import Workshop
-from support.models import open_workshop, recipe_of
+from support.models import open_prepared, recipe_of
 
 WINDOW, SINKS = 12, 3
 
 
-def install_ring(model: Path, cache: CacheType, window: int = WINDOW, sinks: int = SINKS) -> tuple[Workshop, Plan]:
+def install_ring(
+    model: Path, cache: CacheType, window: int = WINDOW, sinks: int = SINKS
+) -> tuple[PreparedDecoder, Plan]:
     """A model whose layers all have a ring and store by `cache`, and its plan."""
-    workshop = open_workshop(model, recipe_of())
-    statistics = workshop.statistics()
+    prepared = open_prepared(model, recipe_of())
+    statistics = prepared.statistics
     codes = tuple(
         LayerEdit(
             cache=cache,
@@ -29,13 +31,13 @@ def install_ring(model: Path, cache: CacheType, window: int = WINDOW, sinks: int
             **scales(cache, statistics.key_samples[layer], "key"),
             **scales(cache, statistics.value_samples[layer], "value"),
         )
-        for layer in range(workshop.spec.layers)
+        for layer in range(prepared.spec.layers)
     )
-    workshop.install(codes)
+    prepared.install(codes)
     layers = tuple(
-        LayerPlan(layer=layer, cache=cache, window=window, sinks=sinks) for layer in range(workshop.spec.layers)
+        LayerPlan(layer=layer, cache=cache, window=window, sinks=sinks) for layer in range(prepared.spec.layers)
     )
-    return workshop, Plan(layers=layers)
+    return prepared, Plan(layers=layers)
 
 
 def scales(cache: CacheType, samples: np.ndarray, side: str) -> dict[str, np.ndarray]:
@@ -49,9 +51,9 @@ def scales(cache: CacheType, samples: np.ndarray, side: str) -> dict[str, np.nda
     return {f"{side}_scale": spread, f"{side}_levels": fit_levels(unit, np.ones_like(unit), BITS[cache])}
 
 
-def export_ring(model: Path, folder: Path, cache: CacheType, **ring: int) -> Workshop:
+def export_ring(model: Path, folder: Path, cache: CacheType, **ring: int) -> PreparedDecoder:
     """The same, written to a new folder."""
-    workshop, plan = install_ring(model, cache, **ring)
+    prepared, plan = install_ring(model, cache, **ring)
     folder.mkdir()
-    workshop.export(plan, folder)
-    return workshop
+    prepared.export(plan, folder)
+    return prepared

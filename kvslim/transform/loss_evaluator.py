@@ -1,4 +1,4 @@
-"""How far an encoder with codes is from itself without: the counterpart of `judge` for models that write no text."""
+"""How far an encoder with codes is from itself without: `kl_evaluator` for models that write no text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kvslim.calibrate.sentences import Sentences
 from kvslim.load.architecture import Architecture
 from kvslim.transform.edits import LayerEdit
-from kvslim.transform.judge import remembering, replaying
+from kvslim.transform.kl_evaluator import remembering, replaying
 from kvslim.transform.surgery import layer_modules, trial
 
 BATCH = 16  # sentences of a forward pass
@@ -34,7 +34,7 @@ class _Batch(NamedTuple):
     reference: Tensor
 
 
-class EncoderJudge:
+class LossEvaluator:
     """Loss of an encoder with codes, on a few sentences.
 
     The loss is one minus the cosine of mean-pooled embeddings, or, with a masked-token head, the KL divergence of its
@@ -43,7 +43,7 @@ class EncoderJudge:
     Args:
         model: The prepared encoder, without codes.
         architecture: Where its parts live.
-        sentences: What it is judged on.
+        sentences: What the loss is taken on.
     """
 
     def __init__(self, model: Any, architecture: Architecture, sentences: Sentences) -> None:

@@ -31,7 +31,7 @@ class Question(Protocol):
         """What must follow."""
 
 
-class Judge:
+class KLEvaluator:
     """Divergence from the model as it is, on a few windows of text.
 
     What the layers give without codes is remembered, so that a trial costs only the layers from the first changed one.
@@ -40,7 +40,7 @@ class Judge:
         model: The prepared model, without codes.
         architecture: Where its parts live.
         windows: [n, length] token ids.
-        counted: [n, length] bool, the tokens whose prediction counts; None for all.
+        loss_mask: [n, length] bool, the tokens whose prediction counts; None for all.
         probing: Whether divergence is taken at every other token alone, where a large vocabulary makes that costly.
     """
 
@@ -49,7 +49,7 @@ class Judge:
         model: Any,
         architecture: Architecture,
         windows: Array,
-        counted: Array | None = None,
+        loss_mask: Array | None = None,
         *,
         probing: bool = False,
     ) -> None:
@@ -59,8 +59,8 @@ class Judge:
         self.length = windows.shape[1]
         self.batches = torch.from_numpy(windows).split(max(1, BATCH // self.length))
         following = np.ones(windows.shape, bool)
-        if counted is not None and counted[:, 1:].any() and not counted.all():
-            following[:, :-1], following[:, -1] = counted[:, 1:], False
+        if loss_mask is not None and loss_mask[:, 1:].any() and not loss_mask.all():
+            following[:, :-1], following[:, -1] = loss_mask[:, 1:], False
         weights = torch.from_numpy(following[:, self.stride - 1 :: self.stride])
         self._weights = weights.split(max(1, BATCH // self.length))
         self._outputs: list[list[Any]] = []
@@ -139,21 +139,21 @@ class RecallTrials:
     """Recall questions put to a model again and again.
 
     Args:
-        judge: Asks them.
+        evaluator: Runs the model on them.
         items: The questions.
     """
 
-    def __init__(self, judge: Judge, items: Sequence[Question]) -> None:
-        self.judge, self.items = judge, items
+    def __init__(self, evaluator: KLEvaluator, items: Sequence[Question]) -> None:
+        self.evaluator, self.items = evaluator, items
 
     @cached_property
     def plain(self) -> float:
         """Recall of the model without codes."""
-        return self.judge.recall((), self.items)
+        return self.evaluator.recall((), self.items)
 
     def drop(self, codes: tuple[LayerEdit, ...]) -> float:
         """Share of recall that the model loses with codes."""
-        return self.plain - self.judge.recall(codes, self.items)
+        return self.plain - self.evaluator.recall(codes, self.items)
 
 
 def probe_windows(windows: Array, layers: int) -> Array:
@@ -168,11 +168,11 @@ def probe_windows(windows: Array, layers: int) -> Array:
     return np.ascontiguousarray(windows[: max(2, tokens // length), :length])
 
 
-def judged_windows(windows: Array, vocab_size: int) -> Array:
+def held_out_windows(windows: Array, vocab_size: int) -> Array:
     """So many of the windows that the logits of all their tokens stay small, but of 1,024 tokens at least.
 
     Args:
-        windows: [n, length] token ids; a long text is judged whole, since that is what it was asked for.
+        windows: [n, length] token ids; a long text is taken whole, since that is what it was asked for.
         vocab_size: Entries of one row of logits.
     """
     tokens = max(BATCH, min(2**27 // vocab_size, 2**12))

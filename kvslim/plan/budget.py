@@ -1,0 +1,92 @@
+"""A planner of a model in memory, and its choice for a budget."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvslim.calibrate import cache
+from kvslim.methods.fitting import fit
+from kvslim.plan.candidates import SINKS
+from kvslim.plan.choose import Chosen, choose
+from kvslim.plan.decode_time import DecodeTime
+from kvslim.plan.planner import Planner
+from kvslim.plan.probes import FORMAT as PROBES_FORMAT
+from kvslim.plan.probes import Probes
+from kvslim.plan.probing import Prober
+from kvslim.plan.trials import PlanTrials
+from kvslim.plan.windows import WindowTrials
+from kvslim.recipe import Budget
+from kvslim.transform.surgery import layer_modules
+
+if TYPE_CHECKING:
+    from kvslim.prepared.decoder import PreparedDecoder
+    from kvslim.prepared.decoder_trials import DecoderTrials
+
+
+def choose_within(budget: Budget, trials: DecoderTrials) -> Chosen:
+    """The planner's choice for a budget.
+
+    Raises:
+        GateError: No plan found meets all limits.
+    """
+    found = planner_of(trials, budget.context, budget.time_ratio)
+    return choose(found, budget, lambda planned: trials.more_recall.drop(trials.codes(planned.plan)))
+
+
+def planner_of(trials: DecoderTrials, context: int | None = None, time_ratio: float | None = None) -> Planner:
+    """A planner of what was probed; bytes and time count at a context, by default the target."""
+    context = context or trials.prepared.recipe.calibration.target(trials.spec)
+    probes = probes_of(trials, context, timed=time_ratio is not None)
+    time = decode_time(trials.prepared, context)
+    return Planner(trials.spec, trials.statistics, trials.identity, time, probes, trials.held_out.kl, time_ratio)
+
+
+def probes_of(trials: DecoderTrials, context: int, *, timed: bool) -> Probes:
+    """What was measured of the layers at a context, from the disk when they were probed before."""
+    key = _probes_key(trials, context, timed=timed)
+    probes = cache.load_probes(key)
+    if probes is None:
+        probes = _prober(trials, context, key, timed=timed).probe(trials.progress)
+        cache.store_probes(probes)
+    return probes
+
+
+def _probes_key(trials: DecoderTrials, context: int, *, timed: bool) -> str:
+    """Hash of all that decides what probes measure; of a budget only its context and whether it limits time."""
+    recipe, asked = trials.prepared.recipe, {"seed", "recall_items", "recall_distance"}
+    made = recipe.weights.type, recipe.layout, recipe.window_cache, recipe.validation.model_dump(include=asked)
+    of = trials.prepared.digest, trials.statistics.digest(), trials.held_out.length, context, timed
+    return cache.content_key("probes", PROBES_FORMAT, *of, *made)
+
+
+def _prober(trials: DecoderTrials, context: int, key: str, *, timed: bool) -> Prober:
+    spec, statistics = trials.spec, trials.statistics
+    seen = min(trials.held_out.length, 2 * (trials.prepared.recipe.validation.recall_distance - SINKS))
+    return Prober(
+        spec,
+        statistics,
+        decode_time(trials.prepared, context),
+        trials.probe.kl,
+        WindowTrials(seen, trials.held_out.kl, trials.recall.drop),
+        PlanTrials(
+            trials.identity,
+            lambda plan: trials.probe.kl(fit(spec, statistics, plan)),
+            lambda plan: trials.recall.drop(fit(spec, statistics, plan)),
+        ),
+        timed,
+        key,
+    )
+
+
+def decode_time(prepared: PreparedDecoder, context: int) -> DecodeTime:
+    """What a token costs after so many others."""
+    spec, architecture = prepared.spec, prepared.architecture
+    layers = layer_modules(prepared.model, architecture)
+    attention = tuple(_matrix_numbers(layer.get_submodule(architecture.attention)) for layer in layers)
+    others = tuple(_matrix_numbers(layer) - own for layer, own in zip(layers, attention, strict=True))
+    head = spec.vocab_size * spec.hidden_size
+    return DecodeTime(spec, context, prepared.recipe.weights.type, attention, others, head)
+
+
+def _matrix_numbers(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)

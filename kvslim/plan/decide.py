@@ -1,0 +1,77 @@
+"""From a recipe to a plan: its methods decide, or the planner where it has a budget."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from kvslim.contract import Frozen, ModelSpec
+from kvslim.plan.refit import refit_where_it_pays
+from kvslim.recipe import Recipe
+from kvslim.types import KVLayout, Plan, PlanPoint
+
+if TYPE_CHECKING:
+    from kvslim.calibrate.statistics import CalibrationStatistics
+    from kvslim.prepared.base import PreparedModel
+    from kvslim.prepared.trials import Trials
+
+Frontier = tuple[PlanPoint, ...]
+
+
+class PlanSummary(Frozen):
+    """What `compress` would decide, and the cache it would give."""
+
+    plan: Plan
+    kv_bytes_per_token: float
+    plain_kv_bytes_per_token: float
+    kl: float = Field(description="mean KL measured in torch on calibration text that no projection was fitted to")
+    frontier: Frontier = Field((), description="what the planner saw at other sizes, the largest first")
+
+
+def decide(recipe: Recipe, spec: ModelSpec, statistics: CalibrationStatistics) -> Plan:
+    """The plan that the recipe's methods make of a model's statistics."""
+    plan = Plan.identity(spec, recipe.layout, recipe.window_cache)
+    for method in recipe.ordered_methods:
+        plan = method.decide(spec, statistics, plan)
+    return plan
+
+
+def planned(prepared: PreparedModel) -> PlanSummary:
+    """The plan of a model's recipe, with projections fitted again where that pays.
+
+    No text is read for a recipe that has nothing to decide.
+
+    Raises:
+        KvslimError: No plan is good enough.
+    """
+    recipe, spec = prepared.recipe, prepared.spec
+    if recipe.budget is None and not recipe.methods:
+        return _summary(prepared, Plan.identity(spec, recipe.layout, recipe.window_cache), 0.0)
+    trials = prepared.trials()
+    frontier: Frontier = ()
+    prepared.progress.stage("plan")
+    if recipe.budget is None:
+        plan = decide(resolved(recipe, trials), spec, trials.statistics)
+    else:
+        chosen, frontier = trials.within(recipe.budget)
+        plan = chosen.plan
+    if not recipe.compensate:
+        return _summary(prepared, plan, trials.loss(trials.codes(plan)), frontier)
+    return _summary(prepared, *refit_where_it_pays(trials, plan), frontier)
+
+
+def resolved(recipe: Recipe, trials: Trials) -> Recipe:
+    """The recipe with what its methods leave open measured."""
+    return recipe.model_copy(update={"methods": tuple(method.resolve(trials) for method in recipe.methods)})
+
+
+def _summary(prepared: PreparedModel, plan: Plan, kl: float, frontier: Frontier = ()) -> PlanSummary:
+    spec, context = prepared.spec, prepared.recipe.calibration.target(prepared.spec)
+    return PlanSummary(
+        plan=plan,
+        kv_bytes_per_token=KVLayout.of(spec, plan).bytes_per_token(context),
+        plain_kv_bytes_per_token=KVLayout.of(spec, Plan.identity(spec)).bytes_per_token(context),
+        kl=kl,
+        frontier=frontier,
+    )

@@ -1,0 +1,109 @@
+"""A model in memory, ready to be measured, edited and exported: what the pipeline asks of every kind of model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kvslim.contract import ModelSpec
+from kvslim.load.architecture import Architecture
+from kvslim.load.source import Snapshot
+from kvslim.progress import Progress
+from kvslim.recipe import Recipe
+from kvslim.types import KVLayout, Plan, Report
+
+if TYPE_CHECKING:
+    from kvslim.calibrate.statistics import CalibrationStatistics
+    from kvslim.prepared.trials import Trials
+    from kvslim.transform.edits import LayerEdit
+
+
+class Evaluation(Protocol):
+    """Held-out material, and how artifacts are measured on it."""
+
+    def measure(self, plain: Path, artifact: Path) -> Report:
+        """What an artifact costs and saves next to the plain export of its model, gates judged."""
+
+
+class PreparedModel(ABC):
+    """A model with the slim attention, which computes what the original does until it is edited.
+
+    Attributes:
+        snapshot: The model's files.
+        spec: Its shape.
+        recipe: What is to be made.
+        progress: Hears of stages and steps.
+        digest: SHA-256 of the model's files.
+        model: The model in torch.
+        architecture: Where its parts live.
+        tokenizer: Its tokenizer.
+    """
+
+    model: Any
+    architecture: Architecture
+    tokenizer: Any
+
+    def __init__(self, snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress: Progress) -> None:
+        self.snapshot, self.spec = snapshot, spec
+        self.recipe = recipe
+        self.progress = progress
+        self.digest = snapshot.sha256()
+
+    @cached_property
+    @abstractmethod
+    def statistics(self) -> CalibrationStatistics:
+        """Statistics of the calibration text, gathered when they are first asked for."""
+
+    def codes(self, plan: Plan) -> tuple[LayerEdit, ...]:
+        """What a plan puts into the model, one entry per layer; no text is read for one that changes nothing."""
+        from kvslim.transform.edits import LayerEdit
+
+        if plan.changes_nothing:
+            return tuple(LayerEdit() for _ in plan.layers)
+        return self.trials().codes(plan)
+
+    @abstractmethod
+    def trials(self) -> Trials:
+        """Trials of the model on calibration text; they hold on to what they measured."""
+
+    @abstractmethod
+    def evaluation(self) -> Evaluation:
+        """Held-out material; the model must not be edited yet, as it may write the text itself."""
+
+    @abstractmethod
+    def install(self, codes: tuple[LayerEdit, ...]) -> None:
+        """Edits the model, for good."""
+
+    @abstractmethod
+    def export_plain(self, folder: Path) -> None:
+        """Writes the graph that artifacts are compared with; the model must not be edited yet."""
+
+    @abstractmethod
+    def export(self, plan: Plan, folder: Path) -> tuple[str, ...]:
+        """Writes the graph of the model as it is, which `plan` describes; its inputs other than the cache."""
+
+    @abstractmethod
+    def write_companions(self, folder: Path, layout: KVLayout, inputs: tuple[str, ...]) -> None:
+        """Writes what clients read beside the graph: tokenizer and configs."""
+
+    def release(self) -> None:
+        """Frees the model's memory; nothing more can be made from it."""
+        del self.model
+        vars(self).pop("statistics", None)
+
+
+def prepare(snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress: Progress) -> PreparedModel:
+    """The model in memory, of the kind that its spec says.
+
+    Raises:
+        ModelError: Weights or tokenizer cannot be read.
+    """
+    if spec.is_encoder:
+        from kvslim.prepared.encoder import PreparedEncoder
+
+        return PreparedEncoder(snapshot, spec, recipe, progress)
+    from kvslim.prepared.decoder import PreparedDecoder
+
+    return PreparedDecoder(snapshot, spec, recipe, progress)

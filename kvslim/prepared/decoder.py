@@ -1,0 +1,122 @@
+"""A decoder in memory: prepared with the slim attention, edited, exported."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kvslim.calibrate import cache
+from kvslim.calibrate.recorder import collect
+from kvslim.calibrate.statistics import CalibrationStatistics
+from kvslim.contract import ModelSpec
+from kvslim.export.genai import end_tokens, genai_config
+from kvslim.export.graph import build_graph, save_graph, token_inputs
+from kvslim.export.transformers_js import with_transformers_js_config
+from kvslim.export.weights import quantise_weights
+from kvslim.load.architecture import architecture_of
+from kvslim.load.model import load_model, load_tokenizer
+from kvslim.load.source import Snapshot
+from kvslim.prepared.base import PreparedModel
+from kvslim.prepared.decoder_trials import DecoderTrials
+from kvslim.prepared.text import TextSource
+from kvslim.progress import Progress
+from kvslim.recipe import Recipe
+from kvslim.transform.edits import LayerEdit
+from kvslim.transform.surgery import install, prepare
+from kvslim.types import KVLayout, Plan
+from kvslim.validate.measure import DecoderEvaluation
+
+
+class PreparedDecoder(PreparedModel):
+    """A causal language model.
+
+    Attributes:
+        original: The attention that the model had, to be lent back.
+        text: What it is calibrated and measured on.
+    """
+
+    def __init__(self, snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress: Progress) -> None:
+        super().__init__(snapshot, spec, recipe, progress)
+        self.architecture = architecture_of(spec.model_type)
+        self.tokenizer = load_tokenizer(snapshot)
+        self.model = load_model(snapshot)
+        self.original = prepare(self.model, self.architecture, spec)
+        self.text = TextSource(self, recipe.calibration, recipe.validation)
+
+    @cached_property
+    def statistics(self) -> CalibrationStatistics:
+        """Statistics of the calibration text, from the disk when they were gathered before."""
+        self.progress.stage("calibrate")
+        settings, (calibration, text, share) = self.recipe.calibration, self.text.identity
+        context = settings.target(self.spec)
+        key = cache.content_key(self.digest, calibration, text, context, share)
+        statistics = cache.load_statistics(key)
+        if statistics is None:
+            statistics = self._gathered(context, settings.seed)
+            cache.store_statistics(key, statistics)
+        return statistics
+
+    def _gathered(self, context: int, seed: int) -> CalibrationStatistics:
+        return collect(
+            self.model,
+            self.architecture,
+            self.spec,
+            self.text.calibration_windows(),
+            context=context,
+            seed=seed,
+            progress=self.progress,
+            loss_mask=self.text.calibration_mask(),
+        )
+
+    def trials(self) -> DecoderTrials:
+        """Trials on the part of the calibration text that nothing is fitted to."""
+        return DecoderTrials(self)
+
+    def evaluation(self) -> DecoderEvaluation:
+        """Held-out windows and recall questions."""
+        windows = self.text.held_out_windows()
+        items, context = self.text.held_out_items(windows), self.recipe.calibration.target(self.spec)
+        return DecoderEvaluation(windows, items, self.recipe.validation, self.recipe.gates, context)
+
+    def install(self, codes: tuple[LayerEdit, ...]) -> None:
+        """Puts codes into the model, for good."""
+        install(self.model, self.architecture, codes)
+
+    def export_plain(self, folder: Path) -> None:
+        """Writes the graph of the model as it is, its weights in the recipe's format."""
+        self.export(Plan.identity(self.spec), folder)
+
+    def export(self, plan: Plan, folder: Path) -> tuple[str, ...]:
+        """Writes the graph of the model as it is, which `plan` describes; its inputs other than the cache."""
+        graph = build_graph(self.model, self.architecture, KVLayout.of(self.spec, plan))
+        quantise_weights(graph, self.recipe.weights)
+        save_graph(graph, folder)
+        return token_inputs(graph)
+
+    def write_companions(self, folder: Path, layout: KVLayout, inputs: tuple[str, ...]) -> None:
+        """Writes tokenizer, configs and, where it can open the graph, what onnxruntime-genai needs."""
+        # transformers.js finds a chat template in tokenizer_config.json alone, the other clients there or beside it.
+        self.tokenizer.save_pretrained(folder, save_jinja_files=False)
+        config_json = with_transformers_js_config(self.snapshot.path / "config.json")
+        (folder / "config.json").write_text(config_json, encoding="utf-8")
+        generation = self._generation_config()
+        generation.save_pretrained(folder)
+        if layout.needs_own_runtime or not layout.is_even:
+            return
+        config = genai_config(self.spec, layout, generation.to_dict(), inputs=inputs)
+        (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def release(self) -> None:
+        """Frees the model's memory; nothing more can be made from it."""
+        super().release()
+        del self.original
+
+    def _generation_config(self) -> Any:
+        """The model's generation config, with every token that ends a text."""
+        generation = copy.deepcopy(self.model.generation_config)
+        ends = end_tokens(generation.eos_token_id, self.tokenizer.eos_token_id, self.spec.vocab_size)
+        generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+        return generation

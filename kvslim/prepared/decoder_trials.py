@@ -1,0 +1,94 @@
+"""Trials of a decoder: divergence and recall on calibration text that nothing is fitted to."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvslim.calibrate.taylor import taylor_scores
+from kvslim.methods.base import Method
+from kvslim.plan.budget import choose_within
+from kvslim.plan.choose import Chosen
+from kvslim.prepared.text import split
+from kvslim.prepared.trials import Codes, Trials
+from kvslim.recipe import Budget
+from kvslim.transform.compensate import refitted
+from kvslim.transform.kl_evaluator import KLEvaluator, RecallTrials, held_out_windows, probe_windows
+from kvslim.types import Plan
+
+if TYPE_CHECKING:
+    from kvslim.prepared.decoder import PreparedDecoder
+
+REFIT_TOKENS = 4_096, 12_288  # for many layers, for few
+TAYLOR_TOKENS = 8_192
+RECALL_ITEMS, LAZY_ITEMS = 50, 8
+
+
+class DecoderTrials(Trials):
+    """Trials of a prepared decoder that is not edited yet.
+
+    Args:
+        prepared: The model.
+    """
+
+    loss_name = "KL"
+
+    def __init__(self, prepared: PreparedDecoder) -> None:
+        super().__init__(prepared)
+        self.prepared, self.model, self.architecture = prepared, prepared.model, prepared.architecture
+
+    @cached_property
+    def held_out(self) -> KLEvaluator:
+        """The divergence on that part of the calibration text which nothing is fitted to."""
+        windows, mask = (
+            held_out_windows(split(array)[1], self.spec.vocab_size)
+            for array in (self.statistics.windows, self.statistics.loss_mask)
+        )
+        return KLEvaluator(self.model, self.architecture, windows, mask, probing=True)
+
+    @cached_property
+    def probe(self) -> KLEvaluator:
+        """The divergence on a little of the text that serves for fitting, for many quick probes."""
+        windows, mask = (
+            probe_windows(split(array)[0], self.spec.layers)
+            for array in (self.statistics.windows, self.statistics.loss_mask)
+        )
+        return KLEvaluator(self.model, self.architecture, windows, mask, probing=True)
+
+    @cached_property
+    def recall(self) -> RecallTrials:
+        """Some recall questions, to be asked often."""
+        return RecallTrials(self.held_out, self.prepared.text.recall_items(self.statistics.windows, LAZY_ITEMS))
+
+    @cached_property
+    def more_recall(self) -> RecallTrials:
+        """More of them, to be asked of a few plans."""
+        return RecallTrials(self.held_out, self.prepared.text.recall_items(self.statistics.windows, RECALL_ITEMS))
+
+    @cached_property
+    def taylor(self) -> np.ndarray:
+        """Taylor scores on some of the text that serves for fitting; see `taylor_scores`."""
+        windows, mask = (split(array)[0] for array in (self.statistics.windows, self.statistics.loss_mask))
+        count = max(1, TAYLOR_TOKENS // windows.shape[1])
+        return taylor_scores(self.model, self.architecture, self.spec, windows[:count], mask[:count], self.progress)
+
+    def loss(self, codes: Codes) -> float:
+        """Mean KL(model || model with codes), nats per token."""
+        return self.held_out.kl(codes)
+
+    def recall_drop(self, change: Plan | Method) -> float:
+        """Share of recall that the model loses by a change."""
+        return self.recall.drop(self.codes_of(change))
+
+    def refitted(self, codes: Codes) -> Codes:
+        """The codes with projections fitted to them, on some of the text that serves for fitting."""
+        fitting, _ = split(self.statistics.windows)
+        tokens = min(max(REFIT_TOKENS[0], 2**17 // self.spec.layers), REFIT_TOKENS[1])
+        count = max(1, tokens // fitting.shape[1])
+        return refitted(self.model, self.architecture, codes, fitting[:count], self.progress)
+
+    def within(self, budget: Budget) -> Chosen:
+        """The planner's choice for a budget."""
+        return choose_within(budget, self)

@@ -1,0 +1,87 @@
+"""An encoder in memory: prepared with the slim attention, edited, exported."""
+
+from __future__ import annotations
+
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import cast
+
+from kvslim.calibrate.heads import collect_heads
+from kvslim.calibrate.sentences import Sentences
+from kvslim.calibrate.statistics import CalibrationStatistics
+from kvslim.contract import ModelSpec
+from kvslim.export.encoder import build_encoder_graph
+from kvslim.export.encoder_weights import quantise_encoder
+from kvslim.export.graph import save_graph
+from kvslim.load.encoders import ENCODERS, encoder_inputs
+from kvslim.load.model import load_encoder, load_tokenizer
+from kvslim.load.source import Snapshot
+from kvslim.prepared.base import PreparedModel
+from kvslim.prepared.encoder_trials import EncoderTrials
+from kvslim.prepared.sentences import SentenceSource
+from kvslim.progress import Progress
+from kvslim.recipe import Recipe
+from kvslim.transform.edits import LayerEdit
+from kvslim.transform.encoding import prepare_encoder
+from kvslim.transform.surgery import install
+from kvslim.types import KVLayout, Plan
+from kvslim.validate.encoder import EncoderEvaluation
+
+
+class PreparedEncoder(PreparedModel):
+    """A model that reads a whole text at once, and has no cache.
+
+    Attributes:
+        text: What it is calibrated and measured on.
+    """
+
+    def __init__(self, snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress: Progress) -> None:
+        super().__init__(snapshot, spec, recipe, progress)
+        self.tokenizer = load_tokenizer(snapshot)
+        self.architecture = ENCODERS[spec.model_type]
+        self.model = load_encoder(snapshot, spec)
+        self.text = SentenceSource(self.tokenizer, spec, snapshot.path, recipe.calibration, recipe.validation)
+        prepare_encoder(self.model, self.architecture)
+
+    @cached_property
+    def calibration(self) -> tuple[Sentences, Sentences]:
+        """Sentences to fit on, and others to choose by."""
+        self.progress.stage("calibrate")
+        return self.text.fitting_and_held_out()
+
+    @cached_property
+    def statistics(self) -> CalibrationStatistics:
+        """Means and fluctuations of attention outputs, on sentences as the model is used to them."""
+        fitting, _ = self.calibration
+        texts = fitting.masked or fitting.texts
+        found = collect_heads(self.model.base_model, self.architecture, self.spec, texts, self.progress)
+        # Methods that support encoders read no more than `HeadStatistics`.
+        return cast(CalibrationStatistics, found)
+
+    def trials(self) -> EncoderTrials:
+        """Trials on sentences that nothing is fitted to."""
+        return EncoderTrials(self)
+
+    def evaluation(self) -> EncoderEvaluation:
+        """Held-out sentences."""
+        return EncoderEvaluation(self.text.validated(), self.spec, self.recipe.validation, self.recipe.gates)
+
+    def install(self, codes: tuple[LayerEdit, ...]) -> None:
+        """Puts codes into the model, for good."""
+        install(self.model.base_model, self.architecture, codes)
+
+    def export_plain(self, folder: Path) -> None:
+        """Writes the graph of the model as it is, in fp32."""
+        save_graph(build_encoder_graph(self.model, self.spec), folder)
+
+    def export(self, plan: Plan, folder: Path) -> tuple[str, ...]:
+        """Writes the graph of the model as it is, with the recipe's weights; its inputs."""
+        graph = build_encoder_graph(self.model, self.spec)
+        save_graph(quantise_encoder(graph, self.recipe.weights), folder)
+        return encoder_inputs(self.spec)
+
+    def write_companions(self, folder: Path, layout: KVLayout, inputs: tuple[str, ...]) -> None:
+        """Writes the tokenizer and the config."""
+        self.tokenizer.save_pretrained(folder)
+        shutil.copyfile(self.snapshot.path / "config.json", folder / "config.json")

@@ -1,0 +1,103 @@
+"""The text of a decoder: windows to calibrate and to validate on, which of their tokens count, and recall questions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvslim.calibrate.corpus import (
+    CALIBRATION_SHARE,
+    VALIDATION_SHARE,
+    WHOLE,
+    loss_mask,
+    self_windows,
+    source_digest,
+    text_windows,
+)
+from kvslim.demo.world import recall_questions
+from kvslim.recipe import Calibration, Validation
+from kvslim.validate.recall import RecallItem, repeated_spans
+
+if TYPE_CHECKING:
+    from kvslim.prepared.decoder import PreparedDecoder
+
+
+class TextSource:
+    """Text from the sources that a recipe names; the model may be one of them.
+
+    Args:
+        prepared: The model.
+        calibration: The text that statistics come from.
+        validation: The text that artifacts are measured on.
+    """
+
+    def __init__(self, prepared: PreparedDecoder, calibration: Calibration, validation: Validation) -> None:
+        self.prepared, self.calibration, self.validation = prepared, calibration, validation
+        # One text that serves both is split.
+        self.is_shared = calibration.source != "self" and calibration.source == validation.source
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What decides the calibration text, as far as the model does not."""
+        return self.calibration.model_dump(), source_digest(self.calibration.source), self._calibration_share
+
+    def calibration_windows(self) -> np.ndarray:
+        """[n, length] token ids."""
+        return self._windows(self.calibration, self._calibration_share)
+
+    def calibration_mask(self) -> np.ndarray | None:
+        """[n, length] bool, the tokens of the calibration windows that count; None for all."""
+        settings = self.calibration
+        if settings.source == "self":
+            return None
+        return loss_mask(
+            settings.source,
+            self.prepared.tokenizer,
+            samples=settings.samples,
+            length=settings.length,
+            share=self._calibration_share,
+        )
+
+    def held_out_windows(self) -> np.ndarray:
+        """[n, length] token ids that calibration never sees."""
+        return self._windows(self.validation, VALIDATION_SHARE if self.is_shared else WHOLE)
+
+    def held_out_items(self, windows: np.ndarray) -> list[RecallItem]:
+        """The recall questions of the validation; those of a model other than the demo are made of windows."""
+        return self._recall_items(windows, self.validation.recall_items, self.validation.seed)
+
+    def recall_items(self, windows: np.ndarray, most: int) -> list[RecallItem]:
+        """Recall questions other than those of the validation."""
+        return self._recall_items(windows, min(self.validation.recall_items, most), self.validation.seed + 1)
+
+    @property
+    def _calibration_share(self) -> tuple[float, float]:
+        return CALIBRATION_SHARE if self.is_shared else WHOLE
+
+    def _windows(self, settings: Calibration | Validation, share: tuple[float, float]) -> np.ndarray:
+        prepared, samples, length = self.prepared, settings.samples, settings.length
+        held_out_stories = prepared.snapshot.is_demo and isinstance(settings, Validation)
+        if settings.source != "self" or held_out_stories:
+            return text_windows(settings.source, prepared.tokenizer, samples=samples, length=length, share=share)
+        with prepared.original.restored():
+            return self_windows(
+                prepared.model, samples=samples, length=length, seed=settings.seed, progress=prepared.progress
+            )
+
+    def _recall_items(self, windows: np.ndarray, count: int, seed: int) -> list[RecallItem]:
+        distance = self.validation.recall_distance
+        if not self.prepared.snapshot.is_demo:
+            return list(repeated_spans(windows, count=count, distance=distance, seed=seed))
+        questions = recall_questions(count, distance, lambda text: len(self._ids(text)), seed)
+        return [RecallItem(self._ids(item.prompt), self._ids(item.answer, start=False)) for item in questions]
+
+    def _ids(self, text: str, start: bool = True) -> tuple[int, ...]:
+        encoded: Any = self.prepared.tokenizer(text, add_special_tokens=start, verbose=False)
+        return tuple(encoded.input_ids)
+
+
+def split(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Calibration text to fit on, and the last quarter to measure on; one window serves both."""
+    held_out = max(1, len(windows) // 4)
+    return windows[: max(1, len(windows) - held_out)], windows[-held_out:]

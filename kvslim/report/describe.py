@@ -1,0 +1,50 @@
+"""What an artifact says of itself: model card, HTML report and manifest."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvslim.devices.profile import device_memory
+from kvslim.export.manifest import hash_files, write_manifest
+from kvslim.report.card import write_card
+from kvslim.report.page import write_report
+from kvslim.types import KVLayout, Manifest, Plan, PlanPoint, Report, Source
+
+if TYPE_CHECKING:
+    from kvslim.prepared.base import PreparedModel
+
+VERSIONED = ("kvslim", "torch", "transformers", "onnx", "onnxruntime")
+
+
+def describe(
+    folder: Path,
+    prepared: PreparedModel,
+    plan: Plan,
+    inputs: tuple[str, ...],
+    report: Report,
+    frontier: tuple[PlanPoint, ...],
+) -> Manifest:
+    """Writes what describes the artifact: model card, HTML report and manifest."""
+    recipe, spec, snapshot = prepared.recipe, prepared.spec, prepared.snapshot
+    manifest = Manifest(
+        source=Source(model=snapshot.model, revision=snapshot.revision, sha256=prepared.digest),
+        spec=spec,
+        context=recipe.calibration.target(spec),
+        recipe=recipe.model_dump(mode="json"),
+        plan=plan,
+        frontier=frontier,
+        kv_layout=KVLayout.of(spec, plan),
+        weights=recipe.weights,
+        inputs=inputs,
+        versions={name: version(name) for name in VERSIONED},
+        files={},
+        report=report,
+        passed=report.passed,
+    )
+    write_card(folder, manifest)
+    write_report(folder, manifest, device_memory())
+    manifest = manifest.model_copy(update={"files": hash_files(folder)})
+    write_manifest(folder, manifest)
+    return manifest

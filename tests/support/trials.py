@@ -1,0 +1,31 @@
+"""Trials whose losses a test makes up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kvslim.contract import ModelSpec
+from kvslim.prepared.trials import Codes, Trials
+from kvslim.progress import Silent
+from kvslim.types import Plan
+
+
+class MadeUpTrials(Trials):
+    """Trials of no model: each divergence is what a function says of the method tried."""
+
+    loss_name = "KL"
+
+    def __init__(self, spec: ModelSpec, divergence: Callable[[Any], float], statistics: Any = None) -> None:
+        self.spec, self.statistics, self.identity = spec, statistics, Plan.identity(spec)
+        self.progress, self.methods = Silent(), ()
+        self.asked = divergence
+
+    def divergence(self, change: Any) -> float:
+        return self.asked(change)
+
+    def loss(self, codes: Codes) -> float:
+        raise NotImplementedError
+
+    def refitted(self, codes: Codes) -> Codes:
+        raise NotImplementedError

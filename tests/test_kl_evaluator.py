@@ -1,0 +1,241 @@
+"""Judging codes in torch: replayed layers change no number, and a trial leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.models import open_prepared, recipe_of, tokens_of, torch_logits
+
+from kvslim.methods import KvHdc, KvPca
+from kvslim.methods.fitting import fit
+from kvslim.plan.decide import planned
+from kvslim.plan.refit import refit_where_it_pays
+from kvslim.prepared.decoder import PreparedDecoder
+from kvslim.progress import Silent
+from kvslim.transform import compensate, kl_evaluator
+from kvslim.transform.edits import LayerEdit
+from kvslim.transform.kl_evaluator import KLEvaluator, held_out_windows, probe_windows
+from kvslim.transform.surgery import trial
+from kvslim.types import LayerPlan, Plan
+from kvslim.validate.recall import RecallItem
+
+Codes = tuple[LayerEdit, ...]
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def prepared(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> PreparedDecoder:
+    return open_prepared(tiny_model(request.param), recipe_of())
+
+
+def windows_of(prepared: PreparedDecoder, count: int = 3, length: int = 32) -> np.ndarray:
+    return np.random.default_rng(7).integers(0, prepared.spec.vocab_size, (count, length))
+
+
+def codes_of(prepared: PreparedDecoder, **layer: object) -> Codes:
+    """All layers alike, with values and keys in half the rank unless said otherwise."""
+    entries = {"rank": 8, **layer}
+    layers = tuple(LayerPlan.model_validate({"layer": i, **entries}) for i in range(prepared.spec.layers))
+    return fit(prepared.spec, prepared.statistics, Plan(layers=layers))
+
+
+def evaluator_of(prepared: PreparedDecoder, windows: np.ndarray) -> KLEvaluator:
+    return KLEvaluator(prepared.model, prepared.architecture, windows)
+
+
+def refitted_on(prepared: PreparedDecoder, codes: Codes, windows: np.ndarray) -> Codes:
+    return compensate.refitted(prepared.model, prepared.architecture, codes, windows, Silent())
+
+
+def divergence(plain: np.ndarray, slim: np.ndarray) -> float:
+    logs = [torch.from_numpy(logits).double().log_softmax(-1) for logits in (plain, slim)]
+    return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
+
+
+def test_kl_is_zero_when_nothing_is_coded(prepared: PreparedDecoder) -> None:
+    assert evaluator_of(prepared, windows_of(prepared)).kl((LayerEdit(),) * prepared.spec.layers) == 0.0
+
+
+def test_kl_is_that_of_the_logits(prepared: PreparedDecoder) -> None:
+    windows, codes = windows_of(prepared), codes_of(prepared, roles=0, cache="int4")
+    plain = [torch_logits(prepared, window) for window in windows]
+    with trial(prepared.model, prepared.architecture, codes):
+        slim = [torch_logits(prepared, window) for window in windows]
+    expected = np.mean([divergence(*pair) for pair in zip(plain, slim, strict=True)])
+    assert expected > 1e-3
+    assert evaluator_of(prepared, windows).kl(codes) == pytest.approx(expected, rel=1e-4)
+
+
+def test_replayed_layers_give_the_number_of_a_full_run(
+    prepared: PreparedDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes of the last layer alone: all layers before it are replayed, then none."""
+    bare, last = (LayerEdit(),) * (prepared.spec.layers - 1), codes_of(prepared)[-1]
+    monkeypatch.setattr(kl_evaluator, "BATCH", 40)  # of the windows of 32 tokens one at a time
+    evaluator, runs = evaluator_of(prepared, windows_of(prepared)), []
+    evaluator.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    replayed = evaluator.kl((*bare, last))
+    assert replayed > 0
+    assert runs == [1] * 3  # called, but to hand out what it gave before
+    monkeypatch.setattr(kl_evaluator, "replaying", lambda *_: torch.inference_mode())
+    assert evaluator.kl((*bare, last)) == pytest.approx(replayed, rel=1e-6)
+
+
+def test_kl_is_repeatable_when_another_trial_lies_between(prepared: PreparedDecoder) -> None:
+    evaluator = evaluator_of(prepared, windows_of(prepared))
+    one, other = codes_of(prepared), codes_of(prepared, roles=0, cache="int4")
+    first = evaluator.kl(one)
+    assert evaluator.kl(other) != first
+    assert evaluator.kl(one) == first
+
+
+def test_model_is_as_before_after_a_trial(prepared: PreparedDecoder) -> None:
+    tokens, codes = tokens_of(prepared), codes_of(prepared, roles=0, cache="int4", centred=True)
+    before = torch_logits(prepared, tokens)
+    with trial(prepared.model, prepared.architecture, codes):
+        assert np.abs(torch_logits(prepared, tokens) - before).max() > 1e-3
+    np.testing.assert_array_equal(torch_logits(prepared, tokens), before)
+
+
+def test_model_is_as_before_when_a_trial_or_its_installation_fails(prepared: PreparedDecoder) -> None:
+    tokens, codes = tokens_of(prepared), codes_of(prepared)
+    before = torch_logits(prepared, tokens)
+    with pytest.raises(KeyError), trial(prepared.model, prepared.architecture, codes):
+        raise KeyError
+    np.testing.assert_array_equal(torch_logits(prepared, tokens), before)
+    broken = (*codes[:-1], replace(codes[-1], value_decoder=None))
+    with pytest.raises(ValueError, match="value code"), trial(prepared.model, prepared.architecture, broken):
+        pytest.fail("such codes cannot be installed")
+    np.testing.assert_array_equal(torch_logits(prepared, tokens), before)
+
+
+def test_recall_is_whole_when_answers_are_what_the_model_says(prepared: PreparedDecoder) -> None:
+    evaluator = evaluator_of(prepared, windows_of(prepared))
+    prompts = [tuple(window) for window in windows_of(prepared).tolist()]
+    said = [int(torch_logits(prepared, np.array(prompt))[-1].argmax()) for prompt in prompts]
+    right = [RecallItem(prompt, (answer,)) for prompt, answer in zip(prompts, said, strict=True)]
+    wrong = [RecallItem(prompt, ((answer + 1) % 200,)) for prompt, answer in zip(prompts, said, strict=True)]
+    assert (evaluator.recall((), right), evaluator.recall((), wrong)) == (1.0, 0.0)
+
+
+def test_probe_windows_are_fewer_when_the_model_is_larger() -> None:
+    windows = np.zeros((500, 600), np.int64)
+    assert [probe_windows(windows, layers).shape for layers in (2, 6, 32)] == [(64, 512), (7, 512), (2, 256)]
+
+
+def test_held_out_windows_are_fewer_when_the_vocabulary_is_larger() -> None:
+    windows = np.zeros((500, 512), np.int64)
+    assert [held_out_windows(windows, size).shape for size in (300, 50_000, 150_000)] == [(8, 512), (5, 512), (2, 512)]
+    long = np.zeros((5, 4096), np.int64)
+    assert [held_out_windows(long, size).shape for size in (300, 150_000)] == [(1, 4096), (1, 4096)]
+
+
+def test_tokens_that_do_not_count_are_not_judged(prepared: PreparedDecoder) -> None:
+    windows, codes = windows_of(prepared), codes_of(prepared)
+    counted = np.random.default_rng(1).random(windows.shape) < 0.3
+    plain = [torch_logits(prepared, window) for window in windows]
+    with trial(prepared.model, prepared.architecture, codes):
+        slim = [torch_logits(prepared, window) for window in windows]
+    kept = [  # a token is predicted at the place before it
+        np.concatenate([logits[:-1][after[1:]] for logits, after in zip(side, counted, strict=True)])
+        for side in (plain, slim)
+    ]
+    evaluator = KLEvaluator(prepared.model, prepared.architecture, windows, counted)
+    assert evaluator.kl(codes) == pytest.approx(divergence(*kept), rel=1e-4)
+    assert evaluator.kl(codes) != pytest.approx(evaluator_of(prepared, windows).kl(codes), rel=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_all_tokens_are_judged_when_all_count_or_none(prepared: PreparedDecoder, share: float) -> None:
+    windows, codes = windows_of(prepared), codes_of(prepared)
+    evaluator = KLEvaluator(prepared.model, prepared.architecture, windows, np.full(windows.shape, bool(share)))
+    assert evaluator.kl(codes) == evaluator_of(prepared, windows).kl(codes)
+
+
+def test_probing_judges_every_other_token_of_a_large_vocabulary(
+    prepared: PreparedDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows, codes = windows_of(prepared), codes_of(prepared)
+    monkeypatch.setattr(kl_evaluator, "SMALL_VOCABULARY", 1)
+    evaluator = KLEvaluator(prepared.model, prepared.architecture, windows, probing=True)
+    plain = [torch_logits(prepared, window) for window in windows]
+    with trial(prepared.model, prepared.architecture, codes):
+        slim = [torch_logits(prepared, window) for window in windows]
+    every_other = [divergence(*(logits[1::2] for logits in pair)) for pair in zip(plain, slim, strict=True)]
+    assert evaluator.kl(codes) == pytest.approx(np.mean(every_other), rel=1e-4)
+
+
+def test_refitted_outputs_lower_the_kl_on_the_text_they_were_fitted_to(prepared: PreparedDecoder) -> None:
+    windows, codes = windows_of(prepared, 16, 64), codes_of(prepared)
+    again = refitted_on(prepared, codes, windows)
+    evaluator = evaluator_of(prepared, windows)
+    assert 0 < evaluator.kl(again) < 0.9 * evaluator.kl(codes)
+
+
+def test_refitting_leaves_layers_without_codes_alone(prepared: PreparedDecoder) -> None:
+    windows = windows_of(prepared)
+    tokens, before = tokens_of(prepared), torch_logits(prepared, tokens_of(prepared))
+    none = (LayerEdit(),) * prepared.spec.layers
+    assert refitted_on(prepared, none, windows) == none
+    mixed = (LayerEdit(), *codes_of(prepared)[1:])
+    again = refitted_on(prepared, mixed, windows)
+    assert [code.output_weight is None for code in again] == [True, *[False] * (prepared.spec.layers - 1)]
+    np.testing.assert_array_equal(torch_logits(prepared, tokens), before)
+
+
+def test_refitting_changes_nothing_when_the_codes_lose_nothing(prepared: PreparedDecoder) -> None:
+    windows, full = windows_of(prepared), codes_of(prepared, rank=16)
+    evaluator = evaluator_of(prepared, windows)
+    assert evaluator.kl(refitted_on(prepared, full, windows)) < 1e-7
+
+
+def test_layers_run_one_by_one_give_what_the_model_gives(prepared: PreparedDecoder) -> None:
+    ids = torch.from_numpy(tokens_of(prepared)[None])
+    model, architecture = prepared.model, prepared.architecture
+    last = model.get_submodule(architecture.layers)[-1]
+    with trial(model, architecture, codes_of(prepared)):
+        given: object = None
+        for layer in range(prepared.spec.layers):
+            one = compensate._Refit(model, architecture, layer, layer, [], {})
+            given = one._run(ids, given, "output").output
+        seen: list[object] = []
+        hook = last.register_forward_hook(lambda *call: seen.append(call[2]))
+        model(input_ids=ids, use_cache=False)
+        hook.remove()
+    torch.testing.assert_close(given, seen[0])
+
+
+def test_compensation_stays_off_when_it_does_not_help(
+    prepared: PreparedDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statistics = prepared.statistics
+    plan = KvHdc(bits=4).decide(prepared.spec, statistics, Plan.identity(prepared.spec))
+    trials = prepared.trials()
+    codes = trials.codes(plan)
+    monkeypatch.setattr(trials, "refitted", lambda _: codes)
+    kept, kl = refit_where_it_pays(trials, plan)
+    assert kept == plan
+    assert kl > 0
+    monkeypatch.setattr(trials, "refitted", lambda _: tuple(LayerEdit() for _ in codes))
+    refit, better = refit_where_it_pays(trials, plan)
+    assert better == 0.0
+    assert all(layer.refit and "100%" in layer.reason for layer in refit.layers)
+
+
+def test_compensation_stays_off_when_the_recipe_says_so(
+    prepared: PreparedDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"compensate": False, "methods": (KvPca(rank=8),)}
+    monkeypatch.setattr(prepared, "recipe", prepared.recipe.model_copy(update=changes))
+    summary = planned(prepared)
+    assert [(layer.rank, layer.refit) for layer in summary.plan.layers] == [(8, False)] * prepared.spec.layers
+    assert summary.kl > 0
+
+
+def test_uncompressed_plan_is_not_compensated(prepared: PreparedDecoder) -> None:
+    plan = Plan.identity(prepared.spec)
+    assert refit_where_it_pays(prepared.trials(), plan) == (plan, 0.0)
