@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from kvslim.caches import CACHES, Cache, FullCache, Place, SharedCache
-from kvslim.caches.base import read_cache
+from kvslim.caches.base import known_cache, read_cache
 from kvslim.contract import (
     Axes,
     CacheType,
@@ -125,7 +125,7 @@ def _read_tensor(value: object) -> object:
     """A tensor from JSON: its kind of cache says which class reads the rest."""
     if not isinstance(value, dict):
         return value
-    cache = CACHES.get(value.get("cache", "full"), FullCache)
+    cache = known_cache(value.get("cache", "full"))
     return cache.tensor_class(str(value.get("kind"))).model_validate(value)
 
 

@@ -40,12 +40,12 @@ def test_every_layer_and_head_is_there(analysis: Analysis) -> None:
         assert layer.clusters in {2, 4}  # as many for each of two kv heads
         assert 1 <= layer.key_rank <= 16
         assert layer.recent_attention == pytest.approx(1.0)  # no text is longer than 256 tokens
-    donor = analysis.layers[1].donor
-    assert analysis.layers[0].donor is None
-    assert donor is not None
-    assert donor.layer == 0
-    assert 0 < donor.key_distance <= 1
-    assert 0 < donor.value_distance <= 1
+    source = analysis.layers[1].source
+    assert analysis.layers[0].source is None
+    assert source is not None
+    assert source.layer == 0
+    assert 0 < source.key_distance <= 1
+    assert 0 < source.value_distance <= 1
 
 
 def test_kl_is_that_of_the_model_without_the_head(analysis: Analysis, tiny_model: Callable[[str], Path]) -> None:
@@ -78,7 +78,7 @@ def test_task_in_jsonl_gives_table_json_and_heat_map(
     assert app.run(command) == 0
     printed = capsys.readouterr().out
     assert "KL without attention" in printed
-    assert "donor: K, V" in printed
+    assert "source: K, V" in printed
     assert "Taylor" in printed
 
 

@@ -19,6 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save
 from support.tiny_artifact import fill
 
+from kvslim.caches import Cache, FullCache, SharedCache, WindowCache
 from kvslim.cli import app
 from kvslim.export.manifest import MANIFEST
 from kvslim.types import LayerPlan, Plan
@@ -158,12 +159,17 @@ class Inputs:
 
 
 def layers(*ranks: int) -> Plan:
-    return Plan(layers=tuple(LayerPlan(layer=index, rank=rank) for index, rank in enumerate(ranks)))
+    return Plan(layers=tuple(LayerPlan(layer=index, cache=FullCache(rank=rank)) for index, rank in enumerate(ranks)))
 
 
-def planned(**layer: Any) -> Plan:
+def planned(cache: Cache | None = None, heads: tuple[int, ...] | None = None) -> Plan:
     """Layer 1 with these entries; layer 0 is kept."""
-    return Plan(layers=(LayerPlan(layer=0), LayerPlan(layer=1, **layer)))
+    return Plan(layers=(LayerPlan(layer=0), LayerPlan(layer=1, cache=cache or FullCache(), heads=heads)))
+
+
+def cached(cache: object) -> str:
+    """The JSON of a plan whose layer 0 has that cache."""
+    return json.dumps({"layers": [{"layer": 0, "cache": cache}]})
 
 
 Case = Callable[[Inputs], list[object]]
@@ -271,7 +277,7 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "methods_no_list": (lambda i: i.recipe("methods: 7"), USAGE, "methods"),
     "method_of_two_names": (lambda i: i.recipe("methods: [{kv_pca: {}, kv_quant: {}}]"), USAGE, "one `name: options`"),
     "method_options_no_mapping": (lambda i: i.recipe("methods: [{kv_pca: 8}]"), USAGE, "methods"),
-    "method_null": (lambda i: i.recipe("methods: [null]"), USAGE, "a method is"),
+    "method_null": (lambda i: i.recipe("methods: [null]"), USAGE, "a method must be"),
     "window_negative": (lambda i: i.recipe("methods: [{kv_window: {window: -1}}]"), USAGE, "window"),
     "heads_of_no_layer": (lambda i: i.recipe("methods: [{prune_heads: {heads: {9: [0]}}}]"), USAGE, "9"),
     "layer_out_of_range": (lambda i: i.recipe("methods: [{prune_layers: {layers: [7]}}]"), USAGE, "7"),
@@ -308,20 +314,73 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "plan_of_another_model": (lambda i: i.plan(layers(8, 8, 8)), USAGE, "3 layers"),
     "plan_rank_no_multiple_of_8": (lambda i: i.plan(layers(8, 12)), USAGE, "rank 12"),
     "plan_rank_over_head_dim": (lambda i: i.plan(layers(8, 32)), USAGE, "head_dim 16"),
-    "plan_widths_differ": (lambda i: i.plan(planned(rank=8, value_rank=16)), USAGE, "one size, not 8 and 16"),
-    "plan_refined_odd": (lambda i: i.plan(planned(rank=16, refined=4, cache="int4")), USAGE, "refined 4"),
-    "plan_refined_over_rank": (lambda i: i.plan(planned(rank=8, refined=16, cache="int4")), USAGE, "refined 16"),
-    "plan_refined_negative": (lambda i: i.plan(planned(rank=16, refined=-8, cache="int4")), USAGE, "does not fit"),
-    "plan_refined_in_float": (lambda i: i.plan(planned(rank=8, refined=8)), USAGE, "an integer cache"),
-    "plan_refined_per_tensor": (
-        lambda i: i.plan(planned(rank=16, refined=8, cache="int4", granularity="per_tensor")),
+    "plan_widths_differ": (
+        lambda i: i.plan(planned(FullCache(rank=8, value_rank=16))),
+        USAGE,
+        "one size, not 8 and 16",
+    ),
+    "plan_residual_odd": (
+        lambda i: i.plan(planned(FullCache(rank=16, residual=4, stored="int4"))),
+        USAGE,
+        "4 residual coordinates do not fit",
+    ),
+    "plan_residual_over_rank": (
+        lambda i: i.plan(planned(FullCache(rank=8, residual=16, stored="int4"))),
+        USAGE,
+        "16 residual coordinates do not fit",
+    ),
+    "plan_residual_negative": (
+        lambda i: i.plan(planned(FullCache(rank=16, residual=-8, stored="int4"))),
+        USAGE,
+        "-8 residual coordinates do not fit",
+    ),
+    "plan_residual_in_float": (
+        lambda i: i.plan(planned(FullCache(rank=8, residual=8))),
+        USAGE,
+        "need a rank and an integer cache",
+    ),
+    "plan_residual_per_tensor": (
+        lambda i: i.plan(planned(FullCache(rank=16, residual=8, stored="int4", granularity="per_tensor"))),
         USAGE,
         "steps of their own",
     ),
-    "plan_refined_without_rank": (lambda i: i.plan(planned(refined=8, cache="int8")), USAGE, "need a rank"),
-    "plan_roles_without_rank": (lambda i: i.plan(planned(roles=0, cache="int8")), USAGE, "roles a rank"),
-    "plan_packed_without_window": (lambda i: i.plan(planned(rank=8, cache="codes2")), USAGE, "without a window"),
-    "plan_cache_unknown": (lambda i: i.plan('{"layers": [{"layer": 0, "cache": "int3"}]}'), USAGE, "layers.0.cache"),
+    "plan_residual_without_rank": (
+        lambda i: i.plan(planned(FullCache(residual=8, stored="int8"))),
+        USAGE,
+        "need a rank and an integer cache",
+    ),
+    "plan_rotation_without_rank": (
+        lambda i: i.plan(planned(FullCache(rotation=0, stored="int8"))),
+        USAGE,
+        "a rotation needs a rank",
+    ),
+    "plan_packed_without_window": (
+        lambda i: i.plan(cached({"kind": "packed", "rank": 8, "bits": 2})),
+        USAGE,
+        "layers.0.cache.window: Field required",
+    ),
+    "plan_packed_in_4_bits": (
+        lambda i: i.plan(cached({"kind": "packed", "bits": 4, "window": 8})),
+        USAGE,
+        "layers.0.cache.bits",
+    ),
+    "plan_clusters_twice": (
+        lambda i: i.plan(cached({"kind": "clustered", "clusters": [0, 0, 2, 2], "count": 2})),
+        USAGE,
+        "give clusters, or the count",
+    ),
+    "plan_source_missing": (lambda i: i.plan(cached({"kind": "shared"})), USAGE, "layers.0.cache.source"),
+    "plan_source_of_no_layer": (lambda i: i.plan(planned(SharedCache(source=-1))), USAGE, "layer -1"),
+    "plan_source_is_the_layer": (lambda i: i.plan(planned(SharedCache(source=1))), USAGE, "comes no earlier"),
+    "plan_cache_no_mapping": (lambda i: i.plan(cached("int8")), USAGE, "layers.0.cache"),
+    "plan_cache_unknown": (
+        lambda i: i.plan(cached({"kind": "ful"})),
+        USAGE,
+        "unknown kind of cache 'ful'",
+    ),
+    "plan_cache_kind_no_text": (lambda i: i.plan(cached({"kind": ["full"]})), USAGE, "unknown kind of cache ['full']"),
+    "plan_stored_unknown": (lambda i: i.plan(cached({"stored": "int3"})), USAGE, "layers.0.cache.stored"),
+    "plan_stored_of_packed": (lambda i: i.plan(cached({"stored": "codes2"})), USAGE, "layers.0.cache.stored"),
     "plan_a_list": (lambda i: i.plan("[]"), USAGE, "plan"),
     "plan_binary": (lambda i: i.compress("--plan", i.file("plan.json", b"\xff\xfe\x00")), USAGE, "JSON"),
     "plan_a_folder": (lambda i: i.compress("--plan", i.folder("plan.json")), MISSING, "plan.json"),
@@ -331,17 +390,17 @@ CASES: dict[str, tuple[Case, int, str]] = {
         USAGE,
         "layers",
     ),
-    "plan_rank_of_0": (lambda i: i.plan(planned(rank=0)), USAGE, "rank 0"),
-    "plan_rank_huge": (lambda i: i.plan(planned(rank=8 * 10**20)), USAGE, "rank"),
-    "plan_window_of_0": (lambda i: i.plan(planned(window=0)), USAGE, "window of 0"),
-    "plan_sinks_without_window": (lambda i: i.plan(planned(sinks=4)), USAGE, "without a window"),
-    "plan_sinks_negative": (lambda i: i.plan(planned(window=8, sinks=-1)), USAGE, "sinks"),
+    "plan_rank_of_0": (lambda i: i.plan(planned(FullCache(rank=0))), USAGE, "rank 0"),
+    "plan_rank_huge": (lambda i: i.plan(planned(FullCache(rank=8 * 10**20))), USAGE, "rank"),
+    "plan_window_of_0": (lambda i: i.plan(planned(WindowCache(window=0))), USAGE, "window of 0"),
+    "plan_sinks_without_window": (lambda i: i.plan(cached({"sinks": 4})), USAGE, "layers.0.cache.sinks"),
+    "plan_sinks_negative": (lambda i: i.plan(planned(WindowCache(window=8, sinks=-1))), USAGE, "-1 sinks"),
     "plan_head_out_of_range": (lambda i: i.plan(planned(heads=(0, 9))), USAGE, "layers.1"),
     "plan_head_twice": (lambda i: i.plan(planned(heads=(0, 0))), USAGE, "layers.1"),
     "plan_head_negative": (lambda i: i.plan(planned(heads=(-1, 0))), USAGE, "layers.1"),
     "plan_score_nan": (lambda i: i.plan('{"layers": [{"layer": 0, "score": NaN}]}'), USAGE, "layers.0.score"),
     "plan_attention24_int8": (
-        lambda i: i.plan(Plan(layout="attention24", layers=(LayerPlan(layer=0), LayerPlan(layer=1, cache="int8")))),
+        lambda i: i.plan(planned(FullCache(stored="int8")).model_copy(update={"layout": "attention24"})),
         USAGE,
         "no integer cache",
     ),

@@ -56,7 +56,7 @@ def test_one_file_for_both_uses_is_split(tmp_path: Path, tiny_llama: Path) -> No
             "validation": Validation(source=str(path), samples=4, length=40),
         }
     )
-    assert open_prepared(tiny_llama, recipe)._shared_text()
+    assert open_prepared(tiny_llama, recipe).text.is_shared
 
 
 def test_jsonl_gives_texts_and_completed_prompts(tmp_path: Path, tokenizer: Any) -> None:

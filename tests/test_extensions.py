@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,18 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from pydantic import Field
-from support.models import CALIBRATION, VALIDATION, export_slim, open_prepared, recipe_of
+from support.models import (
+    CALIBRATION,
+    VALIDATION,
+    cached_logits,
+    export_slim,
+    exported,
+    open_prepared,
+    recipe_of,
+    tokens_of,
+    torch_logits,
+)
+from support.paths import ROOT
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -212,3 +224,19 @@ def test_plan_with_the_toy_cache_is_read_from_json(toys: type[Toys]) -> None:
     layer = LayerPlan.model_validate({"layer": 0, "cache": {"kind": "negated"}})
     assert isinstance(layer.cache, toys.cache)
     assert json.loads(layer.model_dump_json())["cache"] == {"kind": "negated"}
+
+
+def test_cache_of_the_docs_works(tiny_llama: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "adding_a_cache.md").read_text()
+    namespace: dict[str, Any] = {"__name__": "negative"}
+    try:
+        code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+        exec(compile(code, "adding_a_cache.md", "exec", dont_inherit=True), namespace)
+        prepared = open_prepared(tiny_llama, recipe_of())
+        tokens = tokens_of(prepared)
+        before = torch_logits(prepared, tokens)
+        layers = (LayerPlan(layer=0, cache=namespace["NegativeCache"]()), LayerPlan(layer=1))
+        exported(prepared, Plan(layers=layers), tmp_path / "negative")
+        assert np.abs(cached_logits(tmp_path / "negative", tokens) - before).max() < 1e-4
+    finally:
+        CACHES.pop("negative", None)

@@ -1,9 +1,8 @@
-"""Judging codes in torch: replayed layers change no number, and a trial leaves no trace."""
+"""Measuring codes in torch: replayed layers change no number, and a trial leaves no trace."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 import torch
 from support.models import open_prepared, recipe_of, tokens_of, torch_logits
 
+from kvslim.caches import FullCache
 from kvslim.methods import KvHdc, KvPca
 from kvslim.methods.fitting import fit
 from kvslim.plan.decide import planned
@@ -36,10 +36,10 @@ def windows_of(prepared: PreparedDecoder, count: int = 3, length: int = 32) -> n
     return np.random.default_rng(7).integers(0, prepared.spec.vocab_size, (count, length))
 
 
-def codes_of(prepared: PreparedDecoder, **layer: object) -> Codes:
+def codes_of(prepared: PreparedDecoder, **changes: object) -> Codes:
     """All layers alike, with values and keys in half the rank unless said otherwise."""
-    entries = {"rank": 8, **layer}
-    layers = tuple(LayerPlan.model_validate({"layer": i, **entries}) for i in range(prepared.spec.layers))
+    cache = FullCache.model_validate({"rank": 8, **changes})
+    layers = tuple(LayerPlan(layer=layer, cache=cache) for layer in range(prepared.spec.layers))
     return fit(prepared.spec, prepared.statistics, Plan(layers=layers))
 
 
@@ -61,7 +61,7 @@ def test_kl_is_zero_when_nothing_is_coded(prepared: PreparedDecoder) -> None:
 
 
 def test_kl_is_that_of_the_logits(prepared: PreparedDecoder) -> None:
-    windows, codes = windows_of(prepared), codes_of(prepared, roles=0, cache="int4")
+    windows, codes = windows_of(prepared), codes_of(prepared, rotation=0, stored="int4")
     plain = [torch_logits(prepared, window) for window in windows]
     with trial(prepared.model, prepared.architecture, codes):
         slim = [torch_logits(prepared, window) for window in windows]
@@ -87,14 +87,14 @@ def test_replayed_layers_give_the_number_of_a_full_run(
 
 def test_kl_is_repeatable_when_another_trial_lies_between(prepared: PreparedDecoder) -> None:
     evaluator = evaluator_of(prepared, windows_of(prepared))
-    one, other = codes_of(prepared), codes_of(prepared, roles=0, cache="int4")
+    one, other = codes_of(prepared), codes_of(prepared, rotation=0, stored="int4")
     first = evaluator.kl(one)
     assert evaluator.kl(other) != first
     assert evaluator.kl(one) == first
 
 
 def test_model_is_as_before_after_a_trial(prepared: PreparedDecoder) -> None:
-    tokens, codes = tokens_of(prepared), codes_of(prepared, roles=0, cache="int4", centred=True)
+    tokens, codes = tokens_of(prepared), codes_of(prepared, rotation=0, stored="int4", centred=True)
     before = torch_logits(prepared, tokens)
     with trial(prepared.model, prepared.architecture, codes):
         assert np.abs(torch_logits(prepared, tokens) - before).max() > 1e-3
@@ -107,7 +107,7 @@ def test_model_is_as_before_when_a_trial_or_its_installation_fails(prepared: Pre
     with pytest.raises(KeyError), trial(prepared.model, prepared.architecture, codes):
         raise KeyError
     np.testing.assert_array_equal(torch_logits(prepared, tokens), before)
-    broken = (*codes[:-1], replace(codes[-1], value_decoder=None))
+    broken = (*codes[:-1], codes[-1].coded(value_decoder=None))
     with pytest.raises(ValueError, match="value code"), trial(prepared.model, prepared.architecture, broken):
         pytest.fail("such codes cannot be installed")
     np.testing.assert_array_equal(torch_logits(prepared, tokens), before)
@@ -183,7 +183,7 @@ def test_refitting_leaves_layers_without_codes_alone(prepared: PreparedDecoder) 
     assert refitted_on(prepared, none, windows) == none
     mixed = (LayerEdit(), *codes_of(prepared)[1:])
     again = refitted_on(prepared, mixed, windows)
-    assert [code.output_weight is None for code in again] == [True, *[False] * (prepared.spec.layers - 1)]
+    assert [code.output is None for code in again] == [True, *[False] * (prepared.spec.layers - 1)]
     np.testing.assert_array_equal(torch_logits(prepared, tokens), before)
 
 
@@ -232,7 +232,9 @@ def test_compensation_stays_off_when_the_recipe_says_so(
     changes = {"compensate": False, "methods": (KvPca(rank=8),)}
     monkeypatch.setattr(prepared, "recipe", prepared.recipe.model_copy(update=changes))
     summary = planned(prepared)
-    assert [(layer.rank, layer.refit) for layer in summary.plan.layers] == [(8, False)] * prepared.spec.layers
+    assert [(layer.cache, layer.refit) for layer in summary.plan.layers] == [
+        (FullCache(rank=8), False)
+    ] * prepared.spec.layers
     assert summary.kl > 0
 
 

@@ -103,10 +103,10 @@ def test_dropped_and_kept_energy_are_all_of_it() -> None:
     assert key.cost(Choice(SPEC.head_dim, 0), 4).dropped == 0
 
 
-def test_noise_falls_with_bits_and_with_refined_coordinates() -> None:
+def test_noise_falls_with_bits_and_with_residual_coordinates() -> None:
     for sides in side_costs(SPEC, statistics_of(SPEC)):
         for costs in sides:
-            noise = [costs.cost(Choice(16, refined), 4).noise for refined in (0, 8, 16)]
+            noise = [costs.cost(Choice(16, residual), 4).noise for residual in (0, 8, 16)]
             assert noise[0] > noise[1] > noise[2] > 0
             assert costs.cost(Choice(16, 0), 8).noise < 0.1 * noise[0]
 
@@ -116,10 +116,10 @@ def test_noise_is_that_of_a_spread_when_coordinates_are_alike() -> None:
     assert costs.cost(Choice(8, 0), 4) == Cost(0.0, pytest.approx(0.5 * 2 * 8 * 3.0))
 
 
-def test_roles_are_refused_when_either_group_of_coordinates_has_no_rotation() -> None:
+def test_rotation_is_refused_when_either_group_of_coordinates_has_no_rotation() -> None:
     wide = SPEC.model_copy(update={"head_dim": 192, "layers": 1, "windows": (None,)})
     for choice in (Choice(184, 0), Choice(192, 8)):
-        with pytest.raises(UsageError, match="no item memory of order 184"):
+        with pytest.raises(UsageError, match="there is no Hadamard matrix of order 184"):
             check_plan(Plan(layers=(bundled(LayerPlan(layer=0), choice, None, 4),)), wide)
 
 
@@ -131,9 +131,9 @@ def test_choices_are_all_valid_plans_of_their_width(window: int | None, bits: in
     assert any(found.values())
     for width, possible in found.items():
         for choice in possible:
-            assert choice.rank + choice.refined == width
-            assert has_rotation(choice.rank - choice.refined)
-            assert has_rotation(choice.refined)
+            assert choice.rank + choice.residual == width
+            assert has_rotation(choice.rank - choice.residual)
+            assert has_rotation(choice.residual)
             check_plan(Plan(layers=(bundled(LayerPlan(layer=0), choice, None, bits),)), wide)
     assert {width % (8 if window is None else 16 if bits == 8 else 32) for width, some in found.items() if some} == {0}
     assert max(width for width, some in found.items() if some) == (192 if bits == 8 else 384)

@@ -9,6 +9,7 @@ import pytest
 from support.numbers_of_a_model import SPEC, statistics_of
 from support.planning import much, nothing, planner_of
 
+from kvslim.caches import FullCache, WindowCache
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.checks import check_plan
 from kvslim.cli import app
@@ -125,7 +126,8 @@ def test_attention_that_loses_nothing_goes_first(
     # What the layer does not take, the others have.
     whole = planner._filled(planner.plain_bytes / 12, planner.offered[4][0])
     assert whole is not None
-    assert all(layers[index].widths(16) > whole[index].widths(16) for index in range(len(whole)) if index != 1)
+    widths = [[layer.cache.widths(16) for layer in filled] for filled in (layers, whole)]  # type: ignore[attr-defined]
+    assert all(more > less for index, (more, less) in enumerate(zip(*widths, strict=True)) if index != 1)
 
 
 def test_plan_is_no_worse_than_one_with_all_heads(planner_with: Callable[..., Planner]) -> None:
@@ -170,8 +172,8 @@ def test_time_follows_heads_sizes_and_windows() -> None:
     )
     assert time.of_layer(LayerPlan(layer=0)) == OF_WEIGHTS["fp32"] * 1100 + reading
     assert time.of_layer(LayerPlan(layer=0, heads=())) == OF_WEIGHTS["fp32"] * 1000
-    assert time.of_layer(LayerPlan(layer=0, cache="int8")) == OF_WEIGHTS["fp32"] * 1100 + of_int8
-    windowed = LayerPlan(layer=0, window=100, sinks=4)
+    assert time.of_layer(LayerPlan(layer=0, cache=FullCache(stored="int8"))) == OF_WEIGHTS["fp32"] * 1100 + of_int8
+    windowed = LayerPlan(layer=0, cache=WindowCache(window=100, sinks=4))
     assert time.of_layer(windowed) == OF_WEIGHTS["fp32"] * 1100 + reading * 104 / CONTEXT
     assert time.of_layer(LayerPlan(layer=0, mlp=False)) == OF_WEIGHTS["fp32"] * 100 + reading
     half = LayerPlan(layer=0, heads=tuple(range(spec.q_heads // 2)))
@@ -202,6 +204,6 @@ def test_shared_caches_form_no_chain_and_keep_recall(
     assert not {sources[layer] for layer in found} & set(found)
     expected = {layer: Alteration(source=sources[layer], loss=0.1, share=0.0) for layer in found}
     assert found == expected
-    kept = offered(lambda plan: 0.5 * (plan.layers[-1].donor is not None), pays=True)
+    kept = offered(lambda plan: 0.5 * (plan.layers[-1].source is not None), pays=True)
     assert set(kept) == set(found) - {spec.layers - 1}
     assert offered(nothing, pays=False) == {}

@@ -9,12 +9,13 @@ import pytest
 from support.models import VALIDATION, open_prepared, recipe_of
 from support.planning import Codes, much, nothing, planner_of
 
+from kvslim.caches import WindowCache
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.plan.budget import planner_of as planner_of_model
-from kvslim.plan.candidates import SINKS
+from kvslim.plan.candidates import SINKS, Candidate
 from kvslim.plan.planner import Planner
 from kvslim.plan.trials import keeping_recall
-from kvslim.plan.windows import SINKS, WindowTrials
+from kvslim.plan.windows import WindowTrials
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.types import KVLayout
 
@@ -22,7 +23,12 @@ CONTEXT = 128
 
 
 def windows_in(codes: Codes) -> dict[int, int]:
-    return {layer: code.window for layer, code in enumerate(codes) if code.window is not None}
+    return {layer: code.cache.window for layer, code in enumerate(codes) if isinstance(code.cache, WindowCache)}
+
+
+def windows_among(candidates: Sequence[Candidate]) -> set[int | None]:
+    caches = (each.layer.cache for each in candidates)
+    return {cache.window if isinstance(cache, WindowCache) else None for cache in caches}
 
 
 @pytest.mark.parametrize(
@@ -92,12 +98,13 @@ def test_window_that_loses_nothing_is_offered_in_every_layer(
 ) -> None:
     planner = planner_with()
     for kinds in planner.offered.values():
-        offered = [{each.layer.window for each in layer} for layers in kinds for layer in layers]
+        offered = [windows_among(layer) for layers in kinds for layer in layers]
         assert offered == [{None}] * 2 + [{None, 32}] * 2 + [{None, 16}] * 2
     planned = planner._planned(planner._filled(planner.plain_bytes / 20, planner.offered[4][1]) or ())
-    windowed = [layer for layer in planned.plan.layers if layer.window is not None]
+    windowed = [layer for layer in planned.plan.layers if isinstance(layer.cache, WindowCache)]
     assert windowed
-    assert all(layer.sinks == SINKS and "recent tokens" in layer.reason for layer in windowed)
+    assert {layer.cache.sinks for layer in windowed if isinstance(layer.cache, WindowCache)} == {SINKS}
+    assert all("recent tokens" in layer.reason for layer in windowed)
     assert planned.point.kv_bytes_per_token * CONTEXT == KVLayout.of(prepared.spec, planned.plan).bytes_at(CONTEXT)
     assert planned.point.kv_ratio >= 20
 
@@ -128,4 +135,4 @@ def test_planner_offers_windows_where_the_text_allows(tiny_llama: Path) -> None:
     validation = VALIDATION.model_copy(update={"recall_distance": 32})
     recipe = recipe_of().model_copy(update={"validation": validation})
     planner = planner_of_model(open_prepared(tiny_llama, recipe).trials(), 80)
-    assert {layer.window for ways in planner.ways[4] for layers in ways for _, layer in layers} == {None, 20}
+    assert set().union(*(windows_among(layer) for layers in planner.offered[4] for layer in layers)) == {None, 20}

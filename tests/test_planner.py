@@ -131,7 +131,7 @@ def test_int4_plan_of_a_sliding_window_model_runs(tiny_model: Callable[[str], Pa
     """In a window the kernel takes int4 in heads of 32 and more alone."""
     model = str(tiny_model("mistral"))
     summary = pipeline.plan(model, budget_of(kv_ratio=7))
-    assert {layer.cache for layer in summary.plan.layers} == {"int4"}
+    assert {layer.cache.dtype for layer in summary.plan.layers} == {"int4"}
     manifest = pipeline.compress(model, budget_of(kv_ratio=7), tmp_path / "out", plan=summary.plan)
     assert manifest.report is not None
     assert manifest.report.artifact.kv_bytes_per_token == summary.kv_bytes_per_token
@@ -151,7 +151,7 @@ def test_plan_tells_kl_and_frontier_as_json(
     assert told["kl"] > 0
     assert told["kv_bytes_per_token"] * 8 <= told["plain_kv_bytes_per_token"]
     assert set(told["frontier"][0]) == {"cache", "kv_bytes_per_token", "kv_ratio", "time_ratio", "kl", "recall_drop"}
-    assert all(layer["roles"] == 0 for layer in told["plan"]["layers"])
+    assert all(layer["cache"]["rotation"] == 0 for layer in told["plan"]["layers"])
     assert Plan.model_validate_json(out.read_text()) == Plan.model_validate(told["plan"])
     assert app.run(["plan", str(tiny_llama), "--kv-mib-at", "1k=0.0625", *options]) == 0
     table = capsys.readouterr().out

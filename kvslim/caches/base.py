@@ -68,6 +68,15 @@ class Cache(Frozen):
         """How most of its numbers are stored."""
         return "float32"
 
+    @property
+    def kept(self) -> tuple[int, int] | None:
+        """Recent tokens and sinks that are kept as they are, where not all tokens are; None where they are."""
+        return None
+
+    def widths(self, head_dim: int) -> tuple[int, int]:
+        """Numbers that a head of the cache holds of a token's key, and of its value."""
+        return head_dim, head_dim
+
     def check(self, spec: ModelSpec, layer: int, layout: Layout, where: str) -> None:
         """Refuses what no graph can hold.
 
@@ -159,7 +168,15 @@ def read_cache(value: object) -> object:
     """A cache from JSON: its kind says which class reads the rest."""
     if not isinstance(value, dict):
         return value
-    kind = value.get("kind", "full")
-    if kind not in CACHES:
+    return known_cache(value.get("kind", "full")).model_validate(value)
+
+
+def known_cache(kind: object) -> type[Cache]:
+    """The registered kind of that name, which JSON gives.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if not isinstance(kind, str) or kind not in CACHES:
         raise ValueError(f"unknown kind of cache {kind!r}; known are {', '.join(CACHES)}")
-    return CACHES[kind].model_validate(value)
+    return CACHES[kind]

@@ -7,7 +7,7 @@ from typing import Any, Self
 from pydantic import Field
 
 from kvslim.caches.base import Cache
-from kvslim.contract import BITS, CacheType, Clip, Granularity, ModelSpec, Objective
+from kvslim.contract import BITS, CacheType, Clip, Granularity, ModelSpec, Objective, Stored
 from kvslim.errors import UsageError
 
 STEP, WINDOW_STEP = 8, 16  # onnxruntime's kernel reads heads in multiples of this, with a window in those of that
@@ -56,7 +56,7 @@ class CodedCache(Cache):
 class IntegerCache(CodedCache):
     """A cache of coordinates in float32, or in the integers of onnxruntime's kernels."""
 
-    stored: CacheType = Field("float32", description="float32, int8 or int4")
+    stored: Stored = Field("float32", description="as what a number is stored")
     clip: Clip = "error"
     residual: int = Field(0, description="leading coordinates stored twice: rounded, and what rounding left of them")
     value_residual: int | None = Field(None, description="the same for values, where it differs")

@@ -67,6 +67,11 @@ class PackedCache(CodedCache):
         """How most of its numbers are stored."""
         return CODES[self.bits]
 
+    @property
+    def kept(self) -> tuple[int, int] | None:
+        """Recent tokens and sinks that are kept as they are."""
+        return self.window, self.sinks
+
     def check(self, spec: ModelSpec, layer: int, layout: Layout, where: str) -> None:
         """Refuses windows without a token, and ranks that have no code."""
         super().check(spec, layer, layout, where)

@@ -53,6 +53,11 @@ class WindowCache(IntegerCache):
     metadata: ClassVar[str | None] = RINGS
     note_type: ClassVar[Any] = RingNote
 
+    @property
+    def kept(self) -> tuple[int, int] | None:
+        """Recent tokens and sinks that are kept as they are."""
+        return self.window, self.sinks
+
     def check(self, spec: ModelSpec, layer: int, layout: Layout, where: str) -> None:
         """Refuses windows without a token, and codes that the ring cannot hold."""
         super().check(spec, layer, layout, where)

@@ -76,9 +76,9 @@ class _LayerRecorder:
         self.samples["received"].append(received[:, :, pick].transpose(0, 1).flatten(1))
         self.samples["key"].append(bare_key[:, :, pick].transpose(0, 1).flatten(1, 2).float())
         self.samples["value"].append(value[:, :, pick].transpose(0, 1).flatten(1, 2))
-        if self.windows * SINKS <= SAMPLES // 4:
-            self.samples["sink_key"].append(key[:, :, :SINKS].transpose(0, 1).flatten(1, 2))
-            self.samples["sink_value"].append(value[:, :, :SINKS].transpose(0, 1).flatten(1, 2))
+        sinks = SINKS if self.windows * SINKS <= SAMPLES // 4 else 0
+        self.samples["sink_key"].append(key[:, :, :sinks].transpose(0, 1).flatten(1, 2))
+        self.samples["sink_value"].append(value[:, :, :sinks].transpose(0, 1).flatten(1, 2))
 
     def recording(self, hidden: dict[str, Tensor]) -> LayerRecording:
         """What was added up, with the sums of the layer's hidden states."""
@@ -87,7 +87,7 @@ class _LayerRecorder:
             self.gram,
             {name: total.numpy() for name, total in self.sums.items()},
             {name: total.numpy() for name, total in hidden.items()},
-            {name: torch.cat([*parts], dim=1).numpy() for name, parts in self.samples.items()},
+            {name: torch.cat(parts, dim=1).numpy() for name, parts in self.samples.items()},
         )
 
 
@@ -110,7 +110,7 @@ def record(
         windows: [n, length] token ids of the whole text.
         seed: Seed of sampled tokens.
         progress: Hears which window is run.
-        part: The windows to run, without gaps; None for all.
+        part: The windows to run, one at least and without gaps; None for all.
     """
     part = range(len(windows)) if part is None else part
     picks, _ = sampled_tokens(windows, seed)

@@ -43,7 +43,7 @@ def planner_of(trials: DecoderTrials, context: int | None = None, time_ratio: fl
 
 def probes_of(trials: DecoderTrials, context: int, *, timed: bool) -> Probes:
     """What was measured of the layers at a context, from the disk when they were probed before."""
-    key = _probes_key(trials, context, timed=timed)
+    key = probes_key(trials, context, timed=timed)
     probes = cache.load_probes(key)
     if probes is None:
         probes = _prober(trials, context, key, timed=timed).probe(trials.progress)
@@ -51,7 +51,7 @@ def probes_of(trials: DecoderTrials, context: int, *, timed: bool) -> Probes:
     return probes
 
 
-def _probes_key(trials: DecoderTrials, context: int, *, timed: bool) -> str:
+def probes_key(trials: DecoderTrials, context: int, *, timed: bool) -> str:
     """Hash of all that decides what probes measure; of a budget only its context and whether it limits time."""
     recipe, asked = trials.prepared.recipe, {"seed", "recall_items", "recall_distance"}
     made = recipe.weights.type, recipe.layout, recipe.window_cache, recipe.validation.model_dump(include=asked)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvslim.caches import CodedCache, PackedCache, WindowCache
+from kvslim.caches import CodedCache
 from kvslim.contract import CacheType, ModelSpec, WeightType
 from kvslim.types import LayerPlan
 
@@ -57,22 +57,16 @@ class DecodeTime:
         kept = (heads + kv_heads) / (spec.q_heads + spec.kv_heads)
         coding = (heads + kv_heads) * spec.head_dim * (_rank(cached) or spec.head_dim * (layer.source is not None))
         seen = min((limit for limit in self._limits(layer) if limit is not None), default=self.context)
-        scoring = OF_CACHE[cached.cache.dtype] * sum(_widths(cached, spec)) + OF_SCORE
+        scoring = OF_CACHE[cached.cache.dtype] * sum(cached.cache.widths(spec.head_dim)) + OF_SCORE
         reading = heads * scoring * min(seen, self.context)
         return OF_WEIGHTS[self.weights] * kept * self.attention[layer.layer] + coding + reading
 
     def _limits(self, layer: LayerPlan) -> tuple[int | None, int | None]:
         """Tokens that the model's own window leaves, and those of a ring."""
-        ring = layer.cache.window + layer.cache.sinks if isinstance(layer.cache, WindowCache | PackedCache) else None
+        ring = None if layer.cache.kept is None else sum(layer.cache.kept)
         return self.spec.windows[layer.layer], ring
 
 
 def _rank(layer: LayerPlan) -> int:
     """Coordinates of a code; 0 where there is none."""
     return (layer.cache.rank or 0) if isinstance(layer.cache, CodedCache) else 0
-
-
-def _widths(layer: LayerPlan, spec: ModelSpec) -> tuple[int, int]:
-    """Numbers that a head of the cache holds of a token's key, and of its value."""
-    cache = layer.cache
-    return cache.widths(spec.head_dim) if isinstance(cache, CodedCache) else (spec.head_dim, spec.head_dim)

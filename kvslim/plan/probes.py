@@ -16,7 +16,7 @@ from kvslim.errors import UsageError
 from kvslim.plan.candidates import Alteration, Candidate
 from kvslim.plan.prices import Price
 
-FORMAT: Literal[1] = 1
+FORMAT: Literal[1] = 1  # part of the key too; raised when what is measured or how it is stored changes
 BITS = (8, 4)
 FIX = "probe the layers again"
 
@@ -94,7 +94,7 @@ class Probes(Frozen):
     def _recall(self) -> RecallKept:
         """What keeps recall; layers then stand at their index, as all are probed."""
         if self.recall is None:
-            raise UsageError("nobody has asked yet what keeps recall", where="probes", fix="ask it of all layers")
+            raise UsageError("it is not known what keeps recall", where="probes", fix="ask once all are probed")
         return self.recall
 
     def check_layers(self, layers: int) -> None:

@@ -10,10 +10,10 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from kvslim.caches import CodedCache, PackedCache, WindowCache
+from kvslim.caches import CodedCache
 from kvslim.contract import ModelSpec
 from kvslim.report.memory import CacheMemory
-from kvslim.types import GateResult, LayerPlan, Measures, Plan, PlanPoint, Report
+from kvslim.types import GateResult, Measures, Plan, PlanPoint, Report
 
 if TYPE_CHECKING:
     from kvslim.plan.analyze import Analysis
@@ -92,25 +92,19 @@ def gates_table(gates: Sequence[GateResult]) -> Table:
 
 def plan_table(plan: Plan) -> Table:
     """What happens to the cache of each layer, and why."""
-    windowed = any(_window(layer) for layer in plan.layers)
+    windowed = any(layer.cache.kept for layer in plan.layers)
     rows = tuple(
         (
             str(layer.layer),
             str(layer.cache.rank) if isinstance(layer.cache, CodedCache) and layer.cache.rank else NONE,
             layer.cache.dtype if layer.source is None else f"of layer {layer.source}",
-            *([_kept(*(_window(layer) or (None, 0)))] if windowed else []),
+            *([_kept(*(layer.cache.kept or (None, 0)))] if windowed else []),
             NONE if layer.score is None else f"{layer.score:.4f}",
             layer.reason,
         )
         for layer in plan.layers
     )
     return Table(("layer", "rank", "cache", *([WINDOW] if windowed else []), "score", "reason"), rows, words=True)
-
-
-def _window(layer: LayerPlan) -> tuple[int, int] | None:
-    """Recent and first tokens that a layer keeps, where it does not keep all."""
-    cache = layer.cache
-    return (cache.window, cache.sinks) if isinstance(cache, WindowCache | PackedCache) else None
 
 
 def decisions_table(spec: ModelSpec, plan: Plan) -> Table:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from support.models import open_prepared, recipe_of
 
+from kvslim.caches import FullCache
 from kvslim.contract import Layout, ModelSpec
 from kvslim.methods import KvHdc, KvPca, KvQuant, KvWindow, Method, PruneHeads, ShareKv
 from kvslim.plan.decide import decide
@@ -22,7 +23,7 @@ class Kind:
     methods: tuple[Method, ...] = ()
     weights: Weights = "fp32"
     rank_per_layer: bool = False
-    refined: int = 0
+    residual: int = 0
     layout: Layout = "gqa"
 
 
@@ -33,7 +34,7 @@ KINDS: dict[str, Kind] = {
     "kv_pca": Kind((HALF,)),
     "kv_quant": Kind((KvQuant(),)),
     "kv_quant, int4": Kind((KvQuant(bits=4),)),
-    "kv_hdc, int4, refined": Kind((KvHdc(bits=4, granularity="per_channel"),), refined=8),
+    "kv_hdc, int4, residual": Kind((KvHdc(bits=4, granularity="per_channel"),), residual=8),
     "kv_pca + kv_quant": Kind((HALF, KvQuant())),
     "kv_window": Kind((RING,)),
     "kv_pca + kv_window + kv_quant": Kind((HALF, RING, KvQuant())),
@@ -54,9 +55,9 @@ def make_artifact(model: Path | str, kind: Kind, folder: Path) -> Path:
     prepared = open_prepared(model, recipe)
     statistics = prepared.statistics
     plan = _rank_per_layer(prepared.spec) if kind.rank_per_layer else decide(prepared.recipe, prepared.spec, statistics)
-    if kind.refined:
-        sizes = {"rank": prepared.spec.head_dim - kind.refined, "refined": kind.refined}
-        plan = plan.model_copy(update={"layers": tuple(layer.model_copy(update=sizes) for layer in plan.layers)})
+    if kind.residual:
+        sizes = {"rank": prepared.spec.head_dim - kind.residual, "residual": kind.residual}
+        plan = plan.model_copy(update={"layers": tuple(layer.with_cache(**sizes) for layer in plan.layers)})
     prepared.install(prepared.codes(plan))
     folder.mkdir()
     inputs = prepared.export(plan, folder)
@@ -66,4 +67,4 @@ def make_artifact(model: Path | str, kind: Kind, folder: Path) -> Path:
 
 def _rank_per_layer(spec: ModelSpec) -> Plan:
     ranks = [8 * (1 + layer % (spec.head_dim // 8)) for layer in range(spec.layers)]
-    return Plan(layers=tuple(LayerPlan(layer=layer, rank=rank) for layer, rank in enumerate(ranks)))
+    return Plan(layers=tuple(LayerPlan(layer=layer, cache=FullCache(rank=rank)) for layer, rank in enumerate(ranks)))

@@ -6,6 +6,7 @@ import numpy as np
 
 from kvslim.calibrate.recorder import collect
 from kvslim.calibrate.statistics import CalibrationStatistics
+from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Silent
 from kvslim.transform.attention import Observed
 from kvslim.transform.surgery import slim_modules

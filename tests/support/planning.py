@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvslim.calibrate.statistics import CalibrationStatistics
+from kvslim.plan.budget import decode_time
 from kvslim.plan.planner import Planner
 from kvslim.plan.probes import Probes
 from kvslim.plan.probing import Prober
@@ -54,7 +55,7 @@ def prober_of(
     return Prober(
         prepared.spec,
         statistics,
-        prepared.decode_time(context),
+        decode_time(prepared, context),
         measured,
         WindowTrials(context if windows else 0, *(windows or (much, nothing))),
         PlanTrials(Plan.identity(prepared.spec), *plans),
@@ -86,5 +87,5 @@ def planner_with(
     prepared: PreparedDecoder, statistics: CalibrationStatistics, probes: Probes, time_ratio: float | None = None
 ) -> Planner:
     """A planner of probes at their context."""
-    time, judge = prepared.decode_time(probes.context), judge_of(prepared, statistics)
+    time, judge = decode_time(prepared, probes.context), judge_of(prepared, statistics)
     return Planner(prepared.spec, statistics, Plan.identity(prepared.spec), time, probes, judge.kl, time_ratio)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kvslim.caches import FullCache
 from kvslim.contract import ModelSpec
 from kvslim.export.manifest import hash_files, write_manifest
 from kvslim.types import KVLayout, LayerPlan, Manifest, Plan, Report, Source
@@ -30,7 +31,7 @@ def fill(folder: Path, text: str = "weights", report: Report | None = None) -> N
 
 def describe(folder: Path, report: Report | None = None) -> None:
     """Writes a manifest for the files that are in `folder`."""
-    plan = Plan(layers=(LayerPlan(layer=0, rank=8, cache="int8"), LayerPlan(layer=1)))
+    plan = Plan(layers=(LayerPlan(layer=0, cache=FullCache(rank=8, stored="int8")), LayerPlan(layer=1)))
     manifest = Manifest(
         source=Source(model="demo", revision=None, sha256="0" * 64),
         spec=SPEC,

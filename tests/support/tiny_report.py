@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvslim.caches import FullCache, PackedCache
 from kvslim.contract import ModelSpec
 from kvslim.types import GateResult, KVLayout, LayerPlan, Manifest, Measures, Plan, PlanPoint, Report, Source
 from kvslim.validate.gates import ratio
@@ -19,11 +20,11 @@ SPEC = ModelSpec(
 )
 PLAN = Plan(
     layers=(
-        LayerPlan(layer=0, rank=8, cache="int8", score=0.97, reason="rank 8 of 16; <int8> & more"),
-        LayerPlan(layer=1, cache="int4", reason="int4"),
+        LayerPlan(layer=0, cache=FullCache(rank=8, stored="int8"), score=0.97, reason="rank 8 of 16; <int8> & more"),
+        LayerPlan(layer=1, cache=FullCache(stored="int4"), reason="int4"),
         LayerPlan(layer=2, heads=(0, 1, 6, 7), reason="kv heads 1, 2 removed"),
         LayerPlan(layer=3, heads=(), reason="attention removed"),
-        LayerPlan(layer=4, window=256, sinks=4, cache="codes2", reason="2 bits behind a window"),
+        LayerPlan(layer=4, cache=PackedCache(bits=2, window=256, sinks=4), reason="2 bits behind a window"),
     )
 )
 PLAIN = Measures(
