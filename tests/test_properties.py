@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny_artifact import SPEC
 
+from kvslim.caches import ClusteredCache, FullCache, PackedCache, SharedCache, WindowCache
 from kvslim.checks import check_plan
 from kvslim.contract import BITS, ModelSpec
 from kvslim.errors import KvslimError, UsageError
@@ -66,19 +67,24 @@ ENTRIES = NAMES | JSON | st.dictionaries(NAMES, JSON, min_size=1, max_size=2)
 ANY_RECIPES = st.fixed_dictionaries({"name": st.just("any")}, optional={"methods": st.lists(ENTRIES, max_size=2)})
 
 SIZES = st.none() | st.integers(-1, 5).map(lambda blocks: 4 * blocks) | st.integers(0, 3).map(lambda blocks: 8 * blocks)
-LAYERS = st.builds(
-    LayerPlan,
-    layer=st.integers(-1, 2),
-    heads=st.none() | st.lists(st.integers(-1, 4), max_size=4).map(tuple),
-    rank=SIZES,
-    value_rank=SIZES,
-    refined=st.sampled_from([0, 0, 0, 8, 4, -8]),
-    roles=st.none() | st.integers(0, 3),
-    cache=st.sampled_from(list(BITS)),
-    granularity=st.sampled_from(["per_channel", "per_tensor"]),
-    window=st.none() | st.integers(-1, 64),
-    sinks=st.sampled_from([0, 0, 4, -1]),
+COORDINATES = {
+    "rank": SIZES,
+    "value_rank": SIZES,
+    "rotation": st.none() | st.integers(0, 3),
+    "granularity": st.sampled_from(["per_channel", "per_tensor"]),
+}
+ROUNDED = {"stored": st.sampled_from(["float32", "int8", "int4"]), "residual": st.sampled_from([0, 0, 0, 8, 4, -8])}
+KEPT = {"window": st.integers(-1, 64), "sinks": st.sampled_from([0, 0, 4, -1])}
+HEADS = st.lists(st.integers(-1, 4), max_size=4).map(tuple)
+CACHES = st.one_of(
+    st.builds(FullCache, **COORDINATES, **ROUNDED),
+    st.builds(WindowCache, **COORDINATES, **ROUNDED, **KEPT),
+    st.builds(PackedCache, **COORDINATES, **KEPT, bits=st.sampled_from([3, 2, 1])),
+    st.builds(ClusteredCache, clusters=HEADS | st.sampled_from([(0, 0, 2, 2), (0, 1, 2, 2), (0, 1, 2, 3)])),
+    st.builds(ClusteredCache, count=st.integers(-1, 5)),
+    st.builds(SharedCache, source=st.integers(-1, 2)),
 )
+LAYERS = st.builds(LayerPlan, layer=st.integers(-1, 2), heads=st.none() | HEADS, cache=CACHES)
 ORDERED = st.tuples(LAYERS, LAYERS).map(
     lambda pair: tuple(layer.model_copy(update={"layer": index}) for index, layer in enumerate(pair))
 )
@@ -88,7 +94,9 @@ PLANS = st.builds(
     window_cache=st.booleans(),
     layers=ORDERED | st.lists(LAYERS, max_size=3).map(tuple),
 )
-SPECS = st.sampled_from([SPEC, SPEC.model_copy(update={"windows": (32, None), "head_dim": 32})])
+SPECS = st.sampled_from(
+    [SPEC, *(SPEC.model_copy(update=update) for update in ({"windows": (32, None), "head_dim": 32}, {"kv_heads": 4}))]
+)
 
 
 @QUICK

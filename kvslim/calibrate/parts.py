@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from kvslim.load.architecture import Architecture
-from kvslim.transform.removal import residual_multiplier
 from kvslim.transform.surgery import layer_modules
 
 
@@ -62,7 +61,7 @@ def parts_recorded(model: Any, architecture: Architecture) -> Iterator[list[Part
     """Within the block every forward pass is added to one recorder per layer."""
     recorders, hooks = [], []
     for layer in layer_modules(model, architecture):
-        recorder = PartsRecorder(residual_multiplier(model))
+        recorder = PartsRecorder(architecture.multiplier(model.config))
         recorders.append(recorder)
         hooks += _attached(layer, architecture, recorder)
     try:

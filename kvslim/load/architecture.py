@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from kvslim.errors import UnsupportedError, suggestion
 
@@ -26,6 +26,10 @@ class Architecture:
             directly from the hidden states.
         rotary: The rotary embedding, from the model; None for learned positions.
         scaled_query: Whether the family scales queries after their projection.
+        query_norm: The norm of queries after their projection, from the attention module; None for families without.
+        optional_query_norm: Whether the config's `qk_layernorm` decides if that norm is there.
+        residual_multiplier: The config's name of what attention and feed-forward part are multiplied by before they
+            are added to the hidden states; None for families that add them as they are.
         mlp: The modules of the feed-forward part, from a layer, in order; nothing else in it has weights.
         down: Its last projection, from a layer.
         post_norms: The norms on the outputs of attention and of the feed-forward part, before these are added to the
@@ -44,6 +48,9 @@ class Architecture:
     direct: bool = False
     rotary: str | None = "model.rotary_emb"
     scaled_query: bool = False
+    query_norm: str | None = None
+    optional_query_norm: bool = False
+    residual_multiplier: str | None = None
     mlp: tuple[str, ...] = ("mlp",)
     down: str = "mlp.down_proj"
     post_norms: tuple[str, str] | None = None
@@ -52,6 +59,14 @@ class Architecture:
     def added(self) -> tuple[str, str]:
         """The modules whose outputs, of attention and of the feed-forward part, are added to the hidden states."""
         return self.post_norms or (f"{self.attention}.{self.output}", self.mlp[-1])
+
+    def norms_query(self, config: Any) -> bool:
+        """Whether a model with that transformers config norms queries and keys after their projections."""
+        return self.query_norm is not None and (not self.optional_query_norm or bool(config.qk_layernorm))
+
+    def multiplier(self, config: Any) -> float:
+        """What a model with that transformers config multiplies by before it adds to the hidden states."""
+        return 1.0 if self.residual_multiplier is None else float(getattr(config, self.residual_multiplier))
 
     @property
     def edited(self) -> tuple[str, ...]:
@@ -72,7 +87,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": Architecture("Gemma", "scaled embeddings"),
     "gemma2": Architecture("Gemma 2", "softcaps, windows in every other layer", post_norms=POST_NORMS),
     "gemma3_text": Architecture(
-        "Gemma 3 (text)", "q and k norms, windows in most layers, two RoPEs", post_norms=POST_NORMS
+        "Gemma 3 (text)",
+        "q and k norms, windows in most layers, two RoPEs",
+        query_norm="q_norm",
+        post_norms=POST_NORMS,
     ),
     "gpt2": _packed(
         "GPT-2",
@@ -96,10 +114,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         rotary="gpt_neox.rotary_emb",
         down="mlp.dense_4h_to_h",
     ),
-    "granite": Architecture("Granite", "scaled embeddings, residuals and logits"),
+    "granite": Architecture(
+        "Granite", "scaled embeddings, residuals and logits", residual_multiplier="residual_multiplier"
+    ),
     "llama": Architecture("Llama, SmolLM, TinyLlama", "RoPE scaling: linear, llama3, yarn"),
     "mistral": Architecture("Mistral", "sliding window"),
-    "olmo2": Architecture("OLMo 2", "q and k norms over all heads, norms after blocks", post_norms=POST_NORMS),
+    "olmo2": Architecture(
+        "OLMo 2", "q and k norms over all heads, norms after blocks", query_norm="q_norm", post_norms=POST_NORMS
+    ),
     "opt": Architecture(
         "OPT",
         "learned positions",
@@ -111,13 +133,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         down="fc2",
     ),
     "phi": Architecture(
-        "Phi-1.5, Phi-2", "partial RoPE, parallel residual", output="dense", direct=True, down="mlp.fc2"
+        "Phi-1.5, Phi-2",
+        "partial RoPE, parallel residual",
+        output="dense",
+        direct=True,
+        query_norm="q_layernorm",
+        optional_query_norm=True,
+        down="mlp.fc2",
     ),
     "phi3": _packed("Phi-3, Phi-4", "packed projection, partial RoPE, LongRoPE, window", "qkv_proj", "blocks"),
     "qwen2": Architecture("Qwen2, Qwen2.5", "biases on q, k and v"),
-    "qwen3": Architecture("Qwen3", "q and k norms"),
+    "qwen3": Architecture("Qwen3", "q and k norms", query_norm="q_norm"),
     "smollm3": Architecture("SmolLM3", "layers without RoPE"),
-    "stablelm": Architecture("StableLM", "partial RoPE", direct=True),
+    "stablelm": Architecture(
+        "StableLM", "partial RoPE", direct=True, query_norm="q_layernorm", optional_query_norm=True
+    ),
     "starcoder2": Architecture("StarCoder2", "biases, sliding window", down="mlp.c_proj"),
 }
 

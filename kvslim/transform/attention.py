@@ -65,6 +65,7 @@ class SlimAttention(nn.Module):
         per_tensor: Whether all entries of each scale are equal, and the kernel may use one.
         cache: What attention over this kind of cache is.
         shared: What this layer caches, where other layers read it, or None.
+        is_normed: Whether the model norms queries and keys after it has projected them.
         rotary: RoPE of this layer, or None.
         window: Tokens that a query of this layer sees in the model, or None for all.
         hidden: Input of the model's projections, caught by a hook, [batch, length, hidden].
@@ -97,6 +98,7 @@ class SlimAttention(nn.Module):
         self.per_tensor = False
         self.cache: CacheAttention = FullAttention()
         self.shared: SharedStates | None = None
+        self.is_normed = False
         self.rotary, self.window = rotary, window
         self.hidden: Tensor | None = None
         self.observer: Observer | None = None

@@ -25,7 +25,6 @@ from kvslim.caches.attention.shared import SharedAttention
 from kvslim.load.architecture import Architecture
 from kvslim.progress import Progress
 from kvslim.transform.edits import Affine, Array, LayerEdit
-from kvslim.transform.removal import residual_multiplier
 from kvslim.transform.surgery import layer_modules, parameters, slim_modules, trial
 
 RIDGE = 0.1  # of the inputs' mean power
@@ -124,7 +123,7 @@ class _Refit:
         self, side: Side, codes: Sequence[LayerEdit], before: list[Any], wanted: list[_Run], *, whole: bool
     ) -> tuple[Array, Array]:
         """Weight and bias of a projection, fitted to what it gave, or to what the whole of the layers gave."""
-        multiplier, equations = residual_multiplier(self.model), _Equations()
+        multiplier, equations = self.architecture.multiplier(self.model.config), _Equations()
         for run, want in zip(self.runs(before, codes, side), wanted, strict=True):
             if whole:
                 equations.add(run.read, (want.output - run.output) / multiplier, want.output)

@@ -26,11 +26,6 @@ class Constant(nn.Module):
         return self.value
 
 
-def residual_multiplier(model: Any) -> float:
-    """What a family multiplies by what attention and feed-forward part add to the hidden states."""
-    return float(getattr(model.config, "residual_multiplier", 1.0))
-
-
 def remove_parts(layer: Any, architecture: Architecture, edit: LayerEdit, multiplier: float) -> None:
     """Edits a layer in place so that what its edit says is gone is a constant.
 

@@ -17,7 +17,7 @@ from kvslim.load.architecture import Architecture
 from kvslim.transform.attention import NAME, SlimAttention, register
 from kvslim.transform.edits import RESIDUAL_STEPS, Array, KeptHeads, LayerEdit
 from kvslim.transform.normal import normalise
-from kvslim.transform.removal import remove_parts, residual_multiplier
+from kvslim.transform.removal import remove_parts
 from kvslim.transform.rotary import take_over
 
 SIDES = ("query", "key", "value")
@@ -84,8 +84,9 @@ def prepare(model: Any, architecture: Architecture, spec: ModelSpec) -> Original
     attentions = attention_modules(model, architecture)
     for attention, rotary, window in zip(attentions, rotaries, spec.windows, strict=True):
         attention.kvslim = SlimAttention(rotary, window)
+        attention.kvslim.is_normed = architecture.norms_query(model.config)
         attention.get_submodule(architecture.value).register_forward_pre_hook(catch_hidden(attention.kvslim))
-        if architecture.direct and not getattr(model.config, "qk_layernorm", False):
+        if architecture.direct and not attention.kvslim.is_normed:
             _project_directly(attention, architecture, spec)
     return original
 
@@ -125,7 +126,8 @@ def install(model: nn.Module, architecture: Architecture, edits: tuple[LayerEdit
 
     Keys and queries are coded after RoPE; without RoPE their codes fold into the projections too.
     """
-    multiplier, slims = residual_multiplier(model), slim_modules(model, architecture)
+    config: Any = model.config
+    multiplier, slims = architecture.multiplier(config), slim_modules(model, architecture)
     for layer, slim, whole in zip(layer_modules(model, architecture), slims, edits, strict=True):
         attention = layer.get_submodule(architecture.attention)
         remove_parts(layer, architecture, whole, multiplier)
@@ -239,7 +241,7 @@ def _prune_heads(attention: nn.Module, slim: SlimAttention, architecture: Archit
 
 def _keep_rows(attention: nn.Module, slim: SlimAttention, architecture: Architecture, side: str, head_dim: int) -> None:
     """Takes the heads that `slim.heads` lacks out of the projection of one side."""
-    if slim.heads is not None and (side == "value" or not _is_changed_later(attention, architecture, side)):
+    if slim.heads is not None and (side == "value" or not _is_changed_later(slim, architecture, side)):
         rows, bias = projection(attention, architecture, side)
         heads = list(slim.heads[side])
         _set(slim, side, rows.reshape(-1, head_dim, rows.shape[1])[heads].reshape(-1, rows.shape[1]))
@@ -262,10 +264,9 @@ def _cluster_heads(
         _keep_rows(attention, slim, architecture, "key", head_dim)
 
 
-def _is_changed_later(attention: nn.Module, architecture: Architecture, side: str) -> bool:
+def _is_changed_later(slim: SlimAttention, architecture: Architecture, side: str) -> bool:
     """Whether the model norms or scales what the projection of queries or keys gives."""
-    normed = any(hasattr(attention, name) for name in ("q_norm", "q_layernorm"))
-    return normed or (side == "query" and architecture.scaled_query)
+    return slim.is_normed or (side == "query" and architecture.scaled_query)
 
 
 def _install_query_code(attention: nn.Module, slim: SlimAttention, architecture: Architecture, encoder: Array) -> None:
