@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, SerializeAsAny, model_validator
+from pydantic_core import CoreSchema
 
 from kvslim.caches import CACHES, Cache, FullCache, Place, SharedCache
 from kvslim.caches.base import known_cache, read_cache
@@ -51,7 +52,14 @@ def _weight_format(value: object) -> object:
 Weights = Annotated[WeightFormat, BeforeValidator(_weight_format)]
 
 
-AnyCache = Annotated[SerializeAsAny[Cache], BeforeValidator(read_cache)]
+class _OneOfCaches:
+    """The JSON Schema of a cache: that of one of the registered kinds."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [handler(kind.__pydantic_core_schema__) for kind in CACHES.values()]}
+
+
+AnyCache = Annotated[SerializeAsAny[Cache], BeforeValidator(read_cache), _OneOfCaches()]
 
 
 class LayerPlan(Frozen):

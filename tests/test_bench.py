@@ -14,9 +14,9 @@ import pytest
 from support.tiny_artifact import fill
 from support.tiny_graph import write_tiny
 
+from kvslim.caches.packed import PackedTensor
 from kvslim.cli import app
 from kvslim.cli.schemas import output_type
-from kvslim.contract import KVTensor
 from kvslim.errors import UsageError
 from kvslim.report.bench import bench_csv, timings_table
 from kvslim.runtime.session import DecodeSession
@@ -87,7 +87,7 @@ def test_a_batch_that_has_begun_refuses_several_tokens(tmp_path: Path) -> None:
 
 
 def test_packed_codes_refuse_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensor = KVTensor(layer=0, kind="key_codes", heads=2, dim=8, dtype="codes2", window=4, sinks=1)
+    tensor = PackedTensor(layer=0, kind="key_codes", heads=2, dim=8, dtype="codes2", window=4, sinks=1)
     monkeypatch.setattr("kvslim.runtime.session.layout_of", lambda _: KVLayout(tensors=(tensor,)))
     with pytest.raises(UsageError, match="one sequence"):
         DecodeSession(write_tiny(tmp_path / "model.onnx"), capacity=16, batch=2)

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from support.tiny_artifact import SPEC
 
+from kvslim.caches import FullCache, WindowCache
 from kvslim.cli import app
 from kvslim.devices import measure
 from kvslim.devices.demand import (
@@ -131,7 +132,10 @@ def test_training_holds_four_numbers_a_parameter_and_takes_three_passes() -> Non
 
 
 def test_a_window_is_read_no_further_than_it_reaches() -> None:
-    layers = (LayerPlan(layer=0, window=32, sinks=4), LayerPlan(layer=1, heads=(0, 1), cache="int8"))
+    layers = (
+        LayerPlan(layer=0, cache=WindowCache(window=32, sinks=4)),
+        LayerPlan(layer=1, heads=(0, 1), cache=FullCache(stored="int8")),
+    )
     cache = Cache.of("slim", SPEC, Plan(layers=layers))
     ring, rest = 2 * 4 * 16 * 4, 2 * 2 * 16
     assert cache.read_at(10) == 10 * ring + 10 * rest

@@ -100,7 +100,7 @@ def test_method_of_the_docs_works() -> None:
     finally:
         METHODS.pop("kv_taper", None)
     check_plan(plan, SPEC)
-    assert [plan.layers[at].rank for at in (0, -1)] == [16, 8]
-    assert [codes[at].key_encoder.shape[2] for at in (0, -1)] == [16, 8]
+    assert [plan.layers[at].cache.rank for at in (0, -1)] == [16, 8]
+    assert [codes[at].code.key_encoder.shape[2] for at in (0, -1)] == [16, 8]
     with pytest.raises(UsageError, match="rank 12"):
         space["KvTaper"](first=12, last=8).check(SPEC)

@@ -66,33 +66,36 @@ NAMES = st.sampled_from(["kv_pca", "kv_quant", "kv_hdc", "kv_window", "prune_hea
 ENTRIES = NAMES | JSON | st.dictionaries(NAMES, JSON, min_size=1, max_size=2)
 ANY_RECIPES = st.fixed_dictionaries({"name": st.just("any")}, optional={"methods": st.lists(ENTRIES, max_size=2)})
 
-SIZES = st.none() | st.integers(-1, 5).map(lambda blocks: 4 * blocks) | st.integers(0, 3).map(lambda blocks: 8 * blocks)
+# Mostly what a plan may say, so that many of them are laid out, and some of what none may.
+SIZES = st.sampled_from([None, None, None, 16, 16, 8, 0, 4, -8, 24])
 COORDINATES = {
     "rank": SIZES,
-    "value_rank": SIZES,
-    "rotation": st.none() | st.integers(0, 3),
+    "value_rank": st.none() | SIZES,
+    "rotation": st.sampled_from([None, None, 0, 3]),
     "granularity": st.sampled_from(["per_channel", "per_tensor"]),
 }
 ROUNDED = {"stored": st.sampled_from(["float32", "int8", "int4"]), "residual": st.sampled_from([0, 0, 0, 8, 4, -8])}
-KEPT = {"window": st.integers(-1, 64), "sinks": st.sampled_from([0, 0, 4, -1])}
-HEADS = st.lists(st.integers(-1, 4), max_size=4).map(tuple)
+KEPT = {"window": st.sampled_from([1, 16, 64, 0, -1]), "sinks": st.sampled_from([0, 0, 4, -1])}
+HEADS = st.sampled_from([(0, 1), (2, 3), (1, 2, 3), ()]) | st.lists(st.integers(-1, 4), max_size=4).map(tuple)
+CLUSTERS = st.sampled_from([(0, 0, 2, 2), (0, 1, 2, 3), (0, 0, 0, 3)]) | HEADS
 CACHES = st.one_of(
     st.builds(FullCache, **COORDINATES, **ROUNDED),
     st.builds(WindowCache, **COORDINATES, **ROUNDED, **KEPT),
     st.builds(PackedCache, **COORDINATES, **KEPT, bits=st.sampled_from([3, 2, 1])),
-    st.builds(ClusteredCache, clusters=HEADS | st.sampled_from([(0, 0, 2, 2), (0, 1, 2, 2), (0, 1, 2, 3)])),
-    st.builds(ClusteredCache, count=st.integers(-1, 5)),
-    st.builds(SharedCache, source=st.integers(-1, 2)),
+    st.builds(ClusteredCache, clusters=CLUSTERS) | st.builds(ClusteredCache, count=st.integers(-1, 5)),
+    st.builds(SharedCache, source=st.sampled_from([0, 0, 0, 1, -1, 2])),
 )
-LAYERS = st.builds(LayerPlan, layer=st.integers(-1, 2), heads=st.none() | HEADS, cache=CACHES)
+LAYERS = st.builds(
+    LayerPlan, layer=st.integers(-1, 2), heads=st.one_of(st.none(), st.none(), st.none(), HEADS), cache=CACHES
+)
 ORDERED = st.tuples(LAYERS, LAYERS).map(
     lambda pair: tuple(layer.model_copy(update={"layer": index}) for index, layer in enumerate(pair))
 )
 PLANS = st.builds(
     Plan,
-    layout=st.sampled_from(["gqa", "gqa", "attention24"]),
+    layout=st.sampled_from(["gqa", "gqa", "gqa", "attention24"]),
     window_cache=st.booleans(),
-    layers=ORDERED | st.lists(LAYERS, max_size=3).map(tuple),
+    layers=st.one_of(ORDERED, ORDERED, ORDERED, st.lists(LAYERS, max_size=3).map(tuple)),
 )
 SPECS = st.sampled_from(
     [SPEC, *(SPEC.model_copy(update=update) for update in ({"windows": (32, None), "head_dim": 32}, {"kv_heads": 4}))]

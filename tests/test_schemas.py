@@ -83,7 +83,7 @@ def test_every_command_with_json_has_a_schema(capsys: pytest.CaptureFixture[str]
     assert with_json | {"error"} == set(OUTPUTS)
     assert app.run(["schema", "verify"]) == 0
     schema = json.loads(capsys.readouterr().out)
-    assert schema["$id"] == schema["properties"]["schema"]["const"] == "kvslim.verify/1"
+    assert schema["$id"] == schema["properties"]["schema"]["const"] == "kvslim.verify/2"
     assert set(schema["required"]) == {"schema", "ok", "problems"}
 
 
@@ -97,7 +97,7 @@ def test_outputs_that_need_no_model_are_of_their_schemas(printed: Printed, artif
     printed("verify", artifact)
     (artifact / "model.onnx").write_text("other")
     assert printed("verify", artifact) == {
-        "schema": "kvslim.verify/1",
+        "schema": "kvslim.verify/2",
         "ok": False,
         "problems": ["model.onnx: changed"],
     }

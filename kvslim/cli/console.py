@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PIPE_WIDTH = 160
-SCHEMA_VERSION = 1  # goes up when a key is removed or changes its meaning; new keys do not change it
+SCHEMA_VERSION = 2  # goes up when a key is removed or changes its meaning; new keys do not change it
 
 
 class Terminal:
@@ -57,7 +57,7 @@ def print_json(name: str, value: dict[str, Any]) -> None:
 
 
 def schema_id(name: str) -> str:
-    """The value of the key `schema`, such as `kvslim.compress/1`."""
+    """The value of the key `schema`, such as `kvslim.compress/2`."""
     return f"kvslim.{name}/{SCHEMA_VERSION}"
 
 
