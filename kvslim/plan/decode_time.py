@@ -3,8 +3,8 @@
 A step reads every weight once and, in every layer, a key and a value of every cached token for each of its query heads:
 the fused kernel's time follows query heads times head size (kv heads change what it reads, hardly how long it takes),
 and the softmax takes some for each query head and token, however small the head is. What one multiply-accumulate costs
-depends on how weights and cache are stored; `benchmarks/decode_time.py` measures it and compares the ratios that follow
-with measured ones. What a ring costs besides is not counted.
+depends on how weights and cache are stored; the benchmark `weight-cost` measures it, and `plan-speed` compares the
+ratios that follow with measured ones. What a ring costs besides is not counted.
 """
 
 from __future__ import annotations

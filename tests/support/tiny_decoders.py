@@ -89,13 +89,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 FAMILIES = tuple(CONFIGS)
 
 
-def save_decoder(family: str, folder: Path) -> Path:
+def save_decoder(family: str, folder: Path, **sizes: int) -> Path:
     """Writes model and tokenizer; weights are large enough that every part of the graph shows in the output."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = _byte_tokenizer()
-    settings = {"model_type": family, **CONFIGS[family]}
+    settings = {"model_type": family, **CONFIGS[family], **sizes}
     config = AutoConfig.for_model(
         **settings,
         vocab_size=len(tokenizer),

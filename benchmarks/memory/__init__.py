@@ -1,0 +1,1 @@
+"""What export, prompts and caches take in memory: each number is of a fresh process."""

@@ -1,0 +1,1 @@
+"""What compression costs: KL, recall and agreement with the plain model."""

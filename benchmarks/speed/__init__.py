@@ -1,0 +1,1 @@
+"""What compression saves in time: graphs that run in turns in one process."""
