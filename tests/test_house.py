@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 from support.models import recipe_of
+from support.paths import ROOT
 
 from kvslim import pipeline
 from kvslim.contract import ModelSpec
@@ -62,6 +64,16 @@ def test_pipeline_is_short_and_knows_no_kind_of_model_and_no_method() -> None:
     names = set(names_in(ast.parse(text)))
     assert not {name for name in names if "encoder" in name.lower() or "decoder" in name.lower()}
     assert not names & {*METHODS, *CLASSES, *(module.name for module in CLASSES.values())}
+
+
+def test_wheel_has_every_package() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in SOURCES}
+    assert sorted(listed) == sorted({*found, "kvslim.recipes"})
+
+
+def test_no_two_modules_are_called_graph() -> None:
+    assert [path.parent.name for path in SOURCES if path.name == "graph.py"] == ["export"]
 
 
 @pytest.fixture

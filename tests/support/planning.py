@@ -51,7 +51,7 @@ def prober_of(
         timed: Whether time is limited too.
         key: What the probes are stored under.
     """
-    measured = divergence or judge_of(prepared, statistics).kl
+    measured = divergence or evaluator_of(prepared, statistics).kl
     return Prober(
         prepared.spec,
         statistics,
@@ -64,7 +64,7 @@ def prober_of(
     )
 
 
-def judge_of(prepared: PreparedDecoder, statistics: CalibrationStatistics) -> KLEvaluator:
+def evaluator_of(prepared: PreparedDecoder, statistics: CalibrationStatistics) -> KLEvaluator:
     return KLEvaluator(prepared.model, prepared.architecture, statistics.windows)
 
 
@@ -87,5 +87,5 @@ def planner_with(
     prepared: PreparedDecoder, statistics: CalibrationStatistics, probes: Probes, time_ratio: float | None = None
 ) -> Planner:
     """A planner of probes at their context."""
-    time, judge = decode_time(prepared, probes.context), judge_of(prepared, statistics)
-    return Planner(prepared.spec, statistics, Plan.identity(prepared.spec), time, probes, judge.kl, time_ratio)
+    time, evaluator = decode_time(prepared, probes.context), evaluator_of(prepared, statistics)
+    return Planner(prepared.spec, statistics, Plan.identity(prepared.spec), time, probes, evaluator.kl, time_ratio)
