@@ -42,7 +42,7 @@ def compress(
         out: The folder to make; it appears only when all is done.
         plan: Decisions to use in place of the methods' own.
         overwrite: Whether an artifact that is already at `out` may be replaced.
-        progress: Hears of stages and steps.
+        progress: Receives the progress.
 
     Returns:
         The artifact's manifest; `passed` tells whether all gates hold.
@@ -109,7 +109,7 @@ def validate(
         artifact: The folder.
         against: The model, where the one it was made from has moved.
         gates: Limits beside those of its recipe, or in place of them.
-        progress: Hears of stages and steps.
+        progress: Receives the progress.
 
     Raises:
         KvslimError: The artifact or the model cannot be read, or they do not belong together.

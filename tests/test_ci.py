@@ -69,7 +69,7 @@ def test_script_uploads_the_artifact_when_its_gates_hold(tmp_path: Path) -> None
     (good / "baseline.json").write_text(Comparison(artifacts={"slim": column}).model_dump_json())
     code, said = run_script(good, max_kl=0.1)
     assert code == 0, said
-    assert "nothing is worse than in baseline.json" in said
+    assert "nothing is worse than the baseline baseline.json" in said
     measured = json.loads((good / "measured.json").read_text())
     assert (measured["schema"], set(measured["artifacts"])) == (schema_id("compare"), {"slim"})
     assert failures(good) == "0"

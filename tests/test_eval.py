@@ -224,11 +224,14 @@ def test_missing_extra_is_told_with_the_command_that_installs_it(
     [
         ("", "empty"),
         ("{", "not JSON"),
-        ('{"prompt": "a"}', "no question"),
-        ('{"prompt": "a", "choices": ["b"], "answer": 0}', "no question"),
-        ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "answer is the number"),
+        ('{"prompt": "a"}', "not a question: Field required"),
+        ('{"prompt": "a", "choices": ["b"], "answer": 0}', "not a question: Tuple should have at least 2 items"),
+        (
+            '{"prompt": "a", "choices": ["b", "c"], "answer": 2}',
+            "not a question: .*answer must be the index of a choice",
+        ),
         ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "choices": ["b", "c"], "answer": 1}', "two kinds"),
-        ('{"prompt": "a", "completion": "\\ud800"}', "no question"),
+        ('{"prompt": "a", "completion": "\\ud800"}', "not a question: "),
     ],
 )
 def test_read_lines_names_what_is_wrong_when_a_file_is_no_task(tmp_path: Path, text: str, message: str) -> None:

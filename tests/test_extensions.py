@@ -35,13 +35,14 @@ from kvslim.caches.attention.base import CacheAttention, States
 from kvslim.caches.attention.full import FullAttention
 from kvslim.contract import Frozen, KVTensor, ModelSpec
 from kvslim.demo import MODEL_DIR
+from kvslim.export.manifest import read_manifest
 from kvslim.load.architecture import ARCHITECTURES, Architecture
 from kvslim.methods import METHODS, Method
 from kvslim.recipe import Recipe
 from kvslim.runtime.session import DecodeSession
 from kvslim.transform.operators import ExportStep
 from kvslim.transform.scoring import Scoring
-from kvslim.types import LayerPlan, Manifest, Plan
+from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
@@ -173,7 +174,7 @@ def artifact(toys: type[Toys], toy_demo: Path, tmp_path_factory: pytest.TempPath
 
 
 def test_compress_makes_an_artifact_of_the_toys(artifact: Path) -> None:
-    manifest = Manifest.model_validate_json((artifact / "kvslim.json").read_text())
+    manifest = read_manifest(artifact)
     assert [layer.cache.kind for layer in manifest.plan.layers][:4] == ["negated"] * 3 + ["full"]
     assert [tensor.cache for tensor in manifest.kv_layout.tensors][:8] == ["negated"] * 6 + ["full"] * 2
     assert manifest.spec.model_type == "toy_llama"

@@ -250,6 +250,9 @@ def test_verify_names_missing_and_extra_files(artifact: Path) -> None:
         ('"rank": 8', '"rank": 16', "kv_layout does not follow"),
         ('  "format": 1', ' "format": 1', "kvslim.json: changed"),
         ('"passed": null', '"passed":  null', "kvslim.json: changed"),
+        ('"model": "demo"', '"model": "demi"', "kvslim.json: changed"),
+        ('"context": 64', '"context": 65', "kvslim.json: changed"),
+        ('"sha256": "0000', '"sha256": "0001', "kvslim.json: changed"),
     ],
 )
 def test_verify_names_the_manifest_when_it_was_edited(artifact: Path, old: str, new: str, problem: str) -> None:
@@ -273,6 +276,13 @@ def test_verify_names_the_manifest_when_it_was_edited(artifact: Path, old: str, 
 def test_read_manifest_refuses_when_it_is_broken(artifact: Path, text: str, message: str) -> None:
     (artifact / MANIFEST).write_text(text)
     with pytest.raises(ArtifactError, match=message):
+        read_manifest(artifact)
+
+
+def test_read_manifest_refuses_a_tensor_of_an_unknown_cache(artifact: Path) -> None:
+    text = (artifact / MANIFEST).read_text()
+    (artifact / MANIFEST).write_text(text.replace('"cache": "full"', '"cache": "ful"', 1))
+    with pytest.raises(ArtifactError, match=r"kv_layout.tensors.0: .*unknown kind of cache 'ful'"):
         read_manifest(artifact)
 
 

@@ -88,7 +88,7 @@ def test_plan_predicts_the_bytes_and_survives_a_round_trip(
     assert summary.kv_bytes_per_token == made[1].kv_layout.bytes_per_token(made[1].context)
     assert summary.plain_kv_bytes_per_token == 512
     edited = json.loads(summary.plan.model_dump_json())
-    edited["layers"][1] |= {"rank": 16, "cache": "int8", "reason": "by hand"}
+    edited["layers"][1] |= {"cache": {"kind": "full", "rank": 16, "stored": "int8"}, "reason": "by hand"}
     plan = Plan.model_validate(edited)
     manifest = pipeline.compress(str(tiny_llama), recipe_of(METHODS), tmp_path / "out", plan=plan)
     assert manifest.plan == plan

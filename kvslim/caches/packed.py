@@ -7,14 +7,14 @@ appends them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import Field
 
 from kvslim.caches.base import Place
-from kvslim.caches.coded import CodedCache, check_rank
+from kvslim.caches.coded import check_rank
 from kvslim.caches.full import check_rotation
-from kvslim.caches.window import RINGS, RingNote, RingTensor, check_window, read_rings, ring_note, ring_tensors
+from kvslim.caches.window import RingCache, RingNote, RingTensor, read_rings, ring_tensors
 from kvslim.contract import BATCH, BITS, Axes, CacheType, Kind, KVTensor, Layout, ModelSpec
 
 if TYPE_CHECKING:
@@ -51,31 +51,20 @@ class PackedTensor(KVTensor):
         return (BATCH, NEW_CODES, self.heads, self.columns)
 
 
-class PackedCache(CodedCache):
+class PackedCache(RingCache):
     """Sinks and a window exact; all other tokens in 3, 2 or 1 bits."""
 
     kind: Literal["packed"] = "packed"
     bits: Literal[3, 2, 1] = Field(description="of a packed number")
-    window: int = Field(description="recent tokens kept exact")
-    sinks: int = Field(0, description="first tokens kept exact")
-    layouts: ClassVar[tuple[Layout, ...]] = ("gqa",)
-    metadata: ClassVar[str | None] = RINGS
-    note_type: ClassVar[Any] = RingNote
 
     @property
     def dtype(self) -> CacheType:
         """How most of its numbers are stored."""
         return CODES[self.bits]
 
-    @property
-    def kept(self) -> tuple[int, int] | None:
-        """Recent tokens and sinks that are kept as they are."""
-        return self.window, self.sinks
-
     def check(self, spec: ModelSpec, layer: int, layout: Layout, where: str) -> None:
-        """Refuses windows without a token, and ranks that have no code."""
+        """Refuses ranks that have no code."""
         super().check(spec, layer, layout, where)
-        check_window(self.window, self.sinks, where)
         ranks = self.ranks(spec.head_dim)
         for rank in ranks:
             check_rank(rank, spec, None, where)
@@ -109,11 +98,6 @@ class PackedCache(CodedCache):
         from kvslim.caches.attention.window import Ring
 
         return PackedAttention(Ring(self.window, self.sinks))
-
-    @classmethod
-    def note(cls, tensors: Sequence[KVTensor], attention: CacheAttention) -> object:
-        """Sinks, and the bits of the codes."""
-        return ring_note(tensors)
 
     @classmethod
     def claims(cls, note: RingNote) -> bool:

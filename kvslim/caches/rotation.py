@@ -1,7 +1,6 @@
-"""The item memory of the HDC codes: r role hypervectors, the rows of a signed Hadamard matrix of order r.
+"""Randomised Hadamard rotations: the rows are the role hypervectors that `kv_hdc` bundles coordinates over.
 
-Bundling coordinates over orthogonal bipolar roles spreads what each of them holds over all components of the code
-evenly (Kanerva, "Hyperdimensional computing", Cognitive Computation 1(2), 2009), and is undone by the transpose.
+A rotation spreads what each coordinate holds over all of them evenly, and its transpose undoes it.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ Array = np.ndarray
 
 
 def rotation(order: int, seed: int) -> Array:
-    """Role hypervectors of length 1: [order, order], orthogonal, all entries of one size, signs drawn from `seed`.
+    """A rotation [order, order]: orthogonal, all entries of one size, signs drawn from `seed`.
 
     Raises:
         ValueError: No construction here gives that order; all multiples of 8 up to 128 have one.
     """
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], order)
-    roles: Array = hadamard(order) * signs / np.sqrt(order)
-    return roles
+    found: Array = hadamard(order) * signs / np.sqrt(order)
+    return found
 
 
 def has_rotation(order: int) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 from pydantic import Field
 
 from kvslim.caches.base import Place
-from kvslim.caches.coded import IntegerCache, check_widths, rank_step
+from kvslim.caches.coded import CodedCache, IntegerCache, check_widths, rank_step
 from kvslim.caches.full import STORED, check_codes
 from kvslim.contract import BATCH, BITS, Axes, CacheType, Frozen, Kind, KVTensor, Layout, ModelSpec
 from kvslim.errors import UsageError
@@ -42,13 +42,11 @@ class RingTensor(KVTensor):
         return (BATCH, self.heads, self.rows(0), self.columns)
 
 
-class WindowCache(IntegerCache):
-    """Sinks and a window; all other tokens are forgotten."""
+class RingCache(CodedCache):
+    """A cache with a ring of sinks and recent tokens."""
 
-    kind: Literal["window"] = "window"
-    window: int = Field(description="recent tokens kept")
+    window: int = Field(description="recent tokens kept as they are")
     sinks: int = Field(0, description="first tokens kept beside the window")
-    replaces_attention: ClassVar[bool] = True
     layouts: ClassVar[tuple[Layout, ...]] = ("gqa",)
     metadata: ClassVar[str | None] = RINGS
     note_type: ClassVar[Any] = RingNote
@@ -59,9 +57,27 @@ class WindowCache(IntegerCache):
         return self.window, self.sinks
 
     def check(self, spec: ModelSpec, layer: int, layout: Layout, where: str) -> None:
-        """Refuses windows without a token, and codes that the ring cannot hold."""
+        """Refuses windows without a token."""
         super().check(spec, layer, layout, where)
-        check_window(self.window, self.sinks, where)
+        if self.window < 1 or self.sinks < 0:
+            message = f"a window of {self.window} tokens with {self.sinks} sinks"
+            raise UsageError(message, where=where, fix="use window >= 1, sinks >= 0")
+
+    @classmethod
+    def note(cls, tensors: Sequence[KVTensor], attention: CacheAttention) -> object:
+        """Sinks, and how what is not in the ring is stored, or the ring itself."""
+        return {"sinks": tensors[0].sinks, "cache": tensors[-1].dtype}
+
+
+class WindowCache(RingCache, IntegerCache):
+    """Sinks and a window; all other tokens are forgotten."""
+
+    kind: Literal["window"] = "window"
+    replaces_attention: ClassVar[bool] = True
+
+    def check(self, spec: ModelSpec, layer: int, layout: Layout, where: str) -> None:
+        """Refuses codes that the ring cannot hold."""
+        super().check(spec, layer, layout, where)
         check_codes(self, spec, layout, where)
         self.check_storage(spec, layer, where)
 
@@ -82,11 +98,6 @@ class WindowCache(IntegerCache):
         from kvslim.caches.attention.window import Ring, WindowAttention
 
         return WindowAttention(Ring(self.window, self.sinks))
-
-    @classmethod
-    def note(cls, tensors: Sequence[KVTensor], attention: CacheAttention) -> object:
-        """Sinks, and how the ring stores."""
-        return ring_note(tensors)
 
     @classmethod
     def claims(cls, note: RingNote) -> bool:
@@ -111,22 +122,6 @@ class WindowCache(IntegerCache):
         from kvslim.caches.buffers import RingBuffers
 
         return RingBuffers
-
-
-def ring_note(tensors: Sequence[KVTensor]) -> dict[str, object]:
-    """The note of a layer with a ring."""
-    return {"sinks": tensors[0].sinks, "cache": tensors[-1].dtype}
-
-
-def check_window(window: int, sinks: int, where: str) -> None:
-    """Refuses a window that keeps nothing.
-
-    Raises:
-        UsageError: Naming `where` it was asked for.
-    """
-    if window < 1 or sinks < 0:
-        message = f"a window of {window} tokens with {sinks} sinks"
-        raise UsageError(message, where=where, fix="use window >= 1, sinks >= 0")
 
 
 def ring_tensors(

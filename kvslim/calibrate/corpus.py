@@ -100,7 +100,7 @@ def self_windows(model: Any, *, samples: int, length: int, seed: int, progress: 
         samples: Windows.
         length: Tokens per window, the first one included.
         seed: Seed of the samples.
-        progress: Hears of each batch.
+        progress: Receives the progress.
 
     Returns:
         [samples, length] token ids.

@@ -34,7 +34,7 @@ def collect_heads(
         architecture: Where its parts live.
         spec: Its shape.
         texts: Token ids of each.
-        progress: Hears which text is run.
+        progress: Receives the progress.
     """
     attentions = attention_modules(model, architecture)
     sums = [_Sums(spec) for _ in attentions]

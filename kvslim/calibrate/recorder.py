@@ -109,7 +109,7 @@ def record(
         spec: Its shape.
         windows: [n, length] token ids of the whole text.
         seed: Seed of sampled tokens.
-        progress: Hears which window is run.
+        progress: Receives the progress.
         part: The windows to run, one at least and without gaps; None for all.
     """
     part = range(len(windows)) if part is None else part

@@ -39,7 +39,7 @@ def taylor_scores(
         spec: Its shape.
         windows: [n, length] token ids.
         loss_mask: [n, length] bool, the tokens whose prediction counts; a window without any is passed over.
-        progress: Hears which window is run.
+        progress: Receives the progress.
 
     Returns:
         [layers, q_heads], nats per token.

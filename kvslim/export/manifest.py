@@ -1,4 +1,4 @@
-"""`kvslim.json`, and the digests in it that guard every other file of an artifact."""
+"""`kvslim.json`, and the digests in it that guard every file of an artifact, itself included."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from kvslim.errors import ArtifactError, NotFoundError
 from kvslim.types import KVLayout, Manifest
 
 MANIFEST = "kvslim.json"
+DIGEST = "sha256"  # the last key of the file: SHA-256 of all that stands before it
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -79,6 +80,8 @@ def _parse(data: Any, path: Path) -> Manifest:
     written = data.get("format") if isinstance(data, dict) else None
     if isinstance(written, int) and written > 1:
         raise ArtifactError(f"format {written} is newer than this KVSlim reads", where=str(path), fix="update KVSlim")
+    if isinstance(data, dict):
+        data = {key: value for key, value in data.items() if key != DIGEST}
     try:
         return Manifest.model_validate(data)
     except ValidationError as error:
@@ -99,7 +102,8 @@ def _manifest_problems(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def _serialise(manifest: Manifest) -> str:
-    return manifest.model_dump_json(indent=2) + "\n"
+    text = manifest.model_dump_json(indent=2).removesuffix("\n}")
+    return f'{text},\n  "{DIGEST}": "{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
 
 
 def _sha256(path: Path) -> str:

@@ -1,10 +1,11 @@
-"""`kv_hdc`: hyperdimensional codes of keys and values.
+"""`kv_hdc`: hyperdimensional codes of keys and values: a randomised Hadamard rotation of balanced coordinates.
 
-An item memory of r bipolar role hypervectors (the rows of a seeded signed Hadamard matrix) bundles the r balanced
-coefficients of `kv_pca`: y = sum of coefficient times role. Every component of the code then holds an equal share of
-what the coefficients know, so one level codebook serves a whole layer and side. The query keeps full precision
-(asymmetric similarity), and cleanup of the values folds into the output projection (Kanerva, "Hyperdimensional
-computing", Cognitive Computation 1(2), 2009). With 8 or 4 bits the levels are even steps, read by onnxruntime's fused
+Multiplying the r balanced coefficients of `kv_pca` by a seeded, signed Hadamard matrix bundles them over r bipolar role
+hypervectors (Kanerva, "Hyperdimensional computing", Cognitive Computation 1(2), 2009): every component of the code then
+holds an equal share of what the coefficients know, so one step or one codebook serves a whole layer and side. QuaRot
+(Ashkboos et al., 2024) rotates activations and QuIP# (Tseng et al., 2024) weights for the same reason; here the rotation
+comes after the balanced basis, and folds into the encoders. The query keeps full precision, and the values' inverse
+rotation folds into the output projection. With 8 or 4 bits the levels are even steps, read by onnxruntime's fused
 kernels; with 3, 2 or 1 bits they are fitted (Lloyd-Max), and all but the first and the most recent tokens are packed.
 """
 
@@ -33,18 +34,20 @@ if TYPE_CHECKING:
 
 
 class KvHdc(Method):
-    """Balanced coefficients bundled over bipolar roles, with one level codebook per layer and side."""
+    """Balanced coefficients in a randomised Hadamard rotation, with one level codebook per layer and side."""
 
     name: ClassVar[str] = "kv_hdc"
     order: ClassVar[int] = 17
-    summary: ClassVar[str] = "hyperdimensional codes: coefficients spread evenly, so that few bits hold them"
+    summary: ClassVar[str] = (
+        "hyperdimensional codes: coordinates rotated by a Hadamard matrix, so that few bits hold them"
+    )
     needs_gqa: ClassVar[str] = "integer cache"
     stores_cache: ClassVar[bool] = True
 
     bits: Literal[8, 4, 3, 2, 1] = Field(8, description="bits per component; 3, 2 and 1 are packed, and slow to read")
     granularity: Granularity = Field("per_tensor", description="one step for a layer's side, or one per component")
     centre: bool = Field(True, description="whether keys may be centred where that makes rounding cheaper")
-    seed: int = Field(0, ge=0, description="of the item memory")
+    seed: int = Field(0, ge=0, description="of the rotation's signs")
     window: int = Field(128, ge=1, description="with 3, 2 or 1 bits: recent tokens kept exact")
     sinks: int = Field(4, ge=0, description="with 3, 2 or 1 bits: first tokens kept exact")
 

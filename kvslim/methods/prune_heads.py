@@ -110,7 +110,7 @@ class PruneHeads(Method):
         Args:
             spec: The model's shape.
             loss: Of removing some query heads of a layer, and nothing else.
-            progress: Hears of each layer.
+            progress: Receives the progress.
         """
         removed: dict[int, Heads] = {}
         losses: dict[tuple[int, Heads], float] = {}

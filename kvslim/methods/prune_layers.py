@@ -109,7 +109,7 @@ class PruneLayers(Method):
         Args:
             spec: The model's shape.
             loss: Of the model without these parts of these layers.
-            progress: Hears of each part that goes.
+            progress: Receives the progress.
         """
         gone: dict[int, Part] = {}
         left = self.counts

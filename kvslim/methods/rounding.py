@@ -51,12 +51,12 @@ def peak_steps(samples: Array, granularity: Granularity, bits: int) -> Array:
     return np.asarray(peaks / ((1 << (bits - 1)) - 1), dtype=np.float64)
 
 
-def rounded(values: Array, steps: Array, bits: int, refined: int = 0) -> Array:
-    """What an integer cache gives back of values [heads, n, dim], the first `refined` coordinates held twice."""
+def rounded(values: Array, steps: Array, bits: int, residual: int = 0) -> Array:
+    """What an integer cache gives back of values [heads, n, dim], the first `residual` coordinates held twice."""
     most = 1 << (bits - 1)
     coarse = np.clip(np.round(values / steps[:, None]), -most, most - 1) * steps[:, None]
-    if refined:
-        top = slice(0, refined)
+    if residual:
+        top = slice(0, residual)
         coarse[..., top] += rounded(values[..., top] - coarse[..., top], steps[:, top] / RESIDUAL_STEPS, bits)
     return coarse
 

@@ -112,7 +112,7 @@ class ShareKv(Method):
         Args:
             distances: Of the pairs that are possible, by layer and source.
             divergence: Of the model with these layers reading these sources.
-            progress: Hears of each choice.
+            progress: Receives the progress.
 
         Raises:
             UsageError: There are not so many pairs.
@@ -148,7 +148,9 @@ class ShareKv(Method):
             lambda layer: f"recipe: methods.share_kv: layer {layer}",
         )
         layers = [
-            layer if layer.source is None else _told(layer, distance(spec, statistics, layer, layers[layer.source]))
+            layer
+            if layer.source is None
+            else _with_reason(layer, distance(spec, statistics, layer, layers[layer.source]))
             for layer in layers
         ]
         return plan.model_copy(update={"layers": tuple(layers)})
@@ -249,7 +251,7 @@ def _without_cache(layer: LayerPlan, source: int | None) -> LayerPlan:
     return LayerPlan(layer=layer.layer, heads=layer.heads, mlp=layer.mlp, cache=SharedCache(source=source))
 
 
-def _told(layer: LayerPlan, left: Distance) -> LayerPlan:
+def _with_reason(layer: LayerPlan, left: Distance) -> LayerPlan:
     reason = f"reads the cache of layer {layer.source}; the map misses {left.key:.0%} of the scores' variance"
     reason += f" and {left.value:.0%} of the outputs'"
     return layer.model_copy(update={"score": 1 - max(left), "reason": reason})

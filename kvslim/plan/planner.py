@@ -54,7 +54,7 @@ class Planner:
         base: The plan that changes nothing.
         time: Of a token at the target context, at which bytes are counted too.
         probes: Of all layers, at that context.
-        judge: Divergence of the model with codes, on text that prices do not come from.
+        divergence: Of the model with codes, on text that prices do not come from.
         time_ratio: Time of a token over the plain model's, which every plan keeps; None for no limit.
 
     Raises:
@@ -68,11 +68,11 @@ class Planner:
         base: Plan,
         time: DecodeTime,
         probes: Probes,
-        judge: Divergence,
+        divergence: Divergence,
         time_ratio: float | None = None,
     ) -> None:
         _check(probes, spec, time.context, timed=time_ratio is not None)
-        self.spec, self.statistics, self.base, self.judge = spec, statistics, base, judge
+        self.spec, self.statistics, self.base, self.divergence = spec, statistics, base, divergence
         self.time, self.context, self.time_ratio = time, time.context, time_ratio
         self.plain_bytes = KVLayout.of(spec, base).bytes_at(self.context)
         self.plain_time = time.of_plan(base.layers)
@@ -181,7 +181,7 @@ class Planner:
         plan = self._plan_of(_with_reason(layer, how + layer.reason) for layer, _ in fitted)
         if plan.layers not in self._divergences:
             codes = ShareKv().apply(self.spec, self.statistics, plan, tuple(code for _, code in fitted))
-            self._divergences[plan.layers] = self.judge(codes)
+            self._divergences[plan.layers] = self.divergence(codes)
         size = KVLayout.of(self.spec, plan).bytes_at(self.context)
         point = PlanPoint(
             cache=next(layer.cache.dtype for layer in plan.layers if layer.has_cache),

@@ -34,7 +34,7 @@ class PreparedModel(ABC):
         snapshot: The model's files.
         spec: Its shape.
         recipe: What is to be made.
-        progress: Hears of stages and steps.
+        progress: Receives the progress.
         digest: SHA-256 of the model's files.
         model: The model in torch.
         architecture: Where its parts live.

@@ -36,7 +36,7 @@ class Trials(ABC):
         spec: The model's shape.
         statistics: What is known of it.
         identity: The plan that changes nothing.
-        progress: Hears of steps.
+        progress: Receives the progress.
         methods: Those whose options are not the defaults.
     """
 

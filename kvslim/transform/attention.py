@@ -69,7 +69,7 @@ class SlimAttention(nn.Module):
         rotary: RoPE of this layer, or None.
         window: Tokens that a query of this layer sees in the model, or None for all.
         hidden: Input of the model's projections, caught by a hook, [batch, length, hidden].
-        observer: Hears of q, k, v and the scoring when calibrating.
+        observer: Called with q, k, v and the scoring while calibrating.
         step: Set while exporting.
     """
 

@@ -45,7 +45,7 @@ def refitted(
         architecture: Where its parts live.
         codes: One entry per layer.
         windows: [length] token ids each.
-        progress: Hears of each layer.
+        progress: Receives the progress.
     """
     tokens = [torch.from_numpy(window[None]) for window in windows]
     plain: list[Any] = [None] * len(tokens)  # what the layer below gives, in the model as it is

@@ -61,7 +61,7 @@ class PackedAttention(CacheAttention):
         query, key, value = states
         past, codes = step.past[:2], step.past[2:]
         span, grouped = span_of(step, query), by_kv_head(query, key.shape[1]) * scoring.scale
-        if ring not in step.shared:  # its length is known to no one before it runs, and dear to trace in every layer
+        if ring not in step.shared:  # its length is unknown before it runs, and costly to trace in every layer
             step.shared[ring] = _leaving(ring, span, query.shape[2])
         left = [_left(ring, span, step.shared[ring], held, new) for held, new in zip(past, (key, value), strict=True)]
         read = [book.read(rows.transpose(1, 2)) for book, rows in zip(books, codes, strict=True)]
