@@ -58,7 +58,7 @@ def test_small_is_an_eighth_and_loses_little(demo_artifact: ArtifactOf) -> None:
 
 def test_small_tells_what_the_planner_did_to_each_layer(demo_artifact: ArtifactOf) -> None:
     manifest = read_manifest(demo_artifact("small"))
-    assert {(layer.cache, layer.roles) for layer in manifest.plan.layers} == {("int4", 0)}
+    assert {(layer.cache.dtype, layer.cache.rotation) for layer in manifest.plan.layers} == {("int4", 0)}
     assert manifest.kv_layout == KVLayout.of(manifest.spec, manifest.plan)
     table = plan_table(manifest.plan).markdown()
     assert all(layer.reason in table and "expected to cost" in layer.reason for layer in manifest.plan.layers)

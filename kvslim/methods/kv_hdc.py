@@ -3,9 +3,9 @@
 Multiplying the r balanced coefficients of `kv_pca` by a seeded, signed Hadamard matrix bundles them over r bipolar role
 hypervectors (Kanerva, "Hyperdimensional computing", Cognitive Computation 1(2), 2009): every component of the code then
 holds an equal share of what the coefficients know, so one step or one codebook serves a whole layer and side. QuaRot
-(Ashkboos et al., 2024) rotates activations and QuIP# (Tseng et al., 2024) weights for the same reason; here the rotation
-comes after the balanced basis, and folds into the encoders. The query keeps full precision, and the values' inverse
-rotation folds into the output projection. With 8 or 4 bits the levels are even steps, read by onnxruntime's fused
+(Ashkboos et al., 2024) rotates activations and QuIP# (Tseng et al., 2024) weights for the same reason. Here the
+rotation comes after the balanced basis, and folds into the encoders. The query keeps full precision, and the values'
+inverse rotation folds into the output projection. With 8 or 4 bits the levels are even steps, read by onnxruntime's fused
 kernels; with 3, 2 or 1 bits they are fitted (Lloyd-Max), and all but the first and the most recent tokens are packed.
 """
 
@@ -38,9 +38,7 @@ class KvHdc(Method):
 
     name: ClassVar[str] = "kv_hdc"
     order: ClassVar[int] = 17
-    summary: ClassVar[str] = (
-        "hyperdimensional codes: coordinates rotated by a Hadamard matrix, so that few bits hold them"
-    )
+    summary: ClassVar[str] = "hyperdimensional codes: coordinates in a Hadamard rotation, so that few bits hold them"
     needs_gqa: ClassVar[str] = "integer cache"
     stores_cache: ClassVar[bool] = True
 
