@@ -18,7 +18,7 @@ from kvslim.caches.rotation import has_rotation
 from kvslim.calibrate.corpus import counted_windows, text_windows
 from kvslim.contract import ModelSpec
 from kvslim.demo.world import recall_questions
-from kvslim.load.source import read_spec, resolve
+from kvslim.loading.source import read_spec, resolve
 from kvslim.methods.fitting import fit
 from kvslim.methods.kv_quant import with_integers
 from kvslim.pipeline import decide
@@ -26,8 +26,8 @@ from kvslim.progress import Silent
 from kvslim.recipe import Recipe, parse_recipe
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import KVLayout, LayerPlan, Plan, WeightFormat
-from kvslim.validate.quality import measure_quality
-from kvslim.validate.recall import RecallItem, measure_recall
+from kvslim.validation.quality import measure_quality
+from kvslim.validation.recall import RecallItem, measure_recall
 
 LENGTH = 512
 FULL = {
@@ -340,7 +340,7 @@ class OpenEncoder:
     def __init__(self, source: Source, text: Text) -> None:
         from kvslim.encoder_workshop import EncoderWorkshop
 
-        from kvslim.validate.encoder import answers
+        from kvslim.validation.encoder import answers
 
         snapshot = resolve(source.model)
         self._workshop = EncoderWorkshop(snapshot, read_spec(snapshot), recipe_of(source, text), Silent())

@@ -14,12 +14,12 @@ from kvslim.errors import UsageError
 from kvslim.progress import Progress
 
 if TYPE_CHECKING:
-    from kvslim.plan.analyze import Analysis
-    from kvslim.plan.decide import PlanSummary
+    from kvslim.planning.analyze import Analysis
+    from kvslim.planning.decide import PlanSummary
     from kvslim.recipe import Gates, Recipe
     from kvslim.runtime.text import TextGenerator
     from kvslim.types import Manifest, Plan, Report
-    from kvslim.validate.bench import BenchResult
+    from kvslim.validation.bench import BenchResult
 
 AnyPath: TypeAlias = "str | PathLike[str]"
 RecipeLike: TypeAlias = "Recipe | str | PathLike[str]"
@@ -144,7 +144,7 @@ def bench(
         KvslimError: An artifact cannot be opened, or a length does not fit it.
     """
     from kvslim import pipeline
-    from kvslim.validate.bench import Grid
+    from kvslim.validation.bench import Grid
 
     folders = [artifacts] if isinstance(artifacts, str | PathLike) else artifacts
     grid = Grid(

@@ -12,7 +12,7 @@ from kvslim.methods.prune_heads import check_heads
 from kvslim.methods.share_kv import check_sources
 from kvslim.recipe import Recipe
 from kvslim.types import LayerPlan, Plan
-from kvslim.validate.bench import Grid
+from kvslim.validation.bench import Grid
 
 RECALL_MARGIN = 33  # first token, span and its second copy
 ENCODER_DECISIONS = ("layer", "heads", "refit", "score", "reason")

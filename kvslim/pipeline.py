@@ -13,16 +13,16 @@ from kvslim.contract import ModelSpec
 from kvslim.errors import NotFoundError, UsageError
 from kvslim.export.manifest import read_manifest
 from kvslim.export.package import check_output, staging
-from kvslim.load.source import Snapshot, check_weights, read_spec, resolve
-from kvslim.plan.analyze import Analysis
-from kvslim.plan.analyze import analyze as analyze_layers
-from kvslim.plan.decide import PlanSummary, planned
+from kvslim.loading.source import Snapshot, check_weights, read_spec, resolve
+from kvslim.planning.analyze import Analysis
+from kvslim.planning.analyze import analyze as analyze_layers
+from kvslim.planning.decide import PlanSummary, planned
 from kvslim.prepared.base import PreparedModel, prepare
 from kvslim.progress import Progress, Silent
 from kvslim.recipe import Gates, Recipe, parse_recipe
 from kvslim.report.describe import describe
 from kvslim.types import KVLayout, Manifest, Plan, PlanPoint, Report
-from kvslim.validate.bench import BenchResult, Grid, bench_all
+from kvslim.validation.bench import BenchResult, Grid, bench_all
 
 
 def compress(

@@ -16,7 +16,7 @@ from kvslim.cli import app
 from kvslim.cli.schemas import output_type
 from kvslim.errors import OutputError, UnsupportedError
 from kvslim.methods import PruneHeads, PruneLayers
-from kvslim.plan.analyze import Analysis
+from kvslim.planning.analyze import Analysis
 from kvslim.report.heatmap import Panel, heatmap
 
 SETTINGS = ["--set", "calibration.samples=4", "--set", "calibration.length=48"]

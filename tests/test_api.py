@@ -83,10 +83,10 @@ def test_import_brings_in_nothing_else() -> None:
 
 def test_functions_are_there_when_their_namesakes_are_imported() -> None:
     code = (
-        "import kvslim.plan.probes, kvslim.validate.gates, kvslim.load.architecture\n"
-        "import kvslim; from kvslim.plan.cost import choices\n"
+        "import kvslim.planning.probes, kvslim.validation.gates, kvslim.loading.architecture\n"
+        "import kvslim; from kvslim.planning.cost import choices\n"
         "assert all(callable(getattr(kvslim, name)) for name in kvslim.__all__)\n"
-        "assert kvslim.plan.__module__ == kvslim.validate.__module__ == kvslim.load.__module__ == 'kvslim.api'"
+        "assert kvslim.planning.__module__ == kvslim.validation.__module__ == kvslim.loading.__module__ == 'kvslim.api'"
     )
     assert "kvslim.api" in modules_after(code)
 

@@ -10,7 +10,7 @@ import torch
 from support.tiny_decoders import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvslim.load.architecture import architecture_of
+from kvslim.loading.architecture import architecture_of
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kvslim.validateing import bench, energy
 from support.tiny_artifact import fill
 from support.tiny_graph import write_tiny
 
@@ -21,9 +22,8 @@ from kvslim.errors import UsageError
 from kvslim.report.bench import bench_csv, timings_table
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import KVLayout
-from kvslim.validate import bench, energy
-from kvslim.validate.bench import BenchResult, Grid, Timing
-from kvslim.validate.latency import joules_per_token, time_models
+from kvslim.validation.bench import BenchResult, Grid, Timing
+from kvslim.validation.latency import joules_per_token, time_models
 
 TOKENS = np.random.default_rng(0).integers(24, size=(3, 12))
 Zones = Callable[..., Path]

@@ -24,7 +24,7 @@ BENCHMARKS = registry.load()
 SHARING = BENCHMARKS.keys() - {"families"}  # its graphs must be those of its own plans
 MARKS = dict.fromkeys(("recipes", "export-memory", "vs-builder"), pytest.mark.slow)  # they export in ways of their own
 MODULES = sorted((ROOT / "benchmarks").rglob("*.py"))
-INNER = ("kvslim.workshop", "kvslim.encoder_workshop", "kvslim.plan", "kvslim.transform", "kvslim.export")
+INNER = ("kvslim.workshop", "kvslim.encoder_workshop", "kvslim.planning", "kvslim.transform", "kvslim.export")
 
 
 @pytest.fixture(scope="session")

@@ -29,9 +29,9 @@ from kvslim.caches.clustering import FIRST_TOKENS, Formed
 from kvslim.checks import check_methods, check_plan
 from kvslim.errors import ArtifactError, UsageError
 from kvslim.methods import ClusterHeads, KvQuant, Method, PruneHeads
-from kvslim.plan.decide import decide, resolved
+from kvslim.planning.decide import decide, resolved
 from kvslim.prepared.decoder import PreparedDecoder
-from kvslim.runtime.graph import layout_of, open_session
+from kvslim.runtime.opening import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import KVLayout, LayerPlan, Plan
 

@@ -26,7 +26,7 @@ from kvslim.devices.demand import (
 from kvslim.devices.limits import bound, limits, longest_context
 from kvslim.devices.profile import Device, Quantity, Share, device_text, load_device, shipped_devices
 from kvslim.errors import NotFoundError, UsageError
-from kvslim.load.parameters import Parameters
+from kvslim.loading.parameters import Parameters
 from kvslim.types import KVLayout, LayerPlan, Plan
 
 NAMES = {

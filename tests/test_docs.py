@@ -18,8 +18,8 @@ from benchmarks.registry import load
 from kvslim.checks import check_plan
 from kvslim.devices.profile import load_device
 from kvslim.errors import UsageError
-from kvslim.load.architecture import ARCHITECTURES
-from kvslim.load.encoders import ENCODERS
+from kvslim.loading.architecture import ARCHITECTURES
+from kvslim.loading.encoders import ENCODERS
 from kvslim.methods import METHODS
 from kvslim.methods.fitting import fit
 from kvslim.recipe import load_recipe

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from support.tiny_encoders import FAMILIES, TASKS, save_encoder
 
-from kvslim.load.source import read_spec, resolve
+from kvslim.loading.source import read_spec, resolve
 from kvslim.prepared.encoder import PreparedEncoder
 from kvslim.progress import Silent
 from kvslim.recipe import Recipe

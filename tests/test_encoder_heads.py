@@ -14,9 +14,9 @@ from kvslim.calibrate.heads import collect_heads
 from kvslim.calibrate.sentences import Sentences
 from kvslim.cli import app
 from kvslim.export.manifest import read_manifest
-from kvslim.load.source import read_spec, resolve
+from kvslim.loading.source import read_spec, resolve
 from kvslim.methods import PruneHeads, PruneLayers
-from kvslim.plan.decide import planned
+from kvslim.planning.decide import planned
 from kvslim.prepared.encoder import PreparedEncoder
 from kvslim.progress import Silent
 from kvslim.recipe import parse_recipe

@@ -16,7 +16,7 @@ from kvslim.calibrate.sentences import mask_tokens, sentences
 from kvslim.cli import app
 from kvslim.errors import ArtifactError, UnsupportedError, UsageError
 from kvslim.export.manifest import read_manifest, verify
-from kvslim.load.source import read_spec, resolve
+from kvslim.loading.source import read_spec, resolve
 from kvslim.runtime.encoder import EncoderSession
 
 BRIEF = (

@@ -22,7 +22,7 @@ from kvslim.errors import NotFoundError, UnsupportedError, UsageError
 from kvslim.export.manifest import read_manifest, write_manifest
 from kvslim.runtime.generate import load_tokenizer
 from kvslim.types import KVLayout, Plan
-from kvslim.validate.tasks import Choice, Completion, evaluate, load_tasks, read_lines, run_tasks
+from kvslim.validation.tasks import Choice, Completion, evaluate, load_tasks, read_lines, run_tasks
 
 # lm-eval and accelerate are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -148,7 +148,7 @@ def test_plain_export_scores_as_transformers_does_when_the_items_are_the_same(
 @pytest.mark.timeout(900)  # minutes on a busy machine
 @needs_harness
 def test_model_scores_the_same_whatever_the_cache_held_before(plain: Path) -> None:
-    from kvslim.validate.harness import ArtifactLM
+    from kvslim.validation.harness import ArtifactLM
 
     text = document(1, "heldout", 60)
     model = ArtifactLM(plain, max_length=64)

@@ -20,7 +20,7 @@ from support.models import (
 )
 
 from kvslim.methods import KvPca, KvQuant
-from kvslim.runtime.graph import layout_of, open_session
+from kvslim.runtime.opening import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
 
 ModelOf = Callable[[str], Path]

@@ -31,7 +31,7 @@ from kvslim.methods import (
     PruneLayers,
     ShareKv,
 )
-from kvslim.runtime.graph import layout_of, open_session
+from kvslim.runtime.opening import layout_of, open_session
 from kvslim.types import KVLayout, LayerPlan, Plan
 
 PLANS: dict[str, Sequence[Method]] = {

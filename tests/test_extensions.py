@@ -36,7 +36,7 @@ from kvslim.caches.attention.full import FullAttention
 from kvslim.contract import Frozen, KVTensor, ModelSpec
 from kvslim.demo import MODEL_DIR
 from kvslim.export.manifest import read_manifest
-from kvslim.load.architecture import ARCHITECTURES, Architecture
+from kvslim.loading.architecture import ARCHITECTURES, Architecture
 from kvslim.methods import METHODS, Method
 from kvslim.recipe import Recipe
 from kvslim.runtime.session import DecodeSession

@@ -19,7 +19,7 @@ from kvslim.runtime.generate import load_tokenizer
 from kvslim.runtime.session import DecodeSession
 from kvslim.transform.kl_evaluator import KLEvaluator
 from kvslim.types import KVLayout, Plan, Report
-from kvslim.validate.quality import measure_quality
+from kvslim.validation.quality import measure_quality
 
 pytestmark = [pytest.mark.golden, pytest.mark.timeout(900)]  # planning takes minutes on a busy machine
 ArtifactOf = Callable[[str], Path]

@@ -21,7 +21,7 @@ from kvslim.cli.memory import LEAST_MIB, LEAST_WITH_TORCH_MIB, MemoryLimitError
 from kvslim.errors import ArtifactError, OutputError, UsageError
 from kvslim.export.manifest import verify
 from kvslim.export.package import staging
-from kvslim.runtime.graph import open_session
+from kvslim.runtime.opening import open_session
 
 COMMAND = [sys.executable, "-m", "kvslim.cli.app"]
 NAMES = ("-rf", "two words", "ünïcode 👩‍👩‍👧 日本", "%s {x} 'q' \"d\"", "line\nfeed", "*?[a]", "demo@1")

@@ -14,9 +14,9 @@ from support.paths import ROOT
 
 from kvslim import pipeline
 from kvslim.contract import ModelSpec
-from kvslim.load.source import read_spec, resolve
+from kvslim.loading.source import read_spec, resolve
 from kvslim.methods import METHODS, Method
-from kvslim.plan.decide import planned
+from kvslim.planning.decide import planned
 from kvslim.prepared.base import prepare
 from kvslim.progress import Silent
 from kvslim.types import Plan

@@ -15,12 +15,12 @@ from support.tiny_artifact import SPEC, fill
 
 from kvslim.cli import app
 from kvslim.devices.demand import StoredWeights
-from kvslim.devices.graph import artifact_weights
 from kvslim.devices.profile import load_device
+from kvslim.devices.stored_weights import artifact_weights
 from kvslim.errors import ArtifactError, UnsupportedError, UsageError
 from kvslim.export.manifest import read_manifest
-from kvslim.load.parameters import Parameters, count_parameters
-from kvslim.load.source import read_spec, resolve
+from kvslim.loading.parameters import Parameters, count_parameters
+from kvslim.loading.source import read_spec, resolve
 from kvslim.methods import KvPca
 from kvslim.report.inspect import inspect
 from kvslim.report.memory import artifact_caches, cache_memory

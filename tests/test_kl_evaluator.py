@@ -13,8 +13,8 @@ from support.models import open_prepared, recipe_of, tokens_of, torch_logits
 from kvslim.caches import FullCache
 from kvslim.methods import KvHdc, KvPca
 from kvslim.methods.fitting import fit
-from kvslim.plan.decide import planned
-from kvslim.plan.refit import refit_where_it_pays
+from kvslim.planning.decide import planned
+from kvslim.planning.refit import refit_where_it_pays
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Silent
 from kvslim.transform import compensate, kl_evaluator
@@ -22,7 +22,7 @@ from kvslim.transform.edits import LayerEdit
 from kvslim.transform.kl_evaluator import KLEvaluator, held_out_windows, probe_windows
 from kvslim.transform.surgery import trial
 from kvslim.types import LayerPlan, Plan
-from kvslim.validate.recall import RecallItem
+from kvslim.validation.recall import RecallItem
 
 Codes = tuple[LayerEdit, ...]
 

@@ -16,7 +16,7 @@ from kvslim.methods import KvHdc, KvPca, KvQuant
 from kvslim.methods.fitting import fit
 from kvslim.methods.rounding import rounded
 from kvslim.prepared.decoder import PreparedDecoder
-from kvslim.runtime.graph import layout_of, open_session
+from kvslim.runtime.opening import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
 from kvslim.transform.edits import LayerEdit
 from kvslim.types import KVLayout, LayerPlan, Plan

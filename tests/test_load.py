@@ -13,8 +13,8 @@ from support.models import open_prepared, recipe_of
 from transformers import AutoModelForCausalLM
 
 from kvslim.errors import ModelError
-from kvslim.load.model import load_model
-from kvslim.load.source import resolve
+from kvslim.loading.model import load_model
+from kvslim.loading.source import resolve
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from kvslim.methods import KvHdc, KvPca, KvQuant
 from kvslim.recipe import Gates, Recipe, Validation
 from kvslim.report.page import artifact_page
 from kvslim.types import Manifest, Plan
-from kvslim.validate.bench import Grid
+from kvslim.validation.bench import Grid
 
 METHODS = (KvPca(rank=8), KvQuant())
 

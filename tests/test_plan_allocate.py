@@ -11,9 +11,9 @@ from support.numbers_of_a_model import SPEC, statistics_of
 from kvslim.caches.rotation import has_rotation
 from kvslim.checks import check_plan
 from kvslim.errors import UsageError
-from kvslim.plan.allocate import Option, allocate, hull
-from kvslim.plan.cost import Choice, Cost, SideCosts, bundled, choices, side_costs
-from kvslim.plan.prices import Price
+from kvslim.planning.allocate import Option, allocate, hull
+from kvslim.planning.cost import Choice, Cost, SideCosts, bundled, choices, side_costs
+from kvslim.planning.prices import Price
 from kvslim.types import LayerPlan, Plan
 
 Layers = list[list[Option]]

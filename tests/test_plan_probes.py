@@ -14,10 +14,10 @@ from support.planning import Codes, nothing, planner_with, prober_of
 from kvslim.calibrate import cache
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.errors import UsageError
-from kvslim.plan.budget import choose_within, probes_key
-from kvslim.plan.prices import Price
-from kvslim.plan.probes import Probes
-from kvslim.plan.probing import Prober
+from kvslim.planning.budget import choose_within, probes_key
+from kvslim.planning.prices import Price
+from kvslim.planning.probes import Probes
+from kvslim.planning.probing import Prober
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Silent
 from kvslim.recipe import Budget
@@ -176,7 +176,7 @@ def test_key_differs_when_anything_that_is_measured_does(tiny_llama: Path) -> No
 
 
 def test_probes_and_recordings_need_no_torch() -> None:
-    modules = "kvslim.plan.probes, kvslim.plan.planner, kvslim.calibrate.cache, kvslim.calibrate.recording"
+    modules = "kvslim.planning.probes, kvslim.planning.planner, kvslim.calibrate.cache, kvslim.calibrate.recording"
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"

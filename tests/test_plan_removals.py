@@ -14,15 +14,15 @@ from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.checks import check_plan
 from kvslim.cli import app
 from kvslim.errors import GateError
-from kvslim.plan.allocate import Option, allocate, allocate_both
-from kvslim.plan.budget import decode_time
-from kvslim.plan.candidates import Alteration
-from kvslim.plan.choose import choose
-from kvslim.plan.decode_time import OF_CACHE, OF_SCORE, OF_WEIGHTS, DecodeTime
-from kvslim.plan.planner import Planner
-from kvslim.plan.removals import removals, removals_keeping_recall, spare_layers
-from kvslim.plan.sharing import nearest_sources, sharing, sharing_keeping_recall
-from kvslim.plan.trials import PlanTrials
+from kvslim.planning.allocate import Option, allocate, allocate_both
+from kvslim.planning.budget import decode_time
+from kvslim.planning.candidates import Alteration
+from kvslim.planning.choose import choose
+from kvslim.planning.decode_time import OF_CACHE, OF_SCORE, OF_WEIGHTS, DecodeTime
+from kvslim.planning.planner import Planner
+from kvslim.planning.removals import removals, removals_keeping_recall, spare_layers
+from kvslim.planning.sharing import nearest_sources, sharing, sharing_keeping_recall
+from kvslim.planning.trials import PlanTrials
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.recipe import Budget
 from kvslim.types import KVLayout, LayerPlan, Plan

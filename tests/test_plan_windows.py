@@ -11,11 +11,11 @@ from support.planning import Codes, much, nothing, planner_of
 
 from kvslim.caches import WindowCache
 from kvslim.calibrate.statistics import CalibrationStatistics
-from kvslim.plan.budget import planner_of as planner_of_model
-from kvslim.plan.candidates import SINKS, Candidate
-from kvslim.plan.planner import Planner
-from kvslim.plan.trials import keeping_recall
-from kvslim.plan.windows import WindowTrials
+from kvslim.planning.budget import planner_of as planner_of_model
+from kvslim.planning.candidates import SINKS, Candidate
+from kvslim.planning.planner import Planner
+from kvslim.planning.trials import keeping_recall
+from kvslim.planning.windows import WindowTrials
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.types import KVLayout
 

@@ -19,11 +19,11 @@ from kvslim.cli import app
 from kvslim.cli.schemas import output_type
 from kvslim.errors import GateError, UnsupportedError
 from kvslim.export.manifest import read_manifest
-from kvslim.plan.choose import Chosen, choose
-from kvslim.plan.planner import MARGIN, Planned, Planner
+from kvslim.planning.choose import Chosen, choose
+from kvslim.planning.planner import MARGIN, Planned, Planner
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.recipe import Budget, Recipe, load_recipe, parse_recipe
-from kvslim.runtime.graph import layout_of, open_session
+from kvslim.runtime.opening import layout_of, open_session
 from kvslim.types import KVLayout, Plan
 
 CONTEXT = 2048

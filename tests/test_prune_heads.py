@@ -22,7 +22,7 @@ from kvslim.errors import UsageError
 from kvslim.methods import KvHdc, KvPca, KvQuant, KvWindow, Method, PruneHeads
 from kvslim.methods.fitting import fit
 from kvslim.progress import Silent
-from kvslim.runtime.graph import layout_of, open_session
+from kvslim.runtime.opening import layout_of, open_session
 from kvslim.transform.compensate import refitted
 from kvslim.transform.kl_evaluator import KLEvaluator
 from kvslim.types import KVLayout, LayerPlan, Plan

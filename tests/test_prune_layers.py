@@ -31,10 +31,10 @@ from kvslim.contract import Part
 from kvslim.errors import UsageError
 from kvslim.methods import KvHdc, KvQuant, PruneHeads, PruneLayers
 from kvslim.methods.fitting import fit
-from kvslim.plan.decide import decide
+from kvslim.planning.decide import decide
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Silent
-from kvslim.runtime.graph import layout_of, open_session
+from kvslim.runtime.opening import layout_of, open_session
 from kvslim.transform.compensate import RIDGE, refitted, runs_of
 from kvslim.transform.kl_evaluator import KLEvaluator
 from kvslim.transform.removal import residual_multiplier

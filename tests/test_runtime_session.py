@@ -12,7 +12,7 @@ from support.tiny_graph import KV_HEADS, write_tiny
 
 from kvslim.contract import WINDOW_SLACK, KVTensor
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
-from kvslim.runtime.graph import layout_of, open_session
+from kvslim.runtime.opening import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import KVLayout
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kvslim.validateing import tasks
 from support.tiny_artifact import fill
 from support.tiny_report import manifest
 
@@ -16,8 +17,7 @@ from kvslim.cli.console import schema_id
 from kvslim.cli.schemas import OUTPUTS, output_type, schema_of
 from kvslim.errors import NotFoundError
 from kvslim.export.manifest import write_manifest
-from kvslim.validate import tasks
-from kvslim.validate.tasks import Score, TaskScores
+from kvslim.validation.tasks import Score, TaskScores
 
 KEYS = Path(__file__).with_name("json_keys.txt")
 Printed = Callable[..., dict[str, Any]]

@@ -24,7 +24,7 @@ from kvslim.methods.share_kv import Distance, distances
 from kvslim.methods.sharing import fit_maps
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Silent
-from kvslim.runtime.graph import layout_of, open_session
+from kvslim.runtime.opening import layout_of, open_session
 from kvslim.transform.compensate import refitted
 from kvslim.transform.kl_evaluator import KLEvaluator
 from kvslim.transform.surgery import trial

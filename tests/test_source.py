@@ -11,9 +11,9 @@ import pytest
 
 from kvslim.demo import MODEL_DIR
 from kvslim.errors import NotFoundError, UnsupportedError
-from kvslim.load import source
-from kvslim.load.architecture import ARCHITECTURES, architecture_of
-from kvslim.load.source import read_spec, resolve
+from kvslim.loading import source
+from kvslim.loading.architecture import ARCHITECTURES, architecture_of
+from kvslim.loading.source import read_spec, resolve
 
 
 def config_folder(folder: Path, **config: Any) -> Path:

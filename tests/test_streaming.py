@@ -18,7 +18,7 @@ from kvslim.caches.window import RINGS
 from kvslim.contract import CacheType
 from kvslim.errors import ArtifactError, UsageError
 from kvslim.prepared.decoder import PreparedDecoder
-from kvslim.runtime.graph import layout_of, open_session
+from kvslim.runtime.opening import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import KVLayout
 

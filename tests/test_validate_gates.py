@@ -6,7 +6,7 @@ import pytest
 
 from kvslim.recipe import Gates
 from kvslim.types import Measures
-from kvslim.validate.gates import check_gates, ratio, report
+from kvslim.validation.gates import check_gates, ratio, report
 
 PLAIN = Measures(kv_bytes_per_token=1000, recall=1.0, kl_mean=0.0, perplexity=10.0, tpot_ms={"128": 4.0, "1024": 8.0})
 ARTIFACT = Measures(

@@ -10,8 +10,8 @@ from support.tiny_graph import write_tiny
 
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
 from kvslim.runtime.session import DecodeSession
-from kvslim.validate.latency import measure_latency
-from kvslim.validate.rss import peak_rss
+from kvslim.validation.latency import measure_latency
+from kvslim.validation.rss import peak_rss
 
 
 @pytest.fixture
@@ -85,6 +85,6 @@ def test_peak_rss_raises_artifact_error_when_the_model_is_broken(tmp_path: Path)
 
 
 def test_rss_imports_neither_torch_nor_transformers_when_loaded() -> None:
-    script = "import kvslim.validate.rss, sys; print({'torch', 'transformers'} & sys.modules.keys())"
+    script = "import kvslim.validation.rss, sys; print({'torch', 'transformers'} & sys.modules.keys())"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"

@@ -9,7 +9,7 @@ from support.tiny_graph import write_tiny
 
 from kvslim.errors import UsageError
 from kvslim.runtime.session import DecodeSession
-from kvslim.validate.quality import Quality, measure_all, measure_quality
+from kvslim.validation.quality import Quality, measure_all, measure_quality
 
 WINDOWS = np.random.default_rng(0).integers(24, size=(5, 37))
 

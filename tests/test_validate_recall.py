@@ -8,7 +8,7 @@ from support.tiny_graph import write_tiny
 
 from kvslim.errors import UsageError
 from kvslim.runtime.session import DecodeSession
-from kvslim.validate.recall import CUE, SPAN, RecallItem, measure_recall, repeated_spans
+from kvslim.validation.recall import CUE, SPAN, RecallItem, measure_recall, repeated_spans
 
 TEXT = np.random.default_rng(0).integers(1, 200, size=(6, 64))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvslim.validate.retrieval import retrieval_rank_correlation
+from kvslim.validation.retrieval import retrieval_rank_correlation
 
 RNG = np.random.default_rng(0)
 EMBEDDINGS = RNG.standard_normal((30, 8)).astype(np.float32)

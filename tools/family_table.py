@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kvslim.load.architecture import ARCHITECTURES
-from kvslim.load.encoders import ENCODERS
+from kvslim.loading.architecture import ARCHITECTURES
+from kvslim.loading.encoders import ENCODERS
 
 
 def main() -> None:

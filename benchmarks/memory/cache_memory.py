@@ -9,8 +9,8 @@ from benchmarks.models import LITTLE, OpenModel
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
-from kvslim.validate.latency import measure_latency
-from kvslim.validate.rss import peak_rss
+from kvslim.validation.latency import measure_latency
+from kvslim.validation.rss import peak_rss
 
 TABLE = Table(
     (

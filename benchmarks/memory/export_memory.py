@@ -15,7 +15,7 @@ from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.rows import ROOT
 from benchmarks.subjects import Source
-from kvslim.validate.rss import own_peak_mib
+from kvslim.validation.rss import own_peak_mib
 
 TABLE = Table(
     (

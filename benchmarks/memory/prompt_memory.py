@@ -18,7 +18,7 @@ from benchmarks.render import Column, Table
 from benchmarks.rows import ROOT
 from benchmarks.subjects import Source
 from kvslim.runtime.session import DecodeSession
-from kvslim.validate.rss import own_peak_mib
+from kvslim.validation.rss import own_peak_mib
 
 TABLE = Table(
     (

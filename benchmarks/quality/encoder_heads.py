@@ -16,7 +16,7 @@ from benchmarks.subjects import Source
 from kvslim.contract import Part
 from kvslim.methods import PruneHeads, PruneLayers
 from kvslim.methods.prune_heads import Heads, Loss
-from kvslim.validate.encoder import BATCH, answers, compare, encoder_costs
+from kvslim.validation.encoder import BATCH, answers, compare, encoder_costs
 
 FULL = {"calibration": {"samples": 256, "length": 128}, "validation": {"samples": 200, "length": 128}}
 BRIEF = {"calibration": {"samples": 16, "length": 48}, "validation": {"samples": 8, "length": 48}}

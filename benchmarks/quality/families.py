@@ -11,7 +11,7 @@ from benchmarks.models import LITTLE, OpenModel
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
-from kvslim.load.architecture import ARCHITECTURES
+from kvslim.loading.architecture import ARCHITECTURES
 from kvslim.runtime.session import DecodeSession
 
 SLIM = ({"kv_pca": {"rank_ratio": 0.5}}, "kv_quant")

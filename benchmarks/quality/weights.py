@@ -11,7 +11,7 @@ from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import WeightFormat
-from kvslim.validate.quality import measure_quality
+from kvslim.validation.quality import measure_quality
 
 FORMATS: dict[str, WeightFormat] = {
     str(format_): format_

@@ -14,8 +14,8 @@ from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
 from kvslim.contract import ModelSpec
-from kvslim.load.source import read_spec, resolve
-from kvslim.validate.latency import in_turns
+from kvslim.loading.source import read_spec, resolve
+from kvslim.validation.latency import in_turns
 
 CACHES = 8  # as many layers, so that the last step's cache has left the processor's
 KINDS = {

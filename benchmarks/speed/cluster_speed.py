@@ -9,7 +9,7 @@ from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
 from kvslim.methods import ClusterHeads
-from kvslim.validate.latency import measure_latency
+from kvslim.validation.latency import measure_latency
 
 TABLE = Table(
     (

@@ -8,7 +8,7 @@ from benchmarks.models import LITTLE, OpenModel
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
-from kvslim.validate.latency import measure_latency
+from kvslim.validation.latency import measure_latency
 
 TABLE = Table(
     (

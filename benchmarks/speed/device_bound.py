@@ -13,13 +13,13 @@ from benchmarks.render import Column, Table
 from benchmarks.rows import Row
 from benchmarks.subjects import Source
 from kvslim.devices.demand import Cache, StageName, decode, memory, prefill
-from kvslim.devices.graph import artifact_weights
 from kvslim.devices.limits import bound
 from kvslim.devices.measure import measure_device
 from kvslim.devices.profile import Device
-from kvslim.validate.latency import Times, time_models
-from kvslim.validate.measure import file_mib
-from kvslim.validate.rss import peak_rss
+from kvslim.devices.stored_weights import artifact_weights
+from kvslim.validation.latency import Times, time_models
+from kvslim.validation.measure import file_mib
+from kvslim.validation.rss import peak_rss
 
 REPEATS = 6
 TIMES = Table(

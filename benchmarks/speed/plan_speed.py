@@ -10,7 +10,7 @@ from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
 from kvslim.contract import ModelSpec
 from kvslim.types import Plan
-from kvslim.validate.latency import measure_latency
+from kvslim.validation.latency import measure_latency
 
 TABLE = Table(
     (

@@ -13,8 +13,8 @@ from benchmarks.models import LITTLE, OpenModel
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
-from kvslim.validate.latency import measure_latency
-from kvslim.validate.measure import file_mib
+from kvslim.validation.latency import measure_latency
+from kvslim.validation.measure import file_mib
 
 TABLE = Table(
     (

@@ -11,7 +11,7 @@ from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
 from kvslim.contract import WeightType
 from kvslim.types import WeightFormat
-from kvslim.validate.latency import measure_latency
+from kvslim.validation.latency import measure_latency
 
 FORMATS: dict[str, WeightFormat] = {
     str(format_): format_

@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from kvslim.calibrate.statistics import CalibrationStatistics
-from kvslim.plan.probes import Probes
+from kvslim.planning.probes import Probes
 
 FORMAT = 8
 

@@ -13,7 +13,7 @@ from kvslim.calibrate.parts import parts_recorded
 from kvslim.calibrate.recorder import output_gram
 from kvslim.calibrate.statistics import HeadStatistics
 from kvslim.contract import ModelSpec
-from kvslim.load.architecture import Architecture
+from kvslim.loading.architecture import Architecture
 from kvslim.progress import Progress
 from kvslim.transform.surgery import attention_modules, projection
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvslim.load.architecture import Architecture
+from kvslim.loading.architecture import Architecture
 from kvslim.transform.surgery import layer_modules
 
 

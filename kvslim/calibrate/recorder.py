@@ -21,7 +21,7 @@ from kvslim.calibrate.parts import parts_recorded
 from kvslim.calibrate.recording import SAMPLES, SINKS, LayerRecording, Recording, finish, sampled_tokens
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.contract import ModelSpec
-from kvslim.load.architecture import Architecture
+from kvslim.loading.architecture import Architecture
 from kvslim.progress import Progress
 from kvslim.transform.attention import Observed, SlimAttention
 from kvslim.transform.surgery import attention_modules, projection, slim_modules

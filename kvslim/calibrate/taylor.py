@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvslim.contract import ModelSpec
-from kvslim.load.architecture import Architecture
+from kvslim.loading.architecture import Architecture
 from kvslim.progress import Progress
 from kvslim.transform.surgery import attention_modules, slim_modules
 

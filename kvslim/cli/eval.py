@@ -35,8 +35,8 @@ def evaluate(
     {"prompt", "choices", "answer"}.
     """
     from kvslim.report.tables import gates_table, scores_table
-    from kvslim.validate.tasks import accuracy_gates
-    from kvslim.validate.tasks import evaluate as scores_of
+    from kvslim.validation.tasks import accuracy_gates
+    from kvslim.validation.tasks import evaluate as scores_of
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:

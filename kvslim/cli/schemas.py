@@ -11,15 +11,15 @@ from kvslim.cli.machine import Check
 from kvslim.contract import Frozen
 from kvslim.devices.profile import Device
 from kvslim.errors import NotFoundError, suggestion
-from kvslim.plan.analyze import Analysis
-from kvslim.plan.decide import PlanSummary
+from kvslim.planning.analyze import Analysis
+from kvslim.planning.decide import PlanSummary
 from kvslim.recipe import Recipe
 from kvslim.report.compare import Comparison, Regression
 from kvslim.report.memory import CacheMemory
 from kvslim.runtime.completion import Usage
 from kvslim.types import GateResult, Report
-from kvslim.validate.bench import BenchResult
-from kvslim.validate.tasks import TaskScores
+from kvslim.validation.bench import BenchResult
+from kvslim.validation.tasks import TaskScores
 
 
 class Compressed(Report):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvslim.contract import Frozen, KVTensor, ModelSpec, WeightType
-from kvslim.load.parameters import Parameters
+from kvslim.loading.parameters import Parameters
 from kvslim.types import KVLayout, Plan
 
 StageName = Literal["training", "prefill", "decode"]

@@ -14,7 +14,7 @@ from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 from kvslim.contract import BATCH, LENGTH, ModelSpec
 from kvslim.export.passes import drop_idle_reshapes, strip_traces
 from kvslim.export.quiet import quiet
-from kvslim.load.encoders import ENCODERS, encoder_inputs
+from kvslim.loading.encoders import ENCODERS, encoder_inputs
 
 OPSET = 23
 HIDDEN, LOGITS = "last_hidden_state", "logits"

@@ -30,7 +30,7 @@ from kvslim.export.passes import (
 )
 from kvslim.export.quiet import quiet
 from kvslim.export.storage import share_storage
-from kvslim.load.architecture import Architecture
+from kvslim.loading.architecture import Architecture
 from kvslim.transform.attention import PassThroughCache, SlimAttention
 from kvslim.transform.operators import ExportStep
 from kvslim.transform.surgery import slim_modules

@@ -16,9 +16,9 @@ from kvslim.export.genai import end_tokens, genai_config
 from kvslim.export.graph import build_graph, save_graph, token_inputs
 from kvslim.export.transformers_js import with_transformers_js_config
 from kvslim.export.weights import quantise_weights
-from kvslim.load.architecture import architecture_of
-from kvslim.load.model import load_model, load_tokenizer
-from kvslim.load.source import Snapshot
+from kvslim.loading.architecture import architecture_of
+from kvslim.loading.model import load_model, load_tokenizer
+from kvslim.loading.source import Snapshot
 from kvslim.prepared.base import PreparedModel
 from kvslim.prepared.decoder_trials import DecoderTrials
 from kvslim.prepared.text import TextSource
@@ -27,7 +27,7 @@ from kvslim.recipe import Recipe
 from kvslim.transform.edits import LayerEdit
 from kvslim.transform.surgery import install, prepare
 from kvslim.types import KVLayout, Plan
-from kvslim.validate.measure import DecoderEvaluation
+from kvslim.validation.measure import DecoderEvaluation
 
 
 class PreparedDecoder(PreparedModel):

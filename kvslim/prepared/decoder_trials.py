@@ -9,8 +9,8 @@ import numpy as np
 
 from kvslim.calibrate.taylor import taylor_scores
 from kvslim.methods.base import Method
-from kvslim.plan.budget import choose_within
-from kvslim.plan.choose import Chosen
+from kvslim.planning.budget import choose_within
+from kvslim.planning.choose import Chosen
 from kvslim.prepared.text import split
 from kvslim.prepared.trials import Codes, Trials
 from kvslim.recipe import Budget

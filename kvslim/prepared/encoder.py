@@ -14,9 +14,9 @@ from kvslim.contract import ModelSpec
 from kvslim.export.encoder import build_encoder_graph
 from kvslim.export.encoder_weights import quantise_encoder
 from kvslim.export.graph import save_graph
-from kvslim.load.encoders import ENCODERS, encoder_inputs
-from kvslim.load.model import load_encoder, load_tokenizer
-from kvslim.load.source import Snapshot
+from kvslim.loading.encoders import ENCODERS, encoder_inputs
+from kvslim.loading.model import load_encoder, load_tokenizer
+from kvslim.loading.source import Snapshot
 from kvslim.prepared.base import PreparedModel
 from kvslim.prepared.encoder_trials import EncoderTrials
 from kvslim.prepared.sentences import SentenceSource
@@ -26,7 +26,7 @@ from kvslim.transform.edits import LayerEdit
 from kvslim.transform.encoding import prepare_encoder
 from kvslim.transform.surgery import install
 from kvslim.types import KVLayout, Plan
-from kvslim.validate.encoder import EncoderEvaluation
+from kvslim.validation.encoder import EncoderEvaluation
 
 
 class PreparedEncoder(PreparedModel):

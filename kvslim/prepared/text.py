@@ -17,7 +17,7 @@ from kvslim.calibrate.corpus import (
 )
 from kvslim.demo.world import recall_questions
 from kvslim.recipe import Calibration, Validation
-from kvslim.validate.recall import RecallItem, repeated_spans
+from kvslim.validation.recall import RecallItem, repeated_spans
 
 if TYPE_CHECKING:
     from kvslim.prepared.decoder import PreparedDecoder

@@ -11,7 +11,7 @@ from kvslim.contract import ModelSpec
 from kvslim.errors import UnsupportedError
 from kvslim.methods.base import Method
 from kvslim.methods.fitting import fit
-from kvslim.plan.refit import refit_as_planned
+from kvslim.planning.refit import refit_as_planned
 from kvslim.progress import Progress
 from kvslim.recipe import Budget
 from kvslim.transform.edits import LayerEdit
@@ -19,7 +19,7 @@ from kvslim.types import Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
-    from kvslim.plan.choose import Chosen
+    from kvslim.planning.choose import Chosen
     from kvslim.prepared.base import PreparedModel
 
 Codes = tuple[LayerEdit, ...]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from kvslim.report.tables import METRICS, NONE, Table, measures_table
 from kvslim.types import Measures
-from kvslim.validate.bench import BenchResult, Timing
+from kvslim.validation.bench import BenchResult, Timing
 
 Results = Mapping[str, BenchResult]
 COSTS = ("kv_bytes_per_token", "file_mib", "peak_rss_mib")

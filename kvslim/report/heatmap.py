@@ -8,7 +8,7 @@ from math import log10
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from kvslim.plan.analyze import Analysis
+    from kvslim.planning.analyze import Analysis
 
 CELL, LETTER, LEFT, TOP, GAP = 26, 7, 64, 52, 16
 PALE, DARK = (236, 244, 250), (8, 48, 107)  # colours of the smallest and the largest value of a panel

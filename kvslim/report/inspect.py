@@ -34,8 +34,8 @@ def inspect(model: str, contexts: Sequence[int], weights: WeightType | None, dev
 
 
 def _inspect_model(model: str, contexts: Sequence[int], kind: WeightType, devices: Sequence[Device]) -> CacheMemory:
-    from kvslim.load.parameters import count_parameters
-    from kvslim.load.source import read_spec, resolve
+    from kvslim.loading.parameters import count_parameters
+    from kvslim.loading.source import read_spec, resolve
 
     snapshot = resolve(model)
     spec = read_spec(snapshot)
@@ -50,8 +50,8 @@ def _inspect_model(model: str, contexts: Sequence[int], kind: WeightType, device
 
 
 def _inspect_artifact(folder: Path, contexts: Sequence[int], devices: Sequence[Device]) -> CacheMemory:
-    from kvslim.devices.graph import artifact_weights
-    from kvslim.validate.measure import file_mib
+    from kvslim.devices.stored_weights import artifact_weights
+    from kvslim.validation.measure import file_mib
 
     manifest = read_manifest(folder)
     spec, caches = manifest.spec, artifact_caches(manifest)

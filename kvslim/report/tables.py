@@ -16,8 +16,8 @@ from kvslim.report.memory import CacheMemory
 from kvslim.types import GateResult, Measures, Plan, PlanPoint, Report
 
 if TYPE_CHECKING:
-    from kvslim.plan.analyze import Analysis
-    from kvslim.validate.tasks import TaskScores
+    from kvslim.planning.analyze import Analysis
+    from kvslim.validation.tasks import TaskScores
 
 RATIO = "ratio"
 NONE = "-"

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from kvslim.errors import ArtifactError, UsageError
 from kvslim.runtime.generate import load_tokenizer
-from kvslim.runtime.graph import open_session, run_graph
+from kvslim.runtime.opening import open_session, run_graph
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]

@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
-from kvslim.runtime.graph import Logits
+from kvslim.runtime.opening import Logits
 from kvslim.runtime.session import DecodeSession
 
 _CONTEXT_TOKENS = 6

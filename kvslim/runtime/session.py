@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from kvslim.caches.buffers import bind_all
 from kvslim.errors import ArtifactError, UsageError
-from kvslim.runtime.graph import ORT_ERRORS, Logits, artifact_error, layer_buffers, layout_of, open_session
+from kvslim.runtime.opening import ORT_ERRORS, Logits, artifact_error, layer_buffers, layout_of, open_session
 
 Tokens = Sequence[int] | npt.NDArray[np.int64]
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kvslim.caches.attention.shared import SharedAttention
-from kvslim.load.architecture import Architecture
+from kvslim.loading.architecture import Architecture
 from kvslim.progress import Progress
 from kvslim.transform.edits import Affine, Array, LayerEdit
 from kvslim.transform.surgery import layer_modules, parameters, slim_modules, trial

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from kvslim.load.architecture import Architecture
+from kvslim.loading.architecture import Architecture
 from kvslim.transform.attention import SlimAttention
 from kvslim.transform.surgery import attention_modules, catch_hidden
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvslim.load.architecture import Architecture
+from kvslim.loading.architecture import Architecture
 from kvslim.transform.edits import Array, LayerEdit
 from kvslim.transform.surgery import layer_modules, trial
 

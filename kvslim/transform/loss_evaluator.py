@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kvslim.calibrate.sentences import Sentences
-from kvslim.load.architecture import Architecture
+from kvslim.loading.architecture import Architecture
 from kvslim.transform.edits import LayerEdit
 from kvslim.transform.kl_evaluator import remembering, replaying
 from kvslim.transform.surgery import layer_modules, trial

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from kvslim.load.architecture import Architecture
+from kvslim.loading.architecture import Architecture
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kvslim.caches import ClusteredCache, CodedCache
 from kvslim.caches.attention.shared import SharedAttention
 from kvslim.contract import ModelSpec
-from kvslim.load.architecture import Architecture
+from kvslim.loading.architecture import Architecture
 from kvslim.transform.attention import NAME, SlimAttention, register
 from kvslim.transform.edits import RESIDUAL_STEPS, Array, KeptHeads, LayerEdit
 from kvslim.transform.normal import normalise

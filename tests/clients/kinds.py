@@ -10,7 +10,7 @@ from support.models import open_prepared, recipe_of
 from kvslim.caches import FullCache
 from kvslim.contract import Layout, ModelSpec
 from kvslim.methods import KvHdc, KvPca, KvQuant, KvWindow, Method, PruneHeads, ShareKv
-from kvslim.plan.decide import decide
+from kvslim.planning.decide import decide
 from kvslim.types import KVLayout, LayerPlan, Plan, Weights
 
 

@@ -13,7 +13,7 @@ from clients.conftest import ArtifactOf
 from clients.kinds import KINDS, STANDARD
 from clients.runners import Answer, RefusedError, our_tokens
 from kvslim.runtime.generate import load_tokenizer
-from kvslim.runtime.graph import layout_of, open_session
+from kvslim.runtime.opening import layout_of, open_session
 
 Client = Callable[[Path, str], Answer]
 Record = Callable[[str, object], None]

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from kvslim.checks import check_plan
-from kvslim.load.source import read_spec, resolve
+from kvslim.loading.source import read_spec, resolve
 from kvslim.methods import Method
-from kvslim.plan.decide import decide
+from kvslim.planning.decide import decide
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Silent
 from kvslim.recipe import Calibration, Recipe, Validation
-from kvslim.runtime.graph import layout_of, open_session
+from kvslim.runtime.opening import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import KVLayout, Plan, WeightFormat
 

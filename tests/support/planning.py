@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvslim.calibrate.statistics import CalibrationStatistics
-from kvslim.plan.budget import decode_time
-from kvslim.plan.planner import Planner
-from kvslim.plan.probes import Probes
-from kvslim.plan.probing import Prober
-from kvslim.plan.trials import PlanTrials
-from kvslim.plan.windows import WindowTrials
+from kvslim.planning.budget import decode_time
+from kvslim.planning.planner import Planner
+from kvslim.planning.probes import Probes
+from kvslim.planning.probing import Prober
+from kvslim.planning.trials import PlanTrials
+from kvslim.planning.windows import WindowTrials
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Silent
 from kvslim.transform.edits import LayerEdit

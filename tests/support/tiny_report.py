@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvslim.caches import FullCache, PackedCache
 from kvslim.contract import ModelSpec
 from kvslim.types import GateResult, KVLayout, LayerPlan, Manifest, Measures, Plan, PlanPoint, Report, Source
-from kvslim.validate.gates import ratio
+from kvslim.validation.gates import ratio
 
 SPEC = ModelSpec(
     model_type="llama",

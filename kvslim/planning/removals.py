@@ -13,8 +13,8 @@ import numpy as np
 
 from kvslim.contract import ModelSpec
 from kvslim.methods.prune_heads import Heads, kept
-from kvslim.plan.candidates import Alteration
-from kvslim.plan.trials import Pays, PlanTrials
+from kvslim.planning.candidates import Alteration
+from kvslim.planning.trials import Pays, PlanTrials
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics

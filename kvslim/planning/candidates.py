@@ -12,10 +12,10 @@ from kvslim.caches.coded import rank_step
 from kvslim.contract import Frozen, ModelSpec
 from kvslim.methods.kv_window import windowed
 from kvslim.methods.prune_layers import GONE
-from kvslim.plan.allocate import Option, hull
-from kvslim.plan.cost import STEP, SideCosts, bundled, choices
-from kvslim.plan.decode_time import DecodeTime
-from kvslim.plan.prices import Price
+from kvslim.planning.allocate import Option, hull
+from kvslim.planning.cost import STEP, SideCosts, bundled, choices
+from kvslim.planning.decode_time import DecodeTime
+from kvslim.planning.prices import Price
 from kvslim.types import KVLayout, LayerPlan, Plan
 
 SINKS = 4

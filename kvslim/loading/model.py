@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvslim.contract import ModelSpec
 from kvslim.errors import ModelError
-from kvslim.load.encoders import ENCODERS
-from kvslim.load.source import Snapshot, weight_files
+from kvslim.loading.encoders import ENCODERS
+from kvslim.loading.source import Snapshot, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

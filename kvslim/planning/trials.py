@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvslim.methods.kv_window import MOST_RECALL
-from kvslim.plan.candidates import Alteration, altered
+from kvslim.planning.candidates import Alteration, altered
 from kvslim.types import Plan
 
 Measure = Callable[[Plan], float]

@@ -116,7 +116,7 @@ def evaluate(
         raise UnsupportedError("an encoder writes no text", where=str(artifact), fix="give a decoder's artifact")
     _require_harness()
     loaded = load_tasks(tasks, include)
-    from kvslim.validate.harness import ArtifactLM
+    from kvslim.validation.harness import ArtifactLM
 
     model = ArtifactLM(artifact, max_length=spec.max_context, threads=threads, progress=progress)
     return run_tasks(model, loaded, limit=limit, shots=shots, progress=progress)

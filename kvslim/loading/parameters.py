@@ -6,8 +6,8 @@ from typing import Any
 
 from kvslim.contract import Frozen, ModelSpec
 from kvslim.errors import ModelError
-from kvslim.load.model import encoder_class
-from kvslim.load.source import Snapshot, read_config
+from kvslim.loading.model import encoder_class
+from kvslim.loading.source import Snapshot, read_config
 
 
 class Parameters(Frozen):

@@ -14,11 +14,11 @@ from kvslim.contract import ModelSpec
 from kvslim.recipe import Gates, Validation
 from kvslim.runtime.encoder import EncoderSession, pad
 from kvslim.types import Measures, Report
-from kvslim.validate.gates import report
-from kvslim.validate.latency import Cost, Times, cost, in_turns
-from kvslim.validate.measure import file_mib
-from kvslim.validate.retrieval import retrieval_rank_correlation
-from kvslim.validate.rss import peak_rss
+from kvslim.validation.gates import report
+from kvslim.validation.latency import Cost, Times, cost, in_turns
+from kvslim.validation.measure import file_mib
+from kvslim.validation.retrieval import retrieval_rank_correlation
+from kvslim.validation.rss import peak_rss
 
 BATCH = 8
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from kvslim.contract import Frozen, ModelSpec
-from kvslim.plan.refit import refit_where_it_pays
+from kvslim.planning.refit import refit_where_it_pays
 from kvslim.recipe import Recipe
 from kvslim.types import KVLayout, Plan, PlanPoint
 

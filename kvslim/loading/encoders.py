@@ -7,7 +7,7 @@ from typing import Any
 
 from kvslim.contract import ModelSpec, Task
 from kvslim.errors import ModelError, UnsupportedError
-from kvslim.load.architecture import Architecture
+from kvslim.loading.architecture import Architecture
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from kvslim.errors import GateError, UsageError
 from kvslim.methods.fitting import fit
 from kvslim.methods.kv_quant import with_integers
 from kvslim.methods.share_kv import ShareKv
-from kvslim.plan.allocate import allocate, allocate_both
-from kvslim.plan.candidates import Alteration, Candidate, CandidateMaker, options, reason_of
-from kvslim.plan.decode_time import DecodeTime
-from kvslim.plan.prices import Divergence
-from kvslim.plan.probes import BITS, FIX, Probes
+from kvslim.planning.allocate import allocate, allocate_both
+from kvslim.planning.candidates import Alteration, Candidate, CandidateMaker, options, reason_of
+from kvslim.planning.decode_time import DecodeTime
+from kvslim.planning.prices import Divergence
+from kvslim.planning.probes import BITS, FIX, Probes
 from kvslim.transform.edits import LayerEdit
 from kvslim.types import KVLayout, LayerPlan, Plan, PlanPoint
 

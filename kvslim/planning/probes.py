@@ -13,8 +13,8 @@ from pydantic import Field
 
 from kvslim.contract import Frozen
 from kvslim.errors import UsageError
-from kvslim.plan.candidates import Alteration, Candidate
-from kvslim.plan.prices import Price
+from kvslim.planning.candidates import Alteration, Candidate
+from kvslim.planning.prices import Price
 
 FORMAT: Literal[1] = 1  # part of the key too; raised when what is measured or how it is stored changes
 BITS = (8, 4)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvslim.errors import UsageError
-from kvslim.runtime.graph import Logits
+from kvslim.runtime.opening import Logits
 from kvslim.runtime.session import DecodeSession
 
 Windows = npt.NDArray[np.int64]

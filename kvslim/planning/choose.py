@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kvslim.errors import GateError
-from kvslim.plan.planner import MARGIN, Planned, Planner
+from kvslim.planning.planner import MARGIN, Planned, Planner
 from kvslim.recipe import Budget
 from kvslim.types import PlanPoint
 

@@ -11,8 +11,8 @@ from typing import Any
 from kvslim.contract import ModelSpec
 from kvslim.demo import MODEL_DIR
 from kvslim.errors import ModelError, NotFoundError, UnsupportedError
-from kvslim.load.architecture import architecture_of
-from kvslim.load.encoders import ENCODERS, encoder_spec
+from kvslim.loading.architecture import architecture_of
+from kvslim.loading.encoders import ENCODERS, encoder_spec
 
 STATIC_ROPE = {"default", "linear", "llama3", "longrope", "yarn"}
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

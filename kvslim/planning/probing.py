@@ -8,15 +8,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kvslim.contract import ModelSpec
-from kvslim.plan.candidates import Alteration, CandidateMaker
-from kvslim.plan.cost import SideCosts, side_costs
-from kvslim.plan.decode_time import DecodeTime
-from kvslim.plan.prices import Divergence, Pricing
-from kvslim.plan.probes import BITS, LayerProbe, Probes, RecallKept
-from kvslim.plan.removals import removals, removals_keeping_recall, spare_layers
-from kvslim.plan.sharing import nearest_sources, sharing, sharing_keeping_recall
-from kvslim.plan.trials import Pays, PlanTrials
-from kvslim.plan.windows import WindowTrials, window_alterations, windows_keeping_recall
+from kvslim.planning.candidates import Alteration, CandidateMaker
+from kvslim.planning.cost import SideCosts, side_costs
+from kvslim.planning.decode_time import DecodeTime
+from kvslim.planning.prices import Divergence, Pricing
+from kvslim.planning.probes import BITS, LayerProbe, Probes, RecallKept
+from kvslim.planning.removals import removals, removals_keeping_recall, spare_layers
+from kvslim.planning.sharing import nearest_sources, sharing, sharing_keeping_recall
+from kvslim.planning.trials import Pays, PlanTrials
+from kvslim.planning.windows import WindowTrials, window_alterations, windows_keeping_recall
 from kvslim.progress import Progress
 
 if TYPE_CHECKING:

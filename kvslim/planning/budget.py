@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from kvslim.calibrate import cache
 from kvslim.methods.fitting import fit
-from kvslim.plan.candidates import SINKS
-from kvslim.plan.choose import Chosen, choose
-from kvslim.plan.decode_time import DecodeTime
-from kvslim.plan.planner import Planner
-from kvslim.plan.probes import FORMAT as PROBES_FORMAT
-from kvslim.plan.probes import Probes
-from kvslim.plan.probing import Prober
-from kvslim.plan.trials import PlanTrials
-from kvslim.plan.windows import WindowTrials
+from kvslim.planning.candidates import SINKS
+from kvslim.planning.choose import Chosen, choose
+from kvslim.planning.decode_time import DecodeTime
+from kvslim.planning.planner import Planner
+from kvslim.planning.probes import FORMAT as PROBES_FORMAT
+from kvslim.planning.probes import Probes
+from kvslim.planning.probing import Prober
+from kvslim.planning.trials import PlanTrials
+from kvslim.planning.windows import WindowTrials
 from kvslim.recipe import Budget
 from kvslim.transform.surgery import layer_modules
 

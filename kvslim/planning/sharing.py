@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from kvslim.contract import ModelSpec
 from kvslim.methods.share_kv import PROPOSED, distances
-from kvslim.plan.candidates import Alteration
-from kvslim.plan.trials import Pays, PlanTrials
+from kvslim.planning.candidates import Alteration
+from kvslim.planning.trials import Pays, PlanTrials
 from kvslim.types import Plan
 
 if TYPE_CHECKING:

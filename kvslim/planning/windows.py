@@ -12,8 +12,8 @@ from typing import NamedTuple
 from kvslim.caches import WindowCache
 from kvslim.contract import ModelSpec
 from kvslim.methods.kv_window import KvWindow
-from kvslim.plan.candidates import SINKS, Alteration
-from kvslim.plan.trials import Pays, keeping_recall
+from kvslim.planning.candidates import SINKS, Alteration
+from kvslim.planning.trials import Pays, keeping_recall
 from kvslim.transform.edits import LayerEdit
 
 Measure = Callable[[tuple[LayerEdit, ...]], float]

@@ -13,10 +13,10 @@ from pydantic import Field
 from kvslim.contract import Frozen, ModelSpec
 from kvslim.runtime.encoder import EncoderSession
 from kvslim.runtime.session import DecodeSession
-from kvslim.validate.encoder import time_texts
-from kvslim.validate.latency import Times, joules_per_token, quartiles, ratio, time_models
-from kvslim.validate.measure import file_mib
-from kvslim.validate.rss import Use, peak_rss
+from kvslim.validation.encoder import time_texts
+from kvslim.validation.latency import Times, joules_per_token, quartiles, ratio, time_models
+from kvslim.validation.measure import file_mib
+from kvslim.validation.rss import Use, peak_rss
 
 Metric = Literal["ttft_ms", "tpot_ms", "latency_ms"]
 

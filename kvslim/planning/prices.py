@@ -17,7 +17,7 @@ from pydantic import ConfigDict
 from kvslim.caches import FullCache
 from kvslim.contract import Frozen, ModelSpec
 from kvslim.methods.fitting import fit
-from kvslim.plan.cost import Choice, Cost, SideCosts, rounded_plan
+from kvslim.planning.cost import Choice, Cost, SideCosts, rounded_plan
 from kvslim.transform.edits import LayerEdit
 from kvslim.types import LayerPlan, Plan
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from kvslim.errors import UsageError
 from kvslim.runtime.session import DecodeSession
-from kvslim.validate.energy import joules_since, microjoules
+from kvslim.validation.energy import joules_since, microjoules
 
 Times = npt.NDArray[np.float64]
 Quartiles = tuple[float, float]

@@ -16,10 +16,10 @@ from transformers import AutoTokenizer
 from kvslim.errors import UsageError
 from kvslim.progress import Progress, Silent
 from kvslim.runtime.generate import Sampling, eos_ids, generate_tokens, load_tokenizer
-from kvslim.runtime.graph import Logits
+from kvslim.runtime.opening import Logits
 from kvslim.runtime.session import DecodeSession
-from kvslim.validate.quality import log_softmax
-from kvslim.validate.recall import CHUNK
+from kvslim.validation.quality import log_softmax
+from kvslim.validation.recall import CHUNK
 
 Scored = tuple[float, bool]
 

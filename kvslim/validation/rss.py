@@ -1,6 +1,6 @@
 """Peak memory of one use of a model, measured in a process that does nothing else.
 
-    python -m kvslim.validate.rss decode|encode MODEL TOKENS BATCH [THREADS]
+    python -m kvslim.validation.rss decode|encode MODEL TOKENS BATCH [THREADS]
 
 prints MiB: the interpreter, onnxruntime, the weights, and for each of BATCH sequences either a cache of TOKENS with one
 decoded token, or one text of TOKENS encoded.
@@ -35,14 +35,14 @@ def peak_rss(model: Path, tokens: int, threads: int | None = None, use: Use = "d
         ArtifactError: The process failed.
     """
     arguments = [use, str(model), str(tokens), str(batch), *([] if threads is None else [str(threads)])]
-    command = [sys.executable, "-m", "kvslim.validate.rss", *arguments]
+    command = [sys.executable, "-m", "kvslim.validation.rss", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         lines = result.stderr.strip().splitlines()
         raise ArtifactError(
             f"measuring memory failed (exit {result.returncode}): {lines[-1] if lines else 'no message'}",
             where=str(model),
-            fix=f"run `python -m kvslim.validate.rss {' '.join(arguments)}` to see why",
+            fix=f"run `python -m kvslim.validation.rss {' '.join(arguments)}` to see why",
         )
     return float(result.stdout)
 

@@ -11,11 +11,11 @@ import numpy as np
 from kvslim.recipe import Gates, Validation
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import Measures, Report
-from kvslim.validate.gates import report
-from kvslim.validate.latency import Latency, measure_latency
-from kvslim.validate.quality import measure_all
-from kvslim.validate.recall import RecallItem, measure_recall
-from kvslim.validate.rss import peak_rss
+from kvslim.validation.gates import report
+from kvslim.validation.latency import Latency, measure_latency
+from kvslim.validation.quality import measure_all
+from kvslim.validation.recall import RecallItem, measure_recall
+from kvslim.validation.rss import peak_rss
 
 GRAPH_FILES = ("model.onnx", "model.onnx_data")
 
