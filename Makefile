@@ -1,6 +1,7 @@
 # make demo: compress the demo model and say a sentence with it.    make test: lint, types, tests.
 # make test-eval: tasks, against the harness's own model; installs lm-eval and what it needs, some 500 MB.
 # make bench: the benchmark NAME, or the list of all; its table and its rows in build/benchmarks.
+# make test-benchmarks: a quick run of every benchmark; takes minutes.
 # make test-clients: every artifact in every client of docs/clients.md, each in an environment of its own; needs Node.
 # On a machine whose index offers torch with CUDA only, save gigabytes with
 #   make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'
@@ -12,10 +13,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 PROMPT ?= Here is a story of Mira and Oren. Mira's lamp is red. Oren's lamp is blue. Question: what colour is Mira's lamp? Answer:
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-only test-eval test-clients bench
+.PHONY: help demo test lint test-only test-eval test-benchmarks test-clients bench
 
 help:
-	@echo "make demo | test | lint | test-only | test-eval | test-clients | bench NAME=codecs"
+	@echo "make demo | test | lint | test-only | test-eval | test-benchmarks | test-clients | bench NAME=codecs"
 
 demo: $(VENV)/.installed
 	$(BIN)/kvslim compress demo --out artifacts/demo --force
@@ -33,6 +34,9 @@ test-only: $(VENV)/.installed-dev
 
 test-eval: $(VENV)/.installed-eval
 	KVSLIM_REQUIRE_EVAL=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n0 tests/test_eval.py
+
+test-benchmarks: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n0 tests/test_benchmarks.py -m ""
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks $(or $(NAME),--list)

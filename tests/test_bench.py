@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kvslim.validateing import bench, energy
 from support.tiny_artifact import fill
 from support.tiny_graph import write_tiny
 
@@ -22,6 +21,7 @@ from kvslim.errors import UsageError
 from kvslim.report.bench import bench_csv, timings_table
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import KVLayout
+from kvslim.validation import bench, energy
 from kvslim.validation.bench import BenchResult, Grid, Timing
 from kvslim.validation.latency import joules_per_token, time_models
 

@@ -22,9 +22,10 @@ from kvslim.types import Plan
 
 BENCHMARKS = registry.load()
 SHARING = BENCHMARKS.keys() - {"families"}  # its graphs must be those of its own plans
-MARKS = dict.fromkeys(("recipes", "export-memory", "vs-builder"), pytest.mark.slow)  # they export in ways of their own
+LONG = {"recipes", "encoder", "encoder-heads", "cache-memory", "export-memory", "device-bound", "vs-builder"}
 MODULES = sorted((ROOT / "benchmarks").rglob("*.py"))
-INNER = ("kvslim.workshop", "kvslim.encoder_workshop", "kvslim.planning", "kvslim.transform", "kvslim.export")
+ADAPTERS = {"models.py", "encoders.py", "planners.py", "plans.py"}
+INNER = ("kvslim.caches", "kvslim.prepared", "kvslim.planning", "kvslim.transform", "kvslim.export")
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +77,9 @@ def quick_rows(models: dict[str, Path], tmp_path: Path) -> Callable[[str], list[
 
 
 @pytest.mark.usefixtures("graphs")
-@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in sorted(SHARING)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.benchmarks] * (name in LONG)) for name in sorted(SHARING)]
+)
 def test_quick_run_leaves_rows_and_a_table(
     name: str, quick_rows: Callable[[str], list[rows.Row]], tmp_path: Path
 ) -> None:
@@ -88,7 +91,7 @@ def test_quick_run_leaves_rows_and_a_table(
         assert "</svg>" in (tmp_path / "plot.svg").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.benchmarks
 def test_families_compares_the_graphs_of_its_plans(quick_rows: Callable[[str], list[rows.Row]]) -> None:
     (row,) = found = quick_rows("families")
     _check("families", found)
@@ -169,8 +172,8 @@ def test_benchmarks_use_public_names_alone(path: Path) -> None:
     assert private + imported == []
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if path.name != "models.py"], ids=lambda path: path.stem)
-def test_one_module_knows_inner_parts(path: Path) -> None:
+@pytest.mark.parametrize("path", [path for path in MODULES if path.name not in ADAPTERS], ids=lambda path: path.stem)
+def test_few_modules_know_inner_parts(path: Path) -> None:
     imports = list(_imports(ast.parse(path.read_text())))
     assert [module for module, _ in imports if module.startswith(INNER)] == []
     assert "LayerPlan" not in [name for _, name in imports]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,15 @@ from support.models import (
 from support.numbers_of_a_model import SPEC, statistics_of
 from support.trials import MadeUpTrials
 
+from kvslim.caches import Cache, ClusteredCache, FullCache, SharedCache
 from kvslim.caches.clustered import ATTENTIONS, CLUSTER_INPUTS, CLUSTERS
 from kvslim.caches.clustering import FIRST_TOKENS, Formed
+from kvslim.caches.prompt_clusters import ClusteredBuffers
 from kvslim.checks import check_methods, check_plan
+from kvslim.cli.inputs import read_plan
 from kvslim.errors import ArtifactError, UsageError
 from kvslim.methods import ClusterHeads, KvQuant, Method, PruneHeads
+from kvslim.methods.share_kv import distances
 from kvslim.planning.decide import decide, resolved
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.runtime.opening import layout_of, open_session
@@ -70,11 +75,17 @@ def decided(method: Method, spec: Any = MHA) -> Plan:
     return method.decide(spec, statistics_of(spec), Plan.identity(spec))
 
 
+def attending(plan: Plan) -> list[int | None]:
+    """Heads that attend in each layer; None where all do without clusters."""
+    caches = (layer.cache for layer in plan.layers)
+    return [cache.attending if isinstance(cache, ClusteredCache) else None for cache in caches]
+
+
 def test_fraction_gives_every_named_layer_so_many_clusters() -> None:
     plan = decided(ClusterHeads(fraction=0.5, layers=(1,)))
-    assert [layer.attending for layer in plan.layers] == [None, 2]
-    assert decided(ClusterHeads(fraction=0.1)).layers[0].attending == 1
-    assert decided(ClusterHeads(fraction=0.1), SPEC).layers[0].attending == 2  # one for each kv head
+    assert attending(plan) == [None, 2]
+    assert attending(decided(ClusterHeads(fraction=0.1)))[0] == 1
+    assert attending(decided(ClusterHeads(fraction=0.1), SPEC))[0] == 2  # one for each kv head
     check_plan(plan, MHA)
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
 
@@ -84,12 +95,12 @@ def test_layer_stays_whole_when_its_elbow_is_at_every_head() -> None:
     pairs = np.kron(np.eye(2), np.ones((2, 2)))
     statistics.sharing_loss[0], statistics.sharing_loss[1] = 1 - np.eye(4), 1 - pairs
     plan = ClusterHeads().decide(MHA, statistics, Plan.identity(MHA))
-    assert [layer.clusters for layer in plan.layers] == [None, (0, 0, 2, 2)]
+    assert [layer.cache for layer in plan.layers] == [FullCache(), ClusteredCache(clusters=(0, 0, 2, 2))]
 
 
 def test_dynamic_plan_names_a_number_alone() -> None:
     plan = decided(ClusterHeads(clusters={0: 3}, mode="dynamic"))
-    assert (plan.layers[0].clusters, plan.layers[0].dynamic_clusters) == (None, 3)
+    assert plan.layers[0].cache == ClusteredCache(count=3)
     assert plan.layers[1] == LayerPlan(layer=1)
     check_plan(plan, MHA)
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
@@ -121,18 +132,19 @@ def test_measured_layers_come_out_of_the_trials(tiny_model: ModelOf) -> None:
 def test_other_methods_leave_clustered_layers_alone() -> None:
     recipe = recipe_of([KvQuant(), ClusterHeads(clusters={1: 2})])
     plan = decide(recipe, MHA, statistics_of(MHA))
-    assert [layer.cache for layer in plan.layers] == ["int8", "float32"]
+    assert [layer.cache.dtype for layer in plan.layers] == ["int8", "float32"]
+    assert attending(plan) == [None, 2]
     check_plan(plan, MHA)
     pruned = decide(recipe_of([PruneHeads(heads={1: (0,)}), ClusterHeads(clusters={1: 2})]), MHA, statistics_of(MHA))
-    assert pruned.layers[1].clusters is None
+    assert pruned.layers[1].cache == FullCache()
 
 
 @pytest.mark.parametrize(("spec", "keys"), [(MHA, 1), (SPEC, 2)], ids=["mha", "gqa"])
 def test_keys_of_representatives_alone_are_cached(spec: Any, keys: int) -> None:
-    plan = Plan(layers=(LayerPlan(layer=0, clusters=(1, 1, 2, 2)), LayerPlan(layer=1)))
+    plan = Plan(layers=(LayerPlan(layer=0, cache=ClusteredCache(clusters=(1, 1, 2, 2))), LayerPlan(layer=1)))
     key, value, *_ = KVLayout.of(spec, plan).tensors
     assert (key.heads, value.heads) == (2, spec.kv_heads)
-    alone = Plan(layers=(LayerPlan(layer=0, dynamic_clusters=1), LayerPlan(layer=1)))
+    alone = Plan(layers=(LayerPlan(layer=0, cache=ClusteredCache(count=1)), LayerPlan(layer=1)))
     saved = KVLayout.of(spec, Plan.identity(spec)).bytes_at(100) - KVLayout.of(spec, alone).bytes_at(100)
     assert saved == (3 * 16 * 4 * 100 if keys == 1 else 0)
 
@@ -172,15 +184,11 @@ def test_two_choices_at_once_are_refused(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        ({"clusters": (0, 0, 2)}, "do not name for each of 4"),
-        ({"clusters": (1, 0, 2, 3)}, "do not name"),
-        ({"clusters": (0, 0, 0, 9)}, "do not name"),
-        ({"clusters": (0, 0, 2, 2), "dynamic_clusters": 2}, "without dynamic_clusters"),
-        ({"clusters": (0, 0, 2, 2), "rank": 8}, "without rank"),
-        ({"clusters": (0, 0, 2, 2), "cache": "int8"}, "without cache"),
-        ({"clusters": (0, 0, 2, 2), "window": 8}, "without window"),
-        ({"clusters": (0, 0, 2, 2), "heads": (0, 1)}, "without heads"),
-        ({"dynamic_clusters": 5}, "5 clusters do not fit"),
+        ({"cache": ClusteredCache(clusters=(0, 0, 2))}, "do not name for each of 4"),
+        ({"cache": ClusteredCache(clusters=(1, 0, 2, 3))}, "do not name"),
+        ({"cache": ClusteredCache(clusters=(0, 0, 0, 9))}, "do not name"),
+        ({"cache": ClusteredCache(clusters=(0, 0, 2, 2)), "heads": (0, 1)}, "without heads"),
+        ({"cache": ClusteredCache(count=5)}, "5 clusters do not fit"),
     ],
 )
 def test_impossible_plans_are_refused(layer: dict[str, Any], message: str) -> None:
@@ -189,19 +197,50 @@ def test_impossible_plans_are_refused(layer: dict[str, Any], message: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("layer", "message"),
+    ("field", "message"),
     [
-        ({"clusters": (0, 2, 2, 3)}, "do not name"),
-        ({"clusters": (0, 0, 2, 3)}, "1 to 2 clusters"),
-        ({"dynamic_clusters": 2}, "a kv head for every query head"),
+        ({"count": 2}, "give clusters, or the count of them"),
+        ({"rank": 8}, "rank: Extra inputs are not permitted"),
+        ({"stored": "int8"}, "stored: Extra inputs are not permitted"),
+        ({"window": 8}, "window: Extra inputs are not permitted"),
     ],
 )
-def test_plans_that_mix_kv_heads_are_refused(layer: dict[str, Any], message: str) -> None:
+def test_plans_with_clusters_and_what_goes_without_them_are_refused(
+    tmp_path: Path, field: dict[str, Any], message: str
+) -> None:
+    plan = tmp_path / "plan.json"
+    cache = {"kind": "clustered", "clusters": [0, 0, 2, 2]}
+    plan.write_text(json.dumps({"layers": [{"layer": 0, "cache": cache}, {"layer": 1}]}))
+    check_plan(read_plan(plan), MHA)
+    plan.write_text(json.dumps({"layers": [{"layer": 0, "cache": cache | field}, {"layer": 1}]}))
     with pytest.raises(UsageError, match=message):
-        check_plan(Plan(layers=(LayerPlan(layer=0, **layer), LayerPlan(layer=1))), SPEC)
+        read_plan(plan)
+
+
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [
+        (ClusteredCache(clusters=(0, 2, 2, 3)), "do not name"),
+        (ClusteredCache(clusters=(0, 0, 2, 3)), "1 to 2 clusters"),
+        (ClusteredCache(count=2), "a kv head for every query head"),
+    ],
+)
+def test_plans_that_mix_kv_heads_are_refused(cache: Cache, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_plan(Plan(layers=(LayerPlan(layer=0, cache=cache), LayerPlan(layer=1))), SPEC)
 
 
 # -- the graph
+
+
+def clustered(session: DecodeSession) -> list[ClusteredBuffers]:
+    """Buffers of the layers whose heads share attention."""
+    return [buffers for buffers in session._layers if isinstance(buffers, ClusteredBuffers)]
+
+
+def arrays(session: DecodeSession) -> list[np.ndarray]:
+    """Memory of every tensor of the cache, in the graph's order."""
+    return [array for buffers in session._layers for array in buffers.arrays]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -222,12 +261,11 @@ def test_cache_grows_with_the_text(made: Made, kind: str) -> None:
     prepared, folder, _ = made(kind)
     tokens = tokens_of(prepared, 270)
     session = DecodeSession(folder, capacity=300, all_positions=True)
-    clustered = [index for index, tensor in enumerate(session.layout.tensors) if tensor.clusters]
     in_chunks(session, tokens[:20], [20])
-    assert {session._cache[index].shape[2] for index in clustered} == {256}
+    assert {array.shape[2] for buffers in clustered(session) for array in buffers.arrays} == {256}
     session.reset()
     found = in_chunks(session, tokens, [130, 10])
-    assert {session._cache[index].shape[2] for index in clustered} == {300}
+    assert {array.shape[2] for buffers in clustered(session) for array in buffers.arrays} == {300}
     np.testing.assert_allclose(found, torch_logits(prepared, tokens), atol=1e-4)
 
 
@@ -236,7 +274,7 @@ def test_plain_logits_come_out_when_every_head_is_its_own_cluster(
     tiny_model: ModelOf, tmp_path: Path, family: str, clusters: tuple[int, ...]
 ) -> None:
     prepared = open_prepared(tiny_model(family), recipe_of())
-    plan = Plan(layers=tuple(LayerPlan(layer=layer, clusters=clusters) for layer in range(2)))
+    plan = Plan(layers=tuple(LayerPlan(layer=layer, cache=ClusteredCache(clusters=clusters)) for layer in range(2)))
     prepared.install(prepared.codes(plan))
     prepared.export(plan, tmp_path)
     tokens = tokens_of(prepared)
@@ -283,7 +321,8 @@ def test_dynamic_graph_equals_the_static_one_when_the_membership_is_the_same(
     prepared, folder, _ = made("mha, dynamic")
     clusters = {0: (2, 2, 2, 2), 1: (0, 3, 0, 3)}
     fixed = open_prepared(tiny_model("gpt2"), recipe_of())
-    plan = Plan(layers=tuple(LayerPlan(layer=layer, clusters=own) for layer, own in clusters.items()))
+    caches = {layer: ClusteredCache(clusters=own) for layer, own in clusters.items()}
+    plan = Plan(layers=tuple(LayerPlan(layer=layer, cache=cache) for layer, cache in caches.items()))
     fixed.install(fixed.codes(plan))
     fixed.export(plan, tmp_path)
     tokens = tokens_of(prepared, 20)
@@ -314,9 +353,9 @@ def test_prompts_form_clusters_of_their_own(made: Made) -> None:
         session.reset()
         tokens = np.random.default_rng(seed).integers(0, prepared.spec.vocab_size, LENGTH)
         logits.append(in_chunks(session, tokens, [9]))
-        formed.append(session._clusters._clusters)
+        formed.append([buffers.heads for buffers in clustered(session)])
     assert formed[0] == formed[-1]
-    assert len({str(clusters) for clusters in formed}) > 1
+    assert len({str(heads) for heads in formed}) > 1
     np.testing.assert_array_equal(logits[0], logits[-1])
 
 
@@ -327,7 +366,7 @@ def test_all_heads_attend_until_the_first_tokens_are_there(made: Made) -> None:
     found = in_chunks(session, tokens[:FIRST_TOKENS], [1])
     expected = original_logits(prepared.snapshot.path, tokens)
     np.testing.assert_allclose(found, expected[:FIRST_TOKENS], atol=1e-4)
-    assert [buffer.shape[1] for buffer in session._cache] == [1, 4, 2, 4]
+    assert [buffer.shape[1] for buffer in arrays(session)] == [1, 4, 2, 4]
     assert np.abs(session.step(tokens[FIRST_TOKENS:]) - expected[FIRST_TOKENS:]).max() > 1e-3
     with pytest.raises(UsageError, match="clusters of heads were formed"):
         session.rewind(2)
@@ -338,7 +377,7 @@ def test_session_is_filled_for_timing_when_clusters_are_dynamic(made: Made) -> N
     prepared, folder, _ = made("mha, dynamic")
     session = DecodeSession(folder, capacity=40)
     session.fill(30)
-    assert [buffer.shape[1:3] for buffer in session._cache] == [(1, 40), (4, 40), (2, 40), (4, 40)]
+    assert [buffer.shape[1:3] for buffer in arrays(session)] == [(1, 40), (4, 40), (2, 40), (4, 40)]
     assert session.step([3]).shape == (1, prepared.spec.vocab_size)
     session.reset()
     assert session.prefill(tokens_of(prepared, 30)).shape == (prepared.spec.vocab_size,)
@@ -368,20 +407,27 @@ def test_genai_config_is_written_when_genai_can_open_the_graph(
 def test_clusters_follow_calibration_when_a_session_forms_them(made: Made) -> None:
     """What the graph notes of calibration is what torch used."""
     prepared, folder, _ = made("mha, dynamic")
-    noted = DecodeSession(folder, capacity=8)._clusters._formed
+    noted = {buffers.tensors[0].layer: buffers.formed for buffers in clustered(DecodeSession(folder, capacity=8))}
     loss = prepared.statistics.sharing_loss
+    assert noted.keys() == {0, 1}
     for layer, how in noted.items():
         assert isinstance(how, Formed)
         np.testing.assert_allclose(how.calibrated, loss[layer] / loss[layer].max(), atol=1e-4)
 
 
-def test_layers_that_share_caches_have_no_clusters() -> None:
+def test_layers_that_share_caches_have_no_clusters(tmp_path: Path) -> None:
     deep = MHA.model_copy(update={"layers": 3, "windows": (None,) * 3})
-    for clustered in (0, 1):
-        layers = [{"layer": layer, "donor": 0 if layer == 1 else None} for layer in range(3)]
-        layers[clustered]["dynamic_clusters"] = 2
-        with pytest.raises(UsageError, match="clusters of heads"):
-            check_plan(Plan.model_validate({"layers": layers}), deep)
+    caches = ClusteredCache(count=2), SharedCache(source=0), FullCache()
+    with pytest.raises(UsageError, match="layer 0 has clusters of heads"):
+        check_plan(Plan(layers=tuple(LayerPlan(layer=layer, cache=cache) for layer, cache in enumerate(caches))), deep)
+    for layer, pairs in {0: {(2, 1)}, 1: {(2, 0)}}.items():
+        plan = decided(ClusterHeads(clusters={layer: 2}, mode="dynamic"), deep)
+        assert distances(deep, statistics_of(deep), plan).keys() == pairs
+    both = tmp_path / "plan.json"
+    layers = [{"layer": 0}, {"layer": 1, "cache": {"kind": "shared", "source": 0, "count": 2}}, {"layer": 2}]
+    both.write_text(json.dumps({"layers": layers}))
+    with pytest.raises(UsageError, match="count: Extra inputs are not permitted"):
+        read_plan(both)
 
 
 def test_dynamic_clusters_are_formed_for_one_sequence(made: Made) -> None:

@@ -18,6 +18,7 @@ from support.models import (
 )
 from support.tiny_decoders import CONFIGS, FAMILIES
 
+from kvslim.caches import FullCache
 from kvslim.checks import check_plan
 from kvslim.methods import (
     METHODS,
@@ -90,12 +91,12 @@ def test_graph_equals_torch_in_prefill_and_cached_decode(
 
 
 @pytest.mark.parametrize("family", CORE)
-def test_graph_equals_torch_when_keys_and_values_refine_different_ranks(
+def test_graph_equals_torch_when_keys_and_values_have_residuals_of_different_ranks(
     tiny_model: ModelOf, tmp_path: Path, family: str
 ) -> None:
     prepared = open_prepared(tiny_model(family), recipe_of())
-    halves = {"rank": 8, "refined": 8, "value_rank": 16, "value_refined": 0, "roles": 0, "cache": "int4"}
-    layers = tuple(LayerPlan(layer=layer, centred=True, **halves) for layer in range(prepared.spec.layers))
+    halves = FullCache(rank=8, residual=8, value_rank=16, value_residual=0, rotation=0, stored="int4", centred=True)
+    layers = tuple(LayerPlan(layer=layer, cache=halves) for layer in range(prepared.spec.layers))
     plan = Plan(layers=layers)
     check_plan(plan, prepared.spec)
     tokens = tokens_of(prepared)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,21 +15,23 @@ from support.models import open_prepared, recipe_of
 from support.numbers_of_a_model import SPEC, statistics_of
 from support.tiny_artifact import fill
 
+from kvslim.caches import Cache, PackedCache, WindowCache
 from kvslim.checks import check_methods, check_plan
+from kvslim.cli.inputs import read_plan
 from kvslim.errors import UsageError
 from kvslim.export.manifest import read_manifest
 from kvslim.methods import KvPca, KvQuant, KvWindow
+from kvslim.methods.fitting import fit
 from kvslim.methods.kv_window import kept_attention
 from kvslim.report.memory import artifact_caches, cache_memory
 from kvslim.report.tables import contexts_table, layers_table, plan_table
-from kvslim.transform.edits import LayerEdit
 from kvslim.types import KVLayout, LayerPlan, Plan
 
 FOUR = SPEC.model_copy(update={"layers": 4, "windows": (None,) * 4})
 
 
 def windows_of(plan: Plan) -> list[int | None]:
-    return [layer.window for layer in plan.layers]
+    return [None if layer.cache.kept is None else layer.cache.kept[0] for layer in plan.layers]
 
 
 def test_kept_attention_counts_sinks_and_ages_below_the_window() -> None:
@@ -42,7 +45,7 @@ def test_lazy_takes_the_layers_whose_worst_head_keeps_most() -> None:
     statistics = statistics_of(FOUR)
     kept = kept_attention(statistics, 8).min(1)
     plan = KvWindow(window=8, sinks=2, lazy=2).decide(FOUR, statistics, Plan.identity(FOUR))
-    chosen = {layer.layer for layer in plan.layers if layer.window == 8 and layer.sinks == 2}
+    chosen = {layer.layer for layer in plan.layers if layer.cache.kept == (8, 2)}
     assert chosen == set(np.argsort(-kept)[:2].tolist())
     for layer in plan.layers:
         assert (f"{kept[layer.layer]:.1%}" in layer.reason) == (layer.layer in chosen)
@@ -61,16 +64,16 @@ def test_layer_keeps_its_own_window_when_that_is_no_longer() -> None:
 
 
 def test_rank_window_and_bits_combine_in_one_layer() -> None:
-    statistics, plan, codes = statistics_of(SPEC), Plan.identity(SPEC), (LayerEdit(),) * SPEC.layers
+    statistics, plan = statistics_of(SPEC), Plan.identity(SPEC)
     methods = sorted((KvQuant(), KvWindow(window=8), KvPca(rank=8)), key=lambda method: method.order)
     assert [method.name for method in methods] == ["kv_pca", "kv_window", "kv_quant"]
     for method in methods:
         plan = method.decide(SPEC, statistics, plan)
-    for method in methods:
-        codes = method.apply(SPEC, statistics, plan, codes)
-    layer, code = plan.layers[0], codes[0]
-    assert (layer.rank, layer.window, layer.sinks, layer.cache) == (8, 8, 4, "int8")
-    assert (code.window, code.sinks, code.cache) == (8, 4, "int8")
+    layer, edit = plan.layers[0], fit(SPEC, statistics, plan, methods)[0]
+    assert isinstance(layer.cache, WindowCache)
+    assert (layer.cache.rank, layer.cache.window, layer.cache.sinks, layer.cache.dtype) == (8, 8, 4, "int8")
+    assert isinstance(edit.cache, WindowCache)
+    assert (edit.cache.window, edit.cache.sinks, edit.cache.dtype) == (8, 4, "int8")
     assert [word for word in ("rank 8", "recent", "int8") if word not in layer.reason] == []
     assert KVLayout.of(SPEC, plan).bytes_at(10_000) == SPEC.layers * 2 * SPEC.kv_heads * 8 * (8 + 4)
     table = plan_table(plan)
@@ -97,23 +100,40 @@ def test_layout_attention24_refuses_rings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "fault"),
+    ("cache", "fault"),
     [
-        ({"window": 0}, "a window of 0"),
-        ({"window": 8, "sinks": -1}, "-1 sinks"),
-        ({"sinks": 4}, "sinks without a window"),
-        ({"cache": "codes2"}, "cache codes2 without a window"),
+        (WindowCache(window=0), "a window of 0"),
+        (WindowCache(window=8, sinks=-1), "-1 sinks"),
+        (PackedCache(window=0, bits=2), "a window of 0"),
     ],
 )
-def test_plan_is_refused_when_a_ring_cannot_be(layer: dict[str, object], fault: str) -> None:
-    layers = (LayerPlan.model_validate({"layer": 0, **layer}), *(LayerPlan(layer=i) for i in range(1, SPEC.layers)))
+def test_plan_is_refused_when_a_ring_cannot_be(cache: Cache, fault: str) -> None:
+    layers = (LayerPlan(layer=0, cache=cache), *(LayerPlan(layer=i) for i in range(1, SPEC.layers)))
     with pytest.raises(UsageError, match=fault):
         check_plan(Plan(layers=layers), SPEC)
 
 
+@pytest.mark.parametrize(
+    ("cache", "fault"),
+    [
+        ({"kind": "full", "sinks": 4}, "sinks: Extra inputs are not permitted"),
+        ({"kind": "window", "sinks": 4}, "window: Field required"),
+        ({"kind": "packed", "bits": 2}, "window: Field required"),
+    ],
+)
+def test_plan_is_refused_when_sinks_or_codes_have_no_window(
+    tmp_path: Path, cache: dict[str, object], fault: str
+) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"layers": [{"layer": 0, "cache": cache}]}))
+    with pytest.raises(UsageError, match=fault):
+        read_plan(plan)
+
+
 def test_inspect_counts_sinks_window_and_codes(tmp_path: Path) -> None:
     fill(tmp_path)
-    layers = (LayerPlan(layer=0, rank=8, cache="codes2", window=16, sinks=4), LayerPlan(layer=1, window=16))
+    caches = PackedCache(rank=8, bits=2, window=16, sinks=4), WindowCache(window=16)
+    layers = tuple(LayerPlan(layer=layer, cache=cache) for layer, cache in enumerate(caches))
     layout = KVLayout.of(SPEC, Plan(layers=layers))
     manifest = read_manifest(tmp_path).model_copy(update={"kv_layout": layout})
     memory = cache_memory(manifest.spec, artifact_caches(manifest), "fp32", 0, [10, 1000])

@@ -37,7 +37,6 @@ from kvslim.progress import Silent
 from kvslim.runtime.opening import layout_of, open_session
 from kvslim.transform.compensate import RIDGE, refitted, runs_of
 from kvslim.transform.kl_evaluator import KLEvaluator
-from kvslim.transform.removal import residual_multiplier
 from kvslim.transform.surgery import layer_modules, trial
 from kvslim.types import KVLayout, Plan
 
@@ -211,7 +210,7 @@ def test_parts_add_up_to_their_layer_in_every_family(tiny_model: ModelOf, family
     windows = windows_of(prepared, 2)
     seen = hidden_states(prepared, windows)
     statistics = gather(prepared, windows)
-    multiplier = residual_multiplier(prepared.model)
+    multiplier = prepared.architecture.multiplier(prepared.model.config)
     for layer, (before, after) in enumerate(pairwise(seen)):
         before, after = (states[:, states.shape[1] // 8 :].reshape(-1, states.shape[2]) for states in (before, after))
         parts = statistics.attention_mean[layer] + statistics.mlp_mean[layer]
@@ -275,7 +274,7 @@ def test_down_projection_before_a_block_that_goes_is_the_ridge_regression_to_wha
     hook = down.register_forward_hook(lambda *call: read.append(call[1][0].double().numpy()))
     _, first, wanted = hidden_states(prepared, windows)
     hook.remove()
-    multiplier = residual_multiplier(prepared.model)
+    multiplier = prepared.architecture.multiplier(prepared.model.config)
     mean = multiplier * (statistics.attention_mean[1] + statistics.mlp_mean[1])
     missing = ((wanted - first - mean) / multiplier).reshape(-1, prepared.spec.hidden_size)
     rows = read[0].reshape(-1, down.in_features)

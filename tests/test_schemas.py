@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kvslim.validateing import tasks
 from support.tiny_artifact import fill
 from support.tiny_report import manifest
 
@@ -17,6 +16,7 @@ from kvslim.cli.console import schema_id
 from kvslim.cli.schemas import OUTPUTS, output_type, schema_of
 from kvslim.errors import NotFoundError
 from kvslim.export.manifest import write_manifest
+from kvslim.validation import tasks
 from kvslim.validation.tasks import Score, TaskScores
 
 KEYS = Path(__file__).with_name("json_keys.txt")

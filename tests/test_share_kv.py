@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,16 @@ from support.numbers_of_a_model import SPEC, statistics_of
 from support.trials import MadeUpTrials
 
 from kvslim import pipeline
+from kvslim.caches import FullCache, SharedCache, WindowCache
 from kvslim.calibrate.rope import rotate
 from kvslim.checks import check_methods, check_plan
+from kvslim.cli.inputs import read_plan
 from kvslim.errors import UsageError
 from kvslim.methods import KvHdc, KvPca, KvQuant, KvWindow, Method, PruneHeads, PruneLayers, ShareKv
 from kvslim.methods.fitting import fit
 from kvslim.methods.share_kv import Distance, distances
 from kvslim.methods.sharing import fit_maps
+from kvslim.planning.decide import decide
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Silent
 from kvslim.runtime.opening import layout_of, open_session
@@ -35,7 +39,9 @@ DEEP = SPEC.model_copy(update={"layers": 6, "windows": (None,) * 6})
 
 
 def sharing_plan(**first: object) -> Plan:
-    return Plan(layers=(LayerPlan.model_validate({"layer": 0, **first}), LayerPlan(layer=1, donor=0)))
+    return Plan(
+        layers=(LayerPlan.model_validate({"layer": 0, **first}), LayerPlan(layer=1, cache=SharedCache(source=0)))
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
@@ -53,21 +59,21 @@ def test_graph_that_shares_equals_torch_in_prefill_and_cached_decode(
 
 
 @pytest.mark.parametrize(
-    ("family", "codes"),
+    ("family", "first"),
     [
-        ("gpt2", {"rank": 8, "cache": "int8"}),
-        ("smollm3", {"rank": 16, "cache": "int8", "granularity": "per_tensor", "roles": 0}),
-        ("qwen3", {"rank": 16, "refined": 8, "roles": 0, "cache": "int4", "centred": True}),
-        ("llama", {"heads": (0, 1), "rank": 8}),
+        ("gpt2", {"cache": FullCache(rank=8, stored="int8")}),
+        ("smollm3", {"cache": FullCache(rank=16, stored="int8", granularity="per_tensor", rotation=0)}),
+        ("qwen3", {"cache": FullCache(rank=16, residual=8, rotation=0, stored="int4", centred=True)}),
+        ("llama", {"heads": (0, 1), "cache": FullCache(rank=8)}),
     ],
     ids=["int8", "one step", "int4", "fewer heads"],
 )
-def test_codes_of_the_donor_are_read(
-    tiny_model: ModelOf, tmp_path: Path, family: str, codes: dict[str, object]
+def test_codes_of_the_source_are_read(
+    tiny_model: ModelOf, tmp_path: Path, family: str, first: dict[str, object]
 ) -> None:
     prepared = open_prepared(tiny_model(family), recipe_of())
     tokens = tokens_of(prepared)
-    slim = exported(prepared, sharing_plan(**codes), tmp_path / "slim")
+    slim = exported(prepared, sharing_plan(**first), tmp_path / "slim")
     effect = np.abs(slim - original_logits(tiny_model(family), tokens)).max()
     assert effect > 1e-3
     assert np.abs(cached_logits(tmp_path / "slim", tokens) - slim).max() < max(1e-4, 0.1 * effect)
@@ -75,7 +81,7 @@ def test_codes_of_the_donor_are_read(
 
 def test_standard_operators_share_too(tiny_model: ModelOf, tmp_path: Path) -> None:
     prepared = open_prepared(tiny_model("llama"), recipe_of().model_copy(update={"layout": "attention24"}))
-    plan = sharing_plan(rank=8, value_rank=16).model_copy(update={"layout": "attention24"})
+    plan = sharing_plan(cache=FullCache(rank=8, value_rank=16)).model_copy(update={"layout": "attention24"})
     check_plan(plan, prepared.spec)
     prepared.install(prepared.codes(plan))
     (tmp_path / "slim").mkdir()
@@ -84,7 +90,9 @@ def test_standard_operators_share_too(tiny_model: ModelOf, tmp_path: Path) -> No
     assert np.abs(cached_logits(tmp_path / "slim", tokens_of(prepared)) - slim).max() < 1e-4
 
 
-def test_layer_reproduces_itself_when_its_keys_and_values_are_linear_in_those_of_the_donor(tiny_model: ModelOf) -> None:
+def test_layer_reproduces_itself_when_its_keys_and_values_are_linear_in_those_of_the_source(
+    tiny_model: ModelOf,
+) -> None:
     """Layer 0 adds nothing, so layer 1 sees what it saw; its heads are those of layer 0, mixed and in another order."""
     import torch
 
@@ -146,19 +154,19 @@ def test_pairs_are_chosen_one_by_one_by_measured_kl_and_make_no_chain(monkeypatc
     asked: list[dict[int, int]] = []
 
     def divergence(method: ShareKv) -> float:
-        donors = method.donors or {}
-        asked.append(donors)
-        return sum({1: 5.0, 2: 4.0, 3: 1.0, 4: 2.0, 5: 3.0}[layer] for layer in donors)
+        sources = method.sources or {}
+        asked.append(sources)
+        return sum({1: 5.0, 2: 4.0, 3: 1.0, 4: 2.0, 5: 3.0}[layer] for layer in sources)
 
-    assert ShareKv(layers=2).resolve(MadeUpTrials(DEEP, divergence)).donors == {3: 2, 5: 4}
+    assert ShareKv(layers=2).resolve(MadeUpTrials(DEEP, divergence)).sources == {3: 2, 5: 4}
     assert asked[:5] == [{1: 0}, {2: 1}, {3: 2}, {4: 3}, {5: 4}]
     assert asked[5:] == [{3: 2, 1: 0}, {3: 2, 5: 4}]
 
 
-def test_distances_leave_out_donors_that_keep_a_window() -> None:
+def test_distances_leave_out_sources_that_keep_a_window() -> None:
     spec = DEEP.model_copy(update={"windows": (None, 16, None, 16, None, None)})
     found = distances(spec, statistics_of(spec), Plan.identity(spec))
-    assert {donor for _, donor in found} == {0, 2, 4}
+    assert {source for _, source in found} == {0, 2, 4}
     assert all(0 <= part <= 1 for distance in found.values() for part in distance)
 
 
@@ -167,11 +175,11 @@ def test_distances_leave_out_donors_that_keep_a_window() -> None:
     [
         ({}, "not what to share"),
         ({"layers": 4}, "too many"),
-        ({"donors": {6: 5}}, "not a layer 6"),
-        ({"donors": {1: -1}}, "not a layer -1"),
-        ({"donors": {2: 3}}, "no earlier"),
-        ({"donors": {2: 2}}, "no earlier"),
-        ({"donors": {2: 1, 3: 2}}, "reads that of layer 1 itself"),
+        ({"sources": {6: 5}}, "not a layer 6"),
+        ({"sources": {1: -1}}, "not a layer -1"),
+        ({"sources": {2: 3}}, "no earlier"),
+        ({"sources": {2: 2}}, "no earlier"),
+        ({"sources": {2: 1, 3: 2}}, "reads that of layer 1 itself"),
     ],
 )
 def test_pairs_that_cannot_be_are_refused(options: dict[str, object], fault: str) -> None:
@@ -179,7 +187,7 @@ def test_pairs_that_cannot_be_are_refused(options: dict[str, object], fault: str
         ShareKv.model_validate(options).check(DEEP)
 
 
-@pytest.mark.parametrize("options", [{"layers": 1, "donors": {1: 0}}, {"layers": 0}])
+@pytest.mark.parametrize("options", [{"layers": 1, "sources": {1: 0}}, {"layers": 0}])
 def test_options_that_contradict_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         ShareKv.model_validate(options)
@@ -208,36 +216,43 @@ def test_named_layers_go_with_windows_and_removed_attention_elsewhere() -> None:
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({2: {"donor": 4}}, "no earlier"),
-        ({2: {"donor": 9}}, "not a layer 9"),
-        ({2: {"donor": 1}, 3: {"donor": 2}}, "reads that of layer 1 itself"),
-        ({2: {"donor": 1}, 1: {"heads": ()}}, "layer 1 has no attention"),
-        ({2: {"donor": 1, "heads": ()}}, "layer 2 has no attention"),
-        ({2: {"donor": 1}, 1: {"window": 8, "sinks": 2}}, "keeps a window"),
-        ({2: {"donor": 1, "rank": 8}}, "stores none"),
-        ({2: {"donor": 1, "heads": (0,)}}, "cannot read 2 kv heads alike"),
+        ({2: {"cache": SharedCache(source=4)}}, "no earlier"),
+        ({2: {"cache": SharedCache(source=9)}}, "not a layer 9"),
+        ({2: {"cache": SharedCache(source=1)}, 3: {"cache": SharedCache(source=2)}}, "reads that of layer 1 itself"),
+        ({2: {"cache": SharedCache(source=1)}, 1: {"heads": ()}}, "layer 1 has no attention"),
+        ({2: {"cache": SharedCache(source=1), "heads": ()}}, "layer 2 has no attention"),
+        ({2: {"cache": SharedCache(source=1)}, 1: {"cache": WindowCache(window=8, sinks=2)}}, "keeps a window"),
+        ({2: {"cache": SharedCache(source=1), "heads": (0,)}}, "cannot read 2 kv heads alike"),
     ],
 )
-def test_plan_with_an_impossible_donor_is_refused(changes: dict[int, dict[str, object]], fault: str) -> None:
+def test_plan_with_an_impossible_source_is_refused(changes: dict[int, dict[str, object]], fault: str) -> None:
     layers = tuple(LayerPlan.model_validate({"layer": layer, **changes.get(layer, {})}) for layer in range(6))
     with pytest.raises(UsageError, match=fault):
         check_plan(Plan(layers=layers), DEEP)
 
 
-def test_recipe_that_drops_a_named_donor_is_refused() -> None:
+def test_plan_of_a_layer_that_shares_and_stores_is_refused(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    layers = [{"layer": 0}, {"layer": 1, "cache": {"kind": "shared", "source": 0, "rank": 8}}]
+    plan.write_text(json.dumps({"layers": layers}))
+    with pytest.raises(UsageError, match="rank: Extra inputs are not permitted"):
+        read_plan(plan)
+
+
+def test_recipe_that_drops_a_named_source_is_refused() -> None:
     recipe = recipe_of([PruneLayers(layers={1: "attention"}), ShareKv(sources={2: 1})])
     with pytest.raises(UsageError, match="layer 1 has no attention"):
-        pipeline.decide(recipe, DEEP, statistics_of(DEEP))
+        decide(recipe, DEEP, statistics_of(DEEP))
 
 
 def test_compress_measures_pairs_and_keeps_its_plan(tiny_model: ModelOf, tmp_path: Path) -> None:
     model, recipe = str(tiny_model("llama")), recipe_of([ShareKv(layers=1), KvPca(rank=8), KvQuant()])
     summary = pipeline.plan(model, recipe)
     plan = Plan.model_validate_json(summary.plan.model_dump_json())
-    assert [(layer.donor, layer.rank, layer.cache) for layer in plan.layers] == [
-        (None, 8, "int8"),
-        (0, None, "float32"),
-    ]
+    first, second = plan.layers
+    assert isinstance(first.cache, FullCache)
+    assert (first.source, first.cache.rank, first.cache.dtype) == (None, 8, "int8")
+    assert second.cache == SharedCache(source=0)
     manifest = pipeline.compress(model, recipe, tmp_path / "out", plan=plan)
     assert manifest.plan == plan
     assert manifest.report is not None
@@ -250,7 +265,7 @@ def demo() -> PreparedDecoder:
     return open_prepared("demo", recipe_of())
 
 
-def test_evaluator_runs_the_donor_that_lies_before_the_first_changed_layer(demo: PreparedDecoder) -> None:
+def test_evaluator_runs_the_source_that_lies_before_the_first_changed_layer(demo: PreparedDecoder) -> None:
     import torch
 
     windows = demo.statistics.windows

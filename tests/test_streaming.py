@@ -13,7 +13,7 @@ import pytest
 from support.models import in_chunks, original_logits, tokens_of, torch_logits
 from support.streaming_codes import SINKS, WINDOW, export_ring, install_ring
 
-from kvslim.caches.packed import CODES
+from kvslim.caches.packed import CODES as BY_BITS
 from kvslim.caches.window import RINGS
 from kvslim.contract import CacheType
 from kvslim.errors import ArtifactError, UsageError
@@ -25,6 +25,7 @@ from kvslim.types import KVLayout
 ModelOf = Callable[[str], Path]
 LENGTH = 80  # many times the window
 RINGS_OF: tuple[CacheType, ...] = ("float32", "int8", "int4")
+CODES = tuple(BY_BITS.values())
 OTHER_FAMILIES: tuple[tuple[str, CacheType], ...] = (
     ("gpt2", "float32"),
     ("gpt2", "codes2"),
@@ -195,7 +196,7 @@ def test_layout_of_the_graph_is_that_of_the_plan(made: Made, tiny_model: ModelOf
     assert layout.bytes_at(1000) == ring + coded
 
 
-@pytest.mark.parametrize("cache", RINGS_OF + CODES[:1])
+@pytest.mark.parametrize("cache", [*RINGS_OF, "codes3"])
 def test_ring_is_written_after_every_read_of_it(made: Made, tmp_path: Path, cache: CacheType) -> None:
     """In the graph that onnxruntime runs: past and present may lie in one memory."""
     _, folder = made("llama", cache)
@@ -242,12 +243,18 @@ def test_rewind_is_refused_when_the_ring_has_moved_on(made: Made, cache: CacheTy
     np.testing.assert_allclose(session.step(tokens[WINDOW + SINKS :]), later, atol=1e-5)
 
 
+def codes_of(session: DecodeSession) -> list[np.ndarray]:
+    """The buffers of packed codes."""
+    held = [pair for layer in session._layers for pair in zip(layer.tensors, layer.arrays, strict=True)]
+    return [array for tensor, array in held if tensor.kind.endswith("_codes")]
+
+
 @pytest.mark.parametrize("length", [3, WINDOW + SINKS, 50])
 def test_fill_sets_ring_and_codes_when_packed(made: Made, length: int) -> None:
     _, folder = made("llama", "codes2")
     session = DecodeSession(folder, capacity=60)
     session.fill(length, seed=1)
-    codes = [buffer for tensor, buffer in zip(session.layout.tensors, session._cache, strict=True) if tensor.is_packed]
+    codes = codes_of(session)
     left = max(0, length - WINDOW - SINKS)
     assert all(buffer[:, left:].any() == 0 for buffer in codes)
     assert all(buffer[:, :left].any(axis=(0, 2, 3)).all() for buffer in codes)
@@ -259,7 +266,7 @@ def test_codes_are_appended_in_place_when_tokens_leave(made: Made) -> None:
     session = DecodeSession(folder, capacity=60)
     tokens = tokens_of(prepared, 60)
     session.step(tokens[:30])
-    codes = [buffer for tensor, buffer in zip(session.layout.tensors, session._cache, strict=True) if tensor.is_packed]
+    codes = codes_of(session)
     before = [buffer.copy() for buffer in codes]
     session.step(tokens[30:31])
     left = 30 - WINDOW - SINKS

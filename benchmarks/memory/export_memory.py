@@ -10,11 +10,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.models import LITTLE, OpenModel, mib
+from benchmarks.models import OpenModel
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.rows import ROOT
 from benchmarks.subjects import Source
+from benchmarks.texts import LITTLE
+from kvslim.validation.measure import file_mib
 from kvslim.validation.rss import own_peak_mib
 
 TABLE = Table(
@@ -48,7 +50,7 @@ def export_memory(source: Source, *, formats: tuple[str, ...] = ("fp32", "int4")
 def export(model: str, weights: str, folder: Path) -> tuple[float, float]:
     """MiB of this process's peak, and of the graph."""
     graph = OpenModel(Source(model, folder), LITTLE, weights=weights).export()
-    return own_peak_mib(), mib(graph)
+    return own_peak_mib(), file_mib(graph)
 
 
 if __name__ == "__main__":

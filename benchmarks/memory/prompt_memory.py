@@ -44,7 +44,8 @@ def prompt_memory(
     Each run is a fresh process; a chunk of 0 is one piece. The cache itself takes what the column says.
     """
     # Imported here, so that the memory of a child process is not that of torch.
-    from benchmarks.models import LITTLE, OpenModel
+    from benchmarks.models import OpenModel
+    from benchmarks.texts import LITTLE
 
     model = OpenModel(source, LITTLE, weights=weights)
     graph = model.export()

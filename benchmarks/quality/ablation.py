@@ -6,19 +6,12 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from benchmarks.models import (
-    BRIEF,
-    FULL,
-    STEP,
-    OpenModel,
-    has_windows,
-    varied,
-    without_residual,
-    without_rotation,
-)
+from benchmarks.models import STEP, OpenModel
+from benchmarks.plans import has_windows, recoded, refit, without_residual
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
+from benchmarks.texts import BRIEF, FULL
 from kvslim.types import Plan
 
 SHORT = 128
@@ -53,20 +46,20 @@ def ablation(
 def variants(model: OpenModel, ratio: float, short: int) -> Iterator[tuple[str, Plan, Any]]:
     """Name, plan and statistics of each row; whether to fit projections again is decided once, for all of them."""
     statistics = model.statistics
-    bare = model.planned(ratio).plan
+    bare = model.planner.planned(ratio).plan
     whole, _ = model.compensated(bare)
-    refit = whole.layers[0].refit
+    is_refit = whole.layers[0].refit
     yield "all parts", whole, statistics
     yield "no refit of the output", bare, statistics
-    unwindowed = model.planned_of(ratio, lambda kind: not has_windows(kind)).plan
-    yield "no windows", varied(unwindowed, refit=refit), statistics
-    yield "uniform ranks", varied(uniform(model, ratio), refit=refit), statistics
+    unwindowed = model.planner.planned_of(ratio, lambda kind: not has_windows(kind)).plan
+    yield "no windows", refit(unwindowed, is_refit), statistics
+    yield "uniform ranks", refit(uniform(model, ratio), is_refit), statistics
     yield "no residual", model.centred(without_residual(whole, model.spec)), statistics
-    yield "key PCA, not balanced", model.centred(varied(whole, objective="key")), statistics
-    yield "no rotation", model.centred(without_rotation(whole)), statistics
-    yield "no centring", varied(whole, centred=False), statistics
+    yield "key PCA, not balanced", model.centred(recoded(whole, objective="key")), statistics
+    yield "no rotation", model.centred(recoded(whole, rotation=None)), statistics
+    yield "no centring", recoded(whole, centred=False), statistics
     if ratio <= 8:
-        yield "channels as they are", varied(model.decided({"kv_quant": {"bits": 4}}), refit=refit), statistics
+        yield "channels as they are", refit(model.decided({"kv_quant": {"bits": 4}}), is_refit), statistics
     for name, context in ((f"moments from {short} tokens", model.context), (f"from {short} tokens, as seen", short)):
         yield name, whole, statistics_of_short(model, short, context)
 

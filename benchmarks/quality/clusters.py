@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.models import BRIEF, FULL, OpenModel
+from benchmarks.models import OpenModel
+from benchmarks.plans import attending
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
+from benchmarks.texts import BRIEF, FULL
 from kvslim.methods import ClusterHeads
 from kvslim.types import Plan
 
@@ -61,5 +63,5 @@ def methods(model: OpenModel) -> Iterator[tuple[str, ClusterHeads]]:
 
 def counts_of(model: OpenModel, plan: Plan) -> str:
     """The numbers of clusters, where they are not all in the row's name."""
-    counts = [layer.attending or model.spec.q_heads for layer in plan.layers]
+    counts = [attending(layer, model.spec) for layer in plan.layers]
     return "" if counts[0] == model.spec.q_heads and len(set(counts)) == 2 else f" ({', '.join(map(str, counts))})"

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.models import BRIEF, FULL, OpenModel
+from benchmarks.models import OpenModel
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Plot, Table
 from benchmarks.subjects import Source
+from benchmarks.texts import BRIEF, FULL
 from kvslim.types import Plan
 
 LONG = 16384
@@ -68,7 +69,7 @@ def codecs(
         yield {
             "codec": name,
             "bytes": model.size(plan),
-            "long_bytes": model.size(plan, LONG) if any(layer.window for layer in plan.layers) else None,
+            "long_bytes": model.size(plan, LONG) if any(layer.cache.kept for layer in plan.layers) else None,
             "ratio": model.size(model.identity) / model.size(plan),
             "kl": found.kl,
             "kl_ratio": found.kl / reference,
@@ -84,5 +85,5 @@ def plans(
     for name in names:
         yield name, model.decided(*CODECS[name]), None
     for ratio in ratios:
-        plan, expected = model.compensated(model.planned(ratio).plan)
+        plan, expected = model.compensated(model.planner.planned(ratio).plan)
         yield f"planner, {ratio:.4g} times", plan, expected

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.models import OpenEncoder
+from benchmarks.encoders import OpenEncoder
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
@@ -66,9 +66,9 @@ def encoder_heads(
     for share in shares:
         removed, count = f"{share:.0%} of {total} heads", round(share * total)
         for name, some in losses.items():
-            graphs = [model.export(PruneHeads(groups=count).chosen(model.spec, loss)) for loss in some]
+            graphs = [model.export(PruneHeads(groups=count).named_by(model.spec, loss)) for loss in some]
             yield {"removed": removed, "chosen_by": name, "latency": None, **quality(model, graphs)}
-        method = PruneHeads(groups=count).chosen(model.spec, losses["measured"][0])
+        method = PruneHeads(groups=count).named_by(model.spec, losses["measured"][0])
         graph = model.export(method, refitted=True)
         yield {
             "removed": removed,
@@ -110,7 +110,7 @@ def without_layers(model: OpenEncoder, name: str, loss: Loss, count: int) -> Pru
             return model.loss(PruneLayers(layers=dict(gone)))
         return sum(loss(layer, every) for layer in gone)
 
-    return PruneLayers(attention=count).chosen(model.spec, of_layers)
+    return PruneLayers(attention=count).named_by(model.spec, of_layers)
 
 
 def quality(model: OpenEncoder, graphs: list[Path]) -> Values:

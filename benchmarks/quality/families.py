@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.models import LITTLE, OpenModel
+from benchmarks.models import OpenModel
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
+from benchmarks.texts import LITTLE
 from kvslim.loading.architecture import ARCHITECTURES
 from kvslim.runtime.session import DecodeSession
 

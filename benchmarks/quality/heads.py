@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.models import BRIEF, FULL, Codes, OpenModel, without_means
+from benchmarks.models import Codes, OpenModel
+from benchmarks.plans import without_means
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
+from benchmarks.texts import BRIEF, FULL
 from kvslim.methods import PruneHeads
 from kvslim.methods.prune_heads import Heads, Loss
 
@@ -75,7 +77,7 @@ def losses_of(model: OpenModel) -> dict[str, list[Loss]]:
 
 def codes_without(model: OpenModel, loss: Loss, count: int) -> Codes:
     """The model without the kv heads that are said to lose least."""
-    return model.without(PruneHeads(groups=count).chosen(model.spec, loss))
+    return model.without(PruneHeads(groups=count).named_by(model.spec, loss))
 
 
 def one(values: tuple[float, ...]) -> float | tuple[float, ...]:

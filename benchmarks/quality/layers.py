@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from benchmarks.models import BRIEF, FULL, OpenModel
+from benchmarks.models import OpenModel
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
+from benchmarks.texts import BRIEF, FULL
 from kvslim.contract import Part
 from kvslim.methods import PruneLayers
 from kvslim.methods.prune_layers import INFLUENCES
@@ -50,7 +51,7 @@ def layers(
     for option in parts:
         for count in counts:
             for score, loss in losses.items():
-                method = PruneLayers.model_validate({option: count}).chosen(model.spec, loss)
+                method = PruneLayers.model_validate({option: count}).named_by(model.spec, loss)
                 found = costs(model, method, through_artifact=score == "KL")
                 yield {"without": f"{count} {OPTIONS[option]}", "chosen_by": score, **found}
 

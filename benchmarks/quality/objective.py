@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.models import BRIEF, FULL, OpenModel
+from benchmarks.models import OpenModel
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
+from benchmarks.texts import BRIEF, FULL
 
 TABLE = Table(
     (

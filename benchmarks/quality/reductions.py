@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.models import BRIEF, FULL, OpenModel, made_of
+from benchmarks.models import OpenModel
+from benchmarks.plans import made_of
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table, per_subject
 from benchmarks.rows import Row
 from benchmarks.subjects import Source
+from benchmarks.texts import BRIEF, FULL
 from kvslim.methods import ClusterHeads, Method, PruneHeads, PruneLayers, ShareKv
 
 QUALITY = (Column("kl", "KL", ".2g"), Column("top1", "same token", ".1%"), Column("recall", "recall", ".0%"))
@@ -56,9 +58,9 @@ def reductions(
     for name, method in methods(model):
         if names is None or method.name in names:
             yield {"method": name, **alone(model, method)}
-    for planned in model.alternatives(ratio):
+    for planned in model.planner.alternatives(ratio):
         yield {"made_of": made_of(planned.plan), **through_graph(model, planned)}
-    yield {"made_of": "**the planner's choice**", **through_graph(model, model.planned(ratio))}
+    yield {"made_of": "**the planner's choice**", **through_graph(model, model.planner.planned(ratio))}
 
 
 def methods(model: OpenModel) -> Iterator[tuple[str, Method]]:

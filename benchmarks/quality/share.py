@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.models import BRIEF, FULL, STEP, Codes, OpenModel, source_layer
+from benchmarks.models import STEP, Codes, OpenModel
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
+from benchmarks.texts import BRIEF, FULL
 from kvslim.methods import ShareKv
 from kvslim.methods.share_kv import distances
 from kvslim.types import Plan
@@ -43,11 +44,11 @@ def share(source: Source, *, text: Mapping[str, Any] = FULL, counts: tuple[int, 
     for count in counts:
         for name in READERS:
             chosen = pairs_of(model, name, near, count)
-            plan = ShareKv(donors=chosen).decide(model.spec, model.statistics, model.identity)
+            plan = ShareKv(sources=chosen).decide(model.spec, model.statistics, model.identity)
             words = ", ".join(f"{layer} reads {read}" for layer, read in chosen.items())
             yield {"layers": count, "read": name, "pairs": words, **costs(model, plan, reading(model, name, chosen))}
         plan = of_equal_bytes(model, count)
-        name = f"`kv_pca`, rank {plan.layers[0].rank}"
+        name = f"`kv_pca`, rank {plan.layers[0].cache.ranks(model.spec.head_dim)[0]}"
         yield {"layers": count, "read": name, "pairs": None, **costs(model, plan, model.codes(plan))}
 
 
@@ -57,7 +58,7 @@ def pairs_of(model: OpenModel, name: str, near: Mapping[tuple[int, int], float],
     def kl(pairs: Sources) -> float:
         return model.held_out.kl(reading(model, name, pairs))
 
-    return ShareKv(layers=count).chosen(dict(near), kl).donors or {}
+    return ShareKv(layers=count).named_by(dict(near), kl).sources or {}
 
 
 def of_equal_bytes(model: OpenModel, count: int) -> Plan:
@@ -74,10 +75,8 @@ def costs(model: OpenModel, plan: Plan, codes: Codes) -> Values:
 
 def reading(model: OpenModel, name: str, pairs: Sources) -> Codes:
     """The model with these layers reading those caches."""
-    codes = model.without(ShareKv(donors=pairs))
-    return tuple(
-        code if source_layer(code) is None else READERS[name](model, layer, code) for layer, code in enumerate(codes)
-    )
+    codes = model.without(ShareKv(sources=pairs))
+    return tuple(code if code.source is None else READERS[name](model, layer, code) for layer, code in enumerate(codes))
 
 
 def mapped(_: OpenModel, __: int, code: Any) -> Any:
@@ -87,23 +86,24 @@ def mapped(_: OpenModel, __: int, code: Any) -> Any:
 
 def turned(model: OpenModel, layer: int, code: Any) -> Any:
     """Keys mapped by what commutes with RoPE, the least-squares complex number of each pair that it turns."""
-    spec, samples, read = model.spec, model.statistics.key_samples, source_layer(code)
+    spec, samples, read = model.spec, model.statistics.key_samples, code.source
     encoder = np.zeros((spec.q_heads, spec.head_dim, spec.head_dim))
-    for place, head in enumerate(code.heads):
+    for place, head in enumerate(code.heads.query):
         own = head // spec.group_size
         weights = model.statistics.received[layer, own]
         given = complex_pairs(samples[read, place // spec.group_size])
         cross = (weights[:, None] * complex_pairs(samples[layer, own]) * given.conj()).sum(0)
         factor = np.diag(cross / (weights[:, None] * np.abs(given) ** 2).sum(0))
         encoder[head] = np.block([[factor.real, -factor.imag], [factor.imag, factor.real]])
-    return replace(code, query_encoder=encoder)
+    return code.coded(query_encoder=encoder)
 
 
 def copied(model: OpenModel, _: int, code: Any) -> Any:
     """Keys and values taken as they are, head by head."""
     heads, dim = model.spec.q_heads, model.spec.head_dim
     same, nothing = np.broadcast_to(np.eye(dim), (heads, dim, dim)), np.zeros((heads, dim))
-    return replace(code, heads=tuple(range(heads)), query_encoder=same, value_decoder=same, value_offset=nothing)
+    in_order = replace(code, heads=replace(code.heads, query=tuple(range(heads))))
+    return in_order.coded(query_encoder=same, value_decoder=same, value_offset=nothing)
 
 
 READERS: dict[str, Callable[[OpenModel, int, Any], Any]] = {

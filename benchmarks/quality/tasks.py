@@ -59,7 +59,7 @@ def pruned(model: OpenModel, groups: int) -> tuple[Plan, Codes]:
     """The plan without the kv heads that lose least, and its codes, refitted."""
     method = model.measured_method(PruneHeads(groups=groups))
     plan = method.decide(model.spec, model.statistics, model.identity)
-    return plan, model.refitted(model.fitted(plan))
+    return plan, model.refitted(model.codes(plan))
 
 
 def words(model: OpenModel, plan: Plan) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.models import BRIEF, FULL, OpenModel, mib
+from benchmarks.models import OpenModel
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
+from benchmarks.texts import BRIEF, FULL
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import WeightFormat
+from kvslim.validation.measure import file_mib
 from kvslim.validation.quality import measure_quality
 
 FORMATS: dict[str, WeightFormat] = {
@@ -51,7 +53,7 @@ def weights(
         found = measure_quality(model.plain, session, model.windows)
         yield {
             "weights": name,
-            "mib": mib(folder),
+            "mib": file_mib(folder),
             "kl": found.kl_mean,
             "kl_p99": found.kl_p99,
             "top1": found.top1_agreement,

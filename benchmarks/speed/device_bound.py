@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.models import LITTLE, OpenModel
+from benchmarks.models import OpenModel
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.rows import Row
 from benchmarks.subjects import Source
+from benchmarks.texts import LITTLE
 from kvslim.devices.demand import Cache, StageName, decode, memory, prefill
 from kvslim.devices.limits import bound
 from kvslim.devices.measure import measure_device

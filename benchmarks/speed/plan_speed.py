@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.models import LITTLE, OpenModel, mib, plan_of, sharing_plan
+from benchmarks.models import OpenModel
+from benchmarks.plans import plan_of, sharing_plan
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
+from benchmarks.texts import LITTLE
 from kvslim.contract import ModelSpec
 from kvslim.types import Plan
 from kvslim.validation.latency import measure_latency
+from kvslim.validation.measure import file_mib
 
 TABLE = Table(
     (
@@ -48,7 +51,7 @@ def plan_speed(
     graphs = {name: model.export(plan) for name, plan in plans.items()}
     times = measure_latency(graphs, prompts=[16], contexts=contexts, repeats=repeats)
     for name, plan in plans.items():
-        sizes = {"bytes": model.size(plan, contexts[-1]), "mib": mib(graphs[name])}
+        sizes = {"bytes": model.size(plan, contexts[-1]), "mib": file_mib(graphs[name])}
         for context in contexts:
             expected = model.decode_time(plan, context) / model.decode_time(plans["plain"], context)
             time = {"ms": times[name].tpot_ms[str(context)], "ratio": times[name].tpot_ratio[str(context)]}

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import onnx
 
-from benchmarks.models import LITTLE, OpenModel
+from benchmarks.models import OpenModel
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
+from benchmarks.texts import LITTLE
 from kvslim.validation.latency import measure_latency
 from kvslim.validation.measure import file_mib
 

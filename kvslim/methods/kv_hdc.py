@@ -5,8 +5,9 @@ hypervectors (Kanerva, "Hyperdimensional computing", Cognitive Computation 1(2),
 holds an equal share of what the coefficients know, so one step or one codebook serves a whole layer and side. QuaRot
 (Ashkboos et al., 2024) rotates activations and QuIP# (Tseng et al., 2024) weights for the same reason. Here the
 rotation comes after the balanced basis, and folds into the encoders. The query keeps full precision, and the values'
-inverse rotation folds into the output projection. With 8 or 4 bits the levels are even steps, read by onnxruntime's fused
-kernels; with 3, 2 or 1 bits they are fitted (Lloyd-Max), and all but the first and the most recent tokens are packed.
+inverse rotation folds into the output projection. With 8 or 4 bits the levels are even steps, read by onnxruntime's
+fused kernels. With 3, 2 or 1 bits they are fitted (Lloyd-Max), and all but the first and the most recent tokens are
+packed.
 """
 
 from __future__ import annotations

@@ -97,14 +97,14 @@ class PruneHeads(Method):
             return self
         if self.score == "taylor":
             scores = trials.taylor
-            return self._named(trials.spec, lambda layer, gone: float(scores[layer, list(gone)].sum()))
+            return self.named_by(trials.spec, lambda layer, gone: float(scores[layer, list(gone)].sum()))
 
         def loss(layer: int, gone: Heads) -> float:
             return trials.divergence(PruneHeads(heads={layer: gone}))
 
-        return self._named(trials.spec, loss, trials.progress)
+        return self.named_by(trials.spec, loss, trials.progress)
 
-    def _named(self, spec: ModelSpec, loss: Loss, progress: Progress | None = None) -> PruneHeads:
+    def named_by(self, spec: ModelSpec, loss: Loss, progress: Progress | None = None) -> PruneHeads:
         """The method with the heads that lose least.
 
         Args:
@@ -131,7 +131,7 @@ class PruneHeads(Method):
         fluctuation = statistics.fluctuation
         method = self
         if self.heads is None:
-            method = self._named(spec, lambda layer, gone: float(fluctuation[layer, list(gone)].sum()))
+            method = self.named_by(spec, lambda layer, gone: float(fluctuation[layer, list(gone)].sum()))
         layers = []
         for layer in plan.layers:
             gone = list((method.heads or {}).get(layer.layer, ()))

@@ -101,9 +101,13 @@ class PruneLayers(Method):
         """The method with the layers that lose least, measured before each goes."""
         if not self.is_measured:
             return self
-        return self._named(trials.spec, lambda gone: trials.divergence(PruneLayers(layers=dict(gone))), trials.progress)
+        return self.named_by(
+            trials.spec, lambda gone: trials.divergence(PruneLayers(layers=dict(gone))), trials.progress
+        )
 
-    def _named(self, spec: ModelSpec, loss: Callable[[Parts], float], progress: Progress | None = None) -> PruneLayers:
+    def named_by(
+        self, spec: ModelSpec, loss: Callable[[Parts], float], progress: Progress | None = None
+    ) -> PruneLayers:
         """The method with the layers that lose least.
 
         Args:
@@ -126,7 +130,7 @@ class PruneLayers(Method):
         method = self
         if any(self.counts.values()):
             influence = statistics.influence
-            method = self._named(spec, lambda gone: sum(influence[at, INFLUENCES.index(gone[at])] for at in gone))
+            method = self.named_by(spec, lambda gone: sum(influence[at, INFLUENCES.index(gone[at])] for at in gone))
         named = method.layers or {}
         layers = (_without(layer, named[layer.layer], spec) if layer.layer in named else layer for layer in plan.layers)
         return plan.model_copy(update={"layers": tuple(layers)})

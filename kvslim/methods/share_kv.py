@@ -95,13 +95,13 @@ class ShareKv(Method):
         if not self.layers:
             return self
         near = distances(trials.spec, trials.statistics, trials.identity)
-        return self._named(
+        return self.named_by(
             {pair: distance.key + distance.value for pair, distance in near.items()},
             lambda sources: trials.divergence(ShareKv(sources=sources)),
             trials.progress,
         )
 
-    def _named(
+    def named_by(
         self,
         distances: dict[tuple[int, int], float],
         divergence: Callable[[Sources], float],
@@ -140,7 +140,7 @@ class ShareKv(Method):
         method = self
         if self.sources is None:
             near = {pair: distance.key + distance.value for pair, distance in distances(spec, statistics, plan).items()}
-            method = self._named(near, lambda sources: sum(near[pair] for pair in sources.items()))
+            method = self.named_by(near, lambda sources: sum(near[pair] for pair in sources.items()))
         layers = [_without_cache(layer, (method.sources or {}).get(layer.layer)) for layer in plan.layers]
         check_sources(
             plan.model_copy(update={"layers": tuple(layers)}),
