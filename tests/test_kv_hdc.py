@@ -1,4 +1,4 @@
-"""`kv_hdc`: roles lose nothing, spread evenly, and few bits of them come through the graph as torch has them."""
+"""`kv_hdc`: rotations lose nothing, spread evenly, and few bits of them come through the graph as torch has them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from support.models import export_slim, open_prepared, original_logits, recipe_of, tokens_of, torch_logits
 from support.numbers_of_a_model import SPEC, statistics_of
 
+from kvslim.caches import FullCache
 from kvslim.checks import check_methods
 from kvslim.errors import UsageError
 from kvslim.methods import KvHdc, KvPca, KvQuant
@@ -24,9 +25,10 @@ from kvslim.types import KVLayout, LayerPlan, Plan
 ModelOf = Callable[[str], Path]
 
 
-def same(**layer: object) -> Plan:
+def same(**cache: object) -> Plan:
     """All layers of the small model alike."""
-    return Plan(layers=tuple(LayerPlan.model_validate({"layer": index, **layer}) for index in range(SPEC.layers)))
+    kept = FullCache.model_validate(cache)
+    return Plan(layers=tuple(LayerPlan(layer=index, cache=kept) for index in range(SPEC.layers)))
 
 
 def logits_with(model: Path, plan: Plan) -> np.ndarray:
@@ -35,63 +37,64 @@ def logits_with(model: Path, plan: Plan) -> np.ndarray:
     return torch_logits(prepared, tokens_of(prepared))
 
 
-def test_roles_change_no_logits_when_nothing_is_rounded(tiny_llama: Path) -> None:
+def test_rotation_changes_no_logits_when_nothing_is_rounded(tiny_llama: Path) -> None:
     tokens = tokens_of(open_prepared(tiny_llama, recipe_of()))
     plain = original_logits(tiny_llama, tokens)
-    np.testing.assert_allclose(logits_with(tiny_llama, same(rank=16, roles=0)), plain, atol=1e-4)
+    np.testing.assert_allclose(logits_with(tiny_llama, same(rank=16, rotation=0)), plain, atol=1e-4)
     cut = logits_with(tiny_llama, same(rank=8))
     assert np.abs(cut - plain).max() > 1e-2
-    np.testing.assert_allclose(logits_with(tiny_llama, same(rank=8, roles=3)), cut, atol=1e-4)
+    np.testing.assert_allclose(logits_with(tiny_llama, same(rank=8, rotation=3)), cut, atol=1e-4)
 
 
-def key_powers(code: LayerEdit, moment: np.ndarray) -> np.ndarray:
+def key_powers(edit: LayerEdit, moment: np.ndarray) -> np.ndarray:
     """[heads, rank] variance of each component of the coded keys."""
-    encoder = np.asarray(code.key_encoder)
+    encoder = np.asarray(edit.code.key_encoder)
     return np.einsum("hdr,hde,her->hr", encoder, moment, encoder)
 
 
-def test_power_is_even_over_components_after_roles() -> None:
+def test_power_is_even_over_components_after_rotation() -> None:
     statistics = statistics_of(SPEC)
-    bare, bundled = (fit(SPEC, statistics, same(rank=16, roles=roles))[0] for roles in (None, 0))
-    before, after = (key_powers(code, statistics.key_moment[0]) for code in (bare, bundled))
+    bare, rotated = (fit(SPEC, statistics, same(rank=16, rotation=seed))[0] for seed in (None, 0))
+    before, after = (key_powers(edit, statistics.key_moment[0]) for edit in (bare, rotated))
     assert (before.max(1) > 3 * before.min(1)).all()
     # Damping makes the balanced basis diagonalise a little more than the moment, hence not exactly even.
     assert (after.max(1) < 1.2 * after.min(1)).all()
     np.testing.assert_allclose(after.sum(1), before.sum(1))
 
 
-def test_refined_components_are_bundled_among_themselves() -> None:
+def test_residual_components_are_rotated_among_themselves() -> None:
     statistics = statistics_of(SPEC)
-    layer = {"rank": 16, "refined": 8, "cache": "int4"}
-    bare, bundled = (fit(SPEC, statistics, same(**layer, roles=roles))[0] for roles in (None, 0))
+    cache = {"rank": 16, "residual": 8, "stored": "int4"}
+    bare, rotated = (fit(SPEC, statistics, same(**cache, rotation=seed))[0] for seed in (None, 0))
     for side in ("key_encoder", "value_encoder"):
-        coded, turned = (np.asarray(getattr(code, side)) for code in (bare, bundled))
+        coded, turned = (np.asarray(getattr(edit.code, side)) for edit in (bare, rotated))
         for part in (slice(0, 8), slice(8, 16)):
             spans = (coded[..., part] @ coded[..., part].swapaxes(1, 2) for coded in (coded, turned))
             np.testing.assert_allclose(*spans, atol=1e-9)
 
 
 @pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.parametrize("cache", ["int8", "int4"])
-@pytest.mark.parametrize("roles", [None, 0])
-def test_one_step_for_a_side_costs_coded_coordinates_nothing(roles: int | None, cache: str, centred: bool) -> None:
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+@pytest.mark.parametrize("rotation", [None, 0])
+def test_one_step_for_a_side_costs_coded_coordinates_nothing(rotation: int | None, stored: str, centred: bool) -> None:
     statistics = statistics_of(SPEC)
     apart, one = (
-        same(rank=16, roles=roles, cache=cache, centred=centred, granularity=granularity)
+        same(rank=16, rotation=rotation, stored=stored, centred=centred, granularity=granularity)
         for granularity in ("per_channel", "per_tensor")
     )
-    bits = {"int8": 8, "int4": 4}[cache]
+    bits = {"int8": 8, "int4": 4}[stored]
     read = []
     for plan, steps in ((apart, 16), (one, 1)):
-        code = fit(SPEC, statistics, plan)[0]
+        edit = fit(SPEC, statistics, plan)[0]
+        code, rounding = edit.code, edit.rounding
         keys = statistics.key_samples[0] @ code.key_encoder
         keys = keys - code.key_offset[:, None] if centred else keys
         values = statistics.value_samples[0] @ code.value_encoder
         group = SPEC.group_size
-        read.append(rounded(keys, code.key_scale, bits) @ code.query_encoder[::group].swapaxes(1, 2))
-        read.append(rounded(values, code.value_scale, bits) @ code.value_decoder[::group])
-        assert code.per_tensor == (steps == 1)
-        for scale in (code.key_scale, code.value_scale):
+        read.append(rounded(keys, rounding.key_scale, bits) @ code.query_encoder[::group].swapaxes(1, 2))
+        read.append(rounded(values, rounding.value_scale, bits) @ code.value_decoder[::group])
+        assert (edit.cache.granularity == "per_tensor") == (steps == 1)
+        for scale in (rounding.key_scale, rounding.value_scale):
             assert len(np.unique(np.asarray(scale)[0])) == steps
             assert steps > 1 or len(np.unique(scale)) == 1
     np.testing.assert_allclose(read[2], read[0], atol=1e-9)
@@ -102,14 +105,16 @@ def test_rank_of_a_method_before_is_kept_and_told() -> None:
     statistics = statistics_of(SPEC)
     plan = KvPca(rank=8).decide(SPEC, statistics, Plan.identity(SPEC))
     for layer in KvHdc(bits=4, seed=2).decide(SPEC, statistics, plan).layers:
-        assert (layer.rank, layer.roles, layer.cache, layer.granularity) == (8, 2, "int4", "per_tensor")
-        assert [word for word in ("rank 8", "bundled over roles", "int4") if word not in layer.reason] == []
+        cache = layer.cache
+        assert isinstance(cache, FullCache)
+        assert (cache.rank, cache.rotation, cache.stored, cache.granularity) == (8, 2, "int4", "per_tensor")
+        assert [word for word in ("rank 8", "rotated by a Hadamard matrix", "int4") if word not in layer.reason] == []
 
 
 @pytest.mark.parametrize("bits", [8, 2])
 def test_rank_without_rotation_is_refused(bits: int) -> None:
     wide = SPEC.model_copy(update={"head_dim": 256})
-    with pytest.raises(UsageError, match="no item memory of order 184"):
+    with pytest.raises(UsageError, match="there is no Hadamard matrix of order 184"):
         KvHdc.model_validate({"bits": bits}).decide(wide, statistics_of(wide), same(rank=184))
 
 

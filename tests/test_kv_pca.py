@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from support.numbers_of_a_model import SPEC, statistics_of
 
+from kvslim.caches import FullCache
 from kvslim.errors import UsageError
 from kvslim.methods.kv_pca import Basis, KvPca, balanced_basis
 from kvslim.transform.edits import LayerEdit
-from kvslim.types import Plan
+from kvslim.types import LayerPlan, Plan
 
 DIM = 16
 
@@ -55,11 +56,17 @@ def test_energy_is_the_share_of_the_score_energy_that_is_kept() -> None:
     assert kept == pytest.approx(float(basis.energy[:, 5] @ weights), abs=1e-6)
 
 
+def cache_of(layer: LayerPlan) -> FullCache:
+    assert isinstance(layer.cache, FullCache)
+    return layer.cache
+
+
 def test_mean_output_passes_exactly_when_rank_is_small() -> None:
     statistics = statistics_of(SPEC)
     method = KvPca(rank=8)
     plan = method.decide(SPEC, statistics, Plan.identity(SPEC))
-    (code, *_) = method.apply(SPEC, statistics, plan, (LayerEdit(),) * SPEC.layers)
+    (edit, *_) = method.apply(SPEC, statistics, plan, (LayerEdit(),) * SPEC.layers)
+    code = edit.code
     assert code.value_encoder is not None
     assert code.value_decoder is not None
     assert code.value_offset is not None
@@ -75,7 +82,7 @@ def test_mean_output_passes_exactly_when_rank_is_small() -> None:
 )
 def test_rank_is_as_given_in_steps_of_8(options: dict[str, float], rank: int) -> None:
     plan = KvPca.model_validate(options).decide(SPEC, statistics_of(SPEC), Plan.identity(SPEC))
-    assert {layer.rank for layer in plan.layers} == {rank}
+    assert {cache_of(layer).rank for layer in plan.layers} == {rank}
 
 
 def test_rank_is_the_least_that_keeps_the_energy_when_energy_is_given() -> None:
@@ -84,12 +91,13 @@ def test_rank_is_the_least_that_keeps_the_energy_when_energy_is_given() -> None:
     assert score is not None
     for energy, rank in ((score - 1e-6, 8), (score + 1e-6, 16)):
         plan = KvPca(energy=energy).decide(SPEC, statistics, Plan.identity(SPEC))
-        assert plan.layers[0].rank == rank
+        assert cache_of(plan.layers[0]).rank == rank
 
 
 def test_all_coordinates_stay_when_no_size_is_given() -> None:
     plan = KvPca().decide(SPEC, statistics_of(SPEC), Plan.identity(SPEC))
-    assert [(layer.rank, layer.score) for layer in plan.layers] == [(SPEC.head_dim, pytest.approx(1.0))] * SPEC.layers
+    given = [(cache_of(layer).rank, layer.score) for layer in plan.layers]
+    assert given == [(SPEC.head_dim, pytest.approx(1.0))] * SPEC.layers
 
 
 @pytest.mark.parametrize("options", [{"rank": 8, "energy": 0.9}, {"energy": 0.9, "rank_ratio": 0.5}])

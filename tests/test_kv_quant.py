@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from support.numbers_of_a_model import SPEC, statistics_of
 
+from kvslim.caches import Cache, FullCache, WindowCache
 from kvslim.checks import check_plan
 from kvslim.contract import Granularity
 from kvslim.errors import UsageError
@@ -66,10 +67,11 @@ def test_sinks_are_within_range_when_attention_rests_on_them() -> None:
     statistics = statistics_of(SPEC)
     method = KvQuant(centre=False)
     plan = method.decide(SPEC, statistics, Plan.identity(SPEC))
-    codes = method.apply(SPEC, statistics, plan, (LayerEdit(),) * SPEC.layers)
-    for layer, code in enumerate(codes):
-        assert code.key_scale is not None
-        worst = np.abs(statistics.sink_keys[layer]).max(axis=1) - code.key_scale * MOST[8]
+    edits = method.apply(SPEC, statistics, plan, (LayerEdit(),) * SPEC.layers)
+    for layer, edit in enumerate(edits):
+        key_scale = edit.rounding.key_scale
+        assert key_scale is not None
+        worst = np.abs(statistics.sink_keys[layer]).max(axis=1) - key_scale * MOST[8]
         assert (worst <= 0.1 * np.abs(statistics.sink_keys[layer]).max()).all()
 
 
@@ -84,24 +86,32 @@ def test_int4_is_refused_when_a_window_needs_larger_heads() -> None:
     KvQuant(bits=8).decide(WINDOWED, statistics, plan)
 
 
-@pytest.mark.parametrize(("layer", "fits"), [({"refined": 0}, False), ({"refined": 16}, True), ({"window": 4}, True)])
-def test_plan_in_int4_is_judged_by_the_width_of_its_heads(layer: dict[str, int], fits: bool) -> None:
-    stored = LayerPlan.model_validate({"layer": 1, "rank": 16, "cache": "int4", **layer})
-    plan = Plan(layers=(LayerPlan(layer=0), stored))
+@pytest.mark.parametrize(
+    ("cache", "fits"),
+    [
+        (FullCache(rank=16, stored="int4", residual=0), False),
+        (FullCache(rank=16, stored="int4", residual=16), True),
+        (WindowCache(rank=16, stored="int4", window=4), True),
+    ],
+)
+def test_plan_in_int4_is_judged_by_the_width_of_its_heads(cache: Cache, fits: bool) -> None:
+    plan = Plan(layers=(LayerPlan(layer=0), LayerPlan(layer=1, cache=cache)))
     with contextlib.nullcontext() if fits else pytest.raises(UsageError, match="numbers per head in int4"):
         check_plan(plan, WINDOWED)
 
 
 def test_scales_are_those_of_the_coded_cache_when_pca_comes_before() -> None:
     statistics = statistics_of(SPEC)
-    plan, codes = Plan.identity(SPEC), (LayerEdit(),) * SPEC.layers
+    plan, edits = Plan.identity(SPEC), (LayerEdit(),) * SPEC.layers
     for method in (KvPca(rank=8), KvQuant(granularity="per_tensor")):
         plan = method.decide(SPEC, statistics, plan)
-        codes = method.apply(SPEC, statistics, plan, codes)
-    for code in codes:
-        assert code.key_scale is not None
-        assert code.key_scale.shape == (SPEC.kv_heads, 8)
-        assert code.per_tensor
-    assert plan.layers[0].cache == "int8"
+        edits = method.apply(SPEC, statistics, plan, edits)
+    for layer, edit in zip(plan.layers, edits, strict=True):
+        assert edit.rounding.key_scale is not None
+        assert edit.rounding.key_scale.shape == (SPEC.kv_heads, 8)
+        assert isinstance(layer.cache, FullCache)
+        assert layer.cache.granularity == "per_tensor"
+        assert np.unique(edit.rounding.key_scale).size == np.unique(edit.rounding.value_scale).size == 1
+    assert plan.layers[0].cache.dtype == "int8"
     assert "rank 8" in plan.layers[0].reason
     assert "int8" in plan.layers[0].reason

@@ -1,4 +1,4 @@
-"""Integer caches: their range and steps, refined coordinates, and what centring does."""
+"""Integer caches: their range and steps, residual coordinates, and what centring does."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from support.gathering import gather, states, windows_of
 from support.models import open_prepared, recipe_of, tokens_of, torch_logits
 from support.numbers_of_a_model import SPEC, statistics_of
 
-from kvslim.contract import CacheType, Granularity
+from kvslim.caches import FullCache
+from kvslim.contract import Granularity, Stored
 from kvslim.methods import KvQuant
 from kvslim.methods.fitting import fit
 from kvslim.methods.kv_quant import key_rounding_error, scaled
 from kvslim.methods.rounding import fit_steps, peak_steps, rounded, sample_weights
-from kvslim.transform.edits import LayerEdit
+from kvslim.transform.edits import LayerEdit, LinearCode
 from kvslim.types import LayerPlan, Plan
 
 ONE = np.ones((1, 1))
@@ -43,14 +44,14 @@ def test_halves_are_rounded_to_even() -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_refined_coordinates_are_finer_and_the_others_as_before(bits: int) -> None:
+def test_residual_coordinates_are_finer_and_the_others_as_before(bits: int) -> None:
     samples = np.random.default_rng(0).standard_normal((2, 500, 8))
     steps = peak_steps(samples, "per_channel", bits)
-    coarse, refined = (np.abs(rounded(samples, steps, bits, count) - samples) for count in (0, 4))
+    coarse, residual = (np.abs(rounded(samples, steps, bits, count) - samples) for count in (0, 4))
     # The finer step is a 16th; 8 of those either way reach every remainder of 4 bits but its very half.
-    assert refined[..., :4].max() <= 1.01 * coarse[..., :4].max() / 8
-    assert refined[..., :4].mean() < coarse[..., :4].mean() / 10
-    np.testing.assert_array_equal(refined[..., 4:], coarse[..., 4:])
+    assert residual[..., :4].max() <= 1.01 * coarse[..., :4].max() / 8
+    assert residual[..., :4].mean() < coarse[..., :4].mean() / 10
+    np.testing.assert_array_equal(residual[..., 4:], coarse[..., 4:])
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -78,17 +79,18 @@ def test_weights_sum_to_1_and_give_sinks_their_attention() -> None:
     np.testing.assert_allclose(weights[:, body:].sum(1), statistics.sink_mass[0])
 
 
-@pytest.mark.parametrize("cache", ["int8", "int4"])
-def test_centring_lowers_the_error_when_keys_lie_far_from_zero(cache: CacheType) -> None:
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+def test_centring_lowers_the_error_when_keys_lie_far_from_zero(stored: Stored) -> None:
     statistics = statistics_of(SPEC)
     statistics = replace(statistics, key_samples=statistics.key_samples + 20, sink_keys=statistics.sink_keys + 17)
-    layer = LayerPlan(layer=0, cache=cache)
     errors = [
-        key_rounding_error(statistics, layer.model_copy(update={"centred": way}), LayerEdit()) for way in (True, False)
+        key_rounding_error(statistics, 0, FullCache(stored=stored, centred=way), LayerEdit()) for way in (True, False)
     ]
     assert 0 < errors[0] < 0.5 * errors[1]
-    plan = KvQuant(bits=8 if cache == "int8" else 4).decide(SPEC, statistics, Plan.identity(SPEC))
-    assert plan.layers[0].centred
+    plan = KvQuant(bits=8 if stored == "int8" else 4).decide(SPEC, statistics, Plan.identity(SPEC))
+    cache = plan.layers[0].cache
+    assert isinstance(cache, FullCache)
+    assert cache.centred
     assert f"{1 - errors[0] / errors[1]:.0%}" in plan.layers[0].reason
 
 
@@ -96,8 +98,10 @@ def test_keys_stay_where_they_are_when_centring_is_not_wanted() -> None:
     statistics = statistics_of(SPEC)
     statistics = replace(statistics, key_samples=statistics.key_samples + 20, sink_keys=statistics.sink_keys + 17)
     plan = KvQuant(centre=False).decide(SPEC, statistics, Plan.identity(SPEC))
-    assert not any(layer.centred for layer in plan.layers)
-    assert all(code.key_offset is None for code in fit(SPEC, statistics, plan))
+    caches = [layer.cache for layer in plan.layers if isinstance(layer.cache, FullCache)]
+    assert len(caches) == SPEC.layers
+    assert not any(cache.centred for cache in caches)
+    assert all(edit.code.key_offset is None for edit in fit(SPEC, statistics, plan))
 
 
 def test_offset_of_all_keys_changes_no_logits_when_nothing_is_rounded(tiny_llama: Path) -> None:
@@ -106,17 +110,18 @@ def test_offset_of_all_keys_changes_no_logits_when_nothing_is_rounded(tiny_llama
     before = torch_logits(prepared, tokens)
     spec = prepared.spec
     offset = np.random.default_rng(0).standard_normal((spec.kv_heads, spec.head_dim))
-    prepared.install((LayerEdit(key_offset=offset),) * spec.layers)
+    prepared.install((LayerEdit(code=LinearCode(key_offset=offset)),) * spec.layers)
     np.testing.assert_allclose(torch_logits(prepared, tokens), before, atol=2e-5)
 
 
-def test_refined_steps_clip_no_sample_of_the_coordinates_held_twice() -> None:
+def test_residual_steps_clip_no_sample_of_the_coordinates_held_twice() -> None:
     statistics = statistics_of(SPEC)
-    layer = LayerPlan(layer=0, rank=16, refined=8, cache="int4")
-    code = fit(SPEC, statistics, Plan(layers=(layer, LayerPlan(layer=1))), before=KvQuant.order)[0]
-    steps = scaled(statistics, layer, code).key_scale
+    cache = FullCache(rank=16, residual=8, stored="int4")
+    plan = Plan(layers=(LayerPlan(layer=0, cache=cache), LayerPlan(layer=1)))
+    edit = fit(SPEC, statistics, plan, before=KvQuant.order)[0]
+    steps = scaled(statistics, 0, cache, edit).rounding.key_scale
     assert steps is not None
-    keys = np.concatenate([statistics.key_samples[0], statistics.sink_keys[0]], axis=1) @ code.key_encoder
+    keys = np.concatenate([statistics.key_samples[0], statistics.sink_keys[0]], axis=1) @ edit.code.key_encoder
     worst = np.abs(keys[..., :8]).max(1)
     assert (worst <= 8 * steps[:, :8] + steps[:, :8] / 2).all()
 
@@ -127,9 +132,9 @@ def test_steps_hold_beyond_the_calibration_length_when_keys_turn(tiny_llama: Pat
     short, long = windows_of(prepared, 20), np.random.default_rng(5).integers(0, prepared.spec.vocab_size, (1, 400))
     statistics = gather(prepared, short)
     plan = KvQuant().decide(prepared.spec, statistics, Plan.identity(prepared.spec))
-    codes = fit(prepared.spec, statistics, plan)
-    for layer, code in enumerate(codes):
+    edits = fit(prepared.spec, statistics, plan)
+    for layer, edit in enumerate(edits):
         keys = states(prepared, long, layer)["k"][0][:, 200:]
-        keys = keys if code.key_offset is None else keys - code.key_offset[:, None]
-        beyond = (np.abs(keys) > 128 * code.key_scale[:, None]).mean()
+        keys = keys if edit.code.key_offset is None else keys - edit.code.key_offset[:, None]
+        beyond = (np.abs(keys) > 128 * edit.rounding.key_scale[:, None]).mean()
         assert beyond < 1e-3
