@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support.tiny_artifact import SPEC
 
+from kvslim.caches import FullCache
 from kvslim.export.genai import end_tokens, genai_config
 from kvslim.export.transformers_js import with_transformers_js_config
 from kvslim.types import KVLayout, LayerPlan, Plan
@@ -18,7 +19,8 @@ BEYOND = SPEC.vocab_size
 
 
 def test_genai_config_follows_the_layout() -> None:
-    layout = KVLayout.of(SPEC, Plan(layers=(LayerPlan(layer=0, rank=8), LayerPlan(layer=1, rank=8))))
+    layers = tuple(LayerPlan(layer=layer, cache=FullCache(rank=8)) for layer in range(2))
+    layout = KVLayout.of(SPEC, Plan(layers=layers))
     config = genai_config(SPEC, layout, {"bos_token_id": 1, "eos_token_id": [2, 3]}, inputs=INPUTS)
     assert config["model"]["type"] == "decoder"
     assert config["model"]["pad_token_id"] == 2

@@ -170,7 +170,7 @@ def test_compress_prunes_measures_and_keeps_its_plan(tmp_path: Path, capsys: pyt
         ("methods: [{prune_layers: {blocks: 1}}]", None, 2, "attention alone"),
         ("methods: [{prune_heads: {groups: 1}}, kv_quant]", None, 4, "kv_quant"),
         ("calibration: {samples: 2}\nmethods: [{prune_heads: {groups: 1}}]", None, 2, "too few"),
-        ("{}", {"heads": [0, 1], "cache": "int8"}, 2, "no cache to code"),
+        ("{}", {"heads": [0, 1], "cache": {"kind": "full", "stored": "int8"}}, 2, "no cache to code"),
         ("{}", {"heads": [0, 4]}, 2, "not some of"),
     ],
 )

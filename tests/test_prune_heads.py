@@ -16,6 +16,7 @@ from support.tiny_decoders import FAMILIES
 from support.trials import MadeUpTrials
 
 from kvslim import pipeline
+from kvslim.caches import FullCache, WindowCache
 from kvslim.checks import check_plan
 from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
@@ -54,22 +55,24 @@ def test_graph_without_heads_equals_torch_in_prefill_and_cached_decode(
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 @pytest.mark.parametrize(
-    "codes",
+    "cache",
     [
-        {"rank": 8, "cache": "int8"},
-        {"rank": 16, "refined": 8, "roles": 0, "cache": "int4", "centred": True},
-        {"rank": 8, "window": 12, "sinks": 3},
+        FullCache(rank=8, stored="int8"),
+        FullCache(rank=16, residual=8, rotation=0, stored="int4", centred=True),
+        WindowCache(rank=8, window=12, sinks=3),
     ],
     ids=["int8", "int4", "window"],
 )
-def test_heads_go_along_with_codes(tiny_model: ModelOf, tmp_path: Path, family: str, codes: dict[str, object]) -> None:
+def test_heads_go_along_with_codes(
+    tiny_model: ModelOf, tmp_path: Path, family: str, cache: FullCache | WindowCache
+) -> None:
     prepared = open_prepared(tiny_model(family), recipe_of())
-    plan = partial_plan(prepared.spec, (0, 1), (0, 1, 2, 3), **codes)
+    plan = partial_plan(prepared.spec, (0, 1), (0, 1, 2, 3), cache=cache)
     tokens = tokens_of(prepared)
     slim = exported(prepared, plan, tmp_path / "slim")
     effect = np.abs(slim - original_logits(tiny_model(family), tokens)).max()
     assert effect > 1e-3
-    assert np.abs(cached_logits(tmp_path / "slim", tokens) - slim).max() < max(1e-4, 0.1 * effect * ("cache" in codes))
+    assert np.abs(cached_logits(tmp_path / "slim", tokens) - slim).max() < max(1e-4, 0.1 * effect * cache.is_integer)
 
 
 def test_first_layer_without_attention_leaves_the_second_one_its_number(tiny_model: ModelOf, tmp_path: Path) -> None:

@@ -285,7 +285,7 @@ def test_down_projection_before_a_block_that_goes_is_the_ridge_regression_to_wha
     ridge = np.diag([*[RIDGE * (rows[:, :-1] ** 2).sum() / down.in_features] * down.in_features, 0.0])
     change = np.linalg.solve(rows.T @ rows + ridge, rows.T @ missing).T
     expected = down.weight.detach().double().numpy() + change[:, :-1]
-    np.testing.assert_allclose(fitted[0].down_weight, expected, atol=1e-4)
+    np.testing.assert_allclose(fitted[0].down.weight, expected, atol=1e-4)
     evaluator = KLEvaluator(prepared.model, prepared.architecture, windows)
     assert evaluator.kl(fitted) < evaluator.kl(codes)
 

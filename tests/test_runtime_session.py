@@ -58,7 +58,7 @@ def test_step_equals_reference_attention_when_computed_in_numpy(tmp_path: Path) 
 
 def test_step_appends_in_place_when_past_and_present_share_memory(tmp_path: Path) -> None:
     session = DecodeSession(write_tiny(tmp_path / "model.onnx"), capacity=64)
-    buffers = list(session._cache)
+    buffers = [array for layer in session._layers for array in layer.arrays]
     addresses = [buffer.ctypes.data for buffer in buffers]
     session.step(TOKENS)
     head = [buffer[:, :, :40].copy() for buffer in buffers]
@@ -123,7 +123,7 @@ def test_fill_sets_exactly_the_context_when_called(tmp_path: Path, int8: bool, l
     session = DecodeSession(write_tiny(tmp_path / "model.onnx", int8=int8), capacity=601)
     session.fill(length, seed=1)
     assert session.length == length
-    for buffer in session._cache:
+    for buffer in (array for layer in session._layers for array in layer.arrays):
         assert buffer[:, :, :length].any(axis=(0, 1, 3)).all()
         assert not buffer[:, :, length:].any()
     logits = session.step([1])

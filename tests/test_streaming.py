@@ -105,7 +105,7 @@ def test_packed_equals_the_model_when_no_token_has_left_the_ring(
 def naive_packed(prepared: PreparedDecoder, tokens: np.ndarray, chunk: int) -> np.ndarray:
     """[n, vocab] logits as torch gives them for chunks of another size."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvslim.transform.streaming.EVALUATION_CHUNK", chunk)
+        patch.setattr("kvslim.caches.attention.packed.EVALUATION_CHUNK", chunk)
         return torch_logits(prepared, tokens)
 
 
