@@ -1,6 +1,6 @@
 """Kinds of caches, one module each; importing this package registers them."""
 
-from kvslim.caches.base import CACHES, Cache, Place, cache_class
+from kvslim.caches.base import CACHES, Cache, Place
 from kvslim.caches.clustered import ClusteredCache
 from kvslim.caches.coded import CodedCache, IntegerCache
 from kvslim.caches.full import FullCache
@@ -19,5 +19,4 @@ __all__ = [
     "Place",
     "SharedCache",
     "WindowCache",
-    "cache_class",
 ]

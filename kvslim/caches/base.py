@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvslim.contract import CacheType, Frozen, KVTensor, Layout, ModelSpec
-from kvslim.errors import UsageError, suggestion
+from kvslim.errors import UsageError
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -151,17 +151,6 @@ class Cache(Frozen):
     def outputs(cls, tensors: Sequence[KVTensor]) -> dict[str, Axes]:
         """Outputs of the graph, besides the cache, that a layer gives; by name."""
         return {}
-
-
-def cache_class(kind: str, where: str) -> type[Cache]:
-    """The registered kind of that name.
-
-    Raises:
-        UsageError: There is none.
-    """
-    if kind not in CACHES:
-        raise UsageError(f"unknown kind of cache {kind!r}", where=where, fix=suggestion(kind, CACHES))
-    return CACHES[kind]
 
 
 def read_cache(value: object) -> object:
