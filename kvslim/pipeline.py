@@ -13,7 +13,8 @@ from kvslim.contract import ModelSpec
 from kvslim.errors import NotFoundError, UsageError
 from kvslim.export.manifest import read_manifest
 from kvslim.export.package import check_output, staging
-from kvslim.loading.source import Snapshot, check_weights, read_spec, resolve
+from kvslim.loading.snapshot import Snapshot
+from kvslim.loading.source import read_spec, resolve
 from kvslim.planning.analyze import Analysis
 from kvslim.planning.analyze import analyze as analyze_layers
 from kvslim.planning.decide import PlanSummary, planned
@@ -54,7 +55,7 @@ def compress(
     snapshot, spec = _checked(model, recipe)
     if plan is not None:
         checks.check_plan(plan, spec)
-    check_output(out, overwrite, needed_bytes=4 * _weight_bytes(snapshot))
+    check_output(out, overwrite, needed_bytes=4 * snapshot.stored_bytes)
     with staging(out, overwrite) as folder:
         progress.stage("load")
         prepared = prepare(snapshot, spec, recipe, progress)
@@ -148,7 +149,7 @@ def _checked(model: str, recipe: Recipe) -> tuple[Snapshot, ModelSpec]:
     """A model that a recipe fits; all that can fail cheaply fails here, before any weight is read."""
     snapshot = resolve(model)
     spec = read_spec(snapshot, recipe.calibration.context)
-    check_weights(snapshot)
+    snapshot.check()
     checks.check_recipe(recipe, spec)
     for settings in (recipe.calibration, recipe.validation):
         check_source(settings.source)
@@ -174,7 +175,3 @@ def _source_of(artifact: Path, manifest: Manifest) -> str:
             f"the model it came from is not there: {error.message}", where=str(artifact), fix="give --against MODEL"
         ) from error
     return model
-
-
-def _weight_bytes(snapshot: Snapshot) -> int:
-    return sum(path.stat().st_size for path in snapshot.path.glob("*.safetensors"))

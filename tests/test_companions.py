@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from support.tiny_artifact import SPEC
@@ -61,9 +60,8 @@ def test_end_tokens_hold_the_tokenizers_own_once(
     assert end_tokens(generation, tokenizer, BEYOND) == expected
 
 
-def test_config_keeps_all_but_the_key_of_transformers_js(tmp_path: Path) -> None:
+def test_config_keeps_all_but_the_key_of_transformers_js() -> None:
     own = {"model_type": "llama", "vocab_size": 9, "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}}
-    (tmp_path / "config.json").write_text(json.dumps(own))
-    written = json.loads(with_transformers_js_config(tmp_path / "config.json"))
+    written = json.loads(with_transformers_js_config(own))
     assert written.pop("transformers.js_config") == {"dtype": "fp32", "use_external_data_format": {"model.onnx": 1}}
     assert written == {"model_type": "llama", "vocab_size": 9}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvslim.contract import ModelSpec
-from kvslim.errors import ModelError
+from kvslim.errors import KvslimError, ModelError
 from kvslim.loading.encoders import ENCODERS
-from kvslim.loading.source import Snapshot, weight_files
+from kvslim.loading.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def load_model(snapshot: Snapshot) -> PreTrainedModel:
     """The causal language model in float32, in evaluation mode.
 
-    Weights in another type are read and converted one by one, so that memory never holds a second copy.
+    Weights in another type or in codes are read and converted one by one, so that memory never holds a second copy.
 
     Raises:
         ModelError: The weights are corrupt or incomplete, or their shapes do not match the config.
@@ -49,53 +49,45 @@ def encoder_class(spec: ModelSpec) -> tuple[Any, dict[str, bool]]:
 def _load(classes: Any, snapshot: Snapshot, **options: Any) -> PreTrainedModel:
     """The model of a task's class for its config."""
     import torch
+
+    where, fix = str(snapshot.path), "download the model again"
+    try:
+        model, missing = _read(classes, snapshot, **options)
+        if missing:
+            raise ModelError(f"{len(missing)} weights are missing, first {missing[0]!r}", where=where, fix=fix)
+        model = snapshot.adapted(model)
+    except KvslimError:
+        raise
+    except Exception as error:  # safetensors, torch and transformers each raise their own exception types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"cannot load the weights: {reason}", where=where, fix=fix) from error
+    # A sum makes no copy of the weights, and in float64 it cannot overflow.
+    broken = (name for name, weight in model.named_parameters() if not weight.sum(dtype=torch.float64).isfinite())
+    if name := next(broken, None):
+        raise ModelError(f"weights are not finite, first {name!r}", where=where, fix=fix)
+    return model.eval()
+
+
+def _read(classes: Any, snapshot: Snapshot, **options: Any) -> tuple[PreTrainedModel, list[str]]:
+    """The model as it is stored, and the weights that are not."""
+    import torch
     from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    fix = "download the model again"
-    try:
-        config = AutoConfig.from_pretrained(snapshot.path, local_files_only=True)
-        model, info = classes[type(config)].from_pretrained(
-            None,
-            config=config,
-            state_dict=_unread(snapshot),
-            dtype=torch.float32,
-            output_loading_info=True,
-            **options,
-        )
-        _read_generation_config(model, snapshot)
-    except Exception as error:  # safetensors, torch and transformers each raise their own exception types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"cannot load the weights: {reason}", where=str(snapshot.path), fix=fix) from error
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"{len(missing)} weights are missing, first {missing[0]!r}", where=str(snapshot.path), fix=fix)
-    # A sum makes no copy of the weights, and in float64 it cannot overflow.
-    broken = (name for name, weight in model.named_parameters() if not weight.sum(dtype=torch.float64).isfinite())
-    if name := next(broken, None):
-        raise ModelError(f"weights are not finite, first {name!r}", where=str(snapshot.path), fix=fix)
-    return model.eval()
-
-
-def _unread(snapshot: Snapshot) -> dict[str, Any]:
-    """All stored tensors by name; each is read from its file when it is needed.
-
-    transformers would map the files into memory, and the pages it has read would stay until the last tensor is
-    converted.
-    """
-    from safetensors import safe_open
-
-    files = [safe_open(path, framework="pt", backend="pread") for path in weight_files(snapshot)]
-    return {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118 (not a mapping)
-
-
-def _read_generation_config(model: PreTrainedModel, snapshot: Snapshot) -> None:
-    """Reads generation_config.json (end and padding tokens); without it the model uses its config."""
-    from transformers import GenerationConfig
-
-    if (snapshot.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(snapshot.path, local_files_only=True)
+    config = AutoConfig.for_model(**snapshot.config())
+    model, info = classes[type(config)].from_pretrained(
+        None,
+        config=config,
+        state_dict=snapshot.tensors(),
+        dtype=torch.float32,
+        output_loading_info=True,
+        **options,
+    )
+    if generation := snapshot.generation_config():
+        model.generation_config = generation
+    return model, sorted(info["missing_keys"])
 
 
 def load_tokenizer(snapshot: Snapshot) -> PreTrainedTokenizerBase:
@@ -104,10 +96,8 @@ def load_tokenizer(snapshot: Snapshot) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: There is none, or it cannot be read.
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(snapshot.path, local_files_only=True)
+        tokenizer = snapshot.tokenizer()
     except Exception as error:  # transformers raises several exception types for a missing or broken tokenizer
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(

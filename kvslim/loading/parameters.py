@@ -7,7 +7,7 @@ from typing import Any
 from kvslim.contract import Frozen, ModelSpec
 from kvslim.errors import ModelError
 from kvslim.loading.model import encoder_class
-from kvslim.loading.source import Snapshot, read_config
+from kvslim.loading.snapshot import Snapshot
 
 
 class Parameters(Frozen):
@@ -66,15 +66,15 @@ def _unfilled(snapshot: Snapshot, spec: ModelSpec) -> Any:
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    raw = read_config(snapshot)
+    raw = snapshot.config()
     classes, options = encoder_class(spec) if spec.is_encoder else (MODEL_FOR_CAUSAL_LM_MAPPING, {})
     try:
         config = AutoConfig.for_model(**raw)
         with torch.device("meta"):
             return classes[type(config)](config, **options)
     except Exception as error:  # modelling code raises many exception types
-        where = str(snapshot.path / "config.json")
+        where = str(snapshot.config_file)
         reason = " ".join(str(error).split())
         raise ModelError(
-            f"no model can be built from config.json: {reason}", where=where, fix="download the model again"
+            f"no model can be built from its config: {reason}", where=where, fix="download the model again"
         ) from error

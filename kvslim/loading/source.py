@@ -1,118 +1,108 @@
-"""Finds the folder of the model that the user named and reads its config.json, before any weights are read."""
+"""Finds the files of the model that the user named and reads its shape, before any weights are read."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvslim.contract import ModelSpec
 from kvslim.demo import MODEL_DIR
-from kvslim.errors import ModelError, NotFoundError, UnsupportedError
+from kvslim.errors import ModelError, NotFoundError, UnsupportedError, UsageError
+from kvslim.loading.adapter import AdapterSnapshot, base_of, is_adapter
 from kvslim.loading.architecture import architecture_of
 from kvslim.loading.encoders import ENCODERS, encoder_spec
+from kvslim.loading.folder import FolderSnapshot, has_weights
+from kvslim.loading.gguf import GgufSnapshot
+from kvslim.loading.snapshot import Snapshot
 
 STATIC_ROPE = {"default", "linear", "llama3", "longrope", "yarn"}
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A model's files on disk.
-
-    Attributes:
-        path: The folder.
-        model: What the user typed, without the revision.
-        revision: The hub revision, if any.
-    """
-
-    path: Path
-    model: str
-    revision: str | None = None
-
-    @property
-    def is_demo(self) -> bool:
-        """Whether this is the model that comes with KVSlim."""
-        return self.path == MODEL_DIR
-
-    def sha256(self) -> str:
-        """SHA-256 over the names and bytes of config, weights and tokenizer."""
-        digest = hashlib.sha256()
-        for path in sorted(self.path.glob("*.json")) + sorted(self.path.glob("*.safetensors")):
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
 
 
 def resolve(model: str) -> Snapshot:
-    """The local files of `demo`, a folder, a hub id or `id@revision`; only a hub id touches the network.
+    """The local files of what the user named; only a hub id touches the network.
+
+    Args:
+        model: `demo`, a folder, a .gguf file, a hub id or `id:FILE.gguf`, both also with `@revision`.
 
     Raises:
         NotFoundError: No such folder, no such model on the hub, or the hub cannot be reached.
+        UsageError: The folder holds several GGUF files.
+        ModelError, UnsupportedError: A LoRA adapter does not say what it was trained on, or that is an adapter too.
     """
     if model == "demo":
-        return Snapshot(MODEL_DIR, model)
+        return FolderSnapshot(MODEL_DIR, model)
     path = Path(model).expanduser()
     if path.is_dir():
-        return Snapshot(path.resolve(), model)
-    looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
-    if looks_local or path.exists():
-        raise NotFoundError(
-            f"{model!r} is not a model folder", where="MODEL", fix="give `demo`, a folder with config.json, or a hub id"
-        )
-    return _download(*_split_revision(model))
-
-
-def _split_revision(model: str) -> tuple[str, str | None]:
+        return _opened(path.resolve(), model)
+    if path.is_file() and path.suffix == ".gguf":
+        return GgufSnapshot(path.parent.resolve() / path.name, model)
     name, _, revision = model.partition("@")
-    return name, revision or None
+    repository, _, file = name.partition(":")
+    looks_local = path.is_absolute() or model.startswith((".", "~")) or repository.count("/") != 1
+    if looks_local or path.exists() or repository.endswith(".gguf"):
+        raise NotFoundError(
+            f"{model!r} is not a model folder or a .gguf file",
+            where="MODEL",
+            fix="give `demo`, a folder with config.json, a .gguf file, a hub id, or org/name:FILE.gguf",
+        )
+    path = _download(repository, file, revision or None)
+    return GgufSnapshot(path, name, revision or None) if file else _opened(path, name, revision or None)
 
 
-def _download(model: str, revision: str | None) -> Snapshot:
-    from huggingface_hub import snapshot_download
+def _opened(folder: Path, model: str, revision: str | None = None) -> Snapshot:
+    """The model in a folder: an adapter, a GGUF file without safetensors beside it, or else a model."""
+    if has_weights(folder):
+        return FolderSnapshot(folder, model, revision)
+    if is_adapter(folder):
+        return AdapterSnapshot(folder, model, revision, base=_base_model(folder))
+    files = [path for path in sorted(folder.glob("*.gguf")) if not path.name.startswith("mmproj")]  # those only see
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
+        fix = f"name one of them, such as {model.rstrip('/')}/{files[0].name}"
+        raise UsageError(f"the folder holds several GGUF files: {names}", where=str(folder), fix=fix)
+    return GgufSnapshot(files[0], model, revision) if files else FolderSnapshot(folder, model, revision)
+
+
+def _base_model(folder: Path) -> Snapshot:
+    """The model that the adapter in a folder was trained on."""
+    name = base_of(folder)
+    if Path(name).is_dir() and not has_weights(Path(name)) and is_adapter(Path(name)):
+        raise UnsupportedError(
+            "the base of this adapter is an adapter", where=str(folder), fix="merge that one into its base first"
+        )
+    try:
+        return resolve(name)
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"the base model of this adapter is not there: {error.message}",
+            where=str(folder),
+            fix="set base_model_name_or_path in adapter_config.json to its folder, or merge the adapter elsewhere",
+        ) from error
+
+
+def _download(repository: str, file: str, revision: str | None) -> Path:
+    """The folder of a model from the hub, or one file of it."""
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        path = snapshot_download(
-            model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "merges.txt"]
-        )
+        if file:
+            return Path(hf_hub_download(repository, file, revision=revision))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=DOWNLOADED))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        wanted = f"{file!r} of {repository!r}" if file else repr(repository)
         raise NotFoundError(
-            f"cannot get {model!r} from the hub: {reason}",
+            f"cannot get {wanted} from the hub: {reason}",
             where="MODEL",
-            fix="check the id and the network, or give a local folder",
+            fix="check the id and the network, or give a local folder or file",
         ) from error
-    return Snapshot(Path(path), model, revision)
-
-
-def read_config(snapshot: Snapshot) -> dict[str, Any]:
-    """The model's config.json.
-
-    Raises:
-        NotFoundError: The folder has none.
-        ModelError: It is not JSON or names no model type.
-    """
-    path = snapshot.path / "config.json"
-    if not path.is_file():
-        raise NotFoundError("no config.json", where=str(snapshot.path), fix="give a Hugging Face model folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(
-            f"config.json is not JSON: {error}", where=str(path), fix="download the model again"
-        ) from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ModelError("config.json names no model_type", where=str(path), fix="give a Hugging Face model's config")
-    return config
 
 
 def read_spec(snapshot: Snapshot, context: int | None = None) -> ModelSpec:
-    """The model's shape, from config.json alone.
+    """The model's shape, from its config alone.
 
     LongRoPE (Ding et al., 2024) rotates all positions faster in texts up to the original context than in longer ones.
     A cache can serve only one of the two, and `context` decides which.
@@ -122,11 +112,11 @@ def read_spec(snapshot: Snapshot, context: int | None = None) -> ModelSpec:
         context: The target context in tokens; None for the model's own.
 
     Raises:
-        NotFoundError: The folder has no config.json.
+        NotFoundError: There is no config.
         ModelError: The config is broken or contradicts itself.
         UnsupportedError: The family or its RoPE scaling is not supported.
     """
-    raw, where = read_config(snapshot), str(snapshot.path / "config.json")
+    raw, where = snapshot.config(), str(snapshot.config_file)
     if raw["model_type"] in ENCODERS:
         return encoder_spec(raw, where)
     _refuse_experts(raw, where)
@@ -216,37 +206,3 @@ def _refuse_unsupported(config: Any, where: str) -> None:
                 where=where,
                 fix=f"supported: {', '.join(sorted(STATIC_ROPE))}",
             )
-
-
-def check_weights(snapshot: Snapshot) -> None:
-    """Fails early if the folder has no safetensors weights. Pickled weights are never loaded: they can run code.
-
-    Raises:
-        NotFoundError: No weights.
-        ModelError: Their index is broken, or names a file that is not there.
-    """
-    if not any((snapshot.path / name).is_file() for name in WEIGHT_FILES):
-        raise NotFoundError(
-            "no model.safetensors", where=str(snapshot.path), fix="save the model with safetensors (save_pretrained)"
-        )
-    weight_files(snapshot)
-
-
-def weight_files(snapshot: Snapshot) -> list[Path]:
-    """The files that hold the model's weights: one, or the shards that an index names.
-
-    Raises:
-        ModelError: The index is broken, points outside the folder, or names a file that is not there.
-    """
-    whole, index = (snapshot.path / name for name in WEIGHT_FILES)
-    if whole.is_file():
-        return [whole]
-    try:
-        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError("the index names no shards", where=str(index), fix="download the model again") from error
-    known = {path.name for path in snapshot.path.glob("*.safetensors")}
-    if strange := [name for name in shards if name not in known]:
-        message = f"the index names {strange[0]!r}, which is not a .safetensors file in the folder"
-        raise ModelError(message, where=str(index), fix="download the model again")
-    return [snapshot.path / name for name in shards]

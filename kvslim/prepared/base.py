@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kvslim.contract import ModelSpec
 from kvslim.loading.architecture import Architecture
-from kvslim.loading.source import Snapshot
+from kvslim.loading.snapshot import Snapshot
 from kvslim.progress import Progress
 from kvslim.recipe import Recipe
 from kvslim.types import KVLayout, Plan, Report

@@ -18,7 +18,7 @@ from kvslim.export.transformers_js import with_transformers_js_config
 from kvslim.export.weights import quantise_weights
 from kvslim.loading.architecture import architecture_of
 from kvslim.loading.model import load_model, load_tokenizer
-from kvslim.loading.source import Snapshot
+from kvslim.loading.snapshot import Snapshot
 from kvslim.prepared.base import PreparedModel
 from kvslim.prepared.decoder_trials import DecoderTrials
 from kvslim.prepared.text import TextSource
@@ -100,7 +100,7 @@ class PreparedDecoder(PreparedModel):
         """Writes tokenizer, configs and, where it can open the graph, what onnxruntime-genai needs."""
         # transformers.js finds a chat template in tokenizer_config.json alone, the other clients there or beside it.
         self.tokenizer.save_pretrained(folder, save_jinja_files=False)
-        config_json = with_transformers_js_config(self.snapshot.path / "config.json")
+        config_json = with_transformers_js_config(self.snapshot.config())
         (folder / "config.json").write_text(config_json, encoding="utf-8")
         generation = self._generation_config()
         generation.save_pretrained(folder)

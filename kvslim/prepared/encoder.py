@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 from functools import cached_property
 from pathlib import Path
 from typing import cast
@@ -16,7 +16,7 @@ from kvslim.export.encoder_weights import quantise_encoder
 from kvslim.export.graph import save_graph
 from kvslim.loading.encoders import ENCODERS, encoder_inputs
 from kvslim.loading.model import load_encoder, load_tokenizer
-from kvslim.loading.source import Snapshot
+from kvslim.loading.snapshot import Snapshot
 from kvslim.prepared.base import PreparedModel
 from kvslim.prepared.encoder_trials import EncoderTrials
 from kvslim.prepared.sentences import SentenceSource
@@ -84,4 +84,5 @@ class PreparedEncoder(PreparedModel):
     def write_companions(self, folder: Path, layout: KVLayout, inputs: tuple[str, ...]) -> None:
         """Writes the tokenizer and the config."""
         self.tokenizer.save_pretrained(folder)
-        shutil.copyfile(self.snapshot.path / "config.json", folder / "config.json")
+        config = json.dumps(self.snapshot.config(), indent=2) + "\n"
+        (folder / "config.json").write_text(config, encoding="utf-8")

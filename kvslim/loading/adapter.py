@@ -1,0 +1,131 @@
+"""A LoRA folder (Hu et al., 2022): its matrices are added to the weights of its base model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvslim.errors import ModelError, NotFoundError, UnsupportedError
+from kvslim.loading.snapshot import Snapshot, Unread
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MERGE = "merge it where it was trained (merge_and_unload of peft) and save the result with save_pretrained"
+
+
+@dataclass(frozen=True)
+class AdapterSnapshot(Snapshot):
+    """An adapter, and the model that it was trained on.
+
+    Attributes:
+        base: The model.
+    """
+
+    base: Snapshot = field(kw_only=True)
+
+    @property
+    def config_file(self) -> Path:
+        """The base model's."""
+        return self.base.config_file
+
+    @property
+    def stored_bytes(self) -> int:
+        """The base model's: merging adds no weights."""
+        return self.base.stored_bytes
+
+    def files(self) -> list[Path]:
+        """The adapter's files, and the base model's."""
+        own = [path for kind in ("*.json", "*.safetensors", "*.jinja") for path in sorted(self.path.glob(kind))]
+        return own + self.base.files()
+
+    def config(self) -> dict[str, Any]:
+        """The base model's config."""
+        return self.base.config()
+
+    def check(self) -> None:
+        """Fails early if this is no LoRA, or peft is not installed."""
+        kind = read_adapter_config(self.path).get("peft_type")
+        if kind != "LORA":
+            raise UnsupportedError(f"adapters of type {kind!r} cannot be merged", where=str(self.path), fix=MERGE)
+        if not (self.path / ADAPTER_WEIGHTS).is_file():
+            raise NotFoundError(f"no {ADAPTER_WEIGHTS}", where=str(self.path), fix="save the adapter with safetensors")
+        if importlib.util.find_spec("peft") is None:
+            fix = f"pip install 'kvslim[lora]', or {MERGE}"
+            raise UnsupportedError("merging a LoRA needs the package peft", where=str(self.path), fix=fix)
+        self.base.check()
+
+    def tensors(self) -> Mapping[str, Unread]:
+        """The base model's weights."""
+        return self.base.tensors()
+
+    def generation_config(self) -> GenerationConfig | None:
+        """The base model's."""
+        return self.base.generation_config()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The adapter's own tokenizer if it has one, such as one with another chat template; else the base model's."""
+        from transformers import AutoConfig, AutoTokenizer
+
+        if not (self.path / "tokenizer.json").is_file():
+            return self.base.tokenizer()
+        config = AutoConfig.for_model(**self.config())
+        return AutoTokenizer.from_pretrained(self.path, config=config, local_files_only=True)
+
+    def adapted(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model with the adapter merged into its weights, one matrix after the other."""
+        from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        config = PeftConfig.from_pretrained(str(self.path))
+        wrapped = get_peft_model(model, config)
+        result = set_peft_model_state_dict(wrapped, load_file(self.path / ADAPTER_WEIGHTS))
+        if result.unexpected_keys:
+            raise ValueError(f"the adapter changes {result.unexpected_keys[0]!r}, which its base model does not have")
+        merged: PreTrainedModel = wrapped.merge_and_unload()
+        return merged
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def base_of(folder: Path) -> str:
+    """The model that an adapter was trained on: a folder, as it is or from the adapter's, or a hub id and revision.
+
+    Raises:
+        ModelError: The adapter's config is broken, or names none.
+    """
+    config = read_adapter_config(folder)
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        fix = "set base_model_name_or_path to the folder or the hub id of the model"
+        raise ModelError(f"{ADAPTER_CONFIG} names no base model", where=str(folder), fix=fix)
+    for path in (Path(base).expanduser(), folder / base):
+        if path.is_dir():
+            return str(path)
+    return f"{base}@{config['revision']}" if config.get("revision") else base
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json.
+
+    Raises:
+        ModelError: It is not a JSON object.
+    """
+    path = folder / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path.name} is not JSON: {error}", where=str(path), fix="download it again") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path.name} is not an object", where=str(path), fix="download it again")
+    return config

@@ -1,0 +1,138 @@
+"""A folder as `save_pretrained` writes it: config.json, safetensors and tokenizer files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvslim.errors import ModelError, NotFoundError
+from kvslim.loading.multimodal import is_multimodal, language_config, language_tensors
+from kvslim.loading.quantised import check_scheme, dequantised
+from kvslim.loading.snapshot import Snapshot, Unread
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+class FolderSnapshot(Snapshot):
+    """A model in a folder."""
+
+    @property
+    def config_file(self) -> Path:
+        """config.json."""
+        return self.path / "config.json"
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weight files, doubled if they are quantised: most of those store eight bits for a number."""
+        stored = sum(path.stat().st_size for path in self.path.glob("*.safetensors"))
+        return 2 * stored if self._quantization() else stored
+
+    def files(self) -> list[Path]:
+        """All JSON, safetensors and template files."""
+        return [path for kind in ("*.json", "*.safetensors", "*.jinja") for path in sorted(self.path.glob(kind))]
+
+    def config(self) -> dict[str, Any]:
+        """config.json, or the part of it that is about the language model."""
+        raw = self._read()
+        raw.pop("quantization_config", None)
+        return language_config(raw, str(self.config_file)) if is_multimodal(raw) else raw
+
+    def check(self) -> None:
+        """Fails early without safetensors, or if they hold codes that cannot be read.
+
+        Pickled weights are never loaded: they can run code.
+        """
+        if not has_weights(self.path):
+            raise NotFoundError(
+                "no model.safetensors",
+                where=str(self.path),
+                fix="save the model with safetensors (save_pretrained); if it is a GGUF on the hub, name its file: "
+                "org/name:FILE.gguf",
+            )
+        weight_files(self.path)
+        check_scheme(self._quantization(), f"{self.config_file}: quantization_config")
+
+    def tensors(self) -> Mapping[str, Unread]:
+        """All stored tensors by name; each is read from its file when it is needed.
+
+        transformers would map the files into memory, and the pages it has read would stay until the last tensor is
+        converted.
+        """
+        from safetensors import safe_open
+
+        files = [safe_open(path, framework="pt", backend="pread") for path in weight_files(self.path)]
+        stored = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        found = dequantised(stored, self._quantization())
+        return language_tensors(found) if is_multimodal(self._read()) else found
+
+    def generation_config(self) -> GenerationConfig | None:
+        """generation_config.json (end and padding tokens); without it the model uses its config."""
+        from transformers import GenerationConfig
+
+        if not (self.path / "generation_config.json").is_file():
+            return None
+        return GenerationConfig.from_pretrained(self.path, local_files_only=True)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the folder."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+
+    def _quantization(self) -> dict[str, Any]:
+        """What config.json says of how the weights are quantised; nothing if they are not."""
+        raw = self._read()
+        text = raw.get("text_config")
+        own = text.get("quantization_config") if isinstance(text, dict) else None
+        found = raw.get("quantization_config") or raw.get("compression_config") or own
+        return found if isinstance(found, dict) else {}
+
+    def _read(self) -> dict[str, Any]:
+        path = self.config_file
+        if not path.is_file():
+            raise NotFoundError(
+                "no config.json",
+                where=str(self.path),
+                fix="give a Hugging Face model folder or a .gguf file (on the hub: org/name:FILE.gguf)",
+            )
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ModelError(
+                f"config.json is not JSON: {error}", where=str(path), fix="download the model again"
+            ) from error
+        if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+            fix = "give a Hugging Face model's config"
+            raise ModelError("config.json names no model_type", where=str(path), fix=fix)
+        return config
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds the safetensors of a whole model."""
+    return any((folder / name).is_file() for name in WEIGHT_FILES)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the model's weights: one, or the shards that an index names.
+
+    Raises:
+        ModelError: The index is broken, points outside the folder, or names a file that is not there.
+    """
+    whole, index = (folder / name for name in WEIGHT_FILES)
+    if whole.is_file():
+        return [whole]
+    try:
+        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError("the index names no shards", where=str(index), fix="download the model again") from error
+    known = {path.name for path in folder.glob("*.safetensors")}
+    if strange := [name for name in shards if name not in known]:
+        message = f"the index names {strange[0]!r}, which is not a .safetensors file in the folder"
+        raise ModelError(message, where=str(index), fix="download the model again")
+    return [folder / name for name in shards]

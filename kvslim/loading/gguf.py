@@ -1,0 +1,214 @@
+"""A GGUF file, as llama.cpp reads it: config, weights, tokenizer and chat template in one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvslim.errors import KvslimError, ModelError, UnsupportedError, suggestion
+from kvslim.loading.gguf_config import GGUF_ARCHITECTURES, ROPE_TENSORS, Restore, gguf_config
+from kvslim.loading.snapshot import Snapshot, Unread
+
+if TYPE_CHECKING:
+    import torch
+    from gguf import ReaderTensor
+    from transformers import GenerationConfig
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+ENDS = ("eos", "eot", "eom")
+SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+
+
+class GgufSnapshot(Snapshot):
+    """A model in one GGUF file."""
+
+    @property
+    def config_file(self) -> Path:
+        """The file itself."""
+        return self.path
+
+    @property
+    def stored_bytes(self) -> int:
+        """Two bytes for each weight."""
+        return 2 * sum(int(tensor.n_elements) for tensor in self._tensors)
+
+    def files(self) -> list[Path]:
+        """The file alone."""
+        return [self.path]
+
+    def config(self) -> dict[str, Any]:
+        """The config that the metadata describes; only tensors of RoPE are read."""
+        metadata, names = self._header
+        self._check_architecture()
+        try:
+            return gguf_config(metadata, names, self._rope_factors())
+        except KvslimError:
+            raise
+        except Exception as error:  # transformers' config classes raise many exception types
+            lack = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            raise self._broken(f"its metadata describes no model: {lack}") from error
+
+    def check(self) -> None:
+        """Fails early if the file is incomplete, or has tensors of a type that cannot be read."""
+        types = {tensor.tensor_type for tensor in self._tensors}
+        if strange := sorted(kind.name for kind in types if not _is_readable(kind)):
+            raise UnsupportedError(
+                f"tensors of type {', '.join(strange)} cannot be read",
+                where=str(self.path),
+                fix="give the file of another quantisation, such as Q4_K_M, Q8_0, F16 or BF16",
+            )
+
+    def tensors(self) -> Mapping[str, Unread]:
+        """The weights by transformers' names, each dequantised when it is read.
+
+        Raises:
+            UnsupportedError: A tensor has no place in the model that the metadata describes.
+        """
+        config = self.config()
+        names = _names_in_model(config)
+        if strange := [one.name for one in self._tensors if one.name not in names and one.name not in ROPE_TENSORS]:
+            raise UnsupportedError(
+                f"the model has no place for tensor {strange[0]!r}",
+                where=str(self.path),
+                fix="give the safetensors that the file was made from",
+            )
+        restore = GGUF_ARCHITECTURES[self._header[0]["general.architecture"]].restore
+        stored = {one.name: one for one in self._tensors if one.name in names}
+        return {names[name]: Dequantised(tensor, restore, config) for name, tensor in stored.items()}
+
+    def generation_config(self) -> GenerationConfig:
+        """End tokens, of texts and of turns, and what the file says of sampling."""
+        from transformers import GenerationConfig
+
+        metadata, config = self._header[0], self.config()
+        found = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ENDS)
+        ends = list(dict.fromkeys(token for token in found if token is not None))
+        sampling = {
+            to: metadata[f"general.sampling.{key}"]
+            for key, to in SAMPLING.items()
+            if f"general.sampling.{key}" in metadata
+        }
+        return GenerationConfig(
+            bos_token_id=config.get("bos_token_id"),
+            eos_token_id=ends[0] if len(ends) == 1 else ends or None,
+            pad_token_id=config.get("pad_token_id"),
+            **({"do_sample": True, **sampling} if sampling else {}),
+        )
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that the file describes, with its chat template."""
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(
+            self.path.parent, gguf_file=self.path.name, local_files_only=True
+        )
+
+    @cached_property
+    def _header(self) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The metadata, with lists of strings as their length, and the names of the tensors."""
+        from transformers.integrations.gguf import read_gguf_metadata
+
+        try:
+            metadata, names = read_gguf_metadata(str(self.path))
+        except Exception as error:  # the reader unpacks bytes as it finds them
+            raise self._broken(_reason(error)) from error
+        if metadata.get("split.count", 1) > 1:
+            raise UnsupportedError(
+                "this is one part of a model in several files",
+                where=str(self.path),
+                fix="join them with llama.cpp: llama-gguf-split --merge FIRST_PART OUT.gguf",
+            )
+        return metadata, names
+
+    @cached_property
+    def _tensors(self) -> tuple[ReaderTensor, ...]:
+        """All tensors, mapped into memory and not yet read."""
+        from gguf import GGUFReader
+
+        try:
+            return tuple(GGUFReader(self.path).tensors)
+        except Exception as error:  # numpy's errors of a file that ends too early, among others
+            raise self._broken(_reason(error)) from error
+
+    def _check_architecture(self) -> None:
+        name = self._header[0]["general.architecture"]
+        if name not in GGUF_ARCHITECTURES:
+            raise UnsupportedError(
+                f"GGUF files of architecture {name!r} are not supported",
+                where=f"{self.path}: general.architecture",
+                fix=f"{suggestion(name, GGUF_ARCHITECTURES)}; or give the safetensors that the file was made from",
+            )
+
+    def _rope_factors(self) -> dict[str, Any]:
+        from gguf import dequantize
+
+        if not set(self._header[1]) & set(ROPE_TENSORS):
+            return {}
+        return {one.name: dequantize(one.data, one.tensor_type) for one in self._tensors if one.name in ROPE_TENSORS}
+
+    def _broken(self, reason: str) -> ModelError:
+        return ModelError(
+            f"the GGUF file cannot be read: {reason}", where=str(self.path), fix="download the file again"
+        )
+
+
+@dataclass(frozen=True)
+class Dequantised:
+    """A tensor of a GGUF in float32, in the form that transformers stores it in."""
+
+    stored: ReaderTensor
+    restore: Restore
+    config: Mapping[str, Any]
+
+    def __getitem__(self, index: Any, /) -> torch.Tensor:
+        """The tensor, in memory of its own."""
+        import numpy as np
+        import torch
+        from gguf import dequantize
+
+        values = dequantize(self.stored.data, self.stored.tensor_type)
+        restored = self.restore(self.stored.name, values, self.config)
+        # Float32 needs no conversion, so these may still be pages of the file.
+        return torch.from_numpy(np.array(restored, np.float32, order="C"))
+
+
+def _names_in_model(config: dict[str, Any]) -> dict[str, str]:
+    """transformers' name of each tensor that the model could have in a GGUF."""
+    import torch
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    name = next(name for name, row in GGUF_ARCHITECTURES.items() if row.family == config["model_type"])
+    architecture = next(key for key, value in MODEL_ARCH_NAMES.items() if value == name)
+    known = get_tensor_name_map(architecture, model.config.num_hidden_layers)
+    found = {known.get_name(own, try_suffixes=(".weight", ".bias")): own for own in model.state_dict()}
+    return {theirs: own for theirs, own in found.items() if theirs is not None}
+
+
+def _is_readable(kind: Any) -> bool:
+    """Whether the gguf package can dequantise a type of tensors."""
+    import numpy as np
+    from gguf import GGML_QUANT_SIZES, dequantize
+
+    plain = {"F32": np.float32, "F16": np.float16}.get(kind.name)
+    block = np.zeros(1, plain) if plain else np.zeros(GGML_QUANT_SIZES[kind][1], np.uint8)
+    try:
+        dequantize(block, kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
