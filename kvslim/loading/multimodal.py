@@ -6,6 +6,7 @@ For text alone these models compute what the language model inside them does. Th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ MULTIMODAL = ("gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 FAMILIES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 PREFIXES = {"model.language_model.": "model.", "language_model.": ""}
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-MROPE = ("mrope_section", "mrope_interleaved")
+MROPE = ("mrope_section", "mrope_interleaved", "type")  # the last is an older name of rope_type
 
 
 def is_multimodal(raw: Mapping[str, Any]) -> bool:
@@ -63,8 +64,6 @@ def _plain(name: str) -> str:
 
 
 def _as_json(config: Any) -> dict[str, Any]:
-    import json
-
     found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     return found
 

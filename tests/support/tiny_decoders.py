@@ -94,7 +94,7 @@ def save_decoder(family: str, folder: Path, **sizes: int) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer()
     settings = {"model_type": family, **CONFIGS[family], **sizes}
     config = AutoConfig.for_model(
         **settings,
@@ -111,7 +111,7 @@ def save_decoder(family: str, folder: Path, **sizes: int) -> Path:
     return folder
 
 
-def _byte_tokenizer() -> Any:
+def byte_tokenizer() -> Any:
     """A tokenizer with one token per byte and an end token: it reads any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
