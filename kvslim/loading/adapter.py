@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,7 @@ class AdapterSnapshot(Snapshot):
             raise UnsupportedError(f"adapters of type {kind!r} cannot be merged", where=str(self.path), fix=MERGE)
         if not (self.path / ADAPTER_WEIGHTS).is_file():
             raise NotFoundError(f"no {ADAPTER_WEIGHTS}", where=str(self.path), fix="save the adapter with safetensors")
-        if importlib.util.find_spec("peft") is None:
+        if find_spec("peft") is None:
             fix = f"pip install 'kvslim[lora]', or {MERGE}"
             raise UnsupportedError("merging a LoRA needs the package peft", where=str(self.path), fix=fix)
         self.base.check()
@@ -85,6 +85,7 @@ class AdapterSnapshot(Snapshot):
         from safetensors.torch import load_file
 
         config = PeftConfig.from_pretrained(str(self.path))
+        config.base_model_name_or_path = None  # else peft warns that the model in memory has no name
         wrapped = get_peft_model(model, config)
         result = set_peft_model_state_dict(wrapped, load_file(self.path / ADAPTER_WEIGHTS))
         if result.unexpected_keys:
