@@ -69,5 +69,5 @@ $(VENV)/.installed-eval: pyproject.toml constraints.txt $(VENV)/.installed-dev
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) --editable '.[dev,genai]'
+	$(INSTALL) --editable '.[dev,genai,lora]'
 	@touch $@ $(VENV)/.installed

@@ -37,7 +37,7 @@ def compress(
     """Compresses a model into an ONNX folder and measures it against the plain export.
 
     Args:
-        model: `demo`, a folder, a hub id or `id@revision`.
+        model: `demo`, a folder, a .gguf file, a hub id or `id:FILE.gguf`, both also with `@revision`.
         recipe: A shipped recipe's name, a recipe file, or a `Recipe`.
         out: The folder to make; it appears only when everything is done.
         plan: Use these decisions, such as `kvslim.plan(...).plan`, instead of the methods' own.
@@ -59,7 +59,7 @@ def plan(model: AnyPath, recipe: RecipeLike, *, progress: Progress | None = None
     """What `compress` would decide, with the cache size and the KL it predicts. Writes no graph.
 
     Args:
-        model: `demo`, a folder, a hub id or `id@revision`.
+        model: `demo`, a folder, a .gguf file, a hub id or `id:FILE.gguf`, both also with `@revision`.
         recipe: A shipped recipe's name, a recipe file, or a `Recipe`.
         progress: Receives the progress.
 
@@ -77,7 +77,7 @@ def analyze(
     """Which layers and heads a task needs least, measured on the task's text. Writes no graph.
 
     Args:
-        model: `demo`, a folder, a hub id or `id@revision`.
+        model: `demo`, a folder, a .gguf file, a hub id or `id:FILE.gguf`, both also with `@revision`.
         recipe: Sets the calibration text; its methods are not used.
         data: The task's text, in place of the recipe's: `self`, a .txt or .jsonl file, or `hub:DATASET`.
         progress: Receives the progress.

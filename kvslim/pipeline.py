@@ -38,7 +38,7 @@ def compress(
     """Makes an artifact: a folder with a slim ONNX graph, and the proof of what it costs and saves.
 
     Args:
-        model: `demo`, a folder, a hub id or `id@revision`.
+        model: `demo`, a folder, a .gguf file, a hub id or `id:FILE.gguf`, both also with `@revision`.
         recipe: Methods, calibration, validation and gates.
         out: The folder to make; it appears only when all is done.
         plan: Decisions to use in place of the methods' own.

@@ -16,6 +16,7 @@ from support.docs import blocks
 from support.harness import needs_harness
 from support.tiny_decoders import save_decoder
 from support.tiny_encoders import save_encoder
+from support.tiny_gguf import write_gguf
 
 from kvslim.cli import app
 from kvslim.devices.profile import shipped_devices
@@ -93,6 +94,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, brief: None) -> Path:
     """What a reader has beside these commands: models, texts, tasks, and artifacts that earlier commands made."""
     folder = tmp_path_factory.mktemp("reader")
     save_sure_decoder(folder / "my-model")
+    write_gguf(folder / "my-model", folder / "model.gguf")
     save_encoder("bert", "feature-extraction", folder / "all-MiniLM-L6-v2")
     text = "".join(f"A sentence of {word}s, and of much else. " for word in ("text", "task", "letter", "number")) * 60
     for name in ("text.txt", "task.txt"):

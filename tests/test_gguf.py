@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.models import recipe_of
@@ -178,12 +179,31 @@ def test_part_of_a_model_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
         read_spec(resolve(str(path)))
 
 
+def test_tokenizer_that_is_not_known_is_refused_by_name(tiny_llama: Path, tmp_path: Path) -> None:
+    path = write_gguf(tiny_llama, tmp_path / "x.gguf", tokenizer__ggml__model="rwkv")
+    with pytest.raises(UnsupportedError, match="tokenizers of kind 'rwkv'"):
+        resolve(str(path)).check()
+
+
+def test_tensor_that_the_family_has_no_place_for_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    sinks = {"blk.0.attn_sinks.weight": np.zeros(4, np.float32)}
+    with pytest.raises(UnsupportedError, match=r"no place for tensor 'blk\.0\.attn_sinks\.weight'"):
+        load_model(resolve(str(write_gguf(tiny_llama, tmp_path / "x.gguf", more=sinks))))
+
+
+def test_text_starts_as_the_file_says(tiny_llama: Path, tmp_path: Path) -> None:
+    path = write_gguf(tiny_llama, tmp_path / "x.gguf", tokenizer__ggml__add_bos_token=True)
+    load_tokenizer(resolve(str(path))).save_pretrained(tmp_path / "saved")
+    start = json.loads((tiny_llama / "config.json").read_text())["bos_token_id"]
+    assert artifact_tokenizer(tmp_path / "saved").encode("a").ids[0] == start
+
+
 def test_tensor_type_that_cannot_be_read_is_refused_by_name(gguf: Path, tiny_llama: Path, tmp_path: Path) -> None:
     import gguf as package
-    import numpy as np
 
     writer = package.GGUFWriter(tmp_path / "x.gguf", "llama")
     kind = package.GGMLQuantizationType.Q8_K
+    writer.add_tokenizer_model("gpt2")
     writer.add_tensor("token_embd.weight", np.zeros((2, package.GGML_QUANT_SIZES[kind][1]), np.uint8), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

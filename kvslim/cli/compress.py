@@ -29,6 +29,8 @@ def compress(
 ) -> int:
     """Compress a model into an artifact: an ONNX folder.
 
+    A model is a Hugging Face folder, a GGUF file, or a LoRA folder whose base model is there (docs/files.md).
+
     The artifact is compared with the plain export; exit code 3 if a gate of the recipe fails. With a budget, the
     planner picks methods, ranks and bits, and the limits of the budget are the gates.
     """

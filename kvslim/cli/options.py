@@ -7,7 +7,13 @@ from typing import Annotated, Literal
 
 import typer
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="demo, a model folder, a hub id, or id@revision")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="demo, a model or LoRA folder, a .gguf file, or on the hub org/name or org/name:FILE.gguf, with @revision",
+    ),
+]
 Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="a folder that `kvslim compress` wrote")]
 RecipeName = Annotated[
     str | None,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+TOKENIZERS = ("gpt2", "llama")  # byte-level and SentencePiece merges
 ENDS = ("eos", "eot", "eom")
 SAMPLING = {
     "temp": "temperature",
@@ -59,6 +60,13 @@ class GgufSnapshot(Snapshot):
 
     def check(self) -> None:
         """Fails early if the file is incomplete, or has tensors of a type that cannot be read."""
+        kind = self._header[0].get("tokenizer.ggml.model")
+        if kind not in TOKENIZERS:
+            raise UnsupportedError(
+                f"tokenizers of kind {kind!r} are not supported",
+                where=f"{self.path}: tokenizer.ggml.model",
+                fix="give the safetensors that the file was made from, with their tokenizer.json",
+            )
         types = {tensor.tensor_type for tensor in self._tensors}
         if strange := sorted(kind.name for kind in types if not _is_readable(kind)):
             raise UnsupportedError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,21 @@ TURN_END = 7
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
-def write_gguf(folder: Path, path: Path, tensor_type: str = "F32", **metadata: Any) -> Path:
+def write_gguf(
+    folder: Path,
+    path: Path,
+    tensor_type: str = "F32",
+    more: Mapping[str, np.ndarray] | None = None,
+    **metadata: Any,
+) -> Path:
     """Writes weights, config and tokenizer of a folder to `path`.
 
     Args:
         folder: A model as `save_decoder` writes it.
         path: The file to be.
         tensor_type: How matrices whose rows fill the blocks are stored; all else is float32.
-        metadata: Values to write in place of those of the config, by the end of their name with _ for dots.
+        more: Tensors beside those of the model.
+        metadata: Values to write beside those of the config or in their place, by their name with __ for dots.
     """
     import gguf
     from transformers import AutoModelForCausalLM
@@ -34,7 +42,7 @@ def write_gguf(folder: Path, path: Path, tensor_type: str = "F32", **metadata: A
     for key, value in metadata.items():
         writer.add_key_value(key.replace("__", "."), value, gguf.GGUFValueType.get_type(value))
     kind = gguf.GGMLQuantizationType[tensor_type]
-    for name, values in _tensors(model, architecture).items():
+    for name, values in (_tensors(model, architecture) | dict(more or {})).items():
         if values.ndim == 2 and tensor_type != "F32":
             writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
         else:
