@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
 from support.tiny_artifact import fill
+from support.tiny_gguf import write_gguf
 
 from kvslim.caches import Cache, FullCache, SharedCache, WindowCache
 from kvslim.cli import app
@@ -40,6 +41,7 @@ ENCODER = json.dumps(
         "vocab_size": 257,
     }
 )
+GPTQ = {"quant_method": "gptq", "bits": 4}
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)) + "bomb: *a39\n"
 PROFILE = """name: mine
 ram_gib: {value: 8, source: a}
@@ -83,6 +85,11 @@ class Inputs:
 
     def truncated_weights(self) -> Path:
         return self.model(model_safetensors=(self.tiny / "model.safetensors").read_bytes()[:-1000])
+
+    def truncated_gguf(self) -> Path:
+        path = write_gguf(self.tiny, self.root / "a.gguf")
+        path.write_bytes(path.read_bytes()[:-64])
+        return path
 
     def artifact(self, **files: str | bytes) -> Path:
         """An artifact whose graph is garbage, with the files of a tokenizer."""
@@ -240,6 +247,17 @@ CASES: dict[str, tuple[Case, int, str]] = {
         BROKEN,
         "weights",
     ),
+    "gguf_missing": (lambda i: i.compress(model="models/mine.gguf"), MISSING, "models/mine.gguf"),
+    "gguf_garbage": (lambda i: i.compress(model=i.file("a.gguf", "GGUF")), BROKEN, "GGUF file cannot be read"),
+    "gguf_truncated": (lambda i: i.compress(model=i.truncated_gguf()), BROKEN, "GGUF file cannot be read"),
+    "gguf_several": (lambda i: i.compress(model=i.file("a.gguf", i.file("b.gguf").name).parent), USAGE, "a.gguf, b"),
+    "codes_unknown": (
+        lambda i: i.compress(model=i.config(quantization_config={"quant_method": "gptq"})),
+        BROKEN,
+        "gptq",
+    ),
+    "adapter_without_base": (lambda i: i.compress(model=i.file("l/adapter_config.json", "{}").parent), BROKEN, "base"),
+    "adapter_broken": (lambda i: i.compress(model=i.file("l/adapter_config.json", "{").parent), BROKEN, "not JSON"),
     # the recipe
     "recipe_unknown": (lambda i: i.compress("-r", "balancd"), MISSING, "'balanced'"),
     "recipe_not_yaml": (lambda i: i.recipe("methods: ["), USAGE, "mine.yaml"),

@@ -109,7 +109,9 @@ def test_artifact_is_the_same_to_the_byte_and_whole(gguf: Path, tiny_llama: Path
     assert pipeline.validate(tmp_path / "a").floor == manifest.report.floor
 
 
-def test_tokenizer_and_template_come_from_the_file(gguf: Path) -> None:
+def test_tokenizer_and_template_come_from_the_file_even_if_others_lie_beside_it(gguf: Path) -> None:
+    (gguf.parent / "tokenizer.json").write_text("{}")
+    (gguf.parent / "tokenizer_config.json").write_text('{"eos_token": "x"}')
     tokenizer = load_tokenizer(resolve(str(gguf)))
     assert tokenizer.chat_template == TEMPLATE
     assert tokenizer.eos_token == "<|endoftext|>"

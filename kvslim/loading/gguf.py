@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,6 +49,10 @@ class GgufSnapshot(Snapshot):
 
     def config(self) -> dict[str, Any]:
         """The config that the metadata describes; only tensors of RoPE are read."""
+        return copy.deepcopy(self._config)
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
         metadata, names = self._header
         self._check_architecture()
         try:
@@ -81,16 +86,17 @@ class GgufSnapshot(Snapshot):
         Raises:
             UnsupportedError: A tensor has no place in the model that the metadata describes.
         """
-        config = self.config()
+        config, tensors = self.config(), self._tensors
+        del self._tensors  # the file stays mapped into memory no longer than the caller needs it
         names = _names_in_model(config)
-        if strange := [one.name for one in self._tensors if one.name not in names and one.name not in ROPE_TENSORS]:
+        if strange := [one.name for one in tensors if one.name not in names and one.name not in ROPE_TENSORS]:
             raise UnsupportedError(
                 f"the model has no place for tensor {strange[0]!r}",
                 where=str(self.path),
                 fix="give the safetensors that the file was made from",
             )
         restore = GGUF_ARCHITECTURES[self._header[0]["general.architecture"]].restore
-        stored = {one.name: one for one in self._tensors if one.name in names}
+        stored = {one.name: one for one in tensors if one.name in names}
         return {names[name]: Dequantised(tensor, restore, config) for name, tensor in stored.items()}
 
     def generation_config(self) -> GenerationConfig:
@@ -115,10 +121,12 @@ class GgufSnapshot(Snapshot):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the file describes, with its chat template."""
         from transformers import PreTrainedTokenizerFast
+        from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 
-        return PreTrainedTokenizerFast.from_pretrained(
-            self.path.parent, gguf_file=self.path.name, local_files_only=True
-        )
+        # from_pretrained would prefer a tokenizer.json beside the file, which may be of another model.
+        architecture, tokens, settings = get_gguf_tokenizer(str(self.path))
+        backend, _ = convert_gguf_tokenizer(architecture, tokens)
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
 
     @cached_property
     def _header(self) -> tuple[dict[str, Any], tuple[str, ...]]:
