@@ -10,18 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.models import recipe_of
+from support.models import open_prepared, recipe_of
 from support.tiny_decoders import save_decoder
 from support.tiny_gguf import TEMPLATE, TURN_END, write_gguf
 
-from kvslim import pipeline
 from kvslim.cli import app
 from kvslim.errors import ModelError, UnsupportedError, UsageError
-from kvslim.export.manifest import read_manifest
 from kvslim.loading.model import load_model, load_tokenizer
 from kvslim.loading.source import read_spec, resolve
 from kvslim.runtime.generate import load_tokenizer as artifact_tokenizer
 from kvslim.runtime.template import ChatTemplate
+from kvslim.types import KVLayout, Plan
 
 FAMILIES = ("llama", "llama-yarn", "qwen2", "qwen3", "phi3", "phi3-long", "gpt2", "stablelm")
 # What a GGUF does not say has the value that llama.cpp gives it.
@@ -93,20 +92,28 @@ def test_quantised_tensors_are_what_the_gguf_package_makes_of_them(tiny_llama: P
 
 
 def test_artifact_is_the_same_to_the_byte_and_whole(gguf: Path, tiny_llama: Path, tmp_path: Path) -> None:
-    for model, out in ((gguf, "a"), (tiny_llama, "b")):
-        pipeline.compress(str(model), recipe_of(), tmp_path / out)
+    for model, name in ((gguf, "a"), (tiny_llama, "b")):
+        prepared, folder = open_prepared(model, recipe_of()), tmp_path / name
+        plan = Plan.identity(prepared.spec)
+        folder.mkdir()
+        inputs = prepared.export(plan, folder)
+        prepared.write_companions(folder, KVLayout.of(prepared.spec, plan), inputs)
+    a, b = tmp_path / "a", tmp_path / "b"
     for name in ("model.onnx", "model.onnx_data"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    manifest = read_manifest(tmp_path / "a")
-    assert manifest.source.model == str(gguf)
-    assert manifest.source.sha256 == resolve(str(gguf)).sha256()
-    assert ChatTemplate.exists(tmp_path / "a")
-    assert artifact_tokenizer(tmp_path / "a").encode("a b").ids == artifact_tokenizer(tiny_llama).encode("a b").ids
-    generation = json.loads((tmp_path / "a" / "generation_config.json").read_text())
-    end = json.loads((tiny_llama / "config.json").read_text())["eos_token_id"]
-    assert generation["eos_token_id"] == [end, TURN_END]
-    assert json.loads((tmp_path / "a" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
-    assert pipeline.validate(tmp_path / "a").floor == manifest.report.floor
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+    assert ChatTemplate.exists(a)
+    assert artifact_tokenizer(a).encode("a b").ids == artifact_tokenizer(b).encode("a b").ids
+    end = json.loads((b / "generation_config.json").read_text())["eos_token_id"]
+    assert json.loads((a / "generation_config.json").read_text())["eos_token_id"] == [end, TURN_END]
+    assert json.loads((a / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_digest_is_that_of_the_file_alone(gguf: Path) -> None:
+    before = resolve(str(gguf)).sha256()
+    (gguf.parent / "config.json").write_text("{}")
+    assert resolve(str(gguf)).sha256() == before
+    gguf.write_bytes(gguf.read_bytes()[:-1] + b"x")
+    assert resolve(str(gguf)).sha256() != before
 
 
 def test_tokenizer_and_template_come_from_the_file_even_if_others_lie_beside_it(gguf: Path) -> None:

@@ -46,6 +46,7 @@ def test_hub_id_carries_its_revision(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert (snapshot.path, snapshot.model, snapshot.revision) == (tmp_path, "someone/model", "v2")
     assert asked["repo_id"] == "someone/model"
     assert asked["revision"] == "v2"
+    assert "*.jinja" in asked["patterns"]
     assert not any(pattern.endswith((".bin", ".pt", ".pth")) for pattern in asked["patterns"])
 
 
