@@ -25,6 +25,7 @@ class CodedCache(Cache):
     )
     granularity: Granularity = "per_channel"
     centred: bool = Field(False, description="whether the mean key is taken from all keys before rounding")
+    value_centred: bool = Field(False, description="whether the first token's value is taken from all values")
 
     def ranks(self, head_dim: int) -> tuple[int, int]:
         """Dimensions that are kept of a key, and of a value."""
@@ -60,6 +61,9 @@ class IntegerCache(CodedCache):
     clip: Clip = "error"
     residual: int = Field(0, description="leading coordinates stored twice: rounded, and what rounding left of them")
     value_residual: int | None = Field(None, description="the same for values, where it differs")
+    feedback: bool = Field(
+        False, description="whether the first half of the coordinates takes up the rounding error of the last half"
+    )
 
     @property
     def dtype(self) -> CacheType:

@@ -26,7 +26,7 @@ class FullCache(IntegerCache):
     kind: Literal["full"] = "full"
 
     def check(self, spec: ModelSpec, layer: int, layout: Layout, where: str) -> None:
-        """Refuses ranks, residual coordinates and rotations that the operator cannot take."""
+        """Refuses ranks, residual coordinates, rotations and feedback that the operator cannot take."""
         super().check(spec, layer, layout, where)
         if layout == "attention24" and self.is_integer:
             raise UsageError("layout attention24 has no integer cache", where=where, fix="store float32")
@@ -60,7 +60,7 @@ class FullCache(IntegerCache):
 
 
 def check_codes(cache: IntegerCache, spec: ModelSpec, layout: Layout, where: str) -> None:
-    """Refuses ranks, residual coordinates and rotations that no operator can take.
+    """Refuses ranks, residual coordinates, rotations and feedback that no operator can take.
 
     Raises:
         UsageError: Naming `where` they were asked for.
@@ -85,6 +85,9 @@ def check_codes(cache: IntegerCache, spec: ModelSpec, layout: Layout, where: str
     if any(residuals) and cache.granularity == "per_tensor":
         message = "residual coordinates have steps of their own"
         raise UsageError(message, where=where, fix="use granularity per_channel")
+    if cache.feedback and not (cache.rotation is not None and cache.is_integer):
+        message = "feedback needs a rotation and an integer cache"
+        raise UsageError(message, where=where, fix="give them, or drop feedback")
     check_rotation(cache.rotation, cache.rank, (*residuals, *map(_less, ranks, residuals)), where)
 
 

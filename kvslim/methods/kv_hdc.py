@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from kvslim.caches import CodedCache, FullCache, PackedCache
+from kvslim.caches import CodedCache, FullCache, IntegerCache, PackedCache
 from kvslim.caches.rotation import has_rotation, rotation
 from kvslim.contract import Granularity, ModelSpec
 from kvslim.errors import UsageError
 from kvslim.methods.base import Conflict, Method
+from kvslim.methods.feedback import Mixing, feedback, has_feedback, mixing
+from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_quant import with_integers
 from kvslim.methods.levels import fit_levels
-from kvslim.methods.rounding import TINY, sample_weights
+from kvslim.methods.rounding import TINY, key_metric, sample_weights, value_metric
 from kvslim.transform.edits import Array, LayerEdit
 from kvslim.types import LayerPlan, Plan
 
@@ -45,7 +47,7 @@ class KvHdc(Method):
 
     bits: Literal[8, 4, 3, 2, 1] = Field(8, description="bits per component; 3, 2 and 1 are packed, and slow to read")
     granularity: Granularity = Field("per_tensor", description="one step for a layer's side, or one per component")
-    centre: bool = Field(True, description="whether keys may be centred where that makes rounding cheaper")
+    centre: bool = Field(True, description="whether keys and values may be centred where that makes rounding cheaper")
     seed: int = Field(0, ge=0, description="of the rotation's signs")
     window: int = Field(128, ge=1, description="with 3, 2 or 1 bits: recent tokens kept exact")
     sinks: int = Field(4, ge=0, description="with 3, 2 or 1 bits: first tokens kept exact")
@@ -80,7 +82,7 @@ class KvHdc(Method):
         plan = plan.model_copy(update={"layers": layers})
         if self.bits <= 3:
             return plan.model_copy(update={"layers": tuple(map(self._packed, layers))})
-        update = {"stored": f"int{self.bits}", "granularity": self.granularity}
+        update = {"stored": f"int{self.bits}", "granularity": self.granularity, "feedback": self.bits == 4}
         return with_integers(spec, statistics, plan, update, self.centre)
 
     def apply(
@@ -116,25 +118,47 @@ def _applied(statistics: CalibrationStatistics, layer: LayerPlan, edit: LayerEdi
     """One layer's edit, rotated and with levels, as its cache asks for."""
     cache = layer.cache
     if isinstance(cache, CodedCache) and cache.rotation is not None:
-        edit = _rotate(edit, cache.residuals, cache.rotation)
+        edit = _rotate(statistics, layer.layer, cache, cache.rotation, edit)
     return _with_levels(statistics, layer.layer, cache, edit) if isinstance(cache, PackedCache) else edit
 
 
-def _rotate(edit: LayerEdit, residuals: tuple[int, int], seed: int) -> LayerEdit:
-    """A rotated code: coordinates with a residual among themselves, the others among themselves."""
+def _rotate(statistics: CalibrationStatistics, layer: int, cache: CodedCache, seed: int, edit: LayerEdit) -> LayerEdit:
+    """A rotated code, with what the first half of its coordinates takes up of the last half's error."""
     code = edit.code
     parts = (code.key_encoder, code.query_encoder, code.value_encoder, code.value_decoder)
     if any(part is None for part in parts):
         raise ValueError("a rotation turns the coordinates of a code")
     key, query, value, decoder = (np.asarray(part) for part in parts)
-    key_turn = _turn(key.shape[-1], residuals[0], seed)
-    value_turn = _turn(value.shape[-1], residuals[1], seed)
-    return edit.coded(
-        key_encoder=key @ key_turn,
-        query_encoder=query @ key_turn,
-        value_encoder=value @ value_turn,
-        value_decoder=value_turn.T @ decoder,
+    group, bases = len(query) // len(key), KvPca().bases(statistics, layer, cache.objective)
+    halves = [_in_halves(cache, side, part.shape[-1]) for side, part in enumerate((key, value))]
+    for_key, for_value = (
+        mixing(bases[side].values[:, : part.shape[-1]], seed)
+        if halves[side]
+        else _turned(len(part), _turn(part.shape[-1], cache.residuals[side], seed))
+        for side, part in enumerate((key, value))
     )
+    edit = edit.coded(
+        key_encoder=key @ for_key.encoder,
+        query_encoder=query @ np.repeat(for_key.decoder, group, axis=0),
+        value_encoder=value @ for_value.encoder,
+        value_decoder=np.repeat(for_value.decoder, group, axis=0).swapaxes(1, 2) @ decoder,
+    )
+    return edit.rounded(
+        key_feedback=feedback(key_metric(statistics, layer, edit)) if halves[0] else None,
+        value_feedback=feedback(value_metric(statistics, layer, edit)) if halves[1] else None,
+    )
+
+
+def _in_halves(cache: CodedCache, side: int, rank: int) -> bool:
+    """Whether one side is rounded in two halves: not where coordinates have a residual, or a half no rotation."""
+    wanted = isinstance(cache, IntegerCache) and cache.feedback
+    return wanted and not cache.residuals[side] and has_feedback(rank)
+
+
+def _turned(heads: int, turn: Array) -> Mixing:
+    """The same rotation for all heads, which needs no other decoder."""
+    same = np.broadcast_to(turn, (heads, *turn.shape))
+    return Mixing(same, same)
 
 
 def _turn(rank: int, residual: int, seed: int) -> Array:

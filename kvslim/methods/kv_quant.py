@@ -18,13 +18,17 @@ from kvslim.caches.coded import bits_of
 from kvslim.contract import Clip, Granularity, ModelSpec
 from kvslim.methods.base import Method
 from kvslim.methods.rounding import (
+    first_value,
     fit_steps,
+    key_metric,
     key_samples,
     peak_steps,
     rounded,
     sample_weights,
     score_error,
+    value_metric,
     value_samples,
+    with_feedback,
 )
 from kvslim.transform.edits import Array, LayerEdit
 from kvslim.types import LayerPlan, Plan
@@ -45,7 +49,7 @@ class KvQuant(Method):
     bits: Literal[8, 4] = Field(8, description="bits per cached number")
     granularity: Granularity = Field("per_channel", description="one step per channel, or one for a layer's side")
     clip: Clip = Field("error", description="error takes the clip that costs least; minmax clips nothing")
-    centre: bool = Field(True, description="whether keys may be centred where that makes rounding cheaper")
+    centre: bool = Field(True, description="whether keys and values may be centred where that makes rounding cheaper")
 
     def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
         """Makes every layer's cache integer, and centres the keys of layers where that pays."""
@@ -86,28 +90,28 @@ def with_integers(
 
 
 def _centred(statistics: CalibrationStatistics, layer: LayerPlan, edit: LayerEdit, centre: bool) -> LayerPlan:
-    """A layer with its keys centred where that makes rounding cheaper."""
+    """A layer with its keys, and its values, centred where that makes rounding cheaper."""
     cache = layer.cache
     if not isinstance(cache, IntegerCache):
         return layer
-    errors = {
-        centred: key_rounding_error(statistics, layer.layer, cache.with_(centred=centred), edit)
-        for centred in (False, True)
-    }
-    centred = centre and errors[True] < errors[False]
-    words = [] if layer.reason == "kept" else [layer.reason]
-    words += [cache.stored + (f", centring takes {1 - errors[True] / errors[False]:.0%} of the error" * centred)]
-    return layer.with_cache(centred=centred).model_copy(update={"reason": "; ".join(words)})
+    words = [cache.stored] if layer.reason == "kept" else [layer.reason, cache.stored]
+    chosen: dict[str, object] = {}
+    for field, side, error in (
+        ("centred", "keys", key_rounding_error),
+        ("value_centred", "values", value_rounding_error),
+    ):
+        before, after = (error(statistics, layer.layer, cache.with_(**{field: each}), edit) for each in (False, True))
+        chosen[field] = centre and after < before
+        words += [f"centring takes {1 - after / before:.0%} of the {side}' error"] if chosen[field] else []
+    return layer.with_cache(**chosen).model_copy(update={"reason": "; ".join(words)})
 
 
 def scaled(statistics: CalibrationStatistics, layer: int, cache: IntegerCache, edit: LayerEdit) -> LayerEdit:
-    """A layer's edit with the offset of its keys and the steps of both sides.
+    """A layer's edit with the offset of its keys, the centre of its values, and the steps of both.
 
     One step for a side costs coded coordinates nothing: each is scaled to it, and its reader back.
     """
-    values = _values(statistics, layer, edit)
-    edit = _with_key_steps(statistics, layer, cache, edit)
-    edit = edit.rounded(value_scale=_steps(statistics, layer, cache, edit, values, cache.residuals[1]))
+    edit = _with_value_steps(statistics, layer, cache, _with_key_steps(statistics, layer, cache, edit))
     return _evened(edit) if cache.granularity == "per_tensor" and edit.code.key_encoder is not None else edit
 
 
@@ -115,32 +119,34 @@ def key_rounding_error(statistics: CalibrationStatistics, layer: int, cache: Int
     """What rounding a layer's keys does to its scores, but for what all keys share: mean square, summed over heads."""
     made = _with_key_steps(statistics, layer, cache, edit)
     keys, weights = _keys(statistics, layer, made), sample_weights(statistics, layer)
-    error = rounded(keys, np.asarray(made.rounding.key_scale), bits_of(cache), cache.residuals[0]) - keys
+    steps, feedback = np.asarray(made.rounding.key_scale), edit.rounding.key_feedback
+    error = rounded(keys, steps, bits_of(cache), cache.residuals[0], feedback) - keys
     error -= np.einsum("hn,hnd->hd", weights, error)[:, None]
-    metric = statistics.query_moment[layer]
-    if (query := edit.code.query_encoder) is not None:
-        decoder = query[:: len(query) // len(keys)]
-        metric = decoder.swapaxes(1, 2) @ metric @ decoder
-    return score_error(error, weights, metric)
+    return score_error(error, weights, key_metric(statistics, layer, edit))
 
 
 def value_rounding_error(statistics: CalibrationStatistics, layer: int, cache: IntegerCache, edit: LayerEdit) -> float:
     """What rounding a layer's values does to its output: mean square, summed over heads."""
-    values, weights = _values(statistics, layer, edit), sample_weights(statistics, layer)
-    steps = _steps(statistics, layer, cache, edit, values, cache.residuals[1])
-    error = rounded(values, steps, bits_of(cache), cache.residuals[1]) - values
-    metric = statistics.output_gram[layer]
-    if (given := edit.code.value_decoder) is not None:
-        decoder = given[:: len(given) // len(values)]
-        metric = decoder @ metric @ decoder.swapaxes(1, 2)
-    return score_error(error, weights, metric)
+    made = _with_value_steps(statistics, layer, cache, edit)
+    values, weights = _values(statistics, layer, made), sample_weights(statistics, layer)
+    steps, feedback = np.asarray(made.rounding.value_scale), edit.rounding.value_feedback
+    error = rounded(values, steps, bits_of(cache), cache.residuals[1], feedback) - values
+    return score_error(error, weights, value_metric(statistics, layer, edit))
 
 
 def _with_key_steps(statistics: CalibrationStatistics, layer: int, cache: IntegerCache, edit: LayerEdit) -> LayerEdit:
-    offset = _middle(_keys(statistics, layer, edit)) if cache.centred else None
+    body = statistics.key_samples.shape[2]
+    offset = _keys(statistics, layer, edit)[:, :body].mean(1) if cache.centred else None
     edit = edit.coded(key_offset=offset)
-    keys = _keys(statistics, layer, edit)
-    return edit.rounded(key_scale=_steps(statistics, layer, cache, edit, keys, cache.residuals[0]))
+    keys, feedback = _keys(statistics, layer, edit), edit.rounding.key_feedback
+    return edit.rounded(key_scale=_steps(statistics, layer, cache, edit, keys, cache.residuals[0], feedback))
+
+
+def _with_value_steps(statistics: CalibrationStatistics, layer: int, cache: IntegerCache, edit: LayerEdit) -> LayerEdit:
+    centre = _encoded(first_value(statistics, layer)[:, None], edit.code.value_encoder)[:, 0]
+    edit = edit.coded(value_centre=centre if cache.value_centred else None)
+    values, feedback = _values(statistics, layer, edit), edit.rounding.value_feedback
+    return edit.rounded(value_scale=_steps(statistics, layer, cache, edit, values, cache.residuals[1], feedback))
 
 
 def _evened(edit: LayerEdit) -> LayerEdit:
@@ -157,8 +163,22 @@ def _evened(edit: LayerEdit) -> LayerEdit:
         value_encoder=code.value_encoder * to_value[:, None],
         value_decoder=code.value_decoder * from_value[..., None],
         key_offset=None if code.key_offset is None else code.key_offset * to_key,
+        value_centre=None if code.value_centre is None else code.value_centre * to_value,
     )
-    return even.rounded(key_scale=np.full_like(key_scale, key_step), value_scale=np.full_like(value_scale, value_step))
+    return even.rounded(
+        key_scale=np.full_like(key_scale, key_step),
+        value_scale=np.full_like(value_scale, value_step),
+        key_feedback=_rescaled(edit.rounding.key_feedback, to_key),
+        value_feedback=_rescaled(edit.rounding.value_feedback, to_value),
+    )
+
+
+def _rescaled(feedback: Array | None, factors: Array) -> Array | None:
+    """The feedback of coordinates that are scaled by factors [heads, rank]."""
+    if feedback is None:
+        return None
+    half = feedback.shape[-1]
+    return np.asarray(feedback * factors[:, :half, None] / factors[:, None, half:])
 
 
 def _keys(statistics: CalibrationStatistics, layer: int, edit: LayerEdit) -> Array:
@@ -169,15 +189,27 @@ def _keys(statistics: CalibrationStatistics, layer: int, edit: LayerEdit) -> Arr
 
 def _values(statistics: CalibrationStatistics, layer: int, edit: LayerEdit) -> Array:
     """[heads, samples, rank] of values as they are rounded."""
-    return _encoded(value_samples(statistics, layer), edit.code.value_encoder)
+    values = _encoded(value_samples(statistics, layer), edit.code.value_encoder)
+    return values if edit.code.value_centre is None else values - edit.code.value_centre[:, None]
 
 
 def _steps(
-    statistics: CalibrationStatistics, layer: int, cache: IntegerCache, edit: LayerEdit, samples: Array, residual: int
+    statistics: CalibrationStatistics,
+    layer: int,
+    cache: IntegerCache,
+    edit: LayerEdit,
+    samples: Array,
+    residual: int,
+    feedback: Array | None,
 ) -> Array:
     """[heads, rank] steps of samples; those of coded coordinates are evened later."""
     bits, weights = bits_of(cache), sample_weights(statistics, layer)
     granularity = cache.granularity if edit.code.key_encoder is None else "per_channel"
+    if feedback is not None:
+        half = feedback.shape[-1]
+        steps = fit_steps(samples[..., half:], weights, granularity, bits)
+        first = with_feedback(samples, rounded(samples[..., half:], steps, bits), feedback)
+        return np.concatenate([fit_steps(first, weights, granularity, bits), steps], axis=1)
     if cache.clip == "minmax":
         return peak_steps(samples, granularity, bits)
     if not residual:
@@ -185,11 +217,6 @@ def _steps(
     # What is held twice must not be clipped: as fine as it becomes, clipping would be all its error.
     top = fit_steps(samples[..., :residual], weights, granularity, 2 * bits) * (1 << bits)
     return np.concatenate([top, fit_steps(samples[..., residual:], weights, granularity, bits)], axis=1)
-
-
-def _middle(samples: Array) -> Array:
-    """[heads, dim] middle between the least and the largest sample."""
-    return np.asarray((samples.max(axis=1) + samples.min(axis=1)) / 2)
 
 
 def _encoded(samples: Array, encoder: Array | None) -> Array:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvslim.calibrate.recording import SINKS
 from kvslim.contract import Granularity
-from kvslim.transform.edits import RESIDUAL_STEPS, Array
+from kvslim.transform.edits import RESIDUAL_STEPS, Array, LayerEdit
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
@@ -51,8 +52,21 @@ def peak_steps(samples: Array, granularity: Granularity, bits: int) -> Array:
     return np.asarray(peaks / ((1 << (bits - 1)) - 1), dtype=np.float64)
 
 
-def rounded(values: Array, steps: Array, bits: int, residual: int = 0) -> Array:
-    """What an integer cache gives back of values [heads, n, dim], the first `residual` coordinates held twice."""
+def rounded(values: Array, steps: Array, bits: int, residual: int = 0, feedback: Array | None = None) -> Array:
+    """What an integer cache gives back of values [heads, n, dim].
+
+    Args:
+        values: What is cached.
+        steps: [heads, dim].
+        bits: 8 or 4.
+        residual: The leading coordinates that are held twice.
+        feedback: [heads, dim / 2, dim / 2], see `transform.edits.Rounding`; not beside a residual.
+    """
+    if feedback is not None:
+        half = feedback.shape[-1]
+        last = rounded(values[..., half:], steps[:, half:], bits)
+        first = with_feedback(values, last, feedback)
+        return np.concatenate([rounded(first, steps[:, :half], bits), last], axis=-1)
     most = 1 << (bits - 1)
     coarse = np.clip(np.round(values / steps[:, None]), -most, most - 1) * steps[:, None]
     if residual:
@@ -61,11 +75,18 @@ def rounded(values: Array, steps: Array, bits: int, residual: int = 0) -> Array:
     return coarse
 
 
+def with_feedback(values: Array, last: Array, feedback: Array) -> Array:
+    """The first half of values [heads, n, dim], with what it takes up where the last half becomes `last`."""
+    half = feedback.shape[-1]
+    return np.asarray(values[..., :half] + (values[..., half:] - last) @ feedback.swapaxes(-1, -2))
+
+
 def sample_weights(statistics: CalibrationStatistics, layer: int) -> Array:
-    """[heads, samples] weights that sum to 1: sinks share the attention mass they get, the others the rest."""
-    body, sinks = statistics.key_samples.shape[2], statistics.sink_keys.shape[2]
+    """[heads, samples] weights that sum to 1: the attention that each gets; sinks share theirs."""
+    received, sinks = statistics.received[layer].astype(np.float64) + TINY, statistics.sink_keys.shape[2]
     mass = statistics.sink_mass[layer][:, None]
-    return np.concatenate([np.repeat((1 - mass) / body, body, 1), np.repeat(mass / sinks, sinks, 1)], axis=1)
+    body = (1 - mass) * received / received.sum(1, keepdims=True)
+    return np.concatenate([body, np.repeat(mass / sinks, sinks, 1)], axis=1)
 
 
 def key_samples(statistics: CalibrationStatistics, layer: int) -> Array:
@@ -76,6 +97,29 @@ def key_samples(statistics: CalibrationStatistics, layer: int) -> Array:
 def value_samples(statistics: CalibrationStatistics, layer: int) -> Array:
     """[heads, samples, head_dim]: the values of the same tokens."""
     return np.concatenate([statistics.value_samples[layer], statistics.sink_values[layer]], axis=1)
+
+
+def first_value(statistics: CalibrationStatistics, layer: int) -> Array:
+    """[heads, head_dim]: the mean value of the first token, which most attention sinks are."""
+    return np.asarray(statistics.sink_values[layer][:, ::SINKS].mean(1, dtype=np.float64))
+
+
+def key_metric(statistics: CalibrationStatistics, layer: int, edit: LayerEdit) -> Array:
+    """[heads, rank, rank]: second moment of queries as they meet a layer's coded keys."""
+    metric = statistics.query_moment[layer]
+    if (query := edit.code.query_encoder) is None:
+        return metric
+    decoder = query[:: len(query) // len(metric)]
+    return np.asarray(decoder.swapaxes(1, 2) @ metric @ decoder)
+
+
+def value_metric(statistics: CalibrationStatistics, layer: int, edit: LayerEdit) -> Array:
+    """[heads, rank, rank]: what an error in a layer's coded values costs downstream."""
+    metric = statistics.output_gram[layer]
+    if (given := edit.code.value_decoder) is None:
+        return metric
+    decoder = given[:: len(given) // len(metric)]
+    return np.asarray(decoder @ metric @ decoder.swapaxes(1, 2))
 
 
 def score_error(error: Array, weights: Array, metric: Array) -> float:

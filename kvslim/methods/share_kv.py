@@ -309,11 +309,14 @@ def _reading(
         whole[heads] = of_pair[own, read]
         return whole
 
+    offset = maps.offset
+    if given.code.value_centre is not None:
+        offset = offset + np.einsum("ir,jird->jid", given.code.value_centre[list(source.kv_heads(spec))], maps.value)
     code = replace(
         edit.code,
         query_encoder=by_head(maps.key).swapaxes(1, 2),
         value_decoder=by_head(maps.value),
-        value_offset=by_head(maps.offset),
+        value_offset=by_head(offset),
     )
     kept = KeptHeads(tuple(heads.tolist()), source.kv_heads(spec), statistics.output_mean[layer.layer])
     return replace(edit, heads=kept, code=code, rounding=given.rounding, source_cache=given.cache)

@@ -17,6 +17,7 @@ from kvslim.caches import IntegerCache
 from kvslim.caches.coded import width_step
 from kvslim.caches.rotation import has_rotation
 from kvslim.contract import ModelSpec
+from kvslim.methods.feedback import has_feedback
 from kvslim.methods.fitting import fit
 from kvslim.methods.kv_hdc import KvHdc
 from kvslim.methods.kv_pca import KvPca
@@ -60,9 +61,17 @@ class SideCosts:
     def cost(self, choice: Choice, bits: int) -> Cost:
         """The cost of a choice stored in 8 or 4 bits."""
         rank, residual = choice
-        kept, twice = self._spread(residual, rank), self._spread(0, residual)
-        noise = self.factor * (kept + twice / FINER)
+        if bits == 4 and not residual and has_feedback(rank):
+            noise = self.factor * self._in_halves(rank)
+        else:
+            noise = self.factor * (self._spread(residual, rank) + self._spread(0, residual) / FINER)
         return Cost(float(self.values[:, rank:].sum()), noise if bits == 4 else noise / FINER)
+
+    def _in_halves(self, rank: int) -> float:
+        """Power of coordinates that are rounded in two halves: their geometric mean; see `methods.feedback`."""
+        amplitude = np.sqrt(np.maximum(self.values[:, :rank], 0))
+        strong, weak = (amplitude[:, half].mean(1) for half in (slice(rank // 2), slice(rank // 2, None)))
+        return float((strong * weak).sum() * rank)
 
     def _spread(self, start: int, stop: int) -> float:
         if start == stop:
@@ -115,6 +124,7 @@ def bundled(layer: LayerPlan, key: Choice, value: Choice | None, bits: int) -> L
         rotation=KvHdc().seed,
         stored=f"int{bits}",
         granularity="per_channel" if bits == 4 else "per_tensor",
+        feedback=bits == 4,
     )
 
 

@@ -105,9 +105,16 @@ def _coded(spec: ModelSpec, statistics: CalibrationStatistics, rank: int) -> Cod
 
 def _alone(codes: Codes, layer: int, side: int) -> Codes:
     """The codes of one side of one layer, and none of any other."""
-    edit, bare = codes[layer], LayerEdit()
-    if side == 0:
-        edit = edit.coded(value_encoder=None, value_decoder=None, value_offset=None).rounded(value_scale=None)
-    else:
-        edit = edit.coded(key_encoder=None, query_encoder=None, key_offset=None).rounded(key_scale=None)
-    return tuple(edit if index == layer else bare for index in range(len(codes)))
+    edit = codes[layer]
+    edit = _without_values(edit) if side == 0 else _without_keys(edit)
+    return tuple(edit if index == layer else LayerEdit() for index in range(len(codes)))
+
+
+def _without_values(edit: LayerEdit) -> LayerEdit:
+    edit = edit.coded(value_encoder=None, value_decoder=None, value_offset=None, value_centre=None)
+    return edit.rounded(value_scale=None, value_feedback=None)
+
+
+def _without_keys(edit: LayerEdit) -> LayerEdit:
+    edit = edit.coded(key_encoder=None, query_encoder=None, key_offset=None)
+    return edit.rounded(key_scale=None, key_feedback=None)

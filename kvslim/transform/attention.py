@@ -60,6 +60,7 @@ class SlimAttention(nn.Module):
         key_offset: [kv_heads, 1, rank], subtracted from coded keys, or None.
         key_scale, value_scale: [kv_heads, rank + residual] steps of an integer cache, or None for a float32 one.
         key_levels, value_levels: [2 ** bits] levels of packed codes in units of the scales, or None.
+        key_feedback, value_feedback: [kv_heads, rank / 2, rank / 2], or None; see `Rounding`.
         residuals: Leading coordinates of keys and of values that the cache holds twice.
         stored: How keys and values are stored.
         per_tensor: Whether all entries of each scale are equal, and the kernel may use one.
@@ -82,6 +83,8 @@ class SlimAttention(nn.Module):
     value_scale: Tensor | None
     key_levels: Tensor | None
     value_levels: Tensor | None
+    key_feedback: Tensor | None
+    value_feedback: Tensor | None
 
     def __init__(self, rotary: Rotary | None, window: int | None) -> None:
         super().__init__()
@@ -90,8 +93,9 @@ class SlimAttention(nn.Module):
             self.register_buffer(f"{side}_bias", None)
         for name in ("membership", "query_encoder", "key_encoder", "key_offset"):
             self.register_buffer(name, None)
-        for name in ("key_scale", "value_scale", "key_levels", "value_levels"):
-            self.register_buffer(name, None)
+        for name in ("scale", "levels", "feedback"):
+            self.register_buffer(f"key_{name}", None)
+            self.register_buffer(f"value_{name}", None)
         self.heads: dict[str, tuple[int, ...]] | None = None
         self.residuals = 0, 0
         self.stored: CacheType = "float32"
@@ -167,6 +171,8 @@ class SlimAttention(nn.Module):
             key = key @ self.key_encoder
         if self.key_offset is not None:
             key = key - self.key_offset
+        key = self._with_feedback(key, self.key_scale, self.key_feedback)
+        value = self._with_feedback(value, self.value_scale, self.value_feedback)
         return (
             self.coded_query(query),
             self._with_residual(key, self.key_scale, self.residuals[0]),
@@ -191,6 +197,15 @@ class SlimAttention(nn.Module):
         if self.per_tensor:
             return self.key_scale.flatten()[:1], self.value_scale.flatten()[:1]
         return self.key_scale[None, :, None, :], self.value_scale[None, :, None, :]
+
+    def _with_feedback(self, states: Tensor, scale: Tensor | None, feedback: Tensor | None) -> Tensor:
+        """The states, their first half with what it takes up of the last half's rounding error."""
+        if feedback is None or scale is None:
+            return states
+        half = feedback.shape[-1]
+        first, last = states[..., :half], states[..., half:]
+        error = last - self.rounded(last, scale[:, half : 2 * half])
+        return torch.cat([first + error @ feedback.transpose(-1, -2), last], dim=-1)
 
     def _with_residual(self, states: Tensor, scale: Tensor | None, count: int) -> Tensor:
         """The states, and behind them what rounding leaves of their first `count` coordinates."""

@@ -12,7 +12,8 @@ from kvslim.caches.clustering import Formed
 
 Array = np.ndarray
 OF_QUERY_HEADS = ("query_encoder", "value_decoder", "value_offset")
-OF_KV_HEADS = ("key_encoder", "value_encoder", "key_offset")
+OF_KV_HEADS = ("key_encoder", "value_encoder", "key_offset", "value_centre")
+ROUNDING_OF_KV_HEADS = ("key_scale", "value_scale", "key_feedback", "value_feedback")
 RESIDUAL_STEPS = 16  # how many times finer the residual of a coordinate is stored than the coordinate
 
 
@@ -30,6 +31,8 @@ class LinearCode:
         value_decoder: [q_heads, rank, head_dim]; folded into the output projection.
         value_offset: [q_heads, head_dim]; added to each decoded head output (a bias, since softmax weights sum to 1).
         key_offset: [kv_heads, rank], subtracted from each coded key: the same for all keys, so no softmax sees it.
+        value_centre: [kv_heads, rank], subtracted from each coded value; attention weights sum to 1, so the output
+            projection's bias gives it back.
     """
 
     key_encoder: Array | None = None
@@ -38,11 +41,12 @@ class LinearCode:
     value_decoder: Array | None = None
     value_offset: Array | None = None
     key_offset: Array | None = None
+    value_centre: Array | None = None
 
     @property
     def is_empty(self) -> bool:
         """Whether keys and values stay as they are."""
-        return self.key_encoder is None and self.value_encoder is None and self.key_offset is None
+        return all(part is None for part in (self.key_encoder, self.value_encoder, self.key_offset, self.value_centre))
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +58,17 @@ class Rounding:
         value_scale: [kv_heads, rank], likewise.
         key_levels: [2 ** bits] ascending levels of packed codes, in units of the key_scale.
         value_levels: [2 ** bits], likewise.
+        key_feedback: [kv_heads, rank / 2, rank / 2]; what rounding leaves of the last half of a key's coordinates,
+            times this, is taken up by the first half before that is rounded.
+        value_feedback: [kv_heads, rank / 2, rank / 2], likewise.
     """
 
     key_scale: Array | None = None
     value_scale: Array | None = None
     key_levels: Array | None = None
     value_levels: Array | None = None
+    key_feedback: Array | None = None
+    value_feedback: Array | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,8 +164,8 @@ class LayerEdit:
             return self
         kept = {**dict.fromkeys(OF_QUERY_HEADS, self.heads.query), **dict.fromkeys(OF_KV_HEADS, self.heads.kv)}
         edit = self.coded(**{name: _of(getattr(self.code, name), heads) for name, heads in kept.items()})
-        scales = {name: _of(getattr(self.rounding, name), self.heads.kv) for name in ("key_scale", "value_scale")}
-        return edit.rounded(**scales)
+        per_head = {name: _of(getattr(self.rounding, name), self.heads.kv) for name in ROUNDING_OF_KV_HEADS}
+        return edit.rounded(**per_head)
 
 
 def _of(array: Array | None, heads: tuple[int, ...]) -> Array | None:

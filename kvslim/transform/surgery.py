@@ -15,7 +15,7 @@ from kvslim.caches.attention.shared import SharedAttention
 from kvslim.contract import ModelSpec
 from kvslim.loading.architecture import Architecture
 from kvslim.transform.attention import NAME, SlimAttention, register
-from kvslim.transform.edits import RESIDUAL_STEPS, Array, KeptHeads, LayerEdit
+from kvslim.transform.edits import RESIDUAL_STEPS, Array, KeptHeads, LayerEdit, LinearCode
 from kvslim.transform.normal import normalise
 from kvslim.transform.removal import remove_parts
 from kvslim.transform.rotary import take_over
@@ -162,6 +162,8 @@ def _install_code(attention: nn.Module, slim: SlimAttention, architecture: Archi
         if code.value_decoder is None or code.value_offset is None:
             raise ValueError("a value code needs a decoder and an offset")
         _fold(attention, slim, architecture, "value", code.value_encoder)
+    if code.value_centre is not None:
+        _centre_values(attention, slim, architecture, code)
     if code.value_decoder is not None and code.value_offset is not None:
         decoder = _with_copies(code.value_decoder, value_residual, axis=1)
         _install_value_decoder(attention, architecture, decoder, code.value_offset)
@@ -187,6 +189,9 @@ def _install_storage(slim: SlimAttention, edit: LayerEdit) -> None:
         slim.key_scale = _tensor(_with_finer(rounding.key_scale, slim.residuals[0]))
     if rounding.value_scale is not None:
         slim.value_scale = _tensor(_with_finer(rounding.value_scale, slim.residuals[1]))
+    for name in ("key_feedback", "value_feedback"):
+        if (feedback := getattr(rounding, name)) is not None:
+            setattr(slim, name, _tensor(feedback))
     slim.stored = edit.stored.dtype
     slim.per_tensor = isinstance(edit.stored, CodedCache) and edit.stored.granularity == "per_tensor"
     if rounding.key_levels is not None and rounding.value_levels is not None:
@@ -281,6 +286,25 @@ def _install_key_code(attention: nn.Module, slim: SlimAttention, architecture: A
         slim.key_encoder = _tensor(encoder)
     else:
         _fold(attention, slim, architecture, "key", encoder)
+
+
+def _centre_values(attention: nn.Module, slim: SlimAttention, architecture: Architecture, code: LinearCode) -> None:
+    """Takes the centre from each value in its projection's bias; the output projection's bias gives it back.
+
+    A layer that reads another's cache has no values of its own to take it from.
+    """
+    centre = np.asarray(code.value_centre)
+    rows, bias = projection(attention, architecture, "value")
+    _set(slim, "value", rows)
+    _set(slim, "value", (0.0 if bias is None else bias) - centre.ravel(), "bias")
+    weight, output_bias = projection(attention, architecture, "output")
+    if code.value_decoder is None:
+        decoded = np.repeat(centre, weight.shape[1] // centre.size, axis=0)
+    else:
+        read = np.repeat(centre, len(code.value_decoder) // len(centre), axis=0)
+        decoded = np.einsum("hr,hrd->hd", read, code.value_decoder)
+    shift = weight @ decoded.ravel()
+    _set_output(attention, architecture, weight, shift if output_bias is None else output_bias + shift)
 
 
 def _install_value_decoder(attention: nn.Module, architecture: Architecture, decoder: Array, offset: Array) -> None:
