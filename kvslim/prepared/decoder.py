@@ -79,7 +79,7 @@ class PreparedDecoder(PreparedModel):
         """Held-out windows and recall questions."""
         windows = self.text.held_out_windows()
         items, context = self.text.held_out_items(windows), self.recipe.calibration.target(self.spec)
-        return DecoderEvaluation(windows, items, self.recipe.validation, self.recipe.gates, context)
+        return DecoderEvaluation(windows, items, self.recipe.validation, self.recipe.gates, context, self.progress)
 
     def install(self, codes: tuple[LayerEdit, ...]) -> None:
         """Puts codes into the model, for good."""
