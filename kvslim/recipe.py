@@ -52,7 +52,7 @@ class Calibration(Frozen):
     """The text for the statistics, and the context the cache is made for."""
 
     source: str = Field("self", description="self, a .txt or .jsonl file, or hub:DATASET[:SPLIT]")
-    samples: int = Field(64, ge=1, description="chunks of text; sentences for an encoder")
+    samples: int = Field(16, ge=1, description="chunks of text; sentences for an encoder")
     length: int = Field(512, ge=8, description="tokens per chunk; longest sentence for an encoder")
     context: int | None = Field(
         None, ge=8, description="target context in tokens; default: the model's own, at most 4096"

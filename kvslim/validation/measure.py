@@ -58,6 +58,7 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
         for name, path in (("plain", plain), ("slim", artifact))
     }
     quality = measure_all(sessions["plain"], sessions["slim"], windows, progress)
+    progress.stage("validate: recall")
     recall = compare_recall(sessions["plain"], sessions["slim"], items, gates.max_recall_drop, progress)
     found = {
         "plain": {"recall": recall.teacher, "recall_questions": recall.questions},
@@ -65,7 +66,10 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
     }
     sizes = {name: session.layout.bytes_per_token(context) for name, session in sessions.items()}
     del sessions
-    latency = measure_latency({"plain": plain, "slim": artifact}, settings.prompts, settings.contexts, settings.repeats)
+    progress.stage("validate: time and memory")
+    latency = measure_latency(
+        {"plain": plain, "slim": artifact}, settings.prompts, settings.contexts, settings.repeats, progress=progress
+    )
     measures = {
         name: _costs(path, latency[name], settings.contexts).model_copy(
             update={**column.as_measures(), **found[name], "kv_bytes_per_token": sizes[name]}
