@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import onnx
 import onnx_ir as ir
 import pytest
@@ -35,8 +38,12 @@ def test_rules_apply_alike_and_only_fitting_nodes_are_tried_when_matching_is_qui
 
     monkeypatch.setattr(SimplePatternMatcher, "match", noting)
     model = _model()
+    graph = weakref.ref(model.graph)
     with quick_matching():
         assert RewriteRuleSet([RULE]).apply_to_model(model) == 1
     assert [node.op_type for node in model.graph] == ["Sigmoid", "Abs", "Neg"]
     assert tried == ["Neg", "Neg"]
     assert SimplePatternMatcher.match is noting
+    del model
+    gc.collect()
+    assert graph() is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
@@ -110,6 +112,11 @@ class PreparedModel(ABC):
         """Frees the model's memory; nothing more can be made from it."""
         del self.model
         vars(self).pop("statistics", None)
+        gc.collect()  # modules and the hooks on them refer to each other
+        # glibc keeps what is freed for itself, here some hundred MiB; other systems give it back.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def prepare(snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress: Progress) -> PreparedModel:
