@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
 
 import pytest
+from support.models import open_prepared, recipe_of
 
 from kvslim.export import stored
+from kvslim.export.manifest import hash_files
 from kvslim.export.stored import fetch_graph, graph_key, store_graph
+from kvslim.prepared.decoder import PreparedDecoder
 
 
 @pytest.fixture(autouse=True)
@@ -89,3 +93,26 @@ def test_key_changes_when_a_version_or_a_part_does(monkeypatch: pytest.MonkeyPat
     assert key != graph_key("model", {"type": "int8"})
     monkeypatch.setattr(stored, "version", lambda name: "0" if name == "onnx" else "1")
     assert key != graph_key("model", {"type": "fp32"})
+
+
+def test_plain_export_is_built_once_and_lets_the_model_go_when_it_is_stored(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    build = PreparedDecoder.build_plain
+
+    def noting(prepared: PreparedDecoder, folder: Path) -> None:
+        built.append(folder)
+        build(prepared, folder)
+
+    monkeypatch.setattr(PreparedDecoder, "build_plain", noting)
+    prepared = open_prepared(tiny_llama, recipe_of())
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+        prepared.export_plain(folder)
+    assert built == folders[:1]
+    assert hash_files(folders[0]) == hash_files(folders[1])
+    module = weakref.ref(prepared.model.model)
+    prepared.release()
+    assert module() is None

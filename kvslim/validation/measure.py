@@ -61,7 +61,7 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
     progress.stage("validate: recall")
     recall = compare_recall(sessions["plain"], sessions["slim"], items, gates.max_recall_drop, progress)
     found = {
-        "plain": {"recall": recall.teacher, "recall_questions": recall.questions},
+        "plain": {"recall": recall.teacher, "recall_questions": recall.questions, "recall_drop_se": 0.0},
         "slim": {"recall": recall.student, "recall_questions": recall.questions, "recall_drop_se": recall.drop_se},
     }
     sizes = {name: session.layout.bytes_per_token(context) for name, session in sessions.items()}
