@@ -22,6 +22,7 @@ Axes = tuple[str | int, ...]  # lengths of a tensor's axes, or their names where
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")  # before the cache; not every graph needs positions
 LAST_POSITION = "last_position"  # the node that hands the head the last position alone
+FIRST_LOGITS = "first_logits"  # an input of that node in graphs for evaluation: the first position that gets logits
 BITS: dict[CacheType, int] = {"float32": 32, "int8": 8, "int4": 4, "codes3": 3, "codes2": 2, "codes1": 1}
 WINDOW_SLACK = 16  # rows of a window's cache beyond the window: eviction then moves it once in so many tokens
 # Names of axes. Those of past and present must differ, or onnxruntime takes them for equal (its issue 32716).

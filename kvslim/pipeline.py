@@ -59,16 +59,16 @@ def compress(
     with staging(out, overwrite) as folder:
         progress.stage("load")
         prepared = prepare(snapshot, spec, recipe, progress)
+        progress.stage("export the plain baseline")
+        plain = folder / "plain"
+        plain.mkdir()
+        prepared.export_plain(plain)
         frontier: tuple[PlanPoint, ...] = ()
         if plan is None:
             summary = planned(prepared)
             plan, frontier = summary.plan, summary.frontier
         progress.stage("held-out text")
         evaluation = prepared.evaluation()
-        progress.stage("export the plain baseline")
-        plain = folder / "plain"
-        plain.mkdir()
-        prepared.export_plain(plain)
         progress.stage("export the slim graph")
         prepared.install(prepared.codes(plan))
         inputs = prepared.export(plan, folder)
@@ -124,11 +124,11 @@ def validate(
         raise UsageError("the model has another shape than the artifact's", where="--against", fix="give its own model")
     progress.stage("load")
     prepared = prepare(snapshot, spec, recipe, progress)
-    progress.stage("held-out text")
-    evaluation = prepared.evaluation()
     with tempfile.TemporaryDirectory(prefix="kvslim-") as folder:
         progress.stage("export the plain baseline")
         prepared.export_plain(Path(folder))
+        progress.stage("held-out text")
+        evaluation = prepared.evaluation()
         prepared.release()
         progress.stage("validate")
         return evaluation.measure(Path(folder), artifact)

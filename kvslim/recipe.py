@@ -52,7 +52,7 @@ class Calibration(Frozen):
     """The text for the statistics, and the context the cache is made for."""
 
     source: str = Field("self", description="self, a .txt or .jsonl file, or hub:DATASET[:SPLIT]")
-    samples: int = Field(64, ge=1, description="chunks of text; sentences for an encoder")
+    samples: int = Field(16, ge=1, description="chunks of text; sentences for an encoder")
     length: int = Field(512, ge=8, description="tokens per chunk; longest sentence for an encoder")
     context: int | None = Field(
         None, ge=8, description="target context in tokens; default: the model's own, at most 4096"
@@ -68,10 +68,10 @@ class Validation(Frozen):
     """What is measured, on text that calibration has not seen."""
 
     source: str = Field("self", description="self, a .txt or .jsonl file, or hub:DATASET[:SPLIT]")
-    samples: int = Field(16, ge=2, description="chunks of text; sentences for an encoder")
+    samples: int = Field(8, ge=2, description="chunks of text; sentences for an encoder")
     length: int = Field(512, ge=32, description="tokens per chunk; longest sentence for an encoder")
-    recall_items: int = Field(200, ge=1, description="recall questions")
-    recall_distance: int = Field(512, ge=16, description="tokens between a fact and its question")
+    recall_items: int = Field(200, ge=1, description="recall questions at most")
+    recall_distance: int = Field(512, ge=16, description="tokens between a fact and its question, at most")
     prompts: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (128, 512), min_length=1, description="prompt lengths for TTFT; text lengths for an encoder's latency"
     )

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from support.tiny_artifact import SPEC, fill
 
-from kvslim.cli import app, console
+from kvslim.cli import app
 from kvslim.cli.inputs import read_lengths, read_plan, write_text
 from kvslim.errors import GateError, OutputError, UsageError
 from kvslim.export.manifest import read_manifest, verify
@@ -357,14 +357,6 @@ def test_doctor_exits_4_when_a_check_fails(run: Run, monkeypatch: pytest.MonkeyP
     assert code == 4
     assert "FAILED" in out
     assert "disk" in err
-
-
-def test_progress_is_one_line_per_stage_when_not_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = console.Terminal()
-    progress.stage("calibrate")
-    assert list(progress.track(range(3), "windows")) == [0, 1, 2]
-    captured = capsys.readouterr()
-    assert (captured.out, len(captured.err.splitlines())) == ("", 1)
 
 
 @pytest.mark.parametrize(("text", "lengths"), [("512", (512,)), ("512,4k,16K", (512, 4096, 16384))])

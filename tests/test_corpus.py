@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from support.models import open_prepared, recipe_of
+from support.tiny_graph import write_tiny
 
 from kvslim.calibrate.corpus import check_source, loss_mask, self_windows, source_digest, text_windows
 from kvslim.errors import UnsupportedError
 from kvslim.progress import Silent
 from kvslim.recipe import Calibration, Validation
+from kvslim.runtime.session import DecodeSession
 
 
 @pytest.fixture(scope="module")
@@ -94,22 +96,39 @@ def test_digest_tells_a_prompt_from_a_completion(tmp_path: Path) -> None:
     assert source_digest(str(first)) != source_digest(str(second))
 
 
-def test_self_samples_repeat_when_the_seed_does(tiny_llama: Path) -> None:
-    prepared = open_prepared(tiny_llama, recipe_of())
-    draw = lambda seed: self_windows(prepared.model, samples=3, length=20, seed=seed, progress=Silent())  # noqa: E731
+def test_self_samples_repeat_when_the_seed_does(tmp_path: Path) -> None:
+    graph = write_tiny(tmp_path / "model.onnx")
+    draw = lambda seed: self_windows(graph, 5, samples=11, length=20, seed=seed, progress=Silent())  # noqa: E731
     first, again, other = draw(0), draw(0), draw(1)
-    assert first.shape == (3, 20)
+    assert first.shape == (11, 20)
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
-    assert len(np.unique(first)) > 10
+    assert (first[:, 0] == 5).all()
+    assert len(np.unique(first, axis=0)) == 11
 
 
-def test_self_samples_follow_the_models_own_distribution(tiny_llama: Path) -> None:
-    """Two windows share their first token alone; a greedy sampler would repeat itself."""
+def test_self_samples_follow_the_models_own_distribution(tmp_path: Path) -> None:
+    """Frequencies of the second token, and of the third after the most frequent second one."""
+    graph = write_tiny(tmp_path / "model.onnx")
+    windows = self_windows(graph, 5, samples=4000, length=3, seed=0, progress=Silent())
+    session = DecodeSession(graph, capacity=2)
+    for context in ([5], [5, int(np.bincount(windows[:, 1]).argmax())]):
+        session.reset()
+        logits = session.step(context)[-1]
+        expected = np.exp(logits) / np.exp(logits).sum()
+        following = windows[(windows[:, : len(context)] == context).all(1), len(context)]
+        found = np.bincount(following, minlength=24) / len(following)
+        error = np.sqrt(expected * (1 - expected) / len(following))
+        assert (np.abs(found - expected) < 4 * error + 1e-3).all()
+
+
+def test_decoder_calibrates_on_its_own_text_when_the_source_is_self(tiny_llama: Path) -> None:
     prepared = open_prepared(tiny_llama, recipe_of())
-    windows = self_windows(prepared.model, samples=8, length=4, seed=0, progress=Silent())
-    assert len(np.unique(windows[:, 0])) == 1
-    assert len(np.unique(windows[:, 1])) > 3
+    windows = prepared.text.calibration_windows()
+    assert windows.shape == (4, 48)
+    assert len(np.unique(windows[:, 1:])) > 10
+    np.testing.assert_array_equal(windows, prepared.text.calibration_windows())
+    assert not np.array_equal(windows[:2], prepared.text.held_out_windows())
 
 
 def test_digest_follows_the_text_not_the_name(tmp_path: Path) -> None:

@@ -10,20 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from kvslim.cli.progress import COMPRESS
 from kvslim.export.package import check_output, staging
 
-STAGES = [
-    "load",
-    "calibrate",
-    "plan",
-    "held-out text",
-    "export the plain baseline",
-    "export the slim graph",
-    "validate",
-]
+STAGES = list(COMPRESS)
 # One process imports torch and forks a child for each stage, which saves the imports of all but one.
 DRIVER = """
-import json, os, signal, sys
+import json, os, shutil, signal, sys
 from pathlib import Path
 import kvslim.prepared
 from kvslim import pipeline
@@ -43,7 +36,8 @@ class Killer:
         yield from items
 
 brief = ["validation.recall_items=2", "validation.samples=2", "calibration.samples=2", "calibration.length=32"]
-for at in range(1, 8):
+for at in range(1, int(sys.argv[4]) + 1):
+    shutil.rmtree(Path(os.environ["KVSLIM_CACHE"], "statistics"), ignore_errors=True)
     child = os.fork()
     if child == 0:
         try:
@@ -122,7 +116,17 @@ def test_nothing_looks_finished_when_killed_at_random_moments(tiny_llama: Path, 
 def test_nothing_looks_finished_when_stopped_at_any_stage(
     tiny_llama: Path, tmp_path: Path, how: signal.Signals, code: int
 ) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", DRIVER, str(tiny_llama), str(tmp_path), str(int(how))]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        DRIVER,
+        str(tiny_llama),
+        str(tmp_path),
+        str(int(how)),
+        str(len(STAGES)),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.split() == [str(int(code))] * len(STAGES), done.stderr
     assert json.loads((tmp_path / "stages.json").read_text()) == STAGES

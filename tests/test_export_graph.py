@@ -123,6 +123,9 @@ def test_graph_gives_the_last_position_and_evaluation_all(tiny_model: ModelOf, t
     last = DecodeSession(tmp_path / "plain", capacity=40).step(tokens)
     assert every.shape == (40, prepared.spec.vocab_size)
     np.testing.assert_allclose(last, every[-1:], atol=1e-4)
+    session = DecodeSession(tmp_path / "plain", capacity=40, all_positions=True)
+    np.testing.assert_array_equal(session.step(tokens[:20], last=7), every[13:20])
+    np.testing.assert_array_equal(session.step(tokens[20:]), every[20:])
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

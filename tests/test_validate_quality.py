@@ -38,7 +38,8 @@ def reference(teacher: DecodeSession, student: DecodeSession) -> Quality:
         nll.append(np.mean([-math.log(q[token]) for q, token in zip(pairs[1][:-1], window[1:], strict=True)]))
     perplexity = math.exp(np.mean(nll))
     error = np.std(nll, ddof=1) / math.sqrt(len(nll))
-    return Quality(np.mean(kl), np.quantile(kl, 0.99), np.mean(agreement), perplexity, perplexity * error)
+    kl_se = np.std(np.reshape(kl, WINDOWS.shape).mean(1), ddof=1) / math.sqrt(len(nll))
+    return Quality(np.mean(kl), kl_se, np.quantile(kl, 0.99), np.mean(agreement), perplexity, perplexity * error)
 
 
 def test_quality_equals_the_definition_when_the_student_is_perturbed(
@@ -69,18 +70,21 @@ def test_quality_differs_when_the_cache_is_int8(plain: DecodeSession, tmp_path: 
 
 
 def test_measure_all_equals_single_measurements_when_columns_are_compared(
-    plain: DecodeSession, artifact: DecodeSession
+    plain: DecodeSession, artifact: DecodeSession, tmp_path: Path
 ) -> None:
+    plain_again = DecodeSession(write_tiny(tmp_path / "again.onnx"), capacity=37)
     report = measure_all(plain, artifact, WINDOWS)
     assert report.artifact == measure_quality(plain, artifact, WINDOWS)
     assert (report.plain.kl_mean, report.plain.top1_agreement) == (0, 1)
-    assert report.plain.perplexity == pytest.approx(report.floor.perplexity, rel=1e-5)
+    assert report.plain.perplexity == pytest.approx(measure_quality(plain, plain_again, WINDOWS).perplexity)
     assert 0 < report.floor.kl_mean < 1e-9
+    assert math.isnan(report.floor.perplexity)
 
 
-def test_measure_all_runs_plain_twice_when_counting_tokens(
+def test_measure_all_takes_the_floor_of_a_few_beginnings_when_counting_tokens(
     plain: DecodeSession, artifact: DecodeSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("kvslim.validation.quality.FLOOR_TOKENS", 20)
     counts = {id(plain): 0, id(artifact): 0}
     step = DecodeSession.step
 
@@ -90,13 +94,14 @@ def test_measure_all_runs_plain_twice_when_counting_tokens(
 
     monkeypatch.setattr(DecodeSession, "step", counting)
     measure_all(plain, artifact, WINDOWS)
-    assert list(counts.values()) == [2 * WINDOWS.size, WINDOWS.size]
+    assert list(counts.values()) == [WINDOWS.size + 2 * 4 * 20, WINDOWS.size]
 
 
 def test_measures_are_none_when_not_finite() -> None:
-    measures = Quality(math.nan, math.inf, 0.5, 2.0, math.nan).as_measures()
+    measures = Quality(math.nan, math.nan, math.inf, 0.5, 2.0, math.nan).as_measures()
     assert measures == {
         "kl_mean": None,
+        "kl_se": None,
         "kl_p99": None,
         "top1_agreement": 0.5,
         "perplexity": 2.0,
@@ -111,8 +116,9 @@ def test_quality_is_not_finite_when_the_student_is_broken(plain: DecodeSession, 
     assert measures["perplexity"] is None
 
 
-def test_standard_error_is_none_when_there_is_one_window(plain: DecodeSession, artifact: DecodeSession) -> None:
-    assert measure_quality(plain, artifact, WINDOWS[:1]).as_measures()["perplexity_se"] is None
+def test_standard_errors_are_none_when_there_is_one_window(plain: DecodeSession, artifact: DecodeSession) -> None:
+    measures = measure_quality(plain, artifact, WINDOWS[:1]).as_measures()
+    assert (measures["kl_se"], measures["perplexity_se"]) == (None, None)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (4, 1), (8,)])

@@ -8,9 +8,19 @@ from support.tiny_graph import write_tiny
 
 from kvslim.errors import UsageError
 from kvslim.runtime.session import DecodeSession
-from kvslim.validation.recall import CUE, SPAN, RecallItem, measure_recall, repeated_spans
+from kvslim.validation.recall import (
+    CUE,
+    LEAST_ITEMS,
+    SPAN,
+    RecallItem,
+    compare_recall,
+    confidence_factor,
+    measure_recall,
+    repeated_spans,
+)
 
 TEXT = np.random.default_rng(0).integers(1, 200, size=(6, 64))
+SMALL = np.random.default_rng(1).integers(24, size=(4, 64))  # of the tiny graph's vocabulary
 
 
 @pytest.fixture
@@ -42,20 +52,113 @@ def test_recall_raises_usage_error_when_an_item_is_empty(session: DecodeSession,
         measure_recall(session, items)
 
 
-def test_repeated_spans_repeat_at_the_distance_when_made() -> None:
-    for item in repeated_spans(TEXT, count=5, distance=40):
-        span = (*item.prompt[-CUE:], *item.answer)
-        assert len(set(span)) == SPAN
-        assert item.prompt[:SPAN] == span
-        assert len(item.prompt) == SPAN + 40 + CUE
+def _distance(item: RecallItem) -> int:
+    """Tokens between the two copies of an item's span."""
+    text, span = item.prompt[:-CUE], (*item.prompt[-CUE:], *item.answer)
+    (start,) = (start for start in range(len(text)) if text[start : start + SPAN] == span)
+    return len(text) - start - SPAN
+
+
+def test_repeated_spans_repeat_at_distances_from_half_to_all_when_made() -> None:
+    items = repeated_spans(TEXT, count=12, distance=400)
+    distances = [_distance(item) for item in items]
+    assert (distances[0], distances[-1]) == (400, 200)
+    assert distances == sorted(distances, reverse=True)
+    assert all(len(set(item.answer)) == SPAN - CUE for item in items)
+
+
+@pytest.mark.parametrize(("distance", "spans"), [(16, 1), (32, 2), (100, 4), (512, 12)])
+def test_repeated_spans_share_a_text_when_it_has_room(distance: int, spans: int) -> None:
+    items = repeated_spans(TEXT, count=2 * spans, distance=distance)
+    assert {len(item.prompt) for item in items} == {SPAN + distance + CUE}
+    texts = [item.prompt[:-CUE] for item in items]
+    assert len(set(texts)) == 2
+    assert texts[0] == texts[spans - 1]
 
 
 def test_repeated_spans_take_filler_from_text_when_made() -> None:
     flat = TEXT.reshape(-1)
-    runs = {tuple(flat[start : start + 40]) for start in range(flat.size - 40)}
-    fillers = [item.prompt[SPAN : SPAN + 40] for item in repeated_spans(TEXT, count=5, distance=40, seed=2)]
+    runs = {tuple(flat[start : start + 28]) for start in range(flat.size - 28)}
+    fillers = [item.prompt[SPAN : SPAN + 28] for item in repeated_spans(TEXT, count=5, distance=28, seed=2)]
     assert sum(filler in runs for filler in fillers) >= 4
     assert len(set(fillers)) == 5
+
+
+def _tokens_run(session: DecodeSession, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Notes the tokens of every step of a session."""
+    counts: list[int] = []
+    step = session.step
+    monkeypatch.setattr(
+        session, "step", lambda tokens, *more, **named: counts.append(len(tokens)) or step(tokens, *more, **named)
+    )
+    return counts
+
+
+def test_recall_reads_a_text_once_when_its_questions_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = repeated_spans(SMALL, count=8, distance=100)
+    session, other = (DecodeSession(write_tiny(tmp_path / "model.onnx"), capacity=160) for _ in range(2))
+    counts = _tokens_run(session, monkeypatch)
+    shared = measure_recall(session, items)
+    assert sum(counts) == 2 * (SPAN + 100) + 8 * (SPAN - 1)
+    alone = [measure_recall(other, [item]) for item in items]
+    assert 0 < shared == pytest.approx(np.mean(alone))
+
+
+def test_recall_is_the_same_when_a_cache_cannot_be_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = repeated_spans(SMALL, count=8, distance=100)
+    session, window = (DecodeSession(write_tiny(tmp_path / "model.onnx"), capacity=160) for _ in range(2))
+    refused = UsageError("a window has moved on", where="rewind", fix="reset")
+    monkeypatch.setattr(window, "rewind", lambda length: (_ for _ in ()).throw(refused))
+    counts = _tokens_run(window, monkeypatch)
+    assert measure_recall(window, items) == measure_recall(session, items)
+    assert sum(counts) == 8 * (SPAN + 100 + SPAN - 1)
+
+
+def _pair(tmp_path: Path, noise: float) -> list[DecodeSession]:
+    return [DecodeSession(write_tiny(tmp_path / f"{level}.onnx", noise=level), capacity=80) for level in (0.0, noise)]
+
+
+def test_questions_end_early_when_nothing_is_lost(tmp_path: Path) -> None:
+    items = repeated_spans(SMALL, count=100, distance=32)
+    plain, same = (DecodeSession(write_tiny(tmp_path / "model.onnx"), capacity=80) for _ in range(2))
+    for limit in (0.01, None):
+        found = compare_recall(plain, same, items, limit)
+        assert (found.questions, found.drop, found.drop_se) == (LEAST_ITEMS, 0, 0)
+
+
+def test_questions_end_early_when_the_limit_is_far_away(tmp_path: Path) -> None:
+    items = repeated_spans(SMALL, count=100, distance=32)
+    assert compare_recall(*_pair(tmp_path, 0.5), items, 0.9).questions == LEAST_ITEMS
+
+
+def test_all_questions_are_asked_when_the_limit_is_what_is_lost(tmp_path: Path) -> None:
+    items = repeated_spans(SMALL, count=100, distance=32)
+    plain, slim = _pair(tmp_path, 0.5)
+    drop = measure_recall(plain, items) - measure_recall(slim, items)
+    found = compare_recall(plain, slim, items, drop)
+    assert found.questions == 100
+    assert found.drop == pytest.approx(drop)
+
+
+def test_standard_error_is_that_of_a_mean_when_answers_are_equally_long(tmp_path: Path) -> None:
+    items = repeated_spans(SMALL, count=60, distance=32)
+    plain, slim = _pair(tmp_path, 0.5)
+    drops = [measure_recall(plain, [item]) - measure_recall(slim, [item]) for item in items]
+    found = compare_recall(plain, slim, items, float(np.mean(drops)))
+    assert 0 < found.drop_se == pytest.approx(np.std(drops, ddof=1) / np.sqrt(60))
+
+
+def test_confidence_sequence_holds_the_mean_at_all_times_when_looked_at_often() -> None:
+    draws = np.random.default_rng(0).choice([-1, 0, 1], p=[0.1, 0.8, 0.1], size=(1000, 300))
+    counts = np.arange(1, 301)
+    means = draws.cumsum(1) / counts
+    errors = np.sqrt(np.maximum((draws**2).cumsum(1) / counts - means**2, 0) / counts)
+    factors = np.array([confidence_factor(int(count)) for count in counts])
+    for side in (means, -means):
+        missed = (side > errors * factors)[:, LEAST_ITEMS - 1 :].any(1)
+        assert missed.mean() <= 0.05
+        fixed = (side > errors * 1.64)[:, LEAST_ITEMS - 1 :].any(1)
+        assert fixed.mean() > 0.1
 
 
 def test_repeated_spans_start_with_bos_when_every_window_does() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.planning.probes import Probes
 
-FORMAT = 8
+FORMAT = 9
 
 
 def cache_folder() -> Path:

@@ -10,6 +10,7 @@ import typer
 
 from kvslim.cli import console
 from kvslim.cli.options import Json, Model, Overrides
+from kvslim.cli.progress import Terminal
 
 
 def analyze(
@@ -39,7 +40,7 @@ def analyze(
     from kvslim.report.tables import heads_table, parts_table
 
     with console.library_output_on_stderr():
-        analysis = api.analyze(model, typed, progress=console.Terminal())
+        analysis = api.analyze(model, typed, progress=Terminal())
     if svg:
         title = f"KL without each part, and what each query head contributes: {model}, {analysis.source}"
         write_text(svg, heatmap(title, analysis_panels(analysis)), "--svg")

@@ -10,6 +10,7 @@ import typer
 from kvslim.cli import console
 from kvslim.cli.failures import verdict
 from kvslim.cli.options import Json, Junit, MaxDrop, MaxKl, MibAt, Model, Overrides, Ratio, RecipeName, TimeRatio
+from kvslim.cli.progress import COMPRESS, Terminal
 
 
 def compress(
@@ -43,7 +44,7 @@ def compress(
     from kvslim.report.tables import gates_table, report_table
 
     with console.library_output_on_stderr():
-        manifest = api.compress(model, typed, out, plan=decisions, overwrite=force, progress=console.Terminal())
+        manifest = api.compress(model, typed, out, plan=decisions, overwrite=force, progress=Terminal(COMPRESS))
     report = manifest.report
     if report:
         write_junit(junit, report, out)

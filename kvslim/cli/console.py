@@ -8,8 +8,8 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import KvslimError
 
@@ -18,29 +18,8 @@ if TYPE_CHECKING:
 
     from kvslim.report.tables import Table
 
-T = TypeVar("T")
 PIPE_WIDTH = 160
 SCHEMA_VERSION = 2  # goes up when a key is removed or changes its meaning; new keys do not change it
-
-
-class Terminal:
-    """Shows progress: bars on a terminal, one line per stage in a log."""
-
-    def __init__(self) -> None:
-        self._console = _console(stderr=True)
-
-    def stage(self, name: str) -> None:
-        """Prints the name of the stage that begins."""
-        self._console.print(f"• {name}", markup=False, highlight=False)
-
-    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-        """Yields `items` and shows a progress bar on a terminal."""
-        if not self._console.is_terminal:
-            yield from items
-            return
-        from rich.progress import track
-
-        yield from track(items, f"  {label}", total=total, console=self._console, transient=True)
 
 
 @contextlib.contextmanager
@@ -126,6 +105,11 @@ def print_error(error: KvslimError, as_json: bool = False) -> None:
 def debugging() -> bool:
     """Whether KVSLIM_DEBUG=1 asks for tracebacks and warnings."""
     return os.environ.get("KVSLIM_DEBUG") == "1"
+
+
+def stderr_console() -> Console:
+    """A console for what is not part of the result."""
+    return _console(stderr=True)
 
 
 def _console(stderr: bool) -> Console:

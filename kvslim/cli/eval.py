@@ -10,6 +10,7 @@ import typer
 from kvslim.cli import console
 from kvslim.cli.failures import verdict
 from kvslim.cli.options import Artifact, Json, Threads
+from kvslim.cli.progress import Terminal
 from kvslim.errors import UsageError
 
 
@@ -49,7 +50,7 @@ def evaluate(
             limit=limit,
             shots=shots,
             threads=threads,
-            progress=console.Terminal(),
+            progress=Terminal(),
         )
     gates = () if min_accuracy is None else accuracy_gates(scores, min_accuracy)
     passed = all(gate.passed for gate in gates)

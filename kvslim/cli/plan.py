@@ -9,6 +9,7 @@ import typer
 
 from kvslim.cli import console
 from kvslim.cli.options import Json, MaxDrop, MaxKl, MibAt, Model, Overrides, Ratio, RecipeName, TimeRatio
+from kvslim.cli.progress import COMPRESS, Terminal
 
 
 def plan(
@@ -36,7 +37,7 @@ def plan(
     from kvslim.report.tables import frontier_table, plan_table
 
     with console.library_output_on_stderr():
-        summary = api.plan(model, typed, progress=console.Terminal())
+        summary = api.plan(model, typed, progress=Terminal(COMPRESS))
     if out:
         write_text(out, summary.plan.model_dump_json(indent=2) + "\n", "--out")
     if as_json:

@@ -9,6 +9,7 @@ import typer
 from kvslim.cli import console
 from kvslim.cli.failures import verdict
 from kvslim.cli.options import Artifact, GateLimits, Json, Junit
+from kvslim.cli.progress import VALIDATE, Terminal
 
 
 def validate(
@@ -30,7 +31,7 @@ def validate(
     from kvslim.report.tables import gates_table, report_table
 
     with console.library_output_on_stderr():
-        report = api.validate(artifact, against=against, gates=limits, progress=console.Terminal())
+        report = api.validate(artifact, against=against, gates=limits, progress=Terminal(VALIDATE))
     write_junit(junit, report, artifact)
     if as_json:
         console.print_json("validate", report.model_dump(mode="json"))

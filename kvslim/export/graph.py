@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kvslim.caches.attention.shared import SharedAttention
 from kvslim.caches.packed import PAST_CODES
 from kvslim.caches.shared import SHARED
 from kvslim.contract import BATCH, CAPACITY, INPUTS, PAST, Axes, KVTensor, Layout
+from kvslim.export.matching import quick_matching
 from kvslim.export.packing import pack_projections
 from kvslim.export.passes import (
     drop_idle_reshapes,
@@ -31,6 +33,7 @@ from kvslim.export.passes import (
 from kvslim.export.quiet import quiet
 from kvslim.export.storage import share_storage
 from kvslim.loading.architecture import Architecture
+from kvslim.progress import Progress, Silent
 from kvslim.transform.attention import PassThroughCache, SlimAttention
 from kvslim.transform.operators import ExportStep
 from kvslim.transform.surgery import slim_modules
@@ -102,13 +105,14 @@ class _Decoder(nn.Module):
         ]
 
 
-def build_graph(model: Any, architecture: Architecture, layout: KVLayout) -> ir.Model:
+def build_graph(model: Any, architecture: Architecture, layout: KVLayout, progress: Progress | None = None) -> ir.Model:
     """The ONNX graph of a prepared model.
 
     Args:
         model: The model with its slim attention and codes installed.
         architecture: Where its parts live.
         layout: The cache that the codes give.
+        progress: Receives the progress.
 
     Returns:
         A graph with the inputs and outputs that `layout` names; its weights stay where the model has them, and what
@@ -116,20 +120,12 @@ def build_graph(model: Any, architecture: Architecture, layout: KVLayout) -> ir.
     """
     decoder = _Decoder(model, architecture, layout)
     try:
-        with torch.inference_mode(False), torch.no_grad(), quiet():
-            graph = _exported(decoder, layout)
-            share_tied_weights(graph)
-            with hidden_weights(graph):
-                optimise(graph)
-                drop_idle_rotations(graph)
-                fuse_for_onnxruntime(graph, "cpu")
-                drop_idle_reshapes(graph)
-            pack_projections(graph)
-            name_last_position(graph)
-            drop_unused_inputs(graph)
-            strip_traces(graph)
-            name_dimensions(graph, layout)
-            _note_caches(graph, decoder)
+        with torch.inference_mode(False), torch.no_grad(), quiet(), quick_matching():
+            made: Any = decoder
+            steps: list[Callable[[Any, _Decoder], Any]] = [_traced, _translated, _optimised, _fused, _finished]
+            for step in (progress or Silent()).track(steps, "steps of the export"):
+                made = step(made, decoder)
+        graph: ir.Model = made
         return graph
     finally:
         for slim in decoder.slims:
@@ -138,15 +134,21 @@ def build_graph(model: Any, architecture: Architecture, layout: KVLayout) -> ir.
                 slim.shared.states = None
 
 
-def _exported(decoder: _Decoder, layout: KVLayout) -> ir.Model:
-    """The graph as the exporter leaves it."""
+def _traced(_: Any, decoder: _Decoder) -> torch.export.ExportedProgram:
+    """The decoder as torch's operators."""
+    layout = decoder.layout
     batch, length, past_length = 2, 3, 5  # torch.export takes sizes 0 and 1 for constants
     past = [tuple(_sample(layout, tensor, batch, past_length) for tensor in tensors) for tensors in layout.layers]
     ids = torch.zeros(batch, length, dtype=torch.long)
     mask = torch.ones(batch, past_length + length, dtype=torch.long)
     positions = torch.arange(past_length, past_length + length).repeat(batch, 1)
     arguments = (ids, mask, positions, past, _sample_extra(layout))
-    program = torch.export.export(decoder, arguments, dynamic_shapes=_dynamic_dims(layout), strict=False)
+    return torch.export.export(decoder, arguments, dynamic_shapes=_dynamic_dims(layout), strict=False)
+
+
+def _translated(program: torch.export.ExportedProgram, decoder: _Decoder) -> ir.Model:
+    """The graph as the exporter leaves it."""
+    layout = decoder.layout
     exported = torch.onnx.export(
         program,
         input_names=[*INPUTS, *(tensor.past for tensor in layout.tensors), *layout.extra_inputs],
@@ -162,7 +164,33 @@ def _exported(decoder: _Decoder, layout: KVLayout) -> ir.Model:
     )
     if exported is None:
         raise RuntimeError("torch.onnx.export returned nothing")
+    share_tied_weights(exported.model)
     return exported.model
+
+
+def _optimised(graph: ir.Model, _: _Decoder) -> ir.Model:
+    with hidden_weights(graph):
+        optimise(graph)
+        drop_idle_rotations(graph)
+    return graph
+
+
+def _fused(graph: ir.Model, _: _Decoder) -> ir.Model:
+    with hidden_weights(graph):
+        fuse_for_onnxruntime(graph, "cpu")
+        drop_idle_reshapes(graph)
+    pack_projections(graph)
+    return graph
+
+
+def _finished(graph: ir.Model, decoder: _Decoder) -> ir.Model:
+    """The graph with the names and notes of the contract, and nothing else."""
+    name_last_position(graph)
+    drop_unused_inputs(graph)
+    strip_traces(graph)
+    name_dimensions(graph, decoder.layout)
+    _note_caches(graph, decoder)
+    return graph
 
 
 def _sample(layout: KVLayout, tensor: KVTensor, batch: int, rows: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +14,7 @@ from kvslim.loading.architecture import Architecture
 from kvslim.loading.snapshot import Snapshot
 from kvslim.progress import Progress
 from kvslim.recipe import Recipe
-from kvslim.types import KVLayout, Plan, Report
+from kvslim.types import KVLayout, Plan, Report, WeightFormat
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
@@ -76,9 +78,27 @@ class PreparedModel(ABC):
     def install(self, codes: tuple[LayerEdit, ...]) -> None:
         """Edits the model, for good."""
 
-    @abstractmethod
     def export_plain(self, folder: Path) -> None:
-        """Writes the graph that artifacts are compared with; the model must not be edited yet."""
+        """Writes the graph that artifacts are compared with, or fetches it from the disk; the model must be unedited.
+
+        Args:
+            folder: An empty folder.
+        """
+        from kvslim.export.stored import fetch_graph, graph_key, store_graph
+
+        key = graph_key(self.digest, self.spec.model_dump(), self.plain_weights.model_dump())
+        if not fetch_graph(key, folder):
+            self.build_plain(folder)
+            store_graph(key, folder)
+
+    @property
+    @abstractmethod
+    def plain_weights(self) -> WeightFormat:
+        """How the graph that artifacts are compared with stores its matrices."""
+
+    @abstractmethod
+    def build_plain(self, folder: Path) -> None:
+        """Exports the graph that artifacts are compared with."""
 
     @abstractmethod
     def export(self, plan: Plan, folder: Path) -> tuple[str, ...]:
@@ -92,6 +112,11 @@ class PreparedModel(ABC):
         """Frees the model's memory; nothing more can be made from it."""
         del self.model
         vars(self).pop("statistics", None)
+        gc.collect()  # modules and the hooks on them refer to each other
+        # glibc keeps what is freed for itself, here some hundred MiB; other systems give it back.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def prepare(snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress: Progress) -> PreparedModel:

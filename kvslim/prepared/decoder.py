@@ -26,7 +26,7 @@ from kvslim.progress import Progress
 from kvslim.recipe import Recipe
 from kvslim.transform.edits import LayerEdit
 from kvslim.transform.surgery import install, prepare
-from kvslim.types import KVLayout, Plan
+from kvslim.types import KVLayout, Plan, WeightFormat
 from kvslim.validation.measure import DecoderEvaluation
 
 
@@ -34,7 +34,6 @@ class PreparedDecoder(PreparedModel):
     """A causal language model.
 
     Attributes:
-        original: The attention that the model had, to be lent back.
         text: What it is calibrated and measured on.
     """
 
@@ -43,16 +42,15 @@ class PreparedDecoder(PreparedModel):
         self.architecture = architecture_of(spec.model_type)
         self.tokenizer = load_tokenizer(snapshot)
         self.model = load_model(snapshot)
-        self.original = prepare(self.model, self.architecture, spec)
+        prepare(self.model, self.architecture, spec)
         self.text = TextSource(self, recipe.calibration, recipe.validation)
 
     @cached_property
     def statistics(self) -> CalibrationStatistics:
         """Statistics of the calibration text, from the disk when they were gathered before."""
-        self.progress.stage("calibrate")
-        settings, (calibration, text, share) = self.recipe.calibration, self.text.identity
+        settings = self.recipe.calibration
         context = settings.target(self.spec)
-        key = cache.content_key(self.digest, calibration, text, context, share)
+        key = cache.content_key(self.digest, context, *self.text.identity)
         statistics = cache.load_statistics(key)
         if statistics is None:
             statistics = self._gathered(context, settings.seed)
@@ -60,11 +58,14 @@ class PreparedDecoder(PreparedModel):
         return statistics
 
     def _gathered(self, context: int, seed: int) -> CalibrationStatistics:
+        self.progress.stage("calibration text")
+        windows = self.text.calibration_windows()
+        self.progress.stage("calibrate")
         return collect(
             self.model,
             self.architecture,
             self.spec,
-            self.text.calibration_windows(),
+            windows,
             context=context,
             seed=seed,
             progress=self.progress,
@@ -79,19 +80,24 @@ class PreparedDecoder(PreparedModel):
         """Held-out windows and recall questions."""
         windows = self.text.held_out_windows()
         items, context = self.text.held_out_items(windows), self.recipe.calibration.target(self.spec)
-        return DecoderEvaluation(windows, items, self.recipe.validation, self.recipe.gates, context)
+        return DecoderEvaluation(windows, items, self.recipe.validation, self.recipe.gates, context, self.progress)
 
     def install(self, codes: tuple[LayerEdit, ...]) -> None:
         """Puts codes into the model, for good."""
         install(self.model, self.architecture, codes)
 
-    def export_plain(self, folder: Path) -> None:
-        """Writes the graph of the model as it is, its weights in the recipe's format."""
+    @property
+    def plain_weights(self) -> WeightFormat:
+        """Those of the recipe."""
+        return self.recipe.weights
+
+    def build_plain(self, folder: Path) -> None:
+        """Exports the graph of the model as it is, its weights in the recipe's format."""
         self.export(Plan.identity(self.spec), folder)
 
     def export(self, plan: Plan, folder: Path) -> tuple[str, ...]:
         """Writes the graph of the model as it is, which `plan` describes; its inputs other than the cache."""
-        graph = build_graph(self.model, self.architecture, KVLayout.of(self.spec, plan))
+        graph = build_graph(self.model, self.architecture, KVLayout.of(self.spec, plan), self.progress)
         quantise_weights(graph, self.recipe.weights)
         save_graph(graph, folder)
         return token_inputs(graph)
@@ -108,11 +114,6 @@ class PreparedDecoder(PreparedModel):
             return
         config = genai_config(self.spec, layout, generation.to_dict(), inputs=inputs)
         (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-    def release(self) -> None:
-        """Frees the model's memory; nothing more can be made from it."""
-        super().release()
-        del self.original
 
     def _generation_config(self) -> Any:
         """The model's generation config, with every token that ends a text."""

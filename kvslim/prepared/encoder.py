@@ -25,7 +25,7 @@ from kvslim.recipe import Recipe
 from kvslim.transform.edits import LayerEdit
 from kvslim.transform.encoding import prepare_encoder
 from kvslim.transform.surgery import install
-from kvslim.types import KVLayout, Plan
+from kvslim.types import KVLayout, Plan, WeightFormat
 from kvslim.validation.encoder import EncoderEvaluation
 
 
@@ -71,8 +71,13 @@ class PreparedEncoder(PreparedModel):
         """Puts codes into the model, for good."""
         install(self.model.base_model, self.architecture, codes)
 
-    def export_plain(self, folder: Path) -> None:
-        """Writes the graph of the model as it is, in fp32."""
+    @property
+    def plain_weights(self) -> WeightFormat:
+        """fp32."""
+        return WeightFormat()
+
+    def build_plain(self, folder: Path) -> None:
+        """Exports the graph of the model as it is, in fp32."""
         save_graph(build_encoder_graph(self.model, self.spec), folder)
 
     def export(self, plan: Plan, folder: Path) -> tuple[str, ...]:

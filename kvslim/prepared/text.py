@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from kvslim.calibrate.corpus import (
     loss_mask,
     self_windows,
     source_digest,
+    start_token,
     text_windows,
 )
 from kvslim.demo.world import recall_questions
@@ -40,7 +43,9 @@ class TextSource:
     @property
     def identity(self) -> tuple[Any, ...]:
         """What decides the calibration text, as far as the model does not."""
-        return self.calibration.model_dump(), source_digest(self.calibration.source), self._calibration_share
+        settings = self.calibration
+        writer = self.prepared.plain_weights.model_dump() if settings.source == "self" else None
+        return settings.model_dump(), source_digest(settings.source), self._calibration_share, writer
 
     def calibration_windows(self) -> np.ndarray:
         """[n, length] token ids."""
@@ -80,9 +85,11 @@ class TextSource:
         held_out_stories = prepared.snapshot.is_demo and isinstance(settings, Validation)
         if settings.source != "self" or held_out_stories:
             return text_windows(settings.source, prepared.tokenizer, samples=samples, length=length, share=share)
-        with prepared.original.restored():
+        start = start_token(prepared.model.config)
+        with tempfile.TemporaryDirectory(prefix="kvslim-") as folder:
+            prepared.export_plain(Path(folder))
             return self_windows(
-                prepared.model, samples=samples, length=length, seed=settings.seed, progress=prepared.progress
+                Path(folder), start, samples=samples, length=length, seed=settings.seed, progress=prepared.progress
             )
 
     def _recall_items(self, windows: np.ndarray, count: int, seed: int) -> list[RecallItem]:

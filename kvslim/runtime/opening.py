@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from kvslim.caches import CACHES, Cache, FullCache
 from kvslim.caches.buffers import LayerBuffers
 from kvslim.caches.shared import SHARED
-from kvslim.contract import INPUTS, LAST_POSITION, KVTensor
+from kvslim.contract import FIRST_LOGITS, INPUTS, LAST_POSITION, KVTensor
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
 from kvslim.types import KVLayout
 
@@ -49,8 +49,9 @@ def open_session(model: Path, threads: int | None = None, *, all_positions: bool
     Args:
         model: The `.onnx` file, or the folder that holds `model.onnx`.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
-        all_positions: Whether to give logits of all new positions, for evaluation; the head then reads what it would
-            read of the last one, and all else stays as it is.
+        all_positions: Whether to give logits of all new positions, for evaluation, or of those from `FIRST_LOGITS`
+            on, an input with a default; the head then reads what it would read of the last one, and all else stays as
+            it is.
 
     Raises:
         NotFoundError: There is no such file.
@@ -85,7 +86,7 @@ def _read_names(session: ort.InferenceSession) -> None:
 
 
 def _with_all_positions(path: Path) -> bytes | str:
-    """The graph without the node that keeps the last position; as it is where it has none."""
+    """The graph with an input that says which positions get logits, by default all; as it is where all do."""
     try:
         model = onnx.load(path, load_external_data=False)
     except DecodeError:
@@ -95,11 +96,11 @@ def _with_all_positions(path: Path) -> bytes | str:
     if not found:
         return str(path)
     (last,) = found
-    for node in nodes:
-        node.input[:] = [last.input[0] if name == last.output[0] else name for name in node.input]
-    nodes.remove(last)
+    last.input[1] = FIRST_LOGITS
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.int64), FIRST_LOGITS))
+    model.graph.input.append(onnx.helper.make_tensor_value_info(FIRST_LOGITS, onnx.TensorProto.INT64, [1]))
     logits = next(value for value in model.graph.output if value.name == "logits")
-    logits.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
+    logits.type.tensor_type.shape.dim[1].dim_param = "logits_length"
     return model.SerializeToString()
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from kvslim.caches.buffers import bind_all
+from kvslim.contract import FIRST_LOGITS
 from kvslim.errors import ArtifactError, UsageError
 from kvslim.runtime.opening import ORT_ERRORS, Logits, artifact_error, layer_buffers, layout_of, open_session
 
@@ -67,6 +68,7 @@ class DecodeSession:
         self.length = 0
         self.vocab = self._vocab()
         self._last_only = next(node.shape[1] for node in self._session.get_outputs() if node.name == "logits") == 1
+        self._has_choice = any(node.name == FIRST_LOGITS for node in self._session.get_overridable_initializers())
         self._inputs = {node.name for node in self._session.get_inputs()}
         self._binding = self._session.io_binding()
         bind_all(self._binding, self._layers)
@@ -121,11 +123,12 @@ class DecodeSession:
         self._rebind([layer.fill(length, generator) for layer in self._layers])
         self.length = length
 
-    def step(self, tokens: Tokens) -> Logits:
+    def step(self, tokens: Tokens, last: int | None = None) -> Logits:
         """Appends tokens to the sequences.
 
         Args:
             tokens: Ids of n >= 1 tokens, [n] for all sequences alike or [batch, n].
+            last: Tokens at the end, >= 1, whose logits are wanted; None for all. Others cost no output head.
 
         Returns:
             The logits that follow each of them, float32 [n, vocab], or the last of them alone, [1, vocab]; of tokens
@@ -146,17 +149,22 @@ class DecodeSession:
         self._require(self.length + count)
         first = max(layer.pauses_after for layer in self._layers) - self.length
         pieces = [ids[:, :first], ids[:, first:]] if 0 < first < count else [ids]
-        logits = [self._run(piece) for piece in pieces]
-        found = logits[-1] if self._last_only else np.concatenate(logits, axis=1)
-        return found if given.ndim == 2 else found[0]
+        wanted = last or count
+        logits = [self._run(piece, wanted) for piece in pieces]
+        found = logits[-1] if self._last_only or len(logits) == 1 else np.concatenate(logits, axis=1)
+        return (found if given.ndim == 2 else found[0])[..., -wanted:, :]
 
-    def _run(self, ids: npt.NDArray[np.int64]) -> Logits:
-        """Logits [batch, n, vocab] of tokens [batch, n] that are appended in one run of the graph."""
+    def _run(self, ids: npt.NDArray[np.int64], wanted: int) -> Logits:
+        """Logits [batch, m, vocab] of tokens [batch, n] that are appended in one run of the graph.
+
+        They are those of the last `wanted` tokens, where the graph can leave others out.
+        """
         count = ids.shape[1]
         total = self.length + count
-        logits = np.empty((self.batch, 1 if self._last_only else count, self.vocab), dtype=np.float32)
+        rows = 1 if self._last_only else min(wanted, count) if self._has_choice else count
+        logits = np.empty((self.batch, rows, self.vocab), dtype=np.float32)
         self._rebind([layer.reserve(total) for layer in self._layers])
-        self._bind_tokens(ids, total)
+        self._bind_tokens(ids, total, rows)
         for layer in self._layers:
             layer.bind_step(self._binding, self.length, total)
         self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
@@ -186,18 +194,20 @@ class DecodeSession:
         ids = np.asarray(tokens, dtype=np.int64)
         chunk = ids.size if self.batch > 1 else chunk or min(layer.prefill_chunk for layer in self._layers)
         self._require(self.length + ids.size)
-        logits = self.step(ids[:chunk])
+        logits = self.step(ids[:chunk], last=1)
         for start in range(chunk, ids.size, chunk):
-            logits = self.step(ids[start : start + chunk])
+            logits = self.step(ids[start : start + chunk], last=1)
         return logits[-1].copy()
 
-    def _bind_tokens(self, ids: npt.NDArray[np.int64], total: int) -> None:
+    def _bind_tokens(self, ids: npt.NDArray[np.int64], total: int, rows: int) -> None:
         inputs = {
             "input_ids": ids,
             "attention_mask": np.ones((self.batch, total), dtype=np.int64),
             "position_ids": np.tile(np.arange(self.length, total, dtype=np.int64), (self.batch, 1)),
         }
-        for name in self._inputs & inputs.keys():
+        if self._has_choice:
+            inputs[FIRST_LOGITS] = np.array([-rows], dtype=np.int64)
+        for name in (self._inputs | {FIRST_LOGITS}) & inputs.keys():
             self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(inputs[name]))
 
     def _rebind(self, changed: Sequence[bool]) -> None:

@@ -38,45 +38,14 @@ def slim_modules(model: nn.Module, architecture: Architecture) -> list[SlimAtten
     return [attention.kvslim for attention in attention_modules(model, architecture)]  # type: ignore[misc]
 
 
-class Original:
-    """A prepared model's own attention and RoPE, kept to be lent back."""
-
-    def __init__(self, model: Any, architecture: Architecture) -> None:
-        self.model, self.rotary = model, architecture.rotary
-        self.implementation = model.config._attn_implementation
-        self.module = None if self.rotary is None else model.get_submodule(self.rotary)
-
-    @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        """Within the block a model without codes is its old self, which keeps a cache in torch."""
-        self.model.set_attn_implementation(self.implementation)
-        silenced = self._exchange(self.module)
-        try:
-            yield
-        finally:
-            self._exchange(silenced)
-            self.model.set_attn_implementation(NAME)
-
-    def _exchange(self, module: nn.Module | None) -> nn.Module | None:
-        if self.rotary is None or module is None:
-            return None
-        old: nn.Module = self.model.get_submodule(self.rotary)
-        self.model.set_submodule(self.rotary, module)
-        return old
-
-
-def prepare(model: Any, architecture: Architecture, spec: ModelSpec) -> Original:
+def prepare(model: Any, architecture: Architecture, spec: ModelSpec) -> None:
     """Gives every layer of a model the slim attention, which until codes come computes what the original does.
 
     Args:
         model: The model; edited.
         architecture: Where its parts live.
         spec: Its shape.
-
-    Returns:
-        What the model was before.
     """
-    original = Original(model, architecture)
     register()
     model.set_attn_implementation(NAME)
     normalise(model)
@@ -88,7 +57,6 @@ def prepare(model: Any, architecture: Architecture, spec: ModelSpec) -> Original
         attention.get_submodule(architecture.value).register_forward_pre_hook(catch_hidden(attention.kvslim))
         if architecture.direct and not attention.kvslim.is_normed:
             _project_directly(attention, architecture, spec)
-    return original
 
 
 def _project_directly(attention: Any, architecture: Architecture, spec: ModelSpec) -> None:

@@ -18,8 +18,7 @@ from kvslim.progress import Progress, Silent
 from kvslim.runtime.generate import Sampling, eos_ids, generate_tokens, load_tokenizer
 from kvslim.runtime.opening import Logits
 from kvslim.runtime.session import DecodeSession
-from kvslim.validation.quality import log_softmax
-from kvslim.validation.recall import CHUNK
+from kvslim.validation.quality import CHUNK, log_softmax
 
 Scored = tuple[float, bool]
 
@@ -149,7 +148,7 @@ class ArtifactLM(TemplateLM):
         first = session.keep_shared(self._cached, tokens[:start])
         self._cached = ()  # no cached tokens are known until the run succeeds
         for begin in range(first, start, CHUNK):
-            session.step(tokens[begin : min(begin + CHUNK, start)])
+            session.step(tokens[begin : min(begin + CHUNK, start)], last=1)
         logits = [session.step(tokens[begin : begin + CHUNK]) for begin in range(start, len(tokens), CHUNK)]
         self._cached = tokens
         return np.concatenate(logits)

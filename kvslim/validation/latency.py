@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvslim.errors import UsageError
+from kvslim.progress import Progress, Silent
 from kvslim.runtime.session import DecodeSession
 from kvslim.validation.energy import joules_since, microjoules
 
@@ -61,9 +62,10 @@ def measure_latency(
     contexts: Sequence[int],
     repeats: int,
     threads: int | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Latency]:
     """Times models in turns. Arguments and errors as for `time_models`; ratios are relative to the first model."""
-    runs = time_models(models, prompts, contexts, repeats, threads)
+    runs = time_models(models, prompts, contexts, repeats, threads, progress=progress)
     return {name: _latency(name, next(iter(models)), runs) for name in models}
 
 
@@ -74,6 +76,7 @@ def time_models(
     repeats: int,
     threads: int | None = None,
     batch: int = 1,
+    progress: Progress | None = None,
 ) -> Runs:
     """Times models in turns (A B B A), so that slow changes of the machine's load affect all of them.
 
@@ -88,6 +91,7 @@ def time_models(
         repeats: Timed turns per context, at least 2.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
         batch: Sequences per batch; one step gives one token for each.
+        progress: Receives the progress.
 
     Raises:
         UsageError: A length is not positive, there are fewer than 2 repeats, or a model decodes only one sequence.
@@ -99,9 +103,12 @@ def time_models(
     sessions = {
         name: DecodeSession(path, capacity=capacity, threads=threads, batch=batch) for name, path in models.items()
     }
+    track = (progress or Silent()).track
     return Runs(
-        ttft={length: _prefill_times(sessions, length, max(3, repeats // 4)) for length in prompts},
-        tpot={length: _decode_times(sessions, length, repeats) for length in contexts},
+        ttft={
+            length: _prefill_times(sessions, length, max(3, repeats // 4)) for length in track(prompts, "prompts timed")
+        },
+        tpot={length: _decode_times(sessions, length, repeats) for length in track(contexts, "contexts timed")},
     )
 
 

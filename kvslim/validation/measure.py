@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvslim.progress import Progress
 from kvslim.recipe import Gates, Validation
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import Measures, Report
 from kvslim.validation.gates import report
 from kvslim.validation.latency import Latency, measure_latency
 from kvslim.validation.quality import measure_all
-from kvslim.validation.recall import RecallItem, measure_recall
+from kvslim.validation.recall import RecallItem, compare_recall
 from kvslim.validation.rss import peak_rss
 
 GRAPH_FILES = ("model.onnx", "model.onnx_data")
@@ -29,6 +30,7 @@ class DecoderEvaluation(NamedTuple):
         settings: What is timed.
         gates: Limits.
         context: Tokens of the cache that bytes per token are counted in.
+        progress: Receives the progress.
     """
 
     windows: np.ndarray
@@ -36,6 +38,7 @@ class DecoderEvaluation(NamedTuple):
     settings: Validation
     gates: Gates
     context: int
+    progress: Progress
 
     def measure(self, plain: Path, artifact: Path) -> Report:
         """The report of an artifact next to the plain export of its model, gates judged.
@@ -48,20 +51,28 @@ class DecoderEvaluation(NamedTuple):
 
 
 def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Report:
-    windows, items, settings, gates, context = evaluation
+    windows, items, settings, gates, context, progress = evaluation
     longest = max([windows.shape[1], *(len(item.prompt) + len(item.answer) for item in items)])
     sessions = {
         name: DecodeSession(path, capacity=longest, all_positions=True)
         for name, path in (("plain", plain), ("slim", artifact))
     }
-    quality = measure_all(sessions["plain"], sessions["slim"], windows)
-    recall = {name: measure_recall(session, items) for name, session in sessions.items()}
+    quality = measure_all(sessions["plain"], sessions["slim"], windows, progress)
+    progress.stage("validate: recall")
+    recall = compare_recall(sessions["plain"], sessions["slim"], items, gates.max_recall_drop, progress)
+    found = {
+        "plain": {"recall": recall.teacher, "recall_questions": recall.questions, "recall_drop_se": 0.0},
+        "slim": {"recall": recall.student, "recall_questions": recall.questions, "recall_drop_se": recall.drop_se},
+    }
     sizes = {name: session.layout.bytes_per_token(context) for name, session in sessions.items()}
     del sessions
-    latency = measure_latency({"plain": plain, "slim": artifact}, settings.prompts, settings.contexts, settings.repeats)
+    progress.stage("validate: time and memory")
+    latency = measure_latency(
+        {"plain": plain, "slim": artifact}, settings.prompts, settings.contexts, settings.repeats, progress=progress
+    )
     measures = {
         name: _costs(path, latency[name], settings.contexts).model_copy(
-            update={**column.as_measures(), "recall": recall[name], "kv_bytes_per_token": sizes[name]}
+            update={**column.as_measures(), **found[name], "kv_bytes_per_token": sizes[name]}
         )
         for name, path, column in (("plain", plain, quality.plain), ("slim", artifact, quality.artifact))
     }

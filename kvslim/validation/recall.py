@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from kvslim.errors import UsageError
+from kvslim.progress import Progress, Silent
 from kvslim.runtime.session import DecodeSession
 
-CHUNK = 16
 SPAN = 16
 CUE = 4
+SPANS = 12  # facts of one text
+LEAST_ITEMS = 40  # questions before the verdict may be called clear
+ERROR = 0.01  # without a limit: the standard error that is small enough
+LEVEL = 0.05  # chance that a verdict that was called clear is wrong
+_SPREAD = 12.5  # makes the confidence sequence narrowest at some 100 questions
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,28 @@ class RecallItem:
     answer: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Recall:
+    """Recall of a model and of its teacher on the same questions.
+
+    Attributes:
+        teacher: Share of answer tokens that are the teacher's most likely token, given the true tokens before them.
+        student: The student's.
+        questions: Number asked.
+        drop_se: Standard error of `teacher - student` over the questions.
+    """
+
+    teacher: float
+    student: float
+    questions: int
+    drop_se: float
+
+    @property
+    def drop(self) -> float:
+        """Share of recall that the student has lost."""
+        return self.teacher - self.student
+
+
 def measure_recall(session: DecodeSession, items: Sequence[RecallItem]) -> float:
     """Share of answer tokens that are the model's most likely token, given the true tokens before them.
 
@@ -39,33 +67,116 @@ def measure_recall(session: DecodeSession, items: Sequence[RecallItem]) -> float
     Raises:
         UsageError: There are no items, one has an empty prompt or answer, or one does not fit the cache.
     """
+    _check(items)
+    return sum(_hits(session, items)) / sum(len(item.answer) for item in items)
+
+
+def compare_recall(
+    teacher: DecodeSession,
+    student: DecodeSession,
+    items: Sequence[RecallItem],
+    max_drop: float | None = None,
+    progress: Progress | None = None,
+) -> Recall:
+    """Recall of a student and its teacher, on so many of the questions as the verdict needs.
+
+    After each question a confidence interval of the recall lost is taken, which holds at all times at once, so that
+    looking often does not make a wrong verdict likelier: Waudby-Smith, Arbour, Sinha, Kennedy, Ramdas, "Time-uniform
+    central limit theory and asymptotic confidence sequences", 2024, theorem 2.2. Questions end when it lies on one
+    side of the limit; without a limit, when the standard error is at most `ERROR`.
+
+    Args:
+        teacher: Session of the plain export.
+        student: Session of the model to measure; its cache must hold a prompt with its answer, as the teacher's.
+        items: Questions, at least one.
+        max_drop: Recall that the student may lose, or None.
+        progress: Receives the progress.
+
+    Raises:
+        UsageError: As for `measure_recall`.
+    """
+    _check(items)
+    tally = _Tally()
+    asked = (progress or Silent()).track(items, "recall questions")
+    for item, *hits in zip(asked, _hits(teacher, items), _hits(student, items), strict=False):
+        tally.add(len(item.answer), *hits)
+        if tally.count >= LEAST_ITEMS and tally.is_clear(max_drop):
+            break
+    return tally.recall()
+
+
+class _Tally:
+    """Answer tokens and hits of the questions so far."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, int, int]] = []
+
+    @property
+    def count(self) -> int:
+        return len(self.rows)
+
+    def add(self, tokens: int, teacher: int, student: int) -> None:
+        self.rows.append((tokens, teacher, student))
+
+    def recall(self) -> Recall:
+        tokens, teacher, student = np.array(self.rows, dtype=np.float64).T
+        drop = (teacher - student).sum() / tokens.sum()
+        # Answers may differ in length, so this is a ratio of sums; for equal lengths it is the error of a mean.
+        rest = teacher - student - drop * tokens
+        error = math.sqrt((rest**2).sum() / max(1, self.count - 1) / self.count) / float(tokens.mean())
+        shares = [float(hits.sum() / tokens.sum()) for hits in (teacher, student)]
+        return Recall(shares[0], shares[1], self.count, error)
+
+    def is_clear(self, max_drop: float | None) -> bool:
+        recall = self.recall()
+        if max_drop is None:
+            return recall.drop_se <= ERROR
+        return abs(recall.drop - max_drop) > recall.drop_se * confidence_factor(self.count)
+
+
+def confidence_factor(count: int, level: float = LEVEL) -> float:
+    """Half the width of a confidence sequence after `count` observations, in standard errors of their mean.
+
+    The mean is at any time beyond the upper end with a chance of `level`, and so it is beyond the lower end.
+    """
+    spread = _SPREAD / count
+    return math.sqrt((1 + spread) * math.log((1 + 1 / spread) / (2 * level) ** 2))
+
+
+def _hits(session: DecodeSession, items: Sequence[RecallItem]) -> Iterator[int]:
+    """Answer tokens found, item by item; what a prompt shares with the one before it is not run again."""
+    held: tuple[int, ...] = ()
+    session.reset()
+    for item in items:
+        text, question = item.prompt[:-CUE], item.prompt[-CUE:]
+        start = session.keep_shared(held, text)
+        if start < len(text):
+            session.prefill(text[start:])
+        guesses = session.step((*question, *item.answer[:-1]), last=len(item.answer)).argmax(axis=-1)
+        held = (*item.prompt, *item.answer[:-1])
+        yield int(np.equal(guesses, item.answer).sum())
+
+
+def _check(items: Sequence[RecallItem]) -> None:
     if not items or not all(item.prompt and item.answer for item in items):
         raise UsageError("recall needs prompts with answers", where="recall items", fix="pass at least one full item")
-    hits = sum(_hits(session, item) for item in items)
-    return hits / sum(len(item.answer) for item in items)
-
-
-def _hits(session: DecodeSession, item: RecallItem) -> int:
-    session.reset()
-    guesses = [session.prefill(item.prompt, chunk=CHUNK).argmax()]
-    if len(item.answer) > 1:
-        guesses.extend(session.step(item.answer[:-1]).argmax(axis=-1))
-    return int(np.equal(guesses, item.answer).sum())
 
 
 def repeated_spans(
     windows: npt.NDArray[np.int64], *, count: int, distance: int, seed: int = 0
 ) -> tuple[RecallItem, ...]:
-    """Recall items for any model: random tokens, ordinary text, then the same random tokens again.
+    """Recall items for any model: random tokens hidden in ordinary text, and at its end the same random tokens again.
 
-    The first `CUE` tokens of the second copy belong to the prompt and show where to look; the other `SPAN - CUE` are
-    the answer. A span is drawn evenly from the distinct tokens of the text, so that word frequencies do not help. A
-    token that starts every window (a BOS) starts every item and is never drawn.
+    A text hides up to `SPANS` spans, spread over its first half, and each of them makes an item. So the items of a
+    text share all of the prompt but its end, and a cache needs to read the text only once. The first `CUE` tokens of
+    the second copy belong to the prompt and show where to look; the other `SPAN - CUE` are the answer. A span is drawn
+    evenly from the distinct tokens of the text, so that word frequencies do not help. A token that starts every window
+    (a BOS) starts every item and is never drawn.
 
     Args:
         windows: Ordinary text, token ids [n, length], from which spans and filler are taken.
         count: Items to make.
-        distance: Tokens of text between the two copies.
+        distance: Tokens between the two copies of the first span of a text; of the last span about half as many.
         seed: Seed of the draws; the same arguments give the same items.
 
     Returns:
@@ -80,13 +191,21 @@ def repeated_spans(
     start = (int(windows[0, 0]),) if has_bos else ()
     text = windows[:, len(start) :].reshape(-1)
     generator = np.random.default_rng(seed)
-    return tuple(_repeated_span(text, start, distance, generator) for _ in range(count))
+    items: list[RecallItem] = []
+    while len(items) < count:
+        items.extend(_items_of_a_text(text, start, distance, generator))
+    return tuple(items[:count])
 
 
-def _repeated_span(
+def _items_of_a_text(
     text: npt.NDArray[np.int64], start: tuple[int, ...], distance: int, generator: np.random.Generator
-) -> RecallItem:
+) -> list[RecallItem]:
     tokens = np.unique(text)
-    span = tuple(generator.choice(tokens, size=SPAN, replace=len(tokens) < SPAN).tolist())
-    filler = np.resize(np.roll(text, -int(generator.integers(len(text)))), distance)
-    return RecallItem(prompt=(*start, *span, *filler.tolist(), *span[:CUE]), answer=span[CUE:])
+    count = min(SPANS, 1 + distance // 2 // SPAN)
+    spans = [generator.choice(tokens, size=SPAN, replace=len(tokens) < SPAN) for _ in range(count)]
+    filler = np.resize(np.roll(text, -int(generator.integers(len(text)))), distance - (count - 1) * SPAN)
+    places = np.linspace(0, max(0, distance // 2 - (count - 1) * SPAN), count).astype(int)
+    pieces = np.split(filler, places[1:])
+    hidden = np.concatenate([part for pair in zip(spans, pieces, strict=True) for part in pair])
+    prompt = (*start, *hidden.tolist())
+    return [RecallItem((*prompt, *span[:CUE].tolist()), tuple(span[CUE:].tolist())) for span in spans]
