@@ -182,7 +182,9 @@ def test_centre_of_all_values_changes_no_logits_when_nothing_is_rounded(
 
 
 @pytest.mark.parametrize("methods", [(KvQuant(bits=4),), (KvPca(), KvHdc(bits=4, granularity="per_channel"))])
-def test_values_are_centred_when_most_attention_falls_on_one_value(methods: tuple[KvQuant | KvPca | KvHdc, ...]) -> None:
+def test_values_are_centred_when_most_attention_falls_on_one_value(
+    methods: tuple[KvQuant | KvPca | KvHdc, ...],
+) -> None:
     statistics = statistics_of(SPEC)
     sinks = np.full_like(statistics.sink_values, 0.3 * statistics.value_samples.std())
     statistics = replace(statistics, sink_values=sinks, sink_mass=np.full_like(statistics.sink_mass, 0.9))

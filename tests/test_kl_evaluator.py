@@ -19,7 +19,7 @@ from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Silent
 from kvslim.transform import compensate, kl_evaluator
 from kvslim.transform.edits import LayerEdit
-from kvslim.transform.kl_evaluator import KLEvaluator, held_out_windows, probe_windows
+from kvslim.transform.kl_evaluator import KLEvaluator, chained, held_out_windows, probe_windows
 from kvslim.transform.surgery import trial
 from kvslim.types import LayerPlan, Plan
 from kvslim.validation.recall import RecallItem
@@ -120,6 +120,15 @@ def test_recall_is_whole_when_answers_are_what_the_model_says(prepared: Prepared
     right = [RecallItem(prompt, (answer,)) for prompt, answer in zip(prompts, said, strict=True)]
     wrong = [RecallItem(prompt, ((answer + 1) % 200,)) for prompt, answer in zip(prompts, said, strict=True)]
     assert (evaluator.recall((), right), evaluator.recall((), wrong)) == (1.0, 0.0)
+
+
+def test_questions_of_one_text_are_asked_in_one_run() -> None:
+    text = tuple(range(20))
+    items = [RecallItem((*text, 50, 51), (60, 61)), RecallItem((*text, 52, 53), (62,)), RecallItem((7, 8), (9,))]
+    (shared, answers), (alone, answer) = chained(items)
+    assert shared.tolist() == [*text, 50, 51, 60, 61, 52, 53, 62]
+    assert shared[answers].tolist() == [60, 61, 62]
+    assert (alone.tolist(), answer.tolist()) == ([7, 8, 9], [2])
 
 
 def test_probe_windows_are_fewer_when_the_model_is_larger() -> None:

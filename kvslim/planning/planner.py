@@ -153,9 +153,13 @@ class Planner:
         return [self._maker.altered(layer, alterations.get(index, ())) for index, layer in enumerate(layers)]
 
     def _allocated(self, budget: float, bits: int) -> Planned | None:
-        """The best of the plans within a budget that are made of each kind of candidates."""
-        found = {layers: None for offered in self.offered[bits] if (layers := self._filled(budget, offered))}
-        return min(map(self._planned, found), key=_divergence, default=None)
+        """The best of the plans within a budget: codes alone, or the kind of candidates that is expected to lose least."""
+        found = [layers for offered in self.offered[bits] if (layers := self._filled(budget, offered))]
+        if not found:
+            return None
+        # Alterations do more together than each alone, so the best of them must beat the first, which has none.
+        likely = dict.fromkeys((found[0], min(found, key=_expected)))
+        return min(map(self._planned, likely), key=_divergence)
 
     def _filled(self, budget: float, offered: Layers) -> tuple[LayerPlan, ...] | None:
         """The best candidate of each layer within a budget; None if none fits."""
@@ -220,6 +224,11 @@ def _check(probes: Probes, spec: ModelSpec, context: int, *, timed: bool) -> Non
 
 def _with_reason(layer: LayerPlan, reason: str) -> LayerPlan:
     return layer.model_copy(update={"reason": reason})
+
+
+def _expected(layers: Sequence[LayerPlan]) -> float:
+    """Sum of what the layers are expected to lose, each alone."""
+    return sum(layer.score or 0.0 for layer in layers)
 
 
 def _divergence(planned: Planned) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -92,23 +93,47 @@ class KLEvaluator:
         """Share of answer tokens that the model finds most likely, with codes if there are any."""
         hits = count = 0
         codes = codes or tuple(LayerEdit() for _ in self.layers)
-        with trial(self.model, self.architecture, codes), torch.inference_mode():
-            for item in items:
-                ids = torch.tensor([[*item.prompt, *item.answer]])
-                logits = self.model(input_ids=ids, use_cache=False).logits[0, len(item.prompt) - 1 : -1]
-                hits += int((logits.argmax(-1) == torch.tensor(item.answer)).sum())
-                count += len(item.answer)
+        with trial(self.model, self.architecture, codes):
+            for tokens, places in chained(items):
+                guesses = self._logits(tokens[None], places - 1)[0].argmax(-1)
+                hits += int((guesses == tokens[places]).sum())
+                count += len(places)
         return hits / count
 
     def _log_probabilities(self, batch: Tensor) -> Tensor:
+        places = torch.arange(self.stride - 1, batch.shape[1], self.stride)
+        return self._logits(batch, places).float().log_softmax(-1)
+
+    def _logits(self, batch: Tensor, places: Tensor) -> Tensor:
+        """Logits at some places of a batch [n, length]: those of all others would cost more than the layers."""
         head = self.model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, self.stride - 1 :: self.stride],))
+        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, places],))
         try:
             with torch.inference_mode():
                 logits: Tensor = self.model(input_ids=batch, use_cache=False).logits
         finally:
             hook.remove()
-        return logits.float().log_softmax(-1)
+        return logits
+
+
+def chained(items: Sequence[Question]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Texts with all questions that are asked of them behind them, one after the other: token ids, and answers' places.
+
+    What questions share is run once. Questions belong to one text where they share more than half of their prompts.
+    """
+    tokens: list[int] = []
+    places: list[int] = []
+    text: tuple[int, ...] = ()
+    for item in items:
+        shared = len(os.path.commonprefix([text, tuple(item.prompt)]))
+        if 2 * shared <= len(item.prompt):
+            if tokens:
+                yield torch.tensor(tokens), torch.tensor(places)
+            tokens, places, text, shared = [], [], tuple(item.prompt), 0
+        tokens += item.prompt[shared:]
+        places += range(len(tokens), len(tokens) + len(item.answer))
+        tokens += item.answer
+    yield torch.tensor(tokens), torch.tensor(places)
 
 
 @contextmanager
