@@ -153,7 +153,7 @@ class Planner:
         return [self._maker.altered(layer, alterations.get(index, ())) for index, layer in enumerate(layers)]
 
     def _allocated(self, budget: float, bits: int) -> Planned | None:
-        """The best of the plans within a budget: codes alone, or the kind of candidates that is expected to lose least."""
+        """The best plan within a budget: of codes alone, or of the candidates that are expected to lose least."""
         found = [layers for offered in self.offered[bits] if (layers := self._filled(budget, offered))]
         if not found:
             return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -125,7 +124,7 @@ def chained(items: Sequence[Question]) -> Iterator[tuple[Tensor, Tensor]]:
     places: list[int] = []
     text: tuple[int, ...] = ()
     for item in items:
-        shared = len(os.path.commonprefix([text, tuple(item.prompt)]))
+        shared = _shared(text, item.prompt)
         if 2 * shared <= len(item.prompt):
             if tokens:
                 yield torch.tensor(tokens), torch.tensor(places)
@@ -134,6 +133,12 @@ def chained(items: Sequence[Question]) -> Iterator[tuple[Tensor, Tensor]]:
         places += range(len(tokens), len(tokens) + len(item.answer))
         tokens += item.answer
     yield torch.tensor(tokens), torch.tensor(places)
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of what two token sequences begin with alike."""
+    length = min(len(first), len(second))
+    return next((place for place in range(length) if first[place] != second[place]), length)
 
 
 @contextmanager
