@@ -339,7 +339,7 @@ def test_recipes_lists_and_prints(run: Run) -> None:
     listed = set(json.loads(run("recipes", "--json")[1])["recipes"])
     assert listed == set(shipped_recipes()) >= {"lossless", "balanced", "small"}
     assert "balanced" in run("recipes")[1]
-    assert yaml.safe_load(run("recipes", "balanced")[1])["methods"]
+    assert yaml.safe_load(run("recipes", "balanced")[1])["budget"]
     assert yaml.safe_load(run("recipes", "small")[1])["budget"] == {"kv_ratio": 8}
 
 

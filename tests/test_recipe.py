@@ -30,7 +30,7 @@ def test_number_is_read_when_yaml_takes_it_for_a_string(tmp_path: Path, text: st
 
 def test_overrides_reach_every_depth() -> None:
     recipe = load_recipe(
-        "balanced",
+        "lossless",
         ["weights=int4", "calibration.samples=7", "methods.kv_quant.granularity=per_tensor", "gates.max_kl=null"],
     )
     assert recipe.weights == WeightFormat(type="int4")

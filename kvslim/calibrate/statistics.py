@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -71,6 +71,12 @@ class CalibrationStatistics(HeadStatistics):
     age_mass: Array
     windows: Array
     loss_mask: Array
+
+    def thinned(self, step: int) -> CalibrationStatistics:
+        """The same with every `step`-th of the sampled tokens alone."""
+        names = ("key_samples", "value_samples", "received")
+        some = {name: getattr(self, name)[:, :, ::step] for name in names}
+        return replace(self, positions=self.positions[::step], **some)
 
     def arrays(self) -> dict[str, Array]:
         """The fields by name, as they are stored."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from kvslim.recipe import Recipe
 
 REACH = 4  # how many layers back a source is looked for
+THINNED = 4  # every so many samples are enough to say which pairs are near
 PROPOSED = 8  # pairs whose KL is measured before each choice
 Sources = dict[int, int]
 
@@ -168,9 +169,10 @@ class ShareKv(Method):
 
 
 def distances(spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> dict[tuple[int, int], Distance]:
-    """How far each layer is from the earlier ones near it whose cache it could read."""
+    """How far each layer is from the earlier ones near it whose cache it could read, by some of the samples."""
+    some = statistics.thinned(THINNED)
     return {
-        (layer.layer, source.layer): distance(spec, statistics, layer, source)
+        (layer.layer, source.layer): distance(spec, some, layer, source)
         for layer in plan.layers
         for source in plan.layers[max(0, layer.layer - REACH) : layer.layer]
         if lack_of(spec, plan, layer, source) is None
