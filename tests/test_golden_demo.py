@@ -37,7 +37,7 @@ def test_balanced_keeps_its_promises(demo_artifact: ArtifactOf) -> None:
     assert (report.ratio.kv_bytes_per_token or 1) <= 1 / 5
     assert (report.artifact.kl_mean or 1) <= 0.01
     assert (report.plain.recall or 0) >= 0.95
-    assert (report.plain.recall or 0) - (report.artifact.recall or 0) <= 0.01
+    assert (report.plain.recall or 0) - (report.artifact.recall or 0) <= 0.02
 
 
 def test_lossless_keeps_its_promises(demo_artifact: ArtifactOf) -> None:

@@ -47,7 +47,8 @@ def recipes(
 ) -> Iterator[Values]:
     """The model under each shipped recipe, next to its plain export, as `kvslim compress` measures it."""
     for place, name in enumerate(names):
-        report = compress(source.model, load_recipe(name, overrides), source.folder / name).report
+        texts = f"calibration.source={source.calibration}", f"validation.source={source.validation}"
+        report = compress(source.model, load_recipe(name, (*overrides, *texts)), source.folder / name).report
         assert report is not None
         if not place:
             yield {"column": "plain", **flattened(report.plain)}
