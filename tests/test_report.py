@@ -9,12 +9,13 @@ from xml.etree import ElementTree
 import pytest
 from support.tiny_report import PLAIN, SPEC, manifest
 
+from kvslim.report.advice import passing_budget
 from kvslim.report.chart import LEFT, RIGHT, Axis, Rule, Series, chart
 from kvslim.report.figures import figures
 from kvslim.report.junit import junit_xml
 from kvslim.report.layer_map import layer_map
 from kvslim.report.page import artifact_page
-from kvslim.types import GateResult, KVLayout, Measures, Plan
+from kvslim.types import GateResult, KVLayout, Measures, Plan, PlanPoint
 
 TOKENS, MILLISECONDS = Axis("tokens", base=2), Axis("ms")
 
@@ -151,3 +152,24 @@ def test_junit_has_one_case_per_gate_and_a_failure_with_value_and_limit() -> Non
     assert [case.get("name") for case in suite] == [gate.name for gate in gates]
     messages = [failure.get("message") for failure in suite.iter("failure")]
     assert messages == ["max_kl: 0.02, limit 0.01", "max_recall_drop: not measured, limit 0.01"]
+
+
+def test_failed_gate_names_the_size_that_is_expected_to_pass() -> None:
+    failed = manifest(kl=0.02, limit=0.01)
+    size = failed.report.artifact.kv_bytes_per_token if failed.report else None
+    points = tuple(
+        PlanPoint(cache="int4", kv_bytes_per_token=(size or 0) * 8 / ratio, kv_ratio=ratio, time_ratio=0.9, kl=kl)
+        for ratio, kl in ((4, 0.001), (5.337, 0.004), (8, 0.01), (16, 0.1))
+    )
+    # The artifact lost twice what was expected of its size, so twice 0.004 is the most that passes.
+    assert passing_budget(failed.model_copy(update={"frontier": points})) == "--kv-ratio 5.33"
+    assert passing_budget(failed.model_copy(update={"frontier": points[2:]})) is None
+
+
+def test_failed_gate_names_the_planner_when_it_has_not_run() -> None:
+    failed = manifest(kl=0.02, limit=0.01).model_copy(update={"frontier": ()})
+    assert passing_budget(failed) == "--max-kl 0.01"
+
+
+def test_no_size_is_named_when_the_gate_passed() -> None:
+    assert passing_budget(manifest(kl=0.002, limit=0.01)) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +42,7 @@ def compress(
     typed = read_recipe(recipe, overrides or (), read_budget(kv_ratio, kv_mib_at, time_ratio, max_kl, max_recall_drop))
     decisions = read_plan(plan) if plan else None
     from kvslim import api
+    from kvslim.report.advice import passing_budget
     from kvslim.report.tables import gates_table, report_table
 
     with console.library_output_on_stderr():
@@ -54,4 +56,6 @@ def compress(
     elif report:
         console.print_tables(report_table(report), gates_table(report.gates))
     console.hint(f"written to {out}")
-    return verdict(manifest.passed, report.gates if report else (), str(out))
+    budget = passing_budget(manifest)
+    passing = None if budget is None else f"kvslim compress {shlex.join([model, '-o', str(out)])} --force {budget}"
+    return verdict(manifest.passed, report.gates if report else (), str(out), passing)

@@ -44,14 +44,22 @@ class FileAccessError(KvslimError):
     exit_code = 2
 
 
-def verdict(passed: bool | None, gates: Sequence[GateResult], where: str) -> int:
-    """The exit code of an artifact. Failed gates are named on stderr, because stdout already holds the result."""
+def verdict(passed: bool | None, gates: Sequence[GateResult], where: str, passing: str | None = None) -> int:
+    """The exit code of an artifact. Failed gates are named on stderr, because stdout already holds the result.
+
+    Args:
+        passed: Whether all gates passed; None where none was checked.
+        gates: What was checked.
+        where: The artifact.
+        passing: The command that is expected to pass, where one is known.
+    """
     if passed is not False:
         return 0
     failed = ", ".join(
         f"{gate.name} {_number(gate.value)} against {_number(gate.limit)}" for gate in gates if not gate.passed
     )
-    fix = "use a milder recipe, or set the gates to what the task needs; the artifact is kept and marked as failed"
+    milder = "use a milder recipe" if passing is None else f"run `{passing}`, which is expected to pass"
+    fix = f"{milder}, or set the gates to what the task needs; the artifact is kept and marked as failed"
     error = GateError(f"gate failed: {failed}", where=where, fix=fix)
     console.print_error(error)
     return error.exit_code
