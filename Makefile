@@ -2,6 +2,7 @@
 # make test-eval: tasks, against the harness's own model; installs lm-eval and what it needs, some 500 MB.
 # make bench: the benchmark NAME, or the list of all; its table and its rows in build/benchmarks.
 # make real: brings a real model (SmolLM2-135M-Instruct, 93 MB) and measures the README's first table on it.
+# make test-thorough: the tests that take minutes each.
 # make test-benchmarks: a quick run of every benchmark; takes minutes.
 # make test-clients: every artifact in every client of docs/clients.md, each in an environment of its own; needs Node.
 # On a machine whose index offers torch with CUDA only, save gigabytes with
@@ -14,10 +15,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 PROMPT ?= Here is a story of Mira and Oren. Mira's lamp is red. Oren's lamp is blue. Question: what colour is Mira's lamp? Answer:
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-only test-eval test-benchmarks test-clients bench real
+.PHONY: help demo test lint test-only test-eval test-thorough test-benchmarks test-clients bench real
 
 help:
-	@echo "make demo | test | lint | test-only | test-eval | test-benchmarks | test-clients | bench NAME=codecs | real"
+	@echo "make demo | test | lint | test-only | test-eval | test-thorough | test-benchmarks | test-clients | bench NAME=codecs | real"
 
 demo: $(VENV)/.installed
 	$(BIN)/kvslim compress demo --out artifacts/demo --force
@@ -35,6 +36,9 @@ test-only: $(VENV)/.installed-dev
 
 test-eval: $(VENV)/.installed-eval
 	KVSLIM_REQUIRE_EVAL=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n0 tests/test_eval.py
+
+test-thorough: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m thorough
 
 test-benchmarks: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n0 tests/test_benchmarks.py -m ""

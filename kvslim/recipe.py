@@ -269,7 +269,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 def _nested(data: dict[str, Any], key: str) -> Any:
     if key == "weights" and isinstance(data.get(key), str):
         data[key] = {"type": data[key]}
-    return data.setdefault(key, {})
+    return data.setdefault(key, [] if key == "methods" else {})
 
 
 def _methods_by_name(entries: list[Any], name: str) -> dict[str, Any]:
@@ -280,7 +280,8 @@ def _methods_by_name(entries: list[Any], name: str) -> dict[str, Any]:
             entry[name] = entry[name] or {}
             return entry[name]
     names = [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
-    raise UsageError(f"this recipe has no method {name!r}", where="--set", fix=suggestion(name, names))
+    fix = suggestion(name, names) if names else "list it in the recipe's methods, without a budget"
+    raise UsageError(f"this recipe has no method {name!r}", where="--set", fix=fix)
 
 
 def _one_line(error: Exception) -> str:

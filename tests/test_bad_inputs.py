@@ -276,7 +276,12 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "hdc_bits_unknown": (lambda i: i.recipe("methods: [{kv_hdc: {bits: 5}}]"), USAGE, "bits"),
     "set_without_value": (lambda i: i.settings("weights"), USAGE, "--set"),
     "set_unknown_key": (lambda i: i.settings("calibration.sample=4"), USAGE, "calibration.sample"),
-    "set_unknown_method": (lambda i: i.settings("methods.kv_pc.rank=8"), USAGE, "'kv_pca'"),
+    "set_unknown_method": (
+        lambda i: i.compress("-r", "lossless", "--set", "methods.kv_quan.bits=8"),
+        USAGE,
+        "'kv_quant'",
+    ),
+    "set_method_of_a_budget": (lambda i: i.settings("methods.kv_pca.rank=8"), USAGE, "no method 'kv_pca'"),
     "set_broken_yaml": (lambda i: i.settings("weights=[1"), USAGE, "--set"),
     "samples_negative": (lambda i: i.settings("calibration.samples=-1"), USAGE, "calibration.samples"),
     "context_too_long": (lambda i: i.settings("validation.contexts=[4096]"), USAGE, "validation.contexts"),

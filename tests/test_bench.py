@@ -182,9 +182,9 @@ def test_energy_per_token_is_counted_over_the_timed_runs(zones: Zones, artifacts
     counter = zones(package_0=0) / "intel-rapl:0" / "energy_uj"
     step, used = DecodeSession.step, iter(range(1000, 10**6, 1000))
 
-    def spending(self: DecodeSession, tokens: np.ndarray) -> np.ndarray:
+    def spending(self: DecodeSession, tokens: np.ndarray, last: int | None = None) -> np.ndarray:
         counter.write_text(str(next(used)))
-        return step(self, tokens)
+        return step(self, tokens, last)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DecodeSession, "step", spending)

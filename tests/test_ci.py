@@ -51,6 +51,7 @@ def run_script(folder: Path, max_kl: float) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.golden
 @pytest.mark.timeout(900)  # minutes on a busy machine
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")

@@ -99,6 +99,7 @@ print(*verify(out), *sorted(path.name for path in folder.iterdir()), flush=True)
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_nothing_looks_finished_when_killed_at_random_moments(tiny_llama: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", RANDOM_DRIVER, str(tiny_llama), str(tmp_path), str(KILLS)]

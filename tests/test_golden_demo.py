@@ -117,6 +117,7 @@ def windows_of(count: int, length: int) -> np.ndarray:
     return np.stack([tokenizer(text).input_ids[:length] for text in heldout_text(count, words=length)])
 
 
+@pytest.mark.thorough
 def test_balanced_objective_beats_key_pca_at_the_same_rank(tmp_path: Path) -> None:
     plain, windows = plain_export(tmp_path / "plain"), windows_of(4, 512)
     balanced, key = (
@@ -125,6 +126,7 @@ def test_balanced_objective_beats_key_pca_at_the_same_rank(tmp_path: Path) -> No
     assert 0 < balanced < key
 
 
+@pytest.mark.thorough
 def test_full_rank_reproduces_the_plain_logits(tmp_path: Path) -> None:
     plain, (window,) = plain_export(tmp_path / "plain"), windows_of(1, 256)
     prepared = open_prepared(
@@ -134,6 +136,7 @@ def test_full_rank_reproduces_the_plain_logits(tmp_path: Path) -> None:
     np.testing.assert_allclose(cached_logits(tmp_path / "full", window), cached_logits(plain, window), atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_short_calibration_serves_a_long_context(tmp_path: Path) -> None:
     """RoPE-aware moments: 256 tokens of calibration cost at most half as much again as 2,048, judged at 2,048."""
     plain, windows = plain_export(tmp_path / "plain"), windows_of(2, 2048)

@@ -28,7 +28,14 @@ def report_of(shared: Path, recipe: str, out: Path) -> Report:
     return report
 
 
-@pytest.mark.parametrize(("recipe", "most"), [("lossless", 0.001), ("balanced", 0.01), ("small", 0.05)])
+@pytest.mark.parametrize(
+    ("recipe", "most"),
+    [
+        ("lossless", 0.001),
+        pytest.param("balanced", 0.01, marks=pytest.mark.thorough),
+        pytest.param("small", 0.05, marks=pytest.mark.thorough),
+    ],
+)
 def test_divergence_stays_small_on_held_out_prose(shared: Path, tmp_path: Path, recipe: str, most: float) -> None:
     report = report_of(shared, recipe, tmp_path / "out")
     assert report.artifact.kl_mean is not None

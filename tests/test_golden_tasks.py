@@ -10,6 +10,7 @@ from benchmarks.quality.tasks import tasks
 from benchmarks.subjects import SUBJECTS
 
 
+@pytest.mark.thorough
 @pytest.mark.golden
 @pytest.mark.timeout(900)  # minutes on a busy machine
 def test_each_task_keeps_other_heads_and_loses_less_on_its_own(tmp_path: Path) -> None:

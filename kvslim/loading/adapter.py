@@ -110,7 +110,7 @@ def base_of(folder: Path) -> str:
     if not isinstance(base, str) or not base:
         fix = "set base_model_name_or_path to the folder or the hub id of the model"
         raise ModelError(f"{ADAPTER_CONFIG} names no base model", where=str(folder), fix=fix)
-    for path in (Path(base).expanduser(), folder / base):
+    for path in (folder / base, Path(base).expanduser()):
         if path.is_dir():
             return str(path)
     return f"{base}@{config['revision']}" if config.get("revision") else base
