@@ -79,7 +79,7 @@ def test_graph_without_heads_equals_torch_with_their_means(tmp_path: Path, famil
     prepared.calibration = fitting, fitting
     statistics = prepared.statistics
     prepared.install(prepared.codes(plan))
-    prepared.export_plain(tmp_path)
+    prepared.export(plan, tmp_path)
     ids, mask = pad(TEXTS[:4])
     found = EncoderSession(tmp_path).hidden_states(ids, mask)
     plans = (plan, plan_of(ALL, ALL))

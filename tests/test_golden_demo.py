@@ -31,6 +31,7 @@ def report_of(folder: Path) -> Report:
     return report
 
 
+@pytest.mark.thorough
 def test_balanced_keeps_its_promises(demo_artifact: ArtifactOf) -> None:
     report = report_of(demo_artifact("balanced"))
     assert report.passed
@@ -80,7 +81,7 @@ def test_kl_of_the_plan_in_torch_is_that_of_the_graph(demo_artifact: ArtifactOf,
 
 
 def test_genai_says_what_we_say(demo_artifact: ArtifactOf) -> None:
-    folder = demo_artifact("balanced")
+    folder = demo_artifact("small")
     tokenizer = load_tokenizer(folder)
     (question,) = recall_questions(1, 300, lambda text: len(tokenizer.encode(text).ids))
     prompt = tokenizer.encode(question.prompt).ids
