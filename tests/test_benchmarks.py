@@ -17,7 +17,7 @@ from support.tiny_encoders import save_encoder
 
 from benchmarks import registry, render, rows, runner
 from benchmarks.models import OpenModel
-from benchmarks.subjects import SMOLLM2, SUBJECTS, Source, Subject
+from benchmarks.subjects import SUBJECTS, Source, Subject
 from kvslim.types import Plan
 
 BENCHMARKS = registry.load()
@@ -142,23 +142,23 @@ def test_last_run_of_each_subject_is_shown(tmp_path: Path) -> None:
 
 
 def test_list_names_benchmarks_and_why_a_subject_is_skipped(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.delenv(SMOLLM2, raising=False)
+    monkeypatch.setattr("benchmarks.subjects.SMOLLM2", tmp_path / "none.gguf")
     runner.main(["--list"])
     text = capsys.readouterr().out
     assert [name for name in (*BENCHMARKS, *SUBJECTS) if f"\n{name} " not in f"\n{text}"] == []
-    assert f"(skipped: {SMOLLM2} does not name its folder" in text
+    assert "(skipped: no build/real/smollm2.gguf" in text
 
 
 def test_subject_that_is_not_here_is_skipped_or_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.delenv(SMOLLM2, raising=False)
+    monkeypatch.setattr("benchmarks.subjects.SMOLLM2", tmp_path / "none.gguf")
     benchmark = registry.Benchmark("sample", ("smollm2", "demo"), iter, str, {})
     assert [subject.name for subject in runner.subjects_of(benchmark, None)] == ["demo"]
     assert "smollm2 skipped" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="does not name its folder"):
+    with pytest.raises(SystemExit, match=r"no build/real/smollm2\.gguf"):
         runner.subjects_of(benchmark, "smollm2")
     with pytest.raises(SystemExit, match="does not take families"):
         runner.subjects_of(benchmark, "families")

@@ -17,6 +17,7 @@ from kvslim.planning.planner import Planner
 from kvslim.planning.trials import keeping_recall
 from kvslim.planning.windows import WindowTrials
 from kvslim.prepared.decoder import PreparedDecoder
+from kvslim.transform.kl_evaluator import KLEvaluator
 from kvslim.types import KVLayout
 
 CONTEXT = 128
@@ -130,8 +131,12 @@ def test_no_window_is_offered_when_it_costs_too_much(
     assert planner.offered == whole
 
 
-def test_planner_offers_windows_where_the_text_allows(tiny_llama: Path) -> None:
-    """The text has windows of 48 tokens, and its questions reach back far enough for all of these."""
+def test_planner_offers_windows_where_the_text_allows(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text has windows of 48 tokens, and its questions reach back far enough for all of these.
+
+    A random model recalls by chance, so here no window costs recall.
+    """
+    monkeypatch.setattr(KLEvaluator, "recall", lambda *_: 1.0)
     validation = VALIDATION.model_copy(update={"recall_distance": 32})
     recipe = recipe_of().model_copy(update={"validation": validation})
     planner = planner_of_model(open_prepared(tiny_llama, recipe).trials(), 80)
