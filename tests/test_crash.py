@@ -113,7 +113,13 @@ def test_nothing_looks_finished_when_killed_at_random_moments(tiny_llama: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [
+        (signal.SIGKILL, -signal.SIGKILL),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.thorough),
+    ],
+)
 def test_nothing_looks_finished_when_stopped_at_any_stage(
     tiny_llama: Path, tmp_path: Path, how: signal.Signals, code: int
 ) -> None:
