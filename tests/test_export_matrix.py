@@ -10,6 +10,7 @@ import pytest
 from support.models import (
     cached_logits,
     export_slim,
+    exported,
     open_prepared,
     original_logits,
     recipe_of,
@@ -19,7 +20,6 @@ from support.models import (
 from support.tiny_decoders import CONFIGS, FAMILIES
 
 from kvslim.caches import FullCache
-from kvslim.checks import check_plan
 from kvslim.methods import (
     METHODS,
     ClusterHeads,
@@ -99,15 +99,9 @@ def test_graph_equals_torch_when_keys_and_values_have_residuals_of_different_ran
     halves = FullCache(rank=8, residual=8, value_rank=16, value_residual=0, rotation=0, stored="int4", centred=True)
     layers = tuple(LayerPlan(layer=layer, cache=halves) for layer in range(prepared.spec.layers))
     plan = Plan(layers=layers)
-    check_plan(plan, prepared.spec)
-    tokens = tokens_of(prepared)
-    prepared.install(prepared.codes(plan))
-    (tmp_path / "slim").mkdir()
-    prepared.export(plan, tmp_path / "slim")
-    slim = torch_logits(prepared, tokens)
+    tokens, slim = tokens_of(prepared), exported(prepared, plan, tmp_path / "slim")
     effect = np.abs(slim - original_logits(tiny_model(family), tokens)).max()
     assert effect > 1e-4
-    assert layout_of(open_session(tmp_path / "slim")) == KVLayout.of(prepared.spec, plan)
     assert np.abs(cached_logits(tmp_path / "slim", tokens) - slim).max() < 0.1 * effect
 
 

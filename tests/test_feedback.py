@@ -6,11 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.models import (
+    cached_logits,
+    exported,
+    open_prepared,
+    original_logits,
+    recipe_of,
+    tokens_of,
+    torch_logits,
+)
+from support.numbers_of_a_model import SPEC, statistics_of
 
 from kvslim.caches import FullCache
 from kvslim.calibrate.recording import SINKS
 from kvslim.checks import check_plan
-from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
 from kvslim.methods.feedback import feedback, has_feedback, mixing
 from kvslim.methods.fitting import fit
@@ -19,30 +28,9 @@ from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_quant import KvQuant, key_rounding_error, value_rounding_error
 from kvslim.methods.rounding import fit_steps, rounded
 from kvslim.planning.cost import Choice, SideCosts
-from kvslim.runtime.opening import layout_of, open_session
 from kvslim.transform.edits import LayerEdit, LinearCode
-from kvslim.types import KVLayout, LayerPlan, Plan
-from tests.support.models import (
-    cached_logits,
-    open_prepared,
-    original_logits,
-    recipe_of,
-    tokens_of,
-    torch_logits,
-)
-from tests.support.numbers_of_a_model import statistics_of
+from kvslim.types import LayerPlan, Plan
 
-SPEC = ModelSpec(
-    model_type="llama",
-    layers=2,
-    hidden_size=64,
-    q_heads=4,
-    kv_heads=2,
-    head_dim=16,
-    vocab_size=99,
-    max_context=512,
-    windows=(None, None),
-)
 SPREAD = 4.0 ** -np.arange(16)[None] * np.array([[1.0], [3.0]])  # eigenvalues of two heads: a wide spectrum
 
 
@@ -157,15 +145,9 @@ def test_graph_equals_torch_when_halves_are_rounded_with_feedback(
     prepared = open_prepared(tiny_model(family), recipe_of())
     cache = FullCache(rank=16, rotation=0, stored="int4", centred=True, value_centred=True, feedback=True)
     plan = Plan(layers=tuple(LayerPlan(layer=layer, cache=cache) for layer in range(prepared.spec.layers)))
-    check_plan(plan, prepared.spec)
-    tokens = tokens_of(prepared)
-    prepared.install(prepared.codes(plan))
-    (tmp_path / "slim").mkdir()
-    prepared.export(plan, tmp_path / "slim")
-    slim = torch_logits(prepared, tokens)
+    tokens, slim = tokens_of(prepared), exported(prepared, plan, tmp_path / "slim")
     effect = np.abs(slim - original_logits(tiny_model(family), tokens)).max()
     assert effect > 1e-4
-    assert layout_of(open_session(tmp_path / "slim")) == KVLayout.of(prepared.spec, plan)
     assert np.abs(cached_logits(tmp_path / "slim", tokens) - slim).max() < 0.1 * effect
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import ModelError, NotFoundError, UnsupportedError
-from kvslim.loading.snapshot import Snapshot, Unread
+from kvslim.loading.snapshot import Snapshot, Unread, folder_files
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -43,8 +43,7 @@ class AdapterSnapshot(Snapshot):
 
     def files(self) -> list[Path]:
         """The adapter's files, and the base model's."""
-        own = [path for kind in ("*.json", "*.safetensors", "*.jinja") for path in sorted(self.path.glob(kind))]
-        return own + self.base.files()
+        return folder_files(self.path) + self.base.files()
 
     def config(self) -> dict[str, Any]:
         """The base model's config."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvslim.errors import ModelError, NotFoundError
 from kvslim.loading.multimodal import is_multimodal, language_config, language_tensors
 from kvslim.loading.quantised import check_scheme, dequantised
-from kvslim.loading.snapshot import Snapshot, Unread
+from kvslim.loading.snapshot import Snapshot, Unread, folder_files
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -35,7 +35,7 @@ class FolderSnapshot(Snapshot):
 
     def files(self) -> list[Path]:
         """All JSON, safetensors and template files."""
-        return [path for kind in ("*.json", "*.safetensors", "*.jinja") for path in sorted(self.path.glob(kind))]
+        return folder_files(self.path)
 
     def config(self) -> dict[str, Any]:
         """config.json, or the part of it that is about the language model."""

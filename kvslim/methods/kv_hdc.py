@@ -129,8 +129,9 @@ def _rotate(statistics: CalibrationStatistics, layer: int, cache: CodedCache, se
     if any(part is None for part in parts):
         raise ValueError("a rotation turns the coordinates of a code")
     key, query, value, decoder = (np.asarray(part) for part in parts)
-    group, bases = len(query) // len(key), KvPca().bases(statistics, layer, cache.objective)
+    group = len(query) // len(key)
     halves = [_in_halves(cache, side, part.shape[-1]) for side, part in enumerate((key, value))]
+    bases = KvPca().bases(statistics, layer, cache.objective) if any(halves) else ()
     for_key, for_value = (
         mixing(bases[side].values[:, : part.shape[-1]], seed)
         if halves[side]

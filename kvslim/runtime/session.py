@@ -12,6 +12,7 @@ import onnxruntime as ort
 from kvslim.caches.buffers import bind_all
 from kvslim.contract import FIRST_LOGITS
 from kvslim.errors import ArtifactError, UsageError
+from kvslim.prefix import shared_length
 from kvslim.runtime.opening import ORT_ERRORS, Logits, artifact_error, layer_buffers, layout_of, open_session
 
 Tokens = Sequence[int] | npt.NDArray[np.int64]
@@ -103,11 +104,8 @@ class DecodeSession:
         Returns:
             The number of tokens that are left.
         """
-        held = held[: self.length]
-        pairs = enumerate(zip(held, tokens, strict=False))
-        same = next((index for index, (old, new) in pairs if old != new), min(len(held), len(tokens)))
         try:
-            self.rewind(same)
+            self.rewind(shared_length(held[: self.length], tokens))
         except UsageError:
             self.reset()
         return self.length

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvslim.loading.architecture import Architecture
+from kvslim.prefix import shared_length
 from kvslim.transform.edits import Array, LayerEdit
 from kvslim.transform.surgery import layer_modules, trial
 
@@ -124,7 +125,7 @@ def chained(items: Sequence[Question]) -> Iterator[tuple[Tensor, Tensor]]:
     places: list[int] = []
     text: tuple[int, ...] = ()
     for item in items:
-        shared = _shared(text, item.prompt)
+        shared = shared_length(text, item.prompt)
         if 2 * shared <= len(item.prompt):
             if tokens:
                 yield torch.tensor(tokens), torch.tensor(places)
@@ -133,12 +134,6 @@ def chained(items: Sequence[Question]) -> Iterator[tuple[Tensor, Tensor]]:
         places += range(len(tokens), len(tokens) + len(item.answer))
         tokens += item.answer
     yield torch.tensor(tokens), torch.tensor(places)
-
-
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of what two token sequences begin with alike."""
-    length = min(len(first), len(second))
-    return next((place for place in range(length) if first[place] != second[place]), length)
 
 
 @contextmanager

@@ -206,7 +206,7 @@ def _prune_heads(attention: nn.Module, slim: SlimAttention, architecture: Archit
     by_head = weight.reshape(-1, q_heads, head_dim)
     gone = [head for head in range(q_heads) if head not in kept.query]
     shift = np.einsum("ohd,hd->o", by_head[:, gone], kept.mean_output[gone])
-    bias = shift if bias is None else bias + shift
+    bias = _shifted(bias, shift)
     _set_output(attention, architecture, by_head[:, kept.query].reshape(len(weight), -1), bias)
     for side in slim.heads:
         _keep_rows(attention, slim, architecture, side, head_dim)
@@ -257,22 +257,18 @@ def _install_key_code(attention: nn.Module, slim: SlimAttention, architecture: A
 
 
 def _centre_values(attention: nn.Module, slim: SlimAttention, architecture: Architecture, code: LinearCode) -> None:
-    """Takes the centre from each value in its projection's bias; the output projection's bias gives it back.
-
-    A layer that reads another's cache has no values of its own to take it from.
-    """
+    """Takes the centre from each value in its projection's bias; the output projection's bias gives it back."""
     centre = np.asarray(code.value_centre)
     rows, bias = projection(attention, architecture, "value")
     _set(slim, "value", rows)
-    _set(slim, "value", (0.0 if bias is None else bias) - centre.ravel(), "bias")
+    _set(slim, "value", _shifted(bias, -centre.ravel()), "bias")
     weight, output_bias = projection(attention, architecture, "output")
     if code.value_decoder is None:
         decoded = np.repeat(centre, weight.shape[1] // centre.size, axis=0)
     else:
         read = np.repeat(centre, len(code.value_decoder) // len(centre), axis=0)
         decoded = np.einsum("hr,hrd->hd", read, code.value_decoder)
-    shift = weight @ decoded.ravel()
-    _set_output(attention, architecture, weight, shift if output_bias is None else output_bias + shift)
+    _set_output(attention, architecture, weight, _shifted(output_bias, weight @ decoded.ravel()))
 
 
 def _install_value_decoder(attention: nn.Module, architecture: Architecture, decoder: Array, offset: Array) -> None:
@@ -283,11 +279,16 @@ def _install_value_decoder(attention: nn.Module, architecture: Architecture, dec
     by_head = weight.reshape(-1, heads, head_dim)
     folded = np.einsum("ohd,hrd->ohr", by_head, decoder).reshape(-1, heads * rank)
     shift = np.einsum("ohd,hd->o", by_head, offset)
-    _set_output(attention, architecture, folded, shift if bias is None else bias + shift)
+    _set_output(attention, architecture, folded, _shifted(bias, shift))
 
 
 def _set_output(attention: nn.Module, architecture: Architecture, weight: Array, bias: Array) -> None:
     attention.set_submodule(architecture.output, _linear(weight, bias))
+
+
+def _shifted(bias: Array | None, shift: Array) -> Array:
+    """A bias, if there is one, with a shift added."""
+    return shift if bias is None else bias + shift
 
 
 def _linear(weight: Array, bias: Array) -> nn.Linear:
