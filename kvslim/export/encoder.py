@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
 from kvslim.contract import BATCH, LENGTH, ModelSpec
+from kvslim.export.lowering import quick_lowering
 from kvslim.export.matching import quick_matching
 from kvslim.export.passes import drop_idle_reshapes, strip_traces
 from kvslim.export.quiet import quiet
@@ -36,7 +37,7 @@ def build_encoder_graph(model: Any, spec: ModelSpec) -> ir.Model:
     tokens = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     # torch.export takes sizes 0 and 1 for constants, and one tensor given twice for one input.
     samples = tuple(torch.ones(2, 3, dtype=torch.long) for _ in inputs)
-    with torch.inference_mode(False), torch.no_grad(), quiet(), quick_matching():
+    with torch.inference_mode(False), torch.no_grad(), quiet(), quick_lowering(), quick_matching():
         program = torch.export.export(
             _Encoder(model, spec), samples, dynamic_shapes={"tokens": (tokens,) * len(inputs)}, strict=False
         )

@@ -17,6 +17,7 @@ from kvslim.caches.attention.shared import SharedAttention
 from kvslim.caches.packed import PAST_CODES
 from kvslim.caches.shared import SHARED
 from kvslim.contract import BATCH, CAPACITY, INPUTS, PAST, Axes, KVTensor, Layout
+from kvslim.export.lowering import quick_lowering
 from kvslim.export.matching import quick_matching
 from kvslim.export.packing import pack_projections
 from kvslim.export.passes import (
@@ -120,7 +121,7 @@ def build_graph(model: Any, architecture: Architecture, layout: KVLayout, progre
     """
     decoder = _Decoder(model, architecture, layout)
     try:
-        with torch.inference_mode(False), torch.no_grad(), quiet(), quick_matching():
+        with torch.inference_mode(False), torch.no_grad(), quiet(), quick_lowering(), quick_matching():
             made: Any = decoder
             steps: list[Callable[[Any, _Decoder], Any]] = [_traced, _translated, _optimised, _fused, _finished]
             for step in (progress or Silent()).track(steps, "steps of the export"):

@@ -149,7 +149,7 @@ class SlimAttention(nn.Module):
             return states if len(heads) == states.shape[1] else states[:, list(heads)]
         assert self.hidden is not None  # the hook runs before attention does
         flat = nn.functional.linear(self.hidden, weight, getattr(self, f"{side}_bias"))
-        return flat.unflatten(-1, (len(heads), -1)).transpose(1, 2)
+        return flat.reshape(*flat.shape[:2], len(heads), -1).transpose(1, 2)
 
     def rotated(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
         """Query and key after RoPE; an observer sees them, before and after it."""

@@ -15,6 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from kvslim.loading.architecture import Architecture
 from kvslim.transform.attention import SlimAttention
+from kvslim.transform.operators import merged
 from kvslim.transform.surgery import attention_modules, catch_hidden
 
 NAME = "kvslim_encoder"
@@ -54,9 +55,9 @@ def _attention(
         attended = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
         return attended.transpose(1, 2), None
     heads = query.shape[1]
-    q, k, v = (states.transpose(1, 2).flatten(2) for states in (query, key, value))
+    q, k, v = map(merged, (query, key, value))
     fused = torch.onnx.ops.attention(q, k, v, mask, q_num_heads=heads, kv_num_heads=heads, scale=scaling)[0]
-    return fused.unflatten(-1, (heads, -1)), None
+    return fused.reshape(*fused.shape[:2], heads, -1), None
 
 
 def _mask(*_: Any, attention_mask: Tensor | None, **__: Any) -> Tensor | None:

@@ -78,7 +78,7 @@ def group_query_attention(
     if scoring.window is not None and step.window_cache:
         attributes["sliding_window_cache"] = 1
         rows = past_key.shape[2]
-    inputs: list[Tensor | None] = [*map(_merged, states), *step.past, *_lengths(step)]
+    inputs: list[Tensor | None] = [*map(merged, states), *step.past, *_lengths(step)]
     inputs += [None, None] if rotary is None else [rotary.cos, rotary.sin]
     inputs += [] if scales is None else [None] * 3 + list(scales)
     attended, *present = torch.onnx.ops.symbolic_multi_out(
@@ -119,9 +119,9 @@ def shared_attention(
         [batch, length, q_heads, dim].
     """
     (batch, q_heads, length, dim), (kv_heads, rows, columns) = query.shape, source[0].shape[1:]
-    merged = _merged(query)
-    nothing = merged[:, :0, : kv_heads * dim]
-    inputs: list[Tensor | None] = [merged, nothing, nothing, *source, *_lengths(step)]
+    flat = merged(query)
+    nothing = flat[:, :0, : kv_heads * dim]
+    inputs: list[Tensor | None] = [flat, nothing, nothing, *source, *_lengths(step)]
     inputs += [] if scales is None else [None] * 5 + list(scales)
     attended, *present = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
@@ -171,7 +171,9 @@ def standard_shared_attention(
     length = query.shape[2]
     start = step.mask.sum(-1) - length
     age = (start[:, None] + torch.arange(length))[:, None, :, None] - torch.arange(step.rows)
-    visible = age >= 0 if scoring.window is None else (age >= 0) & (age < scoring.window)
+    visible = age >= 0
+    if scoring.window is not None:
+        visible = torch.logical_and(visible, age < scoring.window)
     options = {} if scoring.softcap is None else {"softcap": float(scoring.softcap)}
     shape = (*query.shape[:3], present[1].shape[3])
     inputs = [query, *present, visible]
@@ -182,7 +184,7 @@ def rotary_embedding(states: Tensor, positions: Tensor, rotary: Rotary) -> Tenso
     """onnxruntime's operator for RoPE on [batch, heads, length, head_dim] at [batch, length] positions."""
     heads, head_dim = states.shape[1], states.shape[3]
     partial = {} if rotary.dim == head_dim else {"rotary_embedding_dim": rotary.dim}
-    flat = _merged(states)
+    flat = merged(states)
     rotated: Tensor = torch.onnx.ops.symbolic(
         "com.microsoft::RotaryEmbedding",
         [flat, positions, rotary.cos, rotary.sin],
@@ -191,7 +193,7 @@ def rotary_embedding(states: Tensor, positions: Tensor, rotary: Rotary) -> Tenso
         shape=flat.shape,
         version=1,
     )
-    return rotated.unflatten(-1, (heads, head_dim)).transpose(1, 2)
+    return rotated.reshape(*flat.shape[:2], heads, head_dim).transpose(1, 2)
 
 
 def _symbolic(name: str, inputs: list[Tensor], shape: Any, **attributes: Any) -> Tensor:
@@ -199,6 +201,7 @@ def _symbolic(name: str, inputs: list[Tensor], shape: Any, **attributes: Any) ->
     return made
 
 
-def _merged(states: Tensor) -> Tensor:
+def merged(states: Tensor) -> Tensor:
     """[batch, heads, length, dim] as the [batch, length, heads * dim] that onnxruntime's operators read."""
-    return states.transpose(1, 2).flatten(2)
+    by_token = states.transpose(1, 2)
+    return by_token.reshape(*by_token.shape[:2], -1)

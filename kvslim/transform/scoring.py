@@ -54,7 +54,8 @@ class Scoring:
         age = queries[..., :, None] - keys[..., None, :]
         hidden = age < 0
         if self.window is not None:
-            hidden = hidden | (age >= self.window)
+            hidden = torch.logical_or(hidden, age >= self.window)
         if self.recent is not None:
-            hidden = hidden | ((age >= self.recent) & (keys >= self.sinks)[..., None, :])
+            dropped = torch.logical_and(age >= self.recent, (keys >= self.sinks)[..., None, :])
+            hidden = torch.logical_or(hidden, dropped)
         return hidden

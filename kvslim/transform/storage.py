@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -77,7 +78,7 @@ def _indexed(states: Tensor, levels: Tensor, bits: int) -> Tensor:
     middles = (levels[1:] + levels[:-1]) / 2
     above = (states[..., None] > middles).float()
     # The sum over the levels is part of the product that packs: onnxruntime's ReduceSum fails on no rows at all.
-    return _packed(above.flatten(-2), bits, len(middles))
+    return _packed(_joined(above), bits, len(middles))
 
 
 def _packed(numbers: Tensor, bits: int, parts: int = 1) -> Tensor:
@@ -89,12 +90,18 @@ def _packed(numbers: Tensor, bits: int, parts: int = 1) -> Tensor:
         parts: See numbers.
     """
     dim, per_byte = numbers.shape[-1] // parts, 8 // bits
-    weights = torch.tensor([float(1 << (bits * place)) for place in range(per_byte)])
-    places = torch.eye(dim // per_byte).repeat_interleave(per_byte, 0) * weights.repeat(dim // per_byte)[:, None]
-    return (numbers @ places.repeat_interleave(parts, 0)).to(torch.uint8)
+    weights = [float(1 << (bits * place)) for place in range(per_byte)]
+    places = np.kron(np.eye(dim // per_byte, dtype=np.float32), np.repeat(weights, parts)[:, None])
+    return (numbers @ torch.tensor(places, dtype=torch.float32)).to(torch.uint8)
 
 
 def _looked_up(stored: Tensor, levels: Tensor, bits: int) -> Tensor:
     """What bytes [..., n] stand for, [..., n * 8 / bits]."""
     parts = [[byte >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)] for byte in range(256)]
-    return nn.functional.embedding(stored.int(), levels[torch.tensor(parts)]).flatten(-2)
+    return _joined(nn.functional.embedding(stored.int(), levels[torch.tensor(parts)]))
+
+
+def _joined(states: Tensor) -> Tensor:
+    """[..., n, m] as [..., n * m]; sizes are said, since onnxruntime cannot infer one where there are no rows."""
+    *rows, outer, inner = states.shape
+    return states.reshape(*rows, outer * inner)

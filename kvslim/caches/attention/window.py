@@ -48,7 +48,8 @@ class Ring:
         rows, last = torch.arange(self.sinks + self.window), total[:, None] - 1
         recent = last - torch.remainder(last - rows, self.window)
         held = torch.where(rows < self.sinks, rows, recent)
-        kept = (held <= last) & ((rows < self.sinks) | (held >= self.sinks))
+        in_place = torch.logical_or(rows < self.sinks, held >= self.sinks)
+        kept = torch.logical_and(held <= last, in_place)
         return torch.where(kept, held, _EMPTY)
 
     def survivors(self, start: Tensor, total: Tensor, length: int) -> Tensor:
