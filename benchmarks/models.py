@@ -1,6 +1,6 @@
 """How benchmarks open a decoder, fit methods, plan, export and judge.
 
-With `encoders`, `planners` and `plans` the one place that knows KVSlim's inner parts.
+With `encoders`, `ggml`, `planners` and `plans` the one place that knows KVSlim's inner parts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kvslim.runtime.session import DecodeSession
 from kvslim.types import KVLayout, Plan, WeightFormat
 from kvslim.validation.measure import file_mib
 from kvslim.validation.quality import measure_quality
-from kvslim.validation.recall import RecallItem, measure_recall
+from kvslim.validation.recall import RecallItem, capacity_for, measure_recall
 
 STEP = 8  # of ranks
 Codes = tuple[Any, ...]
@@ -116,8 +116,8 @@ class OpenModel:
 
     @property
     def windows(self) -> np.ndarray:
-        """Held-out token ids [n, length]."""
-        return self._evaluation.windows
+        """Held-out token ids [n, length], without the long text."""
+        return np.stack([each for each in self._evaluation.windows if len(each) == self.recipe.validation.length])
 
     @cached_property
     def items(self) -> Sequence[RecallItem]:
@@ -190,6 +190,15 @@ class OpenModel:
     def refitted(self, codes: Codes) -> Codes:
         """The same with projections fitted again."""
         return self._trials.refitted(codes)
+
+    def in_ggml(self, **kept: Any) -> tuple[float, Codes]:
+        """Bytes of a token in a cache of llama.cpp's, and what puts it into the model; settings as in `GgmlCache`."""
+        from benchmarks.ggml import GgmlCache
+        from kvslim.transform.edits import LayerEdit
+
+        cache = GgmlCache(**kept)
+        size = self.spec.layers * self.spec.kv_heads * cache.bytes_of(self.spec.head_dim)
+        return size, tuple(LayerEdit(cache=cache) for _ in range(self.spec.layers))
 
     def compensated(self, plan: Plan) -> tuple[Plan, float]:
         """The plan with projections fitted again where that pays on calibration text, and its KL there."""
@@ -275,7 +284,7 @@ class OpenModel:
         return Measured(quality.kl_mean, quality.top1_agreement, recall, file_mib(folder))
 
     def _session(self, folder: Path) -> DecodeSession:
-        longest = max([self.windows.shape[1], *(len(item.prompt) + len(item.answer) for item in self.items)])
+        longest = max(self.windows.shape[1], capacity_for(self.items))
         return DecodeSession(folder, capacity=longest, threads=1, all_positions=True)
 
     def release(self) -> None:

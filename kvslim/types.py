@@ -199,8 +199,10 @@ class Measures(Frozen):
     `kv_bytes_per_token` is the cache at the target context over that context. Latencies are milliseconds, keyed by
     prompt length (`ttft_ms`), context length (`tpot_ms`) or, for an encoder, text length (`latency_ms`) in tokens;
     `kl_*` are nats per token against the plain export; `recall` and the agreements are shares in 0..1; the rank
-    correlation is Spearman's. Standard errors end in `_se`: of `kl_mean` and `perplexity` over the windows, of the
-    recall that is lost to the plain export over the questions.
+    correlation is Spearman's. `kl_by_position` has the mean KL of the tokens from the key before (or the start) up to
+    its key; `recall_by_distance` the recall of what stands at most so many tokens back. Standard errors end in `_se`:
+    of `kl_mean` and `perplexity` over pieces of text, of the recall that is lost to the plain export over the
+    questions.
     """
 
     kv_bytes_per_token: float | None = None
@@ -208,12 +210,14 @@ class Measures(Frozen):
     kl_mean: float | None = None
     kl_se: float | None = None
     kl_p99: float | None = None
+    kl_by_position: dict[str, float] | None = None
     top1_agreement: float | None = None
     perplexity: float | None = None
     perplexity_se: float | None = None
     recall: float | None = None
     recall_questions: int | None = None
     recall_drop_se: float | None = None
+    recall_by_distance: dict[str, float] | None = None
     embedding_cosine_mean: float | None = None
     embedding_cosine_min: float | None = None
     retrieval_rank_correlation: float | None = None

@@ -16,6 +16,7 @@ from kvslim.errors import UnsupportedError
 from kvslim.progress import Silent
 from kvslim.recipe import Calibration, Validation
 from kvslim.runtime.session import DecodeSession
+from kvslim.validation.recall import capacity_for
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,28 @@ def test_decoder_calibrates_on_its_own_text_when_the_source_is_self(tiny_llama: 
     assert len(np.unique(windows[:, 1:])) > 10
     np.testing.assert_array_equal(windows, prepared.text.calibration_windows())
     assert not np.array_equal(windows[:2], prepared.text.held_out_windows())
+
+
+@pytest.mark.parametrize(
+    ("source", "context", "expected"), [("self", 100, 96), ("text", 100, 96), ("text", 4096, 192), ("self", 64, 0)]
+)
+def test_held_out_text_reaches_the_target_context(
+    tiny_llama: Path, tmp_path: Path, source: str, context: int, expected: int
+) -> None:
+    if source == "text":
+        source = str(tmp_path / "text.txt")
+        Path(source).write_text(" ".join(f"word{number}" for number in range(3000)), encoding="utf-8")
+    validation = Validation(source=source, samples=6, length=32, recall_items=9, recall_distance=16)
+    update = {"calibration": Calibration(context=context), "validation": validation}
+    evaluation = open_prepared(tiny_llama, recipe_of().model_copy(update=update)).evaluation()
+    assert [len(window) for window in evaluation.windows] == [32] * 6 + [expected] * bool(expected)
+    np.testing.assert_array_equal(
+        evaluation.windows[0], evaluation.windows[-1][:32] if expected else evaluation.windows[0]
+    )
+    far = [item for item in evaluation.items if item.reach > 16]
+    assert len(far) == expected // 64
+    assert all(expected / 2 <= item.reach for item in far)
+    assert capacity_for(evaluation.items) <= max(expected, 64)
 
 
 def test_digest_follows_the_text_not_the_name(tmp_path: Path) -> None:

@@ -39,7 +39,11 @@ def reference(teacher: DecodeSession, student: DecodeSession) -> Quality:
     perplexity = math.exp(np.mean(nll))
     error = np.std(nll, ddof=1) / math.sqrt(len(nll))
     kl_se = np.std(np.reshape(kl, WINDOWS.shape).mean(1), ddof=1) / math.sqrt(len(nll))
-    return Quality(np.mean(kl), kl_se, np.quantile(kl, 0.99), np.mean(agreement), perplexity, perplexity * error)
+    return Quality(np.mean(kl), kl_se, np.quantile(kl, 0.99), np.mean(agreement), perplexity, perplexity * error, {})
+
+
+def _numbers(quality: Quality) -> list[float]:
+    return [value for value in vars(quality).values() if isinstance(value, float)]
 
 
 def test_quality_equals_the_definition_when_the_student_is_perturbed(
@@ -61,7 +65,7 @@ def test_quality_is_zero_divergence_when_a_model_meets_itself(plain: DecodeSessi
 def test_quality_is_the_same_when_chunks_differ(plain: DecodeSession, artifact: DecodeSession, chunk: int) -> None:
     expected = measure_quality(plain, artifact, WINDOWS)
     measured = measure_quality(plain, artifact, WINDOWS, chunk=chunk)
-    assert vars(measured) == pytest.approx(vars(expected), rel=1e-3)
+    assert _numbers(measured) == pytest.approx(_numbers(expected), rel=1e-3)
 
 
 def test_quality_differs_when_the_cache_is_int8(plain: DecodeSession, tmp_path: Path) -> None:
@@ -97,8 +101,40 @@ def test_measure_all_takes_the_floor_of_a_few_beginnings_when_counting_tokens(
     assert list(counts.values()) == [WINDOWS.size + 2 * 4 * 20, WINDOWS.size]
 
 
+def test_kl_is_told_by_position_when_one_text_is_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvslim.validation.quality.FIRST_BOUND", 10)
+    graphs = write_tiny(tmp_path / "plain.onnx"), write_tiny(tmp_path / "artifact.onnx", noise=0.05)
+    plain, artifact = (DecodeSession(graph, capacity=60) for graph in graphs)
+    long = np.random.default_rng(1).integers(24, size=60)
+    short = long[:12], long[30:42]
+    found = measure_quality(plain, artifact, [*short, long])
+    alone = [measure_quality(plain, artifact, [window]) for window in (*short, long)]
+    assert list(found.kl_by_position) == [10, 20, 40, 60]
+    assert found.kl_by_position[60] == pytest.approx(alone[2].kl_by_position[60])
+    assert found.kl_by_position[10] == pytest.approx(np.mean([one.kl_by_position[10] for one in alone]))
+    assert found.kl_mean == pytest.approx(np.average([one.kl_mean for one in alone], weights=[12, 12, 60]))
+    assert list(measure_all(plain, artifact, [*short, long]).plain.kl_by_position.values()) == [0.0] * 4
+
+
+def test_a_long_text_counts_as_many_pieces_when_errors_are_told(
+    plain: DecodeSession, artifact: DecodeSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = WINDOWS[0, :36]
+    pieces = [measure_quality(plain, artifact, [long]).kl_mean]
+    counts: list[int] = []
+    monkeypatch.setattr(
+        "kvslim.validation.quality._mean_and_error",
+        lambda means: counts.append(len(means)) or (float(np.mean(means)), math.nan),
+    )
+    found = measure_quality(plain, artifact, [WINDOWS[1, :12], long])
+    assert counts == [4, 4]
+    assert found.kl_mean == pytest.approx(
+        np.average([*pieces, measure_quality(plain, artifact, [WINDOWS[1, :12]]).kl_mean], weights=[36, 12])
+    )
+
+
 def test_measures_are_none_when_not_finite() -> None:
-    measures = Quality(math.nan, math.nan, math.inf, 0.5, 2.0, math.nan).as_measures()
+    measures = Quality(math.nan, math.nan, math.inf, 0.5, 2.0, math.nan, {512: 0.1, 600: math.nan}).as_measures()
     assert measures == {
         "kl_mean": None,
         "kl_se": None,
@@ -106,6 +142,7 @@ def test_measures_are_none_when_not_finite() -> None:
         "top1_agreement": 0.5,
         "perplexity": 2.0,
         "perplexity_se": None,
+        "kl_by_position": {"512": 0.1},
     }
 
 

@@ -13,6 +13,7 @@ from kvslim.validation.recall import (
     LEAST_ITEMS,
     SPAN,
     RecallItem,
+    capacity_for,
     compare_recall,
     confidence_factor,
     measure_recall,
@@ -96,22 +97,32 @@ def _tokens_run(session: DecodeSession, monkeypatch: pytest.MonkeyPatch) -> list
 
 def test_recall_reads_a_text_once_when_its_questions_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     items = repeated_spans(SMALL, count=8, distance=100)
-    session, other = (DecodeSession(write_tiny(tmp_path / "model.onnx"), capacity=160) for _ in range(2))
+    session = DecodeSession(write_tiny(tmp_path / "model.onnx"), capacity=capacity_for(items))
     counts = _tokens_run(session, monkeypatch)
-    shared = measure_recall(session, items)
-    assert sum(counts) == 2 * (SPAN + 100) + 8 * (SPAN - 1)
-    alone = [measure_recall(other, [item]) for item in items]
-    assert 0 < shared == pytest.approx(np.mean(alone))
+    assert 0 < measure_recall(session, items) < 1
+    assert sum(counts) == 2 * (SPAN + 100 + 4 * SPAN - 1)  # two texts of four questions
+    assert capacity_for(items) == SPAN + 100 + 4 * SPAN
 
 
-def test_recall_is_the_same_when_a_cache_cannot_be_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    items = repeated_spans(SMALL, count=8, distance=100)
-    session, window = (DecodeSession(write_tiny(tmp_path / "model.onnx"), capacity=160) for _ in range(2))
-    refused = UsageError("a window has moved on", where="rewind", fix="reset")
-    monkeypatch.setattr(window, "rewind", lambda length: (_ for _ in ()).throw(refused))
-    counts = _tokens_run(window, monkeypatch)
-    assert measure_recall(window, items) == measure_recall(session, items)
-    assert sum(counts) == 8 * (SPAN + 100 + SPAN - 1)
+def test_questions_of_a_text_follow_each_other(tmp_path: Path) -> None:
+    """Each is answered as if the text and the questions before it were its prompt."""
+    items = repeated_spans(SMALL, count=4, distance=100)
+    session = DecodeSession(write_tiny(tmp_path / "model.onnx"), capacity=capacity_for(items))
+    prompt, chained = items[0].prompt[:-CUE], []
+    for item in items:
+        chained.append(RecallItem((*prompt, *item.prompt[-CUE:]), item.answer))
+        prompt = (*chained[-1].prompt, *item.answer)
+    assert 0 < measure_recall(session, items) == np.mean([measure_recall(session, [item]) for item in chained])
+
+
+def test_recall_is_told_by_distance_and_all_distances_are_asked(tmp_path: Path) -> None:
+    far, near = repeated_spans(SMALL, count=60, distance=100, spans=60), repeated_spans(SMALL, count=100, distance=32)
+    items = [*far, *near]
+    plain, same = (DecodeSession(write_tiny(tmp_path / "model.onnx"), capacity=capacity_for(items)) for _ in range(2))
+    found = compare_recall(plain, same, items, 0.01)
+    assert found.questions == 61  # clear after 40, but none of the near ones was asked yet
+    assert found.by_reach == {100: (pytest.approx(measure_recall(plain, far)),) * 2, 32: found.by_reach[32]}
+    assert found.by_reach[32][0] == pytest.approx(measure_recall(plain, near[:1]))
 
 
 def _pair(tmp_path: Path, noise: float) -> list[DecodeSession]:

@@ -81,6 +81,22 @@ def text_windows(
     return _spread(tokens[first:last], _prefix(tokenizer), samples, length, source)
 
 
+def text_beginning(source: str, tokenizer: Any, length: int, share: tuple[float, float] = WHOLE) -> Array:
+    """[n] token ids of one text: the first `length` tokens of a source, or all that there are.
+
+    Args:
+        source: As for `text_windows`.
+        tokenizer: Its tokenizer.
+        length: Tokens at most, those with which the tokenizer starts a text included.
+        share: Part of the text to use.
+    """
+    if source == "self":
+        return text_windows(source, tokenizer, samples=1, length=length)[0]
+    tokens, _ = _tokenised(source, tokenizer)
+    first, last = (int(len(tokens) * edge) for edge in share)
+    return np.concatenate([_prefix(tokenizer), tokens[first:last]])[:length]
+
+
 def loss_mask(source: str, tokenizer: Any, *, samples: int, length: int, share: tuple[float, float] = WHOLE) -> Array:
     """Which tokens of `text_windows` count when a model is judged: of prompts with completions, the completions alone.
 

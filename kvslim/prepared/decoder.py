@@ -78,9 +78,16 @@ class PreparedDecoder(PreparedModel):
 
     def evaluation(self) -> DecoderEvaluation:
         """Held-out windows and recall questions."""
-        windows = self.text.held_out_windows()
-        items, context = self.text.held_out_items(windows), self.recipe.calibration.target(self.spec)
-        return DecoderEvaluation(windows, items, self.recipe.validation, self.recipe.gates, context, self.progress)
+        windows, context = self.text.held_out_windows(), self.recipe.calibration.target(self.spec)
+        long_text = self.text.long_text(windows)
+        return DecoderEvaluation(
+            [*windows, *([] if long_text is None else [long_text])],
+            self.text.held_out_items(windows, long_text),
+            self.recipe.validation,
+            self.recipe.gates,
+            context,
+            self.progress,
+        )
 
     def install(self, codes: tuple[LayerEdit, ...]) -> None:
         """Puts codes into the model, for good."""

@@ -16,14 +16,17 @@ from kvslim.calibrate.corpus import (
     self_windows,
     source_digest,
     start_token,
+    text_beginning,
     text_windows,
 )
 from kvslim.demo.world import recall_questions
 from kvslim.recipe import Calibration, Validation
-from kvslim.validation.recall import RecallItem, repeated_spans
+from kvslim.validation.recall import FAR_SPANS, SPAN, RecallItem, repeated_spans
 
 if TYPE_CHECKING:
     from kvslim.prepared.decoder import PreparedDecoder
+
+REST = 1 + 2 * SPAN  # tokens of a recall question besides those between its two copies: their own, and a start token
 
 
 class TextSource:
@@ -68,9 +71,35 @@ class TextSource:
         """[n, length] token ids that calibration never sees."""
         return self._windows(self.validation, VALIDATION_SHARE if self.is_shared else WHOLE)
 
-    def held_out_items(self, windows: np.ndarray) -> list[RecallItem]:
-        """The recall questions of the validation; those of a model other than the demo are made of windows."""
-        return self._recall_items(windows, self.validation.recall_items, self.validation.seed)
+    def long_text(self, windows: np.ndarray) -> np.ndarray | None:
+        """[n] token ids of one text up to the target context; None where that is no longer than two of the windows.
+
+        It has at most as many tokens as all windows together, so that to measure it takes about as long. What the model
+        writes itself is put end to end.
+
+        Args:
+            windows: The held-out windows, [n, length].
+        """
+        length = windows.shape[1]
+        longest = min(self.prepared.recipe.calibration.target(self.prepared.spec), windows.size)
+        if self.validation.source == "self" and not self.prepared.snapshot.is_demo:
+            found = windows.reshape(-1)[:longest]
+        else:
+            share = VALIDATION_SHARE if self.is_shared else WHOLE
+            found = text_beginning(self.validation.source, self.prepared.tokenizer, longest, share)
+        whole = len(found) // length
+        return found[: whole * length] if whole > 2 else None
+
+    def held_out_items(self, windows: np.ndarray, long_text: np.ndarray | None) -> list[RecallItem]:
+        """The recall questions of the validation; those of a model other than the demo are made of the text."""
+        settings = self.validation
+        near = self._recall_items(windows, settings.recall_items, settings.seed)
+        if long_text is None or self.prepared.snapshot.is_demo:
+            return near
+        count = min(FAR_SPANS, settings.recall_items, len(long_text) // (4 * SPAN))
+        distance = len(long_text) - REST - (count - 1) * SPAN  # later questions stand behind earlier ones
+        far = repeated_spans(windows, count=count, distance=distance, seed=settings.seed, spans=FAR_SPANS)
+        return [*far, *near]
 
     def recall_items(self, windows: np.ndarray, most: int) -> list[RecallItem]:
         """Recall questions other than those of the validation."""
@@ -97,7 +126,7 @@ class TextSource:
         if not self.prepared.snapshot.is_demo:
             return list(repeated_spans(windows, count=count, distance=distance, seed=seed))
         questions = recall_questions(count, distance, lambda text: len(self._ids(text)), seed)
-        return [RecallItem(self._ids(item.prompt), self._ids(item.answer, start=False)) for item in questions]
+        return [RecallItem(self._ids(item.prompt), self._ids(item.answer, start=False), distance) for item in questions]
 
     def _ids(self, text: str, start: bool = True) -> tuple[int, ...]:
         encoded: Any = self.prepared.tokenizer(text, add_special_tokens=start, verbose=False)

@@ -15,7 +15,7 @@ from kvslim.types import Measures, Report
 from kvslim.validation.gates import report
 from kvslim.validation.latency import Latency, measure_latency
 from kvslim.validation.quality import measure_all
-from kvslim.validation.recall import RecallItem, compare_recall
+from kvslim.validation.recall import RecallItem, capacity_for, compare_recall
 from kvslim.validation.rss import peak_rss
 
 GRAPH_FILES = ("model.onnx", "model.onnx_data")
@@ -25,7 +25,7 @@ class DecoderEvaluation(NamedTuple):
     """Held-out material of a decoder, and how artifacts are measured on it.
 
     Attributes:
-        windows: [n, length] token ids.
+        windows: Token ids of short texts, and where the target context is long, of one long text behind them.
         items: Recall questions.
         settings: What is timed.
         gates: Limits.
@@ -33,7 +33,7 @@ class DecoderEvaluation(NamedTuple):
         progress: Receives the progress.
     """
 
-    windows: np.ndarray
+    windows: Sequence[np.ndarray]
     items: Sequence[RecallItem]
     settings: Validation
     gates: Gates
@@ -52,7 +52,7 @@ class DecoderEvaluation(NamedTuple):
 
 def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Report:
     windows, items, settings, gates, context, progress = evaluation
-    longest = max([windows.shape[1], *(len(item.prompt) + len(item.answer) for item in items)])
+    longest = max([*map(len, windows), capacity_for(items)])
     sessions = {
         name: DecodeSession(path, capacity=longest, all_positions=True)
         for name, path in (("plain", plain), ("slim", artifact))
@@ -60,9 +60,17 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
     quality = measure_all(sessions["plain"], sessions["slim"], windows, progress)
     progress.stage("validate: recall")
     recall = compare_recall(sessions["plain"], sessions["slim"], items, gates.max_recall_drop, progress)
+    by_distance = [{str(reach): shares[side] for reach, shares in recall.by_reach.items()} for side in (0, 1)]
     found = {
-        "plain": {"recall": recall.teacher, "recall_questions": recall.questions, "recall_drop_se": 0.0},
-        "slim": {"recall": recall.student, "recall_questions": recall.questions, "recall_drop_se": recall.drop_se},
+        name: {
+            "recall": share,
+            "recall_questions": recall.questions,
+            "recall_drop_se": error,
+            "recall_by_distance": by_distance[side],
+        }
+        for side, (name, share, error) in enumerate(
+            (("plain", recall.teacher, 0.0), ("slim", recall.student, recall.drop_se))
+        )
     }
     sizes = {name: session.layout.bytes_per_token(context) for name, session in sessions.items()}
     del sessions

@@ -15,7 +15,7 @@ from kvslim.runtime.session import DecodeSession
 
 SPAN = 16
 CUE = 4
-SPANS = 12  # facts of one text
+SPANS, FAR_SPANS = 12, 48  # facts of one text, and of a long one
 LEAST_ITEMS = 40  # questions before the verdict may be called clear
 ERROR = 0.01  # without a limit: the standard error that is small enough
 LEVEL = 0.05  # chance that a verdict that was called clear is wrong
@@ -29,10 +29,12 @@ class RecallItem:
     Attributes:
         prompt: Token ids up to the answer.
         answer: Token ids that must follow.
+        reach: How many tokens back the answer stands at most.
     """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    reach: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ class Recall:
         student: The student's.
         questions: Number asked.
         drop_se: Standard error of `teacher - student` over the questions.
+        by_reach: Recall of both by how many tokens back the answers stand at most.
     """
 
     teacher: float
     student: float
     questions: int
     drop_se: float
+    by_reach: dict[int, tuple[float, float]]
 
     @property
     def drop(self) -> float:
@@ -97,10 +101,12 @@ def compare_recall(
     """
     _check(items)
     tally = _Tally()
+    unheard = {item.reach for item in items}
     asked = (progress or Silent()).track(items, "recall questions")
     for item, *hits in zip(asked, _hits(teacher, items), _hits(student, items), strict=False):
-        tally.add(len(item.answer), *hits)
-        if tally.count >= LEAST_ITEMS and tally.is_clear(max_drop):
+        tally.add(item, *hits)
+        unheard.discard(item.reach)
+        if tally.count >= LEAST_ITEMS and not unheard and tally.is_clear(max_drop):
             break
     return tally.recall()
 
@@ -110,22 +116,29 @@ class _Tally:
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, int, int]] = []
+        self.reaches: list[int] = []
 
     @property
     def count(self) -> int:
         return len(self.rows)
 
-    def add(self, tokens: int, teacher: int, student: int) -> None:
-        self.rows.append((tokens, teacher, student))
+    def add(self, item: RecallItem, teacher: int, student: int) -> None:
+        self.rows.append((len(item.answer), teacher, student))
+        self.reaches.append(item.reach)
 
     def recall(self) -> Recall:
-        tokens, teacher, student = np.array(self.rows, dtype=np.float64).T
+        rows, reaches = np.array(self.rows, dtype=np.float64), np.array(self.reaches)
+        tokens, teacher, student = rows.T
         drop = (teacher - student).sum() / tokens.sum()
         # Answers may differ in length, so this is a ratio of sums; for equal lengths it is the error of a mean.
         rest = teacher - student - drop * tokens
         error = math.sqrt((rest**2).sum() / max(1, self.count - 1) / self.count) / float(tokens.mean())
         shares = [float(hits.sum() / tokens.sum()) for hits in (teacher, student)]
-        return Recall(shares[0], shares[1], self.count, error)
+        by_reach: dict[int, tuple[float, float]] = {}
+        for reach in sorted(set(self.reaches)):
+            of, *hits = rows[reaches == reach].sum(0)
+            by_reach[reach] = float(hits[0] / of), float(hits[1] / of)
+        return Recall(shares[0], shares[1], self.count, error, by_reach)
 
     def is_clear(self, max_drop: float | None) -> bool:
         recall = self.recall()
@@ -143,17 +156,40 @@ def confidence_factor(count: int, level: float = LEVEL) -> float:
     return math.sqrt((1 + spread) * math.log((1 + 1 / spread) / (2 * level) ** 2))
 
 
-def _hits(session: DecodeSession, items: Sequence[RecallItem]) -> Iterator[int]:
-    """Answer tokens found, item by item; what a prompt shares with the one before it is not run again."""
-    held: tuple[int, ...] = ()
-    session.reset()
+def capacity_for(items: Sequence[RecallItem]) -> int:
+    """Tokens that a cache must hold for the questions to be asked."""
+    longest = held = 0
+    for item, is_new in _by_text(items):
+        held = len(item.prompt) if is_new else held + min(len(item.prompt), CUE)
+        held += len(item.answer)
+        longest = max(longest, held)
+    return longest
+
+
+def _by_text(items: Sequence[RecallItem]) -> Iterator[tuple[RecallItem, bool]]:
+    """The questions, and whether each begins a text of its own."""
+    text: tuple[int, ...] = ()
     for item in items:
-        text, question = item.prompt[:-CUE], item.prompt[-CUE:]
-        start = session.keep_shared(held, text)
-        if start < len(text):
-            session.prefill(text[start:])
-        guesses = session.step((*question, *item.answer[:-1]), last=len(item.answer)).argmax(axis=-1)
-        held = (*item.prompt, *item.answer[:-1])
+        own = item.prompt[:-CUE]
+        yield item, not own or own != text
+        text = own
+
+
+def _hits(session: DecodeSession, items: Sequence[RecallItem]) -> Iterator[int]:
+    """Answer tokens found, item by item.
+
+    Questions of one text follow each other behind it, so that it is read once, also by a cache that cannot go back.
+    """
+    last: tuple[int, ...] = ()
+    for item, is_new in _by_text(items):
+        if is_new:
+            session.reset()
+            last = ()
+            if len(item.prompt) > CUE:
+                session.prefill(item.prompt[:-CUE])
+        tokens = (*last, *item.prompt[-CUE:], *item.answer)
+        guesses = session.step(tokens[:-1], last=len(item.answer)).argmax(axis=-1)
+        last = tokens[-1:]
         yield int(np.equal(guesses, item.answer).sum())
 
 
@@ -163,12 +199,12 @@ def _check(items: Sequence[RecallItem]) -> None:
 
 
 def repeated_spans(
-    windows: npt.NDArray[np.int64], *, count: int, distance: int, seed: int = 0
+    windows: npt.NDArray[np.int64], *, count: int, distance: int, seed: int = 0, spans: int = SPANS
 ) -> tuple[RecallItem, ...]:
     """Recall items for any model: random tokens hidden in ordinary text, and at its end the same random tokens again.
 
-    A text hides up to `SPANS` spans, spread over its first half, and each of them makes an item. So the items of a
-    text share all of the prompt but its end, and a cache needs to read the text only once. The first `CUE` tokens of
+    A text hides a number of spans, spread over its first half, and each of them makes an item. So the items of a
+    text share all of the prompt but its end, and the text is read only once. The first `CUE` tokens of
     the second copy belong to the prompt and show where to look; the other `SPAN - CUE` are the answer. A span is drawn
     evenly from the distinct tokens of the text, so that word frequencies do not help. A token that starts every window
     (a BOS) starts every item and is never drawn.
@@ -178,6 +214,7 @@ def repeated_spans(
         count: Items to make.
         distance: Tokens between the two copies of the first span of a text; of the last span about half as many.
         seed: Seed of the draws; the same arguments give the same items.
+        spans: In one text at most; a short one has room for fewer.
 
     Returns:
         Items with prompts of at most `1 + SPAN + distance + CUE` tokens and answers of `SPAN - CUE`.
@@ -193,19 +230,19 @@ def repeated_spans(
     generator = np.random.default_rng(seed)
     items: list[RecallItem] = []
     while len(items) < count:
-        items.extend(_items_of_a_text(text, start, distance, generator))
+        items.extend(_items_of_a_text(text, start, distance, generator, spans))
     return tuple(items[:count])
 
 
 def _items_of_a_text(
-    text: npt.NDArray[np.int64], start: tuple[int, ...], distance: int, generator: np.random.Generator
+    text: npt.NDArray[np.int64], start: tuple[int, ...], distance: int, generator: np.random.Generator, most: int
 ) -> list[RecallItem]:
     tokens = np.unique(text)
-    count = min(SPANS, 1 + distance // 2 // SPAN)
+    count = min(most, 1 + distance // 2 // SPAN)
     spans = [generator.choice(tokens, size=SPAN, replace=len(tokens) < SPAN) for _ in range(count)]
     filler = np.resize(np.roll(text, -int(generator.integers(len(text)))), distance - (count - 1) * SPAN)
     places = np.linspace(0, max(0, distance // 2 - (count - 1) * SPAN), count).astype(int)
     pieces = np.split(filler, places[1:])
     hidden = np.concatenate([part for pair in zip(spans, pieces, strict=True) for part in pair])
     prompt = (*start, *hidden.tolist())
-    return [RecallItem((*prompt, *span[:CUE].tolist()), tuple(span[CUE:].tolist())) for span in spans]
+    return [RecallItem((*prompt, *span[:CUE].tolist()), tuple(span[CUE:].tolist()), distance) for span in spans]
