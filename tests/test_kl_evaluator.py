@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,7 +139,7 @@ def test_probe_windows_are_fewer_when_the_model_is_larger() -> None:
 
 def test_held_out_windows_are_fewer_when_the_vocabulary_is_larger() -> None:
     windows = np.zeros((500, 512), np.int64)
-    assert [held_out_windows(windows, size).shape for size in (300, 50_000, 150_000)] == [(8, 512), (5, 512), (2, 512)]
+    assert [held_out_windows(windows, size).shape for size in (300, 50_000, 150_000)] == [(8, 512), (2, 512), (2, 512)]
     long = np.zeros((5, 4096), np.int64)
     assert [held_out_windows(long, size).shape for size in (300, 150_000)] == [(1, 4096), (1, 4096)]
 
@@ -233,6 +234,19 @@ def test_compensation_stays_off_when_it_does_not_help(
     refit, better = refit_where_it_pays(trials, plan)
     assert better == 0.0
     assert all(layer.refit and "100%" in layer.reason for layer in refit.layers)
+
+
+@pytest.mark.parametrize(("cache", "tried"), [({"stored": "int8"}, False), ({"stored": "int8", "rank": 8}, True)])
+def test_compensation_is_not_tried_when_whole_caches_are_rounded_to_8_bits(
+    prepared: PreparedDecoder, monkeypatch: pytest.MonkeyPatch, cache: dict[str, Any], tried: bool
+) -> None:
+    layers = tuple(layer.with_cache(**cache) for layer in Plan.identity(prepared.spec).layers)
+    trials, asked = prepared.trials(), []
+    monkeypatch.setattr(trials, "refitted", lambda codes: asked.append(codes) or codes)
+    plan, kl = refit_where_it_pays(trials, Plan(layers=layers))
+    assert plan.layers == layers
+    assert kl > 0
+    assert bool(asked) is tried
 
 
 def test_compensation_stays_off_when_the_recipe_says_so(

@@ -30,7 +30,8 @@ def choose_within(budget: Budget, trials: DecoderTrials) -> Chosen:
         GateError: No plan found meets all limits.
     """
     found = planner_of(trials, budget.context, budget.time_ratio)
-    return choose(found, budget, lambda planned: trials.more_recall.drop(trials.codes(planned.plan)))
+    recall_drop = lambda planned: trials.more_recall.drop(trials.codes(planned.plan))  # noqa: E731
+    return choose(found, budget, recall_drop, trials.progress)
 
 
 def planner_of(trials: DecoderTrials, context: int | None = None, time_ratio: float | None = None) -> Planner:

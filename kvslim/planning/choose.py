@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from kvslim.errors import GateError
 from kvslim.planning.planner import MARGIN, Planned, Planner
+from kvslim.progress import Progress
 from kvslim.recipe import Budget
 from kvslim.types import PlanPoint
 
@@ -25,19 +26,22 @@ class Chosen(NamedTuple):
     frontier: tuple[PlanPoint, ...]
 
 
-def choose(planner: Planner, budget: Budget, recall_drop: Callable[[Planned], float]) -> Chosen:
+def choose(
+    planner: Planner, budget: Budget, recall_drop: Callable[[Planned], float], progress: Progress | None = None
+) -> Chosen:
     """The plan that loses least within bytes and time, or without a limit of bytes the smallest that loses no more.
 
     Args:
         planner: Finds and measures plans.
         budget: The limits.
         recall_drop: Share of recall that a plan loses.
+        progress: Receives the progress.
 
     Raises:
         GateError: No plan found meets all limits.
     """
     _check_time(planner)
-    frontier = planner.frontier()
+    frontier = planner.frontier(progress)
     limit = budget.bytes_limit(planner.plain_bytes)
     if limit is None and budget.max_kl is None and budget.max_recall_drop is None:
         limit = planner.plain_bytes

@@ -17,6 +17,7 @@ from kvslim.planning.candidates import Alteration, Candidate, CandidateMaker, op
 from kvslim.planning.decode_time import DecodeTime
 from kvslim.planning.prices import Divergence
 from kvslim.planning.probes import BITS, FIX, Probes
+from kvslim.progress import Progress, Silent
 from kvslim.transform.edits import LayerEdit
 from kvslim.types import KVLayout, LayerPlan, Plan, PlanPoint
 
@@ -89,9 +90,10 @@ class Planner:
         least = min(sum(min(each.time for each in layer) for layer in layers) for layers in kinds)
         return (least + self.time.of_plan(())) / self.plain_time
 
-    def frontier(self) -> list[Planned]:
+    def frontier(self, progress: Progress | None = None) -> list[Planned]:
         """The best plan found at each of a row of sizes, the largest first."""
-        found = [self.allocated(self.plain_bytes / ratio) for ratio in RATIOS]
+        ratios = (progress or Silent()).track(RATIOS, "sizes planned")
+        found = [self.allocated(self.plain_bytes / ratio) for ratio in ratios]
         return [planned for planned in found if planned is not None]
 
     def allocated(self, budget: float) -> Planned | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from kvslim.caches import FullCache
 from kvslim.transform.edits import LayerEdit
 from kvslim.types import Plan
 
@@ -27,7 +28,7 @@ def refit_where_it_pays(trials: Trials, plan: Plan) -> tuple[Plan, float]:
     """The plan, with output projections marked to be fitted again if that lowers the loss, and the loss."""
     codes = trials.codes(plan)
     before = trials.loss(codes)
-    if not before:
+    if not before or _rounds_finely(plan, trials.spec.head_dim):
         return plan, before
     again = trials.refitted(codes)
     after = trials.loss(again)
@@ -39,3 +40,18 @@ def refit_where_it_pays(trials: Trials, plan: Plan) -> tuple[Plan, float]:
         for layer, old, new in zip(plan.layers, codes, again, strict=True)
     )
     return plan.model_copy(update={"layers": layers}), after
+
+
+def _rounds_finely(plan: Plan, head_dim: int) -> bool:
+    """Whether all that a plan does is to round whole caches to 8 bits.
+
+    Such errors are small and random, and a refit, which takes minutes on a large model, takes nothing off them.
+    """
+    return all(
+        layer.heads is None
+        and layer.mlp
+        and isinstance(layer.cache, FullCache)
+        and layer.cache.dtype != "int4"
+        and layer.cache.ranks(head_dim) == (head_dim, head_dim)
+        for layer in plan.layers
+    )

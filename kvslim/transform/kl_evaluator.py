@@ -200,5 +200,5 @@ def held_out_windows(windows: Array, vocab_size: int) -> Array:
         windows: [n, length] token ids; a long text is taken whole, since that is what it was asked for.
         vocab_size: Entries of one row of logits.
     """
-    tokens = max(BATCH, min(2**27 // vocab_size, 2**12))
+    tokens = max(BATCH, min(2**26 // vocab_size, 2**12))
     return np.ascontiguousarray(windows[: max(1, tokens // windows.shape[1])])

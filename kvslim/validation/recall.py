@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ SPAN = 16
 CUE = 4
 SPANS, FAR_SPANS = 12, 48  # facts of one text, and of a long one
 LEAST_ITEMS = 40  # questions before the verdict may be called clear
+LEAST_OF_REACH = 12  # of each distance
 ERROR = 0.01  # without a limit: the standard error that is small enough
 LEVEL = 0.05  # chance that a verdict that was called clear is wrong
 _SPREAD = 12.5  # makes the confidence sequence narrowest at some 100 questions
@@ -101,12 +103,13 @@ def compare_recall(
     """
     _check(items)
     tally = _Tally()
-    unheard = {item.reach for item in items}
+    wanted = Counter(
+        {reach: min(LEAST_OF_REACH, count) for reach, count in Counter(each.reach for each in items).items()}
+    )
     asked = (progress or Silent()).track(items, "recall questions")
     for item, *hits in zip(asked, _hits(teacher, items), _hits(student, items), strict=False):
         tally.add(item, *hits)
-        unheard.discard(item.reach)
-        if tally.count >= LEAST_ITEMS and not unheard and tally.is_clear(max_drop):
+        if tally.count >= LEAST_ITEMS and wanted <= Counter(tally.reaches) and tally.is_clear(max_drop):
             break
     return tally.recall()
 
