@@ -35,6 +35,13 @@ class Uncommon(nn.Module):
         return (((x > 0) | (x < -1)).float().add_(torch.eye(3)),)
 
 
+class Nested(nn.Module):
+    """Holds programs of its own, whose operators need to be looked at too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (torch.cond(x.sum() > 0, lambda y: (y > 0) | (y < -1), lambda y: y < 0, (x,)),)
+
+
 def _counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Notes each program that is decomposed."""
     programs: list[Any] = []
@@ -47,7 +54,7 @@ def _counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return programs
 
 
-@pytest.mark.parametrize(("module", "decomposed"), [(Converting(), 0), (Uncommon(), 1)])
+@pytest.mark.parametrize(("module", "decomposed"), [(Converting(), 0), (Uncommon(), 1), (Nested(), 1)])
 def test_program_is_decomposed_only_where_it_must_be(
     module: nn.Module, decomposed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

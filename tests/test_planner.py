@@ -24,7 +24,7 @@ from kvslim.planning.planner import MARGIN, Planned, Planner
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.recipe import Budget, Recipe, load_recipe, parse_recipe
 from kvslim.runtime.opening import layout_of, open_session
-from kvslim.types import KVLayout, Plan
+from kvslim.types import KVLayout, Plan, PlanPoint
 
 CONTEXT = 2048
 
@@ -204,3 +204,23 @@ def test_compress_within_a_budget_is_its_recipe_with_the_planner(
     assert {gate["name"]: gate["limit"] for gate in told["gates"]} == {"max_kl": 5, "max_kv_ratio": 0.125}
     assert told["ratio"]["kv_bytes_per_token"] <= 1 / 8
     assert layout_of(open_session(out)) == KVLayout.of(manifest.spec, manifest.plan)
+
+
+def _found(ratio: float, kl: float, time_ratio: float) -> Planned:
+    point = PlanPoint(cache="int4", kv_bytes_per_token=1024 / ratio, kv_ratio=ratio, time_ratio=time_ratio, kl=kl)
+    return Planned(Plan(layers=()), point)
+
+
+def test_smallest_plan_within_a_divergence_is_no_slower_than_plain() -> None:
+    planner = object.__new__(Planner)
+    planner.context = 8
+    slower = _found(4.5, 0.001, 1.2)
+    planner.allocated = lambda _: slower
+    frontier = [_found(4, 0.0005, 0.8), _found(5, 0.005, 1.1), _found(8, 0.05, 0.9)]
+    assert planner.smallest(0.01, frontier) is frontier[0]
+    assert planner.smallest(0.1, frontier) is frontier[2]
+    planner.allocated = lambda _: _found(4.5, 0.001, 1.0)
+    assert planner.smallest(0.01, frontier).point.kv_ratio == 4.5
+    with pytest.raises(GateError, match="no plan is sure") as refused:
+        planner.smallest(0.0001, frontier)
+    assert refused.value.fix == "allow 0.0008 or more"

@@ -57,7 +57,8 @@ def convert_types(program: ExportedProgram) -> None:
 
 
 def needs_decomposition(program: ExportedProgram, translated: set[Any]) -> bool:
-    """Whether a program has operators that have no translation, or that change what they are given."""
+    """Whether a program has operators without a translation, that change what they are given, or hold programs."""
     operators = {node.target for node in program.graph_module.graph.nodes if node.op == "call_function"}
     overloads = [operator for operator in operators if isinstance(operator, torch._ops.OpOverload)]
-    return any(operator not in translated or operator._schema.is_mutable for operator in overloads)
+    nested = any(isinstance(operator, torch._ops.HigherOrderOperator) for operator in operators)
+    return nested or any(operator not in translated or operator._schema.is_mutable for operator in overloads)

@@ -105,8 +105,9 @@ class Planner:
         return min(found, key=_divergence, default=None)
 
     def never_worse(self, planned: Planned) -> Planned:
-        """The plan, or all layers alike at no more bytes, where that loses less."""
-        whole, budget = self.whole[4], planned.point.kv_bytes_per_token * self.context
+        """The plan, or all layers alike in as many bits and at no more bytes, where that loses less."""
+        bits = 8 if planned.point.cache == "int8" else 4
+        whole, budget = self.whole[bits], planned.point.kv_bytes_per_token * self.context
         sizes = range(min(len(layer) for layer in whole))
         fitting = [place for place in sizes if self._keeps([layer[place] for layer in whole], budget)]
         if not fitting:
@@ -115,15 +116,18 @@ class Planner:
         return min(planned, uniform, key=_divergence)
 
     def smallest(self, max_kl: float, frontier: list[Planned]) -> Planned:
-        """The smallest plan whose divergence keeps a margin to a limit.
+        """The smallest plan whose divergence keeps a margin to a limit, of those that are no slower than plain.
+
+        Int4 coordinates with a residual can lose little and still take twice as long to read as int8: a few bytes less
+        are not worth that.
 
         Raises:
             GateError: Even the best plan of the frontier exceeds it.
         """
         sizes = [planned.point.kv_bytes_per_token for planned in frontier]
-        fitting = [planned for planned in frontier if planned.point.kl * MARGIN <= max_kl]
+        fitting = [planned for planned in frontier if _is_within(planned, max_kl)]
         if not fitting:
-            least = MARGIN * min(map(_divergence, frontier), default=math.nan)
+            least = MARGIN * min((each.point.kl for each in frontier if each.point.time_ratio <= 1), default=math.nan)
             raise GateError(
                 f"no plan is sure to keep KL within {max_kl:g}", where="max_kl", fix=f"allow {least:.2g} or more"
             )
@@ -132,7 +136,7 @@ class Planner:
         for _ in range(SEARCHES):
             middle = (low + best.point.kv_bytes_per_token) / 2
             tried = self.allocated(middle * self.context)
-            if tried is None or tried.point.kl * MARGIN > max_kl:
+            if tried is None or not _is_within(tried, max_kl):
                 low = middle
             else:
                 best = tried
@@ -212,6 +216,11 @@ class Planner:
 
     def _plan_of(self, layers: Iterable[LayerPlan]) -> Plan:
         return self.base.model_copy(update={"layers": tuple(layers)})
+
+
+def _is_within(planned: Planned, max_kl: float) -> bool:
+    """Whether a plan keeps a margin to a limit of divergence, and is expected to be no slower than plain."""
+    return planned.point.kl * MARGIN <= max_kl and planned.point.time_ratio <= 1
 
 
 def _check(probes: Probes, spec: ModelSpec, context: int, *, timed: bool) -> None:
