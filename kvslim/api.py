@@ -126,6 +126,7 @@ def bench(
     threads: Sequence[int] | None = None,
     batches: Sequence[int] = (1,),
     repeats: int = 16,
+    progress: Progress | None = None,
 ) -> dict[str, BenchResult]:
     """Times artifacts against each other; they take turns in one run, so that a busy machine slows all of them alike.
 
@@ -136,6 +137,7 @@ def bench(
         threads: Thread counts; None leaves the choice to onnxruntime.
         batches: Numbers of sequences side by side.
         repeats: Timings per combination, at least 2.
+        progress: Receives the progress.
 
     Returns:
         Timings, memory and energy, by the path given.
@@ -154,7 +156,7 @@ def bench(
         batches=tuple(batches),
         repeats=repeats,
     )
-    return pipeline.bench([Path(folder) for folder in folders], grid)
+    return pipeline.bench([Path(folder) for folder in folders], grid, progress=progress)
 
 
 def load(artifact: AnyPath, *, context: int | None = None, threads: int | None = None) -> TextGenerator:

@@ -134,7 +134,7 @@ def validate(
         return evaluation.measure(Path(folder), artifact)
 
 
-def bench(artifacts: Sequence[Path], grid: Grid) -> dict[str, BenchResult]:
+def bench(artifacts: Sequence[Path], grid: Grid, *, progress: Progress | None = None) -> dict[str, BenchResult]:
     """Latency, energy and memory of artifacts over a grid, interleaved in one run; by the path given.
 
     Raises:
@@ -142,7 +142,8 @@ def bench(artifacts: Sequence[Path], grid: Grid) -> dict[str, BenchResult]:
     """
     specs = [read_manifest(artifact).spec for artifact in artifacts]
     checks.check_grid(artifacts, specs, grid)
-    return bench_all({str(artifact): artifact for artifact in artifacts}, specs, grid)
+    folders = {str(artifact): artifact for artifact in artifacts}
+    return bench_all(folders, specs, grid, progress or Silent())
 
 
 def _checked(model: str, recipe: Recipe) -> tuple[Snapshot, ModelSpec]:

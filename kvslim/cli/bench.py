@@ -9,6 +9,7 @@ import typer
 
 from kvslim.cli import console
 from kvslim.cli.options import Json
+from kvslim.cli.progress import Terminal
 
 
 def bench(
@@ -46,6 +47,7 @@ def bench(
             threads=thread_counts,
             batches=batch_sizes,
             repeats=repeats,
+            progress=Terminal(),
         )
     tables = costs_table(results), timings_table(results)
     if csv:

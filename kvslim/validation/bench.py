@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from kvslim.contract import Frozen, ModelSpec
+from kvslim.progress import Progress
 from kvslim.runtime.encoder import EncoderSession
 from kvslim.runtime.session import DecodeSession
 from kvslim.validation.encoder import time_texts
@@ -86,13 +87,15 @@ class BenchResult(Frozen):
     timings: tuple[Timing, ...]
 
 
-def bench_all(artifacts: Mapping[str, Path], specs: Sequence[ModelSpec], grid: Grid) -> dict[str, BenchResult]:
+def bench_all(
+    artifacts: Mapping[str, Path], specs: Sequence[ModelSpec], grid: Grid, progress: Progress
+) -> dict[str, BenchResult]:
     """Times artifacts of models that are all decoders or all encoders."""
     timed = bench_encoders if any(spec.is_encoder for spec in specs) else bench_decoders
-    return timed(artifacts, grid)
+    return timed(artifacts, grid, progress)
 
 
-def bench_decoders(artifacts: Mapping[str, Path], grid: Grid) -> dict[str, BenchResult]:
+def bench_decoders(artifacts: Mapping[str, Path], grid: Grid, progress: Progress) -> dict[str, BenchResult]:
     """Times prompts and decoding.
 
     Raises:
@@ -100,7 +103,8 @@ def bench_decoders(artifacts: Mapping[str, Path], grid: Grid) -> dict[str, Bench
     """
     timings: dict[str, list[Timing]] = {name: [] for name in artifacts}
     for threads, batch in grid.points:
-        runs = time_models(artifacts, grid.prompts, grid.contexts, grid.repeats, threads, batch)
+        progress.stage(_name_of(threads, batch))
+        runs = time_models(artifacts, grid.prompts, grid.contexts, grid.repeats, threads, batch, progress=progress)
         for length, costs in runs.ttft.items():
             _add(timings, Point("ttft_ms", length, threads, batch), costs, batch * length)
         for length, costs in runs.tpot.items():
@@ -113,7 +117,7 @@ def bench_decoders(artifacts: Mapping[str, Path], grid: Grid) -> dict[str, Bench
     }
 
 
-def bench_encoders(artifacts: Mapping[str, Path], grid: Grid) -> dict[str, BenchResult]:
+def bench_encoders(artifacts: Mapping[str, Path], grid: Grid, progress: Progress) -> dict[str, BenchResult]:
     """Times texts. The contexts of the grid are ignored.
 
     Raises:
@@ -121,12 +125,18 @@ def bench_encoders(artifacts: Mapping[str, Path], grid: Grid) -> dict[str, Bench
     """
     timings: dict[str, list[Timing]] = {name: [] for name in artifacts}
     for threads, batch in grid.points:
+        progress.stage(_name_of(threads, batch))
         sessions = {name: EncoderSession(path, threads=threads) for name, path in artifacts.items()}
-        for length in grid.prompts:
+        for length in progress.track(grid.prompts, "lengths timed"):
             costs = time_texts(sessions, length, grid.repeats, batch)
             _add(timings, Point("latency_ms", length, threads, batch), costs, batch * length)
     longest = max(grid.prompts)
     return {name: _result(path, grid, timings[name], longest, "encode", None) for name, path in artifacts.items()}
+
+
+def _name_of(threads: int | None, batch: int) -> str:
+    """A stage of the grid."""
+    return f"{'threads as onnxruntime chooses' if threads is None else f'threads: {threads}'}, batch: {batch}"
 
 
 def _add(timings: dict[str, list[Timing]], point: Point, costs: Mapping[str, Times], tokens: int) -> None:
