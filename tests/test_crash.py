@@ -41,7 +41,7 @@ for at in range(1, int(sys.argv[4]) + 1):
     child = os.fork()
     if child == 0:
         try:
-            pipeline.compress(model, load_recipe("small", brief), folder / str(at) / "out", progress=Killer(at))
+            pipeline.compress(model, load_recipe("lossless", brief), folder / str(at) / "out", progress=Killer(at))
         except KeyboardInterrupt:
             os._exit(130)
         os._exit(0)
