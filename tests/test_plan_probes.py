@@ -16,7 +16,7 @@ from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.errors import UsageError
 from kvslim.planning.budget import choose_within, probes_key
 from kvslim.planning.prices import Price
-from kvslim.planning.probes import Probes
+from kvslim.planning.probes import FORMAT, Probes
 from kvslim.planning.probing import Prober
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Silent
@@ -152,7 +152,7 @@ def test_probes_of_another_key_or_format_are_not_taken(probes: Probes, cache_of_
     (stored,) = (cache_of_its_own / "probes").iterdir()
     (stored.parent / "moved.json").write_bytes(stored.read_bytes())
     assert cache.load_probes("moved") is None
-    stored.write_text(stored.read_text().replace('"format":1', '"format":2', 1))
+    stored.write_text(stored.read_text().replace(f'"format":{FORMAT}', '"format":99', 1))
     assert cache.load_probes(probes.key) is None
 
 

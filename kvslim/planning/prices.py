@@ -28,6 +28,7 @@ Codes = tuple[LayerEdit, ...]
 Divergence = Callable[[Codes], float]
 LITTLE, MUCH = 0.75, 0.5  # shares of head_dim that the two probes of a dropped rank keep
 STEEPEST = 3.0
+TOGETHER = 4.0  # dropped coordinates lose so much more in all layers together, and on other text, than each alone
 TINY = 1e-12
 
 
@@ -51,7 +52,7 @@ class Price(Frozen):
     def of(self, cost: Cost) -> float:
         """The divergence that a cost is expected to make."""
         share = cost.dropped / self.energy
-        dropped = self.kl * (share if share <= 1 else share**self.exponent)
+        dropped = TOGETHER * self.kl * (share if share <= 1 else share**self.exponent)
         return dropped + self.per_noise * cost.noise
 
 
