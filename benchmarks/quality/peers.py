@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from benchmarks.models import OpenModel
-from benchmarks.quality.codecs import MINMAX
+from benchmarks.quality.codecs import CODECS
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Plot, Table
 from benchmarks.subjects import Source
@@ -26,12 +26,12 @@ GGML: dict[str, dict[str, Any]] = {
     "rotated q5_0": {"key": "Q5_0", "value": "Q5_0", "rotated": True},
     "rotated q4_0": {"key": "Q4_0", "value": "Q4_0", "rotated": True},
 }
-STATIC: dict[str, list[dict[str, Any]]] = {
-    "genai int8": [{"kv_quant": {**MINMAX, "bits": 8}}],
-    "genai int4": [{"kv_quant": {**MINMAX, "bits": 4}}],
-    "KVSlim `kv_quant` int8": [{"kv_quant": {"bits": 8}}],
-    "KVSlim `kv_hdc` int8": [{"kv_hdc": {"bits": 8}}],
-    "KVSlim `kv_hdc` int4": [{"kv_hdc": {"bits": 4, "granularity": "per_channel"}}],
+STATIC = {
+    "genai int8": CODECS["minmax int8"],
+    "genai int4": CODECS["minmax int4"],
+    "KVSlim `kv_quant` int8": CODECS["`kv_quant` int8"],
+    "KVSlim `kv_hdc` int8": CODECS["`kv_hdc` int8, one step"],
+    "KVSlim `kv_hdc` int4": CODECS["`kv_hdc` int4, per channel"],
 }
 TABLE = Table(
     (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from benchmarks.quality.codecs import MINMAX
+from benchmarks.quality.codecs import CODECS
 from benchmarks.quality.recipes import SHORT, flattened
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import cell, markdown
@@ -36,7 +36,7 @@ TIMED = ("validation.contexts=[128,2048,8000]",)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line per measure, one column per row; what a column lacks is empty."""
+    """One line per measure, one column per row."""
     columns = [row.values for row in rows]
     body = [[title, *(cell(column.get(key), format_) for column in columns)] for key, (title, format_) in LINES.items()]
     return markdown(["", *(str(column["column"]) for column in columns)], body)
@@ -52,13 +52,13 @@ def real(
     """A real model, calibrated and judged on texts of two domains: shipped recipes beside genai's int8 calibration.
 
     `genai int8` is static per-channel calibration by the largest value, as onnxruntime-genai does it, in the same graph
-    and measured the same way. Times are medians, interleaved with plain's in one run.
+    and measured the same way. Times are medians, each column's interleaved with plain's in a run of their own.
     """
     texts = f"calibration.source={source.calibration}", f"validation.source={source.validation}"
     shipped = {f"`{name}`": load_recipe(name, (*overrides, *texts)) for name in names}
     lossless = load_recipe("lossless", (*overrides, *texts)).model_dump(exclude={"methods", "gates"})
-    method = {"kv_quant": {**MINMAX, "bits": 8}}
-    genai = parse_recipe({**lossless, "name": "genai", "methods": [method], "compensate": False}, where="benchmark")
+    minmax = {"name": "genai", "methods": CODECS["minmax int8"], "compensate": False}
+    genai = parse_recipe({**lossless, **minmax}, where="benchmark")
     for place, (column, recipe) in enumerate({"genai int8": genai, **shipped}.items()):
         yield from _columns(source, column, recipe, with_plain=not place)
 

@@ -69,7 +69,7 @@ class TextSource:
 
     def held_out_windows(self) -> np.ndarray:
         """[n, length] token ids that calibration never sees."""
-        return self._windows(self.validation, VALIDATION_SHARE if self.is_shared else WHOLE)
+        return self._windows(self.validation, self._validation_share)
 
     def long_text(self, windows: np.ndarray) -> np.ndarray | None:
         """[n] token ids of one text up to the target context; None where that is no longer than two of the windows.
@@ -85,8 +85,8 @@ class TextSource:
         if self.validation.source == "self" and not self.prepared.snapshot.is_demo:
             found = windows.reshape(-1)[:longest]
         else:
-            share = VALIDATION_SHARE if self.is_shared else WHOLE
-            found = text_beginning(self.validation.source, self.prepared.tokenizer, longest, share)
+            source, tokenizer = self.validation.source, self.prepared.tokenizer
+            found = text_beginning(source, tokenizer, longest, self._validation_share)
         whole = len(found) // length
         return found[: whole * length] if whole > 2 else None
 
@@ -108,6 +108,10 @@ class TextSource:
     @property
     def _calibration_share(self) -> tuple[float, float]:
         return CALIBRATION_SHARE if self.is_shared else WHOLE
+
+    @property
+    def _validation_share(self) -> tuple[float, float]:
+        return VALIDATION_SHARE if self.is_shared else WHOLE
 
     def _windows(self, settings: Calibration | Validation, share: tuple[float, float]) -> np.ndarray:
         prepared, samples, length = self.prepared, settings.samples, settings.length

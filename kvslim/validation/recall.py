@@ -207,10 +207,10 @@ def repeated_spans(
     """Recall items for any model: random tokens hidden in ordinary text, and at its end the same random tokens again.
 
     A text hides a number of spans, spread over its first half, and each of them makes an item. So the items of a
-    text share all of the prompt but its end, and the text is read only once. The first `CUE` tokens of
-    the second copy belong to the prompt and show where to look; the other `SPAN - CUE` are the answer. A span is drawn
-    evenly from the distinct tokens of the text, so that word frequencies do not help. A token that starts every window
-    (a BOS) starts every item and is never drawn.
+    text share all of the prompt but its end, and the text is read only once. The first `CUE` tokens of the second copy
+    belong to the prompt and show where to look; the other `SPAN - CUE` are the answer. A span is drawn evenly from the
+    distinct tokens of the text, so that word frequencies do not help. A token that starts every window (a BOS) starts
+    every item and is never drawn.
 
     Args:
         windows: Ordinary text, token ids [n, length], from which spans and filler are taken.
