@@ -2,12 +2,14 @@
 
 torch.onnx has every program decomposed: it is run twice more on tensors without numbers, which takes as long as the
 rest of an export. Of the programs that models give, all that it changes are conversions of types, most of them to the
-type that is there. Those are changed in place here; a program with anything else is decomposed after all.
+type that is there. Those are changed in place here; a program with anything else is decomposed after all. The table of
+translations, which torch.onnx builds for every export, is built once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,8 +24,9 @@ IDLE = {ATEN.alias.default, ATEN.detach.default, ATEN.detach_.default}
 
 @contextlib.contextmanager
 def quick_lowering() -> Iterator[None]:
-    """Within the block torch.onnx decomposes a program only where it must."""
-    whole = _fx_passes.decompose_with_registry
+    """Within the block torch.onnx decomposes a program only where it must, and builds no second table."""
+    whole, translations = _fx_passes.decompose_with_registry, vars(ONNXRegistry)["from_torchlib"]
+    registries: Any = ONNXRegistry
 
     def lowered(exported_program: ExportedProgram, registry: ONNXRegistry) -> ExportedProgram:
         convert_types(exported_program)
@@ -32,10 +35,21 @@ def quick_lowering() -> Iterator[None]:
         return exported_program
 
     _fx_passes.decompose_with_registry = lowered
+    registries.from_torchlib = staticmethod(_translations)
     try:
         yield
     finally:
         _fx_passes.decompose_with_registry = whole
+        registries.from_torchlib = translations
+
+
+_build_translations = ONNXRegistry.from_torchlib
+
+
+@functools.cache
+def _translations(opset_version: int) -> ONNXRegistry:
+    """How each of torch's operators is said in ONNX; no export adds to it."""
+    return _build_translations(opset_version=opset_version)
 
 
 def convert_types(program: ExportedProgram) -> None:
