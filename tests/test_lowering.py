@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.onnx._internal.exporter import _fx_passes
 from kvslim.export.lowering import convert_types, quick_lowering
 from kvslim.export.quiet import quiet
 from kvslim.methods import method_class
+
+DECOMPOSED, PROMOTED = "decompose_with_registry", "insert_type_promotion_nodes"
 
 
 class Converting(nn.Module):
@@ -35,6 +38,21 @@ class Uncommon(nn.Module):
         return (((x > 0) | (x < -1)).float().add_(torch.eye(3)),)
 
 
+class Mixed(nn.Module):
+    """Operators on two types of tensors."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        whole = (x * 2).to(torch.int32)
+        return x * whole, whole - 1, whole.to(torch.int8) + whole, whole / 2
+
+
+class Sized(nn.Module):
+    """A number of rows, which is an int64, beside an int32."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x.to(torch.int32) + x.shape[0],)
+
+
 class Nested(nn.Module):
     """Holds programs of its own, whose operators need to be looked at too."""
 
@@ -42,32 +60,51 @@ class Nested(nn.Module):
         return (torch.cond(x.sum() > 0, lambda y: (y > 0) | (y < -1), lambda y: y < 0, (x,)),)
 
 
-def _counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Notes each program that is decomposed."""
-    programs: list[Any] = []
-    whole = _fx_passes.decompose_with_registry
-    monkeypatch.setattr(
-        _fx_passes,
-        "decompose_with_registry",
-        lambda program, registry: programs.append(program) or whole(program, registry),
-    )
-    return programs
+class Plain(nn.Module):
+    """What a Python number multiplies or is taken from keeps its type."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x * 2 - 1, x.to(torch.int32) - 3, x > 1, x.to(torch.int64) + x.shape[0]
 
 
-@pytest.mark.parametrize(("module", "decomposed"), [(Converting(), 0), (Uncommon(), 1), (Nested(), 1)])
-def test_program_is_decomposed_only_where_it_must_be(
-    module: nn.Module, decomposed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def _counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Notes each time that a program is run again."""
+    runs: list[str] = []
+
+    def noting(name: str) -> Callable[..., Any]:
+        whole = getattr(_fx_passes, name)
+        return lambda *arguments: runs.append(name) or whole(*arguments)
+
+    for name in (DECOMPOSED, PROMOTED):
+        monkeypatch.setattr(_fx_passes, name, noting(name))
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("module", "again"),
+    [
+        (Converting(), []),
+        (Plain(), []),
+        (Mixed(), [PROMOTED]),
+        (Sized(), [PROMOTED]),
+        (Uncommon(), [DECOMPOSED]),
+        (Nested(), [DECOMPOSED, PROMOTED]),
+    ],
+)
+def test_program_is_run_again_only_where_it_must_be(
+    module: nn.Module, again: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    programs, x = _counted(monkeypatch), torch.tensor([[1.5, -2.5, 3.0], [0.0, -0.5, 2.0], [4.0, 5.5, -6.0]])
+    runs, x = _counted(monkeypatch), torch.tensor([[1.5, -2.5, 3.0], [0.0, -0.5, 2.0], [4.0, 5.5, -6.0]])
     with quiet(), quick_lowering(), torch.no_grad():
-        exported = torch.onnx.export(torch.export.export(module, (x,)), verbose=False)
+        program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+        exported = torch.onnx.export(program, verbose=False)
     assert exported is not None
     exported.save(tmp_path / "model.onnx")
     for found, expected in zip(
         ort.InferenceSession(tmp_path / "model.onnx").run(None, {"x": x.numpy()}), module(x), strict=True
     ):
         np.testing.assert_array_equal(found, expected.numpy())
-    assert len(programs) == decomposed
+    assert runs == again
 
 
 def test_conversions_to_the_type_that_is_there_go() -> None:
@@ -87,10 +124,10 @@ def test_conversions_to_the_type_that_is_there_go() -> None:
     ],
     ids=["int4", "window", "codes"],
 )
-def test_no_kind_of_cache_needs_to_be_decomposed(
+def test_program_of_no_kind_of_cache_is_run_again(
     methods: tuple[dict[str, dict[str, Any]], ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    programs = _counted(monkeypatch)
+    runs = _counted(monkeypatch)
     made = [method_class(name, "test").model_validate(options) for entry in methods for name, options in entry.items()]
     export_slim(open_prepared(save_decoder("llama", tmp_path / "model"), recipe_of(made)), tmp_path / "out")
-    assert programs == []
+    assert runs == []
