@@ -77,6 +77,8 @@ LAYER |= {"Sigmoid": 1, "Mul": 2}
 # The head, the embedding, the first norm, the lengths that attention reads, and the choice of logits.
 ONCE = {"MatMulNBits": 1, "GatherBlockQuantized": 1, "SimplifiedLayerNormalization": 1, "Shape": 1, "Squeeze": 1}
 ONCE |= {"Cast": 2, "ReduceSum": 1, "Sub": 1, "Slice": 1}
+# Over an integer cache attention is a branch of an `If`, on one condition for all layers.
+BRANCHED = {"If": 1, "GroupQueryAttention": -1}
 # Codes of q and k work on [batch, heads, length, dim]: rotated, split, coded and merged again, each.
 CODED = {"Split": 1, "RotaryEmbedding": 2, "Reshape": 4, "Transpose": 4, "MatMul": 2, "Sub": 1}
 
@@ -111,6 +113,8 @@ def test_slim_graph_adds_codes_alone_and_names_no_path(tiny_llama: Path, tmp_pat
     for _ in range(prepared.spec.layers):
         expected.update(LAYER)
         expected.update(CODED)
+        expected.update(BRANCHED)
+    expected.update({"Shape": 1, "Greater": 1})
     expected.update({"Concat": 4, "Shape": 2, "Unsqueeze": 4})  # the shapes that heads are split and merged to
     assert not count_of(tmp_path / "slim") - expected
 

@@ -14,6 +14,7 @@ from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.contract import ModelSpec
 from kvslim.export.genai import end_tokens, genai_config
 from kvslim.export.graph import build_graph, save_graph, token_inputs
+from kvslim.export.prompts import branch_prompts
 from kvslim.export.transformers_js import with_transformers_js_config
 from kvslim.export.weights import quantise_weights
 from kvslim.loading.architecture import architecture_of
@@ -106,6 +107,7 @@ class PreparedDecoder(PreparedModel):
         """Writes the graph of the model as it is, which `plan` describes; its inputs other than the cache."""
         graph = build_graph(self.model, self.architecture, KVLayout.of(self.spec, plan), self.progress)
         quantise_weights(graph, self.recipe.weights)
+        branch_prompts(graph)
         save_graph(graph, folder)
         return token_inputs(graph)
 

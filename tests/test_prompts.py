@@ -1,0 +1,124 @@
+"""The branch for prompts gives what the integer operator gives, whatever clients do with the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from support.models import exported, in_chunks, open_prepared, recipe_of
+
+from kvslim.caches import FullCache, SharedCache
+from kvslim.export.prompts import LONGEST_STEP
+from kvslim.runtime.opening import layout_of, open_session
+from kvslim.runtime.session import DecodeSession
+from kvslim.types import LayerPlan, Plan
+
+NEVER, ALWAYS = 1 << 30, 1  # new tokens that a step may have at most
+INT4 = FullCache(rank=16, rotation=0, stored="int4", centred=True)
+CACHES = {
+    "int8": FullCache(stored="int8"),
+    "one step for all": FullCache(stored="int8", granularity="per_tensor"),
+    "int8, coded": FullCache(rank=8, stored="int8"),
+    "int4": INT4,
+    "residual": FullCache(rank=8, residual=8, value_rank=16, value_residual=0, rotation=0, stored="int4", centred=True),
+    "shared": INT4,
+}
+CASES = [("llama", cache) for cache in CACHES] + [("gpt2", "int8"), ("phi3-partial", "int8"), ("gemma2", "int8")]
+
+Made = Callable[[str, str], tuple[Path, Path]]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Two graphs of a model with a kind of cache: one never takes the branch, the other always does."""
+    folders: dict[tuple[str, str], tuple[Path, Path]] = {}
+
+    def graphs_of(family: str, cache: str) -> tuple[Path, Path]:
+        if (family, cache) not in folders:
+            recipe = recipe_of().model_copy(update={"window_cache": False})
+            prepared = open_prepared(tiny_model(family), recipe)
+            layers = [LayerPlan(layer=layer, cache=CACHES[cache]) for layer in range(prepared.spec.layers)]
+            if cache == "shared":
+                layers[1] = LayerPlan(layer=1, cache=SharedCache(source=0))
+            whole = tmp_path_factory.mktemp("prompts") / "graph"
+            exported(prepared, Plan(layers=tuple(layers)), whole)
+            folders[family, cache] = (limited(whole, NEVER), limited(whole, ALWAYS))
+        return folders[family, cache]
+
+    return graphs_of
+
+
+def limited(folder: Path, most: int) -> Path:
+    """The graph with another limit from which tokens are a prompt."""
+    model = onnx.load(folder / "model.onnx")
+    (name,) = {node.input[1] for node in model.graph.node if node.op_type == "Greater"}
+    (limit,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+    assert onnx.numpy_helper.to_array(limit).tolist() == [LONGEST_STEP]
+    limit.CopyFrom(onnx.numpy_helper.from_array(np.array([most]), name))
+    made = folder.with_name(f"most-{most}")
+    made.mkdir()
+    onnx.save(model, made / "model.onnx")
+    return made
+
+
+@pytest.mark.parametrize(("family", "cache"), CASES)
+def test_branch_writes_the_rows_of_the_operator(made: Made, family: str, cache: str) -> None:
+    tokens = tokens_of_graph(made(family, cache)[0], 100)
+    sessions = [DecodeSession(folder, capacity=100, all_positions=True) for folder in made(family, cache)]
+    by_step, by_prompt = (in_chunks(session, tokens, [40, 1, 20, 39]) for session in sessions)
+    assert np.abs(by_step - by_prompt).max() < 0.02 * np.abs(by_step).max()
+    assert np.median(np.abs(by_step - by_prompt)) < 1e-4
+    held = [[array for layer in session._layers for array in layer.arrays] for session in sessions]
+    for index, (expected, found) in enumerate(zip(*held, strict=True)):
+        assert expected.any()
+        different = np.abs(numbers(expected) - numbers(found))
+        # Later layers read what attention gave, which is equal but for the last bits.
+        assert different.max() <= (0 if index < 2 else 1)
+        assert (different > 0).mean() < 0.002
+
+
+def numbers(stored: np.ndarray) -> np.ndarray:
+    """The integers of a cache."""
+    if stored.dtype == np.int8:
+        return stored.astype(int)
+    return np.stack([stored % 16, stored // 16]).astype(int)
+
+
+def tokens_of_graph(folder: Path, count: int) -> np.ndarray:
+    session = open_session(folder)
+    vocab = next(output.shape[-1] for output in session.get_outputs() if output.name == "logits")
+    return np.random.default_rng(0).integers(0, vocab, count)
+
+
+@pytest.mark.parametrize("cache", ["int8", "int4"])
+@pytest.mark.parametrize("has_room", [True, False])
+def test_batch_of_unequal_lengths_is_the_same_with_and_without_room(made: Made, cache: str, has_room: bool) -> None:
+    """Clients that do not allocate the cache get one that is as long as the text."""
+    results = []
+    for folder in made("llama", cache):
+        session = open_session(folder, all_positions=True)
+        caches = {
+            tensor.past: np.zeros(
+                (2, tensor.heads, 90 if has_room else 0, tensor.columns), np.int8 if cache == "int8" else np.uint8
+            )
+            for tensor in layout_of(session).tensors
+        }
+        names, wanted = ([node.name for node in nodes] for nodes in (session.get_outputs(), session.get_inputs()))
+        ids, lengths, logits = tokens_of_graph(folder, 100).reshape(2, 50), np.array([[40], [23]]), []
+        mask, positions = (np.arange(40) < lengths).astype(np.int64), np.tile(np.arange(40), (2, 1))
+        for step in range(10):
+            new = ids[:, :40] if step == 0 else ids[:, 39 + step : 40 + step]
+            given = {"input_ids": new, "attention_mask": mask, "position_ids": positions} | caches
+            outputs = session.run(names, {name: array for name, array in given.items() if name in wanted})
+            found = dict(zip(names, outputs, strict=True))
+            caches = {name: found[name.replace("past_key_values", "present")] for name in caches}
+            logits.append(found["logits"] * mask[:, -new.shape[1] :, None])
+            mask, positions = np.pad(mask, ((0, 0), (0, 1)), constant_values=1), lengths + step
+        assert {array.shape[2] for array in caches.values()} == {90 if has_room else 49}
+        results.append(np.concatenate(logits, axis=1))
+    by_step, by_prompt = results
+    assert np.abs(by_step).max() > 0.1
+    assert np.abs(by_step - by_prompt).max() < 0.02 * np.abs(by_step).max()
