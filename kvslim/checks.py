@@ -82,7 +82,7 @@ def check_lengths(recipe: Recipe, spec: ModelSpec) -> None:
         lengths |= {
             "calibration.length": calibration.length,
             "validation.recall_distance": validation.recall_distance + RECALL_MARGIN,
-            "validation.contexts": max(validation.contexts) + 1,
+            "validation.contexts": max(recipe.timed_contexts(spec)) + 1,
         }
     for key, length in lengths.items():
         if length > spec.max_context:

@@ -16,6 +16,7 @@ from kvslim.errors import NotFoundError, UsageError, suggestion
 from kvslim.methods import Method, method_class
 from kvslim.types import WeightFormat, Weights
 
+SHORT_CONTEXTS = (128, 1024)
 DEFAULT_CONTEXT = 4096
 
 
@@ -75,8 +76,8 @@ class Validation(Frozen):
     prompts: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (128, 512), min_length=1, description="prompt lengths for TTFT; text lengths for an encoder's latency"
     )
-    contexts: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (128, 1024), min_length=1, description="contexts for time per token"
+    contexts: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None, min_length=1, description="contexts for time per token; default 128, 1,024 and the target context"
     )
     repeats: int = Field(16, ge=3, description="interleaved timings per context")
     seed: int = Field(1, description="seed of the model's own samples and of the recall questions")
@@ -164,6 +165,13 @@ class Recipe(Frozen):
     def ordered_methods(self) -> list[Method]:
         """The methods in the order they run."""
         return sorted(self.methods, key=lambda method: method.order)
+
+    def timed_contexts(self, spec: ModelSpec) -> tuple[int, ...]:
+        """Contexts that a token of a decoder is timed at, which leave it a position."""
+        if self.validation.contexts is not None:
+            return self.validation.contexts
+        target = min(self.calibration.target(spec), spec.max_context - 1)
+        return (*(context for context in SHORT_CONTEXTS if context < target), target)
 
     def within(self, budget: Budget) -> Recipe:
         """This recipe with the planner in place of its methods, and the budget's limits as gates."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.tiny_artifact import SPEC
 
 from kvslim.errors import KvslimError, NotFoundError, UsageError
 from kvslim.methods import KvPca, KvQuant
@@ -65,6 +66,21 @@ def test_unknown_recipe_suggests_the_closest() -> None:
     with pytest.raises(NotFoundError) as error:
         load_recipe("lossles")
     assert "'lossless'" in error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("most", "settings", "expected"),
+    [
+        (8192, {}, (128, 1024, 4096)),
+        (2048, {}, (128, 1024, 2047)),
+        (512, {}, (128, 511)),
+        (8192, {"calibration": {"context": 8192}}, (128, 1024, 8191)),
+        (8192, {"validation": {"contexts": [300, 64]}}, (300, 64)),
+    ],
+)
+def test_tokens_are_timed_up_to_the_target_context(most: int, settings: dict, expected: tuple[int, ...]) -> None:
+    spec = SPEC.model_copy(update={"max_context": most})
+    assert Recipe.model_validate({"name": "test", **settings}).timed_contexts(spec) == expected
 
 
 def test_recipe_is_frozen() -> None:

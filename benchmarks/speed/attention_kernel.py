@@ -69,7 +69,7 @@ def step(spec: ModelSpec, kind: str, context: int) -> Callable[[], None]:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1  # whose time is then that of the calling thread
     session = ort.InferenceSession(graph(spec, kind).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    bindings = [_binding(session, spec, kind, context) for _ in range(CACHES)]
+    bindings = [binding(session, spec, kind, context) for _ in range(CACHES)]
     turn = iter(range(10**9))
     return lambda: session.run_with_iobinding(bindings[next(turn) % CACHES])
 
@@ -80,9 +80,9 @@ def graph(spec: ModelSpec, kind: str) -> onnx.ModelProto:
     cached = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     columns = spec.head_dim // 2 if bits == 4 else spec.head_dim
     shapes = {
-        "query": (TensorProto.FLOAT, [1, 1, spec.q_heads * spec.head_dim]),
-        "key": (TensorProto.FLOAT, [1, 1, spec.kv_heads * spec.head_dim]),
-        "value": (TensorProto.FLOAT, [1, 1, spec.kv_heads * spec.head_dim]),
+        "query": (TensorProto.FLOAT, [1, "new", spec.q_heads * spec.head_dim]),
+        "key": (TensorProto.FLOAT, [1, "new", spec.kv_heads * spec.head_dim]),
+        "value": (TensorProto.FLOAT, [1, "new", spec.kv_heads * spec.head_dim]),
         "past_key": (cached, [1, spec.kv_heads, "past", columns]),
         "past_value": (cached, [1, spec.kv_heads, "past", columns]),
         "seqlens": (TensorProto.INT32, [1]),
@@ -105,19 +105,19 @@ def graph(spec: ModelSpec, kind: str) -> onnx.ModelProto:
     return helper.make_model(helper.make_graph([node], "step", *values, scales), opset_imports=opsets, ir_version=10)
 
 
-def _binding(session: ort.InferenceSession, spec: ModelSpec, kind: str, context: int) -> ort.IOBinding:
-    """Random content for all inputs; past and present are one buffer."""
+def binding(session: ort.InferenceSession, spec: ModelSpec, kind: str, context: int, new: int = 1) -> ort.IOBinding:
+    """Random content for all inputs, `new` tokens after a context; past and present are one buffer."""
     random, (dtype, bits, _) = np.random.default_rng(0), KINDS[kind]
-    shape = (1, spec.kv_heads, context + 1, spec.head_dim // 2 if bits == 4 else spec.head_dim)
+    shape = (1, spec.kv_heads, context + new, spec.head_dim // 2 if bits == 4 else spec.head_dim)
     whole = random.integers(0, 100, shape).astype(dtype) if bits else random.standard_normal(shape, dtype=np.float32)
-    binding = session.io_binding()
+    bound = session.io_binding()
     for name, heads in (("query", spec.q_heads), ("key", spec.kv_heads), ("value", spec.kv_heads)):
-        binding.bind_cpu_input(name, random.standard_normal((1, 1, heads * spec.head_dim), dtype=np.float32))
-    binding.bind_cpu_input("seqlens", np.array([context], np.int32))
-    binding.bind_cpu_input("total", np.array(context + 1, np.int32))
+        bound.bind_cpu_input(name, random.standard_normal((1, new, heads * spec.head_dim), dtype=np.float32))
+    bound.bind_cpu_input("seqlens", np.array([context + new - 1], np.int32))
+    bound.bind_cpu_input("total", np.array(context + new, np.int32))
     for side in ("key", "value"):
         buffer = ort.OrtValue.ortvalue_from_numpy(whole)
-        binding.bind_ortvalue_input(f"past_{side}", buffer)
-        binding.bind_ortvalue_output(f"present_{side}", buffer)
-    binding.bind_output("output", "cpu")
-    return binding
+        bound.bind_ortvalue_input(f"past_{side}", buffer)
+        bound.bind_ortvalue_output(f"present_{side}", buffer)
+    bound.bind_output("output", "cpu")
+    return bound

@@ -15,16 +15,20 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-LONGEST_STEP = 16  # new tokens up to which the integer operator is the faster one; `benchmarks prompts` measures it
+LONGEST_STEP = 16  # new tokens up to which the integer operator is as fast: `benchmarks prompt-attention`
 KEY, PAST, SEQUENCE_ENDS, TOTAL, ROTARY, SCALES = 1, 3, 5, 6, 7, 12  # places of its inputs
 MICROSOFT = "com.microsoft"
 NIBBLES = np.array([[byte % 16 - 8, byte // 16 - 8] for byte in range(256)], dtype=np.float32)
 
 
-def branch_prompts(model: ir.Model) -> None:
+def branch_prompts(model: ir.Model, longest_step: int = LONGEST_STEP) -> None:
     """Gives every attention over an integer cache its branch for prompts, except where the operator drops rows itself.
 
     With a sliding window of the model the operator also moves the rows of its cache, which the branch does not.
+
+    Args:
+        model: The graph, which is changed.
+        longest_step: New tokens up to which the integer operator is kept.
     """
     graph = model.graph
     found = [
@@ -38,16 +42,13 @@ def branch_prompts(model: ir.Model) -> None:
         return
     constants = _Constants(graph)
     many = _Branch("prompts", constants)
-    ids = next(value for value in graph.inputs if value.name == "input_ids")
-    is_prompt = many.op("Greater", many.op("Shape", ids, start=1, end=2), many.ints(LONGEST_STEP))
-    graph.insert_before(graph[0], many.nodes)
+    is_prompt = many.op("Greater", many.op("Shape", found[0].inputs[0], start=1, end=2), many.ints(longest_step))
+    graph.insert_before(found[0], many.nodes)
     for index, node in enumerate(found):
         name = f"{node.name or index}.prompt"
         outputs = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in node.outputs]
-        branches = {
-            "then_branch": _PromptBranch(name, constants, node).graph(),
-            "else_branch": _kept(name, constants, node),
-        }
+        prompt, step = _PromptBranch(name, constants, node).graph(), _kept(name, constants, node)
+        branches = {"then_branch": prompt, "else_branch": step}
         branched = ir.node("If", [is_prompt], attributes=branches, outputs=outputs, name=name)
         graph.insert_before(node, branched)
         for old, new in zip(node.outputs, outputs, strict=True):

@@ -87,6 +87,7 @@ class PreparedDecoder(PreparedModel):
             self.recipe.validation,
             self.recipe.gates,
             context,
+            self.recipe.timed_contexts(self.spec),
             self.progress,
         )
 

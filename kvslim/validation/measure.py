@@ -30,6 +30,7 @@ class DecoderEvaluation(NamedTuple):
         settings: What is timed.
         gates: Limits.
         context: Tokens of the cache that bytes per token are counted in.
+        timed_contexts: Contexts that a token is timed at.
         progress: Receives the progress.
     """
 
@@ -38,6 +39,7 @@ class DecoderEvaluation(NamedTuple):
     settings: Validation
     gates: Gates
     context: int
+    timed_contexts: Sequence[int]
     progress: Progress
 
     def measure(self, plain: Path, artifact: Path) -> Report:
@@ -51,7 +53,7 @@ class DecoderEvaluation(NamedTuple):
 
 
 def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Report:
-    windows, items, settings, gates, context, progress = evaluation
+    windows, items, settings, gates, context, timed, progress = evaluation
     longest = max([*map(len, windows), capacity_for(items)])
     sessions = {
         name: DecodeSession(path, capacity=longest, all_positions=True)
@@ -76,10 +78,10 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
     del sessions
     progress.stage("validate: time and memory")
     latency = measure_latency(
-        {"plain": plain, "slim": artifact}, settings.prompts, settings.contexts, settings.repeats, progress=progress
+        {"plain": plain, "slim": artifact}, settings.prompts, timed, settings.repeats, progress=progress
     )
     measures = {
-        name: _costs(path, latency[name], settings.contexts).model_copy(
+        name: _costs(path, latency[name], timed).model_copy(
             update={**column.as_measures(), **found[name], "kv_bytes_per_token": sizes[name]}
         )
         for name, path, column in (("plain", plain, quality.plain), ("slim", artifact, quality.artifact))
