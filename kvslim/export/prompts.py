@@ -1,10 +1,10 @@
 """Prompts over an integer cache: attention in float32 where there are many new tokens.
 
 onnxruntime's GroupQueryAttention reads an integer cache about as fast as a float32 one for a few new tokens, but takes
-two to three times as long for hundreds. So each such operator becomes one branch of an `If` on their number. The other
-branch turns the rows so far into float32, of this layer alone, attends to them by the same operator over
-float32, and writes the new rows, rounded as the integer operator rounds them, into the cache. It attends to its new
-tokens as the cache holds them too, so that both branches give the same, whatever the pieces that a text comes in.
+two to five times as long for hundreds. So each such operator becomes one branch of an `If` on their number. The other
+branch turns the rows so far, of this layer alone, into float32, attends to them by the same operator over float32, and
+writes the new rows into the cache, rounded as the integer operator rounds them. It attends to its new tokens as the
+cache holds them too, so that both branches give the same, whatever the pieces that a text comes in.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 LONGEST_STEP = 16  # new tokens up to which the integer operator is as fast: `benchmarks prompt-attention`
-KEY, PAST, SEQUENCE_ENDS, TOTAL, ROTARY, SCALES = 1, 3, 5, 6, 7, 12  # places of its inputs
+PAST, SEQUENCE_ENDS, TOTAL, ROTARY, SCALES = 3, 5, 6, 7, 12  # places of its inputs
 MICROSOFT = "com.microsoft"
 NIBBLES = np.array([[byte % 16 - 8, byte // 16 - 8] for byte in range(256)], dtype=np.float32)
 

@@ -82,7 +82,7 @@ class TextSource:
         """
         length = windows.shape[1]
         longest = min(self.prepared.recipe.calibration.target(self.prepared.spec), windows.size)
-        if self.validation.source == "self" and not self.prepared.snapshot.is_demo:
+        if self._is_written(self.validation):
             found = windows.reshape(-1)[:longest]
         else:
             source, tokenizer = self.validation.source, self.prepared.tokenizer
@@ -113,10 +113,14 @@ class TextSource:
     def _validation_share(self) -> tuple[float, float]:
         return VALIDATION_SHARE if self.is_shared else WHOLE
 
+    def _is_written(self, settings: Calibration | Validation) -> bool:
+        """Whether the model writes the text itself; the demo is judged on stories instead."""
+        judges_demo = self.prepared.snapshot.is_demo and isinstance(settings, Validation)
+        return settings.source == "self" and not judges_demo
+
     def _windows(self, settings: Calibration | Validation, share: tuple[float, float]) -> np.ndarray:
         prepared, samples, length = self.prepared, settings.samples, settings.length
-        held_out_stories = prepared.snapshot.is_demo and isinstance(settings, Validation)
-        if settings.source != "self" or held_out_stories:
+        if not self._is_written(settings):
             return text_windows(settings.source, prepared.tokenizer, samples=samples, length=length, share=share)
         start = start_token(prepared.model.config)
         with tempfile.TemporaryDirectory(prefix="kvslim-") as folder:
