@@ -1,7 +1,7 @@
 # make demo: compress the demo model and say a sentence with it.    make test: lint, types, tests.
 # make test-eval: tasks, against the harness's own model; installs lm-eval and what it needs, some 500 MB.
 # make bench: the benchmark NAME, or the list of all; its table and its rows in build/benchmarks.
-# make real: brings a real model (SmolLM2-135M-Instruct, 93 MB) and measures it: the README's first table.
+# make real: brings a real model (SmolLM2-135M-Instruct, 93 MB) and measures it: the README's first table, and peers.
 # make test-thorough: the tests that take minutes each.
 # make test-benchmarks: a quick run of every benchmark; takes minutes.
 # make test-clients: every artifact in every client of docs/clients.md, each in an environment of its own; needs Node.
@@ -48,6 +48,7 @@ bench: $(VENV)/.installed-dev
 
 real: $(VENV)/.installed-dev build/real/smollm2.gguf
 	$(BIN)/python tools/write_tables.py --match "benchmarks real" README.md
+	$(BIN)/python tools/write_tables.py --match "benchmarks peers" docs/methods.md
 
 build/real/smollm2.gguf: | $(VENV)/.installed
 	$(BIN)/python tools/fetch_smollm2.py $@

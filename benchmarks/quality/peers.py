@@ -46,7 +46,7 @@ PLOT = Plot(
     x=("bytes", "bytes per token"),
     ys={"kl": "mean KL, nats per token"},
     name="codec",
-    styles={"llama.cpp": "s", "rotated": "d", "genai": "x", "KVSlim `kv": "^", "planner": ".-"},
+    styles={"llama.cpp": "s", "rotated": "d", "genai": "x", "KVSlim": "^", "planner": ".-"},
     logarithmic=frozenset({"kl"}),
 )
 
