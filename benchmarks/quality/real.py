@@ -25,11 +25,15 @@ LINES = {
     "top1_agreement": ("Same most likely token", ".1%"),
     "perplexity": ("Perplexity", ".2f"),
     "recall": ("Recall", ".1%"),
+    "recall_lost": ("Recall lost to plain, of the same questions", ".1%"),
     "tpot_ms.128": ("ms per token, context of 128", ".1f"),
+    "tpot_ratio.128": ("to plain", ".2f"),
     "tpot_ms.2048": ("ms per token, context of 2,048", ".1f"),
+    "tpot_ratio.2048": ("to plain", ".2f"),
     "tpot_ms.8000": ("ms per token, context of 8,000", ".1f"),
-    "ttft_ms.128": ("ms to the first token, prompt of 128", ".0f"),
+    "tpot_ratio.8000": ("to plain", ".2f"),
     "ttft_ms.512": ("ms to the first token, prompt of 512", ".0f"),
+    "ttft_ratio.512": ("to plain", ".2f"),
     "minutes": ("Minutes to compress and validate", ".1f"),
 }
 TIMED = ("validation.contexts=[128,2048,8000]",)
@@ -52,7 +56,7 @@ def real(
     """A real model, calibrated and judged on texts of two domains: shipped recipes beside genai's int8 calibration.
 
     `genai int8` is static per-channel calibration by the largest value, as onnxruntime-genai does it, in the same graph
-    and measured the same way. Times are medians, each column's interleaved with plain's in a run of their own.
+    and measured the same way. Times are medians; ratios are to plain, in turns in the same run.
     """
     texts = f"calibration.source={source.calibration}", f"validation.source={source.validation}"
     shipped = {f"`{name}`": load_recipe(name, (*overrides, *texts)) for name in names}
@@ -78,5 +82,8 @@ def _columns(source: Source, column: str, recipe: Recipe, *, with_plain: bool) -
         "mib_at_8k": manifest.kv_layout.bytes_at(CONTEXT) / 2**20,
         "minutes": minutes,
         "passed": report.passed,
+        "recall_lost": (report.plain.recall or 0.0) - (report.artifact.recall or 0.0),
+        **{f"tpot_ratio.{context}": ratio for context, ratio in (report.ratio.tpot_ms or {}).items()},
+        **{f"ttft_ratio.{prompt}": ratio for prompt, ratio in (report.ratio.ttft_ms or {}).items()},
         **flattened(report.artifact),
     }
