@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 
 from benchmarks.planners import OpenPlanner
 from benchmarks.subjects import Source
@@ -307,3 +309,12 @@ class OpenModel:
             yield
         finally:
             self._prepared.recipe = before
+
+
+def branched(model: onnx.ModelProto) -> bytes:
+    """A graph whose attention over integers always takes its branch for prompts."""
+    from kvslim.export.prompts import branch_prompts
+
+    graph = ir.serde.deserialize_model(model)
+    branch_prompts(graph, longest_step=0)
+    return ir.to_proto(graph).SerializeToString()

@@ -37,7 +37,14 @@ def partial_plan(spec: ModelSpec, first: tuple[int, ...], second: tuple[int, ...
     return Plan(layers=tuple(LayerPlan.model_validate(entry) for entry in entries))
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if "-" not in family])
+# Projections apart and in one, in both orders; with biases; with norms and windows.
+DIFFERENT = ("llama", "phi3", "gpt2", "gpt_neox", "opt", "gemma3_text")
+OTHERS = [family for family in FAMILIES if "-" not in family and family not in DIFFERENT]
+
+
+@pytest.mark.parametrize(
+    "family", [*DIFFERENT, *(pytest.param(family, marks=pytest.mark.thorough) for family in OTHERS)]
+)
 def test_graph_without_heads_equals_torch_in_prefill_and_cached_decode(
     tiny_model: ModelOf, tmp_path: Path, family: str
 ) -> None:
@@ -53,7 +60,7 @@ def test_graph_without_heads_equals_torch_in_prefill_and_cached_decode(
     assert (tensor.heads, tensor.past) == (1, "past_key_values.0.key")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", pytest.param("qwen3", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize(
     "cache",
     [

@@ -6,15 +6,14 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime as ort
 
+from benchmarks.models import branched
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.speed.attention_kernel import binding, graph
 from benchmarks.subjects import Source
 from kvslim.contract import ModelSpec
-from kvslim.export.prompts import branch_prompts
 from kvslim.loading.source import read_spec, resolve
 from kvslim.validation.latency import in_turns
 
@@ -55,9 +54,7 @@ def timed(spec: ModelSpec, context: int, new: int, repeats: int) -> dict[str, fl
     for cache, kind in CACHES.items():
         runs[cache] = run(graph(spec, kind).SerializeToString(), spec, kind, context, new)
         if cache != "float32":
-            model = ir.serde.deserialize_model(graph(spec, kind))
-            branch_prompts(model, longest_step=0)
-            runs[f"{cache}, branch"] = run(ir.to_proto(model).SerializeToString(), spec, kind, context, new)
+            runs[f"{cache}, branch"] = run(branched(graph(spec, kind)), spec, kind, context, new)
 
     def once(name: str) -> float:
         start = time.thread_time()
