@@ -31,7 +31,6 @@ def report_of(folder: Path) -> Report:
     return report
 
 
-@pytest.mark.thorough
 def test_balanced_keeps_its_promises(demo_artifact: ArtifactOf) -> None:
     report = report_of(demo_artifact("balanced"))
     assert report.passed
@@ -48,6 +47,7 @@ def test_lossless_keeps_its_promises(demo_artifact: ArtifactOf) -> None:
     assert (report.artifact.kl_mean or 1) <= 0.001
 
 
+@pytest.mark.thorough
 def test_small_is_an_eighth_and_loses_little(demo_artifact: ArtifactOf) -> None:
     report = report_of(demo_artifact("small"))
     assert report.passed
@@ -56,6 +56,7 @@ def test_small_is_an_eighth_and_loses_little(demo_artifact: ArtifactOf) -> None:
     assert (report.plain.recall or 0) - (report.artifact.recall or 0) <= 0.01
 
 
+@pytest.mark.thorough
 def test_small_tells_what_the_planner_did_to_each_layer(demo_artifact: ArtifactOf) -> None:
     manifest = read_manifest(demo_artifact("small"))
     assert {(layer.cache.dtype, layer.cache.rotation) for layer in manifest.plan.layers} == {("int4", 0)}
@@ -66,8 +67,8 @@ def test_small_tells_what_the_planner_did_to_each_layer(demo_artifact: ArtifactO
 
 def test_kl_of_the_plan_in_torch_is_that_of_the_graph(demo_artifact: ArtifactOf, tmp_path: Path) -> None:
     """What the planner compares plans by, and the same text through onnxruntime and its cache."""
-    folder = demo_artifact("small")
-    prepared = open_prepared("demo", load_recipe("small"))
+    folder = demo_artifact("balanced")
+    prepared = open_prepared("demo", load_recipe("balanced"))
     statistics = prepared.statistics
     windows = statistics.windows[-2:]
     plan = read_manifest(folder).plan
@@ -81,7 +82,7 @@ def test_kl_of_the_plan_in_torch_is_that_of_the_graph(demo_artifact: ArtifactOf,
 
 
 def test_genai_says_what_we_say(demo_artifact: ArtifactOf) -> None:
-    folder = demo_artifact("small")
+    folder = demo_artifact("balanced")
     tokenizer = load_tokenizer(folder)
     (question,) = recall_questions(1, 300, lambda text: len(tokenizer.encode(text).ids))
     prompt = tokenizer.encode(question.prompt).ids

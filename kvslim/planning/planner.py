@@ -29,7 +29,7 @@ Alterations = Mapping[int, Sequence[Alteration]]
 RATIOS = (4, 16 / 3, 8, 32 / 3, 16, 64 / 3)  # of the frontier, against the plain fp32 cache
 LARGEST_INT8 = 6  # times smaller than plain; beyond, int8 would cost too much rank
 FASTER = 1.1  # an int8 cache is read faster than int4: it may lose this much more
-MARGIN = 1.6  # other text may lose so much more than calibration text
+MARGIN = 2.5  # other text, and longer text, may lose so much more than calibration text
 SEARCHES = 4
 
 
