@@ -13,7 +13,7 @@ from kvslim.checks import check_plan
 from kvslim.errors import UsageError
 from kvslim.planning.allocate import Option, allocate, hull
 from kvslim.planning.cost import Choice, Cost, SideCosts, bundled, choices, side_costs
-from kvslim.planning.prices import TOGETHER, Price
+from kvslim.planning.prices import Price
 from kvslim.types import LayerPlan, Plan
 
 Layers = list[list[Option]]
@@ -145,5 +145,5 @@ def test_price_rises_with_energy_and_noise(exponent: float) -> None:
     prices = [price.of(Cost(dropped, 1.0)) for dropped in np.linspace(0, 8, 50)]
     assert prices[0] == pytest.approx(0.01)
     assert (np.diff(prices) > 0).all()
-    assert price.of(Cost(2.0, 0.0)) == pytest.approx(TOGETHER * 0.1)
+    assert price.of(Cost(2.0, 0.0)) == pytest.approx(0.4)
     assert price.of(Cost(1.0, 2.0)) > price.of(Cost(1.0, 1.0))

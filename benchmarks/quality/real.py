@@ -27,13 +27,13 @@ LINES = {
     "recall": ("Recall", ".1%"),
     "recall_lost": ("Recall lost to plain, of the same questions", ".1%"),
     "tpot_ms.128": ("ms per token, context of 128", ".1f"),
-    "tpot_ratio.128": ("to plain", ".2f"),
+    "ratio.tpot_ms.128": ("to plain", ".2f"),
     "tpot_ms.2048": ("ms per token, context of 2,048", ".1f"),
-    "tpot_ratio.2048": ("to plain", ".2f"),
+    "ratio.tpot_ms.2048": ("to plain", ".2f"),
     "tpot_ms.8000": ("ms per token, context of 8,000", ".1f"),
-    "tpot_ratio.8000": ("to plain", ".2f"),
+    "ratio.tpot_ms.8000": ("to plain", ".2f"),
     "ttft_ms.512": ("ms to the first token, prompt of 512", ".0f"),
-    "ttft_ratio.512": ("to plain", ".2f"),
+    "ratio.ttft_ms.512": ("to plain", ".2f"),
     "minutes": ("Minutes to compress and validate", ".1f"),
 }
 TIMED = ("validation.contexts=[128,2048,8000]",)
@@ -83,7 +83,6 @@ def _columns(source: Source, column: str, recipe: Recipe, *, with_plain: bool) -
         "minutes": minutes,
         "passed": report.passed,
         "recall_lost": (report.plain.recall or 0.0) - (report.artifact.recall or 0.0),
-        **{f"tpot_ratio.{context}": ratio for context, ratio in (report.ratio.tpot_ms or {}).items()},
-        **{f"ttft_ratio.{prompt}": ratio for prompt, ratio in (report.ratio.ttft_ms or {}).items()},
+        **{f"ratio.{name}": ratio for name, ratio in flattened(report.ratio).items()},
         **flattened(report.artifact),
     }

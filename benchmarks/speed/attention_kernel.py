@@ -52,12 +52,7 @@ def timed(spec: ModelSpec, context: int, repeats: int) -> dict[str, tuple[float,
     """Median milliseconds of each kind, and its median ratio to float32."""
     steps = {kind: step(spec, kind, context) for kind in KINDS}
 
-    def once(kind: str) -> float:
-        start = time.thread_time()
-        steps[kind]()
-        return (time.thread_time() - start) * 1e3
-
-    times = in_turns(list(KINDS), once, repeats)
+    times = in_turns(list(KINDS), lambda kind: thread_ms(steps[kind]), repeats)
     paired = {kind: row[1:] + row[:-1] for kind, row in times.items()}  # neighbouring turns, one in either order
     return {
         kind: (float(np.median(row)), float(np.median(paired[kind] / paired["float32"]))) for kind, row in times.items()
@@ -66,12 +61,24 @@ def timed(spec: ModelSpec, context: int, repeats: int) -> dict[str, tuple[float,
 
 def step(spec: ModelSpec, kind: str, context: int) -> Callable[[], None]:
     """A decode step at a context, on one cache after the other."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1  # whose time is then that of the calling thread
-    session = ort.InferenceSession(graph(spec, kind).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = one_thread(graph(spec, kind).SerializeToString())
     bindings = [binding(session, spec, kind, context) for _ in range(CACHES)]
     turn = iter(range(10**9))
     return lambda: session.run_with_iobinding(bindings[next(turn) % CACHES])
+
+
+def one_thread(model: bytes) -> ort.InferenceSession:
+    """A session that runs in the calling thread, whose time is then that of a run."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def thread_ms(run: Callable[[], None]) -> float:
+    """CPU time of the calling thread in milliseconds."""
+    start = time.thread_time()
+    run()
+    return (time.thread_time() - start) * 1e3
 
 
 def graph(spec: ModelSpec, kind: str) -> onnx.ModelProto:

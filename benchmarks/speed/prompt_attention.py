@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import onnxruntime as ort
 
 from benchmarks.models import branched
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
-from benchmarks.speed.attention_kernel import binding, graph
+from benchmarks.speed.attention_kernel import binding, graph, one_thread, thread_ms
 from benchmarks.subjects import Source
 from kvslim.contract import ModelSpec
 from kvslim.loading.source import read_spec, resolve
@@ -55,19 +53,12 @@ def timed(spec: ModelSpec, context: int, new: int, repeats: int) -> dict[str, fl
         runs[cache] = run(graph(spec, kind).SerializeToString(), spec, kind, context, new)
         if cache != "float32":
             runs[f"{cache}, branch"] = run(branched(graph(spec, kind)), spec, kind, context, new)
-
-    def once(name: str) -> float:
-        start = time.thread_time()
-        runs[name]()
-        return (time.thread_time() - start) * 1e3
-
-    return {name: float(np.median(row)) for name, row in in_turns(list(runs), once, repeats).items()}
+    times = in_turns(list(runs), lambda name: thread_ms(runs[name]), repeats)
+    return {name: float(np.median(row)) for name, row in times.items()}
 
 
 def run(model: bytes, spec: ModelSpec, kind: str, context: int, new: int) -> Callable[[], None]:
     """One run of a graph on random content."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1  # whose time is then that of the calling thread
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = one_thread(model)
     bound = binding(session, spec, kind, context, new)
     return lambda: session.run_with_iobinding(bound)

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from kvslim.transform.storage import numbers_of_bytes, packing
+
 LONGEST_STEP = 16  # new tokens up to which the integer operator is as fast: `benchmarks prompt-attention`
 PAST, SEQUENCE_ENDS, TOTAL, ROTARY, SCALES = 3, 5, 6, 7, 12  # places of its inputs
 MICROSOFT = "com.microsoft"
-NIBBLES = np.array([[byte % 16 - 8, byte // 16 - 8] for byte in range(256)], dtype=np.float32)
+INT4_OF_BYTES = np.array(numbers_of_bytes(4), dtype=np.float32) - 8  # each is stored plus 8
 
 
 def branch_prompts(model: ir.Model, longest_step: int = LONGEST_STEP) -> None:
@@ -187,15 +189,17 @@ class _PromptBranch(_Branch):
         numbers = self.op("Clip", self.op("Round", steps), self.scalar(-float(most)), self.scalar(most - 1.0))
         if self.bits == 8:
             return self.op("Cast", numbers, to=ir.DataType.INT8.value)
-        halves = np.kron(np.eye(self.dim // 2, dtype=np.float32), np.array([[1.0], [16.0]], dtype=np.float32))
-        packed = self.op("Add", self.op("MatMul", numbers, self.constants.value(halves)), self.scalar(17.0 * most))
+        packing_matrix = self.constants.value(packing(self.dim, self.bits))
+        packed = self.op("Add", self.op("MatMul", numbers, packing_matrix), self.scalar(17.0 * most))
         return self.op("Cast", packed, to=ir.DataType.UINT8.value)
 
     def _read(self, rows: ir.Value, scale: ir.Value | None) -> ir.Value:
         """Rows of the cache as float32 [batch, kv_heads, rows, dim]."""
         if self.bits == 8:
             return self.op("Mul", self.op("Cast", rows, to=ir.DataType.FLOAT.value), scale)
-        pairs = self.op("Gather", self.constants.value(NIBBLES), self.op("Cast", rows, to=ir.DataType.INT32.value))
+        pairs = self.op(
+            "Gather", self.constants.value(INT4_OF_BYTES), self.op("Cast", rows, to=ir.DataType.INT32.value)
+        )
         return self.op("Mul", self.op("Reshape", pairs, self.ints(0, 0, 0, self.dim)), scale)
 
     def _merged(self, states: ir.Value) -> ir.Value:

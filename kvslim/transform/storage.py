@@ -89,16 +89,26 @@ def _packed(numbers: Tensor, bits: int, parts: int = 1) -> Tensor:
         bits: Bits of a number.
         parts: See numbers.
     """
-    dim, per_byte = numbers.shape[-1] // parts, 8 // bits
+    places = packing(numbers.shape[-1] // parts, bits, parts)
+    return (numbers @ torch.tensor(places)).to(torch.uint8)
+
+
+def packing(dim: int, bits: int, parts: int = 1) -> np.ndarray:
+    """[dim * parts, dim * bits / 8] float32, the matrix that packs: arguments as for `_packed`."""
+    per_byte = 8 // bits
     weights = [float(1 << (bits * place)) for place in range(per_byte)]
-    places = np.kron(np.eye(dim // per_byte, dtype=np.float32), np.repeat(weights, parts)[:, None])
-    return (numbers @ torch.tensor(places, dtype=torch.float32)).to(torch.uint8)
+    places: np.ndarray = np.kron(np.eye(dim // per_byte, dtype=np.float32), np.repeat(weights, parts)[:, None])
+    return places.astype(np.float32)
 
 
 def _looked_up(stored: Tensor, levels: Tensor, bits: int) -> Tensor:
     """What bytes [..., n] stand for, [..., n * 8 / bits]."""
-    parts = [[byte >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)] for byte in range(256)]
-    return _joined(nn.functional.embedding(stored.int(), levels[torch.tensor(parts)]))
+    return _joined(nn.functional.embedding(stored.int(), levels[torch.tensor(numbers_of_bytes(bits))]))
+
+
+def numbers_of_bytes(bits: int) -> list[list[int]]:
+    """The numbers below 2 ** bits that each byte holds, the one in its low bits first."""
+    return [[byte >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)] for byte in range(256)]
 
 
 def _joined(states: Tensor) -> Tensor:
