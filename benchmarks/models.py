@@ -28,7 +28,7 @@ from kvslim.planning.decide import decide
 from kvslim.progress import Silent
 from kvslim.recipe import Recipe, parse_recipe
 from kvslim.runtime.session import DecodeSession
-from kvslim.types import KVLayout, Plan, WeightFormat
+from kvslim.types import KVLayout, Plan
 from kvslim.validation.measure import file_mib
 from kvslim.validation.quality import measure_quality
 from kvslim.validation.recall import RecallItem, capacity_for, measure_recall
@@ -257,13 +257,13 @@ class OpenModel:
 
     # Graphs
 
-    def export(self, plan: Plan | None = None, codes: Codes | None = None, weights: WeightFormat | None = None) -> Path:
+    def export(self, plan: Plan | None = None, codes: Codes | None = None) -> Path:
         """A new folder with the graph of a plan, by default of the one that changes nothing."""
         folder = self.source.folder / f"graph-{next(self._numbers)}-{id(self)}"
         folder.mkdir()
         if codes is None:
             codes = self.plain_codes if plan is None else self.codes(plan)
-        with self._installed(codes), self._with_recipe(weights=weights or self.recipe.weights):
+        with self._installed(codes):
             self._prepared.export(plan or self.identity, folder)
         return folder
 
@@ -300,15 +300,6 @@ class OpenModel:
 
         with trial(self._prepared.model, self._prepared.architecture, codes):
             yield
-
-    @contextmanager
-    def _with_recipe(self, **update: Any) -> Iterator[None]:
-        before = self._prepared.recipe
-        self._prepared.recipe = before.model_copy(update=update)
-        try:
-            yield
-        finally:
-            self._prepared.recipe = before
 
 
 def branched(model: onnx.ModelProto) -> bytes:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 WeightType = Literal["fp32", "int8", "int4"]
-WeightMethod = Literal["k_quant", "rtn"]
+WeightMethod = Literal["gptq", "k_quant", "rtn"]
 CacheType = Literal["float32", "int8", "int4", "codes3", "codes2", "codes1"]
 Stored = Literal["float32", "int8", "int4"]  # what the operators of onnxruntime read
 Granularity = Literal["per_channel", "per_tensor"]

@@ -26,7 +26,10 @@ class WeightFormat(Frozen):
     """How a graph stores its large matrices and its embedding table."""
 
     type: WeightType = Field("fp32", description="of all matrices; int8 and int4 in blocks of 32")
-    method: WeightMethod = Field("k_quant", description="k_quant searches scales and zero points; rtn rounds")
+    method: WeightMethod = Field(
+        "k_quant",
+        description="rtn rounds; k_quant searches scales and zero points; gptq (decoders) also fits to calibration text",
+    )
     mixed: bool = Field(False, description="with int4: the most sensitive matrices in int8")
 
     @model_validator(mode="after")
@@ -202,7 +205,8 @@ class Measures(Frozen):
     correlation is Spearman's. `kl_by_position` has the mean KL of the tokens from the key before (or the start) up to
     its key; `recall_by_distance` the recall of what stands at most so many tokens back. Standard errors end in `_se`:
     of `kl_mean` and `perplexity` over pieces of text, of the recall that is lost to the plain export over the
-    questions.
+    questions. Where weights are quantised, KL and perplexity are measured with activations in float32; `kl_as_run` is
+    the KL with activations rounded as onnxruntime does it, and `kl_to_original` the one to the model in float32.
     """
 
     kv_bytes_per_token: float | None = None
@@ -210,6 +214,8 @@ class Measures(Frozen):
     kl_mean: float | None = None
     kl_se: float | None = None
     kl_p99: float | None = None
+    kl_as_run: float | None = None
+    kl_to_original: float | None = None
     kl_by_position: dict[str, float] | None = None
     top1_agreement: float | None = None
     perplexity: float | None = None
@@ -247,6 +253,7 @@ class Report(Frozen):
     floor: Measures
     artifact: Measures
     ratio: Measures
+    original: Measures | None = Field(None, description="the model in float32, where the weights are quantised")
 
 
 class Source(Frozen):

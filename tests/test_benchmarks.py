@@ -45,11 +45,11 @@ def graphs(graphs_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Export takes seconds, so two graphs of a model stand for those of all plans: the plain one and an int8 one."""
     export = OpenModel.export
 
-    def shared(model: OpenModel, plan: Plan | None = None, codes: Any = None, weights: Any = None) -> Path:
-        weights, slim = weights or model.recipe.weights, plan not in (None, model.identity)
+    def shared(model: OpenModel, plan: Plan | None = None, codes: Any = None) -> Path:
+        weights, slim = model.recipe.weights, plan not in (None, model.identity)
         folder = graphs_folder / f"{Path(model.source.model).name}-{weights.type}-{slim}"
         if not folder.exists():
-            shutil.move(export(model, model.decided("kv_quant") if slim else None, weights=weights), folder)
+            shutil.move(export(model, model.decided("kv_quant") if slim else None), folder)
         return folder
 
     monkeypatch.setattr(OpenModel, "export", shared)

@@ -125,10 +125,10 @@ def test_self_samples_follow_the_models_own_distribution(tmp_path: Path) -> None
 
 def test_decoder_calibrates_on_its_own_text_when_the_source_is_self(tiny_llama: Path) -> None:
     prepared = open_prepared(tiny_llama, recipe_of())
-    windows = prepared.text.calibration_windows()
+    windows = prepared.text.calibration_windows
     assert windows.shape == (4, 48)
     assert len(np.unique(windows[:, 1:])) > 10
-    np.testing.assert_array_equal(windows, prepared.text.calibration_windows())
+    np.testing.assert_array_equal(windows, prepared.text.calibration_windows)
     assert not np.array_equal(windows[:2], prepared.text.held_out_windows())
 
 

@@ -17,11 +17,12 @@ from support.models import cached_logits, open_prepared, recipe_of, tokens_of, t
 from kvslim.contract import WeightMethod
 from kvslim.errors import UsageError
 from kvslim.export import weights as export_weights
-from kvslim.export.blocks import BLOCK, Quantised, quantise
 from kvslim.export.storage import share_storage
 from kvslim.export.weights import quantise_weights
 from kvslim.recipe import load_recipe, parse_recipe
 from kvslim.types import Plan, WeightFormat
+from kvslim.weights.blocks import BLOCK, Quantised, quantise
+from kvslim.weights.rows import QuantisedRows
 
 ModelOf = Callable[[str], Path]
 RANDOM = np.random.default_rng(0)
@@ -128,14 +129,17 @@ def test_product_equals_dequantised_matrix(
     monkeypatch: pytest.MonkeyPatch, operator: str, bias: str | None, inputs: int, outputs: int, kind: str, method: str
 ) -> None:
     monkeypatch.setattr(export_weights, "ACCURACY_LEVEL", 0)  # activations in float32
-    model, weights = product_graph(operator, inputs, outputs, bias), WeightFormat(type=kind, method=method)
+    model, bits = product_graph(operator, inputs, outputs, bias), {"int8": 8, "int4": 4}[kind]
     constants = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
     matrix = constants["w"] if operator != "MatMul" else constants["w"].T
-    quantise_weights(model, weights)
+    blocks, rows = quantise(matrix, bits, method), QuantisedRows()
+    rows.add(matrix, blocks)
+    quantise_weights(model, rows)
     assert [node.op_type for node in model.graph] == ["MatMulNBits"]
     assert "w" not in model.graph.initializers
     x = RANDOM.standard_normal((3, inputs)).astype(np.float32)
-    stored = dequantised(quantise(matrix, weights.bits, weights.method), weights.bits, inputs)
+    stored = dequantised(blocks, bits, inputs)
+    np.testing.assert_array_equal(blocks.numbers(inputs), stored.astype(np.float32))
     expected = x @ stored.T + constants.get("b", 0)
     np.testing.assert_allclose(run(model, x=x), expected, rtol=1e-4, atol=1e-4)
 
@@ -144,7 +148,7 @@ def test_product_equals_dequantised_matrix(
 def test_small_and_stacked_matrices_stay_as_they_are(shape: tuple[int, ...]) -> None:
     model = product_graph("MatMul", 64, 64, None)
     model.graph.initializers["w"].const_value = ir.tensor(np.zeros(shape, np.float32), name="w")
-    quantise_weights(model, WeightFormat(type="int4"))
+    quantise_weights(model, QuantisedRows())
     assert [node.op_type for node in model.graph] == ["MatMul"]
 
 
@@ -158,7 +162,7 @@ def test_matrix_is_computed_once_and_not_kept_when_it_is_lazy() -> None:
 
     lazy = ir.LazyTensor(compute, dtype=ir.DataType.FLOAT, shape=ir.Shape((48, 64)))
     model.graph.initializers["w"].const_value = lazy
-    quantise_weights(model, WeightFormat(type="int4"))
+    quantise_weights(model, QuantisedRows())
     assert len(made) == 1
     assert "w" not in model.graph.initializers
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.models import OpenModel
 from benchmarks.registry import Values, benchmark
@@ -13,7 +16,7 @@ from benchmarks.texts import BRIEF, FULL
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import WeightFormat
 from kvslim.validation.measure import file_mib
-from kvslim.validation.quality import measure_quality
+from kvslim.validation.quality import measure_all, measure_quality
 
 FORMATS: dict[str, WeightFormat] = {
     str(format_): format_
@@ -23,7 +26,9 @@ FORMATS: dict[str, WeightFormat] = {
         WeightFormat(type="int8"),
         WeightFormat(type="int4", method="rtn"),
         WeightFormat(type="int4"),
+        WeightFormat(type="int4", method="gptq"),
         WeightFormat(type="int4", mixed=True),
+        WeightFormat(type="int4", method="gptq", mixed=True),
     )
 }
 TABLE = Table(
@@ -32,30 +37,84 @@ TABLE = Table(
         Column("mib", "MiB", ".1f"),
         Column("kl", "KL", ".2g"),
         Column("kl_p99", "KL p99", ".2g"),
+        Column("kl_as_run", "KL as it runs", ".2g"),
         Column("top1", "same top token", ".3f"),
         Column("perplexity", "perplexity", ".3f"),
     )
 )
+CACHE_TABLE = Table(
+    (
+        Column("weights", "weights"),
+        Column("kl", "KL", ".2g"),
+        Column("kl_as_run", "KL as it runs", ".2g"),
+        Column("floor", "floor", ".2g"),
+    )
+)
 
 
-@benchmark("demo", table=TABLE, quick={"text": BRIEF, "formats": ("int4 (k_quant)",)})
+@benchmark("demo", "books-llama", "smollm2", table=TABLE, quick={"text": BRIEF, "formats": ("int4 (gptq)",)})
 def weights(
     source: Source, *, text: Mapping[str, Any] = FULL, formats: tuple[str, ...] = tuple(FORMATS)
 ) -> Iterator[Values]:
     """What weight formats cost: plain graphs against the float32 one, on held-out text.
 
-    Measured through the cache in chunks of 16.
+    Measured through the cache, with activations in float32 and once more with activations as onnxruntime rounds them.
     """
-    model = OpenModel(source._replace(recall=None), text)
+    source = source._replace(recall=None)
+    original = OpenModel(source, text)
     for name in formats:
-        folder = model.export(weights=FORMATS[name])
-        session = DecodeSession(folder, capacity=model.windows.shape[1], all_positions=True)
-        found = measure_quality(model.plain, session, model.windows)
+        model = OpenModel(source, text, weights=FORMATS[name])
+        folder = model.export()
+        model.release()
+        found, as_run = (
+            measure_quality(original.plain, _opened(folder, original.windows, floats), original.windows)
+            for floats in (True, False)
+        )
         yield {
             "weights": name,
             "mib": file_mib(folder),
             "kl": found.kl_mean,
             "kl_p99": found.kl_p99,
+            "kl_as_run": as_run.kl_mean,
             "top1": found.top1_agreement,
             "perplexity": found.perplexity,
         }
+
+
+@benchmark(
+    "smollm2", table=CACHE_TABLE, quick={"text": BRIEF, "formats": ("int4 (k_quant)",), "methods": ("kv_quant",)}
+)
+def weights_and_cache(
+    source: Source,
+    *,
+    text: Mapping[str, Any] = FULL,
+    formats: tuple[str, ...] = ("fp32", "int8 (k_quant)", "int4 (k_quant)", "int4 (gptq)"),
+    methods: tuple[str, ...] = ("kv_quant", "kv_hdc"),
+) -> Iterator[Values]:
+    """What an int8 cache costs on top of quantised weights: artifact against the plain graph with the same weights.
+
+    The floor is that plain graph against itself token by token.
+    """
+    source = source._replace(recall=None)
+    for name in formats:
+        model = OpenModel(source, text, weights=FORMATS[name])
+        plain = model.export()
+        for method in methods:
+            folder = model.export(model.decided(method))
+            found, as_run = (
+                measure_all(*(_opened(graph, model.windows, floats) for graph in (plain, folder)), model.windows)
+                for floats in (True, False)
+            )
+            yield {
+                "weights": f"{name}, {method}",
+                "kl": found.artifact.kl_mean,
+                "kl_as_run": as_run.artifact.kl_mean,
+                "floor": as_run.floor.kl_mean,
+            }
+        model.release()
+
+
+def _opened(folder: Path, windows: np.ndarray, float_activations: bool) -> DecodeSession:
+    return DecodeSession(
+        folder, capacity=windows.shape[1], threads=1, all_positions=True, float_activations=float_activations
+    )

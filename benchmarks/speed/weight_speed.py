@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import get_args
 
 from benchmarks.models import OpenModel
@@ -55,9 +56,7 @@ def weight_speed(
 
     The graphs decode in turns in one process; a ratio is the median over turns.
     """
-    model = OpenModel(source, LITTLE)
-    graphs = {name: model.export(weights=FORMATS[name]) for name in formats}
-    model.release()
+    graphs = {name: _exported(source, FORMATS[name]) for name in formats}
     times = measure_latency(graphs, prompts=[prompt], contexts=[context], repeats=repeats)
     for name, time in times.items():
         ratios = {"token_ratio": time.tpot_ratio[str(context)], "prompt_ratio": time.ttft_ratio[str(prompt)]}
@@ -77,8 +76,8 @@ def weight_cost(
     Two contexts give the time of one cached token; what is left at none is the weights'. The graphs decode in turns in
     one process.
     """
+    graphs = {kind: _exported(source, WeightFormat(type=kind)) for kind in kinds}
     model = OpenModel(source, LITTLE)
-    graphs = {kind: model.export(weights=WeightFormat(type=kind)) for kind in kinds}
     numbers, spec = model.weight_numbers(contexts[0]), model.spec
     model.release()
     times = measure_latency(graphs, prompts=[16], contexts=contexts, repeats=repeats)
@@ -88,3 +87,11 @@ def weight_cost(
         bare = near - slope * contexts[0]
         cost = (bare / numbers) / (slope / (2 * spec.layers * spec.q_heads * spec.head_dim))
         yield {"weights": kind, "bare_ms": bare, "cache_ms": 1000 * slope, "cost": cost}
+
+
+def _exported(source: Source, weights: WeightFormat) -> Path:
+    """The plain graph with its weights in that format."""
+    model = OpenModel(source, LITTLE, weights=weights)
+    folder = model.export()
+    model.release()
+    return folder

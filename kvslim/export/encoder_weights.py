@@ -16,20 +16,22 @@ import onnx_ir as ir
 from kvslim.export.quiet import quiet
 from kvslim.export.weights import quantise_weights
 from kvslim.types import WeightFormat
+from kvslim.weights.rows import QuantisedRows
 
 SMOOTH = {"LayerNormalization", "SkipLayerNormalization", "Attention"}  # their outputs have no far outliers
 
 
-def quantise_encoder(model: ir.Model, weights: WeightFormat) -> ir.Model:
+def quantise_encoder(model: ir.Model, weights: WeightFormat, rows: QuantisedRows) -> ir.Model:
     """The graph of an encoder with its constant matrices in `weights`.
 
     Args:
         model: A graph of `build_encoder_graph`.
         weights: int8 takes dynamic quantisation where it is accurate, and blocks of 32 elsewhere; int4 takes blocks.
+        rows: What the rows of its matrices are stored as, where that is blocks.
     """
     if weights.type == "int8":
         model = _dynamic(model)
-    quantise_weights(model, weights)
+    quantise_weights(model, rows)
     return model
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from kvslim.weights.choice import SMALLEST_MATRIX
+
 PRODUCTS = ("FusedMatMul", "Gemm", "MatMul")
 SHAPERS = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
-SMALLEST_MATRIX = 2048  # numbers; a code on keys or queries is smaller, or has a head axis
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,19 @@ def bias_of(node: ir.Node, outputs: int) -> tuple[ir.Value | None, ir.Node]:
     """A product's constant bias [outputs], and the node that adds it: itself, or an Add that alone reads it."""
     if (own := _third(node)) is not None:
         return own, node
+    if factor_of(node) != 1.0:
+        return None, node
     uses = list(node.outputs[0].uses())
     if len(uses) == 1 and not node.outputs[0].is_graph_output() and uses[0].node.op_type == "Add":
         other = uses[0].node.inputs[1 - uses[0].idx]
         if _is_bias(other, outputs):
             return other, uses[0].node
     return None, node
+
+
+def factor_of(node: ir.Node) -> float:
+    """What a FusedMatMul multiplies its product by."""
+    return node.attributes.get_float("alpha", 1.0) if node.op_type == "FusedMatMul" else 1.0
 
 
 def tensor_of(value: ir.Value) -> ir.TensorProtocol:
@@ -78,7 +86,7 @@ def tensor_of(value: ir.Value) -> ir.TensorProtocol:
 def _factor(node: ir.Node) -> Matrix | None:
     if node.op_type not in PRODUCTS or not _is_large_matrix(source := node.inputs[1]):
         return None
-    scaled = any(node.attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta"))
+    scaled = node.op_type == "Gemm" and any(node.attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta"))
     turned = any(node.attributes.get_int(name, 0) for name in ("transA", "transBatchA", "transBatchB"))
     matrix, bias = Matrix(source, bool(node.attributes.get_int("transB", 0))), _third(node)
     fits = not scaled and not turned and (bias is None or _is_bias(bias, matrix.shape[0]))

@@ -14,38 +14,37 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir import convenience
 
-from kvslim.export.blocks import BLOCK, quantise
-from kvslim.export.products import Matrix, bias_of, constant_products, embedding_lookups, tensor_of
-from kvslim.export.sensitivity import sensitive_products
-from kvslim.types import WeightFormat
+from kvslim.export.products import Matrix, bias_of, constant_products, embedding_lookups, factor_of, tensor_of
+from kvslim.weights.blocks import BLOCK
+from kvslim.weights.rows import QuantisedRows
 
 ACCURACY_LEVEL = 4  # activations in int8: the fast path on CPU
 DOMAIN = "com.microsoft"
 
 
-def quantise_weights(model: ir.Model, weights: WeightFormat) -> None:
-    """Stores the model's large constant matrices in `weights`; fp32 leaves the model as it is.
+def quantise_weights(model: ir.Model, rows: QuantisedRows) -> None:
+    """Stores the model's large constant matrices in blocks.
 
     A table that is both embedding and output head is stored once. Codes on keys and queries, a few thousand numbers a
     layer, stay float32, and so do tables of learned positions.
+
+    Args:
+        model: The graph; edited.
+        rows: What the rows of its matrices are stored as.
     """
-    if weights.bits is None:
-        return
     model.opset_imports.setdefault(DOMAIN, 1)
-    products = constant_products(model.graph)
-    upgraded = sensitive_products(model.graph, list(products)) if weights.mixed else set()
-    quantiser = _Quantiser(model.graph, weights)
-    for node, matrix in products.items():
-        quantiser.replace_product(node, matrix, 8 if node in upgraded else weights.bits)
+    quantiser = _Quantiser(model.graph, rows)
+    for node, matrix in constant_products(model.graph).items():
+        quantiser.replace_product(node, matrix)
     for node, table in embedding_lookups(model.graph).items():
         if table.shape[1] % BLOCK == 0:  # else the rows would come back with the filling of their last block
-            quantiser.replace_lookup(node, table, weights.bits)
+            quantiser.replace_lookup(node, table)
     quantiser.drop_unused()
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """Constants of the graph that stand for a matrix; see `blocks.Quantised`."""
+    """Constants of the graph that stand for a matrix; see `weights.blocks.Quantised`."""
 
     bits: int
     codes: ir.Value
@@ -60,23 +59,27 @@ class _Stored:
 class _Quantiser:
     """Replaces nodes of a graph, and keeps what it made of each matrix for other nodes that read it."""
 
-    def __init__(self, graph: ir.Graph, weights: WeightFormat) -> None:
-        self.graph, self.weights = graph, weights
+    def __init__(self, graph: ir.Graph, rows: QuantisedRows) -> None:
+        self.graph, self.rows = graph, rows
         self.stored: dict[Matrix, _Stored] = {}
 
-    def replace_product(self, node: ir.Node, matrix: Matrix, bits: int) -> None:
-        """Puts MatMulNBits in place of a product, and of the addition of its bias."""
+    def replace_product(self, node: ir.Node, matrix: Matrix) -> None:
+        """Puts MatMulNBits in place of a product, and of the addition of its bias; a factor stays as a product."""
         outputs, inputs = matrix.shape
-        stored = self._store(matrix, bits)
+        stored = self._store(matrix)
         bias, last = bias_of(node, outputs)
         operands = [node.inputs[0], stored.codes, stored.scales, stored.zero_points, None, bias]
         sizes = {"K": inputs, "N": outputs, "accuracy_level": ACCURACY_LEVEL}
         made = _node("MatMulNBits", operands, {**stored.attributes, **sizes}, node)
-        self._replace([node] if last is node else [node, last], [made])
+        new = [made]
+        if (factor := factor_of(node)) != 1.0:
+            constant = self._constant(f"{made.name}.factor", np.array(factor, np.float32))
+            new.append(ir.node("Mul", [made.outputs[0], constant], name=f"{made.name}.scaled"))
+        self._replace([node] if last is node else [node, last], new)
 
-    def replace_lookup(self, node: ir.Node, table: Matrix, bits: int) -> None:
+    def replace_lookup(self, node: ir.Node, table: Matrix) -> None:
         """Puts GatherBlockQuantized in place of a Gather of the embedding's rows."""
-        stored = self._store(table, bits)
+        stored = self._store(table)
         name, (rows, blocks, size) = stored.codes.name, tensor_of(stored.codes).shape.numpy()
         flat = ir.node("Reshape", [stored.codes, self._constant(f"{name}.shape", np.array([rows, blocks * size]))])
         flat.name, flat.outputs[0].name = f"{name}.reshape", f"{name}.rows"
@@ -90,12 +93,13 @@ class _Quantiser:
             if not matrix.source.uses():
                 self.graph.initializers.pop(str(matrix.source.name), None)
 
-    def _store(self, matrix: Matrix, bits: int) -> _Stored:
-        """The constants for a matrix, in the bits of the first node that reads it."""
+    def _store(self, matrix: Matrix) -> _Stored:
+        """The constants for a matrix."""
         if matrix not in self.stored:
-            result, name = quantise(matrix.load(), bits, self.weights.method), f"{matrix.source.name}.int{bits}"
+            result = self.rows.stored(matrix.load())
+            name = f"{matrix.source.name}.int{result.bits}"
             self.stored[matrix] = _Stored(
-                bits,
+                result.bits,
                 self._constant(f"{name}.codes", result.codes),
                 self._constant(f"{name}.scales", result.scales),
                 None if result.zero_points is None else self._constant(f"{name}.zero_points", result.zero_points),

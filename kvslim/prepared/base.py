@@ -14,7 +14,7 @@ from kvslim.loading.architecture import Architecture
 from kvslim.loading.snapshot import Snapshot
 from kvslim.progress import Progress
 from kvslim.recipe import Recipe
-from kvslim.types import KVLayout, Plan, Report, WeightFormat
+from kvslim.types import KVLayout, Plan, Report
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
@@ -86,15 +86,15 @@ class PreparedModel(ABC):
         """
         from kvslim.export.stored import fetch_graph, graph_key, store_graph
 
-        key = graph_key(self.digest, self.spec.model_dump(), self.plain_weights.model_dump())
+        key = graph_key(self.digest, self.spec.model_dump(), *self.weights_identity)
         if not fetch_graph(key, folder):
             self.build_plain(folder)
             store_graph(key, folder)
 
     @property
     @abstractmethod
-    def plain_weights(self) -> WeightFormat:
-        """How the graph that artifacts are compared with stores its matrices."""
+    def weights_identity(self) -> tuple[Any, ...]:
+        """What decides the numbers that the model computes with now, as far as its files do not; JSON-able."""
 
     @abstractmethod
     def build_plain(self, folder: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import tempfile
+import weakref
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,13 +32,18 @@ from kvslim.transform.edits import LayerEdit
 from kvslim.transform.surgery import install, prepare
 from kvslim.types import KVLayout, Plan, WeightFormat
 from kvslim.validation.measure import DecoderEvaluation
+from kvslim.weights.quantise import install_quantised, quantise_model, rows_of
+from kvslim.weights.rows import QuantisedRows
 
 
 class PreparedDecoder(PreparedModel):
     """A causal language model.
 
+    Its weights are quantised first, so that whatever is fitted or measured later sees the numbers that the graph has.
+
     Attributes:
         text: What it is calibrated and measured on.
+        rows: What the rows of its matrices are stored as; None where that is as float32.
     """
 
     def __init__(self, snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress: Progress) -> None:
@@ -45,13 +53,47 @@ class PreparedDecoder(PreparedModel):
         self.model = load_model(snapshot)
         prepare(self.model, self.architecture, spec)
         self.text = TextSource(self, recipe.calibration, recipe.validation)
+        self.rows: QuantisedRows | None = None
+        if recipe.weights.bits is not None:
+            _ = self.original  # while the model still is what its files say
+            self.rows = self._quantised()
+
+    @cached_property
+    def original(self) -> Path:
+        """A folder with the graph of the model in float32; it is removed with the model."""
+        folder = Path(tempfile.mkdtemp(prefix="kvslim-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.export_plain(folder)
+        return folder
+
+    def _quantised(self) -> QuantisedRows:
+        """Quantises the model, or takes what was made of it before."""
+        self.progress.stage("quantise the weights")
+        weights, model, of = self.recipe.weights, self.model, (self.architecture, self.spec)
+        windows = self.text.calibration_windows if weights.method == "gptq" else None
+        key = cache.content_key("weights", self.digest, *self._identity_of(weights))
+        quantised = cache.load_weights(key)
+        if quantised is None:
+            quantised = quantise_model(model, *of, weights, windows, self.progress)
+            cache.store_weights(key, quantised)
+        else:
+            install_quantised(model, *of, quantised)
+        return rows_of(model, quantised)
+
+    @property
+    def weights_identity(self) -> tuple[Any, ...]:
+        """The recipe's format once the weights are quantised, with the text that was used."""
+        return self._identity_of(WeightFormat() if self.rows is None else self.recipe.weights)
+
+    def _identity_of(self, weights: WeightFormat) -> tuple[Any, ...]:
+        return weights.model_dump(), self.text.identity if weights.method == "gptq" else None
 
     @cached_property
     def statistics(self) -> CalibrationStatistics:
         """Statistics of the calibration text, from the disk when they were gathered before."""
         settings = self.recipe.calibration
         context = settings.target(self.spec)
-        key = cache.content_key(self.digest, context, *self.text.identity)
+        key = cache.content_key(self.digest, context, *self.text.identity, *self.weights_identity)
         statistics = cache.load_statistics(key)
         if statistics is None:
             statistics = self._gathered(context, settings.seed)
@@ -60,7 +102,7 @@ class PreparedDecoder(PreparedModel):
 
     def _gathered(self, context: int, seed: int) -> CalibrationStatistics:
         self.progress.stage("calibration text")
-        windows = self.text.calibration_windows()
+        windows = self.text.calibration_windows
         self.progress.stage("calibrate")
         return collect(
             self.model,
@@ -88,6 +130,7 @@ class PreparedDecoder(PreparedModel):
             self.recipe.gates,
             context,
             self.recipe.timed_contexts(self.spec),
+            None if self.rows is None else self.original,
             self.progress,
         )
 
@@ -95,19 +138,15 @@ class PreparedDecoder(PreparedModel):
         """Puts codes into the model, for good."""
         install(self.model, self.architecture, codes)
 
-    @property
-    def plain_weights(self) -> WeightFormat:
-        """Those of the recipe."""
-        return self.recipe.weights
-
     def build_plain(self, folder: Path) -> None:
-        """Exports the graph of the model as it is, its weights in the recipe's format."""
+        """Exports the graph of the model as it is."""
         self.export(Plan.identity(self.spec), folder)
 
     def export(self, plan: Plan, folder: Path) -> tuple[str, ...]:
         """Writes the graph of the model as it is, which `plan` describes; its inputs other than the cache."""
         graph = build_graph(self.model, self.architecture, KVLayout.of(self.spec, plan), self.progress)
-        quantise_weights(graph, self.recipe.weights)
+        if self.rows is not None:
+            quantise_weights(graph, self.rows)
         branch_prompts(graph)
         save_graph(graph, folder)
         return token_inputs(graph)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from kvslim.calibrate.heads import collect_heads
 from kvslim.calibrate.sentences import Sentences
@@ -24,9 +24,12 @@ from kvslim.progress import Progress
 from kvslim.recipe import Recipe
 from kvslim.transform.edits import LayerEdit
 from kvslim.transform.encoding import prepare_encoder
-from kvslim.transform.surgery import install
-from kvslim.types import KVLayout, Plan, WeightFormat
+from kvslim.transform.surgery import install, layer_modules
+from kvslim.types import KVLayout, Plan
 from kvslim.validation.encoder import EncoderEvaluation
+from kvslim.weights.blocks import quantise
+from kvslim.weights.choice import chosen_matrices
+from kvslim.weights.rows import QuantisedRows
 
 
 class PreparedEncoder(PreparedModel):
@@ -72,9 +75,9 @@ class PreparedEncoder(PreparedModel):
         install(self.model.base_model, self.architecture, codes)
 
     @property
-    def plain_weights(self) -> WeightFormat:
-        """fp32."""
-        return WeightFormat()
+    def weights_identity(self) -> tuple[Any, ...]:
+        """Nothing: the graph alone has other weights than the files."""
+        return ()
 
     def build_plain(self, folder: Path) -> None:
         """Exports the graph of the model as it is, in fp32."""
@@ -83,8 +86,19 @@ class PreparedEncoder(PreparedModel):
     def export(self, plan: Plan, folder: Path) -> tuple[str, ...]:
         """Writes the graph of the model as it is, with the recipe's weights; its inputs."""
         graph = build_encoder_graph(self.model, self.spec)
-        save_graph(quantise_encoder(graph, self.recipe.weights), folder)
+        if self.recipe.weights.bits is not None:
+            graph = quantise_encoder(graph, self.recipe.weights, self._rows())
+        save_graph(graph, folder)
         return encoder_inputs(self.spec)
+
+    def _rows(self) -> QuantisedRows:
+        """The rows of the model's matrices in the recipe's weights."""
+        layers = layer_modules(self.model.base_model, self.architecture)
+        rows = QuantisedRows()
+        for entry in chosen_matrices(self.model, layers, self.architecture, self.recipe.weights).values():
+            matrix = entry.module.weight.detach().numpy()
+            rows.add(matrix, quantise(matrix, entry.bits, self.recipe.weights.method))
+        return rows
 
     def write_companions(self, folder: Path, layout: KVLayout, inputs: tuple[str, ...]) -> None:
         """Writes the tokenizer and the config."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,9 +46,9 @@ class TextSource:
     def identity(self) -> tuple[Any, ...]:
         """What decides the calibration text, as far as the model does not."""
         settings = self.calibration
-        writer = self.prepared.plain_weights.model_dump() if settings.source == "self" else None
-        return settings.model_dump(), source_digest(settings.source), self._calibration_share, writer
+        return settings.model_dump(), source_digest(settings.source), self._calibration_share
 
+    @cached_property
     def calibration_windows(self) -> np.ndarray:
         """[n, length] token ids."""
         return self._windows(self.calibration, self._calibration_share)
@@ -122,12 +121,10 @@ class TextSource:
         prepared, samples, length = self.prepared, settings.samples, settings.length
         if not self._is_written(settings):
             return text_windows(settings.source, prepared.tokenizer, samples=samples, length=length, share=share)
-        start = start_token(prepared.model.config)
-        with tempfile.TemporaryDirectory(prefix="kvslim-") as folder:
-            prepared.export_plain(Path(folder))
-            return self_windows(
-                Path(folder), start, samples=samples, length=length, seed=settings.seed, progress=prepared.progress
-            )
+        start, progress = start_token(prepared.model.config), prepared.progress
+        return self_windows(
+            prepared.original, start, samples=samples, length=length, seed=settings.seed, progress=progress
+        )
 
     def _recall_items(self, windows: np.ndarray, count: int, seed: int) -> list[RecallItem]:
         distance = self.validation.recall_distance

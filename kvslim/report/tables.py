@@ -28,6 +28,8 @@ METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
     "kl_mean": ("KL to plain, mean", lambda value: f"{value:.2g}"),
     "kl_se": ("KL to plain, standard error", lambda value: f"{value:.2g}"),
     "kl_p99": ("KL to plain, 99th percentile", lambda value: f"{value:.2g}"),
+    "kl_as_run": ("KL to plain, activations rounded", lambda value: f"{value:.2g}"),
+    "kl_to_original": ("KL to the model in fp32", lambda value: f"{value:.2g}"),
     "kl_by_position": ("KL to plain, mean, up to token {}", lambda value: f"{value:.2g}"),
     "top1_agreement": ("Same most likely token", lambda value: f"{value:.2%}"),
     "perplexity": ("Perplexity", lambda value: f"{value:.3f}"),
@@ -75,8 +77,10 @@ class Table:
 
 
 def report_table(report: Report) -> Table:
-    """An artifact next to the plain export: plain, artifact, their ratio, and the plain export against itself."""
+    """An artifact next to the plain export, with their ratio, the plain export against itself, and fp32 weights."""
     columns = {"plain": report.plain, "artifact": report.artifact, RATIO: report.ratio, "floor": report.floor}
+    if report.original is not None:
+        columns["fp32"] = report.original
     return measures_table(columns)
 
 

@@ -25,6 +25,7 @@ from kvslim.types import KVLayout
 
 Logits = npt.NDArray[np.float32]
 
+FLOAT_ACTIVATIONS = 1  # MatMulNBits' accuracy_level
 _PAST = re.compile(r"past_key_values\.(\d+)\.[a-z_]+")
 # onnxruntime derives each of its errors from Exception itself, so there is no common base to catch; a run through an
 # IOBinding raises RuntimeError instead, and a message that quotes a broken name fails on its way to Python.
@@ -43,7 +44,9 @@ ORT_ERRORS = (
 )
 
 
-def open_session(model: Path, threads: int | None = None, *, all_positions: bool = False) -> ort.InferenceSession:
+def open_session(
+    model: Path, threads: int | None = None, *, all_positions: bool = False, float_activations: bool = False
+) -> ort.InferenceSession:
     """A CPU session of a graph.
 
     Args:
@@ -52,6 +55,8 @@ def open_session(model: Path, threads: int | None = None, *, all_positions: bool
         all_positions: Whether to give logits of all new positions, for evaluation, or of those from `FIRST_LOGITS`
             on, an input with a default; the head then reads what it would read of the last one, and all else stays as
             it is.
+        float_activations: Whether products with quantised weights take their inputs in float32, not rounded to int8;
+            for evaluation, as it is slow.
 
     Raises:
         NotFoundError: There is no such file.
@@ -71,7 +76,7 @@ def open_session(model: Path, threads: int | None = None, *, all_positions: bool
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        graph = _with_all_positions(path) if all_positions else str(path)
+        graph = _for_evaluation(path, all_positions, float_activations)
         session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         _read_names(session)
         return session
@@ -85,23 +90,44 @@ def _read_names(session: ort.InferenceSession) -> None:
         _ = (node.name, node.type, node.shape)
 
 
-def _with_all_positions(path: Path) -> bytes | str:
-    """The graph with an input that says which positions get logits, by default all; as it is where all do."""
+def _for_evaluation(path: Path, all_positions: bool, float_activations: bool) -> bytes | str:
+    """The graph with what an evaluation asks for; its path where that is how it is stored."""
+    if not all_positions and not float_activations:
+        return str(path)
     try:
         model = onnx.load(path, load_external_data=False)
     except DecodeError:
         return str(path)  # onnxruntime tells what is wrong with it
-    nodes = model.graph.node
-    found = [node for node in nodes if node.name == LAST_POSITION]
+    changed = [all_positions and _give_all_positions(model.graph), float_activations and _keep_activations(model.graph)]
+    return model.SerializeToString() if any(changed) else str(path)
+
+
+def _give_all_positions(graph: onnx.GraphProto) -> bool:
+    """Adds an input that says which positions get logits, by default all; False where all do anyway."""
+    found = [node for node in graph.node if node.name == LAST_POSITION]
     if not found:
-        return str(path)
+        return False
     (last,) = found
     last.input[1] = FIRST_LOGITS
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.int64), FIRST_LOGITS))
-    model.graph.input.append(onnx.helper.make_tensor_value_info(FIRST_LOGITS, onnx.TensorProto.INT64, [1]))
-    logits = next(value for value in model.graph.output if value.name == "logits")
+    graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.int64), FIRST_LOGITS))
+    graph.input.append(onnx.helper.make_tensor_value_info(FIRST_LOGITS, onnx.TensorProto.INT64, [1]))
+    logits = next(value for value in graph.output if value.name == "logits")
     logits.type.tensor_type.shape.dim[1].dim_param = "logits_length"
-    return model.SerializeToString()
+    return True
+
+
+def _keep_activations(graph: onnx.GraphProto) -> bool:
+    """Lets products with quantised weights read float32; False where there are none."""
+    levels = [
+        attribute
+        for node in graph.node
+        if node.op_type == "MatMulNBits"
+        for attribute in node.attribute
+        if attribute.name == "accuracy_level"
+    ]
+    for level in levels:
+        level.i = FLOAT_ACTIVATIONS
+    return bool(levels)
 
 
 def layout_of(session: ort.InferenceSession) -> KVLayout:

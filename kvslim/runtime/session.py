@@ -37,6 +37,7 @@ class DecodeSession:
         threads: Threads of one operator; None leaves the choice to onnxruntime.
         all_positions: Whether to give logits of all new positions, as evaluation needs; else of the last one, if the
             graph is one of KVSlim's.
+        float_activations: Whether products with quantised weights read float32; for evaluation, as it is slow.
         batch: Sequences that are decoded side by side.
 
     Raises:
@@ -53,12 +54,13 @@ class DecodeSession:
         capacity: int,
         threads: int | None = None,
         all_positions: bool = False,
+        float_activations: bool = False,
         batch: int = 1,
     ) -> None:
         if capacity < 1:
             raise UsageError(f"a cache of {capacity} tokens holds nothing", where="capacity", fix="ask for 1 or more")
         self._where = str(model)
-        self._session = open_session(model, threads, all_positions=all_positions)
+        self._session = open_session(model, threads, all_positions=all_positions, float_activations=float_activations)
         self.layout = layout_of(self._session)
         self._layers = layer_buffers(self._session, self.layout, capacity=capacity, batch=batch)
         if batch > 1 and (

@@ -55,19 +55,25 @@ def prepare(model: Any, architecture: Architecture, spec: ModelSpec) -> None:
         attention.kvslim = SlimAttention(rotary, window)
         attention.kvslim.is_normed = architecture.norms_query(model.config)
         attention.get_submodule(architecture.value).register_forward_pre_hook(catch_hidden(attention.kvslim))
-        if architecture.direct and not attention.kvslim.is_normed:
-            _project_directly(attention, architecture, spec)
+    project_directly(model, architecture, spec)
 
 
-def _project_directly(attention: Any, architecture: Architecture, spec: ModelSpec) -> None:
-    """Gives the slim attention the rows of query, key and value as projections of its own."""
+def project_directly(model: nn.Module, architecture: Architecture, spec: ModelSpec) -> None:
+    """Where the family allows it, gives the slim attentions the rows of query, key and value as their own."""
+    for attention in attention_modules(model, architecture):
+        slim: Any = attention.kvslim
+        if architecture.direct and not slim.is_normed:
+            _take_rows(attention, slim, architecture, spec)
+
+
+def _take_rows(attention: nn.Module, slim: SlimAttention, architecture: Architecture, spec: ModelSpec) -> None:
     for side in SIDES:
         module = attention.get_submodule(getattr(architecture, side))
         for part in ("weight", "bias"):
             rows = getattr(module, part)
             if rows is not None:
                 own = _rows(rows.detach(), architecture, spec, side)
-                setattr(attention.kvslim, f"{side}_{part}", own)
+                setattr(slim, f"{side}_{part}", own)
 
 
 def _rows(rows: Tensor, architecture: Architecture, spec: ModelSpec, side: str) -> Tensor:

@@ -67,7 +67,9 @@ def _difference(minuend: float | None, subtrahend: float | None) -> float | None
     return None if minuend is None or subtrahend is None else minuend - subtrahend
 
 
-def report(gates: Gates, *, plain: Measures, floor: Measures, artifact: Measures) -> Report:
+def report(
+    gates: Gates, *, plain: Measures, floor: Measures, artifact: Measures, original: Measures | None = None
+) -> Report:
     """The report of an artifact; it passes if every gate passes."""
     results = check_gates(gates, plain, artifact)
     return Report(
@@ -77,4 +79,5 @@ def report(gates: Gates, *, plain: Measures, floor: Measures, artifact: Measures
         floor=floor,
         artifact=artifact,
         ratio=ratio(artifact, plain),
+        original=original,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from kvslim.runtime.session import DecodeSession
 from kvslim.types import Measures, Report
 from kvslim.validation.gates import report
 from kvslim.validation.latency import Latency, measure_latency
-from kvslim.validation.quality import measure_all
+from kvslim.validation.quality import FLOOR_WINDOWS, measure_all
 from kvslim.validation.recall import RecallItem, capacity_for, compare_recall
 from kvslim.validation.rss import peak_rss
 
@@ -31,6 +31,7 @@ class DecoderEvaluation(NamedTuple):
         gates: Limits.
         context: Tokens of the cache that bytes per token are counted in.
         timed_contexts: Contexts that a token is timed at.
+        original: Folder of the graph in float32 where the weights of plain export and artifact are quantised.
         progress: Receives the progress.
     """
 
@@ -40,6 +41,7 @@ class DecoderEvaluation(NamedTuple):
     gates: Gates
     context: int
     timed_contexts: Sequence[int]
+    original: Path | None
     progress: Progress
 
     def measure(self, plain: Path, artifact: Path) -> Report:
@@ -53,14 +55,12 @@ class DecoderEvaluation(NamedTuple):
 
 
 def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Report:
-    windows, items, settings, gates, context, timed, progress = evaluation
-    longest = max([*map(len, windows), capacity_for(items)])
-    sessions = {
-        name: DecodeSession(path, capacity=longest, all_positions=True)
-        for name, path in (("plain", plain), ("slim", artifact))
-    }
-    quality = measure_all(sessions["plain"], sessions["slim"], windows, progress)
+    windows, items, settings, gates, context, timed, original, progress = evaluation
+    folders = {"plain": plain, "slim": artifact}
+    quality = _quality(plain, artifact, windows, original, progress)
     progress.stage("validate: recall")
+    room = max(map(len, windows)) if not items else capacity_for(items)
+    sessions = {name: DecodeSession(path, capacity=room, all_positions=True) for name, path in folders.items()}
     recall = compare_recall(sessions["plain"], sessions["slim"], items, gates.max_recall_drop, progress)
     by_distance = [{str(reach): shares[side] for reach, shares in recall.by_reach.items()} for side in (0, 1)]
     found = {
@@ -77,17 +77,61 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
     sizes = {name: session.layout.bytes_per_token(context) for name, session in sessions.items()}
     del sessions
     progress.stage("validate: time and memory")
-    latency = measure_latency(
-        {"plain": plain, "slim": artifact}, settings.prompts, timed, settings.repeats, progress=progress
-    )
+    latency = measure_latency(folders, settings.prompts, timed, settings.repeats, progress=progress)
     measures = {
-        name: _costs(path, latency[name], timed).model_copy(
-            update={**column.as_measures(), **found[name], "kv_bytes_per_token": sizes[name]}
+        name: _costs(folders[name], latency[name], timed).model_copy(
+            update={**column, **found[name], "kv_bytes_per_token": sizes[name]}
         )
-        for name, path, column in (("plain", plain, quality.plain), ("slim", artifact, quality.artifact))
+        for name, column in (("plain", quality.plain), ("slim", quality.artifact))
     }
-    floor = Measures.model_validate(quality.floor.as_measures())
-    return report(gates, plain=measures["plain"], floor=floor, artifact=measures["slim"])
+    of_original = None if original is None else Measures(file_mib=file_mib(original), **quality.original)
+    floor = Measures.model_validate(quality.floor)
+    return report(gates, plain=measures["plain"], floor=floor, artifact=measures["slim"], original=of_original)
+
+
+class _Quality(NamedTuple):
+    """Fields of `Measures` for each column of a report."""
+
+    plain: dict[str, Any]
+    floor: dict[str, Any]
+    artifact: dict[str, Any]
+    original: dict[str, Any]
+
+
+def _quality(
+    plain: Path, artifact: Path, windows: Sequence[np.ndarray], original: Path | None, progress: Progress
+) -> _Quality:
+    """What a report tells of quality.
+
+    onnxruntime rounds what enters a product with quantised weights. That noise does not depend on the cache, and it
+    amplifies whatever differs. So where weights are quantised, everything is measured without it, and the KL once more
+    with it on a few windows.
+    """
+    longest = max(map(len, windows))
+
+    def opened(path: Path, float_activations: bool) -> DecodeSession:
+        return DecodeSession(path, capacity=longest, all_positions=True, float_activations=float_activations)
+
+    is_quantised = original is not None
+    found = measure_all(
+        opened(plain, is_quantised),
+        opened(artifact, is_quantised),
+        windows,
+        original=None if original is None else opened(original, False),
+        progress=progress,
+    )
+    plain_kept, artifact_kept = found.plain.as_measures(), found.artifact.as_measures()
+    if found.to_original is None:
+        return _Quality(plain_kept, found.floor.as_measures(), artifact_kept, {})
+    as_run = measure_all(opened(plain, False), opened(artifact, False), windows[:FLOOR_WINDOWS], progress=progress)
+    of_plain, of_artifact, itself = (column.as_measures() for column in found.to_original)
+    noisy = {"kl_as_run": as_run.artifact.as_measures()["kl_mean"], "kl_to_original": of_artifact["kl_mean"]}
+    return _Quality(
+        {**plain_kept, "kl_to_original": of_plain["kl_mean"]},
+        as_run.floor.as_measures(),
+        {**artifact_kept, **noisy},
+        {name: itself[name] for name in ("perplexity", "perplexity_se")},
+    )
 
 
 def file_mib(folder: Path) -> float:

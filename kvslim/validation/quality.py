@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -58,18 +58,21 @@ class Quality:
 
 @dataclass(frozen=True)
 class QualityReport:
-    """The three quality columns of a report.
+    """The quality columns of a report.
 
     Attributes:
         plain: The plain export, compared with itself: KL 0, agreement 1.
         floor: The plain export against itself token by token: the numerical noise of the measurement. It is measured on
             so little text that it has no perplexity.
         artifact: The compressed export.
+        to_original: Plain export, artifact and the model in float32 itself, compared with that; None where the weights
+            of the other two are not quantised.
     """
 
     plain: Quality
     floor: Quality
     artifact: Quality
+    to_original: tuple[Quality, Quality, Quality] | None = None
 
 
 def measure_quality(teacher: DecodeSession, student: DecodeSession, windows: Windows, chunk: int = CHUNK) -> Quality:
@@ -89,13 +92,18 @@ def measure_quality(teacher: DecodeSession, student: DecodeSession, windows: Win
     Raises:
         UsageError: The windows have another shape or do not fit a cache, or the vocabularies differ.
     """
-    return _compared(teacher, student, windows, chunk, Silent()).student()
+    (tally,) = _compared([teacher, student], [(0, 1)], windows, chunk, Silent())
+    return tally.student()
 
 
 def measure_all(
-    plain: DecodeSession, artifact: DecodeSession, windows: Windows, progress: Progress | None = None
+    plain: DecodeSession,
+    artifact: DecodeSession,
+    windows: Windows,
+    original: DecodeSession | None = None,
+    progress: Progress | None = None,
 ) -> QualityReport:
-    """All quality columns of a report; plain export and artifact run once, and the plain export again for the floor.
+    """All quality columns of a report; each session runs once, and the plain export again for the floor.
 
     The floor decodes the beginnings of a few windows token by token, as generation does, because onnxruntime then uses
     other matrix kernels. Chunks of two or more tokens agree to the last bit, whatever their length, and would give a
@@ -105,15 +113,22 @@ def measure_all(
         plain: Session of the plain export.
         artifact: Session of the artifact.
         windows: As for `measure_quality`.
+        original: Session of the model in float32, where the weights of the other two are quantised.
         progress: Receives the progress.
 
     Raises:
         UsageError: As for `measure_quality`.
     """
     progress = progress or Silent()
-    tally = _compared(plain, artifact, windows, CHUNK, progress)
-    floor = _floor(plain, [window[:FLOOR_TOKENS] for window in windows[:FLOOR_WINDOWS]], progress)
-    return QualityReport(plain=tally.teacher(), floor=floor, artifact=tally.student())
+    sessions = [plain, artifact, *([] if original is None else [original])]
+    pairs = [(0, 1)] if original is None else [(0, 1), (2, 0), (2, 1)]
+    tally, *others = _compared(sessions, pairs, windows, CHUNK, progress)
+    floor = measure_floor(plain, windows, progress)
+    found = QualityReport(plain=tally.teacher(), floor=floor, artifact=tally.student())
+    if not others:
+        return found
+    of_plain, of_artifact = others
+    return replace(found, to_original=(of_plain.student(), of_artifact.student(), of_plain.teacher()))
 
 
 def log_softmax(logits: npt.NDArray[np.floating]) -> Floats:
@@ -155,23 +170,25 @@ class _Tally:
 
     Attributes:
         piece: Tokens of a piece.
+        rows: What was measured of the positions of the window that is not ended yet.
     """
 
     piece: int
+    rows: list[tuple[Floats, npt.NDArray[np.bool_], Floats, Floats]] = field(default_factory=list)
     kl: list[Floats] = field(default_factory=list)
     agreement: list[npt.NDArray[np.bool_]] = field(default_factory=list)
     losses: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
 
-    def add(self, window: Window, teacher: Iterable[Logits], student: Iterable[Logits]) -> None:
-        """Adds one window from the logits of both in equal pieces, at most `BLOCK` positions of which are expanded."""
-        found: list[tuple[Floats, npt.NDArray[np.bool_], Floats, Floats]] = []
-        start = 0
-        for pair in zip(teacher, student, strict=True):
-            for first in range(0, len(pair[0]), BLOCK):
-                reference, logits = (piece[first : first + BLOCK] for piece in pair)
-                found.append(_compared_rows(reference, logits, window[start + 1 : start + 1 + len(logits)]))
-                start += len(logits)
-        kl, agreement, *losses = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    def add(self, teacher: Logits, student: Logits, following: Window) -> None:
+        """Adds the logits of some positions of a window, of which at most `BLOCK` are expanded at a time."""
+        for first in range(0, len(teacher), BLOCK):
+            part = slice(first, first + BLOCK)
+            self.rows.append(_compared_rows(teacher[part], student[part], following[part]))
+
+    def end_window(self) -> None:
+        """Sums up what was added since the last window."""
+        kl, agreement, *losses = (np.concatenate(parts) for parts in zip(*self.rows, strict=True))
+        self.rows.clear()
         self.kl.append(kl)
         self.agreement.append(agreement)
         for means, values in zip(self.losses, losses, strict=True):
@@ -231,22 +248,36 @@ def _mean_and_error(means: list[float]) -> tuple[float, float]:
     return float(values.mean()), error
 
 
-def _compared(
-    teacher: DecodeSession, student: DecodeSession, windows: Windows, chunk: int, progress: Progress
-) -> _Tally:
-    _check(teacher, student, windows)
-    tally = _Tally(min(map(len, windows)))
-    for window in progress.track(windows, "held-out windows"):
-        tally.add(window, _stepwise(teacher, window, chunk), _stepwise(student, window, chunk))
-    return tally
-
-
-def _floor(plain: DecodeSession, windows: Windows, progress: Progress) -> Quality:
+def measure_floor(plain: DecodeSession, windows: Windows, progress: Progress) -> Quality:
+    """The plain export against itself token by token; see `measure_all`."""
     tally = _Tally(FLOOR_TOKENS)
-    for window in progress.track(windows, "numerical floor"):
+    for window in progress.track([window[:FLOOR_TOKENS] for window in windows[:FLOOR_WINDOWS]], "numerical floor"):
         reference = np.concatenate(list(_stepwise(plain, window, CHUNK)))
-        tally.add(window, (row[None] for row in reference), _stepwise(plain, window, 1))
+        for place, logits in enumerate(_stepwise(plain, window, 1)):
+            tally.add(reference[place : place + 1], logits, window[place + 1 : place + 2])
+        tally.end_window()
     return replace(tally.student(), perplexity=math.nan, perplexity_se=math.nan, kl_by_position={})
+
+
+def _compared(
+    sessions: Sequence[DecodeSession],
+    pairs: Sequence[tuple[int, int]],
+    windows: Windows,
+    chunk: int,
+    progress: Progress,
+) -> list[_Tally]:
+    """One tally for each pair of a teacher and a student among sessions, which go through the text side by side."""
+    for teacher, student in pairs:
+        _check(sessions[teacher], sessions[student], windows)
+    tallies = [_Tally(min(map(len, windows))) for _ in pairs]
+    for window in progress.track(windows, "held-out windows"):
+        steps = zip(*(_stepwise(session, window, chunk) for session in sessions), strict=True)
+        for start, logits in zip(range(0, len(window), chunk), steps, strict=True):
+            for tally, (teacher, student) in zip(tallies, pairs, strict=True):
+                tally.add(logits[teacher], logits[student], window[start + 1 : start + 1 + chunk])
+        for tally in tallies:
+            tally.end_window()
+    return tallies
 
 
 def _stepwise(session: DecodeSession, window: Window, chunk: int) -> Iterator[Logits]:

@@ -9,8 +9,9 @@ search and not after it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -35,11 +36,45 @@ class Quantised:
         codes: [n, b, 32 x bits / 8], the low half of a byte first.
         scales: [n, b].
         zero_points: [n, ceil(b x bits / 8)], packed like the codes; None where all are 2^(bits-1).
+        bits: Of an integer, 4 or 8.
     """
 
     codes: Bytes
     scales: Floats
     zero_points: Bytes | None
+    bits: int
+
+    @classmethod
+    def of(cls, integers: Floats, scales: Floats, zeros: Floats, bits: int) -> Quantised:
+        """From integers q - z [n, b x 32], scales [n, b] and zero points z [n, b]."""
+        rows, blocks = scales.shape
+        levels = integers.reshape(rows, blocks, BLOCK) + zeros[..., None]
+        codes = _pack(levels.reshape(rows, -1).astype(np.uint8), bits).reshape(rows, blocks, -1)
+        return cls(codes, scales, _pack(zeros.astype(np.uint8), bits), bits)
+
+    def numbers(self, width: int) -> Floats:
+        """The matrix [n, width] that the blocks stand for, exactly as the operators compute it."""
+        rows, blocks = self.scales.shape
+        integers = _unpack(self.codes.reshape(rows, -1), self.bits).reshape(rows, blocks, BLOCK).astype(np.float32)
+        integers -= self._zeros()[..., None]
+        return (integers * self.scales[..., None]).reshape(rows, -1)[:, :width]
+
+    def widened(self) -> Quantised:
+        """The same numbers in 8 bits."""
+        rows, blocks = self.scales.shape
+        codes = _unpack(self.codes.reshape(rows, -1), self.bits).reshape(rows, blocks, -1)
+        return Quantised(codes, self.scales, self._zeros(), 8)
+
+    def rows(self, picked: npt.NDArray[np.int64]) -> Quantised:
+        """Some rows, in that order."""
+        zeros = None if self.zero_points is None else self.zero_points[picked]
+        return Quantised(self.codes[picked], self.scales[picked], zeros, self.bits)
+
+    def _zeros(self) -> Bytes:
+        """The zero points, [n, b]."""
+        if self.zero_points is None:
+            return np.full(self.scales.shape, 1 << (self.bits - 1), np.uint8)
+        return _unpack(self.zero_points, self.bits)[:, : self.scales.shape[1]]
 
 
 def quantise(matrix: Floats, bits: int, method: WeightMethod) -> Quantised:
@@ -50,18 +85,27 @@ def quantise(matrix: Floats, bits: int, method: WeightMethod) -> Quantised:
     rows = max(1, CHUNK // matrix.shape[1])
     chunks = (matrix[start : start + rows] for start in range(0, matrix.shape[0], rows))
     with ThreadPoolExecutor() as pool:
-        parts = list(pool.map(lambda chunk: _quantise_chunk(chunk, bits, method), chunks))
-    codes, scales, zero_points = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return Quantised(codes, scales, None if method == "rtn" else zero_points)
+        return stacked(list(pool.map(lambda chunk: _quantise_chunk(chunk, bits, method), chunks)))
 
 
-def _quantise_chunk(matrix: Floats, bits: int, method: WeightMethod) -> tuple[Bytes, Floats, Bytes]:
-    rows, width = matrix.shape
-    padded = np.pad(matrix, ((0, 0), (0, -width % BLOCK)))
+def stacked(parts: Sequence[Quantised]) -> Quantised:
+    """Matrices of one width, the rows of each below those of the one before; in the bits of the widest."""
+    bits = max(part.bits for part in parts)
+    parts = [part if part.bits == bits else part.widened() for part in parts]
+    codes, scales = (np.concatenate([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
+    if all(part.zero_points is None for part in parts):
+        return Quantised(codes, scales, None, bits)
+    zeros = [_pack(part._zeros(), bits) for part in parts]
+    return Quantised(codes, scales, np.concatenate(zeros), bits)
+
+
+def _quantise_chunk(matrix: Floats, bits: int, method: WeightMethod) -> Quantised:
+    rows = len(matrix)
+    padded = np.pad(matrix, ((0, 0), (0, -matrix.shape[1] % BLOCK)))
     fit = round_to_nearest if method == "rtn" else search
     integers, scales, zeros = fit(np.ascontiguousarray(padded).reshape(-1, BLOCK), bits)
-    codes = _pack((integers + zeros).astype(np.uint8), bits).reshape(rows, -1, BLOCK * bits // 8)
-    return codes, scales.reshape(rows, -1), _pack(zeros.astype(np.uint8).reshape(rows, -1), bits)
+    found = Quantised.of(integers.reshape(rows, -1), scales.reshape(rows, -1), zeros.reshape(rows, -1), bits)
+    return replace(found, zero_points=None) if method == "rtn" else found
 
 
 def round_to_nearest(blocks: Floats, bits: int) -> tuple[Floats, Floats, Floats]:
@@ -72,12 +116,16 @@ def round_to_nearest(blocks: Floats, bits: int) -> tuple[Floats, Floats, Floats]
     return integers, _reciprocal(inverse), np.full_like(inverse, middle)
 
 
-def search(blocks: Floats, bits: int) -> tuple[Floats, Floats, Floats]:
+def search(blocks: Floats, bits: int, weights: Floats | None = None) -> tuple[Floats, Floats, Floats]:
     """The best of several roundings of blocks [m, 32], `round_to_nearest` among them; results as there.
 
-    The error of a rounding is the square, weighted by |x| + the block's root mean square, that its best scale leaves.
+    Args:
+        blocks: The numbers.
+        bits: Of an integer.
+        weights: [m, 32], what an error squared counts; by default |x| + the block's root mean square.
     """
-    weights = np.abs(blocks) + np.sqrt(np.mean(np.square(blocks), axis=1, keepdims=True))
+    if weights is None:
+        weights = np.abs(blocks) + np.sqrt(np.mean(np.square(blocks), axis=1, keepdims=True))
     low, high = np.minimum(blocks.min(1, keepdims=True), 0), np.maximum(blocks.max(1, keepdims=True), 0)
     top = np.float32((1 << bits) - 1)
     per_level = _reciprocal(high - low)
@@ -119,3 +167,10 @@ def _pack(values: Bytes, bits: int) -> Bytes:
         return values
     even = np.pad(values, ((0, 0), (0, values.shape[1] % 2)))
     return even[:, ::2] | even[:, 1::2] << np.uint8(4)
+
+
+def _unpack(packed: Bytes, bits: int) -> Bytes:
+    """Bytes [m, n] as integers [m, n x 8 / bits]."""
+    if bits == 8:
+        return packed
+    return np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1).reshape(len(packed), -1)

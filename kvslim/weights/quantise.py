@@ -1,0 +1,82 @@
+"""Quantises the weights of a model in torch, before anything is fitted to it.
+
+Whatever is measured or fitted later then sees the numbers that the graph has, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from kvslim.contract import ModelSpec
+from kvslim.loading.architecture import Architecture
+from kvslim.progress import Progress
+from kvslim.transform.surgery import layer_modules, project_directly
+from kvslim.types import WeightFormat
+from kvslim.weights.blocks import Quantised, quantise
+from kvslim.weights.choice import chosen_matrices
+from kvslim.weights.layerwise import quantise_on_text
+from kvslim.weights.rows import QuantisedRows
+
+
+def quantise_model(
+    model: Any,
+    architecture: Architecture,
+    spec: ModelSpec,
+    weights: WeightFormat,
+    windows: np.ndarray | None,
+    progress: Progress,
+) -> dict[str, Quantised]:
+    """Quantises a prepared decoder in place.
+
+    Args:
+        model: The model; it computes with the quantised numbers afterwards.
+        architecture: Where its parts live.
+        spec: Its shape.
+        weights: int8 or int4.
+        windows: [n, length] token ids, for `gptq`.
+        progress: Receives the progress.
+
+    Returns:
+        The blocks of each matrix by the name of its module.
+    """
+    layers = layer_modules(model, architecture)
+    chosen = chosen_matrices(model, layers, architecture, weights)
+    found: dict[str, Quantised] = {}
+
+    def put(name: str, quantised: Quantised) -> None:
+        found[name] = quantised
+        install_quantised(model, architecture, spec, {name: quantised})
+
+    if windows is not None:
+        quantise_on_text(model, layers, chosen, windows, put, progress)
+    else:
+        for name, entry in progress.track(chosen.items(), "matrices"):
+            put(name, quantise(entry.module.weight.detach().numpy(), entry.bits, weights.method))
+    return found
+
+
+def install_quantised(
+    model: nn.Module, architecture: Architecture, spec: ModelSpec, quantised: Mapping[str, Quantised]
+) -> None:
+    """Lets a prepared decoder compute with quantised numbers; a table that is also the head changes with it."""
+    for name, blocks in quantised.items():
+        weight = _weight(model, name)
+        weight.data = torch.from_numpy(np.ascontiguousarray(blocks.numbers(weight.shape[1])))
+    project_directly(model, architecture, spec)
+
+
+def rows_of(model: nn.Module, quantised: Mapping[str, Quantised]) -> QuantisedRows:
+    """The blocks by the rows that the model computes with now."""
+    rows = QuantisedRows()
+    for name, blocks in quantised.items():
+        rows.add(_weight(model, name).detach().numpy(), blocks)
+    return rows
+
+
+def _weight(model: nn.Module, name: str) -> Any:
+    return model.get_submodule(name).weight

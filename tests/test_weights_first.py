@@ -1,0 +1,185 @@
+"""Weights are quantised before anything is fitted: torch and the graph compute with the same numbers, to the bit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from support.models import in_chunks, open_prepared, recipe_of, tokens_of, torch_logits
+from support.tiny_encoders import save_encoder
+
+from kvslim.checks import check_recipe
+from kvslim.errors import UnsupportedError
+from kvslim.loading.source import read_spec, resolve
+from kvslim.methods import KvHdc, KvQuant
+from kvslim.pipeline import compress
+from kvslim.planning.decide import decide
+from kvslim.prepared import decoder
+from kvslim.prepared.decoder import PreparedDecoder
+from kvslim.runtime.session import DecodeSession
+from kvslim.types import Plan, WeightFormat
+from kvslim.validation.quality import measure_quality
+from kvslim.weights.blocks import BLOCK, quantise
+from kvslim.weights.gptq import gptq
+from kvslim.weights.rows import QuantisedRows
+
+ModelOf = Callable[[str], Path]
+RANDOM = np.random.default_rng(0)
+GPTQ = WeightFormat(type="int4", method="gptq")
+
+
+def exported(prepared: PreparedDecoder, folder: Path, plan: Plan | None = None) -> Path:
+    folder.mkdir()
+    prepared.export(plan or Plan.identity(prepared.spec), folder)
+    return folder
+
+
+def float_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    session = DecodeSession(folder, capacity=len(tokens), all_positions=True, float_activations=True)
+    return in_chunks(session, tokens, [len(tokens) - 4, 1])
+
+
+def bits_of(folder: Path) -> Counter[tuple[str, int]]:
+    nodes = [node for node in ir.load(folder / "model.onnx").graph if node.domain == "com.microsoft"]
+    return Counter(
+        (node.op_type, node.attributes.get_int("bits")) for node in nodes if node.op_type.endswith(("NBits", "ntized"))
+    )
+
+
+# Projections that are packed and read directly, scaled logits, and a table of its own for the head.
+@pytest.mark.parametrize(
+    ("family", "weights"),
+    [
+        ("gpt_neox", GPTQ),
+        ("phi3", WeightFormat(type="int4", method="rtn")),
+        ("gemma2", WeightFormat(type="int8")),
+        ("opt", GPTQ),
+    ],
+)
+def test_torch_and_graph_agree_when_weights_are_quantised(
+    tiny_model: ModelOf, tmp_path: Path, family: str, weights: WeightFormat
+) -> None:
+    prepared = open_prepared(tiny_model(family), recipe_of((), weights))
+    folder, tokens = exported(prepared, tmp_path / "plain"), tokens_of(prepared)
+    expected = torch_logits(prepared, tokens)
+    assert np.abs(float_logits(folder, tokens) - expected).max() < 1e-5 * np.abs(expected).max()
+    assert {bits for _, bits in bits_of(folder)} == {weights.bits}
+    assert not [node for node in ir.load(folder / "model.onnx").graph if node.op_type in ("MatMul", "FusedMatMul")]
+
+
+def test_graph_has_the_numbers_of_torch_to_the_bit(tiny_llama: Path, tmp_path: Path) -> None:
+    prepared = open_prepared(tiny_llama, recipe_of((), GPTQ))
+    graph = ir.load(exported(prepared, tmp_path / "plain") / "model.onnx").graph
+    constants = {name: value.const_value.numpy() for name, value in graph.initializers.items() if value.const_value}
+    compared = 0
+    for name, module in prepared.model.named_modules():
+        if f"model.{name}.weight.int4.codes" not in constants:
+            continue  # packed with others
+        codes, scales, zeros = (
+            constants[f"model.{name}.weight.int4.{part}"] for part in ("codes", "scales", "zero_points")
+        )
+        integers = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:2], BLOCK).astype(np.float32)
+        offsets = np.stack([zeros & 15, zeros >> 4], -1).reshape(len(zeros), -1)[:, : codes.shape[1]]
+        numbers = ((integers - offsets[..., None]) * scales[..., None]).reshape(len(codes), -1)
+        np.testing.assert_array_equal(numbers[:, : module.weight.shape[1]], module.weight.detach().numpy())
+        compared += 1
+    assert compared >= 2 * prepared.spec.layers
+
+
+def test_changed_matrices_get_eight_bits_and_others_stay_in_four(tiny_llama: Path, tmp_path: Path) -> None:
+    prepared = open_prepared(tiny_llama, recipe_of((KvHdc(bits=8),), GPTQ))
+    plain = bits_of(exported(prepared, tmp_path / "plain"))
+    plan = decide(prepared.recipe, prepared.spec, prepared.statistics)
+    prepared.install(prepared.codes(plan))
+    slim = exported(prepared, tmp_path / "slim", plan)
+    # The rotation folds into values, which are packed with queries and keys, and into outputs. The MLP stays.
+    layers = prepared.spec.layers
+    assert plain == {("GatherBlockQuantized", 4): 1, ("MatMulNBits", 4): 4 * layers + 1}
+    assert bits_of(slim) == {
+        ("GatherBlockQuantized", 4): 1,
+        ("MatMulNBits", 4): 2 * layers + 1,
+        ("MatMulNBits", 8): 2 * layers,
+    }
+    tokens = tokens_of(prepared)
+    expected = torch_logits(prepared, tokens)
+    assert np.abs(float_logits(slim, tokens) - expected).max() < 0.02 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("width", [61, 64, 200])
+def test_gptq_loses_less_on_its_inputs_than_the_search(width: int) -> None:
+    mixing = RANDOM.standard_normal((width, width)) * RANDOM.exponential(1, width)
+    inputs = RANDOM.standard_normal((2000, width)) @ mixing
+    matrix = RANDOM.standard_normal((48, width)).astype(np.float32)
+
+    def loss(numbers: np.ndarray) -> float:
+        return float(np.square(inputs @ (numbers - matrix).T).sum())
+
+    found = gptq(matrix, inputs.T @ inputs, 4)
+    assert found.codes.shape == quantise(matrix, 4, "k_quant").codes.shape
+    assert loss(found.numbers(width)) < 0.7 * loss(quantise(matrix, 4, "k_quant").numbers(width))
+
+
+def test_gptq_takes_inputs_that_are_never_used() -> None:
+    moments = np.zeros((64, 64))
+    moments[:3, :3] = np.eye(3)
+    matrix = RANDOM.standard_normal((5, 64)).astype(np.float32)
+    for given in (moments, np.zeros((64, 64))):
+        assert np.abs(gptq(matrix, given, 4).numbers(64) - matrix).max() < np.abs(matrix).max()
+
+
+def test_rows_are_found_again_when_they_are_stacked_picked_or_changed() -> None:
+    rows = QuantisedRows()
+    four, eight = (RANDOM.standard_normal((6, 70)).astype(np.float32) for _ in range(2))
+    rows.add(four, quantise(four, 4, "rtn"))
+    rows.add(eight, quantise(eight, 8, "k_quant"))
+    only = rows.stored(four[[4, 1]])
+    assert only.bits == 4
+    np.testing.assert_array_equal(only.numbers(70), quantise(four, 4, "rtn").numbers(70)[[4, 1]])
+    changed = np.concatenate([four[2:4], 2 * four[:1], eight])
+    mixed = rows.stored(changed)
+    assert mixed.bits == 8
+    np.testing.assert_array_equal(mixed.numbers(70)[:2], quantise(four, 4, "rtn").numbers(70)[2:4])
+    np.testing.assert_array_equal(mixed.numbers(70)[3:], quantise(eight, 8, "k_quant").numbers(70))
+    assert np.abs(mixed.numbers(70)[2] - changed[2]).max() < np.abs(changed[2]).max() / 100
+
+
+def test_second_run_takes_the_quantised_weights_from_the_disk(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = open_prepared(tiny_llama, recipe_of((), GPTQ))
+    monkeypatch.setattr(decoder, "quantise_model", lambda *_: pytest.fail("quantised again"))
+    second = open_prepared(tiny_llama, recipe_of((), GPTQ))
+    tokens = tokens_of(first)
+    np.testing.assert_array_equal(torch_logits(first, tokens), torch_logits(second, tokens))
+
+
+def test_report_tells_what_weights_and_cache_cost(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = recipe_of((KvQuant(bits=4),), WeightFormat(type="int4"))
+    report = compress(str(tiny_llama), recipe, tmp_path / "out").report
+    assert report is not None
+    assert report.original is not None
+    prepared = open_prepared(tiny_llama, recipe)
+    plain, windows = exported(prepared, tmp_path / "plain"), prepared.text.held_out_windows()
+    sessions = [
+        DecodeSession(folder, capacity=windows.shape[1], all_positions=True, float_activations=floats)
+        for folder, floats in ((prepared.original, False), (plain, True), (tmp_path / "out", True))
+    ]
+    original, kept, slim = sessions
+    of_weights, of_both = measure_quality(original, kept, windows), measure_quality(original, slim, windows)
+    assert report.plain.kl_to_original == pytest.approx(of_weights.kl_mean, rel=1e-6)
+    assert report.artifact.kl_to_original == pytest.approx(of_both.kl_mean, rel=1e-6)
+    assert report.artifact.kl_mean == pytest.approx(measure_quality(kept, slim, windows).kl_mean, rel=1e-6)
+    assert report.original.perplexity == pytest.approx(measure_quality(original, original, windows).perplexity)
+    # Rounded activations add to what the cache costs, and are what the floor is.
+    assert report.artifact.kl_as_run != pytest.approx(report.artifact.kl_mean, rel=1e-3)
+    assert report.floor.kl_mean > 1e-9
+
+
+def test_gptq_is_refused_for_encoders(tmp_path: Path) -> None:
+    snapshot = resolve(str(save_encoder("bert", "feature-extraction", tmp_path / "bert")))
+    with pytest.raises(UnsupportedError, match="gptq"):
+        check_recipe(recipe_of((), GPTQ).model_copy(update={"name": "encoder"}), read_spec(snapshot))
