@@ -28,7 +28,7 @@ class WeightFormat(Frozen):
     type: WeightType = Field("fp32", description="of all matrices; int8 and int4 in blocks of 32")
     method: WeightMethod = Field(
         "k_quant",
-        description="rtn rounds; k_quant searches scales and zero points; gptq (decoders) also fits to calibration text",
+        description="rtn rounds; k_quant searches scales and zero points; gptq (decoders) uses calibration text",
     )
     mixed: bool = Field(False, description="with int4: the most sensitive matrices in int8")
 

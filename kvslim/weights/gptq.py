@@ -13,11 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvslim.weights.blocks import BLOCK, Floats, Quantised, search
+from kvslim.weights.blocks import BLOCK, Floats, Quantised, search, stacked
 
 # Added to the diagonal of H, in parts of its mean. The paper has 0.01; a few thousand tokens estimate H less well.
 DAMPING = 0.1
 PANEL = 4 * BLOCK  # columns whose updates reach the rest of the matrix at once
+ROWS = 2048  # rows that are rounded at a time; a panel of them fits a processor's cache
 
 
 def gptq(matrix: Floats, moments: npt.NDArray[np.float64], bits: int) -> Quantised:
@@ -28,46 +29,41 @@ def gptq(matrix: Floats, moments: npt.NDArray[np.float64], bits: int) -> Quantis
         moments: [k, k], the sums of x x^T over inputs x; any multiple of them will do.
         bits: Of an integer, 4 or 8.
     """
-    rows, width = matrix.shape
-    numbers = torch.from_numpy(np.pad(matrix, ((0, 0), (0, -width % BLOCK))).astype(np.float32))
-    damped = _damped(moments, numbers.shape[1])
-    factor = _inverse_factor(damped)
-    importance = damped.diagonal().astype(np.float32)
-    integers = torch.zeros_like(numbers)
-    scales, zeros = (torch.zeros(rows, numbers.shape[1] // BLOCK) for _ in range(2))
-    for start in range(0, numbers.shape[1], PANEL):
+    damped = _damped(moments, len(moments) + -len(moments) % BLOCK)
+    factor, importance = _inverse_factor(damped), damped.diagonal().astype(np.float32)
+    chunks = (matrix[start : start + ROWS] for start in range(0, len(matrix), ROWS))
+    return stacked([_round(chunk, factor, importance, bits) for chunk in chunks])
+
+
+def _round(matrix: Floats, factor: Tensor, importance: Floats, bits: int) -> Quantised:
+    """Rounds some rows; here a column of the matrix is a row of its transpose, which lies together in memory."""
+    padded = np.pad(matrix.T, ((0, -matrix.shape[1] % BLOCK), (0, 0)))
+    columns = torch.from_numpy(np.ascontiguousarray(padded, dtype=np.float32))
+    integers = torch.zeros_like(columns)
+    scales, zeros = (torch.zeros(len(columns) // BLOCK, len(matrix)) for _ in range(2))
+    for start in range(0, len(columns), PANEL):
         panel = slice(start, start + PANEL)
-        errors = _round_panel(
-            numbers[:, panel],
-            factor[panel, panel],
-            importance[panel],
-            bits,
-            integers[:, panel],
-            scales[:, start // BLOCK :],
-            zeros[:, start // BLOCK :],
-        )
-        numbers[:, start + PANEL :] -= errors @ factor[panel, start + PANEL :]
-    return Quantised.of(integers.numpy(), scales.numpy(), zeros.numpy(), bits)
+        errors = torch.zeros_like(columns[panel])
+        for column in range(start, min(start + PANEL, len(columns))):
+            block = column // BLOCK
+            if column % BLOCK == 0:
+                scales[block], zeros[block] = _step_and_zero(columns, importance, column, bits)
+            wanted = torch.where(scales[block] == 0, 0, columns[column] / scales[block])
+            integers[column] = wanted.round_().clamp_(-zeros[block], 2**bits - 1 - zeros[block])
+            error = (columns[column] - scales[block] * integers[column]) / factor[column, column]
+            columns[column : start + PANEL].addr_(factor[column, column : start + PANEL], error, alpha=-1)
+            errors[column - start] = error
+        columns[start + PANEL :] -= factor[panel, start + PANEL :].T @ errors
+    by_row = [part.T.contiguous().numpy() for part in (integers, scales, zeros)]
+    return Quantised.of(by_row[0], by_row[1], by_row[2], bits)
 
 
-def _round_panel(
-    numbers: Tensor, factor: Tensor, importance: Floats, bits: int, integers: Tensor, scales: Tensor, zeros: Tensor
-) -> Tensor:
-    """Rounds some blocks of columns, filling the last three; returns their errors over the factor's diagonal."""
-    errors = torch.zeros_like(numbers)
-    for column in range(numbers.shape[1]):
-        block = column // BLOCK
-        if column % BLOCK == 0:
-            part = slice(column, column + BLOCK)
-            weights = np.broadcast_to(importance[part], (len(numbers), BLOCK))
-            _, found, middle = search(np.ascontiguousarray(numbers[:, part].numpy()), bits, weights)
-            scales[:, block], zeros[:, block] = torch.from_numpy(found[:, 0]), torch.from_numpy(middle[:, 0])
-        scale, zero = scales[:, block], zeros[:, block]
-        wanted = torch.where(scale == 0, 0, numbers[:, column] / scale)
-        integers[:, column] = wanted.round().clamp(-zero, 2**bits - 1 - zero)
-        errors[:, column] = (numbers[:, column] - scale * integers[:, column]) / factor[column, column]
-        numbers[:, column:] -= errors[:, column, None] * factor[column, column:]
-    return errors
+def _step_and_zero(columns: Tensor, importance: Floats, first: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each row for the block that begins with a column."""
+    part = slice(first, first + BLOCK)
+    blocks = columns[part].T.contiguous().numpy()
+    _, scales, zeros = search(blocks, bits, np.broadcast_to(importance[part], blocks.shape))
+    return torch.from_numpy(scales[:, 0]), torch.from_numpy(zeros[:, 0])
 
 
 def _damped(moments: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
