@@ -8,6 +8,7 @@ from pathlib import Path
 from kvslim.caches import ClusteredCache
 from kvslim.contract import ModelSpec
 from kvslim.errors import UnsupportedError, UsageError
+from kvslim.loading.snapshot import Snapshot
 from kvslim.methods.prune_heads import check_heads
 from kvslim.methods.share_kv import check_sources
 from kvslim.recipe import Recipe
@@ -54,6 +55,20 @@ def check_task(recipe: Recipe, spec: ModelSpec) -> None:
             f"recipe {recipe.name!r} asks for {', '.join(misfits)}; {spec.model_type} is {kind}, {lack}",
             where="--recipe",
             fix=fix,
+        )
+
+
+def check_weights(recipe: Recipe, snapshot: Snapshot) -> None:
+    """Refuses to keep the blocks of a file that has none.
+
+    Raises:
+        UsageError: Naming the file.
+    """
+    if recipe.weights.type == "stored" and not snapshot.has_blocks:
+        raise UsageError(
+            "weights: stored keeps the blocks of a GGUF file, and this model has none that can be kept",
+            where=str(snapshot.path),
+            fix="give a file in Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K or Q8_0, or write --set weights=int4",
         )
 
 

@@ -152,6 +152,7 @@ def _checked(model: str, recipe: Recipe) -> tuple[Snapshot, ModelSpec]:
     spec = read_spec(snapshot, recipe.calibration.context)
     snapshot.check()
     checks.check_recipe(recipe, spec)
+    checks.check_weights(recipe, snapshot)
     for settings in (recipe.calibration, recipe.validation):
         check_source(settings.source)
     return snapshot, spec

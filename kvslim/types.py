@@ -25,7 +25,9 @@ from kvslim.contract import (
 class WeightFormat(Frozen):
     """How a graph stores its large matrices and its embedding table."""
 
-    type: WeightType = Field("fp32", description="of all matrices; int8 and int4 in blocks of 32")
+    type: WeightType | Literal["stored"] = Field(
+        "fp32", description="of all matrices; int8 and int4 in blocks of 32; stored: the blocks of a GGUF as they are"
+    )
     method: WeightMethod = Field(
         "k_quant",
         description="rtn rounds; k_quant searches scales and zero points; gptq (decoders) uses calibration text",
@@ -39,12 +41,18 @@ class WeightFormat(Frozen):
         return self
 
     @property
-    def bits(self) -> int | None:
-        """Bits of a number; None for float."""
-        return {"fp32": None, "int8": 8, "int4": 4}[self.type]
+    def is_quantised(self) -> bool:
+        """Whether matrices are stored in blocks."""
+        return self.type != "fp32"
+
+    @property
+    def like(self) -> WeightType:
+        """The format that costs about as much time."""
+        return "int4" if self.type == "stored" else self.type
 
     def __str__(self) -> str:
-        return self.type if self.bits is None else f"{self.type} ({self.method}{', mixed' if self.mixed else ''})"
+        rounded = self.type in ("int8", "int4")
+        return f"{self.type} ({self.method}{', mixed' if self.mixed else ''})" if rounded else self.type
 
 
 def _weight_format(value: object) -> object:

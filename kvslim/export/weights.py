@@ -50,6 +50,7 @@ class _Stored:
     codes: ir.Value
     scales: ir.Value
     zero_points: ir.Value | None
+    offsets: ir.Value | None
 
     @property
     def attributes(self) -> dict[str, int]:
@@ -71,10 +72,10 @@ class _Quantiser:
         operands = [node.inputs[0], stored.codes, stored.scales, stored.zero_points, None, bias]
         sizes = {"K": inputs, "N": outputs, "accuracy_level": ACCURACY_LEVEL}
         made = _node("MatMulNBits", operands, {**stored.attributes, **sizes}, node)
-        new = [made]
+        new = [made, *self._offset_product(made, node.inputs[0], stored, inputs)]
         if (factor := factor_of(node)) != 1.0:
             constant = self._constant(f"{made.name}.factor", np.array(factor, np.float32))
-            new.append(ir.node("Mul", [made.outputs[0], constant], name=f"{made.name}.scaled"))
+            new.append(ir.node("Mul", [new[-1].outputs[0], constant], name=f"{made.name}.scaled"))
         self._replace([node] if last is node else [node, last], new)
 
     def replace_lookup(self, node: ir.Node, table: Matrix) -> None:
@@ -85,7 +86,40 @@ class _Quantiser:
         flat.name, flat.outputs[0].name = f"{name}.reshape", f"{name}.rows"
         operands = [flat.outputs[0], node.inputs[1], stored.scales, stored.zero_points]
         axes = {"gather_axis": 0, "quantize_axis": 1}
-        self._replace([node], [flat, _node("GatherBlockQuantized", operands, {**stored.attributes, **axes}, node)])
+        made = _node("GatherBlockQuantized", operands, {**stored.attributes, **axes}, node)
+        self._replace([node], [flat, made, *self._offset_lookup(made, node.inputs[1], stored, table.shape[1])])
+
+    def _offset_product(self, made: ir.Node, x: ir.Value | None, stored: _Stored, inputs: int) -> list[ir.Node]:
+        """Adds what the offsets of blocks give: the sums of the input over each block, times the offsets."""
+        if stored.offsets is None:
+            return []
+        name, blocks = made.name, -(-inputs // BLOCK)
+        summing = self._constant_once(
+            f"block_sums.{inputs}", np.eye(blocks, dtype=np.float32).repeat(BLOCK, 0)[:inputs]
+        )
+        offsets = ir.node("Cast", [stored.offsets], {"to": ir.DataType.FLOAT}, name=f"{name}.offsets")
+        sums = ir.node("MatMul", [x, summing], name=f"{name}.sums")
+        attributes = {"transB": 1}
+        product = ir.node("FusedMatMul", [sums.outputs[0], offsets.outputs[0]], attributes, domain=DOMAIN)
+        product.name = f"{name}.offset"
+        added = ir.node("Add", [made.outputs[0], product.outputs[0]], name=f"{name}.added")
+        return [offsets, sums, product, added]
+
+    def _offset_lookup(self, made: ir.Node, tokens: ir.Value | None, stored: _Stored, width: int) -> list[ir.Node]:
+        """Adds the offsets of the rows that are looked up, each to the numbers of its block."""
+        if stored.offsets is None:
+            return []
+        name = made.name
+        shapes = {"blocks": [0, 0, -1, BLOCK], "row": [0, 0, width]}
+        in_blocks, in_row = (self._constant(f"{name}.{key}", np.array(shape)) for key, shape in shapes.items())
+        last = self._constant(f"{name}.last", np.array([-1]))
+        picked = ir.node("Gather", [stored.offsets, tokens], {"axis": 0}, name=f"{name}.offsets")
+        cast = ir.node("Cast", [picked.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}.float")
+        each = ir.node("Unsqueeze", [cast.outputs[0], last], name=f"{name}.each")
+        parts = ir.node("Reshape", [made.outputs[0], in_blocks], name=f"{name}.parts")
+        added = ir.node("Add", [parts.outputs[0], each.outputs[0]], name=f"{name}.added")
+        whole = ir.node("Reshape", [added.outputs[0], in_row], name=f"{name}.whole")
+        return [picked, cast, each, parts, added, whole]
 
     def drop_unused(self) -> None:
         """Forgets the float matrices that nothing reads any more."""
@@ -103,6 +137,7 @@ class _Quantiser:
                 self._constant(f"{name}.codes", result.codes),
                 self._constant(f"{name}.scales", result.scales),
                 None if result.zero_points is None else self._constant(f"{name}.zero_points", result.zero_points),
+                None if result.offsets is None else self._constant(f"{name}.offsets", result.offsets),
             )
         return self.stored[matrix]
 
@@ -110,6 +145,11 @@ class _Quantiser:
         value = ir.val(name, const_value=ir.tensor(array, name=name))
         self.graph.register_initializer(value)
         return value
+
+    def _constant_once(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+        """A constant that several nodes share."""
+        known = self.graph.initializers.get(name)
+        return self._constant(name, array) if known is None else known
 
     def _replace(self, old: list[ir.Node], new: list[ir.Node]) -> None:
         convenience.replace_nodes_and_values(self.graph, old[-1], old, new, old[-1].outputs, new[-1].outputs)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import KvslimError, ModelError, UnsupportedError, suggestion
+from kvslim.loading.gguf_blocks import is_carried_over, stored_rows
 from kvslim.loading.gguf_config import GGUF_ARCHITECTURES, ROPE_TENSORS, Restore, gguf_config
 from kvslim.loading.snapshot import Snapshot, Unread
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from gguf import ReaderTensor
     from transformers import GenerationConfig
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+    from kvslim.weights.rows import QuantisedRows
 
 TOKENIZERS = ("gpt2", "llama")  # byte-level and SentencePiece merges
 ENDS = ("eos", "eot", "eom")
@@ -98,6 +101,17 @@ class GgufSnapshot(Snapshot):
         restore = GGUF_ARCHITECTURES[self._header[0]["general.architecture"]].restore
         stored = {one.name: one for one in tensors if one.name in names}
         return {names[name]: Dequantised(tensor, restore, config) for name, tensor in stored.items()}
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether some matrix is stored in blocks that the graph can hold."""
+        return any(is_carried_over(tensor) for tensor in self._tensors)
+
+    def stored_rows(self) -> QuantisedRows:
+        """The matrices that are stored in blocks which the graph can hold."""
+        rows = stored_rows(self._tensors)
+        del self._tensors
+        return rows
 
     def generation_config(self) -> GenerationConfig:
         """End tokens, of texts and of turns, and what the file says of sampling."""

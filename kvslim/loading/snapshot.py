@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+    from kvslim.weights.rows import QuantisedRows
+
 
 class Unread(Protocol):
     """A stored tensor that is read from its file when it is indexed with `...`, as transformers does."""
@@ -91,6 +93,15 @@ class Snapshot(ABC):
     def adapted(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model with what these files change in its weights."""
         return model
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether some matrix is stored in blocks that the graph can hold."""
+        return False
+
+    def stored_rows(self) -> QuantisedRows:
+        """The matrices that are stored in blocks which the graph can hold."""
+        raise NotImplementedError("a snapshot without blocks")
 
     def sha256(self) -> str:
         """SHA-256 over the names and bytes of config, weights and tokenizer."""

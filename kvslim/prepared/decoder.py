@@ -54,7 +54,7 @@ class PreparedDecoder(PreparedModel):
         prepare(self.model, self.architecture, spec)
         self.text = TextSource(self, recipe.calibration, recipe.validation)
         self.rows: QuantisedRows | None = None
-        if recipe.weights.bits is not None:
+        if recipe.weights.is_quantised:
             _ = self.original  # while the model still is what its files say
             self.rows = self._quantised()
 
@@ -71,10 +71,11 @@ class PreparedDecoder(PreparedModel):
         self.progress.stage("quantise the weights")
         weights, model, of = self.recipe.weights, self.model, (self.architecture, self.spec)
         windows = self.text.calibration_windows if weights.method == "gptq" else None
+        known = self.snapshot.stored_rows() if weights.type == "stored" else None
         key = cache.content_key("weights", self.digest, *self._identity_of(weights))
         quantised = cache.load_weights(key)
         if quantised is None:
-            quantised = quantise_model(model, *of, weights, windows, self.progress)
+            quantised = quantise_model(model, *of, weights, self.progress, windows=windows, known=known)
             cache.store_weights(key, quantised)
         else:
             install_quantised(model, *of, quantised)

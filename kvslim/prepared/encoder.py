@@ -86,7 +86,7 @@ class PreparedEncoder(PreparedModel):
     def export(self, plan: Plan, folder: Path) -> tuple[str, ...]:
         """Writes the graph of the model as it is, with the recipe's weights; its inputs."""
         graph = build_encoder_graph(self.model, self.spec)
-        if self.recipe.weights.bits is not None:
+        if self.recipe.weights.is_quantised:
             graph = quantise_encoder(graph, self.recipe.weights, self._rows())
         save_graph(graph, folder)
         return encoder_inputs(self.spec)

@@ -1,6 +1,7 @@
 """Matrices as small integers in blocks of 32 along the input dimension: the storage format of MatMulNBits.
 
-A block holds integers q, one scale s and one integer zero point z, and stands for s (q - z). `rtn` rounds to nearest
+A block holds integers q, one scale s and one integer zero point z, and stands for s (q - z), or s (q - z) + o with an
+offset o that the graph adds. `rtn` rounds to nearest
 with s = extreme / -2^(bits-1) and z in the middle. `k_quant` searches as the k-quants of llama.cpp do
 (`make_qkx2_quants` in ggml-quants.c): it tries several steps, refits the scale to each rounding by weighted least
 squares, and keeps the best. There the offset of a block is a float; here z is an integer, so it is rounded within the
@@ -26,6 +27,7 @@ CHUNK = 1 << 16  # numbers that one thread works on; its temporaries then fit a 
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+Halves = npt.NDArray[np.float16]
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class Quantised:
         scales: [n, b].
         zero_points: [n, ceil(b x bits / 8)], packed like the codes; None where all are 2^(bits-1).
         bits: Of an integer, 4 or 8.
+        offsets: [n, b] in float16; None where all are 0.
     """
 
     codes: Bytes
     scales: Floats
     zero_points: Bytes | None
     bits: int
+    offsets: Halves | None = None
 
     @classmethod
     def of(cls, integers: Floats, scales: Floats, zeros: Floats, bits: int) -> Quantised:
@@ -52,23 +56,33 @@ class Quantised:
         codes = _pack(levels.reshape(rows, -1).astype(np.uint8), bits).reshape(rows, blocks, -1)
         return cls(codes, scales, _pack(zeros.astype(np.uint8), bits), bits)
 
+    @classmethod
+    def symmetric(cls, integers: Floats, scales: Floats, offsets: Floats | None, bits: int) -> Quantised:
+        """From integers q - z [n, b x 32] with z = 2^(bits-1), scales and offsets [n, b]; offsets become float16."""
+        found = cls.of(integers, scales, np.full_like(scales, 1 << (bits - 1)), bits)
+        return replace(found, zero_points=None, offsets=None if offsets is None else offsets.astype(np.float16))
+
     def numbers(self, width: int) -> Floats:
         """The matrix [n, width] that the blocks stand for, exactly as the operators compute it."""
         rows, blocks = self.scales.shape
         integers = _unpack(self.codes.reshape(rows, -1), self.bits).reshape(rows, blocks, BLOCK).astype(np.float32)
         integers -= self._zeros()[..., None]
-        return (integers * self.scales[..., None]).reshape(rows, -1)[:, :width]
+        integers *= self.scales[..., None]
+        if self.offsets is not None:
+            integers += self.offsets[..., None].astype(np.float32)
+        return integers.reshape(rows, -1)[:, :width]
 
     def widened(self) -> Quantised:
         """The same numbers in 8 bits."""
         rows, blocks = self.scales.shape
         codes = _unpack(self.codes.reshape(rows, -1), self.bits).reshape(rows, blocks, -1)
-        return Quantised(codes, self.scales, self._zeros(), 8)
+        return Quantised(codes, self.scales, self._zeros(), 8, self.offsets)
 
     def rows(self, picked: npt.NDArray[np.int64]) -> Quantised:
         """Some rows, in that order."""
         zeros = None if self.zero_points is None else self.zero_points[picked]
-        return Quantised(self.codes[picked], self.scales[picked], zeros, self.bits)
+        offsets = None if self.offsets is None else self.offsets[picked]
+        return Quantised(self.codes[picked], self.scales[picked], zeros, self.bits, offsets)
 
     def _zeros(self) -> Bytes:
         """The zero points, [n, b]."""
@@ -93,10 +107,18 @@ def stacked(parts: Sequence[Quantised]) -> Quantised:
     bits = max(part.bits for part in parts)
     parts = [part if part.bits == bits else part.widened() for part in parts]
     codes, scales = (np.concatenate([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
-    if all(part.zero_points is None for part in parts):
-        return Quantised(codes, scales, None, bits)
-    zeros = [_pack(part._zeros(), bits) for part in parts]
-    return Quantised(codes, scales, np.concatenate(zeros), bits)
+    zeros = None
+    if any(part.zero_points is not None for part in parts):
+        zeros = np.concatenate([_pack(part._zeros(), bits) for part in parts])
+    return Quantised(codes, scales, zeros, bits, _stacked_offsets(parts))
+
+
+def _stacked_offsets(parts: Sequence[Quantised]) -> Halves | None:
+    """The offsets of matrices one below the other; None where none has any."""
+    if all(part.offsets is None for part in parts):
+        return None
+    none = np.float16(0)
+    return np.concatenate([np.full_like(p.scales, none, np.float16) if p.offsets is None else p.offsets for p in parts])
 
 
 def _quantise_chunk(matrix: Floats, bits: int, method: WeightMethod) -> Quantised:

@@ -28,8 +28,10 @@ def quantise_model(
     architecture: Architecture,
     spec: ModelSpec,
     weights: WeightFormat,
-    windows: np.ndarray | None,
     progress: Progress,
+    *,
+    windows: np.ndarray | None = None,
+    known: QuantisedRows | None = None,
 ) -> dict[str, Quantised]:
     """Quantises a prepared decoder in place.
 
@@ -37,9 +39,10 @@ def quantise_model(
         model: The model; it computes with the quantised numbers afterwards.
         architecture: Where its parts live.
         spec: Its shape.
-        weights: int8 or int4.
-        windows: [n, length] token ids, for `gptq`.
+        weights: How to store the matrices.
         progress: Receives the progress.
+        windows: [n, length] token ids, for `gptq`.
+        known: Rows that are in blocks already, for `stored`.
 
     Returns:
         The blocks of each matrix by the name of its module.
@@ -54,9 +57,10 @@ def quantise_model(
 
     if windows is not None:
         quantise_on_text(model, layers, chosen, windows, put, progress)
-    else:
-        for name, entry in progress.track(chosen.items(), "matrices"):
-            put(name, quantise(entry.module.weight.detach().numpy(), entry.bits, weights.method))
+        return found
+    for name, entry in progress.track(chosen.items(), "matrices"):
+        matrix = entry.module.weight.detach().numpy()
+        put(name, quantise(matrix, entry.bits, weights.method) if known is None else known.stored(matrix))
     return found
 
 

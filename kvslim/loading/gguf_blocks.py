@@ -1,0 +1,96 @@
+"""Blocks of a GGUF's tensors as the graph stores them: the same integers and scales, nothing rounded again.
+
+A block of ggml holds levels l, a scale s and for some types a minimum m, and stands for s l + m (ggml-common.h). All of
+it fits blocks of 32 with an offset: s (q - z) + o, with z in the middle of the levels and o = m + s z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvslim.weights.blocks import BLOCK, Floats, Quantised
+from kvslim.weights.rows import QuantisedRows
+
+if TYPE_CHECKING:
+    from gguf import ReaderTensor
+
+Lowest = tuple[Floats, Floats]  # scale, and what level 0 stands for, of each block
+
+
+def is_carried_over(tensor: ReaderTensor) -> bool:
+    """Whether a tensor is a matrix in blocks that the graph can hold."""
+    return tensor.tensor_type.name in LEVELS and len(tensor.shape) == 2
+
+
+def stored_rows(tensors: Iterable[ReaderTensor]) -> QuantisedRows:
+    """The matrices of a file whose blocks the graph can hold, by the numbers of their rows."""
+    from gguf import dequantize
+
+    rows = QuantisedRows()
+    for tensor in tensors:
+        if is_carried_over(tensor):
+            kind = tensor.tensor_type.name
+            numbers = dequantize(tensor.data, tensor.tensor_type)
+            rows.add(numbers, _blocks(numbers, *SCALES[kind](tensor.data), LEVELS[kind]))
+    return rows
+
+
+def _blocks(numbers: Floats, scales: Floats, lowest: Floats, levels: int) -> Quantised:
+    rows, width = numbers.shape
+    scales, lowest = (part.reshape(rows, -1).astype(np.float32) for part in (scales, lowest))
+    middle = levels // 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = np.rint((numbers.reshape(rows, -1, BLOCK) - lowest[..., None]) / scales[..., None])
+    integers = np.nan_to_num(found, posinf=0, neginf=0).reshape(rows, width) - middle
+    offsets = lowest + middle * scales
+    return Quantised.symmetric(integers, scales, offsets if offsets.any() else None, 4 if levels == 16 else 8)
+
+
+def _half(data: np.ndarray, size: int, place: int) -> Floats:
+    """A float16 at a place of each block of `size` bytes, [blocks, 1]."""
+    parts = np.ascontiguousarray(data.reshape(-1, size)[:, place : place + 2])
+    found: Floats = parts.view(np.float16).astype(np.float32)
+    return found
+
+
+def _scaled(size: int, lowest: int) -> Callable[[np.ndarray], Lowest]:
+    """Of types whose levels begin at a fixed integer."""
+
+    def read(data: np.ndarray) -> Lowest:
+        scales = _half(data, size, 0)
+        return scales, lowest * scales
+
+    return read
+
+
+def _with_minimum(size: int) -> Callable[[np.ndarray], Lowest]:
+    """Of types with a minimum behind the scale."""
+    return lambda data: (_half(data, size, 0), _half(data, size, 2))
+
+
+def _nested(size: int) -> Callable[[np.ndarray], Lowest]:
+    """Of types whose blocks have 8 scales and minima of 6 bits, and a factor for each of the two."""
+
+    def read(data: np.ndarray) -> Lowest:
+        from gguf.quants import Q4_K
+
+        packed = np.ascontiguousarray(data.reshape(-1, size)[:, 4:16])
+        scales, minima = Q4_K.get_scale_min(packed)
+        return _half(data, size, 0) * scales, -(_half(data, size, 2) * minima)
+
+    return read
+
+
+LEVELS: dict[str, int] = {"Q4_0": 16, "Q4_1": 16, "Q4_K": 16, "Q5_0": 32, "Q5_1": 32, "Q5_K": 32, "Q8_0": 256}
+SCALES: dict[str, Callable[[Any], Lowest]] = {
+    "Q4_0": _scaled(18, -8),
+    "Q4_1": _with_minimum(20),
+    "Q4_K": _nested(144),
+    "Q5_0": _scaled(22, -16),
+    "Q5_1": _with_minimum(24),
+    "Q5_K": _nested(176),
+    "Q8_0": _scaled(34, -128),
+}

@@ -1,0 +1,83 @@
+"""Blocks of a GGUF are carried over as they are: the graph computes with the file's own numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import gguf
+import numpy as np
+import onnx_ir as ir
+import pytest
+from support.models import in_chunks, open_prepared, recipe_of, tokens_of, torch_logits
+from support.tiny_gguf import write_gguf
+
+from kvslim.checks import check_weights
+from kvslim.errors import UsageError
+from kvslim.loading.gguf_blocks import LEVELS, stored_rows
+from kvslim.loading.source import resolve
+from kvslim.runtime.session import DecodeSession
+from kvslim.types import Plan, WeightFormat
+from kvslim.validation.quality import measure_quality
+
+RANDOM = np.random.default_rng(0)
+STORED = WeightFormat(type="stored")
+HALVES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q4_K": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q5_K": (0, 2), "Q8_0": (0,)}
+
+
+def random_tensor(kind: str) -> SimpleNamespace:
+    """A matrix [6, 512] of a type, of random bits; the scale of its first block is 0."""
+    quantised = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[quantised]
+    data = RANDOM.integers(0, 256, (6 * 512 // block, size), dtype=np.uint8)
+    for place in HALVES[kind]:
+        data[:, place : place + 2] = RANDOM.normal(0, 0.01, (len(data), 1)).astype(np.float16).view(np.uint8)
+    data[0, :2] = 0
+    return SimpleNamespace(tensor_type=quantised, shape=(512, 6), data=data.reshape(6, -1))
+
+
+@pytest.mark.parametrize("kind", LEVELS)
+def test_blocks_are_the_numbers_of_the_file(kind: str) -> None:
+    tensor = random_tensor(kind)
+    numbers = gguf.dequantize(tensor.data, tensor.tensor_type)
+    found = stored_rows([tensor]).stored(numbers[[4, 0, 1]])
+    assert found.bits == (4 if kind.startswith("Q4") else 8)
+    # Offsets are rounded to float16, and are a few steps at most.
+    allowed = 0 if found.offsets is None else np.abs(found.offsets).max() / 1000
+    assert np.abs(found.numbers(512) - numbers[[4, 0, 1]]).max() <= allowed
+    assert (found.offsets is None) == (kind in ("Q4_0", "Q5_0", "Q8_0"))
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_graph_of_a_file_loses_nothing(tiny_llama: Path, tmp_path: Path, kind: str) -> None:
+    path = write_gguf(tiny_llama, tmp_path / "model.gguf", kind)
+    prepared = open_prepared(path, recipe_of((), STORED))
+    folder, tokens = tmp_path / "plain", tokens_of(prepared)
+    folder.mkdir()
+    prepared.export(Plan.identity(prepared.spec), folder)
+    original, stored = (
+        DecodeSession(graph, capacity=48, all_positions=True, float_activations=True)
+        for graph in (prepared.original, folder)
+    )
+    assert measure_quality(original, stored, prepared.text.held_out_windows()).kl_mean < 1e-7
+    expected = torch_logits(prepared, tokens)
+    stored.reset()
+    logits = in_chunks(stored, tokens, [len(tokens) - 4, 1])
+    assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected).max()
+    bits = 8 if kind == "Q8_0" else 4
+    nodes = Counter((node.op_type, node.attributes.get_int("bits", 0)) for node in ir.load(folder / "model.onnx").graph)
+    assert nodes["GatherBlockQuantized", bits] == 1
+    assert nodes["MatMulNBits", bits] == 4 * prepared.spec.layers + 1
+
+
+def test_model_without_blocks_is_refused_before_weights_are_read(tiny_llama: Path, tmp_path: Path) -> None:
+    floats = [
+        tiny_llama,
+        write_gguf(tiny_llama, tmp_path / "f16.gguf", "F16"),
+        write_gguf(tiny_llama, tmp_path / "f32.gguf"),
+    ]
+    for path in floats:
+        with pytest.raises(UsageError, match="none that can be kept"):
+            check_weights(recipe_of((), STORED), resolve(str(path)))
+    check_weights(recipe_of((), STORED), resolve(str(write_gguf(tiny_llama, tmp_path / "q8.gguf", "Q8_0"))))
