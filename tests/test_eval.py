@@ -231,7 +231,7 @@ def test_missing_extra_is_told_with_the_command_that_installs_it(
             "not a question: .*answer must be the index of a choice",
         ),
         ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "choices": ["b", "c"], "answer": 1}', "two kinds"),
-        ('{"prompt": "a", "completion": "\\ud800"}', "not a question: "),
+        ('{"prompt": "a", "completion": "\\ud800"}', "not JSON: "),
     ],
 )
 def test_read_lines_names_what_is_wrong_when_a_file_is_no_task(tmp_path: Path, text: str, message: str) -> None:

@@ -31,7 +31,7 @@ def text_of(writer: Completer, ids: list[int], tokens: int = 12) -> str:
 
 def test_completion_is_the_models_text_when_given_a_folder(folder: Path) -> None:
     tokenizer = byte_tokenizer()
-    ids = PromptEncoder(folder).prompt("héllo")
+    ids = PromptEncoder(folder, 256).prompt("héllo")
     tokens = tokens_after(DecodeSession(folder, capacity=32), ids, 12)
     assert text_of(completer(folder), ids) == tokenizer.decode([*ids, *tokens])[len("héllo") :]
 
@@ -116,7 +116,7 @@ def test_completion_ends_where_the_cache_is_full(folder: Path) -> None:
 @pytest.mark.parametrize(("text", "words"), [("", "no tokens"), ("a\ud800", "not Unicode")])
 def test_prompt_is_refused_when_it_is_no_text(folder: Path, text: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        PromptEncoder(folder).prompt(text)
+        PromptEncoder(folder, 256).prompt(text)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])

@@ -17,6 +17,7 @@ from kvslim.runtime.draft import Draft, write
 from kvslim.runtime.generate import GREEDY, Sampling, eos_ids, load_tokenizer
 from kvslim.runtime.session import DecodeSession
 from kvslim.runtime.template import ChatTemplate, Messages
+from kvslim.token_ids import check_ids
 
 
 class Usage(Frozen):
@@ -38,14 +39,15 @@ class PromptEncoder:
 
     Args:
         folder: Folder with the tokenizer's files.
+        vocab_size: Tokens that the model has embeddings for.
 
     Raises:
         NotFoundError: There is no tokenizer.json.
         ArtifactError: It cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        self._folder, self._vocab_size = folder, vocab_size
         self.tokenizer: Tokenizer = load_tokenizer(folder)
 
     @cached_property
@@ -57,7 +59,7 @@ class PromptEncoder:
         """The ids of a text, with the special tokens that the tokenizer puts around one.
 
         Raises:
-            UsageError: The text has no tokens, or is not Unicode.
+            UsageError: The text has no tokens, is not Unicode, or has a token that the model does not know.
         """
         return self._encode(text, special=True)
 
@@ -65,7 +67,7 @@ class PromptEncoder:
         """The ids of a conversation; its special tokens are those of the template.
 
         Raises:
-            UsageError: There is no template, it refuses the messages, or they are not Unicode.
+            UsageError: As `prompt`, or there is no template, or it refuses the messages.
         """
         return self._encode(self.template.render(messages), special=False)
 
@@ -77,6 +79,7 @@ class PromptEncoder:
         ids = self.tokenizer.encode(text, add_special_tokens=special).ids
         if not ids:
             raise UsageError("the prompt has no tokens", where="prompt", fix="give some text to continue")
+        check_ids(ids, self._vocab_size, self.tokenizer.id_to_token, where="prompt")
         return ids
 
 
@@ -90,10 +93,11 @@ class Completer:
         folder: Folder with model.onnx and generation_config.json.
         tokenizer: The folder's tokenizer.
         capacity: Tokens to allocate the cache for.
+        batch: Prompts to allocate it for, which `complete` then takes without allocating it anew.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
 
     Raises:
-        UsageError: The capacity is not positive.
+        UsageError: The capacity is not positive, or the cache holds fewer sequences than `batch`.
         NotFoundError: A file of the folder is missing.
         ArtifactError: A file of the folder is broken.
     """
@@ -104,17 +108,14 @@ class Completer:
         tokenizer: Tokenizer,
         *,
         capacity: int,
+        batch: int = 1,
         threads: int | None = None,
     ) -> None:
         self._ends = eos_ids(folder)
-        self._session = DecodeSession(folder, capacity=capacity, threads=threads)
+        self._session = DecodeSession(folder, capacity=capacity, batch=batch, threads=threads)
         self._tokenizer = tokenizer
         self._last: Draft | None = None
         self.usage: Usage | None = None
-
-    def reset(self) -> None:
-        """Empties the cache."""
-        self._session.reset()
 
     def check(self, ids: Sequence[int]) -> None:
         """Refuses a prompt that is too long.
@@ -178,7 +179,8 @@ class Completer:
             return []
         drafts = [self._draft(ids, max_new_tokens, sampling, stops) for ids in prompts]
         self._last, start = None, time.perf_counter()
-        self._session.allocate(len(drafts))
+        if len(drafts) > self._session.batch:
+            self._session.allocate(len(drafts))
         texts = [""] * len(drafts)
         for place, piece in write(self._session, drafts, self._session.prefill_each(prompts)):
             texts[place] += piece

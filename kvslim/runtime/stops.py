@@ -7,6 +7,17 @@ from collections.abc import Sequence
 from kvslim.errors import UsageError
 
 
+def checked_stops(strings: Sequence[str]) -> tuple[str, ...]:
+    """The strings themselves.
+
+    Raises:
+        UsageError: One is empty.
+    """
+    if "" in strings:
+        raise UsageError("a stop string is empty", where="stop", fix="give at least one character")
+    return tuple(strings)
+
+
 class StopStrings:
     """Cuts a text off before the stop string that is complete first, however the text is cut into pieces.
 
@@ -21,10 +32,8 @@ class StopStrings:
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
-        if "" in strings:
-            raise UsageError("a stop string is empty", where="stop", fix="give at least one character")
         self.found = False
-        self._strings, self._held = tuple(strings), ""
+        self._strings, self._held = checked_stops(strings), ""
 
     def push(self, piece: str) -> str:
         """What is known not to be part of a stop string, now that a piece has come."""

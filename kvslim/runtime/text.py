@@ -33,7 +33,7 @@ class TextGenerator:
     def __init__(self, folder: Path, *, context: int | None = None, threads: int | None = None) -> None:
         manifest = read_decoder(folder, context, option="context")
         capacity = min(manifest.context, manifest.spec.max_context) if context is None else context
-        self._encoder = PromptEncoder(folder)
+        self._encoder = PromptEncoder(folder, manifest.spec.vocab_size)
         self._completer = Completer(folder, self._encoder.tokenizer, capacity=capacity, threads=threads)
 
     def generate(
