@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,3 +34,8 @@ def check_ids(
             where=where,
             fix="leave it out of the text, or give the tokenizer that the model was trained with",
         )
+
+
+def knows_more(tokenizer: Any, vocab_size: int) -> bool:
+    """Whether one of transformers' tokenizers has a token beyond the embedding table; few do."""
+    return max(tokenizer.get_vocab().values(), default=0) >= vocab_size

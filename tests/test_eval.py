@@ -151,7 +151,8 @@ def test_model_scores_the_same_whatever_the_cache_held_before(plain: Path) -> No
     from kvslim.validation.harness import ArtifactLM
 
     text = document(1, "heldout", 60)
-    model = ArtifactLM(plain, max_length=64)
+    spec = read_manifest(plain).spec.model_copy(update={"max_context": 64})
+    model = ArtifactLM(plain, spec)
     ids = model.tok_encode(text)[:60]
     alone = model._score(ids[:40], ids[40:50])
     model._score(ids[:45], ids[45:60])
@@ -160,7 +161,7 @@ def test_model_scores_the_same_whatever_the_cache_held_before(plain: Path) -> No
     assert again[1] == alone[1]
     # What exceeds the model's positions loses its beginning.
     long = model._score(ids * 2, ids[:1])
-    fresh = ArtifactLM(plain, max_length=64)
+    fresh = ArtifactLM(plain, spec)
     np.testing.assert_allclose(long[0], fresh._score((ids * 2)[-64:], ids[:1])[0], atol=1e-4)
 
 

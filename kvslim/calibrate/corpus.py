@@ -14,6 +14,7 @@ from kvslim.json_lines import is_json_lines, read_objects
 from kvslim.progress import Progress
 from kvslim.runtime.opening import Logits
 from kvslim.runtime.session import DecodeSession
+from kvslim.token_ids import check_ids, knows_more
 
 Array = np.ndarray
 SELF_BATCH = 8  # more at once are hardly faster, and take more memory
@@ -36,6 +37,22 @@ def check_source(source: str) -> None:
         _datasets()
         return
     _read_file(Path(source))
+
+
+def check_tokens(source: str, tokenizer: Any, vocab_size: int) -> None:
+    """Refuses a text with tokens beyond the model's embedding table.
+
+    Args:
+        source: As for `text_windows`.
+        tokenizer: Its tokenizer.
+        vocab_size: Tokens that the model has embeddings for.
+
+    Raises:
+        UsageError: Naming the first such token.
+    """
+    if source != "self" and knows_more(tokenizer, vocab_size):
+        tokens, _ = _tokenised(source, tokenizer)
+        check_ids([*_prefix(tokenizer), *tokens], vocab_size, tokenizer.convert_ids_to_tokens, source)
 
 
 def source_digest(source: str) -> str | None:

@@ -13,12 +13,14 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import AutoTokenizer
 
+from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
 from kvslim.progress import Progress, Silent
 from kvslim.runtime.draft import Draft, write
 from kvslim.runtime.generate import Sampling, eos_ids, load_tokenizer
 from kvslim.runtime.opening import Logits
 from kvslim.runtime.session import DecodeSession
+from kvslim.token_ids import check_ids
 from kvslim.validation.quality import CHUNK, log_softmax
 
 Scored = tuple[float, bool]
@@ -37,7 +39,7 @@ class ArtifactLM(TemplateLM):
 
     Args:
         folder: Folder with model.onnx, tokenizer and generation_config.json.
-        max_length: Positions of the model.
+        spec: The model's shape.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
         progress: Receives the progress.
 
@@ -49,12 +51,12 @@ class ArtifactLM(TemplateLM):
     max_gen_toks = 256  # default of the harness for tasks that do not say
 
     def __init__(
-        self, folder: Path, *, max_length: int, threads: int | None = None, progress: Progress | None = None
+        self, folder: Path, spec: ModelSpec, *, threads: int | None = None, progress: Progress | None = None
     ) -> None:
         super().__init__()
         self._plain_tokenizer = load_tokenizer(folder)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.max_length = max_length
+        self.max_length, self._vocab_size = spec.max_context, spec.vocab_size
         self._folder, self._threads = folder, threads
         self._progress = progress or Silent()
         self._stop = eos_ids(folder)
@@ -76,7 +78,9 @@ class ArtifactLM(TemplateLM):
         """Token ids of a text, with the tokenizer's start token unless the text already has it."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
+        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
+        check_ids(ids, self._vocab_size, self.tokenizer.convert_ids_to_tokens, where="tasks")
+        return ids
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in chunks as long as the model's positions."""

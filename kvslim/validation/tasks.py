@@ -118,7 +118,7 @@ def evaluate(
     loaded = load_tasks(tasks, include)
     from kvslim.validation.harness import ArtifactLM
 
-    model = ArtifactLM(artifact, max_length=spec.max_context, threads=threads, progress=progress)
+    model = ArtifactLM(artifact, spec, threads=threads, progress=progress)
     return run_tasks(model, loaded, limit=limit, shots=shots, progress=progress)
 
 
