@@ -119,6 +119,7 @@ def test_stop_string_ends_an_answer_with_its_reason(artifact: Path, capsys: pyte
         (["-p", "a", "--batch", "2"], "a batch needs a file"),
         (["-i", "--batch", "2"], "a batch needs a file"),
         (["--file", "-", "--batch", "0"], "--batch"),
+        (["--file", "-", "--batch", "9223372036854775807"], "--batch"),
         (["-p", "a", "--stop", ""], "a stop string is empty"),
         (["-p", "a", "--repetition-penalty", "0"], "--repetition-penalty"),
         (["-p", "a", "--repetition-penalty", "nan"], "--repetition-penalty"),
@@ -145,3 +146,10 @@ def test_batch_is_refused_before_any_answer_when_the_cache_holds_one_sequence(
     assert (captured.out, "fix: use a batch of 1" in captured.err) == ("", True)
     with pytest.raises(UsageError, match="packed codes are for one"):
         kvslim.load(artifact).generate_batch(["a", "b"])
+
+
+@pytest.mark.parametrize("bad", ["", "x" * 70, "\udc80"])
+def test_batch_names_the_prompt_that_is_wrong(artifact: Path, bad: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        kvslim.load(artifact, context=64).generate_batch(["a", bad])
+    assert caught.value.where == "prompts[1]"

@@ -37,7 +37,7 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="end the answer before this text; repeat it for more")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="complete this many prompts of --file at once")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=1024, help="complete this many prompts of --file at once")] = 1,
     threads: Threads = None,
     as_json: Json = False,
 ) -> int:

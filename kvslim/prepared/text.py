@@ -50,7 +50,7 @@ class TextSource:
         Raises:
             UsageError: Naming the token.
         """
-        for source in {self.calibration.source, self.validation.source}:
+        for source in dict.fromkeys((self.calibration.source, self.validation.source)):
             check_tokens(source, self.prepared.tokenizer, self.prepared.spec.vocab_size)
 
     @property

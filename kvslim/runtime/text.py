@@ -91,8 +91,17 @@ class TextGenerator:
             ArtifactError: onnxruntime fails on the graph.
         """
         sampling = Sampling(temperature=temperature, seed=seed, repetition_penalty=repetition_penalty)
-        ids = [self._ids(prompt) for prompt in prompts]
+        ids = [self._ids_of(place, prompt) for place, prompt in enumerate(prompts)]
         return [text for text, _ in self._completer.complete(ids, max_new_tokens, sampling, _strings(stop))]
+
+    def _ids_of(self, place: int, prompt: str | Messages) -> list[int]:
+        """The ids of one of several prompts; errors name its place."""
+        try:
+            ids = self._ids(prompt)
+            self._completer.check(ids)
+        except UsageError as error:
+            raise UsageError(error.message, where=f"prompts[{place}]", fix=error.fix) from error
+        return ids
 
     def _ids(self, prompt: str | Messages) -> list[int]:
         return self._encoder.prompt(prompt) if isinstance(prompt, str) else self._encoder.chat(prompt)
