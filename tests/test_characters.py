@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Callable
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import pytest
+from support.tiny_artifact import describe
 from support.tiny_tokenizer import byte_tokenizer, fallback_tokenizer, metaspace_tokenizer
+from support.tiny_writer import write_writer
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
+import kvslim
+from kvslim.cli import app
 from kvslim.runtime.characters import _BYTES, stream_text
 from kvslim.runtime.stops import StopStrings
 
@@ -20,7 +27,16 @@ TEXTS = [
     "hello😀😁é hello",
     "a literal \N{REPLACEMENT CHARACTER} stays",
 ]
-MAKERS = {"bytes": byte_tokenizer, "fallback": fallback_tokenizer}
+
+
+def with_added_bytes() -> Tokenizer:
+    """The same as some converters write it, whose tokens for bytes are among the added ones."""
+    tokenizer = fallback_tokenizer()
+    tokenizer.add_tokens([AddedToken(f"<0x{byte:02X}>", normalized=False) for byte in range(256)])
+    return tokenizer
+
+
+MAKERS = {"bytes": byte_tokenizer, "fallback": fallback_tokenizer, "added bytes": with_added_bytes}
 STOPPED = [
     ("abcd", [], "abcd"),
     ("abcd", ["bc"], "a"),
@@ -46,7 +62,7 @@ def test_stream_gives_the_whole_characters_that_tokens_add_wherever_it_starts(
     for split in range(len(ids) + 1):
         before = stream_text(tokenizer, [], ids[:split])
         pieces = list(stream_text(tokenizer, ids[:split], ids[split:]))
-        assert "".join(before) + "".join(pieces) == text.removeprefix(" " * (make is fallback_tokenizer))
+        assert "".join(before) + "".join(pieces) == text.removeprefix(" " * (make is not byte_tokenizer))
         assert all(pieces)
 
 
@@ -102,3 +118,45 @@ def test_text_ends_before_the_first_stop_string_however_it_is_cut(text: str, sto
 def test_text_is_shown_as_soon_as_no_stop_string_can_begin_in_it() -> None:
     stops = StopStrings(["bc"])
     assert [stops.push(piece) for piece in ("ab", "x", "d")] == ["a", "bx", "d"]
+
+
+ANSWER = "☕😀👩‍👩‍👧"
+
+
+@pytest.fixture
+def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An artifact with byte fallback that always writes the same emoji."""
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    write_writer(folder)
+    fallback_tokenizer().save(str(folder / "tokenizer.json"))
+    describe(folder)
+
+    class Writer:
+        def __init__(self, *_: object) -> None:
+            self._tokens = iter(fallback_tokenizer().encode(ANSWER).ids)
+
+        def draw(self, _: object) -> int:
+            return next(self._tokens)
+
+    monkeypatch.setattr("kvslim.runtime.draft.Sampler", Writer)
+    return folder
+
+
+@pytest.mark.parametrize(("tokens", "shown"), [(3, "☕"), (5, "☕"), (7, "☕😀"), (10, "☕😀"), (14, "☕😀👩‍")])
+def test_every_way_to_generate_shows_whole_characters(
+    artifact: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tokens: int, shown: str
+) -> None:
+    def printed(*arguments: str, stdin: str = "") -> str:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
+        assert app.run(["generate", str(artifact), "--max-new-tokens", str(tokens), *arguments]) == 0
+        return capsys.readouterr().out
+
+    assert printed("-p", "é") == f"é{shown}\n"
+    assert json.loads(printed("-p", "é", "--json"))["completion"] == shown
+    assert printed("-i", stdin="é\né\n") == f"{shown}\n{shown}\n"
+    assert json.loads(printed("--file", "-", stdin='{"prompt": "é"}'))["completion"] == shown
+    text = kvslim.load(artifact)
+    pieces = list(text.generate("é", max_new_tokens=tokens))
+    assert pieces == list(shown)
+    assert text.generate_batch(["é", "éé"], max_new_tokens=tokens) == [shown] * 2

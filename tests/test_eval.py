@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from support.harness import needs_harness
 from support.models import open_prepared, recipe_of
-from support.tiny_artifact import fill
+from support.tiny_artifact import SPEC, fill
+from support.tiny_tokenizer import fallback_tokenizer
+from support.tiny_writer import write_writer
 
 from kvslim.cli import app
 from kvslim.demo.world import document, recall_questions
@@ -182,6 +184,41 @@ def test_eval_prints_scores_and_exits_3_when_accuracy_is_below_its_limit(
     code, out, err = run(plain, "--tasks", files["recall"], "--limit", 4, "--min-accuracy", 1)
     assert code == 3
     assert "min_accuracy of recall" in err
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Path:
+    """A tiny artifact with byte fallback, whose tokenizer knows a word that the model does not."""
+    write_writer(tmp_path)
+    tokenizer = fallback_tokenizer()
+    tokenizer.add_tokens(["wizard"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@needs_harness
+@pytest.mark.parametrize(("tokens", "until", "answer"), [(9, "\n", "☕😀"), (11, "😀", "☕"), (3, "é", "☕")])
+def test_text_to_generate_has_whole_characters_up_to_its_stop_string(
+    writer: Path, monkeypatch: pytest.MonkeyPatch, tokens: int, until: str, answer: str
+) -> None:
+    from kvslim.validation.harness import ArtifactLM
+
+    written = iter(fallback_tokenizer().encode("☕😀☕☕").ids)
+    monkeypatch.setattr("kvslim.runtime.draft.Sampler.draw", lambda *_: next(written))
+    model = ArtifactLM(writer, SPEC)
+    assert model._generated("é", {"max_gen_toks": tokens, "until": [until]}, 0) == answer
+
+
+@needs_harness
+def test_token_that_the_model_does_not_know_is_named(writer: Path) -> None:
+    from kvslim.validation.harness import ArtifactLM
+
+    model = ArtifactLM(writer, SPEC)
+    assert len(model.tok_encode("é")) == 2
+    with pytest.raises(UsageError, match="'wizard' is token"):
+        model.tok_encode("éwizard")
 
 
 @needs_harness

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.harness import needs_harness
 from support.models import open_prepared, recipe_of
-from support.tiny_artifact import SPEC, describe
+from support.tiny_artifact import describe
 from support.tiny_encoders import save_encoder
 from support.tiny_writer import write_writer
 from tokenizers import AddedToken, Tokenizer
@@ -112,8 +111,7 @@ def artifact(tmp_path: Path) -> Path:
     folder = tmp_path / "artifact"
     folder.mkdir()
     enlarge(write_writer(folder), "<tool>", "<|answer|>", "wizard")
-    config = {"chat_template": TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "a"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     describe(folder)
     return folder
 
@@ -151,14 +149,3 @@ def test_prompts_are_refused_by_every_way_to_generate(artifact: Path, capsys: py
         text.generate("wizard")
     with pytest.raises(UsageError, match="wizard"):
         text.generate_batch(["hello", "wizard"])
-
-
-@needs_harness
-@pytest.mark.filterwarnings("default")
-def test_tasks_are_refused_too(artifact: Path) -> None:
-    from kvslim.validation.harness import ArtifactLM
-
-    model = ArtifactLM(artifact, SPEC)
-    assert len(model.tok_encode("hello")) == 5
-    with pytest.raises(UsageError, match="wizard"):
-        model.tok_encode("a wizard")

@@ -44,14 +44,14 @@ class CharacterStream:
         return self._utf8.decode(added)
 
     def _bytes(self, token: int) -> bytes | None:
-        """What a token stands for that is made of bytes; None for one that is made of characters."""
-        name = self._tokenizer.id_to_token(token)
-        if name is None or token in self._added:
-            return None
-        if "ByteLevel" in self._decoders and _BYTES.keys() >= set(name):
-            return bytes(map(_BYTES.__getitem__, name))
-        byte = _FALLBACK.fullmatch(name) if "ByteFallback" in self._decoders else None
-        return bytes.fromhex(byte[1]) if byte else None
+        """The bytes that a token stands for, none for one without text; None for one that is made of characters."""
+        name, added = self._tokenizer.id_to_token(token), self._added.get(token)
+        if name is None or (added is not None and added.special):
+            return b""
+        if "ByteFallback" in self._decoders and (byte := _FALLBACK.fullmatch(name)):
+            return bytes.fromhex(byte[1])
+        is_spelled = "ByteLevel" in self._decoders and added is None and _BYTES.keys() >= set(name)
+        return bytes(map(_BYTES.__getitem__, name)) if is_spelled else None
 
     def _text(self, token: int) -> str:
         """What a token adds behind others: decoders drop a space before the first token that they are given."""
