@@ -157,8 +157,9 @@ def load_tasks(tasks: Sequence[str], include: Path | None = None) -> Mapping[str
 
 
 def _named(task: str) -> Any:
-    """The name of a task; refused where it is a file's."""
-    if Path(task).is_file():
+    """The name of a task; refused where it is a file's, though a file may happen to have a task's bare name."""
+    path = Path(task)
+    if path.is_file() and (path.suffix or len(path.parts) > 1):
         fix = "name it .jsonl if it is JSON lines; give the folder of a .yaml task with --include"
         raise UsageError("a file of questions is named .jsonl", where=f"--tasks {task}", fix=fix)
     return task
