@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.models import open_prepared, recipe_of
@@ -25,7 +23,6 @@ from kvslim.recipe import Calibration, Validation
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if messages[0].role == 'user' %}<|answer|>{% endif %}"
 PLAIN = "some words that any model knows. " * 20
-Run = Callable[..., tuple[int, list[Any], str]]
 
 
 class WeightsReadError(Exception):
@@ -65,16 +62,13 @@ def test_decoders_text_is_refused_before_weights_are_read(
     tiny_llama: Path, tmp_path: Path, part: str, name: str
 ) -> None:
     model = enlarge(shutil.copytree(tiny_llama, tmp_path / "model"), "<tool>", "wizard")
-    for text in (PLAIN + "A wizard.", PLAIN):
-        settings = {"calibration": Calibration, "validation": Validation}[part](source=source(tmp_path, name, text))
-        recipe = recipe_of().model_copy(update={part: settings})
-        if "wizard" not in text:
-            with pytest.raises(WeightsReadError):
-                open_prepared(model, recipe)
-            continue
-        with pytest.raises(UsageError, match=r"'wizard' is token 258, but .* tokens 0 to 256 only") as caught:
-            open_prepared(model, recipe)
-        assert caught.value.where == settings.source
+    kind = {"calibration": Calibration, "validation": Validation}[part]
+    good, bad = (source(tmp_path, f"{index}-{name}", text) for index, text in enumerate((PLAIN, PLAIN + "A wizard.")))
+    with pytest.raises(WeightsReadError):
+        open_prepared(model, recipe_of().model_copy(update={part: kind(source=good)}))
+    with pytest.raises(UsageError, match=r"'wizard' is token 258, but .* tokens 0 to 256 only") as caught:
+        open_prepared(model, recipe_of().model_copy(update={part: kind(source=bad)}))
+    assert caught.value.where == bad
 
 
 def test_plan_exits_as_on_bad_input(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
