@@ -21,7 +21,6 @@ import kvslim
 from kvslim.errors import NotFoundError, UnsupportedError, UsageError
 from kvslim.export.manifest import read_manifest, write_manifest
 from kvslim.recipe import Gates, Recipe, load_recipe
-from kvslim.runtime.text import until_stop
 from kvslim.types import Plan
 
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "pydantic", "numpy"}
@@ -190,21 +189,6 @@ def test_stop_string_ends_the_text(artifact: Path) -> None:
     assert "".join(text.generate("hello", max_new_tokens=24)) == whole
     with pytest.raises(UsageError, match="empty"):
         text.generate("hello", stop=["", "x"])
-
-
-@pytest.mark.parametrize(
-    ("pieces", "stops", "expected"),
-    [
-        (["ab", "cd"], [], ["ab", "cd"]),
-        (["ab", "c", "d"], ["bc"], ["a"]),
-        (["ab", "x", "d"], ["bc"], ["a", "bx", "d"]),
-        (["one\n", "two"], ["\n"], ["one"]),
-        (["x", "STO"], ["STOP"], ["x", "STO"]),
-        (["a1b2"], ["2", "1"], ["a"]),
-    ],
-)
-def test_text_ends_at_the_first_stop_string(pieces: list[str], stops: list[str], expected: list[str]) -> None:
-    assert list(until_stop(iter(pieces), stops)) == expected
 
 
 def test_artifact_that_cannot_write_text_is_refused(artifact: Path, tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def test_a_batch_that_has_begun_refuses_several_tokens(tmp_path: Path) -> None:
 def test_packed_codes_refuse_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = PackedTensor(layer=0, kind="key_codes", heads=2, dim=8, dtype="codes2", window=4, sinks=1)
     monkeypatch.setattr("kvslim.runtime.session.layout_of", lambda _: KVLayout(tensors=(tensor,)))
+    monkeypatch.setattr(DecodeSession, "_vocab", lambda _: 24)
     with pytest.raises(UsageError, match="one sequence"):
         DecodeSession(write_tiny(tmp_path / "model.onnx"), capacity=16, batch=2)
 

@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 from pydantic import ValidationError
+from support.batches import check_batch
 from support.models import (
     cached_logits,
     export_slim,
@@ -444,3 +445,8 @@ def test_sequences_side_by_side_equal_each_alone_when_clusters_are_fixed(made: M
     for row in (0, 1):
         alone = DecodeSession(folder, capacity=12, all_positions=True).step(tokens[row])
         np.testing.assert_allclose(found[row], alone[:11], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mha", "gqa, window and softcap"])
+def test_sequences_of_different_lengths_equal_each_alone(made: Made, kind: str) -> None:
+    check_batch(made(kind)[1])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.tiny_encoders import save_encoder
 from support.tiny_graph import write_tiny
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from kvslim.calibrate.sentences import mask_tokens, sentences
@@ -172,6 +174,17 @@ def test_session_refuses_a_decoder(tmp_path: Path) -> None:
 def test_session_refuses_texts_without_tokens(artifact: Path) -> None:
     with pytest.raises(UsageError, match="without tokens"):
         EncoderSession(artifact).encode([])
+
+
+def test_session_names_a_token_that_the_model_does_not_know(artifact: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(artifact, tmp_path / "copy")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["wizard"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    session = EncoderSession(folder)
+    assert session.encode(["a lamp"]).shape == (1, 64)
+    with pytest.raises(UsageError, match="'wizard' is token"):
+        session.encode(["a lamp", "a wizard"])
 
 
 def test_sentences_are_distinct_and_of_many_lengths_when_no_text_is_given() -> None:

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from support.harness import needs_harness
 from support.models import open_prepared, recipe_of
-from support.tiny_artifact import fill
+from support.tiny_artifact import SPEC, fill
+from support.tiny_tokenizer import fallback_tokenizer
+from support.tiny_writer import write_writer
 
 from kvslim.cli import app
 from kvslim.demo.world import document, recall_questions
@@ -151,7 +153,8 @@ def test_model_scores_the_same_whatever_the_cache_held_before(plain: Path) -> No
     from kvslim.validation.harness import ArtifactLM
 
     text = document(1, "heldout", 60)
-    model = ArtifactLM(plain, max_length=64)
+    spec = read_manifest(plain).spec.model_copy(update={"max_context": 64})
+    model = ArtifactLM(plain, spec)
     ids = model.tok_encode(text)[:60]
     alone = model._score(ids[:40], ids[40:50])
     model._score(ids[:45], ids[45:60])
@@ -160,7 +163,7 @@ def test_model_scores_the_same_whatever_the_cache_held_before(plain: Path) -> No
     assert again[1] == alone[1]
     # What exceeds the model's positions loses its beginning.
     long = model._score(ids * 2, ids[:1])
-    fresh = ArtifactLM(plain, max_length=64)
+    fresh = ArtifactLM(plain, spec)
     np.testing.assert_allclose(long[0], fresh._score((ids * 2)[-64:], ids[:1])[0], atol=1e-4)
 
 
@@ -181,6 +184,41 @@ def test_eval_prints_scores_and_exits_3_when_accuracy_is_below_its_limit(
     code, out, err = run(plain, "--tasks", files["recall"], "--limit", 4, "--min-accuracy", 1)
     assert code == 3
     assert "min_accuracy of recall" in err
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Path:
+    """A tiny artifact with byte fallback, whose tokenizer knows a word that the model does not."""
+    write_writer(tmp_path)
+    tokenizer = fallback_tokenizer()
+    tokenizer.add_tokens(["wizard"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@needs_harness
+@pytest.mark.parametrize(("tokens", "until", "answer"), [(9, "\n", "☕😀"), (11, "😀", "☕"), (3, "é", "☕")])
+def test_text_to_generate_has_whole_characters_up_to_its_stop_string(
+    writer: Path, monkeypatch: pytest.MonkeyPatch, tokens: int, until: str, answer: str
+) -> None:
+    from kvslim.validation.harness import ArtifactLM
+
+    written = iter(fallback_tokenizer().encode("☕😀☕☕").ids)
+    monkeypatch.setattr("kvslim.runtime.draft.Sampler.draw", lambda *_: next(written))
+    model = ArtifactLM(writer, SPEC)
+    assert model._generated("é", {"max_gen_toks": tokens, "until": [until]}, 0) == answer
+
+
+@needs_harness
+def test_token_that_the_model_does_not_know_is_named(writer: Path) -> None:
+    from kvslim.validation.harness import ArtifactLM
+
+    model = ArtifactLM(writer, SPEC)
+    assert len(model.tok_encode("é")) == 2
+    with pytest.raises(UsageError, match="'wizard' is token"):
+        model.tok_encode("éwizard")
 
 
 @needs_harness
@@ -231,7 +269,7 @@ def test_missing_extra_is_told_with_the_command_that_installs_it(
             "not a question: .*answer must be the index of a choice",
         ),
         ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "choices": ["b", "c"], "answer": 1}', "two kinds"),
-        ('{"prompt": "a", "completion": "\\ud800"}', "not a question: "),
+        ('{"prompt": "a", "completion": "\\ud800"}', "not JSON: "),
     ],
 )
 def test_read_lines_names_what_is_wrong_when_a_file_is_no_task(tmp_path: Path, text: str, message: str) -> None:

@@ -69,7 +69,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 def completed(artifact: Path, text: str, tokens: int = 6) -> str:
     """What a fresh cache answers."""
-    encoder = PromptEncoder(artifact)
+    encoder = PromptEncoder(artifact, 257)
     return "".join(Completer(artifact, encoder.tokenizer, capacity=512).stream(encoder.prompt(text), tokens))
 
 
@@ -184,9 +184,10 @@ BAD_LINES = {
     "[" * 100_000: "not JSON",
     '{"prompt": "\\ud800"}': "not JSON",
     '{"prompt": "a", "weight": NaN}': "not JSON",
-    '["prompt"]': "an object with either prompt or messages",
-    '{"text": "a"}': "an object with either prompt or messages",
-    '{"prompt": "a", "messages": []}': "an object with either prompt or messages",
+    '{"prompt": "a", "weight": 1e999}': "not JSON",
+    '["prompt"]': "must hold an object",
+    '{"text": "a"}': "either prompt or messages",
+    '{"prompt": "a", "messages": []}': "either prompt or messages",
     '{"prompt": 3}': "prompt is not a text",
     '{"prompt": ""}': "no tokens",
     '{"prompt": "' + "a" * 64 + '"}': "64 tokens leave no room in a cache of 64",
@@ -202,7 +203,7 @@ def test_file_names_each_line_that_cannot_be_completed_and_goes_on(run: Run, art
     assert code == 2
     assert answer["completion"] == completed(artifact, "one")
     assert [row["line"] for row in failed] == list(range(2, 2 + len(BAD_LINES)))
-    for row, words in zip([*failed, last], [*BAD_LINES.values(), "not JSON"], strict=True):
+    for row, words in zip([*failed, last], [*BAD_LINES.values(), "not UTF-8"], strict=True):
         assert words in row["error"]["message"]
         assert row["error"]["where"] == f"stdin, line {row['line']}"
     assert err.count("error: ") == len(failed) + 1

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from support.drafts import tokens_after
 from support.tiny_tokenizer import byte_tokenizer
 from support.tiny_writer import write_writer
 
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
 from kvslim.runtime.completion import Completer, PromptEncoder
-from kvslim.runtime.generate import generate_tokens, load_tokenizer
+from kvslim.runtime.generate import load_tokenizer
 from kvslim.runtime.session import DecodeSession
 
 
@@ -30,8 +31,8 @@ def text_of(writer: Completer, ids: list[int], tokens: int = 12) -> str:
 
 def test_completion_is_the_models_text_when_given_a_folder(folder: Path) -> None:
     tokenizer = byte_tokenizer()
-    ids = PromptEncoder(folder).prompt("héllo")
-    tokens = list(generate_tokens(DecodeSession(folder, capacity=32), ids, max_new_tokens=12))
+    ids = PromptEncoder(folder, 256).prompt("héllo")
+    tokens = tokens_after(DecodeSession(folder, capacity=32), ids, 12)
     assert text_of(completer(folder), ids) == tokenizer.decode([*ids, *tokens])[len("héllo") :]
 
 
@@ -93,7 +94,7 @@ def test_usage_counts_what_was_run(folder: Path) -> None:
 
 @pytest.mark.parametrize("many", [False, True])
 def test_completion_ends_at_every_stop_token_of_the_config(folder: Path, many: bool) -> None:
-    tokens = list(generate_tokens(DecodeSession(folder, capacity=32), [1, 2, 3], max_new_tokens=12))
+    tokens = tokens_after(DecodeSession(folder, capacity=32), [1, 2, 3], 12)
     stop = next(token for index, token in enumerate(tokens[2:], start=2) if token not in tokens[:index])
     unused = next(token for token in range(256) if token not in tokens)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [unused, stop] if many else stop}))
@@ -115,7 +116,7 @@ def test_completion_ends_where_the_cache_is_full(folder: Path) -> None:
 @pytest.mark.parametrize(("text", "words"), [("", "no tokens"), ("a\ud800", "not Unicode")])
 def test_prompt_is_refused_when_it_is_no_text(folder: Path, text: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        PromptEncoder(folder).prompt(text)
+        PromptEncoder(folder, 256).prompt(text)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])

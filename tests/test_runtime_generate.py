@@ -6,31 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.drafts import tokens_after
 from support.tiny_graph import write_tiny
 from support.tiny_tokenizer import byte_tokenizer
 from support.tiny_writer import write_writer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kvslim.errors import UsageError
-from kvslim.runtime.generate import Sampling, eos_ids, generate_tokens, load_tokenizer, sample, stream_text
+from kvslim.runtime.generate import Sampler, Sampling, eos_ids, load_tokenizer, sample
 from kvslim.runtime.session import DecodeSession
 
-TEXTS = [
-    "a plain sentence, with  two spaces",
-    "naïve café ☕ — 日本語のテキスト",
-    "emoji 👩‍👩‍👧 and 🇨🇭 flags",
-    " leading and trailing ",
-]
 WARM = Sampling(temperature=1.0, seed=3)
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.25, 0.05], np.float32))
-
-
-def metaspace_tokenizer() -> Tokenizer:
-    """Words whose decoder strips the space in front of the first one, as Llama's does."""
-    tokenizer = Tokenizer(models.WordLevel({"▁the": 0, "▁old": 1, "▁cat": 2, "s": 3, "<unk>": 4}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    return tokenizer
 
 
 @pytest.fixture
@@ -43,44 +29,18 @@ def session(tmp_path: Path) -> DecodeSession:
     return DecodeSession(write_tiny(tmp_path / "tiny.onnx"), capacity=32)
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_stream_equals_decode_when_characters_span_tokens(text: str) -> None:
-    tokenizer = byte_tokenizer()
-    ids = tokenizer.encode(text).ids
-    for split in (0, 1, 5):
-        pieces = list(stream_text(tokenizer, ids[:split], iter(ids[split:])))
-        assert "".join(pieces) == tokenizer.decode(ids)[len(tokenizer.decode(ids[:split])) :]
-        assert all(pieces)
-
-
-def test_stream_shows_whole_characters_only_when_bytes_arrive_one_by_one() -> None:
-    tokenizer = byte_tokenizer()
-    assert list(stream_text(tokenizer, [], iter(tokenizer.encode("é☕👩").ids))) == ["é", "☕", "👩"]
-
-
-def test_stream_shows_the_rest_when_text_ends_inside_a_character() -> None:
-    tokenizer = byte_tokenizer()
-    ids = tokenizer.encode("a☕").ids[:-1]
-    assert "".join(stream_text(tokenizer, [], iter(ids))) == tokenizer.decode(ids)
-
-
-def test_stream_keeps_the_space_when_the_decoder_strips_the_first_one() -> None:
-    pieces = list(stream_text(metaspace_tokenizer(), [0], iter([1, 2, 3, 0])))
-    assert pieces == [" old", " cat", "s", " the"]
-
-
 def test_generate_equals_argmax_of_one_shot_when_greedy(session: DecodeSession) -> None:
-    tokens = list(generate_tokens(session, [1, 2, 3], max_new_tokens=8))
+    tokens = tokens_after(session, [1, 2, 3], 8)
     session.reset()
     expected = session.step([1, 2, 3, *tokens])[2:-1].argmax(axis=-1)
     assert tokens == expected.tolist()
 
 
 def test_generate_stops_before_the_token_when_it_is_a_stop_token(session: DecodeSession) -> None:
-    tokens = list(generate_tokens(session, [1, 2, 3], max_new_tokens=8, sampling=WARM))
+    tokens = tokens_after(session, [1, 2, 3], 8, sampling=WARM)
     stop = tokens[4]
     session.reset()
-    stopped = list(generate_tokens(session, [1, 2, 3], max_new_tokens=8, stop={stop}, sampling=WARM))
+    stopped = tokens_after(session, [1, 2, 3], 8, ends={stop}, sampling=WARM)
     assert stopped == tokens[: tokens.index(stop)]
 
 
@@ -88,8 +48,7 @@ def test_generate_repeats_when_the_seed_is_the_same(session: DecodeSession) -> N
     runs = []
     for seed in (7, 7, 8):
         session.reset()
-        sampling = Sampling(temperature=3.0, seed=seed)
-        runs.append(list(generate_tokens(session, [1], max_new_tokens=20, sampling=sampling)))
+        runs.append(tokens_after(session, [1], 20, sampling=Sampling(temperature=3.0, seed=seed)))
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
 
@@ -118,11 +77,38 @@ def test_sample_follows_the_softmax_when_temperature_is_two() -> None:
     np.testing.assert_allclose(counts / 8000, expected, atol=0.02)
 
 
+@pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3, 4.0])
+def test_penalty_changes_logits_of_the_text_so_far_as_in_transformers(penalty: float) -> None:
+    from torch import tensor
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    generator = np.random.default_rng(5)
+    tokens = [2, 7, 7]
+    sampler = Sampler(Sampling(repetition_penalty=penalty), tokens)
+    for _ in range(12):
+        logits = generator.standard_normal(9).astype(np.float32)
+        expected = RepetitionPenaltyLogitsProcessor(penalty)(tensor([tokens]), tensor(logits[None]).clone())
+        tokens.append(sampler.draw(logits))
+        assert tokens[-1] == int(expected.argmax())
+    assert len(set(tokens[3:])) > 1
+
+
 @pytest.mark.parametrize(
-    "option", [{"temperature": -1.0}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
+    "option",
+    [
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": -1.1},
+        {"repetition_penalty": math.inf},
+        {"repetition_penalty": math.nan},
+    ],
 )
 def test_sampling_raises_usage_error_when_an_option_is_out_of_range(option: dict[str, float]) -> None:
-    with pytest.raises(UsageError, match="cannot sample"):
+    with pytest.raises(UsageError, match=r"cannot sample|repetition penalty of"):
         Sampling(**option)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from support.batches import check_batch
 from support.tiny_graph import KV_HEADS, write_tiny
 
 from kvslim.contract import WINDOW_SLACK, KVTensor
@@ -29,6 +30,11 @@ def test_step_equals_one_shot_when_tokens_come_one_by_one(tmp_path: Path, varian
     session.reset()
     single = np.concatenate([session.step([token]) for token in TOKENS])
     np.testing.assert_allclose(single, whole, atol=1e-5)
+
+
+@VARIANTS
+def test_sequences_of_different_lengths_equal_each_alone(tmp_path: Path, variant: dict[str, bool]) -> None:
+    check_batch(write_tiny(tmp_path / "model.onnx", **variant))
 
 
 @VARIANTS

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from support.batches import check_batch
 from support.gathering import gather, windows_of
 from support.models import cached_logits, exported, open_prepared, original_logits, recipe_of, tokens_of, torch_logits
 from support.numbers_of_a_model import SPEC, statistics_of
@@ -56,6 +57,7 @@ def test_graph_that_shares_equals_torch_in_prefill_and_cached_decode(
     assert np.abs(slim - original_logits(tiny_model(family), tokens)).max() > 1e-3
     assert np.abs(cached_logits(tmp_path / "slim", tokens) - slim).max() < 1e-4
     assert {tensor.layer for tensor in KVLayout.of(prepared.spec, plan).tensors} == {0}
+    check_batch(tmp_path / "slim")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from support.batches import check_batch
 from support.models import in_chunks, original_logits, tokens_of, torch_logits
 from support.streaming_codes import SINKS, WINDOW, export_ring, install_ring
 
@@ -151,6 +152,11 @@ def test_batch_of_unequal_lengths_equals_each_text_alone(made: Made, cache: Cach
         logits = np.concatenate([found[0][row, :length], *(step[row] for step in found[1:])])
         assert np.median(np.abs(logits - alone[row]).max(1)) < 1e-4
         assert np.abs(logits - alone[row]).max() < (1e-4 if cache == "float32" else 0.1 * np.abs(logits).max())
+
+
+@pytest.mark.parametrize("cache", RINGS_OF)
+def test_session_keeps_sequences_of_different_lengths_apart(made: Made, cache: CacheType) -> None:
+    check_batch(made("llama", cache)[1])
 
 
 def cache_shapes(session: onnxruntime.InferenceSession) -> list[tuple[tuple[int, int, int], type]]:

@@ -58,10 +58,10 @@ class LayerBuffers:
             dtype=NUMPY_TYPES.get(tensor.dtype, np.uint8),
         )
 
-    def bind(self, binding: ort.IOBinding) -> None:
-        """Binds what stays bound from run to run."""
+    def bind(self, binding: ort.IOBinding, rows: slice) -> None:
+        """Binds what stays bound from run to run, of the sequences in some rows of the batch."""
         for tensor, array, aliases in zip(self.tensors, self.arrays, self.aliases, strict=True):
-            value = ort.OrtValue.ortvalue_from_numpy(array)
+            value = ort.OrtValue.ortvalue_from_numpy(array[rows])
             binding.bind_ortvalue_input(tensor.past, value)
             for present in (tensor.present, *aliases):
                 binding.bind_ortvalue_output(present, value)
@@ -100,6 +100,12 @@ class LayerBuffers:
                 _fill(self.heads_first(tensor, sequence), min(tensor.rows(length), length), generator)
         return False
 
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copies a sequence of `length` tokens over another one."""
+        for tensor, array in zip(self.tensors, self.arrays, strict=True):
+            rows = min(tensor.rows(length), length)
+            array[target, :, :rows] = array[source, :, :rows]
+
     def heads_first(self, tensor: KVTensor, sequence: Array) -> Array:
         """One sequence of a tensor as [heads, rows, columns]."""
         return sequence
@@ -125,11 +131,11 @@ class PackedBuffers(RingBuffers):
             return super().allocated(tensor)
         return np.zeros((self.batch, tensor.rows(self.capacity), tensor.heads, tensor.columns), dtype=np.uint8)
 
-    def bind(self, binding: ort.IOBinding) -> None:
+    def bind(self, binding: ort.IOBinding, rows: slice) -> None:
         """Binds the rings."""
         for tensor, array in zip(self.tensors, self.arrays, strict=True):
             if not _is_codes(tensor):
-                value = ort.OrtValue.ortvalue_from_numpy(array)
+                value = ort.OrtValue.ortvalue_from_numpy(array[rows])
                 binding.bind_ortvalue_input(tensor.past, value)
                 binding.bind_ortvalue_output(tensor.present, value)
 
@@ -147,12 +153,12 @@ class PackedBuffers(RingBuffers):
         return sequence.swapaxes(0, 1) if _is_codes(tensor) else sequence
 
 
-def bind_all(binding: ort.IOBinding, layers: Iterable[LayerBuffers]) -> None:
-    """Binds the buffers of all layers as they are now."""
+def bind_all(binding: ort.IOBinding, layers: Iterable[LayerBuffers], rows: slice) -> None:
+    """Binds the buffers of all layers as they are now, of the sequences in some rows of the batch."""
     binding.clear_binding_inputs()
     binding.clear_binding_outputs()
     for layer in layers:
-        layer.bind(binding)
+        layer.bind(binding, rows)
 
 
 def _is_codes(tensor: KVTensor) -> bool:

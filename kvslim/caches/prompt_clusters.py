@@ -52,9 +52,9 @@ class ClusteredBuffers(LayerBuffers):
         rows = min(ROOM, self.capacity)
         return np.zeros((self.batch, heads, rows, tensor.columns), dtype=np.float32)
 
-    def bind(self, binding: ort.IOBinding) -> None:
+    def bind(self, binding: ort.IOBinding, rows: slice) -> None:
         """Binds the cache, and the heads that attend."""
-        super().bind(binding)
+        super().bind(binding, rows)
         if self.heads is not None:
             representatives, membership = np.unique(np.array(self.heads, np.int64), return_inverse=True)
             for name, part in zip(CLUSTER_INPUTS, (representatives, membership.astype(np.int64)), strict=True):

@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 
 from kvslim.errors import NotFoundError, UnsupportedError, UsageError
+from kvslim.json_lines import is_json_lines, read_objects
 from kvslim.progress import Progress
 from kvslim.runtime.opening import Logits
 from kvslim.runtime.session import DecodeSession
+from kvslim.token_ids import check_ids, knows_more
 
 Array = np.ndarray
 SELF_BATCH = 8  # more at once are hardly faster, and take more memory
 WHOLE = (0.0, 1.0)
+LINES = 'write one {"text": ...} or {"prompt": ..., "completion": ...} per line'
 CALIBRATION_SHARE, VALIDATION_SHARE = (0.0, 0.8), (0.8, 1.0)  # of one text that serves both
 
 
@@ -25,7 +28,7 @@ def check_source(source: str) -> None:
 
     Raises:
         NotFoundError: The file does not exist.
-        UsageError: It is empty, not UTF-8, or not JSONL.
+        UsageError: It is empty, not UTF-8, not JSONL, or named neither .txt nor .jsonl.
         UnsupportedError: A hub data set without the `hub` extra.
     """
     if source == "self":
@@ -34,6 +37,22 @@ def check_source(source: str) -> None:
         _datasets()
         return
     _read_file(Path(source))
+
+
+def check_tokens(source: str, tokenizer: Any, vocab_size: int) -> None:
+    """Refuses a text with tokens beyond the model's embedding table.
+
+    Args:
+        source: As for `text_windows`.
+        tokenizer: Its tokenizer.
+        vocab_size: Tokens that the model has embeddings for.
+
+    Raises:
+        UsageError: Naming the first such token.
+    """
+    if source != "self" and knows_more(tokenizer, vocab_size):
+        tokens, _ = _tokenised(source, tokenizer)
+        check_ids([*_prefix(tokenizer), *tokens], vocab_size, tokenizer.convert_ids_to_tokens, source)
 
 
 def source_digest(source: str) -> str | None:
@@ -195,32 +214,37 @@ def _pieces(path: Path) -> list[tuple[str, bool]]:
         raise NotFoundError(
             f"no text file {str(path)!r}", where="source", fix="give self, a .txt or .jsonl file, or hub:"
         )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"not UTF-8 text: {error}", where=str(path), fix="save the text as UTF-8") from error
-    pieces = [(text, True)]
-    if path.suffix == ".jsonl":
-        records = [_record(line, number, path) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if is_json_lines(path):
+        records = [_texts(record, where) for where, record in read_objects(path, LINES)]
         pieces = [piece for record in records for piece in (*record, ("\n\n", False))][:-1]
+    else:
+        pieces = [(_plain_text(path), True)]
     if not any(text.strip() for text, _ in pieces):
         raise UsageError("the text is empty", where=str(path), fix="give some thousand words")
     return pieces
 
 
-def _record(line: str, number: int, path: Path) -> list[tuple[str, bool]]:
-    where, fix = f"{path}:{number}", 'write one {"text": ...} or {"prompt": ..., "completion": ...} per line'
+def _plain_text(path: Path) -> str:
+    """A .txt file; any other name could hold markup or records, which nobody wants a model to be calibrated on."""
+    if path.suffix.lower() != ".txt":
+        raise UsageError(
+            "a text is named .txt, or .jsonl if it is JSON lines",
+            where=str(path),
+            fix=f"rename it to .txt if all of it is text; for .jsonl {LINES}",
+        )
     try:
-        record = json.loads(line)
-        json.dumps(record, ensure_ascii=False).encode()  # half a character is no text
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"not JSON: {error}", where=where, fix=fix) from error
-    if isinstance(record, dict):
-        if isinstance(record.get("text"), str):
-            return [(record["text"], True)]
-        if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-            return [(record["prompt"], False), (record["completion"], True)]
-    raise UsageError("no text in this line", where=where, fix=fix)
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"not UTF-8 text: {error}", where=str(path), fix="save the text as UTF-8") from error
+
+
+def _texts(record: dict[str, Any], where: str) -> list[tuple[str, bool]]:
+    """The text of a line, or its prompt and completion, with whether it counts."""
+    if isinstance(record.get("text"), str):
+        return [(record["text"], True)]
+    if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
+        return [(record["prompt"], False), (record["completion"], True)]
+    raise UsageError("no text in this line", where=where, fix=LINES)
 
 
 def _datasets() -> Any:

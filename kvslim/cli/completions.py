@@ -27,6 +27,8 @@ class Options:
         max_new_tokens: Tokens of a completion at most.
         context: Tokens to allocate the cache for; None for as many as the prompt needs.
         sampling: How tokens are drawn.
+        stops: Strings that end a completion.
+        batch: Prompts of a file that are completed at once.
         threads: Threads of one operator.
         as_json: Whether to print JSON in place of text.
     """
@@ -36,6 +38,8 @@ class Options:
     max_new_tokens: int
     context: int | None
     sampling: Sampling
+    stops: tuple[str, ...]
+    batch: int
     threads: int | None
     as_json: bool
 
@@ -58,7 +62,7 @@ class Generation:
             raise UsageError(
                 "the tokenizer has no chat template", where=str(artifact), fix="leave out --chat and --system"
             )
-        self.encoder = PromptEncoder(artifact)
+        self.encoder = PromptEncoder(artifact, self.manifest.spec.vocab_size)
 
     @property
     def has_template(self) -> bool:
@@ -76,11 +80,14 @@ class Generation:
         system = self.options.system
         return [] if system is None else [{"role": "system", "content": system}]
 
-    def completer(self, capacity: int | None = None) -> Completer:
-        """A cache for `capacity` tokens; by default `--context`, or the context that the artifact was made for."""
+    def completer(self, capacity: int | None = None, batch: int = 1) -> Completer:
+        """A cache for `capacity` tokens of each of `batch` prompts.
+
+        The capacity is by default `--context`, or the context that the artifact was made for.
+        """
         default = min(self.manifest.context, self.manifest.spec.max_context)
-        capacity = capacity or self.options.context or default
-        return Completer(self.artifact, self.encoder.tokenizer, capacity=capacity, threads=self.options.threads)
+        capacity, threads = capacity or self.options.context or default, self.options.threads
+        return Completer(self.artifact, self.encoder.tokenizer, capacity=capacity, batch=batch, threads=threads)
 
 
 def complete(generation: Generation, prompt: str) -> int:
@@ -115,7 +122,7 @@ def show(completer: Completer, ids: Sequence[int], record: Record, before: str, 
     Returns:
         The completion.
     """
-    pieces = completer.stream(ids, options.max_new_tokens, options.sampling)
+    pieces = completer.stream(ids, options.max_new_tokens, options.sampling, options.stops)
     if options.as_json:
         text = "".join(pieces)
         console.print_json("generate", {**record, "completion": text, **usage_of(completer).model_dump(mode="json")})

@@ -31,6 +31,13 @@ def generate(
         float, typer.Option(min=0, max=1, help="sample from the most likely tokens that together have this probability")
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="seed of the sampling")] = 0,
+    repetition_penalty: Annotated[
+        float, typer.Option(min=0.01, max=100, help="above 1, tokens of the text so far become less likely")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="end the answer before this text; repeat it for more")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, max=1024, help="complete this many prompts of --file at once")] = 1,
     threads: Threads = None,
     as_json: Json = False,
 ) -> int:
@@ -44,27 +51,32 @@ def generate(
     from kvslim.cli.inputs import read_length
     from kvslim.cli.prompt_file import complete_file
     from kvslim.runtime.generate import Sampling
+    from kvslim.runtime.stops import checked_stops
 
     options = Options(
         chat=chat or system is not None,
         system=system,
         max_new_tokens=max_new_tokens,
         context=None if context is None else read_length(context, "--context"),
-        sampling=Sampling(temperature, top_k, top_p, seed),
+        sampling=Sampling(temperature, top_k, top_p, seed, repetition_penalty),
+        stops=checked_stops(stop or ()),
+        batch=batch,
         threads=threads,
         as_json=as_json,
     )
-    _check_sources(prompt, file, interactive)
+    _check_sources(prompt, file, interactive, batch)
     generation = Generation(artifact, options)
     if prompt is not None:
         return complete(generation, prompt)
     return converse(generation) if file is None else complete_file(generation, file)
 
 
-def _check_sources(prompt: str | None, file: str | None, interactive: bool) -> None:
+def _check_sources(prompt: str | None, file: str | None, interactive: bool, batch: int) -> None:
     if sum((prompt is not None, file is not None, interactive)) != 1:
         raise UsageError(
             "there is nothing to continue", where="generate", fix="give one of --prompt, --file and --interactive"
         )
     if prompt == "":
         raise UsageError("the prompt is empty", where="--prompt", fix="give some text to continue")
+    if batch > 1 and file is None:
+        raise UsageError("a batch needs a file of prompts", where="--batch", fix="give --file, or leave out --batch")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from kvslim.cli import console
-from kvslim.cli.completions import Generation, Record, usage_of
+from kvslim.cli.completions import Generation, Record
 from kvslim.errors import NotFoundError, UsageError
+from kvslim.json_lines import numbered, parse_object, place
 from kvslim.runtime.completion import Completer
 
 STDIN = "-"
+FIX = 'write {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]} on one line'
+
+Prompt = tuple[Record, list[int]]  # a line's object, and the token ids of its prompt
 
 
 def complete_file(generation: Generation, file: str) -> int:
@@ -23,7 +27,7 @@ def complete_file(generation: Generation, file: str) -> int:
     Each line starts with an empty cache, so that no answer depends on the lines before it.
 
     Args:
-        generation: The opened artifact.
+        generation: The opened artifact; `--batch` says how many lines are completed at once.
         file: The file; `-` for stdin.
 
     Returns:
@@ -31,28 +35,40 @@ def complete_file(generation: Generation, file: str) -> int:
 
     Raises:
         NotFoundError: The file cannot be opened.
+        UsageError: The artifact's cache takes one prompt at a time.
     """
-    code = 0
-    with _opened(file) as lines:
-        completer = generation.completer()
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            completer.reset()
-            try:
-                record = _record(line)
-                answer = _answer(completer, record, generation)
-            except UsageError as error:
-                code = error.exit_code
-                _report(error, number, "stdin" if file == STDIN else file)
-            else:
-                console.print_json_line({**record, **answer})
+    code, name, batch = 0, "stdin" if file == STDIN else file, generation.options.batch
+    with _opened(file) as stream:
+        completer, lines = generation.completer(batch=batch), numbered(stream)
+        while group := list(islice(lines, batch)):
+            prompts = {number: _prompt(line, generation, completer) for number, line in group}
+            for number, answer in _answers(prompts, generation, completer):
+                if isinstance(answer, UsageError):
+                    code = answer.exit_code
+                    _report(answer, number, name)
+                else:
+                    console.print_json_line(answer)
     return code
+
+
+def _answers(
+    prompts: Mapping[int, Prompt | UsageError], generation: Generation, completer: Completer
+) -> Iterator[tuple[int, Record | UsageError]]:
+    """What to print for each line, by its number: prompts that could be read are completed at once."""
+    options = generation.options
+    ids = [prompt[1] for prompt in prompts.values() if not isinstance(prompt, UsageError)]
+    completed = iter(completer.complete(ids, options.max_new_tokens, options.sampling, options.stops))
+    for number, prompt in prompts.items():
+        if isinstance(prompt, UsageError):
+            yield number, prompt
+        else:
+            text, usage = next(completed)
+            yield number, {**prompt[0], "completion": text, **usage.model_dump(mode="json")}
 
 
 def _report(error: UsageError, number: int, name: str) -> None:
     """Prints the error of a line as JSON on stdout and as text on stderr."""
-    named = UsageError(error.message, where=f"{name}, line {number}", fix=error.fix)
+    named = UsageError(error.message, where=place(name, number), fix=error.fix)
     console.print_json_line({"line": number, "error": console.error_fields(named)})
     console.print_error(named)
 
@@ -71,44 +87,31 @@ def _opened(file: str) -> Iterator[IO[bytes]]:
         yield stream
 
 
-def _record(line: bytes) -> dict[str, Any]:
+def _prompt(line: bytes, generation: Generation, completer: Completer) -> Prompt | UsageError:
+    """A line that can be completed, or what is wrong with it."""
     try:
-        record = json.loads(line, parse_constant=_refuse_constant)
-        json.dumps(record, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"not JSON: {error}", where="line", fix='write {"prompt": "..."} on one line') from error
-    if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
-        raise UsageError(
-            "a line must be an object with either prompt or messages",
-            where="line",
-            fix='write {"prompt": "..."} on one line',
-        )
-    return record
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number in JSON")
-
-
-def _answer(completer: Completer, record: Record, generation: Generation) -> dict[str, Any]:
-    options, ids = generation.options, _ids(record, generation)
-    text = "".join(completer.stream(ids, options.max_new_tokens, options.sampling))
-    return {"completion": text, **usage_of(completer).model_dump(mode="json")}
+        record = parse_object(line, "line", FIX)
+        ids = _ids(record, generation)
+        completer.check(ids)
+    except UsageError as error:
+        return error
+    return record, ids
 
 
 def _ids(record: Record, generation: Generation) -> list[int]:
+    if ("prompt" in record) == ("messages" in record):
+        raise UsageError("a line must have either prompt or messages", where="line", fix=FIX)
     if "messages" in record:
         return generation.encoder.chat(_conversation(record["messages"], generation))
     prompt = record["prompt"]
     if not isinstance(prompt, str):
-        raise UsageError("prompt is not a text", where="line", fix='write {"prompt": "..."} on one line')
+        raise UsageError("prompt is not a text", where="line", fix=FIX)
     return generation.ids(prompt)
 
 
 def _conversation(messages: object, generation: Generation) -> list[dict[str, Any]]:
     """The messages of a line, after the system message of the options if they have none of their own."""
     if not (isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)):
-        fix = 'write {"messages": [{"role": "user", "content": "..."}]}'
-        raise UsageError("messages is not a list of role and content", where="line", fix=fix)
+        raise UsageError("messages is not a list of role and content", where="line", fix=FIX)
     has_system = any(message.get("role") == "system" for message in messages)
     return messages if has_system else [*generation.system_message(), *messages]

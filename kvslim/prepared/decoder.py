@@ -50,9 +50,10 @@ class PreparedDecoder(PreparedModel):
         super().__init__(snapshot, spec, recipe, progress)
         self.architecture = architecture_of(spec.model_type)
         self.tokenizer = load_tokenizer(snapshot)
+        self.text = TextSource(self, recipe.calibration, recipe.validation)
+        self.text.check()
         self.model = load_model(snapshot)
         prepare(self.model, self.architecture, spec)
-        self.text = TextSource(self, recipe.calibration, recipe.validation)
         self.rows: QuantisedRows | None = None
         if recipe.weights.is_quantised:
             _ = self.original  # while the model still is what its files say

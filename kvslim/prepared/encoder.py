@@ -43,8 +43,9 @@ class PreparedEncoder(PreparedModel):
         super().__init__(snapshot, spec, recipe, progress)
         self.tokenizer = load_tokenizer(snapshot)
         self.architecture = ENCODERS[spec.model_type]
-        self.model = load_encoder(snapshot, spec)
         self.text = SentenceSource(self.tokenizer, spec, snapshot.path, recipe.calibration, recipe.validation)
+        self.text.check()
+        self.model = load_encoder(snapshot, spec)
         prepare_encoder(self.model, self.architecture)
 
     @cached_property

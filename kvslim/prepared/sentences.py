@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from kvslim.calibrate.sentences import Sentences, mask_tokens, sentences, tokeni
 from kvslim.contract import ModelSpec
 from kvslim.errors import ModelError, UsageError
 from kvslim.recipe import Calibration, Validation
+from kvslim.token_ids import check_ids, knows_more
 
 LEAST_SENTENCES = 8  # of calibration: three quarters to fit on, one to choose by
 
@@ -32,6 +34,22 @@ class SentenceSource:
         self.calibration, self.validation = calibration, validation
         # One text that serves both is split.
         self.is_shared = calibration.source != "self" and calibration.source == validation.source
+
+    def check(self) -> None:
+        """Refuses text with tokens that the model does not know, and such a mask token; needs no weights.
+
+        Raises:
+            KvslimError: As `validated`, or naming the token.
+        """
+        tokenizer = self.tokenizer
+        if not knows_more(tokenizer, self.spec.vocab_size):
+            return
+        parts = ((self.calibration, CALIBRATION_SHARE, False), (self.validation, VALIDATION_SHARE, True))
+        for settings, share, held_out in parts:
+            ids = list(chain(*self._texts(settings, share, held_out=held_out)))
+            if self.spec.task == "fill-mask":
+                ids.append(self._mask_id)
+            check_ids(ids, self.spec.vocab_size, tokenizer.convert_ids_to_tokens, settings.source)
 
     def fitting_and_held_out(self) -> tuple[Sentences, Sentences]:
         """Sentences of the calibration to fit on, and the last quarter to choose by; the validation has none of them.
@@ -71,8 +89,14 @@ class SentenceSource:
         """The texts, masked too where the model fills masks."""
         if self.spec.task != "fill-mask":
             return Sentences(texts, (), ())
-        if self.tokenizer.mask_token_id is None:
+        return mask_tokens(texts, self._mask_id, set(self.tokenizer.all_special_ids), seed)
+
+    @property
+    def _mask_id(self) -> int:
+        """The id that stands for a masked token."""
+        mask: int | None = self.tokenizer.mask_token_id
+        if mask is None:
             raise ModelError(
                 "the tokenizer has no mask token", where=str(self.folder), fix="add mask_token to its config"
             )
-        return mask_tokens(texts, self.tokenizer.mask_token_id, set(self.tokenizer.all_special_ids), seed)
+        return mask

@@ -11,6 +11,7 @@ from kvslim.calibrate.corpus import (
     CALIBRATION_SHARE,
     VALIDATION_SHARE,
     WHOLE,
+    check_tokens,
     loss_mask,
     self_windows,
     source_digest,
@@ -41,6 +42,15 @@ class TextSource:
         self.prepared, self.calibration, self.validation = prepared, calibration, validation
         # One text that serves both is split.
         self.is_shared = calibration.source != "self" and calibration.source == validation.source
+
+    def check(self) -> None:
+        """Refuses text with tokens that the model does not know; needs no weights.
+
+        Raises:
+            UsageError: Naming the token.
+        """
+        for source in dict.fromkeys((self.calibration.source, self.validation.source)):
+            check_tokens(source, self.prepared.tokenizer, self.prepared.spec.vocab_size)
 
     @property
     def identity(self) -> tuple[Any, ...]:

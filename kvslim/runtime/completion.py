@@ -1,4 +1,4 @@
-"""Texts from an exported folder: prompts to token ids, and completions streamed from a cache that is kept."""
+"""Texts from an exported folder: prompts to token ids, and completions, streamed from a kept cache or side by side."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from tokenizers import Tokenizer
 
 from kvslim.contract import Frozen
 from kvslim.errors import UsageError
-from kvslim.runtime.generate import GREEDY, Sampling, eos_ids, generate_tokens, load_tokenizer, stream_text
+from kvslim.runtime.draft import Draft, write
+from kvslim.runtime.generate import GREEDY, Sampling, eos_ids, load_tokenizer
 from kvslim.runtime.session import DecodeSession
 from kvslim.runtime.template import ChatTemplate, Messages
+from kvslim.token_ids import check_ids
 
 
 class Usage(Frozen):
@@ -24,7 +26,7 @@ class Usage(Frozen):
     prompt_tokens: int
     cached_tokens: int = Field(description="tokens of the prompt that the cache held already")
     new_tokens: int = Field(description="without the token that ended the text")
-    finish_reason: Literal["stop", "length"] = Field(description="stop: the model ended its text")
+    finish_reason: Literal["stop", "length"] = Field(description="stop: the model or a stop string ended the text")
     ttft_ms: float = Field(description="time to the first token, milliseconds")
     tokens_per_second: float | None = Field(description="of the tokens after the first; None where there is none")
     context_tokens: int = Field(description="prompt and new tokens")
@@ -37,14 +39,15 @@ class PromptEncoder:
 
     Args:
         folder: Folder with the tokenizer's files.
+        vocab_size: Tokens that the model has embeddings for.
 
     Raises:
         NotFoundError: There is no tokenizer.json.
         ArtifactError: It cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        self._folder, self._vocab_size = folder, vocab_size
         self.tokenizer: Tokenizer = load_tokenizer(folder)
 
     @cached_property
@@ -56,7 +59,7 @@ class PromptEncoder:
         """The ids of a text, with the special tokens that the tokenizer puts around one.
 
         Raises:
-            UsageError: The text has no tokens, or is not Unicode.
+            UsageError: The text has no tokens, is not Unicode, or has a token that the model does not know.
         """
         return self._encode(text, special=True)
 
@@ -64,7 +67,7 @@ class PromptEncoder:
         """The ids of a conversation; its special tokens are those of the template.
 
         Raises:
-            UsageError: There is no template, it refuses the messages, or they are not Unicode.
+            UsageError: As `prompt`, or there is no template, or it refuses the messages.
         """
         return self._encode(self.template.render(messages), special=False)
 
@@ -76,11 +79,12 @@ class PromptEncoder:
         ids = self.tokenizer.encode(text, add_special_tokens=special).ids
         if not ids:
             raise UsageError("the prompt has no tokens", where="prompt", fix="give some text to continue")
+        check_ids(ids, self._vocab_size, self.tokenizer.id_to_token, where="prompt")
         return ids
 
 
 class Completer:
-    """Completes prompts one after another, and keeps of the cache what the next prompt begins with.
+    """Completes prompts one after another, and keeps of the cache what the next prompt begins with; or several at once.
 
     Attributes:
         usage: What the last completion took, once all of its text was taken.
@@ -89,10 +93,11 @@ class Completer:
         folder: Folder with model.onnx and generation_config.json.
         tokenizer: The folder's tokenizer.
         capacity: Tokens to allocate the cache for.
+        batch: Prompts to allocate it for, which `complete` then takes without allocating it anew.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
 
     Raises:
-        UsageError: The capacity is not positive.
+        UsageError: The capacity is not positive, or the cache holds fewer sequences than `batch`.
         NotFoundError: A file of the folder is missing.
         ArtifactError: A file of the folder is broken.
     """
@@ -103,63 +108,110 @@ class Completer:
         tokenizer: Tokenizer,
         *,
         capacity: int,
+        batch: int = 1,
         threads: int | None = None,
     ) -> None:
-        self._stop = eos_ids(folder)
-        self._session = DecodeSession(folder, capacity=capacity, threads=threads)
+        self._ends = eos_ids(folder)
+        self._session = DecodeSession(folder, capacity=capacity, batch=batch, threads=threads)
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
+        self._last: Draft | None = None
         self.usage: Usage | None = None
 
-    def reset(self) -> None:
-        """Empties the cache."""
-        self._session.reset()
+    def check(self, ids: Sequence[int]) -> None:
+        """Refuses a prompt that is too long.
 
-    def stream(self, ids: Sequence[int], max_new_tokens: int, sampling: Sampling = GREEDY) -> Iterator[str]:
-        """The text that follows a prompt, in pieces, without the token that ends it.
+        Raises:
+            UsageError: The cache has no room for the prompt and one more token.
+        """
+        if len(ids) >= self._session.capacity:
+            raise UsageError(
+                f"{len(ids)} tokens leave no room in a cache of {self._session.capacity}",
+                where="prompt",
+                fix="shorten it, or give more --context where the model has more positions",
+            )
+
+    def stream(
+        self, ids: Sequence[int], max_new_tokens: int, sampling: Sampling = GREEDY, stops: Sequence[str] = ()
+    ) -> Iterator[str]:
+        """The text that follows a prompt, in pieces of whole characters, without what ends it.
 
         Args:
             ids: Tokens of the whole prompt, those of earlier turns included.
             max_new_tokens: Tokens to generate at most; a full cache ends the text too.
             sampling: How tokens are drawn.
+            stops: Strings that end the text.
 
         Raises:
-            UsageError: The cache has no room for the prompt and one more token.
+            UsageError: The cache has no room for the prompt and one more token, or a stop string is empty.
             ArtifactError: onnxruntime fails on the graph.
         """
-        capacity = self._session.capacity
-        if len(ids) >= capacity:
-            raise UsageError(
-                f"{len(ids)} tokens leave no room in a cache of {capacity}",
-                where="prompt",
-                fix="shorten it, or give more --context where the model has more positions",
-            )
-        cached = self._session.keep_shared(self._tokens, ids[:-1])  # the logits of the last token are wanted
-        self._tokens = list(ids)
-        return stream_text(
-            self._tokenizer, ids, self._timed(cached, min(max_new_tokens, capacity - len(ids)), sampling)
-        )
+        draft, before = self._draft(ids, max_new_tokens, sampling, stops), self._last
+        if self._session.batch > 1:
+            self._session.allocate(1)
+        held = [*before.ids, *before.tokens] if before else ()
+        cached = self._session.keep_shared(held, ids[:-1])  # the logits of the last token are wanted
+        self._last = draft
+        return self._streamed(draft, cached)
 
-    def _timed(self, cached: int, most: int, sampling: Sampling) -> Iterator[int]:
-        """New tokens; notes them, and at the end what they took."""
-        prompt, start = len(self._tokens), time.perf_counter()
-        new = generate_tokens(
-            self._session, self._tokens[cached:], max_new_tokens=most, stop=self._stop, sampling=sampling
-        )
-        times = []
-        for token in new:
-            times.append(time.perf_counter() - start)
-            self._tokens.append(token)
-            yield token
-        times = times or [time.perf_counter() - start]
-        self.usage = Usage(
-            prompt_tokens=prompt,
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        stops: Sequence[str] = (),
+    ) -> list[tuple[str, Usage]]:
+        """What follows each of several prompts of any lengths, written side by side in an empty cache.
+
+        Args:
+            prompts: Tokens of each prompt.
+            max_new_tokens: Tokens to generate for each at most; a full cache ends a text too.
+            sampling: How tokens are drawn, for each as for a single prompt.
+            stops: Strings that end a text.
+
+        Returns:
+            The text of each, and what it took.
+
+        Raises:
+            UsageError: As `stream`, or the cache can hold only one sequence.
+            ArtifactError: onnxruntime fails on the graph.
+        """
+        if not prompts:
+            return []
+        drafts = [self._draft(ids, max_new_tokens, sampling, stops) for ids in prompts]
+        self._last, start = None, time.perf_counter()
+        if len(drafts) > self._session.batch:
+            self._session.allocate(len(drafts))
+        texts = [""] * len(drafts)
+        for place, piece in write(self._session, drafts, self._session.prefill_each(prompts)):
+            texts[place] += piece
+        return [(text, self._used(draft, 0, start)) for text, draft in zip(texts, drafts, strict=True)]
+
+    def _draft(self, ids: Sequence[int], most: int, sampling: Sampling, stops: Sequence[str]) -> Draft:
+        self.check(ids)
+        most = min(most, self._session.capacity - len(ids))
+        return Draft(self._tokenizer, ids, most, ends=self._ends, stops=stops, sampling=sampling)
+
+    def _streamed(self, draft: Draft, cached: int) -> Iterator[str]:
+        """The text of a draft of which the cache holds so many tokens; notes at the end what it took."""
+        start = time.perf_counter()
+        logits = self._session.prefill(draft.ids[cached:])
+        for _, piece in write(self._session, [draft], logits[None]):
+            yield piece
+        self.usage = self._used(draft, cached, start)
+
+    def _used(self, draft: Draft, cached: int, start: float) -> Usage:
+        """What a draft took that was written to its end."""
+        assert draft.finish_reason is not None
+        drawn = draft.times[: len(draft.tokens)]
+        first = next(iter(draft.times), time.perf_counter())
+        return Usage(
+            prompt_tokens=len(draft.ids),
             cached_tokens=cached,
-            new_tokens=len(self._tokens) - prompt,
-            finish_reason="length" if len(self._tokens) - prompt == most else "stop",
-            ttft_ms=times[0] * 1000,
-            tokens_per_second=(len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None,
-            context_tokens=len(self._tokens),
+            new_tokens=len(draft.tokens),
+            finish_reason=draft.finish_reason,
+            ttft_ms=(first - start) * 1000,
+            tokens_per_second=(len(drawn) - 1) / (drawn[-1] - drawn[0]) if len(drawn) > 1 else None,
+            context_tokens=len(draft.ids) + len(draft.tokens),
             context_capacity=self._session.capacity,
             kv_mib=self._session.layout.bytes_at(self._session.capacity) / 2**20,
         )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from kvslim.errors import ArtifactError, UsageError
+from kvslim.export.manifest import read_manifest
 from kvslim.runtime.generate import load_tokenizer
 from kvslim.runtime.opening import open_session, run_graph
+from kvslim.token_ids import check_ids
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -119,9 +122,13 @@ class EncoderSession:
             batch: Texts that run at once.
 
         Raises:
-            NotFoundError, ArtifactError: The folder's tokenizer.json is missing or broken, or onnxruntime fails.
+            NotFoundError, ArtifactError: The folder's tokenizer.json or kvslim.json is missing or broken, or
+                onnxruntime fails.
+            UsageError: A text has a token that the model does not know.
         """
-        tokens = [encoding.ids for encoding in load_tokenizer(self._model).encode_batch(list(texts))]
+        tokenizer, spec = load_tokenizer(self._model), read_manifest(self._model).spec
+        tokens = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+        check_ids([*chain(*tokens)], spec.vocab_size, tokenizer.id_to_token, where="texts")
         parts = [self.embed(tokens[start : start + batch]) for start in range(0, max(1, len(tokens)), batch)]
         return np.concatenate(parts)
 

@@ -1,30 +1,20 @@
-"""Tokens from an exported folder, greedy or sampled, and the text that they make as they come."""
+"""How tokens are drawn from logits, and the files of a folder that say where a text ends and what its tokens mean."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
 from kvslim.runtime.opening import Logits
-from kvslim.runtime.session import DecodeSession
 
-_CONTEXT_TOKENS = 6
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-
-
-class Decoder(Protocol):
-    """What streaming needs of a `tokenizers.Tokenizer`."""
-
-    def decode(self, ids: Sequence[int], /) -> str:
-        """The text of token ids."""
+PENALTIES = (0.01, 100.0)  # beyond these the penalty is all that counts
 
 
 @dataclass(frozen=True)
@@ -36,6 +26,8 @@ class Sampling:
         top_k: Sample from this many most likely tokens; 0 for all.
         top_p: Sample from the smallest set of most likely tokens that holds this probability, in (0, 1].
         seed: Seed of the sampling.
+        repetition_penalty: What logits of tokens of the text so far are divided by, or multiplied with if negative; 1
+            changes nothing. Keskar et al., "CTRL", 2019, section 4.1, and as in transformers.
 
     Raises:
         UsageError: An option is out of range.
@@ -45,6 +37,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not (0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1):
@@ -53,41 +46,43 @@ class Sampling:
                 where="generate",
                 fix="use temperature >= 0, top_k >= 0 and 0 < top_p <= 1",
             )
+        if not PENALTIES[0] <= self.repetition_penalty <= PENALTIES[1]:
+            raise UsageError(
+                f"a repetition penalty of {self.repetition_penalty} is out of range",
+                where="generate",
+                fix="use {} to {}; 1 changes nothing, 1.1 is common".format(*PENALTIES),
+            )
 
 
 GREEDY = Sampling()
 
 
-def generate_tokens(
-    session: DecodeSession,
-    prompt_ids: Sequence[int],
-    *,
-    max_new_tokens: int,
-    stop: Collection[int] = (),
-    sampling: Sampling = GREEDY,
-) -> Iterator[int]:
-    """Appends a prompt to the cache, and yields the token ids that follow; a stop token ends it and is not yielded.
+class Sampler:
+    """Draws the tokens of one text.
 
     Args:
-        session: Model with room for the prompt and all but the last new token.
-        prompt_ids: Token ids behind those in the cache, at least one.
-        max_new_tokens: Tokens to generate at most.
-        stop: Ids that end the text.
-        sampling: How tokens are drawn.
-
-    Raises:
-        UsageError: The prompt is empty, or the cache is full.
-        ArtifactError: onnxruntime fails on the graph.
+        sampling: How.
+        tokens: Those that are there already, which a repetition penalty counts too.
     """
-    generator = np.random.default_rng(sampling.seed)
-    logits = session.prefill(prompt_ids)
-    for count in range(max_new_tokens):
-        token = sample(logits, generator, sampling)
-        if token in stop:
-            return
-        yield token
-        if count + 1 < max_new_tokens:
-            logits = session.step([token])[-1]
+
+    def __init__(self, sampling: Sampling, tokens: Iterable[int]) -> None:
+        self._sampling = sampling
+        self._generator = np.random.default_rng(sampling.seed)
+        self._seen = set(tokens)
+
+    def draw(self, logits: Logits) -> int:
+        """The next token, from logits [vocab]."""
+        token = sample(self._penalised(logits), self._generator, self._sampling)
+        self._seen.add(token)
+        return token
+
+    def _penalised(self, logits: Logits) -> Logits:
+        penalty = self._sampling.repetition_penalty
+        if penalty == 1:
+            return logits
+        seen, changed = list(self._seen), logits.copy()
+        changed[seen] = np.where(logits[seen] < 0, logits[seen] * penalty, logits[seen] / penalty)
+        return changed
 
 
 def sample(logits: Logits, generator: np.random.Generator, sampling: Sampling = GREEDY) -> int:
@@ -106,34 +101,6 @@ def sample(logits: Logits, generator: np.random.Generator, sampling: Sampling = 
     before = np.cumsum(weights) - weights
     weights[before >= sampling.top_p * weights.sum()] = 0
     return int(generator.choice(order, p=weights / weights.sum()))
-
-
-def stream_text(tokenizer: Decoder, prompt_ids: Sequence[int], tokens: Iterator[int]) -> Iterator[str]:
-    """The text that tokens add to a prompt, in pieces that are whole characters.
-
-    A decoder drops the space before the first token it is given and turns part of a multi-byte character into U+FFFD.
-    So new tokens are decoded after those already shown, and shown once they end in a whole character.
-
-    Args:
-        tokenizer: Decoder of ids.
-        prompt_ids: The tokens before the first of `tokens`.
-        tokens: New token ids.
-    """
-    pending = list(prompt_ids[-_CONTEXT_TOKENS:])
-    shown, text = len(pending), ""
-    for token in tokens:
-        pending.append(token)
-        text = _added(tokenizer, pending, shown)
-        if text and not text.endswith(_INCOMPLETE):
-            yield text
-            pending, text = pending[shown:], ""
-            shown = len(pending)
-    if text:
-        yield text
-
-
-def _added(tokenizer: Decoder, ids: Sequence[int], shown: int) -> str:
-    return tokenizer.decode(ids)[len(tokenizer.decode(ids[:shown])) :]
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

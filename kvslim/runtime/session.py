@@ -15,11 +15,11 @@ from kvslim.errors import ArtifactError, UsageError
 from kvslim.prefix import shared_length
 from kvslim.runtime.opening import ORT_ERRORS, Logits, artifact_error, layer_buffers, layout_of, open_session
 
-Tokens = Sequence[int] | npt.NDArray[np.int64]
+Tokens = Sequence[int] | Sequence[Sequence[int]] | npt.NDArray[np.int64]
 
 
 class DecodeSession:
-    """Sequences of one length decoded through a preallocated KV cache; one unless `batch` says more.
+    """Sequences decoded side by side through a preallocated KV cache; one unless `batch` says more.
 
     Past and present are bound to the same memory, so that the attention kernel appends the new tokens instead of
     copying the cache at every step.
@@ -27,8 +27,8 @@ class DecodeSession:
     Attributes:
         layout: The KV tensors of the graph.
         capacity: Tokens that the cache has room for.
-        batch: Sequences.
-        length: Tokens that the cache holds of each now.
+        batch: Sequences that the cache has room for.
+        lengths: Tokens that the cache holds of each now, [batch].
         vocab: Entries of one row of logits.
 
     Args:
@@ -41,8 +41,7 @@ class DecodeSession:
         batch: Sequences that are decoded side by side.
 
     Raises:
-        UsageError: The capacity is not positive, or there are several sequences and packed codes or
-                dynamic clusters.
+        UsageError: The capacity is not positive, or as `allocate`.
         NotFoundError: There is no such file.
         ArtifactError: onnxruntime cannot load it, or it does not follow the graph contract.
     """
@@ -62,24 +61,48 @@ class DecodeSession:
         self._where = str(model)
         self._session = open_session(model, threads, all_positions=all_positions, float_activations=float_activations)
         self.layout = layout_of(self._session)
-        self._layers = layer_buffers(self._session, self.layout, capacity=capacity, batch=batch)
-        if batch > 1 and (
-            refusal := next((each.single_sequence for each in self._layers if each.single_sequence), None)
-        ):
-            raise UsageError(refusal[0], where=self._where, fix=refusal[1])
-        self.capacity, self.batch = capacity, batch
-        self.length = 0
+        self.capacity = capacity
         self.vocab = self._vocab()
         self._last_only = next(node.shape[1] for node in self._session.get_outputs() if node.name == "logits") == 1
         self._has_choice = any(node.name == FIRST_LOGITS for node in self._session.get_overridable_initializers())
         self._inputs = {node.name for node in self._session.get_inputs()}
         self._binding = self._session.io_binding()
-        bind_all(self._binding, self._layers)
+        self.allocate(batch)
+
+    def allocate(self, batch: int) -> None:
+        """Replaces the cache by an empty one for another number of sequences.
+
+        Raises:
+            UsageError: There are several sequences, and packed codes or dynamic clusters.
+        """
+        layers = layer_buffers(self._session, self.layout, capacity=self.capacity, batch=batch)
+        refusals = (layer.single_sequence for layer in layers)
+        if batch > 1 and (refusal := next(filter(None, refusals), None)):
+            raise UsageError(refusal[0], where=self._where, fix=refusal[1])
+        self._layers, self.batch = layers, batch
+        self.lengths = np.zeros(batch, dtype=np.int64)
+        self._take_part(slice(0, batch))
+
+    @property
+    def length(self) -> int:
+        """Tokens that the cache holds of the longest sequence."""
+        return int(self.lengths[self._rows].max(initial=0))
 
     def reset(self) -> None:
         """Empties the cache."""
-        self.length = 0
-        self._rebind([layer.reset() for layer in self._layers])
+        self.lengths[:] = 0
+        for layer in self._layers:
+            layer.reset()
+        self._take_part(slice(0, self.batch))
+
+    def drop(self, row: int) -> None:
+        """Ends a sequence: runs go on without it, and the last one takes its row."""
+        last = self._rows.stop - 1
+        if row != last:
+            self.lengths[row] = self.lengths[last]
+            for layer in self._layers:
+                layer.move(last, row, int(self.lengths[row]))
+        self._take_part(slice(0, last))
 
     def rewind(self, length: int) -> None:
         """Drops the tail of the cache, so that `length` tokens remain.
@@ -87,14 +110,14 @@ class DecodeSession:
         Raises:
             UsageError: The cache does not hold that many, or a window has moved on since.
         """
-        if not 0 <= length <= self.length:
+        if not 0 <= length <= self.lengths.min():
             raise UsageError(
                 f"cannot rewind to {length} of {self.length} cached tokens", where="rewind", fix="rewind to fewer"
             )
         refusals = (layer.refusal(length, self.length) for layer in self._layers)
         if refusal := next(filter(None, refusals), None):
             raise UsageError(refusal, where="rewind", fix="reset instead")
-        self.length = length
+        self.lengths[:] = length
 
     def keep_shared(self, held: Sequence[int], tokens: Sequence[int]) -> int:
         """Leaves in the cache what it begins with like other tokens, or nothing where a window has moved on since.
@@ -121,7 +144,7 @@ class DecodeSession:
         self._require(length)
         generator = np.random.default_rng(seed)
         self._rebind([layer.fill(length, generator) for layer in self._layers])
-        self.length = length
+        self.lengths[:] = length
 
     def step(self, tokens: Tokens, last: int | None = None) -> Logits:
         """Appends tokens to the sequences.
@@ -140,11 +163,11 @@ class DecodeSession:
             ArtifactError: onnxruntime fails on the graph.
         """
         given = np.asarray(tokens, dtype=np.int64)
-        ids = np.ascontiguousarray(np.broadcast_to(given, (self.batch, given.shape[-1])))
+        ids = np.ascontiguousarray(np.broadcast_to(given, (self._rows.stop - self._rows.start, given.shape[-1])))
         count = ids.shape[1]
         if count == 0:
             raise UsageError("no tokens to run", where="tokens", fix="pass at least one token id")
-        if min(self.batch, count) > 1 and self.length:
+        if min(ids.shape) > 1 and self.length:
             raise UsageError("a batch goes on token by token", where="tokens", fix="pass one token per sequence")
         self._require(self.length + count)
         first = max(layer.pauses_after for layer in self._layers) - self.length
@@ -159,21 +182,21 @@ class DecodeSession:
 
         They are those of the last `wanted` tokens, where the graph can leave others out.
         """
-        count = ids.shape[1]
-        total = self.length + count
+        batch, count = ids.shape
+        length, total = self.length, self.length + count
         rows = 1 if self._last_only else min(wanted, count) if self._has_choice else count
-        logits = np.empty((self.batch, rows, self.vocab), dtype=np.float32)
+        logits = np.empty((batch, rows, self.vocab), dtype=np.float32)
         self._rebind([layer.reserve(total) for layer in self._layers])
-        self._bind_tokens(ids, total, rows)
+        self._bind_tokens(ids, rows)
         for layer in self._layers:
-            layer.bind_step(self._binding, self.length, total)
+            layer.bind_step(self._binding, length, total)
         self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
         try:
             self._session.run_with_iobinding(self._binding)
         except ORT_ERRORS as error:
-            raise artifact_error(f"onnxruntime failed on tokens {self.length}..{total}", error, self._where) from error
-        self._rebind([layer.after_step(self.length, total) for layer in self._layers])
-        self.length = total
+            raise artifact_error(f"onnxruntime failed on tokens {length}..{total}", error, self._where) from error
+        self._rebind([layer.after_step(length, total) for layer in self._layers])
+        self.lengths[self._rows] += count
         return logits
 
     def prefill(self, tokens: Tokens, chunk: int | None = None) -> Logits:
@@ -192,18 +215,43 @@ class DecodeSession:
             ArtifactError: onnxruntime fails on the graph.
         """
         ids = np.asarray(tokens, dtype=np.int64)
-        chunk = ids.size if self.batch > 1 else chunk or min(layer.prefill_chunk for layer in self._layers)
+        alone = self._rows.stop - self._rows.start == 1
+        chunk = (chunk or min(layer.prefill_chunk for layer in self._layers)) if alone else ids.size
         self._require(self.length + ids.size)
         logits = self.step(ids[:chunk], last=1)
         for start in range(chunk, ids.size, chunk):
             logits = self.step(ids[start : start + chunk], last=1)
         return logits[-1].copy()
 
-    def _bind_tokens(self, ids: npt.NDArray[np.int64], total: int, rows: int) -> None:
+    def prefill_each(self, prompts: Sequence[Tokens]) -> Logits:
+        """Starts each of as many sequences with a prompt of its own, of any length.
+
+        Prompts run one after another: padding would cost time, and chunks keep memory small.
+
+        Args:
+            prompts: Ids of n >= 1 tokens each, at most `batch` prompts.
+
+        Returns:
+            The logits that follow each prompt, float32 [prompts, vocab].
+
+        Raises:
+            UsageError, ArtifactError: As `prefill`.
+        """
+        self.reset()
+        logits = np.empty((len(prompts), self.vocab), dtype=np.float32)
+        for row, prompt in enumerate(prompts):
+            self._take_part(slice(row, row + 1))
+            logits[row] = self.prefill(prompt)
+        self._take_part(slice(0, len(prompts)))
+        return logits
+
+    def _bind_tokens(self, ids: npt.NDArray[np.int64], rows: int) -> None:
+        positions = self.lengths[self._rows, None] + np.arange(ids.shape[1])
+        totals = positions[:, -1:] + 1
         inputs = {
             "input_ids": ids,
-            "attention_mask": np.ones((self.batch, total), dtype=np.int64),
-            "position_ids": np.tile(np.arange(self.length, total, dtype=np.int64), (self.batch, 1)),
+            "attention_mask": (np.arange(totals.max()) < totals).astype(np.int64),
+            "position_ids": positions,
         }
         if self._has_choice:
             inputs[FIRST_LOGITS] = np.array([-rows], dtype=np.int64)
@@ -213,7 +261,12 @@ class DecodeSession:
     def _rebind(self, changed: Sequence[bool]) -> None:
         """Binds the buffers again where any of them is another now."""
         if any(changed):
-            bind_all(self._binding, self._layers)
+            bind_all(self._binding, self._layers, self._rows)
+
+    def _take_part(self, rows: slice) -> None:
+        """Lets the next runs be of these sequences alone."""
+        self._rows = rows
+        bind_all(self._binding, self._layers, rows)
 
     def _require(self, length: int) -> None:
         if length > self.capacity:

@@ -14,9 +14,10 @@ from kvslim.types import Manifest
 
 
 class TextGenerator:
-    """An artifact that continues texts and answers messages, one at a time.
+    """An artifact that continues texts and answers messages.
 
-    The cache is kept between calls: a prompt that begins like the one before only runs the part that is new.
+    The cache is kept between calls of `generate`: a prompt that begins like the one before only runs the part that is
+    new.
 
     Args:
         folder: A folder that `kvslim.compress` wrote.
@@ -32,7 +33,7 @@ class TextGenerator:
     def __init__(self, folder: Path, *, context: int | None = None, threads: int | None = None) -> None:
         manifest = read_decoder(folder, context, option="context")
         capacity = min(manifest.context, manifest.spec.max_context) if context is None else context
-        self._encoder = PromptEncoder(folder)
+        self._encoder = PromptEncoder(folder, manifest.spec.vocab_size)
         self._completer = Completer(folder, self._encoder.tokenizer, capacity=capacity, threads=threads)
 
     def generate(
@@ -43,6 +44,7 @@ class TextGenerator:
         temperature: float = 0.0,
         seed: int = 0,
         stop: str | Sequence[str] = (),
+        repetition_penalty: float = 1.0,
     ) -> Iterator[str]:
         """Streams the text that follows a prompt, in pieces of whole characters.
 
@@ -52,19 +54,57 @@ class TextGenerator:
             temperature: 0 takes the most likely token; higher values give more varied text.
             seed: Seed of the sampling.
             stop: Strings that end the text; they are not part of it.
+            repetition_penalty: Above 1, tokens that the prompt or the text has already become less likely.
 
         Raises:
             UsageError: The cache has no room for the prompt, an option is out of range, or there are messages and no
                 chat template.
             ArtifactError: onnxruntime fails on the graph.
         """
-        stops = [stop] if isinstance(stop, str) else stop
-        if "" in stops:
-            raise UsageError("a stop string is empty", where="stop", fix="give at least one character")
-        sampling = Sampling(temperature=temperature, seed=seed)
-        ids = self._encoder.prompt(prompt) if isinstance(prompt, str) else self._encoder.chat(prompt)
-        pieces = self._completer.stream(ids, max_new_tokens, sampling)
-        return until_stop(pieces, stops)
+        sampling = Sampling(temperature=temperature, seed=seed, repetition_penalty=repetition_penalty)
+        return self._completer.stream(self._ids(prompt), max_new_tokens, sampling, _strings(stop))
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Messages],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        repetition_penalty: float = 1.0,
+    ) -> list[str]:
+        """The texts that follow several prompts of any lengths, written side by side.
+
+        That is faster than one after another, as weights are read once for all of them, and takes a cache for each.
+
+        Args:
+            prompts: Texts to continue, or messages, as for `generate`; the other arguments are as there too.
+            max_new_tokens: Tokens to generate for each at most.
+            temperature: As for `generate`.
+            seed: As for `generate`, of each text anew.
+            stop: As for `generate`.
+            repetition_penalty: As for `generate`.
+
+        Raises:
+            UsageError: As `generate`, or the artifact's cache holds one sequence at a time.
+            ArtifactError: onnxruntime fails on the graph.
+        """
+        sampling = Sampling(temperature=temperature, seed=seed, repetition_penalty=repetition_penalty)
+        ids = [self._ids_of(place, prompt) for place, prompt in enumerate(prompts)]
+        return [text for text, _ in self._completer.complete(ids, max_new_tokens, sampling, _strings(stop))]
+
+    def _ids_of(self, place: int, prompt: str | Messages) -> list[int]:
+        """The ids of one of several prompts; errors name its place."""
+        try:
+            ids = self._ids(prompt)
+            self._completer.check(ids)
+        except UsageError as error:
+            raise UsageError(error.message, where=f"prompts[{place}]", fix=error.fix) from error
+        return ids
+
+    def _ids(self, prompt: str | Messages) -> list[int]:
+        return self._encoder.prompt(prompt) if isinstance(prompt, str) else self._encoder.chat(prompt)
 
 
 def read_decoder(folder: Path, context: int | None, option: str) -> Manifest:
@@ -95,31 +135,5 @@ def read_decoder(folder: Path, context: int | None, option: str) -> Manifest:
     return manifest
 
 
-def until_stop(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
-    """A text up to the first stop string in it.
-
-    A stop string may arrive in several pieces, so a tail that could be the start of one is held back until more of the
-    text is known.
-    """
-    held = ""
-    for piece in pieces:
-        held += piece
-        found = [place for place in map(held.find, stops) if place >= 0]
-        if found:
-            held = held[: min(found)]
-            break
-        safe = len(held) - _start_of_stop(held, stops)
-        if safe:
-            yield held[:safe]
-        held = held[safe:]
-    if held:
-        yield held
-
-
-def _start_of_stop(text: str, stops: Sequence[str]) -> int:
-    """The length of the longest tail of a text that a stop string begins with."""
-    longest = max(map(len, stops), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return length
-    return 0
+def _strings(stop: str | Sequence[str]) -> Sequence[str]:
+    return [stop] if isinstance(stop, str) else stop

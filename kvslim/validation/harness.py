@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import AutoTokenizer
 
+from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
 from kvslim.progress import Progress, Silent
-from kvslim.runtime.generate import Sampling, eos_ids, generate_tokens, load_tokenizer
+from kvslim.runtime.draft import Draft, write
+from kvslim.runtime.generate import Sampling, eos_ids, load_tokenizer
 from kvslim.runtime.opening import Logits
 from kvslim.runtime.session import DecodeSession
+from kvslim.token_ids import check_ids
 from kvslim.validation.quality import CHUNK, log_softmax
 
 Scored = tuple[float, bool]
@@ -36,7 +39,7 @@ class ArtifactLM(TemplateLM):
 
     Args:
         folder: Folder with model.onnx, tokenizer and generation_config.json.
-        max_length: Positions of the model.
+        spec: The model's shape.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
         progress: Receives the progress.
 
@@ -48,12 +51,12 @@ class ArtifactLM(TemplateLM):
     max_gen_toks = 256  # default of the harness for tasks that do not say
 
     def __init__(
-        self, folder: Path, *, max_length: int, threads: int | None = None, progress: Progress | None = None
+        self, folder: Path, spec: ModelSpec, *, threads: int | None = None, progress: Progress | None = None
     ) -> None:
         super().__init__()
-        load_tokenizer(folder)  # raises if the file is missing or broken
+        self._plain_tokenizer = load_tokenizer(folder)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.max_length = max_length
+        self.max_length, self._vocab_size = spec.max_context, spec.vocab_size
         self._folder, self._threads = folder, threads
         self._progress = progress or Silent()
         self._stop = eos_ids(folder)
@@ -75,7 +78,9 @@ class ArtifactLM(TemplateLM):
         """Token ids of a text, with the tokenizer's start token unless the text already has it."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
+        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
+        check_ids(ids, self._vocab_size, self.tokenizer.convert_ids_to_tokens, where="tasks")
+        return ids
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in chunks as long as the model's positions."""
@@ -118,29 +123,22 @@ class ArtifactLM(TemplateLM):
 
     def _generated(self, prompt: str, settings: dict[str, Any], seed: int) -> str:
         options = normalize_gen_kwargs(settings, self.max_gen_toks)
-        until = [text for text in options.get("until") or () if text]
         count = min(options["max_gen_toks"], self.max_length - 1)
         ids = (self.tok_encode(prompt) or [self.prefix_token_id])[-(self.max_length - count) :]
         self._cached = ()
         session = self._open(len(ids) + count)
         session.reset()
-        tokens = generate_tokens(
-            session,
-            ids,
-            max_new_tokens=count,
-            stop=self._stop,
+        draft = Draft(
+            self._plain_tokenizer,
+            (),  # the answer is a text of its own, as it is for the harness
+            count,
+            ends=self._stop,
+            stops=[text for text in options.get("until") or () if text],
             sampling=Sampling(
                 options.get("temperature") or 0.0, options.get("top_k") or 0, options.get("top_p") or 1.0, seed
             ),
         )
-        found: list[int] = []
-        text = ""
-        for token in tokens:
-            found.append(token)
-            text = self.tokenizer.decode(found, skip_special_tokens=True)
-            if any(stop in text for stop in until):
-                break
-        return _cut(text, until)
+        return "".join(piece for _, piece in write(session, [draft], session.prefill(ids)[None]))
 
     def _logits(self, tokens: Sequence[int], start: int) -> Logits:
         """Logits that follow tokens[start:], float32 [n, vocab]."""
@@ -161,8 +159,3 @@ class ArtifactLM(TemplateLM):
             self._session = DecodeSession(self._folder, capacity=room, threads=self._threads, all_positions=True)
             self._cached = ()
         return self._session
-
-
-def _cut(text: str, until: Collection[str]) -> str:
-    """The text before the first stop string."""
-    return text[: min((text.index(stop) for stop in until if stop in text), default=len(text))]

@@ -5,7 +5,6 @@ A JSONL file becomes a task of the harness too, so that prompts, scores and stan
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from kvslim.contract import Frozen
 from kvslim.errors import NotFoundError, UnsupportedError, UsageError, suggestion
 from kvslim.export.manifest import read_manifest
+from kvslim.json_lines import is_json_lines, read_objects
 from kvslim.progress import Progress, Silent
 from kvslim.types import GateResult
 
@@ -118,7 +118,7 @@ def evaluate(
     loaded = load_tasks(tasks, include)
     from kvslim.validation.harness import ArtifactLM
 
-    model = ArtifactLM(artifact, max_length=spec.max_context, threads=threads, progress=progress)
+    model = ArtifactLM(artifact, spec, threads=threads, progress=progress)
     return run_tasks(model, loaded, limit=limit, shots=shots, progress=progress)
 
 
@@ -142,7 +142,7 @@ def load_tasks(tasks: Sequence[str], include: Path | None = None) -> Mapping[str
     """
     if include is not None and not include.is_dir():
         raise NotFoundError("no such folder", where="--include", fix="give a folder with task files")
-    specs: dict[str, Any] = {task: _jsonl_task(Path(task)) if task.endswith(".jsonl") else task for task in tasks}
+    specs = {task: _jsonl_task(Path(task)) if is_json_lines(Path(task)) else _named(task) for task in tasks}
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _manager([name for name in tasks if specs[name] == name], include)
     try:
@@ -154,6 +154,15 @@ def load_tasks(tasks: Sequence[str], include: Path | None = None) -> Mapping[str
         raise NotFoundError(
             f"cannot load: {reason}", where=f"--tasks {','.join(tasks)}", fix="check the task file and its data set"
         ) from error
+
+
+def _named(task: str) -> Any:
+    """The name of a task; refused where it is a file's, though a file may happen to have a task's bare name."""
+    path = Path(task)
+    if path.is_file() and (path.suffix or len(path.parts) > 1):
+        fix = "name it .jsonl if it is JSON lines; give the folder of a .yaml task with --include"
+        raise UsageError("a file of questions is named .jsonl", where=f"--tasks {task}", fix=fix)
+    return task
 
 
 def _manager(names: Sequence[str], include: Path | None) -> Any:
@@ -260,21 +269,15 @@ def read_lines(path: Path) -> list[Completion] | list[Choice]:
     """
     if not path.is_file():
         raise NotFoundError(f"no task file {str(path)!r}", where="--tasks", fix="give a path that ends in .jsonl")
-    try:
-        texts = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"not UTF-8 text: {error}", where=str(path), fix="save it as UTF-8") from error
-    lines: list[Any] = [_line(text, f"{path}:{number}") for number, text in enumerate(texts, 1) if text.strip()]
+    lines: list[Any] = [_line(record, where) for where, record in read_objects(path, _KEYS)]
     if len({type(line) for line in lines}) != 1:
         fault = "the file mixes two kinds of lines" if lines else "the file is empty"
         raise UsageError(fault, where=str(path), fix=_KEYS)
     return lines
 
 
-def _line(text: str, where: str) -> Completion | Choice:
+def _line(record: dict[str, Any], where: str) -> Completion | Choice:
     try:
-        return _LINE.validate_python(json.loads(text))
+        return _LINE.validate_python(record)
     except ValidationError as error:
         raise UsageError(f"not a question: {error.errors()[-1]['msg']}", where=where, fix=_KEYS) from error
-    except ValueError as error:
-        raise UsageError(f"not JSON: {error}", where=where, fix=_KEYS) from error

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from support.drafts import tokens_after
 from support.paths import ROOT
 
-from kvslim.runtime.generate import eos_ids, generate_tokens, load_tokenizer
+from kvslim.runtime.generate import eos_ids, load_tokenizer
 from kvslim.runtime.session import DecodeSession
 
 HERE = Path(__file__).parent
@@ -43,7 +44,7 @@ class Answer(NamedTuple):
 
 def our_tokens(folder: Path, prompt: Sequence[int], new_tokens: int = NEW_TOKENS) -> list[int]:
     session = DecodeSession(folder, capacity=len(prompt) + new_tokens)
-    return list(generate_tokens(session, prompt, max_new_tokens=new_tokens, stop=eos_ids(folder)))
+    return tokens_after(session, prompt, new_tokens, ends=eos_ids(folder))
 
 
 def require(found: bool, client: str, fix: str) -> None:

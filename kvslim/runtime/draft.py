@@ -1,0 +1,105 @@
+"""Texts that are being written: each draws its tokens, and several share the runs of one session."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from typing import Literal
+
+from tokenizers import Tokenizer
+
+from kvslim.runtime.characters import CharacterStream
+from kvslim.runtime.generate import GREEDY, Sampler, Sampling
+from kvslim.runtime.opening import Logits
+from kvslim.runtime.session import DecodeSession
+from kvslim.runtime.stops import StopStrings
+
+
+class Draft:
+    """One text that follows a prompt.
+
+    Attributes:
+        ids: Tokens of the prompt.
+        tokens: Tokens drawn so far, without an end token.
+        times: When each draw was made, an end token's included; seconds of `time.perf_counter`.
+        finish_reason: What ended the text; None while it goes on.
+
+    Args:
+        tokenizer: Tells the text of tokens.
+        ids: Tokens of the prompt.
+        most: Tokens to draw at most.
+        ends: Tokens that end the text.
+        stops: Strings that end it; neither is part of it.
+        sampling: How tokens are drawn.
+
+    Raises:
+        UsageError: A stop string is empty.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        ids: Sequence[int],
+        most: int,
+        *,
+        ends: Collection[int] = (),
+        stops: Sequence[str] = (),
+        sampling: Sampling = GREEDY,
+    ) -> None:
+        self.ids, self.tokens, self.times = ids, list[int](), list[float]()
+        self.finish_reason: Literal["stop", "length"] | None = None if most > 0 else "length"
+        self._most, self._ends = most, ends
+        self._sampler = Sampler(sampling, ids)
+        self._characters = CharacterStream(tokenizer, ids)
+        self._stops = StopStrings(stops)
+
+    def add(self, logits: Logits) -> str:
+        """Draws the next token; the text that is certain with it.
+
+        Args:
+            logits: What follows the tokens so far, float32 [vocab].
+        """
+        token = self._sampler.draw(logits)
+        self.times.append(time.perf_counter())
+        text = ""
+        if token in self._ends:
+            self.finish_reason = "stop"
+        else:
+            self.tokens.append(token)
+            text = self._stops.push(self._characters.push(token))
+            if self._stops.found:
+                self.finish_reason = "stop"
+            elif len(self.tokens) >= self._most:
+                self.finish_reason = "length"
+        return text if self.finish_reason is None else text + self._stops.rest()
+
+
+def write(session: DecodeSession, drafts: Sequence[Draft], logits: Logits) -> Iterator[tuple[int, str]]:
+    """Writes drafts to their ends, all of them by a token in each run.
+
+    Args:
+        session: Its sequences hold the drafts' prompts, in this order. It drops each that has ended, except the last.
+        drafts: The texts.
+        logits: What follows the prompts, float32 [drafts, vocab].
+
+    Yields:
+        The place of a draft, and a piece of its text.
+
+    Raises:
+        UsageError: The cache is full.
+        ArtifactError: onnxruntime fails on the graph.
+    """
+    places = list(range(len(drafts)))
+    while places:
+        # From the end, so that the sequence that takes the row of a dropped one has had its turn.
+        for row in reversed(range(len(places))):
+            draft = drafts[places[row]]
+            if draft.finish_reason is None and (piece := draft.add(logits[row])):
+                yield places[row], piece
+            if draft.finish_reason is not None:
+                places[row] = places[-1]
+                places.pop()
+                if places:
+                    session.drop(row)
+        if places:
+            logits = session.step([drafts[place].tokens[-1:] for place in places])[:, -1]

@@ -1,0 +1,41 @@
+"""Token ids that a model has no embedding for: some tokenizers know more tokens than their model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvslim.errors import UsageError
+
+
+def check_ids(
+    ids: Sequence[int] | npt.NDArray[np.int64], vocab_size: int, name_of: Callable[[int], str | None], where: str
+) -> None:
+    """Refuses ids beyond the embedding table.
+
+    Args:
+        ids: Of a text, any shape.
+        vocab_size: Rows of the table.
+        name_of: The tokenizer's name of a token.
+        where: Where the text comes from.
+
+    Raises:
+        UsageError: Naming the first such token.
+    """
+    found = np.asarray(ids, dtype=np.int64).ravel()
+    beyond = found[found >= vocab_size]
+    if beyond.size:
+        token = int(beyond[0])
+        raise UsageError(
+            f"{name_of(token)!r} is token {token}, but the model has embeddings for tokens 0 to {vocab_size - 1} only",
+            where=where,
+            fix="leave it out of the text, or give the tokenizer that the model was trained with",
+        )
+
+
+def knows_more(tokenizer: Any, vocab_size: int) -> bool:
+    """Whether one of transformers' tokenizers has a token beyond the embedding table; few do."""
+    return max(tokenizer.get_vocab().values(), default=0) >= vocab_size
