@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from kvslim.contract import ModelSpec, Task
 from kvslim.errors import ModelError, UnsupportedError
 from kvslim.loading.architecture import Architecture
+
+# Parts on top of an encoder, which its hidden states do not need.
+HEADS = re.compile(r"^(?:\w+\.)?(?:pooler|cls|lm_head|classifier|pre_classifier|qa_outputs|vocab_\w+)\.")
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class FolderSnapshot(Snapshot):
         text = raw.get("text_config")
         own = text.get("quantization_config") if isinstance(text, dict) else None
         found = raw.get("quantization_config") or raw.get("compression_config") or own
-        return found if isinstance(found, dict) else {}
+        return found if isinstance(found, dict) else {"quant_method": str(found)} if found else {}
 
     def _read(self) -> dict[str, Any]:
         path = self.config_file

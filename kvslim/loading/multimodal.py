@@ -17,6 +17,7 @@ from kvslim.loading.snapshot import Unread
 MULTIMODAL = ("gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 FAMILIES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 PREFIXES = {"model.language_model.": "model.", "language_model.": ""}
+SEEING = ("visual.", "vision_tower.", "multi_modal_projector.")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MROPE = ("mrope_section", "mrope_interleaved", "type")  # the last is an older name of rope_type
 
@@ -54,8 +55,9 @@ def language_config(raw: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def language_tensors(stored: Mapping[str, Unread]) -> dict[str, Unread]:
-    """The weights under the names of the language model alone; what it has no place for keeps its name."""
-    return {_plain(name): tensor for name, tensor in stored.items()}
+    """The weights of the language model alone, under its names."""
+    seeing = (*SEEING, *(f"model.{part}" for part in SEEING))
+    return {_plain(name): tensor for name, tensor in stored.items() if not name.startswith(seeing)}
 
 
 def _plain(name: str) -> str:
