@@ -222,6 +222,7 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "config_of_an_encoder": (lambda i: i.compress(model=i.model(config_json=ENCODER)), BROKEN, "-r encoder"),
     "weights_pickled": (lambda i: i.compress(model=i.pickled()), MISSING, "safetensors"),
     "weights_nan": (lambda i: i.compress(*SMALL_SETTINGS, model=i.nan_weights()), BROKEN, "not finite"),
+    "weights_left_over": (lambda i: i.compress(model=i.config(num_hidden_layers=1)), BROKEN, "does not use"),
     "weights_empty": (lambda i: i.compress(model=i.model(model_safetensors=b"")), BROKEN, "weights"),
     "weights_header_huge": (lambda i: i.compress(model=i.model(model_safetensors=b"\xff" * 64)), BROKEN, "weights"),
     "index_not_json": (lambda i: i.compress(model=i.sharded("{")), BROKEN, "index"),
@@ -245,7 +246,7 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "generation_config_broken": (
         lambda i: i.compress(model=i.model(generation_config_json="{")),
         BROKEN,
-        "weights",
+        "generation_config.json is not JSON",
     ),
     "gguf_missing": (lambda i: i.compress(model="models/mine.gguf"), MISSING, "models/mine.gguf"),
     "gguf_garbage": (lambda i: i.compress(model=i.file("a.gguf", "GGUF")), BROKEN, "GGUF file cannot be read"),
@@ -493,6 +494,16 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "graph_garbage": (lambda i: ["generate", i.artifact(), "-p", "a"], BROKEN, "graph"),
     "prompt_empty": (lambda i: ["generate", i.artifact(), "-p", ""], USAGE, "prompt is empty"),
     "top_p_over_1": (lambda i: ["generate", i.artifact(), "-p", "a", "--top-p", "2"], USAGE, "--top-p"),
+    "threads_endless": (
+        lambda i: ["generate", i.artifact(), "-p", "a", "--threads", "99999999999"],
+        USAGE,
+        "not between 1 and 1024",
+    ),
+    "threads_of_bench_endless": (
+        lambda i: ["bench", i.artifact(), "--threads", "1,2048"],
+        USAGE,
+        "2048 threads are not between",
+    ),
     "tokens_negative": (lambda i: ["generate", i.artifact(), "-p", "a", "--max-new-tokens", "-1"], USAGE, "-tokens"),
     "against_another_model": (lambda i: ["validate", i.artifact(), "--against", i.tiny], USAGE, "another shape"),
     "manifest_binary": (lambda i: ["verify", i.artifact(kvslim_json=b"\xff\x00")], BROKEN, "not JSON"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import ModelError, NotFoundError, UnsupportedError
+from kvslim.loading.config import model_config
 from kvslim.loading.snapshot import Snapshot, Unread, folder_files
 
 if TYPE_CHECKING:
@@ -71,11 +72,11 @@ class AdapterSnapshot(Snapshot):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The adapter's own tokenizer if it has one, such as one with another chat template; else the base model's."""
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoTokenizer
 
         if not (self.path / "tokenizer.json").is_file():
             return self.base.tokenizer()
-        config = AutoConfig.for_model(**self.config())
+        config = model_config(self.config(), str(self.config_file))
         return AutoTokenizer.from_pretrained(self.path, config=config, local_files_only=True)
 
     def adapted(self, model: PreTrainedModel) -> PreTrainedModel:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import ModelError, NotFoundError
+from kvslim.loading.config import model_config
+from kvslim.loading.generation import read_generation_config
 from kvslim.loading.multimodal import is_multimodal, language_config, language_tensors
 from kvslim.loading.quantised import check_scheme, dequantised
 from kvslim.loading.snapshot import Snapshot, Unread, folder_files
@@ -44,7 +46,7 @@ class FolderSnapshot(Snapshot):
         return language_config(raw, str(self.config_file)) if is_multimodal(raw) else raw
 
     def check(self) -> None:
-        """Fails early without safetensors, or if they hold codes that cannot be read.
+        """Fails early without safetensors, if they hold codes that cannot be read, or a value of a config cannot be.
 
         Pickled weights are never loaded: they can run code.
         """
@@ -57,6 +59,7 @@ class FolderSnapshot(Snapshot):
             )
         weight_files(self.path)
         check_scheme(self._quantization(), f"{self.config_file}: quantization_config")
+        self.generation_config()
 
     def tensors(self) -> Mapping[str, Unread]:
         """All stored tensors by name; each is read from its file when it is needed.
@@ -73,17 +76,14 @@ class FolderSnapshot(Snapshot):
 
     def generation_config(self) -> GenerationConfig | None:
         """generation_config.json (end and padding tokens); without it the model uses its config."""
-        from transformers import GenerationConfig
-
-        if not (self.path / "generation_config.json").is_file():
-            return None
-        return GenerationConfig.from_pretrained(self.path, local_files_only=True)
+        return read_generation_config(self.path)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the folder."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        config = model_config(self._read(), str(self.config_file))
+        return AutoTokenizer.from_pretrained(self.path, config=config, local_files_only=True)
 
     def _quantization(self) -> dict[str, Any]:
         """What config.json says of how the weights are quantised; nothing if they are not."""

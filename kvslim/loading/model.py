@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvslim.contract import ModelSpec
 from kvslim.errors import KvslimError, ModelError
+from kvslim.loading.config import model_config
 from kvslim.loading.encoders import ENCODERS, HEADS
 from kvslim.loading.matched import BUFFERS, check_matched, check_trained
 from kvslim.loading.snapshot import Snapshot
@@ -68,12 +69,11 @@ def _load(classes: Any, snapshot: Snapshot, idle: re.Pattern[str] = BUFFERS, **o
 def _read(classes: Any, snapshot: Snapshot, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model as it is stored, and what transformers tells of loading it."""
     import torch
-    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    config = AutoConfig.for_model(**snapshot.config())
+    config = model_config(snapshot.config(), str(snapshot.config_file))
     model, info = classes[type(config)].from_pretrained(
         None,
         config=config,

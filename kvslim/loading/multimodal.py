@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from kvslim.errors import ModelError
+from kvslim.loading.config import model_config
 from kvslim.loading.snapshot import Unread
 
 # Others are not here because their text part differs for text too: prefixes that are read both ways, cross-attention.
@@ -37,15 +37,9 @@ def language_config(raw: dict[str, Any], where: str) -> dict[str, Any]:
     Raises:
         ModelError: The config is broken.
     """
-    from transformers import AutoConfig
-
-    try:
-        whole = AutoConfig.for_model(**raw)
-        text = whole.get_text_config()
-        found = _as_json(text)
-    except Exception as error:  # transformers' config classes raise many exception types
-        reason = " ".join(str(error).split())
-        raise ModelError(f"config.json is broken: {reason}", where=where, fix="download the model again") from error
+    whole = model_config(raw, where)
+    text = whole.get_text_config()
+    found = _as_json(text)
     found["model_type"] = FAMILIES.get(text.model_type, text.model_type)
     found["tie_word_embeddings"] = whole.tie_word_embeddings
     found |= {name: raw[name] for name in TOKENS if raw.get(name) is not None}

@@ -6,6 +6,7 @@ from typing import Any
 
 from kvslim.contract import Frozen, ModelSpec
 from kvslim.errors import ModelError
+from kvslim.loading.config import FIX, model_config
 from kvslim.loading.model import encoder_class
 from kvslim.loading.snapshot import Snapshot
 
@@ -64,17 +65,14 @@ def count_parameters(snapshot: Snapshot, spec: ModelSpec) -> Parameters:
 def _unfilled(snapshot: Snapshot, spec: ModelSpec) -> Any:
     """The model on torch's meta device: shapes without numbers."""
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    raw = snapshot.config()
+    where = str(snapshot.config_file)
     classes, options = encoder_class(spec) if spec.is_encoder else (MODEL_FOR_CAUSAL_LM_MAPPING, {})
+    config = model_config(snapshot.config(), where)
     try:
-        config = AutoConfig.for_model(**raw)
         with torch.device("meta"):
             return classes[type(config)](config, **options)
     except Exception as error:  # modelling code raises many exception types
-        where = str(snapshot.config_file)
         reason = " ".join(str(error).split())
-        raise ModelError(
-            f"no model can be built from its config: {reason}", where=where, fix="download the model again"
-        ) from error
+        raise ModelError(f"no model can be built from its config: {reason}", where=where, fix=FIX) from error

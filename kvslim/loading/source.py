@@ -7,9 +7,10 @@ from typing import Any
 
 from kvslim.contract import ModelSpec
 from kvslim.demo import MODEL_DIR
-from kvslim.errors import ModelError, NotFoundError, UnsupportedError, UsageError
+from kvslim.errors import NotFoundError, UnsupportedError, UsageError
 from kvslim.loading.adapter import AdapterSnapshot, base_of, is_adapter
 from kvslim.loading.architecture import architecture_of
+from kvslim.loading.config import broken_config, model_config, wrong_value
 from kvslim.loading.encoders import ENCODERS, encoder_spec
 from kvslim.loading.folder import FolderSnapshot, has_weights
 from kvslim.loading.gguf import GgufSnapshot
@@ -122,14 +123,13 @@ def read_spec(snapshot: Snapshot, context: int | None = None) -> ModelSpec:
     _refuse_experts(raw, where)
     architecture_of(raw["model_type"])
     from optimum.utils import NormalizedTextConfig
-    from transformers import AutoConfig
 
+    config = model_config(raw, where)
+    _check_window(config, where)
     try:
-        config = AutoConfig.for_model(**raw)
         spec = _spec(config, NormalizedTextConfig(config), context or 0)
-    except Exception as error:  # transformers' config classes raise many exception types
-        reason = " ".join(str(error).split())
-        raise ModelError(f"config.json is broken: {reason}", where=where, fix="download the model again") from error
+    except Exception as error:  # values of another type or size than arithmetic can take
+        raise broken_config(error, raw, where) from error
     _refuse_unsupported(config, where)
     if spec.q_heads % spec.kv_heads or spec.head_dim % 8:
         raise UnsupportedError(
@@ -143,7 +143,7 @@ def read_spec(snapshot: Snapshot, context: int | None = None) -> ModelSpec:
 def _spec(config: Any, names: Any, context: int) -> ModelSpec:
     q_heads = int(names.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or names.hidden_size // q_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or q_heads
+    kv_heads = _own(config, "num_key_value_heads") or q_heads
     sizes = (names.hidden_size, names.num_layers, head_dim, kv_heads, config.vocab_size, _max_context(config, context))
     if min(sizes) < 1:
         raise ValueError("sizes must be positive")
@@ -170,11 +170,28 @@ def _max_context(config: Any, context: int) -> int:
 
 def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
     """The window of each layer; None if the window holds the whole context."""
-    window = getattr(config, "sliding_window", None)
-    if window is None or window >= config.max_position_embeddings or not getattr(config, "use_sliding_window", True):
+    window = _window(config)
+    if window is None or window >= config.max_position_embeddings:
         return (None,) * layers
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    kinds = _own(config, "layer_types") or ["sliding_attention"] * layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _window(config: Any) -> int | None:
+    """The window of layers that have one."""
+    window: int | None = _own(config, "sliding_window")
+    return window if getattr(config, "use_sliding_window", True) else None
+
+
+def _own(config: Any, key: str) -> Any:
+    """A value that a family's modelling code reads; of others, transformers keeps what config.json says unread."""
+    return getattr(config, key) if hasattr(type(config), key) else None
+
+
+def _check_window(config: Any, where: str) -> None:
+    window = _window(config)
+    if window is not None and window < 1:
+        raise wrong_value("sliding_window", window, "a layer must see one token at least; null is no window", where)
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:
