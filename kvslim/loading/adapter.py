@@ -80,7 +80,19 @@ class AdapterSnapshot(Snapshot):
         return AutoTokenizer.from_pretrained(self.path, config=config, local_files_only=True)
 
     def adapted(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The model with the adapter merged into its weights, one matrix after the other."""
+        """The model with the adapter merged into its weights, one matrix after the other.
+
+        Raises:
+            ModelError: The adapter cannot be read, or does not fit its base.
+        """
+        try:
+            return self._merged(model)
+        except Exception as error:  # peft, safetensors and torch each raise their own exception types
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            fix = f"set base_model_name_or_path to the model that it was trained on, or {MERGE}"
+            raise ModelError(f"cannot merge the adapter: {reason}", where=str(self.path), fix=fix) from error
+
+    def _merged(self, model: PreTrainedModel) -> PreTrainedModel:
         from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
         from safetensors.torch import load_file
 

@@ -53,6 +53,7 @@ WHOLE = frozenset({"original_max_position_embeddings", "top_k"})
 EPSILONS = frozenset({"layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "rms_norm_eps"})
 NUMBERS = POSITIVE | SHARES | WHOLE | EPSILONS | {"temperature"}
 ACTIVATIONS = ("activation_function", "activation", "hidden_act", "hidden_activation")
+OLD_LONGROPE = ("su", "yarn")
 FIELD = re.compile(r"alidation error for field '(\w+)'")
 FIX = "correct it, or download the model again"
 
@@ -70,7 +71,7 @@ def model_config(raw: Mapping[str, Any], where: str) -> Any:
     from transformers import AutoConfig
     from transformers.activations import ACT2FN
 
-    kept = _without_how_to_run(raw)
+    kept = _with_names_of_today(_without_how_to_run(raw))
     for key, value in _values(kept):
         if fault := number_fault(key, value):
             raise wrong_value(key, value, fault, where)
@@ -107,6 +108,18 @@ def _without_how_to_run(raw: Mapping[str, Any]) -> dict[str, Any]:
         key: _without_how_to_run(value) if isinstance(value, Mapping) else value
         for key, value in raw.items()
         if key not in HOW_TO_RUN
+    }
+
+
+def _with_names_of_today(raw: dict[str, Any]) -> dict[str, Any]:
+    """The first configs of Phi-3 call LongRoPE `su` or `yarn`, and transformers would miss what these names ask for."""
+    if raw.get("model_type") != "phi3":
+        return raw
+    ropes = {key: raw[key] for key in ("rope_scaling", "rope_parameters") if isinstance(raw.get(key), Mapping)}
+    kinds = {"type", "rope_type"}
+    return raw | {
+        key: {name: "longrope" if name in kinds and value in OLD_LONGROPE else value for name, value in rope.items()}
+        for key, rope in ropes.items()
     }
 
 

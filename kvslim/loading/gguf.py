@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvslim.errors import KvslimError, ModelError, UnsupportedError, suggestion
+from kvslim.errors import KvslimError, ModelError, UnsupportedError
 from kvslim.loading.config import model_config
 from kvslim.loading.generation import generation_config
 from kvslim.loading.gguf_config import GGUF_ARCHITECTURES, ROPE_TENSORS, Restore, gguf_config
@@ -157,12 +157,16 @@ class GgufSnapshot(Snapshot):
             raise self._broken(_reason(error)) from error
 
     def _check_architecture(self) -> None:
-        name = self._header[0]["general.architecture"]
+        metadata = self._header[0]
+        if (kind := metadata.get("general.type", "model")) != "model":
+            fix = "give the model's own file; an adapter must be merged into it first (llama-export-lora)"
+            raise UnsupportedError(f"this GGUF file holds no model but {kind!r}", where=str(self.path), fix=fix)
+        name = metadata.get("general.architecture")
         if name not in GGUF_ARCHITECTURES:
             raise UnsupportedError(
                 f"GGUF files of architecture {name!r} are not supported",
                 where=f"{self.path}: general.architecture",
-                fix=f"{suggestion(name, GGUF_ARCHITECTURES)}; or give the safetensors that the file was made from",
+                fix=f"supported: {', '.join(GGUF_ARCHITECTURES)}; or give the safetensors that the file was made from",
             )
 
     def _rope_factors(self) -> dict[str, Any]:

@@ -14,10 +14,12 @@ from kvslim.loading.config import broken_config, model_config, wrong_value
 from kvslim.loading.encoders import ENCODERS, encoder_spec
 from kvslim.loading.folder import FolderSnapshot, has_weights
 from kvslim.loading.gguf import GgufSnapshot
+from kvslim.loading.kinds import refuse_kind
+from kvslim.loading.places import is_gguf, no_model, refuse_artifact, refuse_folder
 from kvslim.loading.snapshot import Snapshot
 
 STATIC_ROPE = {"default", "linear", "llama3", "longrope", "yarn"}
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+LENGTH_ROPE = {"dynamic", "ntk"}
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
 
 
@@ -29,7 +31,7 @@ def resolve(model: str) -> Snapshot:
 
     Raises:
         NotFoundError: No such folder, no such model on the hub, or the hub cannot be reached.
-        UsageError: The folder holds several GGUF files.
+        UsageError: The folder holds several GGUF files, or is an artifact.
         ModelError, UnsupportedError: A LoRA adapter does not say what it was trained on, or that is an adapter too.
     """
     if model == "demo":
@@ -37,17 +39,13 @@ def resolve(model: str) -> Snapshot:
     path = Path(model).expanduser()
     if path.is_dir():
         return _opened(path.resolve(), model)
-    if path.is_file() and path.suffix == ".gguf":
+    if is_gguf(path):
         return GgufSnapshot(path.parent.resolve() / path.name, model)
     name, _, revision = model.partition("@")
     repository, _, file = name.partition(":")
     looks_local = path.is_absolute() or model.startswith((".", "~")) or repository.count("/") != 1
     if looks_local or path.exists() or repository.endswith(".gguf"):
-        raise NotFoundError(
-            f"{model!r} is not a model folder or a .gguf file",
-            where="MODEL",
-            fix="give `demo`, a folder with config.json, a .gguf file, a hub id, or org/name:FILE.gguf",
-        )
+        raise no_model(model)
     path = _download(repository, file, revision or None)
     return GgufSnapshot(path, name, revision or None) if file else _opened(path, name, revision or None)
 
@@ -56,6 +54,7 @@ def _opened(folder: Path, model: str, revision: str | None = None) -> Snapshot:
     """The model in a folder: an adapter, a GGUF file without safetensors beside it, or else a model."""
     if has_weights(folder):
         return FolderSnapshot(folder, model, revision)
+    refuse_artifact(folder)
     if is_adapter(folder):
         return AdapterSnapshot(folder, model, revision, base=_base_model(folder))
     files = [path for path in sorted(folder.glob("*.gguf")) if not path.name.startswith("mmproj")]  # those only see
@@ -63,7 +62,11 @@ def _opened(folder: Path, model: str, revision: str | None = None) -> Snapshot:
         names = ", ".join(path.name for path in files)
         fix = f"name one of them, such as {model.rstrip('/')}/{files[0].name}"
         raise UsageError(f"the folder holds several GGUF files: {names}", where=str(folder), fix=fix)
-    return GgufSnapshot(files[0], model, revision) if files else FolderSnapshot(folder, model, revision)
+    if files:
+        return GgufSnapshot(files[0], model, revision)
+    if not (folder / "config.json").exists():
+        refuse_folder(folder)
+    return FolderSnapshot(folder, model, revision)
 
 
 def _base_model(folder: Path) -> Snapshot:
@@ -120,7 +123,7 @@ def read_spec(snapshot: Snapshot, context: int | None = None) -> ModelSpec:
     raw, where = snapshot.config(), str(snapshot.config_file)
     if raw["model_type"] in ENCODERS:
         return encoder_spec(raw, where)
-    _refuse_experts(raw, where)
+    refuse_kind(raw, where)
     architecture_of(raw["model_type"])
     from optimum.utils import NormalizedTextConfig
 
@@ -201,15 +204,6 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
     return nested or [rope]
 
 
-def _refuse_experts(raw: dict[str, Any], where: str) -> None:
-    if any(raw.get(key) for key in EXPERTS):
-        raise UnsupportedError(
-            f"{raw['model_type']!r} is a mixture of experts, which KVSlim does not support",
-            where=where,
-            fix="use a dense model",
-        )
-
-
 def _refuse_unsupported(config: Any, where: str) -> None:
     if getattr(config, "use_bidirectional_attention", False):
         raise UnsupportedError(
@@ -218,8 +212,7 @@ def _refuse_unsupported(config: Any, where: str) -> None:
     for rope in _ropes(config):
         kind = rope.get("rope_type", "default")
         if kind not in STATIC_ROPE:
+            fault = "changes its frequencies with the length of the text" if kind in LENGTH_ROPE else "is not known"
             raise UnsupportedError(
-                f"RoPE scaling {kind!r} changes its frequencies with the length of the text",
-                where=where,
-                fix=f"supported: {', '.join(sorted(STATIC_ROPE))}",
+                f"RoPE scaling {kind!r} {fault}", where=where, fix=f"supported: {', '.join(sorted(STATIC_ROPE))}"
             )
