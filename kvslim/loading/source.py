@@ -147,7 +147,8 @@ def _spec(config: Any, names: Any, context: int) -> ModelSpec:
     q_heads = int(names.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or names.hidden_size // q_heads
     kv_heads = _own(config, "num_key_value_heads") or q_heads
-    sizes = (names.hidden_size, names.num_layers, head_dim, kv_heads, config.vocab_size, _max_context(config, context))
+    max_context = _max_context(config, context)
+    sizes = (names.hidden_size, names.num_layers, head_dim, kv_heads, config.vocab_size, max_context)
     if min(sizes) < 1:
         raise ValueError("sizes must be positive")
     return ModelSpec(
@@ -158,23 +159,24 @@ def _spec(config: Any, names: Any, context: int) -> ModelSpec:
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=config.vocab_size,
-        max_context=_max_context(config, context),
-        windows=_windows(config, names.num_layers),
+        max_context=max_context,
+        windows=_windows(config, names.num_layers, max_context),
     )
 
 
 def _max_context(config: Any, context: int) -> int:
+    """The positions of a model; where scaled RoPE was added and their number left as it was, those that it reaches."""
     rope = _ropes(config)[0]
-    original = rope.get("original_max_position_embeddings", 0)
-    if rope.get("rope_type") == "longrope" and context <= original:
-        return int(original)
-    return int(config.max_position_embeddings)
+    positions, original = config.max_position_embeddings, rope.get("original_max_position_embeddings", 0)
+    if rope.get("rope_type") == "longrope":
+        return int(original if context <= original else positions)
+    return int(positions if positions > original else max(positions, original * (rope.get("factor") or 1)))
 
 
-def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
+def _windows(config: Any, layers: int, max_context: int) -> tuple[int | None, ...]:
     """The window of each layer; None if the window holds the whole context."""
     window = _window(config)
-    if window is None or window >= config.max_position_embeddings:
+    if window is None or window >= max_context:
         return (None,) * layers
     kinds = _own(config, "layer_types") or ["sliding_attention"] * layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

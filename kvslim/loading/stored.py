@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from kvslim.errors import KvslimError, ModelError, UnsupportedError
+from kvslim.loading.adapter import MERGE
 
 POINTER = b"version https://git-lfs"
-MERGE = "merge the adapter where it was trained (merge_and_unload of peft) and save the result with save_pretrained"
 CODES_FIX = (
     "put the quantization_config back; if its scheme is not read, give the checkpoint that this one was made from"
 )
