@@ -65,6 +65,7 @@ BROKEN: dict[str, tuple[Edit, dict[str, Any], str, str]] = {
     "vanishing": (scaled("model.embed_tokens.weight", 1e-12), {}, "embed_tokens.* all alike", "trained"),
     "large": (scaled("lm_head.weight", 1e4), {}, r"lm_head.* spread by 99", "trained"),
     "overflowing": (scaled(f"{MLP}.up_proj.weight", 1e30), {}, r"up_proj.* spread by 1e\+29", "trained"),
+    "norm_of_millions": (scaled("model.norm.weight", 1e7), {}, r"norm.* an entry is 1e\+07", "trained"),
     "codes": (in_float8, {}, "spread by .* without their scales", "trained"),
     "infinite": (scaled("model.norm.weight", torch.inf), {}, "not finite, first 'model.norm", "diverged"),
 }

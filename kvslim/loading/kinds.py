@@ -16,7 +16,7 @@ RECURRENT = ("rwkv", "xlstm")  # whose configs have no key that tells
 STATES = re.compile(
     r"^(n_|use_)?(mamba|ssm_|linear_(conv|key|value|num)|conv_(kernel|L_)|state_size|lru_width|hybrid_)"
 )
-ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
+STATE_LAYERS = re.compile("mamba|linear|recurrent|conv|ssm|delta|hybrid|retention|rwkv")
 
 
 def refuse_kind(raw: Mapping[str, Any], where: str) -> None:
@@ -31,16 +31,13 @@ def refuse_kind(raw: Mapping[str, Any], where: str) -> None:
     """
     family, described = raw["model_type"], _described(raw)
     if any(isinstance(described.get(part), Mapping) for part in PARTS):
-        kind, fix = (
-            "has parts that see or hear, and is none of those whose language part is read",
-            _whole_fix(described),
-        )
+        kind, fix = "has parts that see or hear, and its language part is not read", _whole_fix(described)
     elif described.get("is_encoder_decoder"):
         kind, fix = "reads with an encoder and writes with a decoder", "use a model that is a decoder alone"
     elif family in RECURRENT or _keeps_states(described):
         kind, fix = (
             "has layers that keep a state in place of keys and values",
-            "use a model whose layers all have attention",
+            "use one whose layers all have attention",
         )
     elif any(described.get(key) for key in EXPERTS):
         kind, fix = "is a mixture of experts, which KVSlim does not support", "use a dense model"
@@ -63,7 +60,7 @@ def _described(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _keeps_states(described: Mapping[str, Any]) -> bool:
     kinds = described.get("layer_types") or described.get("layers_block_type") or ()
-    return bool(set(kinds) - ATTENTION) or any(STATES.match(key) for key in described)
+    return any(STATE_LAYERS.search(str(kind)) for kind in kinds) or any(STATES.match(key) for key in described)
 
 
 def _whole_fix(described: Mapping[str, Any]) -> str:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 BUFFERS = re.compile(r"(^|\.)(attn\.(masked_)?bias|rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids)$")
 SCALES = re.compile(r"scale|zero_point|zeros|absmax", re.IGNORECASE)
 LAYER = re.compile(r"\.(?:layers?|h)\.(\d+)\.")
-SPREADS = (1e-8, 10.0)  # Trained matrices of language models are between 1e-3 and 1; codes without a scale are above.
+# Trained matrices of language models spread by 1e-3 to 1; codes without their scale, by more than the most.
+LEAST_SPREAD, MOST_SPREAD = 1e-8, 10.0
+LARGEST = 1e6  # Norms and biases of released models reach a thousand.
 CONFIG_FIX = "use the config.json that was saved with these weights"
 TRAINED_FIX = "save it again from the model that was trained, with all its parts gathered and its scales applied"
 
@@ -41,7 +43,8 @@ def check_matched(info: Mapping[str, Any], config: Any, where: str, idle: re.Pat
             fix=_shape_fix(stored, expected, config),
         )
     if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"{len(missing)} weights are missing, first {missing[0]!r}", where=where, fix=CONFIG_FIX)
+        fix = f"give all files of the weights, and {CONFIG_FIX}"
+        raise ModelError(f"{len(missing)} weights are missing, first {missing[0]!r}", where=where, fix=fix)
     unused = sorted(name for name in info["unexpected_keys"] if not BUFFERS.search(name) and not idle.search(name))
     if unused:
         raise ModelError(
@@ -64,17 +67,21 @@ def check_trained(model: PreTrainedModel, where: str) -> None:
         if not weight.sum(dtype=torch.float64).isfinite():
             fix = "download the model again; if it is your own, its training diverged"
             raise ModelError(f"weights are not finite, first {name!r}", where=where, fix=fix)
-        if weight.ndim == 2 and min(weight.shape) > 1 and (fault := _untrained(weight)):
+        if fault := _untrained(weight.detach()):
             raise ModelError(f"nobody trained {name!r}: {fault}", where=where, fix=TRAINED_FIX)
 
 
 def _untrained(weight: torch.Tensor) -> str | None:
-    """What shows that a matrix was not trained."""
-    least, most = SPREADS
-    spread = float(weight.detach().std())
-    if spread < least:
+    """What shows that a weight was not trained."""
+    if weight.ndim < 2 or min(weight.shape) == 1:  # a vector may well be zero, such as an unused bias
+        largest = float(weight.abs().max())
+        return f"an entry is {largest:.3g}" if largest > LARGEST else None
+    spread = float(weight.std())
+    if spread < LEAST_SPREAD:
         return "its entries are all alike" if weight.any() else "its entries are all zero"
-    return f"its entries spread by {spread:.3g}, as codes do without their scales" if not spread <= most else None
+    return (
+        f"its entries spread by {spread:.3g}, as codes do without their scales" if not spread <= MOST_SPREAD else None
+    )
 
 
 def _shape_fix(stored: Iterable[int], expected: Iterable[int], config: Any) -> str:

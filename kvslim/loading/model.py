@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvslim.contract import ModelSpec
 from kvslim.errors import KvslimError, ModelError
-from kvslim.loading.config import model_config
+from kvslim.loading.config import FIX, model_config
 from kvslim.loading.encoders import ENCODERS, HEADS
 from kvslim.loading.matched import BUFFERS, check_matched, check_trained
 from kvslim.loading.snapshot import Snapshot
@@ -49,9 +49,28 @@ def encoder_class(spec: ModelSpec) -> tuple[Any, dict[str, bool]]:
     return MODEL_MAPPING, {"add_pooling_layer": False} if ENCODERS[spec.model_type].pooler else {}
 
 
+def empty_model(classes: Any, snapshot: Snapshot, **options: Any) -> PreTrainedModel:
+    """The model of a task's class for its config on torch's meta device: shapes without numbers.
+
+    Raises:
+        ModelError: The config describes no model that can be built.
+    """
+    import torch
+
+    where = str(snapshot.config_file)
+    config = model_config(snapshot.config(), where)
+    try:
+        with torch.device("meta"):
+            return classes[type(config)](config, **options)
+    except Exception as error:  # modelling code raises many exception types
+        reason = " ".join(str(error).split())
+        raise ModelError(f"no model can be built from its config: {reason}", where=where, fix=FIX) from error
+
+
 def _load(classes: Any, snapshot: Snapshot, idle: re.Pattern[str] = BUFFERS, **options: Any) -> PreTrainedModel:
     """The model of a task's class for its config; `idle` are names of stored tensors that it may leave unused."""
     where = str(snapshot.path)
+    empty_model(classes, snapshot, **options)  # whatever fails later is the fault of the weights
     try:
         model, info = _read(classes, snapshot, **options)
         check_matched(info, model.config, where, idle)

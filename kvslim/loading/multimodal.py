@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from kvslim.loading.config import model_config
+from kvslim.loading.config import TOKENS, model_config
 from kvslim.loading.snapshot import Unread
 
 # Others are not here because their text part differs for text too: prefixes that are read both ways, cross-attention.
@@ -18,7 +18,6 @@ MULTIMODAL = ("gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 FAMILIES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 PREFIXES = {"model.language_model.": "model.", "language_model.": ""}
 SEEING = ("visual.", "vision_tower.", "multi_modal_projector.")
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MROPE = ("mrope_section", "mrope_interleaved", "type")  # the last is an older name of rope_type
 
 

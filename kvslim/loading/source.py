@@ -185,7 +185,7 @@ def _windows(config: Any, layers: int, max_context: int) -> tuple[int | None, ..
 def _window(config: Any) -> int | None:
     """The window of layers that have one."""
     window: int | None = _own(config, "sliding_window")
-    return window if getattr(config, "use_sliding_window", True) else None
+    return None if _own(config, "use_sliding_window") is False else window
 
 
 def _own(config: Any, key: str) -> Any:
