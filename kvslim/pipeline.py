@@ -150,8 +150,8 @@ def _checked(model: str, recipe: Recipe) -> tuple[Snapshot, ModelSpec]:
     """A model that a recipe fits; all that can fail cheaply fails here, before any weight is read."""
     snapshot = resolve(model)
     spec = recipe.fitted(read_spec(snapshot, recipe.calibration.context))
-    snapshot.check()
     checks.check_recipe(recipe, spec)
+    snapshot.check()
     for settings in (recipe.calibration, recipe.validation):
         check_source(settings.source)
     return snapshot, spec

@@ -49,6 +49,8 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str, str]] = {
         "sliding_window",
         "null is no window",
     ),
+    "window_huge": ("mistral", CONFIG, {"sliding_window": 10**20}, "sliding_window", "too large"),
+    "window_lacking": ("gemma2", CONFIG, {"sliding_window": None}, "sliding_window", "layer_types names layers"),
     "epsilon_infinite": ("qwen2", CONFIG, {"rms_norm_eps": float("inf")}, "rms_norm_eps", "not a finite number"),
     "epsilon_negative": ("gpt_neox", CONFIG, {"layer_norm_eps": -1e-5}, "layer_norm_eps", "not be negative"),
     "theta_of_zero": ("llama", CONFIG, rope(rope_theta=0.0), "rope_theta", "must be positive"),
@@ -136,6 +138,8 @@ ACCEPTED: dict[str, tuple[str, dict[str, Any]]] = {
     "states": ("gpt_neox", {"output_hidden_states": True, "output_attentions": True, "use_cache": False}),
     "window_of_no_use": ("qwen2", {"sliding_window": 0, "use_sliding_window": False}),
     "window_unread": ("llama", {"sliding_window": 4}),
+    "window_unread_of_any_type": ("gpt2", {"sliding_window": "none"}),
+    "heads_unread": ("gpt_neox", {"head_dim": 99}),
     "kinds_unread": ("mistral", {"layer_types": ["full_attention"] * 2}),
     "kv_heads_unread": ("gpt2", {"num_key_value_heads": 2}),
 }

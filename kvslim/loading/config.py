@@ -52,6 +52,11 @@ SHARES = frozenset({"min_p", "partial_rotary_factor", "rotary_pct", "top_p", "ty
 WHOLE = frozenset({"original_max_position_embeddings", "top_k"})
 EPSILONS = frozenset({"layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "rms_norm_eps"})
 NUMBERS = POSITIVE | SHARES | WHOLE | EPSILONS | {"temperature"}
+# What configs carry over from other families. transformers keeps a key that a family does not have as an attribute, and
+# its caches and KVSlim would read it where the modelling code does not.
+STRAYS = ("layer_types", "num_key_value_heads", "sliding_window", "use_sliding_window")
+HEADS_DIVIDE = ("gpt2", "gpt_neox", "opt", "stablelm")  # families that read no head_dim
+LARGEST = 2**63 - 1
 ACTIVATIONS = ("activation_function", "activation", "hidden_act", "hidden_activation")
 OLD_LONGROPE = ("su", "yarn")
 FIELD = re.compile(r"alidation error for field '(\w+)'")
@@ -80,11 +85,18 @@ def model_config(raw: Mapping[str, Any], where: str) -> Any:
             raise wrong_value(key, kept[key], "no activation of transformers", where)
     try:
         config = AutoConfig.for_model(**kept)
+        _drop_strays(config)
         for key in TOKENS:
             setattr(config, key, _known(getattr(config, key, None), config.get_text_config().vocab_size))
     except Exception as error:  # transformers' config classes raise many exception types
         raise broken_config(error, kept, where) from error
     return config
+
+
+def _drop_strays(config: Any) -> None:
+    for key in (*STRAYS, *(["head_dim"] if config.model_type in HEADS_DIVIDE else [])):
+        if key in vars(config) and not hasattr(type(config), key):
+            delattr(config, key)
 
 
 def broken_config(error: Exception, raw: Mapping[str, Any], where: str) -> ModelError:
@@ -138,6 +150,8 @@ def number_fault(key: str, value: Any) -> str | None:
     """What is wrong with a number; nothing where it is not given, or transformers checks it."""
     if isinstance(value, float) and not math.isfinite(value):
         return "this is not a finite number"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return "this is too large"
     if value is None or key not in NUMBERS:
         return None
     if isinstance(value, bool) or not isinstance(value, int if key in WHOLE else int | float):

@@ -59,8 +59,8 @@ def _described(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _keeps_states(described: Mapping[str, Any]) -> bool:
-    kinds = described.get("layer_types") or described.get("layers_block_type") or ()
-    return any(STATE_LAYERS.search(str(kind)) for kind in kinds) or any(STATES.match(key) for key in described)
+    kinds = f"{described.get('layer_types')} {described.get('layers_block_type')}"
+    return STATE_LAYERS.search(kinds) is not None or any(STATES.match(key) for key in described)
 
 
 def _whole_fix(described: Mapping[str, Any]) -> str:

@@ -146,7 +146,7 @@ def read_spec(snapshot: Snapshot, context: int | None = None) -> ModelSpec:
 def _spec(config: Any, names: Any, context: int) -> ModelSpec:
     q_heads = int(names.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or names.hidden_size // q_heads
-    kv_heads = _own(config, "num_key_value_heads") or q_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or q_heads
     max_context = _max_context(config, context)
     sizes = (names.hidden_size, names.num_layers, head_dim, kv_heads, config.vocab_size, max_context)
     if min(sizes) < 1:
@@ -178,25 +178,22 @@ def _windows(config: Any, layers: int, max_context: int) -> tuple[int | None, ..
     window = _window(config)
     if window is None or window >= max_context:
         return (None,) * layers
-    kinds = _own(config, "layer_types") or ["sliding_attention"] * layers
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _window(config: Any) -> int | None:
     """The window of layers that have one."""
-    window: int | None = _own(config, "sliding_window")
-    return None if _own(config, "use_sliding_window") is False else window
-
-
-def _own(config: Any, key: str) -> Any:
-    """A value that a family's modelling code reads; of others, transformers keeps what config.json says unread."""
-    return getattr(config, key) if hasattr(type(config), key) else None
+    window: int | None = getattr(config, "sliding_window", None)
+    return window if getattr(config, "use_sliding_window", True) else None
 
 
 def _check_window(config: Any, where: str) -> None:
     window = _window(config)
     if window is not None and window < 1:
         raise wrong_value("sliding_window", window, "a layer must see one token at least; null is no window", where)
+    if window is None and "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise wrong_value("sliding_window", window, "layer_types names layers that have one", where)
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:
@@ -213,8 +210,9 @@ def _refuse_unsupported(config: Any, where: str) -> None:
         )
     for rope in _ropes(config):
         kind = rope.get("rope_type", "default")
-        if kind not in STATIC_ROPE:
-            fault = "changes its frequencies with the length of the text" if kind in LENGTH_ROPE else "is not known"
+        if str(kind) not in STATIC_ROPE:
+            scaled = str(kind) in LENGTH_ROPE
+            fault = "changes its frequencies with the length of the text" if scaled else "is not known"
             raise UnsupportedError(
                 f"RoPE scaling {kind!r} {fault}", where=where, fix=f"supported: {', '.join(sorted(STATIC_ROPE))}"
             )
