@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -14,9 +15,11 @@ from kvslim.loading.config import model_config
 from kvslim.loading.snapshot import Snapshot, Unread, folder_files
 
 if TYPE_CHECKING:
+    import torch
     from transformers import GenerationConfig, PreTrainedModel
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+STARTS_AT_ZERO = re.compile(r"\.lora_(B|embedding_A)\b")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MERGE = "merge it where it was trained (merge_and_unload of peft) and save the result with save_pretrained"
@@ -87,6 +90,8 @@ class AdapterSnapshot(Snapshot):
         """
         try:
             return self._merged(model)
+        except ModelError:
+            raise
         except Exception as error:  # peft, safetensors and torch each raise their own exception types
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             fix = f"set base_model_name_or_path to the model that it was trained on, or {MERGE}"
@@ -99,11 +104,20 @@ class AdapterSnapshot(Snapshot):
         config = PeftConfig.from_pretrained(str(self.path))
         config.base_model_name_or_path = None  # else peft warns that the model in memory has no name
         wrapped = get_peft_model(model, config)
-        result = set_peft_model_state_dict(wrapped, load_file(self.path / ADAPTER_WEIGHTS))
+        matrices = load_file(self.path / ADAPTER_WEIGHTS)
+        self._check_trained(matrices)
+        result = set_peft_model_state_dict(wrapped, matrices)
         if result.unexpected_keys:
             raise ValueError(f"the adapter changes {result.unexpected_keys[0]!r}, which its base model does not have")
         merged: PreTrainedModel = wrapped.merge_and_unload()
         return merged
+
+    def _check_trained(self, matrices: Mapping[str, torch.Tensor]) -> None:
+        """Refuses an adapter whose matrices are as they are before training: one of each pair is zero."""
+        started = [matrix for name, matrix in matrices.items() if STARTS_AT_ZERO.search(name)]
+        if started and not any(matrix.any() for matrix in started):
+            message = f"nobody trained this adapter: {len(started)} of its matrices are all zero, so it changes nothing"
+            raise ModelError(message, where=str(self.path), fix="save it after training, or give its base model alone")
 
 
 def is_adapter(folder: Path) -> bool:

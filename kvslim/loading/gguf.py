@@ -178,7 +178,9 @@ class GgufSnapshot(Snapshot):
 
     def _broken(self, reason: str) -> ModelError:
         return ModelError(
-            f"the GGUF file cannot be read: {reason}", where=str(self.path), fix="download the file again"
+            f"the GGUF file cannot be read: {reason}",
+            where=str(self.path),
+            fix="download the file again, or give the safetensors that it was made from",
         )
 
 
