@@ -20,7 +20,7 @@ from kvslim.planning.analyze import analyze as analyze_layers
 from kvslim.planning.decide import PlanSummary, planned
 from kvslim.prepared.base import PreparedModel, prepare
 from kvslim.progress import Progress, Silent
-from kvslim.recipe import Gates, Recipe, parse_recipe
+from kvslim.recipe import DEFAULT_POSITIONS, Gates, Recipe, parse_recipe
 from kvslim.report.describe import describe
 from kvslim.types import KVLayout, Manifest, Plan, PlanPoint, Report
 from kvslim.validation.bench import BenchResult, Grid, bench_all
@@ -118,7 +118,9 @@ def validate(
     progress = progress or Silent()
     manifest = read_manifest(artifact)
     recipe = parse_recipe(manifest.recipe, where=str(artifact)).gated(gates or Gates())
-    recipe = recipe.model_copy(update={"weights": manifest.weights, "positions": manifest.spec.max_context})
+    # Artifacts of KVSlim 0.1 have all positions of their model.
+    positions = recipe.positions or max(manifest.spec.max_context, DEFAULT_POSITIONS)
+    recipe = recipe.model_copy(update={"weights": manifest.weights, "positions": positions})
     snapshot, spec = _checked(against or _source_of(artifact, manifest), recipe)
     if spec != manifest.spec:
         raise UsageError("the model has another shape than the artifact's", where="--against", fix="give its own model")

@@ -12,10 +12,12 @@ import numpy as np
 import onnx
 import pytest
 from support.models import export_slim, open_prepared, original_logits, recipe_of, torch_logits
+from support.tiny_artifact import fill
 
 from kvslim import pipeline
 from kvslim.contract import ModelSpec
 from kvslim.errors import OutputError, UsageError
+from kvslim.export.manifest import read_manifest, write_manifest
 from kvslim.loading.source import read_spec, resolve
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Silent
@@ -153,3 +155,24 @@ def test_disk_is_asked_for_the_rope_of_all_positions(
             pipeline.compress(str(model), recipe, tmp_path / "out")
     assert asked[1] - asked[0] == 2 * 4 * 16 * (MILLION - 32768)
     assert asked[0] > 4 * resolve(str(model)).stored_bytes
+
+
+@pytest.mark.parametrize(("stored", "asked", "expected"), [(131072, None, 131072), (512, None, 32768), (512, 512, 512)])
+def test_model_of_an_artifact_gets_the_artifacts_positions_when_it_is_validated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: int, asked: int | None, expected: int
+) -> None:
+    fill(tmp_path)
+    made = read_manifest(tmp_path)
+    spec, recipe = made.spec.model_copy(update={"max_context": stored}), {**made.recipe, "positions": asked}
+    write_manifest(tmp_path, made.model_copy(update={"spec": spec, "recipe": recipe}))
+    seen: list[Recipe] = []
+
+    def check(model: str, recipe: Recipe) -> None:
+        seen.append(recipe)
+        raise UsageError("enough", where=model, fix="stop")
+
+    monkeypatch.setattr(pipeline, "_checked", check)
+    with pytest.raises(UsageError, match="enough"):
+        pipeline.validate(tmp_path)
+    assert seen[0].positions == expected
+    assert seen[0].fitted(spec_of(stored)).max_context == stored
