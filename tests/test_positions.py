@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from support.models import export_slim, open_prepared, original_logits, recipe_of, torch_logits
+from support.models import open_prepared, original_logits, recipe_of, torch_logits
 from support.tiny_artifact import fill
 
 from kvslim import pipeline
@@ -22,6 +22,7 @@ from kvslim.loading.source import read_spec, resolve
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Silent
 from kvslim.recipe import Calibration, Recipe, parse_recipe
+from kvslim.types import Plan
 
 MILLION = 1_024_000
 
@@ -133,8 +134,8 @@ def test_graph_stores_rope_of_the_positions_that_are_wanted(tiny_llama: Path, tm
     model = with_config(tiny_llama, tmp_path / "model", max_position_embeddings=MILLION)
     snapshot, recipe = resolve(str(model)), recipe_of().model_copy(update={"positions": 104})
     spec = recipe.fitted(read_spec(snapshot))
-    export_slim(PreparedDecoder(snapshot, spec, recipe, Silent()), tmp_path / "slim")
-    tables = [tensor for tensor in onnx.load(tmp_path / "slim" / "model.onnx").graph.initializer if 104 in tensor.dims]
+    PreparedDecoder(snapshot, spec, recipe, Silent()).export(Plan.identity(spec), tmp_path)
+    tables = [tensor for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer if 104 in tensor.dims]
     assert {tuple(tensor.dims) for tensor in tables} == {(104, 8)}
     assert sum(4 * int(np.prod(tensor.dims)) for tensor in tables) == spec.rope_bytes
 
