@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvslim.errors import KvslimError, ModelError, UnsupportedError
+from kvslim.errors import ModelError, UnsupportedError
 from kvslim.loading.adapter import MERGE
 
 POINTER = b"version https://git-lfs"
@@ -51,7 +51,7 @@ def open_tensors(files: Sequence[Path]) -> dict[str, Any]:
     for path in files:
         try:
             file = safe_open(path, framework="pt", backend="pread")
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:
             raise _unreadable(path, error) from error
         found |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     return found
@@ -110,7 +110,7 @@ def _is_whole(tensor: Any) -> bool:
     return WHOLE_NUMBERS.match(tensor.get_dtype()) is not None
 
 
-def _unreadable(path: Path, error: Exception) -> KvslimError:
+def _unreadable(path: Path, error: Exception) -> ModelError:
     with path.open("rb") as file:
         start = file.read(len(POINTER))
     if start == POINTER:
