@@ -12,6 +12,7 @@ from kvslim.loading.snapshot import Snapshot
 from kvslim.methods.prune_heads import check_heads
 from kvslim.methods.share_kv import check_sources
 from kvslim.recipe import Recipe
+from kvslim.runtime.opening import check_threads
 from kvslim.types import LayerPlan, Plan
 from kvslim.validation.bench import Grid
 
@@ -128,11 +129,14 @@ def check_cache(spec: ModelSpec, lack: str) -> None:
 
 
 def check_grid(artifacts: Sequence[Path], specs: Sequence[ModelSpec], grid: Grid) -> None:
-    """Refuses to time decoders among encoders, and lengths beyond a model's positions.
+    """Refuses to time decoders among encoders, lengths beyond a model's positions, and threads beyond reason.
 
     Raises:
         UsageError: Naming the option or the artifact.
     """
+    for threads in grid.threads:
+        if threads is not None:
+            check_threads(threads)
     if any(spec.is_encoder for spec in specs):
         _check_encoders(specs, grid.prompts)
     else:

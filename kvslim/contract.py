@@ -60,6 +60,11 @@ class ModelSpec(Frozen):
         """Query heads that read one kv head."""
         return self.q_heads // self.kv_heads
 
+    @property
+    def rope_bytes(self) -> int:
+        """About what a graph's cosines and sines of all positions take, once for each kind of layer."""
+        return 4 * self.max_context * self.head_dim * len(set(self.windows))
+
 
 class KVTensor(Frozen):
     """One KV input of the graph, [batch, heads, rows, dim]; int4 packs two numbers into a uint8, which halves dim.

@@ -20,7 +20,7 @@ from kvslim.planning.analyze import analyze as analyze_layers
 from kvslim.planning.decide import PlanSummary, planned
 from kvslim.prepared.base import PreparedModel, prepare
 from kvslim.progress import Progress, Silent
-from kvslim.recipe import Gates, Recipe, parse_recipe
+from kvslim.recipe import DEFAULT_POSITIONS, Gates, Recipe, parse_recipe
 from kvslim.report.describe import describe
 from kvslim.types import KVLayout, Manifest, Plan, PlanPoint, Report
 from kvslim.validation.bench import BenchResult, Grid, bench_all
@@ -55,7 +55,7 @@ def compress(
     snapshot, spec = _checked(model, recipe)
     if plan is not None:
         checks.check_plan(plan, spec)
-    check_output(out, overwrite, needed_bytes=4 * snapshot.stored_bytes)
+    check_output(out, overwrite, needed_bytes=4 * snapshot.stored_bytes + 2 * spec.rope_bytes)
     with staging(out, overwrite) as folder:
         progress.stage("load")
         prepared = prepare(snapshot, spec, recipe, progress)
@@ -118,7 +118,9 @@ def validate(
     progress = progress or Silent()
     manifest = read_manifest(artifact)
     recipe = parse_recipe(manifest.recipe, where=str(artifact)).gated(gates or Gates())
-    recipe = recipe.model_copy(update={"weights": manifest.weights})
+    # Artifacts of KVSlim 0.1 have all positions of their model.
+    positions = recipe.positions or max(manifest.spec.max_context, DEFAULT_POSITIONS)
+    recipe = recipe.model_copy(update={"weights": manifest.weights, "positions": positions})
     snapshot, spec = _checked(against or _source_of(artifact, manifest), recipe)
     if spec != manifest.spec:
         raise UsageError("the model has another shape than the artifact's", where="--against", fix="give its own model")
@@ -149,9 +151,9 @@ def bench(artifacts: Sequence[Path], grid: Grid, *, progress: Progress | None = 
 def _checked(model: str, recipe: Recipe) -> tuple[Snapshot, ModelSpec]:
     """A model that a recipe fits; all that can fail cheaply fails here, before any weight is read."""
     snapshot = resolve(model)
-    spec = read_spec(snapshot, recipe.calibration.context)
-    snapshot.check()
+    spec = recipe.fitted(read_spec(snapshot, recipe.calibration.context))
     checks.check_recipe(recipe, spec)
+    snapshot.check()
     checks.check_weights(recipe, snapshot)
     for settings in (recipe.calibration, recipe.validation):
         check_source(settings.source)

@@ -18,6 +18,7 @@ from kvslim.types import WeightFormat, Weights
 
 SHORT_CONTEXTS = (128, 1024)
 DEFAULT_CONTEXT = 4096
+DEFAULT_POSITIONS = 32768
 
 
 def _number(value: object) -> object:
@@ -151,6 +152,9 @@ class Recipe(Frozen):
         "gqa", description="attention operators: gqa is fused and fast, attention24 is standard ONNX"
     )
     window_cache: bool = Field(True, description="give sliding-window layers a cache of their window's size")
+    positions: int | None = Field(
+        None, ge=8, description="longest context that the artifact takes; default: twice the target, at least 32,768"
+    )
     calibration: Calibration = Calibration()
     validation: Validation = Validation()
     gates: Gates = Gates()
@@ -159,6 +163,8 @@ class Recipe(Frozen):
     def _one_way(self) -> Recipe:
         if self.budget is not None and self.methods:
             raise ValueError("give methods or a budget, not both")
+        if self.positions is not None and self.positions < (self.calibration.context or 0):
+            raise ValueError("positions are fewer than calibration.context")
         return self
 
     @property
@@ -172,6 +178,15 @@ class Recipe(Frozen):
             return self.validation.contexts
         target = min(self.calibration.target(spec), spec.max_context - 1)
         return (*(context for context in SHORT_CONTEXTS if context < target), target)
+
+    def fitted(self, spec: ModelSpec) -> ModelSpec:
+        """A decoder's shape with the positions that the artifact is to have; the graph stores RoPE of each."""
+        if spec.is_encoder:
+            return spec
+        wanted = self.positions or max(DEFAULT_POSITIONS, 2 * self.calibration.target(spec))
+        most = min(spec.max_context, wanted)
+        windows = tuple(None if window is not None and window >= most else window for window in spec.windows)
+        return spec.model_copy(update={"max_context": most, "windows": windows})
 
     def within(self, budget: Budget) -> Recipe:
         """This recipe with the planner in place of its methods, and the budget's limits as gates."""

@@ -85,8 +85,21 @@ def test_adapter_that_does_not_fit_its_base_is_refused(lora: Path) -> None:
     shutil.rmtree(lora)
     config = {"peft_type": "LORA", "base_model_name_or_path": "../base", "r": RANK, "target_modules": ["q_proj"]}
     save_adapter(lora, config, "base_model.model.model.layers.9.self_attn.q_proj")
-    with pytest.raises(ModelError, match=r"changes .*layers\.9.*, which its base model does not have"):
+    with pytest.raises(ModelError, match=r"changes .*layers\.9.*, which its base model does not have") as error:
         load_model(resolve(str(lora)))
+    assert "set base_model_name_or_path to the model that it was trained on" in error.value.fix
+    assert error.value.where == str(lora)
+
+
+@quiet_peft
+def test_adapter_that_nobody_trained_is_refused(lora: Path) -> None:
+    pytest.importorskip("peft", reason="needs the extra lora")
+    path = lora / "adapter_model.safetensors"
+    matrices = {name: matrix * ("lora_A" in name) for name, matrix in load_file(path).items()}
+    save_file(matrices, path)
+    with pytest.raises(ModelError, match="nobody trained this adapter: 1 of its matrices") as error:
+        load_model(resolve(str(lora)))
+    assert "after training" in error.value.fix
 
 
 def test_digest_covers_adapter_and_base(lora: Path) -> None:

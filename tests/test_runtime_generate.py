@@ -11,7 +11,7 @@ from support.tiny_graph import write_tiny
 from support.tiny_tokenizer import byte_tokenizer
 from support.tiny_writer import write_writer
 
-from kvslim.errors import UsageError
+from kvslim.errors import ArtifactError, UsageError
 from kvslim.runtime.generate import Sampler, Sampling, eos_ids, load_tokenizer, sample
 from kvslim.runtime.session import DecodeSession
 
@@ -70,6 +70,13 @@ def test_sample_draws_from_the_allowed_when_options_cut(options: dict[str, float
     assert {sample(LOGITS, generator, Sampling(**options)) for _ in range(400)} == allowed
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-9])
+def test_sample_takes_the_most_likely_when_nearly_frozen(temperature: float) -> None:
+    generator = np.random.default_rng(0)
+    assert {sample(LOGITS, generator, Sampling(temperature, top_p=1e-300)) for _ in range(20)} == {1}
+    assert {sample(LOGITS, generator, Sampling(temperature)) for _ in range(20)} == {1}
+
+
 def test_sample_follows_the_softmax_when_temperature_is_two() -> None:
     generator = np.random.default_rng(0)
     counts = np.bincount([sample(LOGITS, generator, Sampling(temperature=2.0)) for _ in range(8000)], minlength=5)
@@ -123,3 +130,10 @@ def test_tokenizer_keeps_every_token_when_the_file_asks_to_truncate(folder: Path
 def test_eos_ids_reads_every_form_when_config_names_them(folder: Path, value: object, expected: set[int]) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     assert eos_ids(folder) == expected
+
+
+@pytest.mark.parametrize("value", ["2", [1, "2"], [0.5], 1.5])
+def test_eos_ids_refuses_what_is_no_id(folder: Path, value: object) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ArtifactError, match="stop tokens"):
+        eos_ids(folder)

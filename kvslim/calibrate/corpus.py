@@ -168,7 +168,7 @@ def start_token(config: Any) -> int:
     """The token that starts a text of a model with this config."""
     for token in (config.bos_token_id, config.eos_token_id):
         token = token[0] if isinstance(token, list) else token
-        if token is not None and token < config.vocab_size:
+        if token is not None:
             return int(token)
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -10,12 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import ModelError, NotFoundError, UnsupportedError
+from kvslim.loading.config import model_config
 from kvslim.loading.snapshot import Snapshot, Unread, folder_files
 
 if TYPE_CHECKING:
+    import torch
     from transformers import GenerationConfig, PreTrainedModel
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+STARTS_AT_ZERO = re.compile(r"\.lora_(B|embedding_A)\b")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MERGE = "merge it where it was trained (merge_and_unload of peft) and save the result with save_pretrained"
@@ -71,26 +75,49 @@ class AdapterSnapshot(Snapshot):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The adapter's own tokenizer if it has one, such as one with another chat template; else the base model's."""
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoTokenizer
 
         if not (self.path / "tokenizer.json").is_file():
             return self.base.tokenizer()
-        config = AutoConfig.for_model(**self.config())
+        config = model_config(self.config(), str(self.config_file))
         return AutoTokenizer.from_pretrained(self.path, config=config, local_files_only=True)
 
     def adapted(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The model with the adapter merged into its weights, one matrix after the other."""
+        """The model with the adapter merged into its weights, one matrix after the other.
+
+        Raises:
+            ModelError: The adapter cannot be read, or does not fit its base.
+        """
+        try:
+            return self._merged(model)
+        except ModelError:
+            raise
+        except Exception as error:  # peft, safetensors and torch each raise their own exception types
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            fix = f"set base_model_name_or_path to the model that it was trained on, or {MERGE}"
+            raise ModelError(f"cannot merge the adapter: {reason}", where=str(self.path), fix=fix) from error
+
+    def _merged(self, model: PreTrainedModel) -> PreTrainedModel:
         from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
         from safetensors.torch import load_file
 
         config = PeftConfig.from_pretrained(str(self.path))
         config.base_model_name_or_path = None  # else peft warns that the model in memory has no name
         wrapped = get_peft_model(model, config)
-        result = set_peft_model_state_dict(wrapped, load_file(self.path / ADAPTER_WEIGHTS))
+        matrices = load_file(self.path / ADAPTER_WEIGHTS)
+        self._check_trained(matrices)
+        result = set_peft_model_state_dict(wrapped, matrices)
         if result.unexpected_keys:
             raise ValueError(f"the adapter changes {result.unexpected_keys[0]!r}, which its base model does not have")
         merged: PreTrainedModel = wrapped.merge_and_unload()
         return merged
+
+    def _check_trained(self, matrices: Mapping[str, torch.Tensor]) -> None:
+        """Refuses an adapter whose matrices are as they are before training: one of each pair is zero."""
+        started = [matrix for name, matrix in matrices.items() if STARTS_AT_ZERO.search(name)]
+        if started and not any(matrix.any() for matrix in started):
+            message = f"nobody trained this adapter: {len(started)} of its matrices are all zero, so it changes nothing"
+            raise ModelError(message, where=str(self.path), fix="save it after training, or give its base model alone")
 
 
 def is_adapter(folder: Path) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from kvslim.errors import UnsupportedError, suggestion
 
+DIGITS = re.compile(r"\d+")
 Packing = Literal["blocks", "heads"]
 
 
@@ -162,6 +164,17 @@ def architecture_of(model_type: str) -> Architecture:
         raise UnsupportedError(
             f"model family {model_type!r} is not supported",
             where="config.json: model_type",
-            fix=suggestion(model_type, ARCHITECTURES),
+            fix=_fix(model_type),
         )
     return ARCHITECTURES[model_type]
+
+
+def _fix(model_type: str) -> str:
+    """The family that was meant, where the name looks like a slip; a name that transformers knows is none."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    supported = f"supported: {', '.join(sorted(ARCHITECTURES))}"
+    if model_type in CONFIG_MAPPING_NAMES:
+        return supported
+    alike = [name for name in ARCHITECTURES if DIGITS.findall(name) == DIGITS.findall(model_type)]
+    return suggestion(model_type, alike, supported)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from kvslim.contract import ModelSpec, Task
-from kvslim.errors import ModelError, UnsupportedError
+from kvslim.errors import UnsupportedError
 from kvslim.loading.architecture import Architecture
+from kvslim.loading.config import broken_config, model_config, wrong_value
+
+# Parts on top of an encoder, which its hidden states do not need.
+HEADS = re.compile(r"^(?:\w+\.)?(?:pooler|cls|lm_head|classifier|pre_classifier|qa_outputs|vocab_\w+)\.")
 
 
 @dataclass(frozen=True)
@@ -81,13 +86,14 @@ def encoder_spec(raw: dict[str, Any], where: str) -> ModelSpec:
         ModelError: The config is broken or contradicts itself.
         UnsupportedError: The config makes the model a decoder, or its positions are relative.
     """
-    from transformers import AutoConfig
-
+    config = model_config(raw, where)
+    if ENCODERS[config.model_type].offset_positions and config.pad_token_id is None:
+        fault = "positions are counted from the padding token, which the vocabulary lacks"
+        raise wrong_value("pad_token_id", raw.get("pad_token_id"), fault, where)
     try:
-        spec = _spec(AutoConfig.for_model(**raw))
-    except Exception as error:  # transformers' config classes raise many exception types
-        reason = " ".join(str(error).split())
-        raise ModelError(f"config.json is broken: {reason}", where=where, fix="download the model again") from error
+        spec = _spec(config)
+    except Exception as error:  # values of another type or size than arithmetic can take
+        raise broken_config(error, raw, where) from error
     _refuse_unsupported(raw, where)
     return spec
 

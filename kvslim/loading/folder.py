@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import ModelError, NotFoundError
+from kvslim.loading.config import model_config
+from kvslim.loading.generation import read_generation_config
 from kvslim.loading.multimodal import is_multimodal, language_config, language_tensors
+from kvslim.loading.places import no_weights
 from kvslim.loading.quantised import check_scheme, dequantised
 from kvslim.loading.snapshot import Snapshot, Unread, folder_files
+from kvslim.loading.stored import check_stored, open_tensors
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -44,19 +48,16 @@ class FolderSnapshot(Snapshot):
         return language_config(raw, str(self.config_file)) if is_multimodal(raw) else raw
 
     def check(self) -> None:
-        """Fails early without safetensors, or if they hold codes that cannot be read.
+        """Fails early without safetensors, if they hold codes that cannot be read, or a value of a config cannot be.
 
         Pickled weights are never loaded: they can run code.
         """
         if not has_weights(self.path):
-            raise NotFoundError(
-                "no model.safetensors",
-                where=str(self.path),
-                fix="save the model with safetensors (save_pretrained); if it is a GGUF on the hub, name its file: "
-                "org/name:FILE.gguf",
-            )
-        weight_files(self.path)
-        check_scheme(self._quantization(), f"{self.config_file}: quantization_config")
+            raise no_weights(self.path)
+        quantization = self._quantization()
+        check_scheme(quantization, f"{self.config_file}: quantization_config")
+        self.generation_config()
+        check_stored(self._stored(), bool(quantization), is_multimodal(self._read()), str(self.path))
 
     def tensors(self) -> Mapping[str, Unread]:
         """All stored tensors by name; each is read from its file when it is needed.
@@ -64,26 +65,22 @@ class FolderSnapshot(Snapshot):
         transformers would map the files into memory, and the pages it has read would stay until the last tensor is
         converted.
         """
-        from safetensors import safe_open
-
-        files = [safe_open(path, framework="pt", backend="pread") for path in weight_files(self.path)]
-        stored = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        found = dequantised(stored, self._quantization())
+        found = dequantised(self._stored(), self._quantization())
         return language_tensors(found) if is_multimodal(self._read()) else found
 
     def generation_config(self) -> GenerationConfig | None:
         """generation_config.json (end and padding tokens); without it the model uses its config."""
-        from transformers import GenerationConfig
-
-        if not (self.path / "generation_config.json").is_file():
-            return None
-        return GenerationConfig.from_pretrained(self.path, local_files_only=True)
+        return read_generation_config(self.path)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the folder."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        config = model_config(self._read(), str(self.config_file))
+        return AutoTokenizer.from_pretrained(self.path, config=config, local_files_only=True)
+
+    def _stored(self) -> dict[str, Any]:
+        return open_tensors(weight_files(self.path))
 
     def _quantization(self) -> dict[str, Any]:
         """What config.json says of how the weights are quantised; nothing if they are not."""
@@ -91,7 +88,7 @@ class FolderSnapshot(Snapshot):
         text = raw.get("text_config")
         own = text.get("quantization_config") if isinstance(text, dict) else None
         found = raw.get("quantization_config") or raw.get("compression_config") or own
-        return found if isinstance(found, dict) else {}
+        return found if isinstance(found, dict) else {"quant_method": str(found)} if found else {}
 
     def _read(self) -> dict[str, Any]:
         path = self.config_file

@@ -9,7 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvslim.errors import KvslimError, ModelError, UnsupportedError, suggestion
+from kvslim.errors import KvslimError, ModelError, UnsupportedError
+from kvslim.loading.config import model_config
+from kvslim.loading.generation import generation_config
 from kvslim.loading.gguf_blocks import is_carried_over, stored_rows
 from kvslim.loading.gguf_config import GGUF_ARCHITECTURES, ROPE_TENSORS, Restore, gguf_config
 from kvslim.loading.snapshot import Snapshot, Unread
@@ -91,7 +93,7 @@ class GgufSnapshot(Snapshot):
         """
         config, tensors = self.config(), self._tensors
         del self._tensors  # the file stays mapped into memory no longer than the caller needs it
-        names = _names_in_model(config)
+        names = _names_in_model(config, str(self.path))
         if strange := [one.name for one in tensors if one.name not in names and one.name not in ROPE_TENSORS]:
             raise UnsupportedError(
                 f"the model has no place for tensor {strange[0]!r}",
@@ -115,8 +117,6 @@ class GgufSnapshot(Snapshot):
 
     def generation_config(self) -> GenerationConfig:
         """End tokens, of texts and of turns, and what the file says of sampling."""
-        from transformers import GenerationConfig
-
         metadata, config = self._header[0], self.config()
         found = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ENDS)
         ends = list(dict.fromkeys(token for token in found if token is not None))
@@ -125,12 +125,13 @@ class GgufSnapshot(Snapshot):
             for key, to in SAMPLING.items()
             if f"general.sampling.{key}" in metadata
         }
-        return GenerationConfig(
-            bos_token_id=config.get("bos_token_id"),
-            eos_token_id=ends[0] if len(ends) == 1 else ends or None,
-            pad_token_id=config.get("pad_token_id"),
+        values = {
+            "bos_token_id": config.get("bos_token_id"),
+            "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+            "pad_token_id": config.get("pad_token_id"),
             **({"do_sample": True, **sampling} if sampling else {}),
-        )
+        }
+        return generation_config(values, str(self.path))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the file describes, with its chat template."""
@@ -170,12 +171,16 @@ class GgufSnapshot(Snapshot):
             raise self._broken(_reason(error)) from error
 
     def _check_architecture(self) -> None:
-        name = self._header[0]["general.architecture"]
+        metadata = self._header[0]
+        if (kind := metadata.get("general.type", "model")) != "model":
+            fix = "give the model's own file; an adapter must be merged into it first (llama-export-lora)"
+            raise UnsupportedError(f"this GGUF file holds no model but {kind!r}", where=str(self.path), fix=fix)
+        name = metadata.get("general.architecture")
         if name not in GGUF_ARCHITECTURES:
             raise UnsupportedError(
                 f"GGUF files of architecture {name!r} are not supported",
                 where=f"{self.path}: general.architecture",
-                fix=f"{suggestion(name, GGUF_ARCHITECTURES)}; or give the safetensors that the file was made from",
+                fix=f"supported: {', '.join(GGUF_ARCHITECTURES)}; or give the safetensors that the file was made from",
             )
 
     def _rope_factors(self) -> dict[str, Any]:
@@ -187,7 +192,9 @@ class GgufSnapshot(Snapshot):
 
     def _broken(self, reason: str) -> ModelError:
         return ModelError(
-            f"the GGUF file cannot be read: {reason}", where=str(self.path), fix="download the file again"
+            f"the GGUF file cannot be read: {reason}",
+            where=str(self.path),
+            fix="download the file again, or give the safetensors that it was made from",
         )
 
 
@@ -211,14 +218,14 @@ class Dequantised:
         return torch.from_numpy(np.array(restored, np.float32, order="C"))
 
 
-def _names_in_model(config: dict[str, Any]) -> dict[str, str]:
+def _names_in_model(config: dict[str, Any], where: str) -> dict[str, str]:
     """transformers' name of each tensor that the model could have in a GGUF."""
     import torch
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        model = AutoModelForCausalLM.from_config(model_config(config, where))
     name = next(name for name, row in GGUF_ARCHITECTURES.items() if row.family == config["model_type"])
     architecture = next(key for key, value in MODEL_ARCH_NAMES.items() if value == name)
     known = get_tensor_name_map(architecture, model.config.num_hidden_layers)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from kvslim.contract import ModelSpec
 from kvslim.errors import KvslimError, ModelError
-from kvslim.loading.encoders import ENCODERS
+from kvslim.loading.config import FIX, model_config
+from kvslim.loading.encoders import ENCODERS, HEADS
+from kvslim.loading.matched import BUFFERS, check_matched, check_trained
 from kvslim.loading.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -20,7 +23,7 @@ def load_model(snapshot: Snapshot) -> PreTrainedModel:
     Weights in another type or in codes are read and converted one by one, so that memory never holds a second copy.
 
     Raises:
-        ModelError: The weights are corrupt or incomplete, or their shapes do not match the config.
+        ModelError: The weights are corrupt, or not all and only those of the config, or nobody trained them.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -34,7 +37,7 @@ def load_encoder(snapshot: Snapshot, spec: ModelSpec) -> PreTrainedModel:
         ModelError: As `load_model`.
     """
     classes, options = encoder_class(spec)
-    return _load(classes, snapshot, **options)
+    return _load(classes, snapshot, HEADS, **options)
 
 
 def encoder_class(spec: ModelSpec) -> tuple[Any, dict[str, bool]]:
@@ -46,48 +49,62 @@ def encoder_class(spec: ModelSpec) -> tuple[Any, dict[str, bool]]:
     return MODEL_MAPPING, {"add_pooling_layer": False} if ENCODERS[spec.model_type].pooler else {}
 
 
-def _load(classes: Any, snapshot: Snapshot, **options: Any) -> PreTrainedModel:
-    """The model of a task's class for its config."""
+def empty_model(classes: Any, snapshot: Snapshot, **options: Any) -> PreTrainedModel:
+    """The model of a task's class for its config on torch's meta device: shapes without numbers.
+
+    Raises:
+        ModelError: The config describes no model that can be built.
+    """
     import torch
 
-    where, fix = str(snapshot.path), "download the model again"
+    where = str(snapshot.config_file)
+    config = model_config(snapshot.config(), where)
     try:
-        model, missing = _read(classes, snapshot, **options)
-        if missing:
-            raise ModelError(f"{len(missing)} weights are missing, first {missing[0]!r}", where=where, fix=fix)
+        with torch.device("meta"):
+            return classes[type(config)](config, **options)
+    except Exception as error:  # modelling code raises many exception types
+        reason = " ".join(str(error).split())
+        raise ModelError(f"no model can be built from its config: {reason}", where=where, fix=FIX) from error
+
+
+def _load(classes: Any, snapshot: Snapshot, idle: re.Pattern[str] = BUFFERS, **options: Any) -> PreTrainedModel:
+    """The model of a task's class for its config; `idle` are names of stored tensors that it may leave unused."""
+    where = str(snapshot.path)
+    empty_model(classes, snapshot, **options)  # whatever fails later is the fault of the weights
+    try:
+        model, info = _read(classes, snapshot, **options)
+        check_matched(info, model.config, where, idle)
         model = snapshot.adapted(model)
     except KvslimError:
         raise
     except Exception as error:  # safetensors, torch and transformers each raise their own exception types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        fix = "download the model again"
         raise ModelError(f"cannot load the weights: {reason}", where=where, fix=fix) from error
-    # A sum makes no copy of the weights, and in float64 it cannot overflow.
-    broken = (name for name, weight in model.named_parameters() if not weight.sum(dtype=torch.float64).isfinite())
-    if name := next(broken, None):
-        raise ModelError(f"weights are not finite, first {name!r}", where=where, fix=fix)
+    check_trained(model, where)
     return model.eval()
 
 
-def _read(classes: Any, snapshot: Snapshot, **options: Any) -> tuple[PreTrainedModel, list[str]]:
-    """The model as it is stored, and the weights that are not."""
+def _read(classes: Any, snapshot: Snapshot, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model as it is stored, and what transformers tells of loading it."""
     import torch
-    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    config = AutoConfig.for_model(**snapshot.config())
+    config = model_config(snapshot.config(), str(snapshot.config_file))
     model, info = classes[type(config)].from_pretrained(
         None,
         config=config,
         state_dict=snapshot.tensors(),
         dtype=torch.float32,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # `check_matched` refuses them by name
         **options,
     )
     if generation := snapshot.generation_config():
         model.generation_config = generation
-    return model, sorted(info["missing_keys"])
+    return model, info
 
 
 def load_tokenizer(snapshot: Snapshot) -> PreTrainedTokenizerBase:

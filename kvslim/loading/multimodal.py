@@ -10,14 +10,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from kvslim.errors import ModelError
+from kvslim.loading.config import TOKENS, model_config
 from kvslim.loading.snapshot import Unread
 
 # Others are not here because their text part differs for text too: prefixes that are read both ways, cross-attention.
 MULTIMODAL = ("gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 FAMILIES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 PREFIXES = {"model.language_model.": "model.", "language_model.": ""}
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SEEING = ("visual.", "vision_tower.", "multi_modal_projector.")
 MROPE = ("mrope_section", "mrope_interleaved", "type")  # the last is an older name of rope_type
 
 
@@ -36,15 +36,9 @@ def language_config(raw: dict[str, Any], where: str) -> dict[str, Any]:
     Raises:
         ModelError: The config is broken.
     """
-    from transformers import AutoConfig
-
-    try:
-        whole = AutoConfig.for_model(**raw)
-        text = whole.get_text_config()
-        found = _as_json(text)
-    except Exception as error:  # transformers' config classes raise many exception types
-        reason = " ".join(str(error).split())
-        raise ModelError(f"config.json is broken: {reason}", where=where, fix="download the model again") from error
+    whole = model_config(raw, where)
+    text = whole.get_text_config()
+    found = _as_json(text)
     found["model_type"] = FAMILIES.get(text.model_type, text.model_type)
     found["tie_word_embeddings"] = whole.tie_word_embeddings
     found |= {name: raw[name] for name in TOKENS if raw.get(name) is not None}
@@ -54,8 +48,9 @@ def language_config(raw: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def language_tensors(stored: Mapping[str, Unread]) -> dict[str, Unread]:
-    """The weights under the names of the language model alone; what it has no place for keeps its name."""
-    return {_plain(name): tensor for name, tensor in stored.items()}
+    """The weights of the language model alone, under its names."""
+    seeing = (*SEEING, *(f"model.{part}" for part in SEEING))
+    return {_plain(name): tensor for name, tensor in stored.items() if not name.startswith(seeing)}
 
 
 def _plain(name: str) -> str:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from kvslim.contract import Frozen, ModelSpec
-from kvslim.errors import ModelError
-from kvslim.loading.model import encoder_class
+from kvslim.loading.model import empty_model, encoder_class
 from kvslim.loading.snapshot import Snapshot
 
 
@@ -41,8 +38,10 @@ def count_parameters(snapshot: Snapshot, spec: ModelSpec) -> Parameters:
     """
     import torch
     from torch.nn import Embedding
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    model = _unfilled(snapshot, spec)
+    classes, options = encoder_class(spec) if spec.is_encoder else (MODEL_FOR_CAUSAL_LM_MAPPING, {})
+    model = empty_model(classes, snapshot, **options)
     tables = {id(part.weight) for part in model.modules() if isinstance(part, Embedding)}
     head = getattr(model.get_output_embeddings(), "weight", None)
     counts = dict.fromkeys(Parameters.model_fields, 0)
@@ -59,22 +58,3 @@ def count_parameters(snapshot: Snapshot, spec: ModelSpec) -> Parameters:
     for parameter in model.parameters():
         counts[kind(parameter)] += parameter.numel()
     return Parameters(**counts)
-
-
-def _unfilled(snapshot: Snapshot, spec: ModelSpec) -> Any:
-    """The model on torch's meta device: shapes without numbers."""
-    import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-
-    raw = snapshot.config()
-    classes, options = encoder_class(spec) if spec.is_encoder else (MODEL_FOR_CAUSAL_LM_MAPPING, {})
-    try:
-        config = AutoConfig.for_model(**raw)
-        with torch.device("meta"):
-            return classes[type(config)](config, **options)
-    except Exception as error:  # modelling code raises many exception types
-        where = str(snapshot.config_file)
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"no model can be built from its config: {reason}", where=where, fix="download the model again"
-        ) from error

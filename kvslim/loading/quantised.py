@@ -17,6 +17,9 @@ SCALED = ("fp8", "fbgemm_fp8")
 SCALED_FORMATS = ("dense", "naive-quantized", "float-quantized", "int-quantized")
 PACKED_FORMAT = "pack-quantized"
 SCALES = ("weight_scale_inv", "weight_scale")  # despite its name, codes are multiplied with the first too
+PARTS = (*SCALES, "weight_zero_point", "weight_shape")  # what `Scaled` reads beside the codes
+# How inputs and caches were rounded where the checkpoint ran; here they are not.
+ROUNDED_AT_RUN_TIME = ("input_scale", "input_scale_ub", "activation_scale", "input_zero_point", "k_scale", "v_scale")
 
 
 def check_scheme(quantization: Mapping[str, Any], where: str) -> None:
@@ -40,7 +43,7 @@ def check_scheme(quantization: Mapping[str, Any], where: str) -> None:
 
 
 def dequantised(stored: dict[str, Any], quantization: Mapping[str, Any]) -> dict[str, Unread]:
-    """The tensors with codes and scales joined; all others as they are.
+    """The tensors with codes and scales joined; all others as they are, also scales that belong to no codes.
 
     Args:
         stored: Slices of safetensors by name.
@@ -59,9 +62,14 @@ def dequantised(stored: dict[str, Any], quantization: Mapping[str, Any]) -> dict
             found[f"{base}.weight"] = Scaled(codes, scale, None if zeros is None else PackedZeros(zeros, bits))
         elif last == "weight" and scale is not None:
             found[name] = Scaled(tensor, scale, stored.get(f"{base}.weight_zero_point"), block)
-        else:
+        elif last not in ROUNDED_AT_RUN_TIME and not (last in PARTS and _has_codes(base, scale, stored)):
             found[name] = tensor
     return found
+
+
+def _has_codes(base: str, scale: Any, stored: Mapping[str, Any]) -> bool:
+    """Whether there are codes that a scale and what lies beside it were read with."""
+    return scale is not None and (f"{base}.weight" in stored or f"{base}.weight_packed" in stored)
 
 
 @dataclass(frozen=True)

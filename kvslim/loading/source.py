@@ -7,16 +7,19 @@ from typing import Any
 
 from kvslim.contract import ModelSpec
 from kvslim.demo import MODEL_DIR
-from kvslim.errors import ModelError, NotFoundError, UnsupportedError, UsageError
+from kvslim.errors import NotFoundError, UnsupportedError, UsageError
 from kvslim.loading.adapter import AdapterSnapshot, base_of, is_adapter
 from kvslim.loading.architecture import architecture_of
+from kvslim.loading.config import broken_config, model_config, wrong_value
 from kvslim.loading.encoders import ENCODERS, encoder_spec
 from kvslim.loading.folder import FolderSnapshot, has_weights
 from kvslim.loading.gguf import GgufSnapshot
+from kvslim.loading.kinds import refuse_kind
+from kvslim.loading.places import is_gguf, no_model, refuse_artifact, refuse_folder
 from kvslim.loading.snapshot import Snapshot
 
 STATIC_ROPE = {"default", "linear", "llama3", "longrope", "yarn"}
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+LENGTH_ROPE = {"dynamic", "ntk"}
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
 
 
@@ -28,7 +31,7 @@ def resolve(model: str) -> Snapshot:
 
     Raises:
         NotFoundError: No such folder, no such model on the hub, or the hub cannot be reached.
-        UsageError: The folder holds several GGUF files.
+        UsageError: The folder holds several GGUF files, or is an artifact.
         ModelError, UnsupportedError: A LoRA adapter does not say what it was trained on, or that is an adapter too.
     """
     if model == "demo":
@@ -36,17 +39,13 @@ def resolve(model: str) -> Snapshot:
     path = Path(model).expanduser()
     if path.is_dir():
         return _opened(path.resolve(), model)
-    if path.is_file() and path.suffix == ".gguf":
+    if is_gguf(path):
         return GgufSnapshot(path.parent.resolve() / path.name, model)
     name, _, revision = model.partition("@")
     repository, _, file = name.partition(":")
     looks_local = path.is_absolute() or model.startswith((".", "~")) or repository.count("/") != 1
     if looks_local or path.exists() or repository.endswith(".gguf"):
-        raise NotFoundError(
-            f"{model!r} is not a model folder or a .gguf file",
-            where="MODEL",
-            fix="give `demo`, a folder with config.json, a .gguf file, a hub id, or org/name:FILE.gguf",
-        )
+        raise no_model(model)
     path = _download(repository, file, revision or None)
     return GgufSnapshot(path, name, revision or None) if file else _opened(path, name, revision or None)
 
@@ -55,6 +54,7 @@ def _opened(folder: Path, model: str, revision: str | None = None) -> Snapshot:
     """The model in a folder: an adapter, a GGUF file without safetensors beside it, or else a model."""
     if has_weights(folder):
         return FolderSnapshot(folder, model, revision)
+    refuse_artifact(folder)
     if is_adapter(folder):
         return AdapterSnapshot(folder, model, revision, base=_base_model(folder))
     files = [path for path in sorted(folder.glob("*.gguf")) if not path.name.startswith("mmproj")]  # those only see
@@ -62,7 +62,11 @@ def _opened(folder: Path, model: str, revision: str | None = None) -> Snapshot:
         names = ", ".join(path.name for path in files)
         fix = f"name one of them, such as {model.rstrip('/')}/{files[0].name}"
         raise UsageError(f"the folder holds several GGUF files: {names}", where=str(folder), fix=fix)
-    return GgufSnapshot(files[0], model, revision) if files else FolderSnapshot(folder, model, revision)
+    if files:
+        return GgufSnapshot(files[0], model, revision)
+    if not (folder / "config.json").exists():
+        refuse_folder(folder)
+    return FolderSnapshot(folder, model, revision)
 
 
 def _base_model(folder: Path) -> Snapshot:
@@ -119,17 +123,16 @@ def read_spec(snapshot: Snapshot, context: int | None = None) -> ModelSpec:
     raw, where = snapshot.config(), str(snapshot.config_file)
     if raw["model_type"] in ENCODERS:
         return encoder_spec(raw, where)
-    _refuse_experts(raw, where)
+    refuse_kind(raw, where)
     architecture_of(raw["model_type"])
     from optimum.utils import NormalizedTextConfig
-    from transformers import AutoConfig
 
+    config = model_config(raw, where)
+    _check_window(config, where)
     try:
-        config = AutoConfig.for_model(**raw)
         spec = _spec(config, NormalizedTextConfig(config), context or 0)
-    except Exception as error:  # transformers' config classes raise many exception types
-        reason = " ".join(str(error).split())
-        raise ModelError(f"config.json is broken: {reason}", where=where, fix="download the model again") from error
+    except Exception as error:  # values of another type or size than arithmetic can take
+        raise broken_config(error, raw, where) from error
     _refuse_unsupported(config, where)
     if spec.q_heads % spec.kv_heads or spec.head_dim % 8:
         raise UnsupportedError(
@@ -144,7 +147,8 @@ def _spec(config: Any, names: Any, context: int) -> ModelSpec:
     q_heads = int(names.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or names.hidden_size // q_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or q_heads
-    sizes = (names.hidden_size, names.num_layers, head_dim, kv_heads, config.vocab_size, _max_context(config, context))
+    max_context = _max_context(config, context)
+    sizes = (names.hidden_size, names.num_layers, head_dim, kv_heads, config.vocab_size, max_context)
     if min(sizes) < 1:
         raise ValueError("sizes must be positive")
     return ModelSpec(
@@ -155,26 +159,41 @@ def _spec(config: Any, names: Any, context: int) -> ModelSpec:
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=config.vocab_size,
-        max_context=_max_context(config, context),
-        windows=_windows(config, names.num_layers),
+        max_context=max_context,
+        windows=_windows(config, names.num_layers, max_context),
     )
 
 
 def _max_context(config: Any, context: int) -> int:
+    """The positions of a model; where scaled RoPE was added and their number left as it was, those that it reaches."""
     rope = _ropes(config)[0]
-    original = rope.get("original_max_position_embeddings", 0)
-    if rope.get("rope_type") == "longrope" and context <= original:
-        return int(original)
-    return int(config.max_position_embeddings)
+    positions, original = config.max_position_embeddings, rope.get("original_max_position_embeddings", 0)
+    if rope.get("rope_type") == "longrope":
+        return int(original if context <= original else positions)
+    return int(positions if positions > original else max(positions, original * (rope.get("factor") or 1)))
 
 
-def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
+def _windows(config: Any, layers: int, max_context: int) -> tuple[int | None, ...]:
     """The window of each layer; None if the window holds the whole context."""
-    window = getattr(config, "sliding_window", None)
-    if window is None or window >= config.max_position_embeddings or not getattr(config, "use_sliding_window", True):
+    window = _window(config)
+    if window is None or window >= max_context:
         return (None,) * layers
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _window(config: Any) -> int | None:
+    """The window of layers that have one."""
+    window: int | None = getattr(config, "sliding_window", None)
+    return window if getattr(config, "use_sliding_window", True) else None
+
+
+def _check_window(config: Any, where: str) -> None:
+    window = _window(config)
+    if window is not None and window < 1:
+        raise wrong_value("sliding_window", window, "a layer must see one token at least; null is no window", where)
+    if window is None and "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise wrong_value("sliding_window", window, "layer_types names layers that have one", where)
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:
@@ -184,15 +203,6 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
     return nested or [rope]
 
 
-def _refuse_experts(raw: dict[str, Any], where: str) -> None:
-    if any(raw.get(key) for key in EXPERTS):
-        raise UnsupportedError(
-            f"{raw['model_type']!r} is a mixture of experts, which KVSlim does not support",
-            where=where,
-            fix="use a dense model",
-        )
-
-
 def _refuse_unsupported(config: Any, where: str) -> None:
     if getattr(config, "use_bidirectional_attention", False):
         raise UnsupportedError(
@@ -200,9 +210,9 @@ def _refuse_unsupported(config: Any, where: str) -> None:
         )
     for rope in _ropes(config):
         kind = rope.get("rope_type", "default")
-        if kind not in STATIC_ROPE:
+        if str(kind) not in STATIC_ROPE:
+            scaled = str(kind) in LENGTH_ROPE
+            fault = "changes its frequencies with the length of the text" if scaled else "is not known"
             raise UnsupportedError(
-                f"RoPE scaling {kind!r} changes its frequencies with the length of the text",
-                where=where,
-                fix=f"supported: {', '.join(sorted(STATIC_ROPE))}",
+                f"RoPE scaling {kind!r} {fault}", where=where, fix=f"supported: {', '.join(sorted(STATIC_ROPE))}"
             )

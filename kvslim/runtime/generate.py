@@ -96,8 +96,9 @@ def sample(logits: Logits, generator: np.random.Generator, sampling: Sampling = 
     if sampling.temperature == 0:
         return int(logits.argmax())
     order = np.argsort(-logits, kind="stable")[: sampling.top_k or None]
-    scaled = logits[order].astype(np.float64) / sampling.temperature
-    weights = np.exp(scaled - scaled[0])
+    below = logits[order].astype(np.float64) - logits[order[0]]
+    with np.errstate(over="ignore"):  # so cold that all but the most likely are out of reach
+        weights = np.exp(below / sampling.temperature)
     before = np.cumsum(weights) - weights
     weights[before >= sampling.top_p * weights.sum()] = 0
     return int(generator.choice(order, p=weights / weights.sum()))
@@ -134,7 +135,10 @@ def eos_ids(folder: Path) -> frozenset[int]:
     path = folder / "generation_config.json"
     try:
         found = json.loads(_read(path)).get("eos_token_id")
-        return frozenset([found] if isinstance(found, int) else found or ())
+        ids = [found] if isinstance(found, int) else found or ()
+        if not all(isinstance(token, int) for token in ids):
+            raise TypeError(f"eos_token_id is {found!r}")
+        return frozenset(ids)
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ArtifactError(
             f"cannot read the stop tokens: {error}", where=str(path), fix="export the model again"

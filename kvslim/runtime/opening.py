@@ -29,6 +29,7 @@ FLOAT_ACTIVATIONS = 1  # MatMulNBits' accuracy_level
 _PAST = re.compile(r"past_key_values\.(\d+)\.[a-z_]+")
 # onnxruntime derives each of its errors from Exception itself, so there is no common base to catch; a run through an
 # IOBinding raises RuntimeError instead, and a message that quotes a broken name fails on its way to Python.
+MOST_THREADS = 1024
 ORT_ERRORS = (
     RuntimeError,
     UnicodeDecodeError,
@@ -60,7 +61,7 @@ def open_session(
 
     Raises:
         NotFoundError: There is no such file.
-        UsageError: Its path is not UTF-8.
+        UsageError: Its path is not UTF-8, or the number of threads is out of range.
         ArtifactError: onnxruntime cannot load it.
     """
     path = model / "model.onnx" if model.is_dir() else model
@@ -73,6 +74,7 @@ def open_session(
     # Worker threads would spin for some 50 ms after a run, and keep a core from whoever runs next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
+        check_threads(threads)
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
@@ -82,6 +84,17 @@ def open_session(
         return session
     except ORT_ERRORS as error:
         raise artifact_error("onnxruntime cannot load the graph", error, str(path)) from error
+
+
+def check_threads(threads: int) -> None:
+    """Refuses a number of threads that no machine has.
+
+    Raises:
+        UsageError: It is not positive, or too large.
+    """
+    if not 1 <= threads <= MOST_THREADS:
+        message = f"{threads} threads are not between 1 and {MOST_THREADS}"
+        raise UsageError(message, where="--threads", fix="give as many as the machine has cores, or leave it out")
 
 
 def _read_names(session: ort.InferenceSession) -> None:

@@ -1,0 +1,106 @@
+"""Stored weights and model must match: nothing missing, left over or of another shape, and all of it trained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from kvslim.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+# Masks and tables that older versions of transformers stored, and that follow from the config.
+BUFFERS = re.compile(r"(^|\.)(attn\.(masked_)?bias|rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids)$")
+SCALES = re.compile(r"scale|zero_point|zeros|absmax", re.IGNORECASE)
+LAYER = re.compile(r"\.(?:layers?|h)\.(\d+)\.")
+# Trained matrices of language models spread by 1e-3 to 1; codes without their scale, by more than the most.
+LEAST_SPREAD, MOST_SPREAD = 1e-8, 10.0
+LARGEST = 1e6  # Norms and biases of released models reach a thousand.
+CONFIG_FIX = "use the config.json that was saved with these weights"
+TRAINED_FIX = "save it again from the model that was trained, with all its parts gathered and its scales applied"
+
+
+def check_matched(info: Mapping[str, Any], config: Any, where: str, idle: re.Pattern[str] = BUFFERS) -> None:
+    """Refuses weights that are not those of the model that config.json describes.
+
+    Args:
+        info: What transformers tells of loading.
+        config: The model's transformers config.
+        where: The model's files.
+        idle: Names of stored tensors that the model may leave unused.
+
+    Raises:
+        ModelError: Naming the first tensor that does not match.
+    """
+    if different := sorted(info["mismatched_keys"]):
+        name, stored, expected = different[0]
+        raise ModelError(
+            f"{name!r} has shape {list(stored)}, and config.json asks for {list(expected)}",
+            where=where,
+            fix=_shape_fix(stored, expected, config),
+        )
+    if missing := sorted(info["missing_keys"]):
+        fix = f"give all files of the weights, and {CONFIG_FIX}"
+        raise ModelError(f"{len(missing)} weights are missing, first {missing[0]!r}", where=where, fix=fix)
+    unused = sorted(name for name in info["unexpected_keys"] if not BUFFERS.search(name) and not idle.search(name))
+    if unused:
+        raise ModelError(
+            f"{_count(unused)} that the model of config.json does not use: {', '.join(map(repr, unused[:3]))}",
+            where=where,
+            fix=_unused_fix(unused, config),
+        )
+
+
+def check_trained(model: PreTrainedModel, where: str) -> None:
+    """Refuses weights that no training leaves: not finite, all alike, or of a scale beyond reason.
+
+    Raises:
+        ModelError: Naming the first of them.
+    """
+    import torch
+
+    for name, weight in model.named_parameters():
+        # A sum makes no copy of the weights, and in float64 it cannot overflow.
+        if not weight.sum(dtype=torch.float64).isfinite():
+            fix = "download the model again; if it is your own, its training diverged"
+            raise ModelError(f"weights are not finite, first {name!r}", where=where, fix=fix)
+        if fault := _untrained(weight.detach()):
+            raise ModelError(f"nobody trained {name!r}: {fault}", where=where, fix=TRAINED_FIX)
+
+
+def _untrained(weight: torch.Tensor) -> str | None:
+    """What shows that a weight was not trained."""
+    if weight.ndim < 2 or min(weight.shape) == 1:  # a vector may well be zero, such as an unused bias
+        largest = float(weight.abs().max())
+        return f"an entry is {largest:.3g}" if largest > LARGEST else None
+    spread = float(weight.std())
+    if spread < LEAST_SPREAD:
+        return "its entries are all alike" if weight.any() else "its entries are all zero"
+    return (
+        f"its entries spread by {spread:.3g}, as codes do without their scales" if not spread <= MOST_SPREAD else None
+    )
+
+
+def _shape_fix(stored: Iterable[int], expected: Iterable[int], config: Any) -> str:
+    """What helps against another shape."""
+    rows, wanted = next(iter(stored), None), next(iter(expected), None)
+    if wanted == config.vocab_size != rows:
+        return f"set vocab_size to {rows} in config.json: the vocabulary was resized after it was saved"
+    return CONFIG_FIX
+
+
+def _unused_fix(unused: Iterable[str], config: Any) -> str:
+    """What helps against tensors that are left over."""
+    if any(SCALES.search(name.rpartition(".")[2]) for name in unused):
+        return "put the quantization_config of the weights back into config.json, or give a model that is not quantised"
+    layers = [int(found[1]) for name in unused if (found := LAYER.search(name))]
+    if layers and min(layers) >= config.num_hidden_layers:
+        return f"{CONFIG_FIX}: this one has {config.num_hidden_layers} layers"
+    return CONFIG_FIX
+
+
+def _count(names: list[str]) -> str:
+    return "1 tensor is stored" if len(names) == 1 else f"{len(names)} tensors are stored"
