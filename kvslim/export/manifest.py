@@ -13,6 +13,7 @@ from kvslim.errors import ArtifactError, NotFoundError
 from kvslim.types import KVLayout, Manifest
 
 MANIFEST = "kvslim.json"
+GRAPH, WEIGHTS = "model.onnx", "model.onnx_data"
 DIGEST = "sha256"  # the last key of the file: SHA-256 of all that stands before it
 
 
@@ -63,7 +64,15 @@ def verify(folder: Path) -> tuple[str, ...]:
             problems.append(f"{name}: missing")
         elif found[name] != manifest.files[name]:
             problems.append(f"{name}: changed")
+        elif _leads_away(folder, name):
+            problems.append(f"{name}: a link out of the folder, where onnxruntime reads no weights")
     return tuple(problems)
+
+
+def _leads_away(folder: Path, name: str) -> bool:
+    """Whether a file of weights lies neither in the folder nor where the graph does, as in a hub cache."""
+    places = (folder.resolve(), (folder / GRAPH).resolve().parent)
+    return name == WEIGHTS and not any((folder / name).resolve().is_relative_to(place) for place in places)
 
 
 def _no_files(folder: Path) -> set[str]:

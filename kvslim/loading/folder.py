@@ -30,7 +30,7 @@ class FolderSnapshot(Snapshot):
     @property
     def stored_bytes(self) -> int:
         """Bytes of the weight files, doubled if they are quantised: most of those store eight bits for a number."""
-        stored = sum(path.stat().st_size for path in self.path.glob("*.safetensors"))
+        stored = sum(path.stat().st_size for path in weight_files(self.path))
         return 2 * stored if self._quantization() else stored
 
     def files(self) -> list[Path]:
@@ -131,7 +131,7 @@ def weight_files(folder: Path) -> list[Path]:
         shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ModelError("the index names no shards", where=str(index), fix="download the model again") from error
-    known = {path.name for path in folder.glob("*.safetensors")}
+    known = {path.name for path in folder.glob("*.safetensors") if path.is_file()}
     if strange := [name for name in shards if name not in known]:
         message = f"the index names {strange[0]!r}, which is not a .safetensors file in the folder"
         raise ModelError(message, where=str(index), fix="download the model again")

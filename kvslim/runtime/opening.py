@@ -69,9 +69,8 @@ def open_session(model: Path, threads: int | None = None, *, all_positions: bool
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        graph = _with_all_positions(path) if all_positions else str(path)
+        graph = _with_all_positions(path, options) if all_positions else str(path)
         session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         _read_names(session)
         return session
@@ -85,8 +84,11 @@ def _read_names(session: ort.InferenceSession) -> None:
         _ = (node.name, node.type, node.shape)
 
 
-def _with_all_positions(path: Path) -> bytes | str:
-    """The graph with an input that says which positions get logits, by default all; as it is where all do."""
+def _with_all_positions(path: Path, options: ort.SessionOptions) -> bytes | str:
+    """The graph with an input that says which positions get logits, by default all; as it is where all do.
+
+    The options are told where the weights of a graph in memory lie.
+    """
     try:
         model = onnx.load(path, load_external_data=False)
     except DecodeError:
@@ -101,7 +103,26 @@ def _with_all_positions(path: Path) -> bytes | str:
     model.graph.input.append(onnx.helper.make_tensor_value_info(FIRST_LOGITS, onnx.TensorProto.INT64, [1]))
     logits = next(value for value in model.graph.output if value.name == "logits")
     logits.type.tensor_type.shape.dim[1].dim_param = "logits_length"
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(_follow_links(model.graph, path))
+    )
     return model.SerializeToString()
+
+
+def _follow_links(graph: onnx.GraphProto, path: Path) -> Path:
+    """Names the data files of a graph as they are called behind links, and returns the folder that they lie in.
+
+    In a hub cache each file of a folder is a link to one that is called by its hash, in another folder. onnxruntime
+    reads weights beside a graph's file, and beside the file that it links to; those of a graph in memory must have
+    their real names in one folder.
+    """
+    entries = [entry for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"]
+    files = {entry.value: (path.parent / entry.value).resolve() for entry in entries}
+    here = path.parent.resolve()
+    folder = here if all(file.is_relative_to(here) for file in files.values()) else path.resolve().parent
+    for entry in entries:
+        entry.value = os.path.relpath(files[entry.value], folder)
+    return folder
 
 
 def layout_of(session: ort.InferenceSession) -> KVLayout:
