@@ -22,7 +22,7 @@ from kvslim.prepared.base import PreparedModel, prepare
 from kvslim.progress import Progress, Silent
 from kvslim.recipe import Gates, Recipe, parse_recipe
 from kvslim.report.describe import describe
-from kvslim.types import KVLayout, Manifest, Plan, PlanPoint, Report
+from kvslim.types import KVLayout, Manifest, Plan, PlanPoint, Report, Source
 from kvslim.validation.bench import BenchResult, Grid, bench_all
 
 
@@ -52,7 +52,8 @@ def compress(
         KvslimError: Anything a user can mend; `out` is then as it was before.
     """
     progress = progress or Silent()
-    snapshot, spec = _checked(model, recipe)
+    snapshot = resolve(model)
+    spec = _checked(snapshot, recipe)
     if plan is not None:
         checks.check_plan(plan, spec)
     check_output(out, overwrite, needed_bytes=4 * snapshot.stored_bytes)
@@ -113,15 +114,14 @@ def validate(
         progress: Receives the progress.
 
     Raises:
-        KvslimError: The artifact or the model cannot be read, or they do not belong together.
+        KvslimError: The artifact or the model cannot be read, or the artifact was made from another one.
     """
     progress = progress or Silent()
     manifest = read_manifest(artifact)
     recipe = parse_recipe(manifest.recipe, where=str(artifact)).gated(gates or Gates())
     recipe = recipe.model_copy(update={"weights": manifest.weights})
-    snapshot, spec = _checked(against or _source_of(artifact, manifest), recipe)
-    if spec != manifest.spec:
-        raise UsageError("the model has another shape than the artifact's", where="--against", fix="give its own model")
+    snapshot = _origin(artifact, manifest.source, against)
+    spec = _checked(snapshot, recipe)
     progress.stage("load")
     prepared = prepare(snapshot, spec, recipe, progress)
     with tempfile.TemporaryDirectory(prefix="kvslim-") as folder:
@@ -146,33 +146,39 @@ def bench(artifacts: Sequence[Path], grid: Grid, *, progress: Progress | None = 
     return bench_all(folders, specs, grid, progress or Silent())
 
 
-def _checked(model: str, recipe: Recipe) -> tuple[Snapshot, ModelSpec]:
-    """A model that a recipe fits; all that can fail cheaply fails here, before any weight is read."""
-    snapshot = resolve(model)
+def _checked(snapshot: Snapshot, recipe: Recipe) -> ModelSpec:
+    """The shape of a model that a recipe fits; all that can fail cheaply fails here, before any weight is read."""
     spec = read_spec(snapshot, recipe.calibration.context)
     snapshot.check()
     checks.check_recipe(recipe, spec)
     for settings in (recipe.calibration, recipe.validation):
         check_source(settings.source)
-    return snapshot, spec
+    return spec
 
 
 def _opened(model: str, recipe: Recipe, lack: str, progress: Progress) -> PreparedModel:
     """A checked model with a cache in memory; `lack` says what there is not without one."""
-    snapshot, spec = _checked(model, recipe)
+    snapshot = resolve(model)
+    spec = _checked(snapshot, recipe)
     checks.check_cache(spec, lack)
     progress.stage("load")
     return prepare(snapshot, spec, recipe, progress)
 
 
-def _source_of(artifact: Path, manifest: Manifest) -> str:
-    """The model that an artifact came from, as its maker typed it."""
-    source = manifest.source
-    model = f"{source.model}@{source.revision}" if source.revision else source.model
+def _origin(artifact: Path, source: Source, against: str | None) -> Snapshot:
+    """The model that an artifact was made from: `against`, or what its maker typed, if it is still the same."""
+    typed = f"{source.model}@{source.revision}" if source.revision else source.model
+    where, fix = ("--against" if against else str(artifact)), "give --against MODEL, the model it was made from"
     try:
-        resolve(model)
+        snapshot = resolve(against or typed)
     except NotFoundError as error:
-        raise NotFoundError(
-            f"the model it came from is not there: {error.message}", where=str(artifact), fix="give --against MODEL"
-        ) from error
-    return model
+        if against:
+            raise
+        raise NotFoundError(f"the model it came from is not there: {error.message}", where=where, fix=fix) from error
+    if snapshot.sha256 != source.sha256:
+        raise UsageError(
+            f"the artifact was not made from {against or typed!r} as it is now: the files have another SHA-256",
+            where=where,
+            fix=f"{fix}; if that was trained or saved again, compress it again",
+        )
+    return snapshot

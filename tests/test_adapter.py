@@ -90,12 +90,12 @@ def test_adapter_that_does_not_fit_its_base_is_refused(lora: Path) -> None:
 
 
 def test_digest_covers_adapter_and_base(lora: Path) -> None:
-    digests = {resolve(str(lora)).sha256()}
+    digests = {resolve(str(lora)).sha256}
     rewrite(lora, lora_alpha=8)
-    digests.add(resolve(str(lora)).sha256())
+    digests.add(resolve(str(lora)).sha256)
     config = lora.parent / "base" / "config.json"
     config.write_text(config.read_text() + "\n")
-    digests.add(resolve(str(lora)).sha256())
+    digests.add(resolve(str(lora)).sha256)
     assert len(digests) == 3
 
 

@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -92,8 +93,9 @@ class Snapshot(ABC):
         """The model with what these files change in its weights."""
         return model
 
+    @cached_property
     def sha256(self) -> str:
-        """SHA-256 over the names and bytes of config, weights and tokenizer."""
+        """SHA-256 over the names and bytes of config, weights and tokenizer; it reads all of them, once."""
         digest = hashlib.sha256()
         for path in self.files():
             digest.update(path.name.encode())
