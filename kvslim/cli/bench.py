@@ -39,7 +39,7 @@ def bench(
     from kvslim import api
     from kvslim.report.bench import bench_csv, costs_table, timings_table
 
-    with console.library_output_on_stderr():
+    with console.libraries_apart():
         results = api.bench(
             artifacts,
             prompts=prompt_lengths,

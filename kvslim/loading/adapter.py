@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import ModelError, NotFoundError, UnsupportedError
 from kvslim.loading.snapshot import Snapshot, Unread, folder_files
+from kvslim.loading.tokenizer import folder_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -71,12 +72,11 @@ class AdapterSnapshot(Snapshot):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The adapter's own tokenizer if it has one, such as one with another chat template; else the base model's."""
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoConfig
 
         if not (self.path / "tokenizer.json").is_file():
             return self.base.tokenizer()
-        config = AutoConfig.for_model(**self.config())
-        return AutoTokenizer.from_pretrained(self.path, config=config, local_files_only=True)
+        return folder_tokenizer(self.path, config=AutoConfig.for_model(**self.config()))
 
     def adapted(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model with the adapter merged into its weights, one matrix after the other."""

@@ -11,6 +11,7 @@ from kvslim.errors import ModelError, NotFoundError
 from kvslim.loading.multimodal import is_multimodal, language_config, language_tensors
 from kvslim.loading.quantised import check_scheme, dequantised
 from kvslim.loading.snapshot import Snapshot, Unread, folder_files
+from kvslim.loading.tokenizer import folder_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -81,9 +82,7 @@ class FolderSnapshot(Snapshot):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the folder."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        return folder_tokenizer(self.path)
 
     def _quantization(self) -> dict[str, Any]:
         """What config.json says of how the weights are quantised; nothing if they are not."""

@@ -11,9 +11,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from transformers import AutoTokenizer
 
 from kvslim.errors import UsageError
+from kvslim.loading.tokenizer import folder_tokenizer
 from kvslim.progress import Progress, Silent
 from kvslim.runtime.generate import Sampling, eos_ids, generate_tokens, load_tokenizer
 from kvslim.runtime.opening import Logits
@@ -52,7 +52,7 @@ class ArtifactLM(TemplateLM):
     ) -> None:
         super().__init__()
         load_tokenizer(folder)  # raises if the file is missing or broken
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer: Any = folder_tokenizer(folder)
         self.max_length = max_length
         self._folder, self._threads = folder, threads
         self._progress = progress or Silent()
