@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import ModelError, NotFoundError, UnsupportedError
-from kvslim.loading.snapshot import Snapshot, Unread, folder_files
+from kvslim.loading.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, model_files
+from kvslim.loading.snapshot import Snapshot, Unread
 from kvslim.loading.tokenizer import folder_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MERGE = "merge it where it was trained (merge_and_unload of peft) and save the result with save_pretrained"
 
 
@@ -44,7 +43,7 @@ class AdapterSnapshot(Snapshot):
 
     def files(self) -> list[Path]:
         """The adapter's files, and the base model's."""
-        return folder_files(self.path) + self.base.files()
+        return model_files(self.path) + self.base.files()
 
     def config(self) -> dict[str, Any]:
         """The base model's config."""

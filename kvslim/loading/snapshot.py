@@ -102,8 +102,3 @@ class Snapshot(ABC):
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
-
-
-def folder_files(folder: Path) -> list[Path]:
-    """All JSON, safetensors and template files of a folder, by kind and name."""
-    return [path for kind in ("*.json", "*.safetensors", "*.jinja") for path in sorted(folder.glob(kind))]
