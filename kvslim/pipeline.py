@@ -53,7 +53,7 @@ def compress(
     """
     progress = progress or Silent()
     snapshot = resolve(model)
-    spec = _checked(snapshot, recipe)
+    spec, recipe = _checked(snapshot, recipe)
     if plan is not None:
         checks.check_plan(plan, spec)
     check_output(out, overwrite, needed_bytes=4 * snapshot.stored_bytes)
@@ -121,7 +121,7 @@ def validate(
     recipe = parse_recipe(manifest.recipe, where=str(artifact)).gated(gates or Gates())
     recipe = recipe.model_copy(update={"weights": manifest.weights})
     snapshot = _origin(artifact, manifest.source, against)
-    spec = _checked(snapshot, recipe)
+    spec, recipe = _checked(snapshot, recipe)
     progress.stage("load")
     prepared = prepare(snapshot, spec, recipe, progress)
     with tempfile.TemporaryDirectory(prefix="kvslim-") as folder:
@@ -141,26 +141,32 @@ def bench(artifacts: Sequence[Path], grid: Grid, *, progress: Progress | None = 
         KvslimError: An artifact cannot be opened, or a length is not positive or beyond a model's positions.
     """
     specs = [read_manifest(artifact).spec for artifact in artifacts]
+    grid = grid.fitted(specs)
     checks.check_grid(artifacts, specs, grid)
     folders = {str(artifact): artifact for artifact in artifacts}
     return bench_all(folders, specs, grid, progress or Silent())
 
 
-def _checked(snapshot: Snapshot, recipe: Recipe) -> ModelSpec:
-    """The shape of a model that a recipe fits; all that can fail cheaply fails here, before any weight is read."""
+def _checked(snapshot: Snapshot, recipe: Recipe, lack: str | None = None) -> tuple[ModelSpec, Recipe]:
+    """A model's shape, and a recipe with defaults that fit it.
+
+    All that can fail cheaply fails here, before any weight is read. `lack` says what there is not without a cache.
+    """
     spec = read_spec(snapshot, recipe.calibration.context)
     snapshot.check()
+    if lack is not None:
+        checks.check_cache(spec, lack)
+    recipe = recipe.fitted(spec)
     checks.check_recipe(recipe, spec)
     for settings in (recipe.calibration, recipe.validation):
         check_source(settings.source)
-    return spec
+    return spec, recipe
 
 
 def _opened(model: str, recipe: Recipe, lack: str, progress: Progress) -> PreparedModel:
-    """A checked model with a cache in memory; `lack` says what there is not without one."""
+    """A checked model in memory, which must have a cache."""
     snapshot = resolve(model)
-    spec = _checked(snapshot, recipe)
-    checks.check_cache(spec, lack)
+    spec, recipe = _checked(snapshot, recipe, lack)
     progress.stage("load")
     return prepare(snapshot, spec, recipe, progress)
 
