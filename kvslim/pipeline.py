@@ -11,7 +11,7 @@ from kvslim import checks
 from kvslim.calibrate.corpus import check_source
 from kvslim.contract import ModelSpec
 from kvslim.errors import NotFoundError, UsageError
-from kvslim.export.manifest import read_manifest
+from kvslim.export.manifest import read_runnable
 from kvslim.export.package import check_output, staging
 from kvslim.loading.snapshot import Snapshot
 from kvslim.loading.source import read_spec, resolve
@@ -117,7 +117,7 @@ def validate(
         KvslimError: The artifact or the model cannot be read, or the artifact was made from another one.
     """
     progress = progress or Silent()
-    manifest = read_manifest(artifact)
+    manifest = read_runnable(artifact)
     recipe = parse_recipe(manifest.recipe, where=str(artifact)).gated(gates or Gates())
     recipe = recipe.model_copy(update={"weights": manifest.weights})
     snapshot = _origin(artifact, manifest.source, against)
@@ -140,7 +140,7 @@ def bench(artifacts: Sequence[Path], grid: Grid, *, progress: Progress | None = 
     Raises:
         KvslimError: An artifact cannot be opened, or a length is not positive or beyond a model's positions.
     """
-    specs = [read_manifest(artifact).spec for artifact in artifacts]
+    specs = [read_runnable(artifact).spec for artifact in artifacts]
     grid = grid.fitted(specs)
     checks.check_grid(artifacts, specs, grid)
     folders = {str(artifact): artifact for artifact in artifacts}

@@ -7,12 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
 from pydantic import ValidationError
 
-from kvslim.errors import ArtifactError, NotFoundError
+from kvslim.errors import ArtifactError, NotFoundError, UnsupportedError
 from kvslim.types import KVLayout, Manifest
 
 MANIFEST = "kvslim.json"
+# The first with integer caches on CPUs. Every kind of artifact was seen to give the same tokens there and in 1.31.1.
+LEAST_ONNXRUNTIME = "1.27"
 GRAPH, WEIGHTS = "model.onnx", "model.onnx_data"
 DIGEST = "sha256"  # the last key of the file: SHA-256 of all that stands before it
 
@@ -39,6 +42,26 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{MANIFEST} is not JSON: {error}", where=str(path), fix="compress again") from error
     return _parse(data, path)
+
+
+def read_runnable(folder: Path) -> Manifest:
+    """The manifest of an artifact whose graph this onnxruntime is new enough for.
+
+    Raises:
+        NotFoundError, ArtifactError: As `read_manifest`.
+        UnsupportedError: The graph needs a newer version, which would otherwise be told by an error without a reason.
+    """
+    import onnxruntime
+
+    manifest, found = read_manifest(folder), onnxruntime.__version__
+    least = manifest.least_onnxruntime
+    if least is not None and Version(found).release < Version(least).release:
+        raise UnsupportedError(
+            f"the artifact needs onnxruntime {least} or newer, this is {found}",
+            where=str(folder),
+            fix=f"pip install 'onnxruntime>={least}'",
+        )
+    return manifest
 
 
 def hash_files(folder: Path) -> dict[str, str]:
