@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from clients.kinds import KINDS, make_artifact
 from onnx import helper, numpy_helper
-from support.docs import blocks
+from support.batches import alone, printed
 from support.tiny_graph import write_tiny
 from support.tiny_tokenizer import byte_tokenizer
 
-from kvslim.runtime.completion import Completer
-from kvslim.runtime.generate import load_tokenizer
-
-PROMPTS = ["Mira's lamp is red.", "No", "A longer text, with more than sixteen tokens in it", "Oren's"]
-NEW_TOKENS = 6
 GRAPHS = {"plain": {}, "an integer cache": {"int8": True}, "learned positions": {"positions": 64}}
 
 
@@ -40,43 +31,9 @@ def write_artifact(folder: Path, **options: int) -> None:
     (folder / "generation_config.json").write_text("{}")
 
 
-def alone(folder: Path) -> str:
-    """Texts of prompts that are completed one at a time, each on lines of its own."""
-    tokenizer = load_tokenizer(folder)
-    completer = Completer(folder, tokenizer, capacity=64)
-    texts = []
-    for prompt in PROMPTS:
-        completer.reset()
-        texts.append("".join(completer.stream(tokenizer.encode(prompt).ids, NEW_TOKENS)) + "\n")
-    return "".join(texts)
-
-
-def printed(folder: Path, script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """What the code of the page prints, with all prompts in one batch."""
-    (block,) = [block for block in blocks("python") if "padded" in block]
-    script.write_text(block)
-    monkeypatch.setattr(sys, "argv", [str(script), str(folder), str(NEW_TOKENS), *PROMPTS])
-    capsys.readouterr()
-    runpy.run_path(str(script))
-    return capsys.readouterr().out
-
-
 @pytest.mark.parametrize("name", GRAPHS)
 def test_rows_padded_as_the_page_says_give_what_they_give_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     write_artifact(tmp_path, **GRAPHS[name])
     assert printed(tmp_path, tmp_path / "batch.py", monkeypatch, capsys) == alone(tmp_path)
-
-
-@pytest.mark.clients
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_of_every_kind_of_artifact_give_what_they_give_alone(
-    tiny_model: Callable[[str], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    kind: str,
-) -> None:
-    folder = make_artifact(tiny_model("llama"), KINDS[kind], tmp_path / "artifact")
-    assert printed(folder, tmp_path / "batch.py", monkeypatch, capsys) == alone(folder)
