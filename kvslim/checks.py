@@ -16,7 +16,7 @@ from kvslim.types import LayerPlan, Plan
 from kvslim.validation.bench import Grid
 from kvslim.validation.spans import LEAST_DISTANCE, longest_distance, positions_of
 
-LEAST_POSITIONS = {True: 32, False: positions_of(LEAST_DISTANCE)}  # for an encoder's shortest text, a decoder's recall
+LEAST_TEXT, LEAST_RECALL = 32, positions_of(LEAST_DISTANCE)  # positions, to measure an encoder or a decoder
 ENCODER_DECISIONS = ("layer", "heads", "refit", "score", "reason")
 ENCODER_GATES = {"min_embedding_cosine", "min_retrieval_rank_correlation", "min_masked_top1_agreement"}
 
@@ -79,7 +79,7 @@ def check_lengths(recipe: Recipe, spec: ModelSpec) -> None:
         UnsupportedError: The model has too few positions to measure anything.
         UsageError: Naming the keys and the limit.
     """
-    least = LEAST_POSITIONS[spec.is_encoder]
+    least = LEAST_TEXT if spec.is_encoder else LEAST_RECALL
     if spec.max_context < least:
         message = f"the model has {spec.max_context} positions, and measuring one takes {least}"
         raise UnsupportedError(message, where="MODEL", fix="give a model for longer texts")

@@ -14,7 +14,8 @@ from kvslim.errors import ArtifactError, NotFoundError, UnsupportedError
 from kvslim.types import KVLayout, Manifest
 
 MANIFEST = "kvslim.json"
-# The first with integer caches on CPUs. Every kind of artifact was seen to give the same tokens there and in 1.31.1.
+# The oldest that was tried: every kind of artifact gives the same tokens in 1.27.0 and in 1.31.1. Older ones know no
+# integer caches on CPUs, and their error does not say so.
 LEAST_ONNXRUNTIME = "1.27"
 GRAPH, WEIGHTS = "model.onnx", "model.onnx_data"
 DIGEST = "sha256"  # the last key of the file: SHA-256 of all that stands before it
