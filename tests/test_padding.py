@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from support.batches import alone, printed
+from support.padding import alone, printed
 from support.tiny_graph import write_tiny
 from support.tiny_tokenizer import byte_tokenizer
 

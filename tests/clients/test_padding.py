@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.batches import alone, printed
+from support.padding import alone, printed
 
 from clients.conftest import ArtifactOf
 from clients.kinds import KINDS
