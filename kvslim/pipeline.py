@@ -141,7 +141,7 @@ def bench(artifacts: Sequence[Path], grid: Grid, *, progress: Progress | None = 
         KvslimError: An artifact cannot be opened, or a length is not positive or beyond a model's positions.
     """
     specs = [read_runnable(artifact).spec for artifact in artifacts]
-    grid = grid.fitted(specs)
+    grid = grid.shortened_to(specs)
     checks.check_grid(artifacts, specs, grid)
     folders = {str(artifact): artifact for artifact in artifacts}
     return bench_all(folders, specs, grid, progress or Silent())
@@ -156,7 +156,7 @@ def _checked(snapshot: Snapshot, recipe: Recipe, lack: str | None = None) -> tup
     snapshot.check()
     if lack is not None:
         checks.check_cache(spec, lack)
-    recipe = recipe.fitted(spec)
+    recipe = recipe.shortened_to(spec)
     checks.check_recipe(recipe, spec)
     for settings in (recipe.calibration, recipe.validation):
         check_source(settings.source)

@@ -176,7 +176,7 @@ class Recipe(Frozen):
         target = min(self.calibration.target(spec), spec.max_context - 1)
         return (*(context for context in SHORT_CONTEXTS if context < target), target)
 
-    def fitted(self, spec: ModelSpec) -> Recipe:
+    def shortened_to(self, spec: ModelSpec) -> Recipe:
         """This recipe with the defaults that a model has positions for; what somebody set stays as it is."""
         most = spec.max_context
         reach = longest_distance(most)

@@ -273,16 +273,16 @@ def test_sentences_are_asked_for_in_a_way_that_works() -> None:
 @pytest.mark.parametrize("recipe", ["balanced", "small", "lossless"])
 def test_defaults_fit_every_model(recipe: str, positions: int) -> None:
     spec = SPEC.model_copy(update={"max_context": positions})
-    fitted = load_recipe(recipe).fitted(spec)
+    fitted = load_recipe(recipe).shortened_to(spec)
     check_lengths(fitted, spec)
     assert fitted.validation.length == fitted.calibration.length == min(512, positions)
     assert max(fitted.validation.prompts) <= positions
-    assert Recipe.model_validate(fitted.model_dump()).fitted(spec) == fitted
+    assert Recipe.model_validate(fitted.model_dump()).shortened_to(spec) == fitted
 
 
 def test_what_is_set_is_not_shortened() -> None:
     spec = SPEC.model_copy(update={"max_context": 256})
-    fitted = load_recipe("lossless", ["validation.length=300", "validation.prompts=[500]"]).fitted(spec)
+    fitted = load_recipe("lossless", ["validation.length=300", "validation.prompts=[500]"]).shortened_to(spec)
     assert (fitted.validation.length, fitted.validation.prompts) == (300, (500,))
     with pytest.raises(UsageError, match=r"validation.length needs 300 positions, validation.prompts needs 500"):
         check_lengths(fitted, spec)
@@ -292,7 +292,7 @@ def test_what_is_set_is_not_shortened() -> None:
 def test_model_without_room_for_a_question_is_refused(positions: int) -> None:
     spec = SPEC.model_copy(update={"max_context": positions})
     with pytest.raises(UnsupportedError, match=f"the model has {positions} positions"):
-        check_lengths(load_recipe("lossless").fitted(spec), spec)
+        check_lengths(load_recipe("lossless").shortened_to(spec), spec)
 
 
 @pytest.mark.parametrize("distance", [16, 31, 32, 100, 159, 512, 2000])
@@ -315,9 +315,9 @@ def test_bench_has_default_lengths_that_all_artifacts_take(
     positions: int, prompts: tuple[int, ...], contexts: tuple[int, ...]
 ) -> None:
     specs = [SPEC.model_copy(update={"max_context": most}) for most in (8192, positions)]
-    grid = Grid().fitted(specs)
+    grid = Grid().shortened_to(specs)
     assert (grid.prompts, grid.contexts) == (prompts, contexts)
-    assert Grid(prompts=(9999,), contexts=(1,)).fitted(specs).prompts == (9999,)
+    assert Grid(prompts=(9999,), contexts=(1,)).shortened_to(specs).prompts == (9999,)
 
 
 BLAMED = {

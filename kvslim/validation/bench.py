@@ -40,7 +40,7 @@ class Grid(Frozen):
     batches: tuple[int, ...] = (1,)
     repeats: int = Field(16, ge=2)
 
-    def fitted(self, specs: Sequence[ModelSpec]) -> Grid:
+    def shortened_to(self, specs: Sequence[ModelSpec]) -> Grid:
         """This grid with the default lengths that all models have positions for; what somebody set stays as it is."""
         most = min((spec.max_context for spec in specs), default=max(self.prompts))
         return shortened(self, prompts=most, contexts=most - 1)
