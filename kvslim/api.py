@@ -121,8 +121,8 @@ def validate(
 def bench(
     artifacts: Sequence[AnyPath] | AnyPath,
     *,
-    prompts: Sequence[int] = (128, 512),
-    contexts: Sequence[int] = (128, 1024),
+    prompts: Sequence[int] | None = None,
+    contexts: Sequence[int] | None = None,
     threads: Sequence[int] | None = None,
     batches: Sequence[int] = (1,),
     repeats: int = 16,
@@ -132,8 +132,9 @@ def bench(
 
     Args:
         artifacts: Folders that `compress` wrote.
-        prompts: Prompt lengths in tokens, for time to first token; text lengths for an encoder.
-        contexts: Context lengths in tokens, for time per token.
+        prompts: Prompt lengths in tokens, for time to first token; text lengths for an encoder. None for 128 and 512,
+            as far as all models have positions.
+        contexts: Context lengths in tokens, for time per token; None for 128 and 1,024, likewise.
         threads: Thread counts; None leaves the choice to onnxruntime.
         batches: Numbers of sequences side by side.
         repeats: Timings per combination, at least 2.
@@ -149,9 +150,9 @@ def bench(
     from kvslim.validation.bench import Grid
 
     folders = [artifacts] if isinstance(artifacts, str | PathLike) else artifacts
+    lengths = {"prompts": prompts, "contexts": contexts}
     grid = Grid(
-        prompts=tuple(prompts),
-        contexts=tuple(contexts),
+        **{name: tuple(given) for name, given in lengths.items() if given is not None},
         threads=(None,) if threads is None else tuple(threads),
         batches=tuple(batches),
         repeats=repeats,

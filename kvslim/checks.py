@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from kvslim.caches import ClusteredCache
 from kvslim.contract import ModelSpec
@@ -15,8 +16,9 @@ from kvslim.recipe import Recipe
 from kvslim.runtime.opening import check_threads
 from kvslim.types import LayerPlan, Plan
 from kvslim.validation.bench import Grid
+from kvslim.validation.spans import LEAST_DISTANCE, longest_distance, positions_of
 
-RECALL_MARGIN = 33  # first token, span and its second copy
+LEAST_TEXT, LEAST_RECALL = 32, positions_of(LEAST_DISTANCE)  # positions, to measure an encoder or a decoder
 ENCODER_DECISIONS = ("layer", "heads", "refit", "score", "reason")
 ENCODER_GATES = {"min_embedding_cosine", "min_retrieval_rank_correlation", "min_masked_top1_agreement"}
 
@@ -91,23 +93,44 @@ def check_lengths(recipe: Recipe, spec: ModelSpec) -> None:
     """Refuses windows, prompts and contexts beyond the model's positions.
 
     Raises:
-        UsageError: Naming the key and the limit.
+        UnsupportedError: The model has too few positions to measure anything.
+        UsageError: Naming the keys and the limit.
     """
-    calibration, validation = recipe.calibration, recipe.validation
-    lengths = {"validation.length": validation.length, "validation.prompts": max(validation.prompts)}
-    if not spec.is_encoder:
-        lengths |= {
-            "calibration.length": calibration.length,
-            "validation.recall_distance": validation.recall_distance + RECALL_MARGIN,
-            "validation.contexts": max(recipe.timed_contexts(spec)) + 1,
-        }
-    for key, length in lengths.items():
-        if length > spec.max_context:
-            raise UsageError(
-                f"{key} needs {length} positions, the model has {spec.max_context}",
-                where=f"recipe: {key}",
-                fix=f"--set {key}={max(1, spec.max_context // 2)}",
-            )
+    least = LEAST_TEXT if spec.is_encoder else LEAST_RECALL
+    if spec.max_context < least:
+        message = f"the model has {spec.max_context} positions, and measuring one takes {least}"
+        raise UnsupportedError(message, where="MODEL", fix="give a model for longer texts")
+    too_long = {key: length for key, length in _lengths(recipe, spec).items() if length.positions > spec.max_context}
+    if too_long:
+        needs = ", ".join(f"{key} needs {length.positions} positions" for key, length in too_long.items())
+        raise UsageError(
+            f"{needs}; the model has {spec.max_context}",
+            where=f"recipe: {', '.join(too_long)}",
+            fix=" ".join(f"--set {key}={length.most}" for key, length in too_long.items()),
+        )
+
+
+class _Length(NamedTuple):
+    """The positions that a length of a recipe takes, and the most that the model has room for, as a recipe says it."""
+
+    positions: int
+    most: int | list[int]
+
+
+def _lengths(recipe: Recipe, spec: ModelSpec) -> dict[str, _Length]:
+    """What must fit into a model's positions, by key."""
+    calibration, validation, most = recipe.calibration, recipe.validation, spec.max_context
+    lengths = {
+        "validation.length": _Length(validation.length, most),
+        "validation.prompts": _Length(max(validation.prompts), [most]),
+    }
+    if spec.is_encoder:
+        return lengths
+    return lengths | {
+        "calibration.length": _Length(calibration.length, most),
+        "validation.recall_distance": _Length(positions_of(validation.recall_distance), longest_distance(most)),
+        "validation.contexts": _Length(max(recipe.timed_contexts(spec)) + 1, [most - 1]),
+    }
 
 
 def check_cache(spec: ModelSpec, lack: str) -> None:
@@ -124,7 +147,7 @@ def check_cache(spec: ModelSpec, lack: str) -> None:
         raise UnsupportedError(
             f"{spec.model_type} is an encoder: without a KV cache there is {lack}",
             where="MODEL",
-            fix="make the artifact with `kvslim compress MODEL -r encoder`",
+            fix="make an artifact with `kvslim compress MODEL -r encoder -o OUT`",
         )
 
 

@@ -11,7 +11,7 @@ from kvslim import checks
 from kvslim.calibrate.corpus import check_source
 from kvslim.contract import ModelSpec
 from kvslim.errors import NotFoundError, UsageError
-from kvslim.export.manifest import read_manifest
+from kvslim.export.manifest import read_runnable
 from kvslim.export.package import check_output, staging
 from kvslim.loading.snapshot import Snapshot
 from kvslim.loading.source import read_spec, resolve
@@ -22,7 +22,7 @@ from kvslim.prepared.base import PreparedModel, prepare
 from kvslim.progress import Progress, Silent
 from kvslim.recipe import DEFAULT_POSITIONS, Gates, Recipe, parse_recipe
 from kvslim.report.describe import describe
-from kvslim.types import KVLayout, Manifest, Plan, PlanPoint, Report
+from kvslim.types import KVLayout, Manifest, Plan, PlanPoint, Report, Source
 from kvslim.validation.bench import BenchResult, Grid, bench_all
 
 
@@ -52,7 +52,8 @@ def compress(
         KvslimError: Anything a user can mend; `out` is then as it was before.
     """
     progress = progress or Silent()
-    snapshot, spec = _checked(model, recipe)
+    snapshot = resolve(model)
+    spec, recipe = _checked(snapshot, recipe)
     if plan is not None:
         checks.check_plan(plan, spec)
     check_output(out, overwrite, needed_bytes=4 * snapshot.stored_bytes + 2 * spec.rope_bytes)
@@ -113,17 +114,16 @@ def validate(
         progress: Receives the progress.
 
     Raises:
-        KvslimError: The artifact or the model cannot be read, or they do not belong together.
+        KvslimError: The artifact or the model cannot be read, or the artifact was made from another one.
     """
     progress = progress or Silent()
-    manifest = read_manifest(artifact)
+    manifest = read_runnable(artifact)
     recipe = parse_recipe(manifest.recipe, where=str(artifact)).gated(gates or Gates())
     # Artifacts of KVSlim 0.1 have all positions of their model.
     positions = recipe.positions or max(manifest.spec.max_context, DEFAULT_POSITIONS)
     recipe = recipe.model_copy(update={"weights": manifest.weights, "positions": positions})
-    snapshot, spec = _checked(against or _source_of(artifact, manifest), recipe)
-    if spec != manifest.spec:
-        raise UsageError("the model has another shape than the artifact's", where="--against", fix="give its own model")
+    snapshot = _origin(artifact, manifest.source, against)
+    spec, recipe = _checked(snapshot, recipe)
     progress.stage("load")
     prepared = prepare(snapshot, spec, recipe, progress)
     with tempfile.TemporaryDirectory(prefix="kvslim-") as folder:
@@ -142,40 +142,52 @@ def bench(artifacts: Sequence[Path], grid: Grid, *, progress: Progress | None = 
     Raises:
         KvslimError: An artifact cannot be opened, or a length is not positive or beyond a model's positions.
     """
-    specs = [read_manifest(artifact).spec for artifact in artifacts]
+    specs = [read_runnable(artifact).spec for artifact in artifacts]
+    grid = grid.shortened_to(specs)
     checks.check_grid(artifacts, specs, grid)
     folders = {str(artifact): artifact for artifact in artifacts}
     return bench_all(folders, specs, grid, progress or Silent())
 
 
-def _checked(model: str, recipe: Recipe) -> tuple[Snapshot, ModelSpec]:
-    """A model that a recipe fits; all that can fail cheaply fails here, before any weight is read."""
-    snapshot = resolve(model)
+def _checked(snapshot: Snapshot, recipe: Recipe, lack: str | None = None) -> tuple[ModelSpec, Recipe]:
+    """A model's shape, and a recipe with defaults that fit it.
+
+    All that can fail cheaply fails here, before any weight is read. `lack` says what there is not without a cache.
+    """
     spec = recipe.fitted(read_spec(snapshot, recipe.calibration.context))
+    if lack is not None:
+        checks.check_cache(spec, lack)
+    recipe = recipe.shortened_to(spec)
     checks.check_recipe(recipe, spec)
     snapshot.check()
     checks.check_weights(recipe, snapshot)
     for settings in (recipe.calibration, recipe.validation):
         check_source(settings.source)
-    return snapshot, spec
+    return spec, recipe
 
 
 def _opened(model: str, recipe: Recipe, lack: str, progress: Progress) -> PreparedModel:
-    """A checked model with a cache in memory; `lack` says what there is not without one."""
-    snapshot, spec = _checked(model, recipe)
-    checks.check_cache(spec, lack)
+    """A checked model in memory, which must have a cache."""
+    snapshot = resolve(model)
+    spec, recipe = _checked(snapshot, recipe, lack)
     progress.stage("load")
     return prepare(snapshot, spec, recipe, progress)
 
 
-def _source_of(artifact: Path, manifest: Manifest) -> str:
-    """The model that an artifact came from, as its maker typed it."""
-    source = manifest.source
-    model = f"{source.model}@{source.revision}" if source.revision else source.model
+def _origin(artifact: Path, source: Source, against: str | None) -> Snapshot:
+    """The model that an artifact was made from: `against`, or what its maker typed, if it is still the same."""
+    typed = f"{source.model}@{source.revision}" if source.revision else source.model
+    where, fix = ("--against" if against else str(artifact)), "give --against MODEL, the model it was made from"
     try:
-        resolve(model)
+        snapshot = resolve(against or typed)
     except NotFoundError as error:
-        raise NotFoundError(
-            f"the model it came from is not there: {error.message}", where=str(artifact), fix="give --against MODEL"
-        ) from error
-    return model
+        if against:
+            raise
+        raise NotFoundError(f"the model it came from is not there: {error.message}", where=where, fix=fix) from error
+    if snapshot.sha256 != source.sha256:
+        raise UsageError(
+            f"the artifact was not made from {against or typed!r} as it is now: the files have another SHA-256",
+            where=where,
+            fix=f"{fix}; if that was trained or saved again, compress it again",
+        )
+    return snapshot

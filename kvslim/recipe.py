@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_serializer, model_validator
@@ -14,7 +14,9 @@ from pydantic import BeforeValidator, Field, ValidationError, field_serializer, 
 from kvslim.contract import Frozen, Layout, ModelSpec
 from kvslim.errors import NotFoundError, UsageError, suggestion
 from kvslim.methods import Method, method_class
+from kvslim.overrides import one_line, overridden
 from kvslim.types import WeightFormat, Weights
+from kvslim.validation.spans import LEAST_DISTANCE, longest_distance
 
 SHORT_CONTEXTS = (128, 1024)
 DEFAULT_CONTEXT = 4096
@@ -47,6 +49,7 @@ def _method(value: object) -> object:
 
 
 Number = Annotated[float, BeforeValidator(_number)]
+Settings = TypeVar("Settings", bound=Frozen)
 MethodEntry = Annotated[Method, BeforeValidator(_method)]
 
 
@@ -73,7 +76,7 @@ class Validation(Frozen):
     samples: int = Field(8, ge=2, description="chunks of text; sentences for an encoder")
     length: int = Field(512, ge=32, description="tokens per chunk; longest sentence for an encoder")
     recall_items: int = Field(200, ge=1, description="recall questions at most")
-    recall_distance: int = Field(512, ge=16, description="tokens between a fact and its question, at most")
+    recall_distance: int = Field(512, ge=LEAST_DISTANCE, description="tokens between a fact and its question, at most")
     prompts: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (128, 512), min_length=1, description="prompt lengths for TTFT; text lengths for an encoder's latency"
     )
@@ -188,6 +191,15 @@ class Recipe(Frozen):
         windows = tuple(None if window is not None and window >= most else window for window in spec.windows)
         return spec.model_copy(update={"max_context": most, "windows": windows})
 
+    def shortened_to(self, spec: ModelSpec) -> Recipe:
+        """This recipe with the defaults that a model has positions for; what somebody set stays as it is."""
+        most = spec.max_context
+        reach = longest_distance(most)
+        validation = shortened(self.validation, length=most, prompts=most, recall_distance=reach)
+        return self.model_copy(
+            update={"calibration": shortened(self.calibration, length=most), "validation": validation}
+        )
+
     def within(self, budget: Budget) -> Recipe:
         """This recipe with the planner in place of its methods, and the budget's limits as gates."""
         gates = self.gates.model_copy(
@@ -207,6 +219,18 @@ class Recipe(Frozen):
     @field_serializer("methods")
     def _dump_methods(self, methods: tuple[Method, ...]) -> list[dict[str, Any]]:
         return [{method.name: method.model_dump(mode="json")} for method in methods]
+
+
+def shortened(settings: Settings, **limits: int) -> Settings:
+    """Settings with defaults no longer than their limits; of several lengths those that fit, or else the limit."""
+    found: dict[str, Any] = {}
+    for name in limits.keys() - settings.model_fields_set:
+        value, limit = getattr(settings, name), limits[name]
+        several = isinstance(value, tuple)
+        shorter = tuple(length for length in value if length <= limit) or (limit,) if several else min(value, limit)
+        if shorter != value:
+            found[name] = shorter
+    return settings.model_copy(update=found)
 
 
 def recipe_folder() -> Path:
@@ -234,14 +258,28 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(_one_line(error), where=str(path), fix="correct the YAML syntax") from error
+        raise UsageError(one_line(error), where=str(path), fix="correct the YAML syntax") from error
     if not isinstance(data, dict):
         raise UsageError(
             "a recipe must be a mapping of keys to values", where=str(path), fix="start from `kvslim recipes balanced`"
         )
+    data = {"name": path.stem, **data}
+    changes = tuple(overrides)
+    try:
+        return parse_recipe(overridden(data, changes), where=str(path))
+    except UsageError as error:
+        parse_recipe(data, where=str(path))  # raises if the file alone is at fault
+        raise _blamed(data, changes, error) from error
+
+
+def _blamed(data: dict[str, Any], overrides: tuple[str, ...], error: UsageError) -> UsageError:
+    """The error of the first override that fails alone, or else that of all of them together."""
     for override in overrides:
-        _override(data, override)
-    return parse_recipe({"name": path.stem, **data}, where=str(path))
+        try:
+            parse_recipe(overridden(data, [override]), where="")
+        except UsageError as own:
+            return UsageError(own.message, where=f"--set {override}", fix=own.fix)
+    return UsageError(error.message, where=" ".join(f"--set {override}" for override in overrides), fix=error.fix)
 
 
 def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
@@ -253,59 +291,15 @@ def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        faults = "; ".join(_fault(fault) for fault in error.errors())
+        faults = "; ".join(_fault(fault, data) for fault in error.errors())
         raise UsageError(
             faults, where=where, fix="see `kvslim recipes` and docs/recipes.md for keys and ranges"
         ) from error
 
 
-def _fault(fault: Any) -> str:
-    path = ".".join(str(part) for part in fault["loc"]) or "recipe"
-    return f"{path}: {fault['msg'][:1].lower()}{fault['msg'][1:]} (got {reprlib.repr(fault['input'])})"
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    """Sets one `key.path=value`. A method's options are addressed by its name (`methods.kv_pca.rank=32`)."""
-    path, equals, text = override.partition("=")
-    keys = path.split(".")
-    if not equals or not all(keys):
-        raise UsageError(f"cannot read {override!r}", where="--set", fix="write --set calibration.samples=32")
-    target: Any = data
-    for key in keys[:-1]:
-        target = _methods_by_name(target, key) if isinstance(target, list) else _nested(target, key)
-        if not isinstance(target, dict | list):
-            raise UsageError(
-                f"{key!r} in {override!r} is a value, not a group of keys", where="--set", fix="see docs/recipes.md"
-            )
-    if isinstance(target, list):
-        raise UsageError(
-            f"{override!r} would replace a whole method", where="--set", fix="write --set methods.kv_pca.rank=32"
-        )
-    try:
-        target[keys[-1]] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(
-            f"cannot read {override!r}: {_one_line(error)}", where="--set", fix="correct the value"
-        ) from error
-
-
-def _nested(data: dict[str, Any], key: str) -> Any:
-    if key == "weights" and isinstance(data.get(key), str):
-        data[key] = {"type": data[key]}
-    return data.setdefault(key, [] if key == "methods" else {})
-
-
-def _methods_by_name(entries: list[Any], name: str) -> dict[str, Any]:
-    for index, entry in enumerate(entries):
-        if entry == name:
-            entries[index] = entry = {name: {}}
-        if isinstance(entry, dict) and name in entry:
-            entry[name] = entry[name] or {}
-            return entry[name]
-    names = [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
-    fix = suggestion(name, names) if names else "list it in the recipe's methods, without a budget"
-    raise UsageError(f"this recipe has no method {name!r}", where="--set", fix=fix)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _fault(fault: Any, data: dict[str, Any]) -> str:
+    parts = [str(part) for part in fault["loc"]] or ["recipe"]
+    if parts[0] == "methods" and len(parts) > 2:  # the name of a method says more than its place in the list
+        entry = data["methods"][int(parts[1])]
+        parts[1] = entry if isinstance(entry, str) else next(iter(entry))
+    return f"{'.'.join(parts)}: {fault['msg'][:1].lower()}{fault['msg'][1:]} (got {reprlib.repr(fault['input'])})"

@@ -286,6 +286,13 @@ class Manifest(Frozen):
     weights: Weights
     inputs: tuple[str, ...] = Field(description="graph inputs that have no default, other than the cache, in order")
     versions: dict[str, str]
+    # Left out where it is not known, so that manifests written before it was noted keep their digest.
+    least_onnxruntime: str | None = Field(
+        None,
+        pattern=r"^\d+(\.\d+)*$",
+        exclude_if=lambda version: version is None,
+        description="the oldest version that runs the graph",
+    )
     files: dict[str, str] = Field(description="SHA-256 of every other file of the folder, by name")
     report: Report | None = None
     passed: bool | None = None

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import tiny_hub
 
 from kvslim.cli import app
 from kvslim.errors import ModelError, NotFoundError, UnsupportedError
@@ -103,12 +104,12 @@ def test_adapter_that_nobody_trained_is_refused(lora: Path) -> None:
 
 
 def test_digest_covers_adapter_and_base(lora: Path) -> None:
-    digests = {resolve(str(lora)).sha256()}
+    digests = {resolve(str(lora)).sha256}
     rewrite(lora, lora_alpha=8)
-    digests.add(resolve(str(lora)).sha256())
+    digests.add(resolve(str(lora)).sha256)
     config = lora.parent / "base" / "config.json"
     config.write_text(config.read_text() + "\n")
-    digests.add(resolve(str(lora)).sha256())
+    digests.add(resolve(str(lora)).sha256)
     assert len(digests) == 3
 
 
@@ -154,18 +155,13 @@ def test_adapter_without_a_base_is_refused(
 
 
 def test_base_on_the_hub_is_asked_for_at_the_revision_that_the_adapter_names(
-    lora: Path, monkeypatch: pytest.MonkeyPatch
+    lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[object] = []
-
-    def download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.extend((repo_id, revision))
-        return str(lora.parent / "base")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    hub = tiny_hub.install(tmp_path, monkeypatch)
+    shutil.copytree(lora.parent / "base", hub.root / "org" / "base")
     rewrite(lora, base_model_name_or_path="org/base", revision="v3")
     assert resolve(str(lora)).config()["model_type"] == "llama"
-    assert asked == ["org/base", "v3"]
+    assert hub.revisions[0] == ("org/base", "v3")
 
 
 @pytest.mark.parametrize("own", [True, False])

@@ -509,7 +509,7 @@ CASES: dict[str, tuple[Case, int, str]] = {
         "2048 threads are not between",
     ),
     "tokens_negative": (lambda i: ["generate", i.artifact(), "-p", "a", "--max-new-tokens", "-1"], USAGE, "-tokens"),
-    "against_another_model": (lambda i: ["validate", i.artifact(), "--against", i.tiny], USAGE, "another shape"),
+    "against_another_model": (lambda i: ["validate", i.artifact(), "--against", i.tiny], USAGE, "another SHA-256"),
     "manifest_binary": (lambda i: ["verify", i.artifact(kvslim_json=b"\xff\x00")], BROKEN, "not JSON"),
     "manifest_utf16": (lambda i: ["verify", i.utf16_manifest()], BROKEN, "kvslim.json: changed"),
     "manifest_too_deep": (lambda i: ["generate", i.artifact(kvslim_json="[" * 100_000), "-p", "a"], BROKEN, "not JSON"),

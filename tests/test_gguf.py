@@ -109,11 +109,11 @@ def test_artifact_is_the_same_to_the_byte_and_whole(gguf: Path, tiny_llama: Path
 
 
 def test_digest_is_that_of_the_file_alone(gguf: Path) -> None:
-    before = resolve(str(gguf)).sha256()
+    before = resolve(str(gguf)).sha256
     (gguf.parent / "config.json").write_text("{}")
-    assert resolve(str(gguf)).sha256() == before
+    assert resolve(str(gguf)).sha256 == before
     gguf.write_bytes(gguf.read_bytes()[:-1] + b"x")
-    assert resolve(str(gguf)).sha256() != before
+    assert resolve(str(gguf)).sha256 != before
 
 
 def test_tokenizer_and_template_come_from_the_file_even_if_others_lie_beside_it(gguf: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -13,9 +14,18 @@ from pathlib import Path
 import pytest
 from support.tiny_artifact import fill
 
-from kvslim.errors import ArtifactError, NotFoundError, OutputError
-from kvslim.export.manifest import MANIFEST, read_manifest, verify, write_manifest
+from kvslim.cli import app
+from kvslim.errors import ArtifactError, NotFoundError, OutputError, UnsupportedError
+from kvslim.export.manifest import (
+    LEAST_ONNXRUNTIME,
+    MANIFEST,
+    read_manifest,
+    read_runnable,
+    verify,
+    write_manifest,
+)
 from kvslim.export.package import check_output, staging
+from kvslim.report.card import model_card
 
 
 @pytest.fixture
@@ -303,3 +313,58 @@ def test_manifest_keeps_its_bytes_when_read_and_written_again(artifact: Path) ->
     before = (artifact / MANIFEST).read_bytes()
     write_manifest(artifact, read_manifest(artifact))
     assert (artifact / MANIFEST).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("installed", "least", "runs"),
+    [
+        ("1.26.0", "1.27", False),
+        ("1.9.1", "1.27", False),
+        ("1.27.0", "1.27", True),
+        ("1.27.0.dev20260601", "1.27", True),
+        ("2.0.0", "1.27", True),
+        ("1.26.0", None, True),
+        ("1.31.1", "1.40.2", False),
+    ],
+)
+def test_artifact_is_refused_by_an_onnxruntime_that_is_too_old(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, installed: str, least: str | None, runs: bool
+) -> None:
+    write_manifest(artifact, read_manifest(artifact).model_copy(update={"least_onnxruntime": least}))
+    monkeypatch.setattr("onnxruntime.__version__", installed)
+    if runs:
+        assert read_runnable(artifact).least_onnxruntime == least
+    else:
+        with pytest.raises(UnsupportedError, match=f"needs onnxruntime {least} or newer, this is {installed}") as error:
+            read_runnable(artifact)
+        assert error.value.fix == f"pip install 'onnxruntime>={least}'"
+
+
+@pytest.mark.parametrize("verb", [["generate", "-p", "a"], ["validate"], ["bench"], ["eval", "--tasks", "a.jsonl"]])
+def test_every_verb_that_runs_the_graph_asks_for_the_version(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: list[str]
+) -> None:
+    write_manifest(artifact, read_manifest(artifact).model_copy(update={"least_onnxruntime": "99.1"}))
+    assert app.run([verb[0], str(artifact), *verb[1:]]) == UnsupportedError.exit_code
+    assert "the artifact needs onnxruntime 99.1 or newer" in capsys.readouterr().err
+    assert app.run(["verify", str(artifact)]) == 0
+    assert app.run(["compare", str(artifact)]) == 0
+
+
+def test_least_version_is_in_the_card_and_is_left_out_of_older_manifests(artifact: Path) -> None:
+    older = read_manifest(artifact)
+    assert "least_onnxruntime" not in (artifact / MANIFEST).read_text()
+    assert verify(artifact) == ()
+    assert "The graph needs" not in model_card(older)
+    newer = older.model_copy(update={"least_onnxruntime": LEAST_ONNXRUNTIME})
+    write_manifest(artifact, newer)
+    assert read_manifest(artifact) == newer
+    assert f"The graph needs onnxruntime {LEAST_ONNXRUNTIME} or newer." in model_card(newer)
+
+
+@pytest.mark.parametrize("version", ["newest", "", "1.27; rm", 7])
+def test_manifest_is_broken_when_its_least_version_is_none(artifact: Path, version: object) -> None:
+    data = json.loads((artifact / MANIFEST).read_text())
+    (artifact / MANIFEST).write_text(json.dumps({**data, "least_onnxruntime": version}))
+    with pytest.raises(ArtifactError, match="least_onnxruntime"):
+        read_manifest(artifact)

@@ -51,7 +51,7 @@ def test_override_of_a_method_without_options_adds_them(tmp_path: Path) -> None:
 def test_override_is_refused_when_it_leads_nowhere(override: str) -> None:
     with pytest.raises(UsageError) as error:
         load_recipe("balanced", [override])
-    assert error.value.where == "--set"
+    assert error.value.where == f"--set {override}"
 
 
 def test_every_fault_is_named_when_there_are_several() -> None:

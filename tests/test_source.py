@@ -29,25 +29,9 @@ def test_demo_is_the_model_in_the_package() -> None:
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "../x", "a/b/c", "nowhere"])
 def test_name_that_cannot_be_a_hub_id_is_refused_without_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "_download", None)
+    monkeypatch.setattr(source, "_from_hub", None)
     with pytest.raises(NotFoundError):
         resolve(name)
-
-
-def test_hub_id_carries_its_revision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: dict[str, Any] = {}
-
-    def download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.update(repo_id=repo_id, revision=revision, patterns=allow_patterns)
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    snapshot = resolve("someone/model@v2")
-    assert (snapshot.path, snapshot.model, snapshot.revision) == (tmp_path, "someone/model", "v2")
-    assert asked["repo_id"] == "someone/model"
-    assert asked["revision"] == "v2"
-    assert "*.jinja" in asked["patterns"]
-    assert not any(pattern.endswith((".bin", ".pt", ".pth")) for pattern in asked["patterns"])
 
 
 def test_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

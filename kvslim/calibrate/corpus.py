@@ -18,6 +18,7 @@ from kvslim.token_ids import check_ids, knows_more
 
 Array = np.ndarray
 SELF_BATCH = 8  # more at once are hardly faster, and take more memory
+LEAST_WINDOW = 32  # tokens, the shortest length that a recipe allows for both
 WHOLE = (0.0, 1.0)
 LINES = 'write one {"text": ...} or {"prompt": ..., "completion": ...} per line'
 CALIBRATION_SHARE, VALIDATION_SHARE = (0.0, 0.8), (0.8, 1.0)  # of one text that serves both
@@ -72,7 +73,13 @@ def source_text(source: str) -> str:
 
 
 def text_windows(
-    source: str, tokenizer: Any, *, samples: int, length: int, share: tuple[float, float] = WHOLE
+    source: str,
+    tokenizer: Any,
+    *,
+    samples: int,
+    length: int,
+    share: tuple[float, float] = WHOLE,
+    key: str = "calibration.length",
 ) -> Array:
     """Windows of a file, a hub data set or, for `self`, the demo's held-out stories.
 
@@ -82,6 +89,7 @@ def text_windows(
         samples: Windows wanted.
         length: Tokens per window.
         share: Part of the text to use, so that calibration and validation can share a file without overlap.
+        key: What sets the length, for the error.
 
     Returns:
         [n, length] token ids, 1 <= n <= samples, evenly spread over the text; each window starts as the tokenizer
@@ -97,7 +105,13 @@ def text_windows(
         return np.stack([np.asarray(tokenizer(text).input_ids[:length]) for text in texts])
     tokens, _ = _tokenised(source, tokenizer)
     first, last = (int(len(tokens) * edge) for edge in share)
-    return _spread(tokens[first:last], _prefix(tokenizer), samples, length, source)
+    prefix, found = _prefix(tokenizer), tokens[first:last]
+    most = len(prefix) + len(found)
+    if most < length:
+        shorter = f", or shorter windows (--set {key}={most})" if most >= LEAST_WINDOW else ""
+        message = f"the text has {most} tokens, less than one window of {length}"
+        raise UsageError(message, where=source, fix=f"give more text{shorter}")
+    return _spread(found, prefix, samples, length)
 
 
 def text_beginning(source: str, tokenizer: Any, length: int, share: tuple[float, float] = WHOLE) -> Array:
@@ -126,7 +140,7 @@ def loss_mask(source: str, tokenizer: Any, *, samples: int, length: int, share: 
     """
     _, counted = _tokenised(source, tokenizer)
     first, last = (int(len(counted) * edge) for edge in share)
-    return _spread(counted[first:last], np.zeros(len(_prefix(tokenizer)), bool), samples, length, source)
+    return _spread(counted[first:last], np.zeros(len(_prefix(tokenizer)), bool), samples, length)
 
 
 def self_windows(graph: Path, start: int, *, samples: int, length: int, seed: int, progress: Progress) -> Array:
@@ -173,15 +187,10 @@ def start_token(config: Any) -> int:
     return 0
 
 
-def _spread(tokens: Array, prefix: Array, samples: int, length: int, source: str) -> Array:
+def _spread(tokens: Array, prefix: Array, samples: int, length: int) -> Array:
+    """Up to `samples` windows of tokens, at least one long, each with the prefix in front."""
     body = length - len(prefix)
     available = len(tokens) // body
-    if available < 1:
-        raise UsageError(
-            f"the text has {len(tokens)} tokens, less than one window of {length}",
-            where=source,
-            fix="give more text, or shorter windows (--set calibration.length=64)",
-        )
     starts = np.linspace(0, len(tokens) - body, min(samples, available)).astype(int)
     return np.stack([np.concatenate([prefix, tokens[start : start + body]]) for start in starts])
 

@@ -39,7 +39,7 @@ def analyze(
     from kvslim.report.heatmap import analysis_panels, heatmap
     from kvslim.report.tables import heads_table, parts_table
 
-    with console.library_output_on_stderr():
+    with console.libraries_apart():
         analysis = api.analyze(model, typed, progress=Terminal())
     if svg:
         title = f"KL without each part, and what each query head contributes: {model}, {analysis.source}"

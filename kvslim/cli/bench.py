@@ -14,8 +14,14 @@ from kvslim.cli.progress import Terminal
 
 def bench(
     artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="folders to time, in turns")],
-    contexts: Annotated[str, typer.Option("--context", help="context lengths for time per token")] = "128,1k",
-    prompts: Annotated[str, typer.Option("--prompt", help="prompt lengths for time to first token")] = "128,512",
+    contexts: Annotated[
+        str | None,
+        typer.Option("--context", help="context lengths for time per token; default: 128,1k, as far as all models go"),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompt", help="prompt lengths for time to first token; default: 128,512, likewise"),
+    ] = None,
     threads: Annotated[
         str | None, typer.Option(metavar="N,...", help="threads of one operator; default: onnxruntime's choice")
     ] = None,
@@ -33,13 +39,14 @@ def bench(
 
     for path, option in ((csv, "--csv"), (markdown, "--markdown")):
         check_target(path, option)
-    prompt_lengths, context_lengths = read_lengths(prompts, "--prompt"), read_lengths(contexts, "--context")
+    prompt_lengths = None if prompts is None else read_lengths(prompts, "--prompt")
+    context_lengths = None if contexts is None else read_lengths(contexts, "--context")
     thread_counts = None if threads is None else read_counts(threads, "--threads")
     batch_sizes = read_counts(batches, "--batch")
     from kvslim import api
     from kvslim.report.bench import bench_csv, costs_table, timings_table
 
-    with console.library_output_on_stderr():
+    with console.libraries_apart():
         results = api.bench(
             artifacts,
             prompts=prompt_lengths,

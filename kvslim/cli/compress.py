@@ -45,7 +45,7 @@ def compress(
     from kvslim.report.advice import passing_budget
     from kvslim.report.tables import gates_table, report_table
 
-    with console.library_output_on_stderr():
+    with console.libraries_apart():
         manifest = api.compress(model, typed, out, plan=decisions, overwrite=force, progress=Terminal(COMPRESS))
     report = manifest.report
     if report:

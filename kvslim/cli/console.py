@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import KvslimError
@@ -23,10 +24,15 @@ SCHEMA_VERSION = 2  # goes up when a key is removed or changes its meaning; new 
 
 
 @contextlib.contextmanager
-def library_output_on_stderr() -> Iterator[None]:
-    """Keeps what libraries print out of stdout, which belongs to the result."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
+def libraries_apart() -> Iterator[None]:
+    """Keeps libraries out of stdout, which belongs to the result, and from stdin: a question would wait for ever."""
+    typed = sys.stdin
+    with Path(os.devnull).open(encoding="utf-8") as nothing, contextlib.redirect_stdout(sys.stderr):
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = typed
 
 
 def print_json(name: str, value: dict[str, Any]) -> None:

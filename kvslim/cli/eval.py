@@ -42,7 +42,7 @@ def evaluate(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise UsageError("no task is given", where="--tasks", fix="write --tasks lambada_openai,mine.jsonl")
-    with console.library_output_on_stderr():
+    with console.libraries_apart():
         scores = scores_of(
             artifact,
             names,

@@ -36,7 +36,7 @@ def plan(
     from kvslim import api
     from kvslim.report.tables import frontier_table, plan_table
 
-    with console.library_output_on_stderr():
+    with console.libraries_apart():
         summary = api.plan(model, typed, progress=Terminal(COMPRESS))
     if out:
         write_text(out, summary.plan.model_dump_json(indent=2) + "\n", "--out")

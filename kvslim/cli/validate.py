@@ -30,7 +30,7 @@ def validate(
     from kvslim import api
     from kvslim.report.tables import gates_table, report_table
 
-    with console.library_output_on_stderr():
+    with console.libraries_apart():
         report = api.validate(artifact, against=against, gates=limits, progress=Terminal(VALIDATE))
     write_junit(junit, report, artifact)
     if as_json:

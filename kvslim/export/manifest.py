@@ -7,12 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
 from pydantic import ValidationError
 
-from kvslim.errors import ArtifactError, NotFoundError
+from kvslim.errors import ArtifactError, NotFoundError, UnsupportedError
 from kvslim.types import KVLayout, Manifest
 
 MANIFEST = "kvslim.json"
+# The oldest that was tried: every kind of artifact gives the same tokens in 1.27.0 and in 1.31.1. Older ones know no
+# integer caches on CPUs, and their error does not say so.
+LEAST_ONNXRUNTIME = "1.27"
+GRAPH, WEIGHTS = "model.onnx", "model.onnx_data"
 DIGEST = "sha256"  # the last key of the file: SHA-256 of all that stands before it
 
 
@@ -40,6 +45,26 @@ def read_manifest(folder: Path) -> Manifest:
     return _parse(data, path)
 
 
+def read_runnable(folder: Path) -> Manifest:
+    """The manifest of an artifact whose graph this onnxruntime is new enough for.
+
+    Raises:
+        NotFoundError, ArtifactError: As `read_manifest`.
+        UnsupportedError: The graph needs a newer version, which would otherwise be told by an error without a reason.
+    """
+    import onnxruntime
+
+    manifest, found = read_manifest(folder), onnxruntime.__version__
+    least = manifest.least_onnxruntime
+    if least is not None and Version(found).release < Version(least).release:
+        raise UnsupportedError(
+            f"the artifact needs onnxruntime {least} or newer, this is {found}",
+            where=str(folder),
+            fix=f"pip install 'onnxruntime>={least}'",
+        )
+    return manifest
+
+
 def hash_files(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below `folder` but the manifest, by relative name with forward slashes."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -63,7 +88,15 @@ def verify(folder: Path) -> tuple[str, ...]:
             problems.append(f"{name}: missing")
         elif found[name] != manifest.files[name]:
             problems.append(f"{name}: changed")
+        elif _leads_away(folder, name):
+            problems.append(f"{name}: a link out of the folder, where onnxruntime reads no weights")
     return tuple(problems)
+
+
+def _leads_away(folder: Path, name: str) -> bool:
+    """Whether a file of weights lies neither in the folder nor where the graph does, as in a hub cache."""
+    places = (folder.resolve(), (folder / GRAPH).resolve().parent)
+    return name == WEIGHTS and not any((folder / name).resolve().is_relative_to(place) for place in places)
 
 
 def _no_files(folder: Path) -> set[str]:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import ModelError, NotFoundError, UnsupportedError
 from kvslim.loading.config import model_config
-from kvslim.loading.snapshot import Snapshot, Unread, folder_files
+from kvslim.loading.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, model_files
+from kvslim.loading.snapshot import Snapshot, Unread
+from kvslim.loading.tokenizer import folder_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 STARTS_AT_ZERO = re.compile(r"\.lora_(B|embedding_A)\b")
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MERGE = "merge it where it was trained (merge_and_unload of peft) and save the result with save_pretrained"
 
 
@@ -47,7 +47,7 @@ class AdapterSnapshot(Snapshot):
 
     def files(self) -> list[Path]:
         """The adapter's files, and the base model's."""
-        return folder_files(self.path) + self.base.files()
+        return model_files(self.path) + self.base.files()
 
     def config(self) -> dict[str, Any]:
         """The base model's config."""
@@ -75,12 +75,9 @@ class AdapterSnapshot(Snapshot):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The adapter's own tokenizer if it has one, such as one with another chat template; else the base model's."""
-        from transformers import AutoTokenizer
-
         if not (self.path / "tokenizer.json").is_file():
             return self.base.tokenizer()
-        config = model_config(self.config(), str(self.config_file))
-        return AutoTokenizer.from_pretrained(self.path, config=config, local_files_only=True)
+        return folder_tokenizer(self.path, config=model_config(self.config(), str(self.config_file)))
 
     def adapted(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model with the adapter merged into its weights, one matrix after the other.

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import ModelError, NotFoundError
 from kvslim.loading.config import model_config
+from kvslim.loading.files import CONFIG, has_weights, model_files, weight_files
 from kvslim.loading.generation import read_generation_config
 from kvslim.loading.multimodal import is_multimodal, language_config, language_tensors
 from kvslim.loading.places import no_weights
 from kvslim.loading.quantised import check_scheme, dequantised
-from kvslim.loading.snapshot import Snapshot, Unread, folder_files
+from kvslim.loading.snapshot import Snapshot, Unread
 from kvslim.loading.stored import check_stored, open_tensors
+from kvslim.loading.tokenizer import folder_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
 class FolderSnapshot(Snapshot):
@@ -29,17 +29,17 @@ class FolderSnapshot(Snapshot):
     @property
     def config_file(self) -> Path:
         """config.json."""
-        return self.path / "config.json"
+        return self.path / CONFIG
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of the weight files, doubled if they are quantised: most of those store eight bits for a number."""
-        stored = sum(path.stat().st_size for path in self.path.glob("*.safetensors"))
+        stored = sum(path.stat().st_size for path in weight_files(self.path))
         return 2 * stored if self._quantization() else stored
 
     def files(self) -> list[Path]:
-        """All JSON, safetensors and template files."""
-        return folder_files(self.path)
+        """Configs, weights and tokenizer; other formats of the weights do not count."""
+        return model_files(self.path)
 
     def config(self) -> dict[str, Any]:
         """config.json, or the part of it that is about the language model."""
@@ -74,10 +74,7 @@ class FolderSnapshot(Snapshot):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the folder."""
-        from transformers import AutoTokenizer
-
-        config = model_config(self._read(), str(self.config_file))
-        return AutoTokenizer.from_pretrained(self.path, config=config, local_files_only=True)
+        return folder_tokenizer(self.path, config=model_config(self._read(), str(self.config_file)))
 
     def _stored(self) -> dict[str, Any]:
         return open_tensors(weight_files(self.path))
@@ -108,28 +105,3 @@ class FolderSnapshot(Snapshot):
             fix = "give a Hugging Face model's config"
             raise ModelError("config.json names no model_type", where=str(path), fix=fix)
         return config
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether a folder holds the safetensors of a whole model."""
-    return any((folder / name).is_file() for name in WEIGHT_FILES)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the model's weights: one, or the shards that an index names.
-
-    Raises:
-        ModelError: The index is broken, points outside the folder, or names a file that is not there.
-    """
-    whole, index = (folder / name for name in WEIGHT_FILES)
-    if whole.is_file():
-        return [whole]
-    try:
-        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError("the index names no shards", where=str(index), fix="download the model again") from error
-    known = {path.name for path in folder.glob("*.safetensors")}
-    if strange := [name for name in shards if name not in known]:
-        message = f"the index names {strange[0]!r}, which is not a .safetensors file in the folder"
-        raise ModelError(message, where=str(index), fix="download the model again")
-    return [folder / name for name in shards]

@@ -225,7 +225,7 @@ def _names_in_model(config: dict[str, Any], where: str) -> dict[str, str]:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config(config, where))
+        model = AutoModelForCausalLM.from_config(model_config(config, where), trust_remote_code=False)
     name = next(name for name, row in GGUF_ARCHITECTURES.items() if row.family == config["model_type"])
     architecture = next(key for key, value in MODEL_ARCH_NAMES.items() if value == name)
     known = get_tensor_name_map(architecture, model.config.num_hidden_layers)

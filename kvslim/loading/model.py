@@ -100,6 +100,7 @@ def _read(classes: Any, snapshot: Snapshot, **options: Any) -> tuple[PreTrainedM
         dtype=torch.float32,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # `check_matched` refuses them by name
+        trust_remote_code=False,
         **options,
     )
     if generation := snapshot.generation_config():
@@ -112,9 +113,12 @@ def load_tokenizer(snapshot: Snapshot) -> PreTrainedTokenizerBase:
 
     Raises:
         ModelError: There is none, or it cannot be read.
+        UnsupportedError: It is code that came with the model.
     """
     try:
         tokenizer = snapshot.tokenizer()
+    except KvslimError:
+        raise
     except Exception as error:  # transformers raises several exception types for a missing or broken tokenizer
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(

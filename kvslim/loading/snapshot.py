@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -103,16 +104,12 @@ class Snapshot(ABC):
         """The matrices that are stored in blocks which the graph can hold."""
         raise NotImplementedError("a snapshot without blocks")
 
+    @cached_property
     def sha256(self) -> str:
-        """SHA-256 over the names and bytes of config, weights and tokenizer."""
+        """SHA-256 over the names and bytes of config, weights and tokenizer; it reads all of them, once."""
         digest = hashlib.sha256()
         for path in self.files():
             digest.update(path.name.encode())
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
-
-
-def folder_files(folder: Path) -> list[Path]:
-    """All JSON, safetensors and template files of a folder, by kind and name."""
-    return [path for kind in ("*.json", "*.safetensors", "*.jinja") for path in sorted(folder.glob(kind))]

@@ -12,7 +12,8 @@ from kvslim.loading.adapter import AdapterSnapshot, base_of, is_adapter
 from kvslim.loading.architecture import architecture_of
 from kvslim.loading.config import broken_config, model_config, wrong_value
 from kvslim.loading.encoders import ENCODERS, encoder_spec
-from kvslim.loading.folder import FolderSnapshot, has_weights
+from kvslim.loading.files import CONFIG, fetch_configs, fetch_file, fetch_model, has_weights
+from kvslim.loading.folder import FolderSnapshot
 from kvslim.loading.gguf import GgufSnapshot
 from kvslim.loading.kinds import refuse_kind
 from kvslim.loading.places import is_gguf, no_model, refuse_artifact, refuse_folder
@@ -20,25 +21,26 @@ from kvslim.loading.snapshot import Snapshot
 
 STATIC_ROPE = {"default", "linear", "llama3", "longrope", "yarn"}
 LENGTH_ROPE = {"dynamic", "ntk"}
-DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
 
 
-def resolve(model: str) -> Snapshot:
+def resolve(model: str, *, weights: bool = True) -> Snapshot:
     """The local files of what the user named; only a hub id touches the network.
 
     Args:
         model: `demo`, a folder, a .gguf file, a hub id or `id:FILE.gguf`, both also with `@revision`.
+        weights: Whether more than the shape is wanted; without them, of a hub id only configs are downloaded.
 
     Raises:
         NotFoundError: No such folder, no such model on the hub, or the hub cannot be reached.
         UsageError: The folder holds several GGUF files, or is an artifact.
-        ModelError, UnsupportedError: A LoRA adapter does not say what it was trained on, or that is an adapter too.
+        ModelError, UnsupportedError: A LoRA adapter does not say what it was trained on, or that is an adapter too; or
+            `read_spec` refuses a model on the hub, and its weights are not downloaded.
     """
     if model == "demo":
         return FolderSnapshot(MODEL_DIR, model)
     path = Path(model).expanduser()
     if path.is_dir():
-        return _opened(path.resolve(), model)
+        return _opened(path.resolve(), model, weights=weights)
     if is_gguf(path):
         return GgufSnapshot(path.parent.resolve() / path.name, model)
     name, _, revision = model.partition("@")
@@ -46,17 +48,31 @@ def resolve(model: str) -> Snapshot:
     looks_local = path.is_absolute() or model.startswith((".", "~")) or repository.count("/") != 1
     if looks_local or path.exists() or repository.endswith(".gguf"):
         raise no_model(model)
-    path = _download(repository, file, revision or None)
-    return GgufSnapshot(path, name, revision or None) if file else _opened(path, name, revision or None)
+    if file:
+        return GgufSnapshot(fetch_file(repository, file, revision or None), name, revision or None)
+    return _from_hub(repository, revision or None, weights)
 
 
-def _opened(folder: Path, model: str, revision: str | None = None) -> Snapshot:
+def _from_hub(repository: str, revision: str | None, weights: bool) -> Snapshot:
+    """A model on the hub. Its configs come first: what is not supported costs no gigabytes."""
+    folder = fetch_configs(repository, revision)
+    if (folder / CONFIG).is_file():
+        shape: Snapshot = FolderSnapshot(folder, repository, revision)
+    else:
+        shape = _opened(folder, repository, revision, weights=False)
+    if not weights:
+        return shape
+    read_spec(shape)
+    return _opened(fetch_model(repository, folder.name), repository, revision)
+
+
+def _opened(folder: Path, model: str, revision: str | None = None, *, weights: bool = True) -> Snapshot:
     """The model in a folder: an adapter, a GGUF file without safetensors beside it, or else a model."""
     if has_weights(folder):
         return FolderSnapshot(folder, model, revision)
     refuse_artifact(folder)
     if is_adapter(folder):
-        return AdapterSnapshot(folder, model, revision, base=_base_model(folder))
+        return AdapterSnapshot(folder, model, revision, base=_base_model(folder, weights))
     files = [path for path in sorted(folder.glob("*.gguf")) if not path.name.startswith("mmproj")]  # those only see
     if len(files) > 1:
         names = ", ".join(path.name for path in files)
@@ -69,7 +85,7 @@ def _opened(folder: Path, model: str, revision: str | None = None) -> Snapshot:
     return FolderSnapshot(folder, model, revision)
 
 
-def _base_model(folder: Path) -> Snapshot:
+def _base_model(folder: Path, weights: bool) -> Snapshot:
     """The model that the adapter in a folder was trained on."""
     name = base_of(folder)
     if Path(name).is_dir() and not has_weights(Path(name)) and is_adapter(Path(name)):
@@ -77,31 +93,12 @@ def _base_model(folder: Path) -> Snapshot:
             "the base of this adapter is an adapter", where=str(folder), fix="merge that one into its base first"
         )
     try:
-        return resolve(name)
+        return resolve(name, weights=weights)
     except NotFoundError as error:
         raise NotFoundError(
             f"the base model of this adapter is not there: {error.message}",
             where=str(folder),
             fix="set base_model_name_or_path in adapter_config.json to its folder, or merge the adapter elsewhere",
-        ) from error
-
-
-def _download(repository: str, file: str, revision: str | None) -> Path:
-    """The folder of a model from the hub, or one file of it."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        if file:
-            return Path(hf_hub_download(repository, file, revision=revision))
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=DOWNLOADED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        wanted = f"{file!r} of {repository!r}" if file else repr(repository)
-        raise NotFoundError(
-            f"cannot get {wanted} from the hub: {reason}",
-            where="MODEL",
-            fix="check the id and the network, or give a local folder or file",
         ) from error
 
 

@@ -85,13 +85,15 @@ class KvWindow(Method):
             "calibration.length": recipe.calibration.length,
             "validation.recall_distance": recipe.validation.recall_distance,
         }
-        for key, length in lengths.items():
-            if self.lazy and length <= kept:
-                yield Conflict(
-                    f"{key} of {length} tokens never leaves a window of {kept}, so no layer can be judged by it",
-                    "recipe: methods.kv_window.lazy",
-                    f"--set {key}={2 * kept}, or name the layers",
-                )
+        short = {key: length for key, length in lengths.items() if self.lazy and length <= kept}
+        if short:
+            named = " and ".join(f"{key} of {length} tokens" for key, length in short.items())
+            longer = " ".join(f"--set {key}={2 * kept}" for key in short)
+            yield Conflict(
+                f"{named} never leaves a window of {kept}, so no layer can be judged by it",
+                "recipe: methods.kv_window.lazy",
+                f"name the layers, shorten the window, or {longer}",
+            )
 
     def resolve(self, trials: Trials) -> KvWindow:
         """The method with its number of lazy layers turned into those layers: least loss, and no recall lost.

@@ -51,7 +51,7 @@ class PreparedModel(ABC):
         self.snapshot, self.spec = snapshot, spec
         self.recipe = recipe
         self.progress = progress
-        self.digest = snapshot.sha256()
+        self.digest = snapshot.sha256
 
     @cached_property
     @abstractmethod

@@ -65,7 +65,7 @@ class SentenceSource:
             raise UsageError(
                 f"{len(texts)} sentences are too few to choose heads by",
                 where="recipe: calibration",
-                fix=f"give {LEAST_SENTENCES} or more, better some hundred (--set calibration.samples=256)",
+                fix="give a text of some hundred sentences, with --set calibration.samples=256",
             )
         part = len(texts) - len(texts) // 4
         return self._sentences(texts[:part], settings.seed), self._sentences(texts[part:], settings.seed)

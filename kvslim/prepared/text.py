@@ -21,7 +21,8 @@ from kvslim.calibrate.corpus import (
 )
 from kvslim.demo.world import recall_questions
 from kvslim.recipe import Calibration, Validation
-from kvslim.validation.recall import FAR_SPANS, SPAN, RecallItem, repeated_spans
+from kvslim.validation.recall import RecallItem, repeated_spans
+from kvslim.validation.spans import FAR_SPANS, SPAN
 
 if TYPE_CHECKING:
     from kvslim.prepared.decoder import PreparedDecoder
@@ -130,7 +131,10 @@ class TextSource:
     def _windows(self, settings: Calibration | Validation, share: tuple[float, float]) -> np.ndarray:
         prepared, samples, length = self.prepared, settings.samples, settings.length
         if not self._is_written(settings):
-            return text_windows(settings.source, prepared.tokenizer, samples=samples, length=length, share=share)
+            key = "calibration.length" if isinstance(settings, Calibration) else "validation.length"
+            return text_windows(
+                settings.source, prepared.tokenizer, samples=samples, length=length, share=share, key=key
+            )
         start, progress = start_token(prepared.model.config), prepared.progress
         return self_windows(
             prepared.original, start, samples=samples, length=length, seed=settings.seed, progress=progress

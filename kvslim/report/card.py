@@ -45,6 +45,9 @@ Quality is measured through the cache; speed is interleaved in one run, on the m
 {{ gates }}{% endif %}{% endif %}
 ## Use
 
+{% if manifest.least_onnxruntime %}The graph needs onnxruntime {{ manifest.least_onnxruntime }} or newer.
+
+{% endif -%}
 {% if encoder -%}
 ```python
 from pathlib import Path

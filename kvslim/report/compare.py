@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from pydantic import Field
+
 from kvslim.contract import Frozen
 from kvslim.errors import UsageError
 from kvslim.report.card import name_of
@@ -16,6 +18,7 @@ class Column(Frozen):
     """One artifact of a comparison; its bytes per token are counted at `context` tokens."""
 
     model: str
+    sha256: str | None = Field(None, description="SHA-256 of the model's files")
     recipe: str
     context: int
     passed: bool | None
@@ -88,7 +91,7 @@ def regressions(comparison: Comparison, baseline: Comparison) -> tuple[Regressio
     Artifacts are matched by name. If there is only one on each side, they are matched whatever their names.
 
     Raises:
-        UsageError: An artifact has no counterpart, or its bytes are counted at another context.
+        UsageError: An artifact has no counterpart, or that one is of another model or counts bytes at another context.
     """
     return tuple(
         regression
@@ -141,6 +144,7 @@ def _column(manifest: Manifest) -> Column:
     report = manifest.report
     return Column(
         model=name_of(manifest),
+        sha256=manifest.source.sha256,
         recipe=str(manifest.recipe.get("name", "custom")),
         context=manifest.context,
         passed=manifest.passed,
@@ -159,14 +163,24 @@ def _counterpart(name: str, comparison: Comparison, baseline: Comparison) -> Col
             where="--against",
             fix="write it again with `kvslim compare ARTIFACT... --json`",
         )
-    context = comparison.artifacts[name].context
-    if column.context != context:
+    _check_comparable(comparison.artifacts[name], column, f"--against, {name}")
+    return column
+
+
+def _check_comparable(now: Column, before: Column, where: str) -> None:
+    """Refuses a baseline of another model, or at another context; one that was written without digests has none."""
+    if before.sha256 not in {None, now.sha256}:
         raise UsageError(
-            f"bytes per token are counted at {context:,} tokens, but at {column.context:,} in the baseline",
-            where=f"--against, {name}",
+            f"the baseline is of another model: the files of {before.model!r} had another SHA-256",
+            where=where,
+            fix="if it was trained or saved again, write a new baseline with `kvslim compare ARTIFACT... --json`",
+        )
+    if before.context != now.context:
+        raise UsageError(
+            f"bytes per token are counted at {now.context:,} tokens, but at {before.context:,} in the baseline",
+            where=where,
             fix="compare artifacts with the same target context",
         )
-    return column
 
 
 def _worse(name: str, now: Column, before: Column) -> Iterator[Regression]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvslim.devices.profile import device_memory
-from kvslim.export.manifest import hash_files, write_manifest
+from kvslim.export.manifest import LEAST_ONNXRUNTIME, hash_files, write_manifest
 from kvslim.report.card import write_card
 from kvslim.report.page import write_report
 from kvslim.types import KVLayout, Manifest, Plan, PlanPoint, Report, Source
@@ -38,6 +38,7 @@ def describe(
         kv_layout=KVLayout.of(spec, plan),
         weights=recipe.weights,
         inputs=inputs,
+        least_onnxruntime=LEAST_ONNXRUNTIME,
         versions={name: version(name) for name in VERSIONED},
         files={},
         report=report,

@@ -37,7 +37,7 @@ def _inspect_model(model: str, contexts: Sequence[int], kind: WeightType, device
     from kvslim.loading.parameters import count_parameters
     from kvslim.loading.source import read_spec, resolve
 
-    snapshot = resolve(model)
+    snapshot = resolve(model, weights=False)
     spec = read_spec(snapshot)
     _check(spec, devices)
     parameters = count_parameters(snapshot, spec)

@@ -76,9 +76,8 @@ def open_session(
     if threads is not None:
         check_threads(threads)
         options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        graph = _for_evaluation(path, all_positions, float_activations)
+        graph = _for_evaluation(path, options, all_positions, float_activations)
         session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         _read_names(session)
         return session
@@ -103,8 +102,13 @@ def _read_names(session: ort.InferenceSession) -> None:
         _ = (node.name, node.type, node.shape)
 
 
-def _for_evaluation(path: Path, all_positions: bool, float_activations: bool) -> bytes | str:
-    """The graph with what an evaluation asks for; its path where that is how it is stored."""
+def _for_evaluation(
+    path: Path, options: ort.SessionOptions, all_positions: bool, float_activations: bool
+) -> bytes | str:
+    """The graph with what an evaluation asks for; its path where that is how it is stored.
+
+    The options are told where the weights of a graph in memory lie.
+    """
     if not all_positions and not float_activations:
         return str(path)
     try:
@@ -112,7 +116,12 @@ def _for_evaluation(path: Path, all_positions: bool, float_activations: bool) ->
     except DecodeError:
         return str(path)  # onnxruntime tells what is wrong with it
     changed = [all_positions and _give_all_positions(model.graph), float_activations and _keep_activations(model.graph)]
-    return model.SerializeToString() if any(changed) else str(path)
+    if not any(changed):
+        return str(path)
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(_follow_links(model.graph, path))
+    )
+    return model.SerializeToString()
 
 
 def _give_all_positions(graph: onnx.GraphProto) -> bool:
@@ -141,6 +150,22 @@ def _keep_activations(graph: onnx.GraphProto) -> bool:
     for level in levels:
         level.i = FLOAT_ACTIVATIONS
     return bool(levels)
+
+
+def _follow_links(graph: onnx.GraphProto, path: Path) -> Path:
+    """Names the data files of a graph as they are called behind links, and returns the folder that they lie in.
+
+    In a hub cache each file of a folder is a link to one that is called by its hash, in another folder. onnxruntime
+    reads weights beside a graph's file, and beside the file that it links to; those of a graph in memory must have
+    their real names in one folder.
+    """
+    entries = [entry for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"]
+    files = {entry.value: (path.parent / entry.value).resolve() for entry in entries}
+    here = path.parent.resolve()
+    folder = here if all(file.is_relative_to(here) for file in files.values()) else path.resolve().parent
+    for entry in entries:
+        entry.value = os.path.relpath(files[entry.value], folder)
+    return folder
 
 
 def layout_of(session: ort.InferenceSession) -> KVLayout:

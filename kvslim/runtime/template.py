@@ -16,6 +16,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from kvslim.errors import ArtifactError, UsageError
 
 CONFIG = "tokenizer_config.json"
+DEFAULT = "default"
+TEXT_PARTS = ("text", "input_text", "output_text")
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -26,43 +28,40 @@ class ChatTemplate:
         folder: Folder with tokenizer_config.json.
 
     Raises:
-        UsageError: The tokenizer has no chat template.
+        UsageError: The tokenizer has no chat template, or none that is called default among several.
         ArtifactError: tokenizer_config.json or the template in it cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         config = _read_config(folder)
-        source = _source(config)
-        if source is None:
-            raise UsageError(
-                "the tokenizer has no chat template",
-                where=str(folder / CONFIG),
-                fix="give a plain prompt, without --chat, --system and messages",
-            )
-        self._template = _compiled(source, str(folder / CONFIG))
+        where, templates = str(folder / CONFIG), _templates(config)
+        if DEFAULT not in templates:
+            raise _without_default(templates, where)
+        self._template = _compiled(templates[DEFAULT], where)
         self._special = {name: text for name, text in map(_special, config.items()) if text is not None}
 
     @staticmethod
     def exists(folder: Path) -> bool:
-        """Whether the tokenizer has a template.
+        """Whether the tokenizer has a template; of several, one that is called default.
 
         Raises:
             ArtifactError: tokenizer_config.json cannot be read.
         """
-        return _source(_read_config(folder)) is not None
+        return DEFAULT in _templates(_read_config(folder))
 
     def render(self, messages: Messages) -> str:
         """The text of a conversation up to where the model's answer begins.
 
         Args:
-            messages: Each with `role` and `content`.
+            messages: Each with `role` and `content`: a text, or a list of parts, whose texts become lines of one.
 
         Raises:
-            UsageError: The template refuses the messages.
+            UsageError: A content is no text, or the template refuses the messages.
         """
         common = {"tools": None, "documents": None, "add_generation_prompt": True}
+        flat = [_flattened(message, index) for index, message in enumerate(messages)]
         try:
-            return self._template.render(messages=[dict(message) for message in messages], **common, **self._special)
+            return self._template.render(messages=flat, **common, **self._special)
         # A template is code that came with the model, and fails in as many ways.
         except Exception as error:
             raise UsageError(
@@ -123,13 +122,48 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _source(config: dict[str, Any]) -> str | None:
-    """The template itself; of several with names, the one called default."""
+def _templates(config: dict[str, Any]) -> dict[str, str]:
+    """The templates of a config by name: a single one is the default; several are a list of pairs or a mapping."""
     found = config.get("chat_template")
+    if isinstance(found, str):
+        return {DEFAULT: found}
     if isinstance(found, list):
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+        pairs = [(entry.get("name"), entry.get("template")) for entry in found if isinstance(entry, dict)]
+    else:
+        pairs = list(found.items()) if isinstance(found, dict) else []
+    return {name: template for name, template in pairs if isinstance(name, str) and isinstance(template, str)}
+
+
+def _without_default(templates: Mapping[str, str], where: str) -> UsageError:
+    """There is no template, or it is not known which of several to use."""
+    message, fix = "the tokenizer has no chat template", "give a plain prompt, without --chat, --system and messages"
+    if templates:
+        message += f" called {DEFAULT!r}, only {', '.join(sorted(templates))}"
+        fix = f"call the one to use {DEFAULT!r}, or {fix}"
+    return UsageError(message, where=where, fix=fix)
+
+
+def _flattened(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """A message whose content is one text; only one that calls tools may do without."""
+    content = message.get("content")
+    if isinstance(content, list | tuple):
+        content = "\n".join(
+            _text_of(part, f"messages[{index}].content[{number}]") for number, part in enumerate(content)
+        )
+    elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+        fix = 'write {"role": "user", "content": "..."}'
+        raise UsageError("the content is not a text", where=f"messages[{index}]", fix=fix)
+    return {**message, "content": content}
+
+
+def _text_of(part: object, where: str) -> str:
+    """The text of one part of a content, as clients of chat interfaces send it."""
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") in TEXT_PARTS else part
+    if not isinstance(text, str):
+        kind = part.get("type", "nothing") if isinstance(part, Mapping) else type(part).__name__
+        fix = 'give text alone: {"type": "text", "text": "..."}'
+        raise UsageError(f"a part of the content is {kind!r}, not text", where=where, fix=fix)
+    return text
 
 
 def _special(entry: tuple[str, Any]) -> tuple[str, str | None]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvslim.errors import UnsupportedError, UsageError
-from kvslim.export.manifest import read_manifest
+from kvslim.export.manifest import read_runnable
 from kvslim.runtime.completion import Completer, PromptEncoder
 from kvslim.runtime.generate import Sampling
 from kvslim.runtime.template import Messages
@@ -117,10 +117,10 @@ def read_decoder(folder: Path, context: int | None, option: str) -> Manifest:
 
     Raises:
         NotFoundError, ArtifactError: There is no manifest, or it is broken.
-        UnsupportedError: The model is an encoder.
+        UnsupportedError: The model is an encoder, or onnxruntime is too old.
         UsageError: The context is longer than the model allows.
     """
-    manifest = read_manifest(folder)
+    manifest = read_runnable(folder)
     spec = manifest.spec
     if spec.is_encoder:
         raise UnsupportedError(

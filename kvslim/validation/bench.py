@@ -12,6 +12,7 @@ from pydantic import Field
 
 from kvslim.contract import Frozen, ModelSpec
 from kvslim.progress import Progress
+from kvslim.recipe import shortened
 from kvslim.runtime.encoder import EncoderSession
 from kvslim.runtime.session import DecodeSession
 from kvslim.validation.encoder import time_texts
@@ -33,11 +34,16 @@ class Grid(Frozen):
         repeats: Timed turns per point.
     """
 
-    prompts: tuple[int, ...]
-    contexts: tuple[int, ...]
+    prompts: tuple[int, ...] = (128, 512)
+    contexts: tuple[int, ...] = (128, 1024)
     threads: tuple[int | None, ...] = (None,)
     batches: tuple[int, ...] = (1,)
     repeats: int = Field(16, ge=2)
+
+    def shortened_to(self, specs: Sequence[ModelSpec]) -> Grid:
+        """This grid with the default lengths that all models have positions for; what somebody set stays as it is."""
+        most = min((spec.max_context for spec in specs), default=max(self.prompts))
+        return shortened(self, prompts=most, contexts=most - 1)
 
     @property
     def points(self) -> Iterator[tuple[int | None, int]]:

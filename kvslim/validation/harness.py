@@ -11,10 +11,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from transformers import AutoTokenizer
 
 from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
+from kvslim.loading.tokenizer import folder_tokenizer
 from kvslim.progress import Progress, Silent
 from kvslim.runtime.draft import Draft, write
 from kvslim.runtime.generate import Sampling, eos_ids, load_tokenizer
@@ -55,7 +55,7 @@ class ArtifactLM(TemplateLM):
     ) -> None:
         super().__init__()
         self._plain_tokenizer = load_tokenizer(folder)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer: Any = folder_tokenizer(folder)
         self.max_length, self._vocab_size = spec.max_context, spec.vocab_size
         self._folder, self._threads = folder, threads
         self._progress = progress or Silent()

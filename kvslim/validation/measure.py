@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kvslim.export.manifest import GRAPH, WEIGHTS
 from kvslim.progress import Progress
 from kvslim.recipe import Gates, Validation
 from kvslim.runtime.session import DecodeSession
@@ -17,8 +18,6 @@ from kvslim.validation.latency import Latency, measure_latency
 from kvslim.validation.quality import FLOOR_WINDOWS, measure_all
 from kvslim.validation.recall import RecallItem, capacity_for, compare_recall
 from kvslim.validation.rss import peak_rss
-
-GRAPH_FILES = ("model.onnx", "model.onnx_data")
 
 
 class DecoderEvaluation(NamedTuple):
@@ -136,7 +135,7 @@ def _quality(
 
 def file_mib(folder: Path) -> float:
     """Size of a graph and its weights."""
-    return sum((folder / name).stat().st_size for name in GRAPH_FILES if (folder / name).is_file()) / 2**20
+    return sum((folder / name).stat().st_size for name in (GRAPH, WEIGHTS) if (folder / name).is_file()) / 2**20
 
 
 def _costs(folder: Path, latency: Latency, contexts: Sequence[int]) -> Measures:

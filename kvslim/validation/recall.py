@@ -13,10 +13,9 @@ import numpy.typing as npt
 from kvslim.errors import UsageError
 from kvslim.progress import Progress, Silent
 from kvslim.runtime.session import DecodeSession
+from kvslim.validation.spans import SPAN, SPANS, spans_of
 
-SPAN = 16
 CUE = 4
-SPANS, FAR_SPANS = 12, 48  # facts of one text, and of a long one
 LEAST_ITEMS = 40  # questions before the verdict may be called clear
 LEAST_OF_REACH = 12  # of each distance
 ERROR = 0.01  # without a limit: the standard error that is small enough
@@ -241,7 +240,7 @@ def _items_of_a_text(
     text: npt.NDArray[np.int64], start: tuple[int, ...], distance: int, generator: np.random.Generator, most: int
 ) -> list[RecallItem]:
     tokens = np.unique(text)
-    count = min(most, 1 + distance // 2 // SPAN)
+    count = spans_of(distance, most)
     spans = [generator.choice(tokens, size=SPAN, replace=len(tokens) < SPAN) for _ in range(count)]
     filler = np.resize(np.roll(text, -int(generator.integers(len(text)))), distance - (count - 1) * SPAN)
     places = np.linspace(0, max(0, distance // 2 - (count - 1) * SPAN), count).astype(int)

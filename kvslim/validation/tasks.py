@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from kvslim.contract import Frozen
 from kvslim.errors import NotFoundError, UnsupportedError, UsageError, suggestion
-from kvslim.export.manifest import read_manifest
+from kvslim.export.manifest import read_runnable
 from kvslim.json_lines import is_json_lines, read_objects
 from kvslim.progress import Progress, Silent
 from kvslim.types import GateResult
@@ -111,7 +111,7 @@ def evaluate(
         UsageError: A JSONL file is not a task, or a text is too long to be scored.
         ArtifactError: A file of the artifact is broken.
     """
-    spec = read_manifest(artifact).spec
+    spec = read_runnable(artifact).spec
     if spec.is_encoder:
         raise UnsupportedError("an encoder writes no text", where=str(artifact), fix="give a decoder's artifact")
     _require_harness()

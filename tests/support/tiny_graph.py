@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+from kvslim.contract import LAST_POSITION
 
 Q_HEADS = 4
 KV_HEADS = 2
@@ -123,3 +126,18 @@ def _cache(graph: _Graph, layer: int, dim: int, int8: bool) -> list[str]:
         graph.outputs.append(helper.make_tensor_value_info(present, dtype, shape))
         names.append(past)
     return names
+
+
+def write_last_only(path: Path, **options: Any) -> Path:
+    """Writes the decoder of `write_tiny` with logits of the last position alone, as exported graphs have them."""
+    model = onnx.load(write_tiny(path, **options))
+    (head,) = [node for node in model.graph.node if node.output[0] == "logits"]
+    head.output[0] = "all_logits"
+    for name, value in {"start": -1, "end": np.iinfo(np.int64).max, "along": 1}.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.array([value]), name))
+    inputs = ["all_logits", "start", "end", "along"]
+    model.graph.node.append(helper.make_node("Slice", inputs, ["logits"], name=LAST_POSITION))
+    logits = next(value for value in model.graph.output if value.name == "logits")
+    logits.type.tensor_type.shape.dim[1].dim_value = 1
+    onnx.save(model, path)
+    return path

@@ -1,0 +1,364 @@
+"""Defaults fit every model, and what an error says to type works when it is typed."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.paths import ROOT
+from support.tiny_artifact import SPEC, fill
+
+from kvslim import pipeline
+from kvslim.calibrate.corpus import text_windows
+from kvslim.checks import check_lengths
+from kvslim.cli import app
+from kvslim.devices.profile import load_device
+from kvslim.errors import KvslimError, UnsupportedError, UsageError
+from kvslim.loading.tokenizer import folder_tokenizer
+from kvslim.recipe import Gates, Recipe, load_recipe
+from kvslim.transform.kl_evaluator import chained
+from kvslim.validation.bench import Grid
+from kvslim.validation.recall import capacity_for, repeated_spans
+from kvslim.validation.spans import longest_distance, positions_of
+
+READY = 77
+
+
+class ReadyError(KvslimError):
+    """All checks are passed, and the model would be loaded."""
+
+    exit_code = READY
+
+
+@pytest.fixture(autouse=True)
+def no_loading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def load(*_: object) -> None:
+        raise ReadyError("ready", where="here", fix="none")
+
+    monkeypatch.setattr(pipeline, "prepare", load)
+    monkeypatch.chdir(tmp_path)
+
+
+# Every text in the package with a command or a --set in it, apart from docstrings and help; the cases below type each.
+PRINTED = {
+    ("calibrate/corpus.py", ", or shorter windows (--set {key}={most})"),
+    ("checks.py", "make an artifact with `kvslim compress MODEL -r encoder -o OUT`"),
+    ("checks.py", "make one for this model with `kvslim plan MODEL -o plan.json`"),
+    ("checks.py", "--set {key}={length.most}"),
+    ("checks.py", "use `-r encoder`"),
+    ("checks.py", "use `-r balanced`"),
+    ("cli/baseline.py", "write one with `kvslim compare ARTIFACT... --json > baseline.json`"),
+    ("cli/failures.py", "see `{command} --help`"),
+    ("cli/inputs.py", "write one with `kvslim plan MODEL -o plan.json`"),
+    ("cli/inputs.py", "see `kvslim plan MODEL --json`"),
+    ("cli/inputs.py", "see `kvslim compress --help`"),
+    ("devices/profile.py", "write one with `kvslim doctor --measure FILE.yaml`"),
+    ("devices/profile.py", "see docs/devices.md, or write one with `kvslim doctor --measure FILE.yaml`"),
+    ("methods/kv_window.py", "--set {key}={2 * kept}"),
+    ("overrides.py", "--set calibration.samples=32"),
+    ("overrides.py", "set one of its options, such as --set methods.{keys[-1]}.OPTION=VALUE; see `kvslim methods`"),
+    ("prepared/sentences.py", "give a text of some hundred sentences, with --set calibration.samples=256"),
+    ("prepared/trials.py", "use `-r encoder`"),
+    ("recipe.py", "start from `kvslim recipes balanced`"),
+    ("report/compare.py", "write it again with `kvslim compare ARTIFACT... --json`"),
+    (
+        "report/compare.py",
+        "if it was trained or saved again, write a new baseline with `kvslim compare ARTIFACT... --json`",
+    ),
+}
+TYPED = re.compile(r"--set [a-z{][^ ]*=|`(kvslim|\{command\}) [^`]*-[^`]*`|`kvslim [a-z]+ [a-z]+`|`-r ")
+
+
+def texts(path: Path) -> Iterator[str]:
+    """Every text in a module; no docstrings, no help."""
+    tree = ast.parse(path.read_text())
+    skipped: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            skipped |= {id(part) for part in node.values}
+        elif (isinstance(node, ast.keyword) and node.arg == "help") or (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        ):
+            skipped.add(id(node.value))
+    for node in ast.walk(tree):
+        if id(node) not in skipped and isinstance(node, ast.JoinedStr):
+            parts = (
+                part.value if isinstance(part, ast.Constant) else f"{{{ast.unparse(part.value)}}}"
+                for part in node.values
+            )
+            yield "".join(map(str, parts))
+        elif id(node) not in skipped and isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_every_text_with_something_to_type_is_known() -> None:
+    package = ROOT / "kvslim"
+    found = {
+        (path.relative_to(package).as_posix(), text)
+        for path in package.rglob("*.py")
+        for text in texts(path)
+        if TYPED.search(text)
+    }
+    assert found == PRINTED
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What commands are given: models with few positions, artifacts, and files that are wrong."""
+
+    root: Path
+    tiny: Path
+
+    def model(self, **config: Any) -> Path:
+        """The tiny Llama with another config; its weights are never read."""
+        folder = self.root / "model"
+        shutil.copytree(self.tiny, folder)
+        written = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**written, **config}))
+        return folder
+
+    def encoder(self) -> Path:
+        folder = self.model()
+        config = {"model_type": "bert", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 130, "vocab_size": 257}))
+        return folder
+
+    def artifact(self) -> Path:
+        folder = self.root / "artifact"
+        if not folder.exists():
+            folder.mkdir()
+            fill(folder)
+        return folder
+
+    def file(self, name: str, text: str) -> Path:
+        (self.root / name).write_text(text)
+        return self.root / name
+
+    def sets(self, *overrides: str) -> list[str]:
+        return [word for override in overrides for word in ("--set", override)]
+
+
+Case = Callable[[Inputs], list[object]]
+# What fails, and the exit code of what its fix says to type.
+CASES: dict[str, tuple[Case, int]] = {
+    "a length beyond the positions": (
+        lambda i: ["plan", i.model(max_position_embeddings=300), "-r", "lossless", *i.sets("validation.length=301")],
+        READY,
+    ),
+    "every length beyond the positions": (
+        lambda i: [
+            "plan",
+            i.model(max_position_embeddings=77),
+            *i.sets("validation.length=512", "validation.prompts=[8,128]", "validation.contexts=[77]"),
+            *i.sets("calibration.length=78", "validation.recall_distance=60"),
+        ],
+        READY,
+    ),
+    "lengths of an encoder": (
+        lambda i: [
+            "compress",
+            i.encoder(),
+            "-r",
+            "encoder",
+            "-o",
+            "out",
+            *i.sets("validation.prompts=[32,131]", "validation.length=300"),
+        ],
+        READY,
+    ),
+    "a window that no text leaves": (
+        lambda i: ["plan", i.tiny, "-r", i.file("lazy.yaml", "methods: [{kv_window: {lazy: 1, window: 600}}]")],
+        READY,
+    ),
+    "a --set that is none": (lambda i: ["plan", i.tiny, *i.sets("samples")], READY),
+    "a decoder's recipe for an encoder": (lambda i: ["compress", i.encoder(), "-o", "out"], READY),
+    "an encoder's recipe for a decoder": (lambda i: ["compress", i.tiny, "-r", "encoder", "-o", "out"], READY),
+    "a plan of an encoder": (lambda i: ["plan", i.encoder()], READY),
+    "a plan of an encoder with a decoder's recipe": (lambda i: ["plan", i.encoder(), "-r", "small"], READY),
+    "an analysis of an encoder": (lambda i: ["analyze", i.encoder()], READY),
+    "a plan for another model": (
+        lambda i: ["compress", i.tiny, "-o", "out", "--plan", i.file("p.json", '{"layers": [{"layer": 0}]}')],
+        READY,
+    ),
+    "no plan": (lambda i: ["compress", i.tiny, "-o", "out", "--plan", "gone.json"], READY),
+    "a plan with a wrong key": (
+        lambda i: ["compress", i.tiny, "-o", "out", "--plan", i.file("p.json", '{"layers": 3}')],
+        READY,
+    ),
+    "a budget out of range": (lambda i: ["compress", i.tiny, "-o", "out", "--kv-ratio", "0"], 0),
+    "an option that is unknown": (lambda i: ["bench", i.artifact(), "--contexts", "4"], 0),
+    "no baseline": (lambda i: ["compare", i.artifact(), "--against", "gone.json"], 0),
+    "a baseline of other artifacts": (
+        lambda i: ["compare", i.artifact(), "--against", i.file("b.json", '{"artifacts": {}}')],
+        0,
+    ),
+    "no device": (lambda i: ["inspect", i.tiny, "--device", "gone.yaml"], 0),
+    "a device without numbers": (lambda i: ["inspect", i.tiny, "--device", i.file("d.yaml", "name: mine")], 0),
+    "a recipe that is a list": (lambda i: ["plan", i.tiny, "-r", i.file("r.yaml", "- kv_pca")], 0),
+    "a method that is replaced": (lambda i: ["plan", i.tiny, "-r", "lossless", *i.sets("methods.kv_quant=4")], 0),
+}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, tiny_llama: Path) -> Inputs:
+    return Inputs(tmp_path, tiny_llama)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is quickly measured and has nothing wrong."""
+    monkeypatch.setattr("kvslim.devices.measure.measure_device", lambda: load_device("laptop-8gb"))
+    monkeypatch.setattr("kvslim.cli.machine.examine", tuple)
+
+
+def typed(fix: str, arguments: list[str], where: str, artifact: Path) -> list[str]:
+    """The command that a fix asks for: one of its own, or the one that failed with other options."""
+    command = re.search(r"`kvslim ([^`>]+)", fix)
+    if command is None:
+        kept = " ".join(arguments).removesuffix(where).split()
+        return kept + shlex.split(" ".join(re.findall(r"--set \S+|(?<=`)-r \w+", fix)))
+    places = {"MODEL": arguments[1], "ARTIFACT...": str(artifact), "OUT": "out", "FILE.yaml": "mine.yaml"}
+    return [places.get(word, word) for word in shlex.split(command[1])]
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("name", CASES)
+def test_fix_works_when_it_is_typed(inputs: Inputs, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    case, code = CASES[name]
+    arguments = [str(argument) for argument in case(inputs)]
+    assert app.run(arguments) in {2, 4, 5}
+    _, where, fix = re.split("where: |fix: ", capsys.readouterr().err)
+    again = typed(fix, arguments, where.strip(), inputs.artifact())
+    assert again != arguments, fix
+    assert app.run(again) == code, f"{fix}\n{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("name", Gates.model_fields)
+def test_limit_that_a_gate_is_told_to_have_is_one(
+    inputs: Inputs, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert app.run(["validate", str(inputs.artifact()), "--gate", name]) == UsageError.exit_code
+    gate = re.findall(r"--gate (\S+=\S+)", capsys.readouterr().err)[0]
+    assert getattr(Gates.model_validate(dict([gate.split("=")])), name) == 0.01
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shorter"), [(200, "validation.length=200"), (33, "validation.length=33"), (20, "")]
+)
+def test_shorter_windows_are_as_long_as_the_text(tiny_llama: Path, tokens: int, shorter: str) -> None:
+    tokenizer = folder_tokenizer(tiny_llama)
+    Path("words.txt").write_text("a" * tokens)
+    with pytest.raises(UsageError) as error:
+        text_windows("words.txt", tokenizer, samples=2, length=512, key="validation.length")
+    assert re.findall(r"--set ([^ )]+)", error.value.fix) == ([shorter] if shorter else [])
+    if shorter:
+        length = load_recipe("lossless", [shorter]).validation.length
+        assert text_windows("words.txt", tokenizer, samples=2, length=length).shape == (1, tokens)
+
+
+def test_sentences_are_asked_for_in_a_way_that_works() -> None:
+    assert load_recipe("encoder", ["calibration.samples=256"]).calibration.samples == 256
+
+
+@pytest.mark.parametrize("positions", [49, 50, 64, 100, 255, 256, 512, 700, 1024])
+@pytest.mark.parametrize("recipe", ["balanced", "small", "lossless"])
+def test_defaults_fit_every_model(recipe: str, positions: int) -> None:
+    spec = SPEC.model_copy(update={"max_context": positions})
+    fitted = load_recipe(recipe).shortened_to(spec)
+    check_lengths(fitted, spec)
+    assert fitted.validation.length == fitted.calibration.length == min(512, positions)
+    assert max(fitted.validation.prompts) <= positions
+    assert Recipe.model_validate(fitted.model_dump()).shortened_to(spec) == fitted
+
+
+def test_what_is_set_is_not_shortened() -> None:
+    spec = SPEC.model_copy(update={"max_context": 256})
+    fitted = load_recipe("lossless", ["validation.length=300", "validation.prompts=[500]"]).shortened_to(spec)
+    assert (fitted.validation.length, fitted.validation.prompts) == (300, (500,))
+    with pytest.raises(UsageError, match=r"validation.length needs 300 positions, validation.prompts needs 500"):
+        check_lengths(fitted, spec)
+
+
+@pytest.mark.parametrize("positions", [1, 16, 48])
+def test_model_without_room_for_a_question_is_refused(positions: int) -> None:
+    spec = SPEC.model_copy(update={"max_context": positions})
+    with pytest.raises(UnsupportedError, match=f"the model has {positions} positions"):
+        check_lengths(load_recipe("lossless").shortened_to(spec), spec)
+
+
+@pytest.mark.parametrize("distance", [16, 31, 32, 100, 159, 512, 2000])
+def test_positions_of_recall_are_those_that_its_questions_take(distance: int) -> None:
+    windows = np.random.default_rng(0).integers(1, 200, (4, 64))
+    windows[:, 0] = 0  # a token that starts every text
+    needed = positions_of(distance)
+    assert capacity_for(repeated_spans(windows, count=40, distance=distance)) == needed
+    (tokens, _), *_ = chained(repeated_spans(windows, count=12, distance=distance))
+    assert len(tokens) <= needed
+    assert longest_distance(needed) == distance
+    assert longest_distance(needed - 1) < distance
+
+
+@pytest.mark.parametrize(
+    ("positions", "prompts", "contexts"),
+    [(4096, (128, 512), (128, 1024)), (1024, (128, 512), (128,)), (512, (128, 512), (128,)), (100, (100,), (99,))],
+)
+def test_bench_has_default_lengths_that_all_artifacts_take(
+    positions: int, prompts: tuple[int, ...], contexts: tuple[int, ...]
+) -> None:
+    specs = [SPEC.model_copy(update={"max_context": most}) for most in (8192, positions)]
+    grid = Grid().shortened_to(specs)
+    assert (grid.prompts, grid.contexts) == (prompts, contexts)
+    assert Grid(prompts=(9999,), contexts=(1,)).shortened_to(specs).prompts == (9999,)
+
+
+BLAMED = {
+    "a key that is unknown": (["calibration.sampels=3"], "--set calibration.sampels=3", "calibration.sampels: extra"),
+    "a value out of range": (["validation.samples=1"], "--set validation.samples=1", "greater than or equal to 2"),
+    "a value of another type": (["compensate=perhaps"], "--set compensate=perhaps", "compensate: input should be"),
+    "an option of a method": (["methods.kv_quant.bits=5"], "--set methods.kv_quant.bits=5", "methods.kv_quant.bits:"),
+    "the second of two": (["weights=int4", "layout=gqq"], "--set layout=gqq", "layout: input should be"),
+    "a method that is unknown": (["methods=[kv_quand]"], "--set methods=[kv_quand]", "unknown method"),
+    "two that do not go together": (
+        ["weights.type=int8", "weights.mixed=true"],
+        "--set weights.mixed=true",
+        "mixed goes with type int4",
+    ),
+    "two that fail only together": (
+        ["methods=[]", "budget={kv_mib: 4, context: 64, kv_ratio: 2}"],
+        "--set budget={kv_mib: 4, context: 64, kv_ratio: 2}",
+        "kv_ratio or kv_mib, not both",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BLAMED)
+def test_wrong_set_is_blamed_on_itself(name: str) -> None:
+    overrides, where, words = BLAMED[name]
+    with pytest.raises(UsageError, match=re.escape(words)) as error:
+        load_recipe("lossless", overrides)
+    assert error.value.where == where
+
+
+def test_sets_that_fail_together_are_named_together() -> None:
+    overrides = ["methods=[]", "methods.kv_pca.rank=8"]
+    Path("mine.yaml").write_text("methods: [{kv_pca: {rank: 16}}]")
+    with pytest.raises(UsageError, match="no method 'kv_pca'") as error:
+        load_recipe("mine.yaml", overrides)
+    assert error.value.where == "--set methods=[] --set methods.kv_pca.rank=8"
+
+
+def test_file_is_blamed_for_its_own_faults_and_mended_by_a_set() -> None:
+    Path("mine.yaml").write_text("methods: [{kv_quant: {bits: 3}}]")
+    with pytest.raises(UsageError, match=r"methods\.kv_quant\.bits") as error:
+        load_recipe("mine.yaml", ["calibration.samples=8"])
+    assert error.value.where == "mine.yaml"
+    assert load_recipe("mine.yaml", ["methods.kv_quant.bits=4"]).methods
