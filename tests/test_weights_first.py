@@ -18,7 +18,7 @@ from kvslim.loading.source import read_spec, resolve
 from kvslim.methods import KvHdc, KvQuant
 from kvslim.pipeline import compress
 from kvslim.planning.decide import decide
-from kvslim.prepared import decoder
+from kvslim.prepared import weights as prepared_weights
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import Plan, WeightFormat
@@ -151,7 +151,7 @@ def test_second_run_takes_the_quantised_weights_from_the_disk(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = open_prepared(tiny_llama, recipe_of((), GPTQ))
-    monkeypatch.setattr(decoder, "quantise_model", lambda *_: pytest.fail("quantised again"))
+    monkeypatch.setattr(prepared_weights, "quantise_model", lambda *_, **__: pytest.fail("quantised again"))
     second = open_prepared(tiny_llama, recipe_of((), GPTQ))
     tokens = tokens_of(first)
     np.testing.assert_array_equal(torch_logits(first, tokens), torch_logits(second, tokens))

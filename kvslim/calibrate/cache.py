@@ -1,4 +1,4 @@
-"""Statistics, probes and quantised weights on disk, by the hash of everything that decides them.
+"""Statistics and probes on disk, by the hash of everything that decides them.
 
 A second run on the same model starts at once, and a second budget plans without a measurement.
 """
@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +18,6 @@ import numpy as np
 
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.planning.probes import Probes
-from kvslim.weights.blocks import Quantised
 
 FORMAT = 9
 
@@ -63,29 +62,6 @@ def store_probes(probes: Probes) -> None:
     _store(_probes_path(probes.key), lambda file: file.write(probes.model_dump_json().encode()))
 
 
-def load_weights(key: str) -> dict[str, Quantised] | None:
-    """The stored blocks of each matrix by name, or None when there are none or they cannot be read."""
-    try:
-        with _weights_path(key).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            names = [str(name) for name in arrays["names"]]
-            return {name: _blocks(arrays, number) for number, name in enumerate(names)}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return None
-
-
-def _blocks(arrays: Mapping[str, np.ndarray], number: int) -> Quantised:
-    zeros = arrays.get(f"{number}.zero_points")
-    return Quantised(arrays[f"{number}.codes"], arrays[f"{number}.scales"], zeros, int(arrays[f"{number}.bits"]))
-
-
-def store_weights(key: str, quantised: Mapping[str, Quantised]) -> None:
-    """Stores blocks whole or not at all; a cache that cannot be written is no reason to fail."""
-    arrays: dict[str, Any] = {"names": np.array(list(quantised))}
-    for number, blocks in enumerate(quantised.values()):
-        arrays |= {f"{number}.{name}": value for name, value in vars(blocks).items() if value is not None}
-    _store(_weights_path(key), lambda file: np.savez(file, allow_pickle=False, **arrays))
-
-
 def _store(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,10 +81,6 @@ def _store(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 def _path(key: str) -> Path:
     return cache_folder() / "statistics" / f"{key}.npz"
-
-
-def _weights_path(key: str) -> Path:
-    return cache_folder() / "weights" / f"{key}.npz"
 
 
 def _probes_path(key: str) -> Path:

@@ -26,13 +26,13 @@ from kvslim.loading.snapshot import Snapshot
 from kvslim.prepared.base import PreparedModel
 from kvslim.prepared.decoder_trials import DecoderTrials
 from kvslim.prepared.text import TextSource
+from kvslim.prepared.weights import quantise
 from kvslim.progress import Progress
 from kvslim.recipe import Recipe
 from kvslim.transform.edits import LayerEdit
 from kvslim.transform.surgery import install, prepare
 from kvslim.types import KVLayout, Plan, WeightFormat
 from kvslim.validation.measure import DecoderEvaluation
-from kvslim.weights.quantise import install_quantised, quantise_model, rows_of
 from kvslim.weights.rows import QuantisedRows
 
 
@@ -57,7 +57,7 @@ class PreparedDecoder(PreparedModel):
         self.rows: QuantisedRows | None = None
         if recipe.weights.is_quantised:
             _ = self.original  # while the model still is what its files say
-            self.rows = self._quantised()
+            self.rows = quantise(self)
 
     @cached_property
     def original(self) -> Path:
@@ -67,27 +67,10 @@ class PreparedDecoder(PreparedModel):
         self.export_plain(folder)
         return folder
 
-    def _quantised(self) -> QuantisedRows:
-        """Quantises the model, or takes what was made of it before."""
-        self.progress.stage("quantise the weights")
-        weights, model, of = self.recipe.weights, self.model, (self.architecture, self.spec)
-        windows = self.text.calibration_windows if weights.method == "gptq" else None
-        known = self.snapshot.stored_rows() if weights.type == "stored" else None
-        key = cache.content_key("weights", self.digest, *self._identity_of(weights))
-        quantised = cache.load_weights(key)
-        if quantised is None:
-            quantised = quantise_model(model, *of, weights, self.progress, windows=windows, known=known)
-            cache.store_weights(key, quantised)
-        else:
-            install_quantised(model, *of, quantised)
-        return rows_of(model, quantised)
-
     @property
     def weights_identity(self) -> tuple[Any, ...]:
         """The recipe's format once the weights are quantised, with the text that was used."""
-        return self._identity_of(WeightFormat() if self.rows is None else self.recipe.weights)
-
-    def _identity_of(self, weights: WeightFormat) -> tuple[Any, ...]:
+        weights = WeightFormat() if self.rows is None else self.recipe.weights
         return weights.model_dump(), self.text.identity if weights.method == "gptq" else None
 
     @cached_property
@@ -152,6 +135,11 @@ class PreparedDecoder(PreparedModel):
         branch_prompts(graph)
         save_graph(graph, folder)
         return token_inputs(graph)
+
+    def release(self) -> None:
+        """Frees the memory of the model and of its blocks."""
+        self.rows = None
+        super().release()
 
     def write_companions(self, folder: Path, layout: KVLayout, inputs: tuple[str, ...]) -> None:
         """Writes tokenizer, configs and, where it can open the graph, what onnxruntime-genai needs."""

@@ -29,7 +29,7 @@ def quantise_on_text(
     put: Set,
     progress: Progress,
 ) -> None:
-    """Rounds with GPTQ what is in the layers and the head, and to the nearest what text does not pass through.
+    """Rounds with GPTQ what is in the layers and the head, and all else, such as the embedding, with `k_quant`.
 
     Args:
         model: A decoder; `put` edits it.
@@ -42,8 +42,10 @@ def quantise_on_text(
     names = {entry.module: name for name, entry in chosen.items()}
     inside = [[module for module in layer.modules() if module in names] for layer in layers]
     head = [module for module in [model.get_output_embeddings()] if module in names]
-    for module in names.keys() - {module for modules in (*inside, head) for module in modules}:
-        put(names[module], quantise(_matrix(module), chosen[names[module]].bits, "k_quant"))
+    passed = {module for modules in (*inside, head) for module in modules}
+    for name, entry in chosen.items():
+        if entry.module not in passed:
+            put(name, quantise(_matrix(entry.module), entry.bits, "k_quant"))
     with torch.no_grad():  # what is made here stays in the model, which is exported
         calls = _Calls(model, layers, windows)
         for layer, modules in progress.track(list(zip(range(len(layers)), inside, strict=True)), "layers"):

@@ -32,7 +32,7 @@ def quantise_model(
     *,
     windows: np.ndarray | None = None,
     known: QuantisedRows | None = None,
-) -> dict[str, Quantised]:
+) -> tuple[dict[str, Quantised], QuantisedRows]:
     """Quantises a prepared decoder in place.
 
     Args:
@@ -45,42 +45,43 @@ def quantise_model(
         known: Rows that are in blocks already, for `stored`.
 
     Returns:
-        The blocks of each matrix by the name of its module.
+        The blocks of each matrix by the name of its module, and by rows as `install_quantised`.
     """
     layers = layer_modules(model, architecture)
     chosen = chosen_matrices(model, layers, architecture, weights)
-    found: dict[str, Quantised] = {}
+    found, rows = dict[str, Quantised](), QuantisedRows()
 
     def put(name: str, quantised: Quantised) -> None:
         found[name] = quantised
-        install_quantised(model, architecture, spec, {name: quantised})
+        install_quantised(model, architecture, spec, {name: quantised}, rows)
 
     if windows is not None:
         quantise_on_text(model, layers, chosen, windows, put, progress)
-        return found
+        return found, rows
     for name, entry in progress.track(chosen.items(), "matrices"):
         matrix = entry.module.weight.detach().numpy()
         put(name, quantise(matrix, entry.bits, weights.method) if known is None else known.stored(matrix))
-    return found
+    return found, rows
 
 
 def install_quantised(
-    model: nn.Module, architecture: Architecture, spec: ModelSpec, quantised: Mapping[str, Quantised]
+    model: nn.Module,
+    architecture: Architecture,
+    spec: ModelSpec,
+    quantised: Mapping[str, Quantised],
+    rows: QuantisedRows,
 ) -> None:
-    """Lets a prepared decoder compute with quantised numbers; a table that is also the head changes with it."""
+    """Lets a prepared decoder compute with quantised numbers; a table that is also the head changes with it.
+
+    Args:
+        model: The model; edited.
+        architecture: Where its parts live.
+        spec: Its shape.
+        quantised: Blocks by the name of their module.
+        rows: Receives them by the rows that the model has now.
+    """
     for name, blocks in quantised.items():
-        weight = _weight(model, name)
+        weight: Any = model.get_submodule(name).weight
         weight.data = torch.from_numpy(np.ascontiguousarray(blocks.numbers(weight.shape[1])))
+        rows.add(weight.detach().numpy(), blocks)
     project_directly(model, architecture, spec)
-
-
-def rows_of(model: nn.Module, quantised: Mapping[str, Quantised]) -> QuantisedRows:
-    """The blocks by the rows that the model computes with now."""
-    rows = QuantisedRows()
-    for name, blocks in quantised.items():
-        rows.add(_weight(model, name).detach().numpy(), blocks)
-    return rows
-
-
-def _weight(model: nn.Module, name: str) -> Any:
-    return model.get_submodule(name).weight
