@@ -22,13 +22,12 @@ FORMATS: dict[str, WeightFormat] = {
     str(format_): format_
     for format_ in (
         WeightFormat(),
-        WeightFormat(type="int8", method="rtn"),
         WeightFormat(type="int8"),
         WeightFormat(type="int4", method="rtn"),
         WeightFormat(type="int4"),
         WeightFormat(type="int4", method="gptq"),
-        WeightFormat(type="int4", mixed=True),
         WeightFormat(type="int4", method="gptq", mixed=True),
+        WeightFormat(type="stored"),
     )
 }
 TABLE = Table(
@@ -63,6 +62,8 @@ def weights(
     source = source._replace(recall=None)
     original = OpenModel(source, text)
     for name in formats:
+        if name == "stored" and not source.model.endswith(".gguf"):
+            continue
         model = OpenModel(source, text, weights=FORMATS[name])
         folder = model.export()
         model.release()
@@ -88,7 +89,7 @@ def weights_and_cache(
     source: Source,
     *,
     text: Mapping[str, Any] = FULL,
-    formats: tuple[str, ...] = ("fp32", "int8 (k_quant)", "int4 (k_quant)", "int4 (gptq)"),
+    formats: tuple[str, ...] = ("fp32", "int4 (k_quant)", "int4 (gptq)", "stored"),
     methods: tuple[str, ...] = ("kv_quant", "kv_hdc"),
 ) -> Iterator[Values]:
     """What an int8 cache costs on top of quantised weights: artifact against the plain graph with the same weights.
@@ -115,6 +116,4 @@ def weights_and_cache(
 
 
 def _opened(folder: Path, windows: np.ndarray, float_activations: bool) -> DecodeSession:
-    return DecodeSession(
-        folder, capacity=windows.shape[1], threads=1, all_positions=True, float_activations=float_activations
-    )
+    return DecodeSession(folder, capacity=windows.shape[1], all_positions=True, float_activations=float_activations)
