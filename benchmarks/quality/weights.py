@@ -51,7 +51,7 @@ CACHE_TABLE = Table(
 )
 
 
-@benchmark("demo", "books-llama", "smollm2", table=TABLE, quick={"text": BRIEF, "formats": ("int4 (gptq)",)})
+@benchmark("demo", "books", "smollm2", table=TABLE, quick={"text": BRIEF, "formats": ("int4 (gptq)",)})
 def weights(
     source: Source, *, text: Mapping[str, Any] = FULL, formats: tuple[str, ...] = tuple(FORMATS)
 ) -> Iterator[Values]:
