@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from support.harness import needs_harness
 from support.paths import ROOT
+from support.tiny_artifact import SPEC
 
 from kvslim.cli import app, console
 from kvslim.errors import UnsupportedError
@@ -22,12 +23,11 @@ from kvslim.loading.tokenizer import folder_tokenizer
 PACKAGE = ROOT / "kvslim"
 LOADERS = {"from_pretrained", "from_config", "load_dataset", "get_class_from_dynamic_module", "get_peft_model"}
 # Each loader of the package. True: it could run code of a model, and must be told not to. The others cannot:
-# GenerationConfig and PeftConfig read JSON, get_peft_model takes a model in memory, and datasets 4 knows no scripts.
+# PeftConfig reads JSON, get_peft_model takes a model in memory, and datasets 4 knows no scripts.
 KNOWN = {
     ("loading/tokenizer.py", "AutoTokenizer.from_pretrained"): True,
     ("loading/model.py", "classes[type(config)].from_pretrained"): True,
     ("loading/gguf.py", "AutoModelForCausalLM.from_config"): True,
-    ("loading/folder.py", "GenerationConfig.from_pretrained"): False,
     ("loading/adapter.py", "PeftConfig.from_pretrained"): False,
     ("loading/adapter.py", "get_peft_model"): False,
     ("calibrate/corpus.py", "_datasets().load_dataset"): False,
@@ -151,7 +151,7 @@ def test_eval_refuses_the_code_of_an_artifact(tiny_llama: Path, tmp_path: Path, 
 
     folder = with_code(tiny_llama, tmp_path / "artifact", marker, **CASES["an older list"])
     with pytest.raises(UnsupportedError, match="Python code"):
-        ArtifactLM(folder, max_length=64)
+        ArtifactLM(folder, SPEC)
     assert not marker.exists()
 
 

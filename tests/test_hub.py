@@ -41,6 +41,7 @@ CLUTTER = (
 NAMED = {
     "config_json": "config.json",
     "adapter_config_json": "adapter_config.json",
+    "generation_config_json": "generation_config.json",
     "model_safetensors_index_json": "model.safetensors.index.json",
 }
 FAST = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -161,7 +162,8 @@ def test_repository_without_a_config_costs_nothing(hub: TinyHub) -> None:
     "index", ["{", "[]", '{"weight_map": {"a": 1, "b": "c"}}', '{"weight_map": [1]}', '{"weight_map": {"a": 7}}']
 )
 def test_broken_index_on_the_hub_is_named(hub: TinyHub, index: str) -> None:
-    write(hub, *FAST, "model.safetensors.index.json", model_safetensors_index_json=index)
+    settings = {"generation_config_json": "{}", "model_safetensors_index_json": index}
+    write(hub, *FAST, "model.safetensors.index.json", **settings)
     with pytest.raises(ModelError, match="the index names"):
         resolve(ID).check()
 

@@ -164,13 +164,14 @@ def test_model_of_an_artifact_gets_the_artifacts_positions_when_it_is_validated(
 ) -> None:
     fill(tmp_path)
     made = read_manifest(tmp_path)
+    monkeypatch.setattr(pipeline, "_origin", lambda *_: None)
     spec, recipe = made.spec.model_copy(update={"max_context": stored}), {**made.recipe, "positions": asked}
     write_manifest(tmp_path, made.model_copy(update={"spec": spec, "recipe": recipe}))
     seen: list[Recipe] = []
 
-    def check(model: str, recipe: Recipe) -> None:
+    def check(_: object, recipe: Recipe) -> None:
         seen.append(recipe)
-        raise UsageError("enough", where=model, fix="stop")
+        raise UsageError("enough", where="here", fix="stop")
 
     monkeypatch.setattr(pipeline, "_checked", check)
     with pytest.raises(UsageError, match="enough"):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kvslim.runtime.completion import Completer
-from kvslim.runtime.generate import load_tokenizer
+from kvslim.runtime.draft import Draft, write
+from kvslim.runtime.generate import eos_ids, load_tokenizer
+from kvslim.runtime.session import DecodeSession
 from support.docs import blocks
 
 PROMPTS = ["Mira's lamp is red.", "No", "A longer text, with more than sixteen tokens in it", "Oren's"]
@@ -18,12 +19,12 @@ NEW_TOKENS = 6
 
 def alone(folder: Path) -> str:
     """Texts of prompts that are completed one at a time, each on lines of its own."""
-    tokenizer = load_tokenizer(folder)
-    completer = Completer(folder, tokenizer, capacity=64)
-    texts = []
+    tokenizer, texts = load_tokenizer(folder), []
     for prompt in PROMPTS:
-        completer.reset()
-        texts.append("".join(completer.stream(tokenizer.encode(prompt).ids, NEW_TOKENS)) + "\n")
+        ids, session = tokenizer.encode(prompt).ids, DecodeSession(folder, capacity=64)
+        draft = Draft(tokenizer, ids, NEW_TOKENS, ends=eos_ids(folder))
+        list(write(session, [draft], session.prefill(ids)[None]))
+        texts.append(tokenizer.decode(draft.tokens) + "\n")
     return "".join(texts)
 
 
