@@ -12,7 +12,7 @@ from benchmarks.models import OpenModel
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
-from benchmarks.texts import BRIEF, FULL
+from benchmarks.texts import BRIEF, LENGTH
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import WeightFormat
 from kvslim.validation.measure import file_mib
@@ -30,6 +30,10 @@ FORMATS: dict[str, WeightFormat] = {
         WeightFormat(type="stored"),
     )
 }
+TEXT = {
+    "calibration": {"samples": 16, "length": LENGTH, "context": LENGTH},
+    "validation": {"samples": 8, "length": LENGTH},
+}  # as much as a recipe takes by default
 TABLE = Table(
     (
         Column("weights", "weights"),
@@ -53,7 +57,7 @@ CACHE_TABLE = Table(
 
 @benchmark("demo", "books", "smollm2", table=TABLE, quick={"text": BRIEF, "formats": ("int4 (gptq)",)})
 def weights(
-    source: Source, *, text: Mapping[str, Any] = FULL, formats: tuple[str, ...] = tuple(FORMATS)
+    source: Source, *, text: Mapping[str, Any] = TEXT, formats: tuple[str, ...] = tuple(FORMATS)
 ) -> Iterator[Values]:
     """What weight formats cost: plain graphs against the float32 one, on held-out text.
 
@@ -88,7 +92,7 @@ def weights(
 def weights_and_cache(
     source: Source,
     *,
-    text: Mapping[str, Any] = FULL,
+    text: Mapping[str, Any] = TEXT,
     formats: tuple[str, ...] = ("fp32", "int4 (k_quant)", "int4 (gptq)", "stored"),
     methods: tuple[str, ...] = ("kv_quant", "kv_hdc"),
 ) -> Iterator[Values]:
