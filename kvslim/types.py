@@ -35,9 +35,11 @@ class WeightFormat(Frozen):
     mixed: bool = Field(False, description="with int4: the most sensitive matrices in int8")
 
     @model_validator(mode="after")
-    def _check_mixed(self) -> WeightFormat:
+    def _check_parts(self) -> WeightFormat:
         if self.mixed and self.type != "int4":
             raise ValueError(f"mixed goes with type int4, not {self.type}")
+        if self.method == "gptq" and self.type not in ("int8", "int4"):
+            raise ValueError(f"method gptq goes with type int8 or int4, not {self.type}")
         return self
 
     @property

@@ -140,6 +140,11 @@ def test_int4_keeps_blocks_everywhere(tmp_path: Path) -> None:
     prepared, folder = export(tmp_path, "bert", "feature-extraction", "int4")
     count = operators(folder / "slim")
     assert count["MatMulNBits"] == 4 * prepared.spec.layers
+    nodes = onnx.load(folder / "slim" / "model.onnx", load_external_data=False).graph.node
+    found = [
+        part.i for node in nodes if node.op_type == "MatMulNBits" for part in node.attribute if part.name == "bits"
+    ]
+    assert set(found) == {4}
     assert count["MatMulInteger"] == count["MatMul"] == 0
 
 

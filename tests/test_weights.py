@@ -254,7 +254,18 @@ def test_overrides_reach_the_format_when_the_recipe_has_a_word() -> None:
     assert recipe.weights == WeightFormat(type="int4", method="rtn", mixed=True)
 
 
-@pytest.mark.parametrize("weights", ["int3", {"type": "int8", "mixed": True}, {"mixed": True}, {"bits": 4}, 4])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        "int3",
+        {"type": "int8", "mixed": True},
+        {"mixed": True},
+        {"method": "gptq"},
+        {"type": "stored", "method": "gptq"},
+        {"bits": 4},
+        4,
+    ],
+)
 def test_format_is_refused_when_it_makes_no_sense(weights: object) -> None:
     with pytest.raises(UsageError, match="weights"):
         parse_recipe({"name": "x", "weights": weights}, "test")

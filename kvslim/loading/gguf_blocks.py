@@ -1,7 +1,8 @@
-"""Blocks of a GGUF's tensors as the graph stores them: the same integers and scales, nothing rounded again.
+"""Blocks of a GGUF's tensors as the graph stores them: the same integers and scales.
 
 A block of ggml holds levels l, a scale s and for some types a minimum m, and stands for s l + m (ggml-common.h). All of
-it fits blocks of 32 with an offset: s (q - z) + o, with z in the middle of the levels and o = m + s z.
+it fits blocks of 32 with an offset: s (q - z) + o, with z in the middle of the levels and o = m + s z,
+which is rounded to float16, far below a step.
 """
 
 from __future__ import annotations

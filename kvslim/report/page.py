@@ -26,6 +26,10 @@ BASELINE = (
     "Quality is measured through the cache on held-out text; speed is interleaved in one run, on the machine that made "
     "the artifact."
 )
+QUANTISED = (
+    " KL and perplexity have activations in float32; the floor and the KL with activations rounded are as it runs; fp32 is "
+    "the model before its weights were quantised."
+)
 ENCODER_BASELINE = (
     "Plain is the same model, exported the same way, with its weights in fp32, on one text at a time; artifact and "
     "floor, which is that export again, run padded batches."
@@ -56,6 +60,13 @@ class Section:
         return bool(self.figures or self.source or any(table.rows for table in self.tables))
 
 
+def _baseline(encoder: bool, report: Report) -> str:
+    """What the columns of the measurements are."""
+    if encoder:
+        return ENCODER_BASELINE
+    return BASELINE if report.original is None else BASELINE + QUANTISED
+
+
 def write_report(folder: Path, manifest: Manifest, limits: Limits = ()) -> None:
     """Writes report.html into an artifact's folder."""
     (folder / REPORT).write_text(artifact_page(manifest, limits), encoding="utf-8")
@@ -72,7 +83,7 @@ def artifact_page(manifest: Manifest, limits: Limits = ()) -> str:
     encoder, changed = manifest.spec.is_encoder, manifest.plan != Plan.identity(manifest.spec)
     drawn = figures({recipe: manifest}, limits)
     sections = (
-        Section("Before and after", ENCODER_BASELINE if encoder else BASELINE, (report_table(report),))
+        Section("Before and after", _baseline(encoder, report), (report_table(report),))
         if report
         else Section("Before and after"),
         Section("Gates", "What the recipe asks of the artifact.", (gates_table(report.gates) if report else NOTHING,)),

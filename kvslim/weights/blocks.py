@@ -1,11 +1,10 @@
 """Matrices as small integers in blocks of 32 along the input dimension: the storage format of MatMulNBits.
 
 A block holds integers q, one scale s and one integer zero point z, and stands for s (q - z), or s (q - z) + o with an
-offset o that the graph adds. `rtn` rounds to nearest
-with s = extreme / -2^(bits-1) and z in the middle. `k_quant` searches as the k-quants of llama.cpp do
-(`make_qkx2_quants` in ggml-quants.c): it tries several steps, refits the scale to each rounding by weighted least
-squares, and keeps the best. There the offset of a block is a float; here z is an integer, so it is rounded within the
-search and not after it.
+offset o that the graph adds. `rtn` rounds to nearest with s = extreme / -2^(bits-1) and z in the middle. `k_quant`
+searches as the k-quants of llama.cpp do (`make_qkx2_quants` in ggml-quants.c): it tries several steps, refits the scale
+to each rounding by weighted least squares, and keeps the best. There the offset of a block is a float; here z is an
+integer, so it is rounded within the search and not after it.
 """
 
 from __future__ import annotations
