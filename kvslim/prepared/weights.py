@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ def _fitted_to_text(prepared: PreparedDecoder) -> QuantisedRows:
         else:
             windows = prepared.text.calibration_windows
             quantised, rows = quantise_model(*of, weights, prepared.progress, windows=windows)
-            save_blocks(folder / FILE, quantised)
-            store_graph(key, folder)
+            with suppress(OSError):  # a disk that is full is no reason to lose what took minutes
+                save_blocks(folder / FILE, quantised)
+                store_graph(key, folder)
     return rows

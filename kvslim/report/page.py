@@ -27,8 +27,8 @@ BASELINE = (
     "the artifact."
 )
 QUANTISED = (
-    " KL and perplexity have activations in float32; the floor and the KL with activations rounded are as it runs; fp32 is "
-    "the model before its weights were quantised."
+    " KL and perplexity have activations in float32; the floor and the KL with activations rounded are as it runs; "
+    "fp32 is the model before its weights were quantised."
 )
 ENCODER_BASELINE = (
     "Plain is the same model, exported the same way, with its weights in fp32, on one text at a time; artifact and "
