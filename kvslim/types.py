@@ -26,16 +26,26 @@ class WeightFormat(Frozen):
     """How a graph stores its large matrices and its embedding table."""
 
     type: WeightType | Literal["stored"] = Field(
-        "fp32", description="of all matrices; int8 and int4 in blocks of 32; stored: the blocks of a GGUF as they are"
+        "fp32", description="of all matrices; int8 and int4 in blocks; stored: the blocks of a GGUF as they are"
     )
     method: WeightMethod = Field(
         "k_quant",
         description="rtn rounds; k_quant searches scales and zero points; gptq (decoders) uses calibration text",
     )
+    block: Literal[32, 64, 128] | None = Field(
+        None, description="numbers that share a scale, at most; default: 32 of 4 bits, 128 of 8"
+    )
     mixed: bool = Field(False, description="with int4: the most sensitive matrices in int8")
+    file_mib: float | None = Field(
+        None,
+        gt=0,
+        description="with int4 (decoders): bits and blocks of each matrix are picked to lose least in so much",
+    )
 
     @model_validator(mode="after")
     def _check_parts(self) -> WeightFormat:
+        if self.file_mib is not None and (self.type != "int4" or self.mixed or self.block or self.method == "rtn"):
+            raise ValueError("file_mib picks bits and blocks itself: give type int4 and method gptq or k_quant alone")
         if self.mixed and self.type != "int4":
             raise ValueError(f"mixed goes with type int4, not {self.type}")
         if self.method == "gptq" and self.type not in ("int8", "int4"):
@@ -48,13 +58,20 @@ class WeightFormat(Frozen):
         return self.type != "fp32"
 
     @property
+    def needs_text(self) -> bool:
+        """Whether calibration text decides how matrices are stored."""
+        return self.method == "gptq" or self.file_mib is not None
+
+    @property
     def like(self) -> WeightType:
         """The format that costs about as much time."""
         return "int4" if self.type == "stored" else self.type
 
     def __str__(self) -> str:
         rounded = self.type in ("int8", "int4")
-        return f"{self.type} ({self.method}{', mixed' if self.mixed else ''})" if rounded else self.type
+        words = [self.method, *["mixed"] * self.mixed, *[f"blocks of {self.block}"] * (self.block is not None)]
+        words += [] if self.file_mib is None else [f"4 to 8 bits within {self.file_mib:g} MiB"]
+        return f"{self.type} ({', '.join(words)})" if rounded else self.type
 
 
 def _weight_format(value: object) -> object:

@@ -111,7 +111,7 @@ def test_second_budget_measures_no_layer_again(
     # Two probes drop coordinates and one rounds, of each layer's keys and of its values.
     assert len(asked) == 6 * prepared.spec.layers
     cache.store_probes(probes)
-    stored = cache.load_probes("heard")
+    stored = cache.load_probes("heard", Probes)
     assert stored == probes
     planners = [planner_with(prepared, statistics, each) for each in (probes, stored)]
     for ratio in (6, 12):
@@ -141,7 +141,7 @@ def test_probes_come_from_the_disk_for_any_budget_and_are_made_again_when_damage
     assert probed == []
     whole = stored.read_bytes()
     stored.write_bytes(whole[:-100])
-    assert cache.load_probes(stored.stem) is None
+    assert cache.load_probes(stored.stem, Probes) is None
     assert choose_within(Budget(kv_ratio=8), trials) == first
     assert len(probed) == 1
     assert stored.read_bytes() == whole
@@ -151,9 +151,9 @@ def test_probes_of_another_key_or_format_are_not_taken(probes: Probes, cache_of_
     cache.store_probes(probes)
     (stored,) = (cache_of_its_own / "probes").iterdir()
     (stored.parent / "moved.json").write_bytes(stored.read_bytes())
-    assert cache.load_probes("moved") is None
+    assert cache.load_probes("moved", Probes) is None
     stored.write_text(stored.read_text().replace(f'"format":{FORMAT}', '"format":99', 1))
-    assert cache.load_probes(probes.key) is None
+    assert cache.load_probes(probes.key, Probes) is None
 
 
 def keys_of(model: Path) -> Iterator[str]:

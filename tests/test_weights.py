@@ -21,11 +21,12 @@ from kvslim.export.storage import share_storage
 from kvslim.export.weights import quantise_weights
 from kvslim.recipe import load_recipe, parse_recipe
 from kvslim.types import Plan, WeightFormat
-from kvslim.weights.blocks import BLOCK, Quantised, quantise
+from kvslim.weights.blocks import BlockFormat, Quantised, quantise
 from kvslim.weights.rows import QuantisedRows
 
 ModelOf = Callable[[str], Path]
 RANDOM = np.random.default_rng(0)
+FOUR = BlockFormat(4, 32)
 MATRICES = {
     "normal": RANDOM.standard_normal((64, 256)),
     "heavy-tailed": RANDOM.standard_t(2, (64, 256)),
@@ -50,19 +51,19 @@ def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
     return np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1).astype(np.int64)
 
 
-def weighted_error(matrix: np.ndarray, bits: int, method: WeightMethod) -> np.ndarray:
+def weighted_error(matrix: np.ndarray, to: BlockFormat, method: WeightMethod) -> np.ndarray:
     """Per block, the sum of squares weighted by |x| + RMS of the block."""
-    blocks = matrix.astype(np.float64).reshape(-1, BLOCK)
+    blocks = matrix.astype(np.float64).reshape(-1, to.block)
     weights = np.abs(blocks) + np.sqrt(np.mean(blocks**2, axis=1, keepdims=True))
-    found = dequantised(quantise(matrix, bits, method), bits, matrix.shape[1]).reshape(-1, BLOCK)
+    found = dequantised(quantise(matrix, to, method), to.bits, matrix.shape[1]).reshape(-1, to.block)
     return (weights * (found - blocks) ** 2).sum(1)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("to", [BlockFormat(4, 32), BlockFormat(4, 128), BlockFormat(8, 32), BlockFormat(8, 128)])
 @pytest.mark.parametrize("name", MATRICES)
-def test_k_quant_is_at_least_as_close_as_rounding_in_every_block(name: str, bits: int) -> None:
+def test_k_quant_is_at_least_as_close_as_rounding_in_every_block(name: str, to: BlockFormat) -> None:
     matrix = MATRICES[name].astype(np.float32)
-    searched, rounded = (weighted_error(matrix, bits, method) for method in ("k_quant", "rtn"))
+    searched, rounded = (weighted_error(matrix, to, method) for method in ("k_quant", "rtn"))
     assert (searched <= rounded * (1 + 1e-4) + 1e-12).all()
     if name != "constant":
         assert searched.sum() < 0.85 * rounded.sum()
@@ -72,21 +73,22 @@ def test_k_quant_is_at_least_as_close_as_rounding_in_every_block(name: str, bits
 def test_error_stays_below_a_step_when_rounding_to_nearest(
     rows: int, width: int, size: float, seed: int, bits: int
 ) -> None:
+    to = BlockFormat(bits, 64).of_width(width)
     matrix = (np.random.default_rng(seed).standard_normal((rows, width)) * size).astype(np.float32)
-    stored = quantise(matrix, bits, "rtn")
-    steps = np.repeat(np.abs(stored.scales), BLOCK, axis=1)[:, :width]
+    stored = quantise(matrix, to, "rtn")
+    steps = np.repeat(np.abs(stored.scales), to.block, axis=1)[:, :width]
     assert (np.abs(dequantised(stored, bits, width) - matrix) <= steps * 1.001).all()
 
 
 def test_zeros_stay_zeros() -> None:
     for method in ("k_quant", "rtn"):
-        assert not dequantised(quantise(np.zeros((3, 40), np.float32), 4, method), 4, 40).any()
+        assert not dequantised(quantise(np.zeros((3, 40), np.float32), FOUR, method), 4, 40).any()
 
 
 @pytest.mark.parametrize("method", ["k_quant", "rtn"])
 def test_blocks_do_not_depend_on_how_the_matrix_lies_in_memory(method: WeightMethod) -> None:
     matrix = RANDOM.standard_normal((700, 301)).astype(np.float32)  # several chunks, and a filled last block
-    first, second = quantise(matrix, 4, method), quantise(np.ascontiguousarray(matrix.T).T, 4, method)
+    first, second = quantise(matrix, FOUR, method), quantise(np.ascontiguousarray(matrix.T).T, FOUR, method)
     assert first.codes.tobytes() == second.codes.tobytes()
     assert first.scales.tobytes() == second.scales.tobytes()
 
@@ -121,18 +123,25 @@ def run(model: ir.Model, **inputs: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("method", ["k_quant", "rtn"])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (100, 33), (61, 41)])
+@pytest.mark.parametrize(("inputs", "outputs", "block"), [(64, 48, 32), (100, 33, 32), (61, 41, 32), (256, 9, 128)])
 @pytest.mark.parametrize(
     ("operator", "bias"), [("MatMul", None), ("MatMul", "added"), ("Gemm", "own"), ("FusedMatMul", "added")]
 )
 def test_product_equals_dequantised_matrix(
-    monkeypatch: pytest.MonkeyPatch, operator: str, bias: str | None, inputs: int, outputs: int, kind: str, method: str
+    monkeypatch: pytest.MonkeyPatch,
+    operator: str,
+    bias: str | None,
+    inputs: int,
+    outputs: int,
+    block: int,
+    kind: str,
+    method: WeightMethod,
 ) -> None:
     monkeypatch.setattr(export_weights, "ACCURACY_LEVEL", 0)  # activations in float32
     model, bits = product_graph(operator, inputs, outputs, bias), {"int8": 8, "int4": 4}[kind]
     constants = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
     matrix = constants["w"] if operator != "MatMul" else constants["w"].T
-    blocks, rows = quantise(matrix, bits, method), QuantisedRows()
+    blocks, rows = quantise(matrix, BlockFormat(bits, block), method), QuantisedRows()
     rows.add(matrix, blocks)
     quantise_weights(model, rows)
     assert [node.op_type for node in model.graph] == ["MatMulNBits"]

@@ -23,12 +23,13 @@ from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import Plan, WeightFormat
 from kvslim.validation.quality import measure_quality
-from kvslim.weights.blocks import BLOCK, quantise
+from kvslim.weights.blocks import BlockFormat, quantise
 from kvslim.weights.gptq import gptq
 from kvslim.weights.rows import QuantisedRows
 
 ModelOf = Callable[[str], Path]
 RANDOM = np.random.default_rng(0)
+FOUR, EIGHT = BlockFormat(4, 32), BlockFormat(8, 32)
 GPTQ = WeightFormat(type="int4", method="gptq")
 
 
@@ -82,7 +83,7 @@ def test_graph_has_the_numbers_of_torch_to_the_bit(tiny_llama: Path, tmp_path: P
         codes, scales, zeros = (
             constants[f"model.{name}.weight.int4.{part}"] for part in ("codes", "scales", "zero_points")
         )
-        integers = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:2], BLOCK).astype(np.float32)
+        integers = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:2], 32).astype(np.float32)
         offsets = np.stack([zeros & 15, zeros >> 4], -1).reshape(len(zeros), -1)[:, : codes.shape[1]]
         numbers = ((integers - offsets[..., None]) * scales[..., None]).reshape(len(codes), -1)
         np.testing.assert_array_equal(numbers[:, : module.weight.shape[1]], module.weight.detach().numpy())
@@ -118,9 +119,9 @@ def test_gptq_loses_less_on_its_inputs_than_the_search(width: int) -> None:
     def loss(numbers: np.ndarray) -> float:
         return float(np.square(inputs @ (numbers - matrix).T).sum())
 
-    found = gptq(matrix, inputs.T @ inputs, 4)
-    assert found.codes.shape == quantise(matrix, 4, "k_quant").codes.shape
-    assert loss(found.numbers(width)) < 0.7 * loss(quantise(matrix, 4, "k_quant").numbers(width))
+    found = gptq(matrix, inputs.T @ inputs, FOUR)
+    assert found.codes.shape == quantise(matrix, FOUR, "k_quant").codes.shape
+    assert loss(found.numbers(width)) < 0.7 * loss(quantise(matrix, FOUR, "k_quant").numbers(width))
 
 
 def test_gptq_takes_inputs_that_are_never_used() -> None:
@@ -128,22 +129,22 @@ def test_gptq_takes_inputs_that_are_never_used() -> None:
     moments[:3, :3] = np.eye(3)
     matrix = RANDOM.standard_normal((5, 64)).astype(np.float32)
     for given in (moments, np.zeros((64, 64))):
-        assert np.abs(gptq(matrix, given, 4).numbers(64) - matrix).max() < np.abs(matrix).max()
+        assert np.abs(gptq(matrix, given, FOUR).numbers(64) - matrix).max() < np.abs(matrix).max()
 
 
 def test_rows_are_found_again_when_they_are_stacked_picked_or_changed() -> None:
     rows = QuantisedRows()
     four, eight = (RANDOM.standard_normal((6, 70)).astype(np.float32) for _ in range(2))
-    rows.add(four, quantise(four, 4, "rtn"))
-    rows.add(eight, quantise(eight, 8, "k_quant"))
+    rows.add(four, quantise(four, FOUR, "rtn"))
+    rows.add(eight, quantise(eight, EIGHT, "k_quant"))
     only = rows.stored(four[[4, 1]])
     assert only.bits == 4
-    np.testing.assert_array_equal(only.numbers(70), quantise(four, 4, "rtn").numbers(70)[[4, 1]])
+    np.testing.assert_array_equal(only.numbers(70), quantise(four, FOUR, "rtn").numbers(70)[[4, 1]])
     changed = np.concatenate([four[2:4], 2 * four[:1], eight])
     mixed = rows.stored(changed)
     assert mixed.bits == 8
-    np.testing.assert_array_equal(mixed.numbers(70)[:2], quantise(four, 4, "rtn").numbers(70)[2:4])
-    np.testing.assert_array_equal(mixed.numbers(70)[3:], quantise(eight, 8, "k_quant").numbers(70))
+    np.testing.assert_array_equal(mixed.numbers(70)[:2], quantise(four, FOUR, "rtn").numbers(70)[2:4])
+    np.testing.assert_array_equal(mixed.numbers(70)[3:], quantise(eight, EIGHT, "k_quant").numbers(70))
     assert np.abs(mixed.numbers(70)[2] - changed[2]).max() < np.abs(changed[2]).max() / 100
 
 
@@ -176,7 +177,7 @@ def test_report_tells_what_weights_and_cache_cost(tiny_llama: Path, tmp_path: Pa
     assert report.original.perplexity == pytest.approx(measure_quality(original, original, windows).perplexity)
     # Rounded activations add to what the cache costs, and are what the floor is.
     assert report.artifact.kl_as_run != pytest.approx(report.artifact.kl_mean, rel=1e-3)
-    assert report.floor.kl_mean > 1e-9
+    assert 0 <= report.floor.kl_mean < report.artifact.kl_as_run  # 0 where one row and many are rounded alike
 
 
 def test_gptq_is_refused_for_encoders(tmp_path: Path) -> None:

@@ -22,14 +22,18 @@ FORMATS: dict[str, WeightFormat] = {
     str(format_): format_
     for format_ in (
         WeightFormat(),
+        WeightFormat(type="int8", block=32),
         WeightFormat(type="int8"),
         WeightFormat(type="int4", method="rtn"),
+        WeightFormat(type="int4", block=128),
         WeightFormat(type="int4"),
+        WeightFormat(type="int4", method="gptq", block=128),
         WeightFormat(type="int4", method="gptq"),
         WeightFormat(type="int4", method="gptq", mixed=True),
         WeightFormat(type="stored"),
     )
 }
+PICKED = ("int4 (k_quant, blocks of 128)", "int4 (k_quant)", "int4 (gptq, mixed)")  # whose sizes are limits
 TEXT = {
     "calibration": {"samples": 16, "length": LENGTH, "context": LENGTH},
     "validation": {"samples": 8, "length": LENGTH},
@@ -55,35 +59,54 @@ CACHE_TABLE = Table(
 )
 
 
-@benchmark("demo", "books", "smollm2", table=TABLE, quick={"text": BRIEF, "formats": ("int4 (gptq)",)})
+@benchmark(
+    "demo",
+    "books",
+    "smollm2",
+    table=TABLE,
+    quick={"text": BRIEF, "formats": ("int4 (gptq)",), "picked": ("int4 (gptq)",)},
+)
 def weights(
-    source: Source, *, text: Mapping[str, Any] = TEXT, formats: tuple[str, ...] = tuple(FORMATS)
+    source: Source,
+    *,
+    text: Mapping[str, Any] = TEXT,
+    formats: tuple[str, ...] = tuple(FORMATS),
+    picked: tuple[str, ...] = PICKED,
 ) -> Iterator[Values]:
     """What weight formats cost: plain graphs against the float32 one, on held-out text.
 
     Measured through the cache, with activations in float32 and once more with activations as onnxruntime rounds them.
+    The last rows have bits and blocks picked by measurement, within the size of an earlier row.
     """
     source = source._replace(recall=None)
     original = OpenModel(source, text)
+    sizes = {}
     for name in formats:
-        if name == "stored" and not source.model.endswith(".gguf"):
-            continue
-        model = OpenModel(source, text, weights=FORMATS[name])
-        folder = model.export()
-        model.release()
-        found, as_run = (
-            measure_quality(original.plain, _opened(folder, original.windows, floats), original.windows)
-            for floats in (True, False)
-        )
-        yield {
-            "weights": name,
-            "mib": file_mib(folder),
-            "kl": found.kl_mean,
-            "kl_p99": found.kl_p99,
-            "kl_as_run": as_run.kl_mean,
-            "top1": found.top1_agreement,
-            "perplexity": found.perplexity,
-        }
+        if name != "stored" or source.model.endswith(".gguf"):
+            row = _cost(source, text, FORMATS[name], original)
+            sizes[name] = row["mib"]
+            yield row
+    for name in picked:
+        yield _cost(source, text, WeightFormat(type="int4", method="gptq", file_mib=round(sizes[name], 1)), original)
+
+
+def _cost(source: Source, text: Mapping[str, Any], weights: WeightFormat, original: OpenModel) -> dict[str, Any]:
+    model = OpenModel(source, text, weights=weights)
+    folder = model.export()
+    model.release()
+    found, as_run = (
+        measure_quality(original.plain, _opened(folder, original.windows, floats), original.windows)
+        for floats in (True, False)
+    )
+    return {
+        "weights": str(weights),
+        "mib": file_mib(folder),
+        "kl": found.kl_mean,
+        "kl_p99": found.kl_p99,
+        "kl_as_run": as_run.kl_mean,
+        "top1": found.top1_agreement,
+        "perplexity": found.perplexity,
+    }
 
 
 @benchmark(

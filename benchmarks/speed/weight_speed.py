@@ -20,7 +20,10 @@ FORMATS: dict[str, WeightFormat] = {
     for format_ in (
         WeightFormat(type="int4", method="rtn"),
         WeightFormat(type="int4"),
+        WeightFormat(type="int4", block=64),
+        WeightFormat(type="int4", block=128),
         WeightFormat(type="int4", mixed=True),
+        WeightFormat(type="int8", block=32),
         WeightFormat(type="int8"),
     )
 }

@@ -12,14 +12,16 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
 from kvslim.calibrate.statistics import CalibrationStatistics
+from kvslim.planning.matrices import MatrixPrices
 from kvslim.planning.probes import Probes
 
 FORMAT = 9
+Probed = TypeVar("Probed", Probes, MatrixPrices)
 
 
 def cache_folder() -> Path:
@@ -48,17 +50,17 @@ def store_statistics(key: str, statistics: CalibrationStatistics) -> None:
     _store(_path(key), lambda file: np.savez(file, allow_pickle=False, **statistics.arrays()))
 
 
-def load_probes(key: str) -> Probes | None:
-    """The stored probes, or None when there are none or they cannot be read."""
+def load_probes(key: str, kind: type[Probed]) -> Probed | None:
+    """What was probed and stored under a key, or None when there is nothing or it cannot be read."""
     try:
-        probes = Probes.model_validate_json(_probes_path(key).read_bytes())
+        probes = kind.model_validate_json(_probes_path(key).read_bytes())
     except (OSError, ValueError):
         return None
     return probes if probes.key == key else None
 
 
-def store_probes(probes: Probes) -> None:
-    """Stores probes under their key, whole or not at all; a cache that cannot be written is no reason to fail."""
+def store_probes(probes: Probes | MatrixPrices) -> None:
+    """Stores them under their key, whole or not at all; a cache that cannot be written is no reason to fail."""
     _store(_probes_path(probes.key), lambda file: file.write(probes.model_dump_json().encode()))
 
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir import convenience
 
 from kvslim.export.products import Matrix, bias_of, constant_products, embedding_lookups, factor_of, tensor_of
-from kvslim.weights.blocks import BLOCK
+from kvslim.weights.blocks import SMALLEST_BLOCK, BlockFormat
 from kvslim.weights.rows import QuantisedRows
 
 ACCURACY_LEVEL = 4  # activations in int8: the fast path on CPU
@@ -37,7 +37,7 @@ def quantise_weights(model: ir.Model, rows: QuantisedRows) -> None:
     for node, matrix in constant_products(model.graph).items():
         quantiser.replace_product(node, matrix)
     for node, table in embedding_lookups(model.graph).items():
-        if table.shape[1] % BLOCK == 0:  # else the rows would come back with the filling of their last block
+        if table.shape[1] % SMALLEST_BLOCK == 0:  # else the rows would come back with the filling of their last block
             quantiser.replace_lookup(node, table)
     quantiser.drop_unused()
 
@@ -46,7 +46,7 @@ def quantise_weights(model: ir.Model, rows: QuantisedRows) -> None:
 class _Stored:
     """Constants of the graph that stand for a matrix; see `weights.blocks.Quantised`."""
 
-    bits: int
+    to: BlockFormat
     codes: ir.Value
     scales: ir.Value
     zero_points: ir.Value | None
@@ -54,7 +54,7 @@ class _Stored:
 
     @property
     def attributes(self) -> dict[str, int]:
-        return {"bits": self.bits, "block_size": BLOCK}
+        return {"bits": self.to.bits, "block_size": self.to.block}
 
 
 class _Quantiser:
@@ -93,9 +93,9 @@ class _Quantiser:
         """Adds what the offsets of blocks give: the sums of the input over each block, times the offsets."""
         if stored.offsets is None:
             return []
-        name, blocks = made.name, -(-inputs // BLOCK)
+        name, blocks = made.name, tensor_of(stored.scales).shape.numpy()[1]
         summing = self._constant_once(
-            f"block_sums.{inputs}", np.eye(blocks, dtype=np.float32).repeat(BLOCK, 0)[:inputs]
+            f"block_sums.{inputs}", np.eye(blocks, dtype=np.float32).repeat(stored.to.block, 0)[:inputs]
         )
         offsets = ir.node("Cast", [stored.offsets], {"to": ir.DataType.FLOAT}, name=f"{name}.offsets")
         sums = ir.node("MatMul", [x, summing], name=f"{name}.sums")
@@ -110,7 +110,7 @@ class _Quantiser:
         if stored.offsets is None:
             return []
         name = made.name
-        shapes = {"blocks": [0, 0, -1, BLOCK], "row": [0, 0, width]}
+        shapes = {"blocks": [0, 0, -1, stored.to.block], "row": [0, 0, width]}
         in_blocks, in_row = (self._constant(f"{name}.{key}", np.array(shape)) for key, shape in shapes.items())
         last = self._constant(f"{name}.last", np.array([-1]))
         picked = ir.node("Gather", [stored.offsets, tokens], {"axis": 0}, name=f"{name}.offsets")
@@ -133,7 +133,7 @@ class _Quantiser:
             result = self.rows.stored(matrix.load())
             name = f"{matrix.source.name}.int{result.bits}"
             self.stored[matrix] = _Stored(
-                result.bits,
+                result.format,
                 self._constant(f"{name}.codes", result.codes),
                 self._constant(f"{name}.scales", result.scales),
                 None if result.zero_points is None else self._constant(f"{name}.zero_points", result.zero_points),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvslim.weights.blocks import BLOCK, Floats, Quantised
+from kvslim.weights.blocks import Floats, Quantised
 from kvslim.weights.rows import QuantisedRows
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def _blocks(numbers: Floats, scales: Floats, lowest: Floats, levels: int) -> Qua
     scales, lowest = (part.reshape(rows, -1).astype(np.float32) for part in (scales, lowest))
     middle = levels // 2
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = np.rint((numbers.reshape(rows, -1, BLOCK) - lowest[..., None]) / scales[..., None])
+        found = np.rint((numbers.reshape(rows, scales.shape[1], -1) - lowest[..., None]) / scales[..., None])
     integers = np.nan_to_num(found, posinf=0, neginf=0).reshape(rows, width) - middle
     offsets = lowest + middle * scales
     return Quantised.symmetric(integers, scales, offsets if offsets.any() else None, 4 if levels == 16 else 8)

@@ -45,7 +45,7 @@ def planner_of(trials: DecoderTrials, context: int | None = None, time_ratio: fl
 def probes_of(trials: DecoderTrials, context: int, *, timed: bool) -> Probes:
     """What was measured of the layers at a context, from the disk when they were probed before."""
     key = probes_key(trials, context, timed=timed)
-    probes = cache.load_probes(key)
+    probes = cache.load_probes(key, Probes)
     if probes is None:
         probes = _prober(trials, context, key, timed=timed).probe(trials.progress)
         cache.store_probes(probes)

@@ -71,7 +71,7 @@ class PreparedDecoder(PreparedModel):
     def weights_identity(self) -> tuple[Any, ...]:
         """The recipe's format once the weights are quantised, with the text that was used."""
         weights = WeightFormat() if self.rows is None else self.recipe.weights
-        return weights.model_dump(), self.text.identity if weights.method == "gptq" else None
+        return weights.model_dump(), self.text.identity if weights.needs_text else None
 
     @cached_property
     def statistics(self) -> CalibrationStatistics:

@@ -98,7 +98,7 @@ class PreparedEncoder(PreparedModel):
         rows = QuantisedRows()
         for entry in chosen_matrices(self.model, layers, self.architecture, self.recipe.weights).values():
             matrix = entry.module.weight.detach().numpy()
-            rows.add(matrix, quantise(matrix, entry.bits, self.recipe.weights.method))
+            rows.add(matrix, quantise(matrix, entry.to, self.recipe.weights.method))
         return rows
 
     def write_companions(self, folder: Path, layout: KVLayout, inputs: tuple[str, ...]) -> None:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvslim.calibrate import cache
+from kvslim.errors import GateError
 from kvslim.export.stored import fetch_graph, graph_key, store_graph
+from kvslim.planning.matrices import FLOAT, MatrixPrices, MatrixPricing
+from kvslim.transform.kl_evaluator import KLEvaluator, probe_windows
+from kvslim.transform.surgery import layer_modules
+from kvslim.validation.measure import file_mib
+from kvslim.weights.choice import Chosen, chosen_matrices
 from kvslim.weights.quantise import install_quantised, quantise_model
 from kvslim.weights.rows import QuantisedRows
 from kvslim.weights.stored import load_blocks, save_blocks
@@ -16,22 +25,30 @@ if TYPE_CHECKING:
     from kvslim.prepared.decoder import PreparedDecoder
 
 FILE = "weights.npz"
+MIB = 2**20
+NODES = 24 * 2**10  # bytes of a layer's nodes and their names in the graph, with those of its cache
 
 
 def quantise(prepared: PreparedDecoder) -> QuantisedRows:
-    """Quantises the weights in place, in the recipe's format; the blocks by rows, as `install_quantised` adds them."""
+    """Quantises the weights in place, in the recipe's format; the blocks by rows, as `install_quantised` adds them.
+
+    Raises:
+        GateError: A limit of the file's size is below what the smallest formats take.
+    """
+    chosen = _chosen(prepared)
     prepared.progress.stage("quantise the weights")
     weights, of = prepared.recipe.weights, (prepared.model, prepared.architecture, prepared.spec)
     if weights.method == "gptq":
-        return _fitted_to_text(prepared)
+        return _fitted_to_text(prepared, chosen)
     known = prepared.snapshot.stored_rows() if weights.type == "stored" else None
-    _, rows = quantise_model(*of, weights, prepared.progress, known=known)
+    _, rows = quantise_model(*of, chosen, weights.method, prepared.progress, known=known)
     return rows
 
 
-def _fitted_to_text(prepared: PreparedDecoder) -> QuantisedRows:
-    weights, of = prepared.recipe.weights, (prepared.model, prepared.architecture, prepared.spec)
-    key = graph_key("weights", prepared.digest, weights.model_dump(), prepared.text.identity)
+def _fitted_to_text(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> QuantisedRows:
+    of = (prepared.model, prepared.architecture, prepared.spec)
+    formats = {name: entry.to for name, entry in chosen.items()}
+    key = graph_key("weights", prepared.digest, formats, prepared.text.identity)
     with tempfile.TemporaryDirectory(prefix="kvslim-") as name:
         folder = Path(name)
         if fetch_graph(key, folder):
@@ -39,8 +56,68 @@ def _fitted_to_text(prepared: PreparedDecoder) -> QuantisedRows:
             install_quantised(*of, load_blocks(folder / FILE), rows)
         else:
             windows = prepared.text.calibration_windows
-            quantised, rows = quantise_model(*of, weights, prepared.progress, windows=windows)
+            quantised, rows = quantise_model(*of, chosen, "gptq", prepared.progress, windows=windows)
             with suppress(OSError):  # a disk that is full is no reason to lose what took minutes
                 save_blocks(folder / FILE, quantised)
                 store_graph(key, folder)
     return rows
+
+
+def _chosen(prepared: PreparedDecoder) -> dict[str, Chosen]:
+    """The matrices to quantise, and their formats: those of the recipe, or what loses least within its limit."""
+    weights, architecture = prepared.recipe.weights, prepared.architecture
+    chosen = chosen_matrices(prepared.model, layer_modules(prepared.model, architecture), architecture, weights)
+    if weights.file_mib is None:
+        return chosen
+    others = _other_bytes(prepared, chosen)
+    least_bits = _least_bits(prepared, chosen)
+    prices = matrix_prices(prepared, chosen)
+    found = prices.within(weights.file_mib * MIB - others, least_bits)
+    if found is None:
+        least = (prices.least_size(least_bits) + others) / MIB
+        raise GateError(
+            f"no way to store the weights takes {weights.file_mib:g} MiB or less",
+            where="weights.file_mib",
+            fix=f"ask for {least + 0.05:.1f} or more",
+        )
+    formats, _ = found
+    return {
+        name: replace(entry, to=formats[name].of_width(entry.module.weight.shape[1])) for name, entry in chosen.items()
+    }
+
+
+def matrix_prices(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> MatrixPrices:
+    """What was measured of the matrices, from the disk when they were probed before; the model is not quantised yet."""
+    spec = prepared.spec
+    key = cache.content_key("matrices", prepared.digest, *prepared.text.identity)
+    prices = cache.load_probes(key, MatrixPrices)
+    if prices is None:
+        prepared.progress.stage("probe the weights")
+        windows, mask = probe_windows(prepared.text.calibration_windows, spec.layers), prepared.text.calibration_mask()
+        mask = None if mask is None else probe_windows(mask, spec.layers)
+        evaluator = KLEvaluator(prepared.model, prepared.architecture, windows, mask, probing=True)
+        pricing = MatrixPricing(prepared.model, prepared.architecture, spec, evaluator)
+        prices = MatrixPrices(key=key, groups=pricing.of(chosen, prepared.progress))
+        cache.store_probes(prices)
+    return prices
+
+
+def _other_bytes(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> float:
+    """Bytes of the artifact's files besides the matrices, with those of the codes that a recipe may put in."""
+    spec, numbers = prepared.spec, sum(entry.module.weight.numel() for entry in chosen.values())
+    codes = 0 if _keeps_weights(prepared) else (spec.q_heads + spec.kv_heads) * spec.head_dim**2
+    return file_mib(prepared.original) * MIB + spec.layers * (FLOAT * codes + NODES) - FLOAT * numbers
+
+
+def _least_bits(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> dict[str, int]:
+    """Eight for the matrices of attention, where codes fold into them: rows that change are stored in eight anyway."""
+    if _keeps_weights(prepared):
+        return {}
+    layers, path = layer_modules(prepared.model, prepared.architecture), prepared.architecture.attention
+    inside = {module for layer in layers for module in layer.get_submodule(path).modules()}
+    return {name: 8 for name, entry in chosen.items() if entry.module in inside}
+
+
+def _keeps_weights(prepared: PreparedDecoder) -> bool:
+    recipe = prepared.recipe
+    return recipe.budget is None and all(method.keeps_weights for method in recipe.methods)

@@ -78,15 +78,22 @@ class KLEvaluator:
         ]
         if not changed:
             return 0.0
-        first = min(changed)
-        total = 0.0
         with trial(self.model, self.architecture, codes):
-            known = zip(self.batches, self._weights, self._outputs, self._reference, strict=True)
-            for batch, weights, outputs, reference in known:
-                with replaying(self.layers[:first], outputs):
-                    student = self._log_probabilities(batch)
-                divergence = (reference.exp() * (reference - student)).sum(-1)
-                total += float((divergence.double() * weights).sum())
+            return self.kl_from(min(changed))
+
+    def kl_from(self, first: int) -> float:
+        """Mean KL(model as it was || as it is now), nats per token.
+
+        Args:
+            first: The first layer that is not as it was; the number of layers where only the head is not.
+        """
+        total = 0.0
+        known = zip(self.batches, self._weights, self._outputs, self._reference, strict=True)
+        for batch, weights, outputs, reference in known:
+            with replaying(self.layers[:first], outputs):
+                student = self._log_probabilities(batch)
+            divergence = (reference.exp() * (reference - student)).sum(-1)
+            total += float((divergence.double() * weights).sum())
         return max(total / sum(int(weights.sum()) for weights in self._weights), 0.0)
 
     def recall(self, codes: tuple[LayerEdit, ...], items: Sequence[Question]) -> float:

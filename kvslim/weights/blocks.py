@@ -1,4 +1,4 @@
-"""Matrices as small integers in blocks of 32 along the input dimension: the storage format of MatMulNBits.
+"""Matrices as small integers in blocks along the input dimension: the storage format of MatMulNBits.
 
 A block holds integers q, one scale s and one integer zero point z, and stands for s (q - z), or s (q - z) + o with an
 offset o that the graph adds. `rtn` rounds to nearest with s = extreme / -2^(bits-1) and z in the middle. `k_quant`
@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kvslim.contract import WeightMethod
 
-BLOCK = 32
+SMALLEST_BLOCK = 32
 # Levels more or fewer over a block's range: a coarser step rounds the extremes better, a finer one clips them.
 STRETCHES = np.arange(-1, 1.25, 0.25, dtype=np.float32)
 SMALLEST = np.float32(1e-30)
@@ -29,15 +30,30 @@ Bytes = npt.NDArray[np.uint8]
 Halves = npt.NDArray[np.float16]
 
 
+class BlockFormat(NamedTuple):
+    """Bits of an integer, 4 or 8, and numbers that share a scale: a power of two."""
+
+    bits: int
+    block: int
+
+    def of_width(self, width: int) -> BlockFormat:
+        """The format with the largest blocks, that rows of so many numbers are made of."""
+        return BlockFormat(self.bits, max(min(self.block, width & -width), SMALLEST_BLOCK))
+
+    def padding(self, width: int) -> int:
+        """Zeros that fill up the last block of a row."""
+        return -width % self.block
+
+
 @dataclass(frozen=True)
 class Quantised:
     """A matrix [n, k] in blocks; b blocks a row, the last filled up with zeros.
 
     Attributes:
-        codes: [n, b, 32 x bits / 8], the low half of a byte first.
+        codes: [n, b, block x bits / 8], the lowest bits of a byte first.
         scales: [n, b].
         zero_points: [n, ceil(b x bits / 8)], packed like the codes; None where all are 2^(bits-1).
-        bits: Of an integer, 4 or 8.
+        bits: Of an integer.
         offsets: [n, b] in float16; None where all are 0.
     """
 
@@ -49,33 +65,42 @@ class Quantised:
 
     @classmethod
     def of(cls, integers: Floats, scales: Floats, zeros: Floats, bits: int) -> Quantised:
-        """From integers q - z [n, b x 32], scales [n, b] and zero points z [n, b]."""
+        """From integers q - z [n, b x block], scales [n, b] and zero points z [n, b]."""
         rows, blocks = scales.shape
-        levels = integers.reshape(rows, blocks, BLOCK) + zeros[..., None]
+        levels = integers.reshape(rows, blocks, -1) + zeros[..., None]
         codes = _pack(levels.reshape(rows, -1).astype(np.uint8), bits).reshape(rows, blocks, -1)
         return cls(codes, scales, _pack(zeros.astype(np.uint8), bits), bits)
 
     @classmethod
     def symmetric(cls, integers: Floats, scales: Floats, offsets: Floats | None, bits: int) -> Quantised:
-        """From integers q - z [n, b x 32] with z = 2^(bits-1), scales and offsets [n, b]; offsets become float16."""
+        """From integers q - z [n, b x block] with z = 2^(bits-1), scales and offsets [n, b]; offsets become float16."""
         found = cls.of(integers, scales, np.full_like(scales, 1 << (bits - 1)), bits)
         return replace(found, zero_points=None, offsets=None if offsets is None else offsets.astype(np.float16))
+
+    @property
+    def format(self) -> BlockFormat:
+        """Bits and block size."""
+        return BlockFormat(self.bits, self.codes.shape[2] * 8 // self.bits)
 
     def numbers(self, width: int) -> Floats:
         """The matrix [n, width] that the blocks stand for, exactly as the operators compute it."""
         rows, blocks = self.scales.shape
-        integers = _unpack(self.codes.reshape(rows, -1), self.bits).reshape(rows, blocks, BLOCK).astype(np.float32)
+        integers = _unpack(self.codes.reshape(rows, -1), self.bits).reshape(rows, blocks, -1).astype(np.float32)
         integers -= self._zeros()[..., None]
         integers *= self.scales[..., None]
         if self.offsets is not None:
             integers += self.offsets[..., None].astype(np.float32)
         return integers.reshape(rows, -1)[:, :width]
 
-    def widened(self) -> Quantised:
-        """The same numbers in 8 bits."""
-        rows, blocks = self.scales.shape
-        codes = _unpack(self.codes.reshape(rows, -1), self.bits).reshape(rows, blocks, -1)
-        return Quantised(codes, self.scales, self._zeros(), 8, self.offsets)
+    def stored_as(self, to: BlockFormat) -> Quantised:
+        """The same numbers in more bits, or in smaller blocks."""
+        if to == self.format:
+            return self
+        rows, each = len(self.scales), self.format.block // to.block
+        codes = _pack(_unpack(self.codes.reshape(rows, -1), self.bits), to.bits)
+        scales, zeros = self.scales.repeat(each, 1), self._zeros().repeat(each, 1)
+        offsets = None if self.offsets is None else self.offsets.repeat(each, 1)
+        return Quantised(codes.reshape(*scales.shape, -1), scales, _pack(zeros, to.bits), to.bits, offsets)
 
     def rows(self, picked: npt.NDArray[np.int64]) -> Quantised:
         """Some rows, in that order."""
@@ -90,7 +115,7 @@ class Quantised:
         return _unpack(self.zero_points, self.bits)[:, : self.scales.shape[1]]
 
 
-def quantise(matrix: Floats, bits: int, method: WeightMethod) -> Quantised:
+def quantise(matrix: Floats, to: BlockFormat, method: WeightMethod) -> Quantised:
     """Quantises a matrix [n, k], a row per output; a transposed view will do.
 
     The result does not depend on the number of threads.
@@ -98,18 +123,18 @@ def quantise(matrix: Floats, bits: int, method: WeightMethod) -> Quantised:
     rows = max(1, CHUNK // matrix.shape[1])
     chunks = (matrix[start : start + rows] for start in range(0, matrix.shape[0], rows))
     with ThreadPoolExecutor() as pool:
-        return stacked(list(pool.map(lambda chunk: _quantise_chunk(chunk, bits, method), chunks)))
+        return stacked(list(pool.map(lambda chunk: _quantise_chunk(chunk, to, method), chunks)))
 
 
 def stacked(parts: Sequence[Quantised]) -> Quantised:
-    """Matrices of one width, the rows of each below those of the one before; in the bits of the widest."""
-    bits = max(part.bits for part in parts)
-    parts = [part if part.bits == bits else part.widened() for part in parts]
+    """Matrices of one width, the rows of each below those of the one before; in the finest of their formats."""
+    to = BlockFormat(max(part.bits for part in parts), min(part.format.block for part in parts))
+    parts = [part.stored_as(to) for part in parts]
     codes, scales = (np.concatenate([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
     zeros = None
     if any(part.zero_points is not None for part in parts):
-        zeros = np.concatenate([_pack(part._zeros(), bits) for part in parts])
-    return Quantised(codes, scales, zeros, bits, _stacked_offsets(parts))
+        zeros = np.concatenate([_pack(part._zeros(), to.bits) for part in parts])
+    return Quantised(codes, scales, zeros, to.bits, _stacked_offsets(parts))
 
 
 def _stacked_offsets(parts: Sequence[Quantised]) -> Halves | None:
@@ -120,17 +145,17 @@ def _stacked_offsets(parts: Sequence[Quantised]) -> Halves | None:
     return np.concatenate([np.full_like(p.scales, none, np.float16) if p.offsets is None else p.offsets for p in parts])
 
 
-def _quantise_chunk(matrix: Floats, bits: int, method: WeightMethod) -> Quantised:
+def _quantise_chunk(matrix: Floats, to: BlockFormat, method: WeightMethod) -> Quantised:
     rows = len(matrix)
-    padded = np.pad(matrix, ((0, 0), (0, -matrix.shape[1] % BLOCK)))
+    padded = np.pad(matrix, ((0, 0), (0, to.padding(matrix.shape[1]))))
     fit = round_to_nearest if method == "rtn" else search
-    integers, scales, zeros = fit(np.ascontiguousarray(padded).reshape(-1, BLOCK), bits)
-    found = Quantised.of(integers.reshape(rows, -1), scales.reshape(rows, -1), zeros.reshape(rows, -1), bits)
+    integers, scales, zeros = fit(np.ascontiguousarray(padded).reshape(-1, to.block), to.bits)
+    found = Quantised.of(integers.reshape(rows, -1), scales.reshape(rows, -1), zeros.reshape(rows, -1), to.bits)
     return replace(found, zero_points=None) if method == "rtn" else found
 
 
 def round_to_nearest(blocks: Floats, bits: int) -> tuple[Floats, Floats, Floats]:
-    """Symmetric rounding of blocks [m, 32]: integers q - z [m, 32], scales [m, 1] and zero points [m, 1]."""
+    """Symmetric rounding of blocks [m, block]: integers q - z [m, block], scales [m, 1] and zero points [m, 1]."""
     middle = np.float32(1 << (bits - 1))
     inverse = _reciprocal(_extreme(blocks) / -middle)
     integers = np.clip(np.rint(blocks * inverse), -middle, middle - 1)
@@ -138,12 +163,12 @@ def round_to_nearest(blocks: Floats, bits: int) -> tuple[Floats, Floats, Floats]
 
 
 def search(blocks: Floats, bits: int, weights: Floats | None = None) -> tuple[Floats, Floats, Floats]:
-    """The best of several roundings of blocks [m, 32], `round_to_nearest` among them; results as there.
+    """The best of several roundings of blocks [m, block], `round_to_nearest` among them; results as there.
 
     Args:
         blocks: The numbers.
         bits: Of an integer.
-        weights: [m, 32], what an error squared counts; by default |x| + the block's root mean square.
+        weights: [m, block], what an error squared counts; by default |x| + the block's root mean square.
     """
     if weights is None:
         weights = np.abs(blocks) + np.sqrt(np.mean(np.square(blocks), axis=1, keepdims=True))
@@ -184,14 +209,16 @@ def _reciprocal(values: Floats) -> Floats:
 
 def _pack(values: Bytes, bits: int) -> Bytes:
     """Integers [m, n] as bytes [m, ceil(n x bits / 8)]."""
-    if bits == 8:
-        return values
-    even = np.pad(values, ((0, 0), (0, values.shape[1] % 2)))
-    return even[:, ::2] | even[:, 1::2] << np.uint8(4)
+    per_byte = 8 // bits
+    filled = np.pad(values, ((0, 0), (0, -values.shape[1] % per_byte))).reshape(len(values), -1, per_byte)
+    return np.bitwise_or.reduce(filled << _shifts(bits), axis=-1)
 
 
 def _unpack(packed: Bytes, bits: int) -> Bytes:
     """Bytes [m, n] as integers [m, n x 8 / bits]."""
-    if bits == 8:
-        return packed
-    return np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1).reshape(len(packed), -1)
+    return (packed[..., None] >> _shifts(bits) & np.uint8((1 << bits) - 1)).reshape(len(packed), -1)
+
+
+def _shifts(bits: int) -> Bytes:
+    """Where the integers of a byte begin."""
+    return np.arange(0, 8, bits, dtype=np.uint8)

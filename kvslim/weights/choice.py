@@ -15,17 +15,18 @@ from torch import nn
 
 from kvslim.loading.architecture import Architecture
 from kvslim.types import WeightFormat
-from kvslim.weights.blocks import BLOCK
+from kvslim.weights.blocks import SMALLEST_BLOCK, BlockFormat
 
+BLOCKS = {4: 32, 8: 128}  # by bits; 8 bits lose nothing to speak of by larger blocks, and are read faster
 SMALLEST_MATRIX = 2048  # numbers; a code on keys or queries is smaller, or has a head axis
 
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """A module whose matrix [outputs, inputs] is stored in `bits`."""
+    """A module whose matrix [outputs, inputs] is stored in a format."""
 
     module: Any
-    bits: int
+    to: BlockFormat
 
 
 def chosen_matrices(
@@ -36,14 +37,16 @@ def chosen_matrices(
     sensitive = {head, *_sensitive(layers, architecture)} if weights.mixed else set()
     found = {}
     for name, module in model.named_modules():
-        is_table = module is table and module.weight.shape[1] % BLOCK == 0 and module.weight is not _weight_of(head)
+        is_table = module is table and not module.weight.shape[1] % SMALLEST_BLOCK and not _same_weight(table, head)
         if is_table or (isinstance(module, nn.Linear) and module.weight.numel() >= SMALLEST_MATRIX):
-            found[name] = Chosen(module, 8 if weights.type == "int8" or module in sensitive else 4)
+            bits = 8 if weights.type == "int8" or module in sensitive else 4
+            to = BlockFormat(bits, weights.block or BLOCKS[bits])
+            found[name] = Chosen(module, to.of_width(module.weight.shape[1]))
     return found
 
 
-def _weight_of(module: Any) -> Any:
-    return None if module is None else module.weight
+def _same_weight(table: Any, head: Any) -> bool:
+    return head is not None and table.weight is head.weight
 
 
 def _sensitive(layers: Sequence[nn.Module], architecture: Architecture) -> set[nn.Module]:

@@ -13,56 +13,56 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvslim.weights.blocks import BLOCK, Floats, Quantised, search, stacked
+from kvslim.weights.blocks import BlockFormat, Floats, Quantised, search, stacked
 
 # Added to the diagonal of H, in parts of its mean. The paper has 0.01; a few thousand tokens estimate H less well.
 DAMPING = 0.1
-PANEL = 4 * BLOCK  # columns whose updates reach the rest of the matrix at once
+PANEL = 128  # columns whose updates reach the rest of the matrix at once
 ROWS = 2048  # rows that are rounded at a time; a panel of them fits a processor's cache
 
 
-def gptq(matrix: Floats, moments: npt.NDArray[np.float64], bits: int) -> Quantised:
+def gptq(matrix: Floats, moments: npt.NDArray[np.float64], to: BlockFormat) -> Quantised:
     """Quantises a matrix [n, k], a row per output.
 
     Args:
         matrix: The numbers.
         moments: [k, k], the sums of x x^T over inputs x; any multiple of them will do.
-        bits: Of an integer, 4 or 8.
+        to: Bits and block size.
     """
-    damped = _damped(moments, len(moments) + -len(moments) % BLOCK)
+    damped = _damped(moments, len(moments) + to.padding(len(moments)))
     factor, importance = _inverse_factor(damped), damped.diagonal().astype(np.float32)
     chunks = (matrix[start : start + ROWS] for start in range(0, len(matrix), ROWS))
-    return stacked([_round(chunk, factor, importance, bits) for chunk in chunks])
+    return stacked([_round(chunk, factor, importance, to) for chunk in chunks])
 
 
-def _round(matrix: Floats, factor: Tensor, importance: Floats, bits: int) -> Quantised:
+def _round(matrix: Floats, factor: Tensor, importance: Floats, to: BlockFormat) -> Quantised:
     """Rounds some rows; here a column of the matrix is a row of its transpose, which lies together in memory."""
-    padded = np.pad(matrix.T, ((0, -matrix.shape[1] % BLOCK), (0, 0)))
+    padded = np.pad(matrix.T, ((0, to.padding(matrix.shape[1])), (0, 0)))
     columns = torch.from_numpy(np.ascontiguousarray(padded, dtype=np.float32))
     integers = torch.zeros_like(columns)
-    scales, zeros = (torch.zeros(len(columns) // BLOCK, len(matrix)) for _ in range(2))
+    scales, zeros = (torch.zeros(len(columns) // to.block, len(matrix)) for _ in range(2))
     for start in range(0, len(columns), PANEL):
         panel = slice(start, start + PANEL)
         errors = torch.zeros_like(columns[panel])
         for column in range(start, min(start + PANEL, len(columns))):
-            block = column // BLOCK
-            if column % BLOCK == 0:
-                scales[block], zeros[block] = _step_and_zero(columns, importance, column, bits)
+            block = column // to.block
+            if column % to.block == 0:
+                scales[block], zeros[block] = _step_and_zero(columns, importance, column, to)
             wanted = torch.where(scales[block] == 0, 0, columns[column] / scales[block])
-            integers[column] = wanted.round_().clamp_(-zeros[block], 2**bits - 1 - zeros[block])
+            integers[column] = wanted.round_().clamp_(-zeros[block], 2**to.bits - 1 - zeros[block])
             error = (columns[column] - scales[block] * integers[column]) / factor[column, column]
             columns[column : start + PANEL].addr_(factor[column, column : start + PANEL], error, alpha=-1)
             errors[column - start] = error
         columns[start + PANEL :] -= factor[panel, start + PANEL :].T @ errors
     by_row = [part.T.contiguous().numpy() for part in (integers, scales, zeros)]
-    return Quantised.of(by_row[0], by_row[1], by_row[2], bits)
+    return Quantised.of(by_row[0], by_row[1], by_row[2], to.bits)
 
 
-def _step_and_zero(columns: Tensor, importance: Floats, first: int, bits: int) -> tuple[Tensor, Tensor]:
+def _step_and_zero(columns: Tensor, importance: Floats, first: int, to: BlockFormat) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each row for the block that begins with a column."""
-    part = slice(first, first + BLOCK)
+    part = slice(first, first + to.block)
     blocks = columns[part].T.contiguous().numpy()
-    _, scales, zeros = search(blocks, bits, np.broadcast_to(importance[part], blocks.shape))
+    _, scales, zeros = search(blocks, to.bits, np.broadcast_to(importance[part], blocks.shape))
     return torch.from_numpy(scales[:, 0]), torch.from_numpy(zeros[:, 0])
 
 

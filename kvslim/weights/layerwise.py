@@ -5,7 +5,7 @@ One layer's moments are in memory at a time, and the hidden states of the text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -24,7 +24,7 @@ Set = Callable[[str, Quantised], None]
 def quantise_on_text(
     model: Any,
     layers: Sequence[nn.Module],
-    chosen: dict[str, Chosen],
+    chosen: Mapping[str, Chosen],
     windows: np.ndarray,
     put: Set,
     progress: Progress,
@@ -45,19 +45,19 @@ def quantise_on_text(
     passed = {module for modules in (*inside, head) for module in modules}
     for name, entry in chosen.items():
         if entry.module not in passed:
-            put(name, quantise(_matrix(entry.module), entry.bits, "k_quant"))
+            put(name, quantise(_matrix(entry.module), entry.to, "k_quant"))
     with torch.no_grad():  # what is made here stays in the model, which is exported
         calls = _Calls(model, layers, windows)
         for layer, modules in progress.track(list(zip(range(len(layers)), inside, strict=True)), "layers"):
             with _moments(modules) as moments:
                 calls.run(layer)
             for module in modules:
-                put(names[module], gptq(_matrix(module), moments[module], chosen[names[module]].bits))
+                put(names[module], gptq(_matrix(module), moments[module], chosen[names[module]].to))
             calls.advance(layer)
         for module in head:
             with _moments([module]) as moments:
                 _run(model, windows)
-            put(names[module], gptq(_matrix(module), moments[module], chosen[names[module]].bits))
+            put(names[module], gptq(_matrix(module), moments[module], chosen[names[module]].to))
 
 
 class _Calls:

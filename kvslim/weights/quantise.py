@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from kvslim.contract import ModelSpec
+from kvslim.contract import ModelSpec, WeightMethod
 from kvslim.loading.architecture import Architecture
 from kvslim.progress import Progress
 from kvslim.transform.surgery import layer_modules, project_directly
-from kvslim.types import WeightFormat
 from kvslim.weights.blocks import Quantised, quantise
-from kvslim.weights.choice import chosen_matrices
+from kvslim.weights.choice import Chosen
 from kvslim.weights.layerwise import quantise_on_text
 from kvslim.weights.rows import QuantisedRows
 
@@ -27,7 +26,8 @@ def quantise_model(
     model: Any,
     architecture: Architecture,
     spec: ModelSpec,
-    weights: WeightFormat,
+    chosen: Mapping[str, Chosen],
+    method: WeightMethod,
     progress: Progress,
     *,
     windows: np.ndarray | None = None,
@@ -39,16 +39,15 @@ def quantise_model(
         model: The model; it computes with the quantised numbers afterwards.
         architecture: Where its parts live.
         spec: Its shape.
-        weights: How to store the matrices.
+        chosen: Its matrices, and their formats.
+        method: How they are rounded.
         progress: Receives the progress.
         windows: [n, length] token ids, for `gptq`.
-        known: Rows that are in blocks already, for `stored`.
+        known: Rows that are in blocks already and stay so.
 
     Returns:
         The blocks of each matrix by the name of its module, and by rows as `install_quantised`.
     """
-    layers = layer_modules(model, architecture)
-    chosen = chosen_matrices(model, layers, architecture, weights)
     found, rows = dict[str, Quantised](), QuantisedRows()
 
     def put(name: str, quantised: Quantised) -> None:
@@ -56,11 +55,11 @@ def quantise_model(
         install_quantised(model, architecture, spec, {name: quantised}, rows)
 
     if windows is not None:
-        quantise_on_text(model, layers, chosen, windows, put, progress)
+        quantise_on_text(model, layer_modules(model, architecture), chosen, windows, put, progress)
         return found, rows
     for name, entry in progress.track(chosen.items(), "matrices"):
         matrix = entry.module.weight.detach().numpy()
-        put(name, quantise(matrix, entry.bits, weights.method) if known is None else known.stored(matrix))
+        put(name, quantise(matrix, entry.to, method) if known is None else known.stored(matrix))
     return found, rows
 
 

@@ -10,9 +10,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from kvslim.weights.blocks import Bytes, Floats, Quantised, quantise, stacked
+from kvslim.weights.blocks import BlockFormat, Bytes, Floats, Quantised, quantise, stacked
 
-CHANGED_BITS = 8  # of rows that are no longer as they were quantised; four bits would round them a second time
+CHANGED = BlockFormat(8, 128)  # of rows that are not as they were quantised; four bits would round them again
 
 
 class QuantisedRows:
@@ -34,13 +34,13 @@ class QuantisedRows:
         rows = np.array([row if place is None else place[1] for row, place in enumerate(places)])
         borders = [0, *(np.flatnonzero(np.diff(numbers)) + 1), len(numbers)]
         runs = [slice(start, stop) for start, stop in pairwise(borders)]
-        return stacked([self._run(matrix, int(numbers[run.start]), rows[run]) for run in runs])
+        block = min((self.matrices[number].format.block for number in set(numbers) - {-1}), default=CHANGED.block)
+        changed = CHANGED._replace(block=block).of_width(matrix.shape[1])
+        return stacked([self._run(matrix, int(numbers[run.start]), rows[run], changed) for run in runs])
 
-    def _run(self, matrix: Floats, number: int, rows: np.ndarray) -> Quantised:
+    def _run(self, matrix: Floats, number: int, rows: np.ndarray, changed: BlockFormat) -> Quantised:
         """Rows of one known matrix; those of `matrix` itself for number -1."""
-        if number < 0:
-            return quantise(matrix[rows], CHANGED_BITS, "k_quant")
-        return self.matrices[number].rows(rows)
+        return quantise(matrix[rows], changed, "k_quant") if number < 0 else self.matrices[number].rows(rows)
 
 
 def _digests(matrix: Floats) -> list[bytes]:
