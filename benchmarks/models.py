@@ -5,10 +5,10 @@ With `encoders`, `ggml`, `planners` and `plans` the one place that knows KVSlim'
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +67,6 @@ class OpenModel:
         self._prepared = self._opened(self.recipe)
         self.spec: ModelSpec = self._prepared.spec
         self.identity = Plan.identity(self.spec)
-        self._numbers = count()
 
     def _opened(self, recipe: Recipe) -> Any:
         from kvslim.prepared.decoder import PreparedDecoder
@@ -259,8 +258,7 @@ class OpenModel:
 
     def export(self, plan: Plan | None = None, codes: Codes | None = None) -> Path:
         """A new folder with the graph of a plan, by default of the one that changes nothing."""
-        folder = self.source.folder / f"graph-{next(self._numbers)}-{id(self)}"
-        folder.mkdir()
+        folder = Path(tempfile.mkdtemp(prefix="graph-", dir=self.source.folder))
         if codes is None:
             codes = self.plain_codes if plan is None else self.codes(plan)
         with self._installed(codes):
