@@ -92,7 +92,10 @@ class Budget(Frozen):
 
     kv_ratio: Number | None = Field(None, gt=1, description="how many times smaller than the plain fp32 cache")
     kv_mib: Number | None = Field(None, gt=0, description="size of the cache at `context` tokens, MiB")
-    context: int | None = Field(None, ge=8, description="tokens; needed with kv_mib")
+    memory_mib: Number | None = Field(
+        None, gt=0, description="peak memory at `context` tokens, MiB: int4 weights and cache share it as loses least"
+    )
+    context: int | None = Field(None, ge=8, description="tokens; needed with kv_mib and memory_mib")
     time_ratio: Number | None = Field(
         None, gt=0, lt=1, description="expected time per token at the target context, as a share of the plain model's"
     )
@@ -101,13 +104,13 @@ class Budget(Frozen):
 
     @model_validator(mode="after")
     def _limited(self) -> Budget:
-        limits = (self.kv_ratio, self.kv_mib, self.time_ratio, self.max_kl, self.max_recall_drop)
-        if all(limit is None for limit in limits):
-            raise ValueError("give kv_ratio, kv_mib, time_ratio, max_kl or max_recall_drop")
-        if (self.kv_mib is None) != (self.context is None):
-            raise ValueError("kv_mib and context go together")
-        if self.kv_ratio is not None and self.kv_mib is not None:
-            raise ValueError("give kv_ratio or kv_mib, not both")
+        sizes = (self.kv_ratio, self.kv_mib, self.memory_mib)
+        if all(limit is None for limit in (*sizes, self.time_ratio, self.max_kl, self.max_recall_drop)):
+            raise ValueError("give kv_ratio, kv_mib, memory_mib, time_ratio, max_kl or max_recall_drop")
+        if (self.kv_mib is None and self.memory_mib is None) != (self.context is None):
+            raise ValueError("kv_mib or memory_mib go with context")
+        if sum(limit is not None for limit in sizes) > 1:
+            raise ValueError("give one of kv_ratio, kv_mib and memory_mib")
         return self
 
     def bytes_limit(self, plain: float) -> float | None:
@@ -126,6 +129,10 @@ class Gates(Frozen):
     )
     max_recall_drop: Number | None = Field(None, ge=0, le=1, description="recall lost, compared with the plain export")
     max_kv_ratio: Number | None = Field(None, gt=0, le=1, description="KV bytes of the artifact, divided by plain")
+    max_file_mib: Number | None = Field(None, gt=0, description="size of the graph and its weights, MiB")
+    max_memory_mib: Number | None = Field(
+        None, gt=0, description="peak memory with a full cache at the longest context that is timed, MiB"
+    )
     min_embedding_cosine: Number | None = Field(
         None, ge=-1, le=1, description="encoders: mean cosine to the plain export"
     )
@@ -166,6 +173,8 @@ class Recipe(Frozen):
     def _one_way(self) -> Recipe:
         if self.budget is not None and self.methods:
             raise ValueError("give methods or a budget, not both")
+        if self.budget is not None and self.budget.memory_mib is not None and self.weights.type != "int4":
+            raise ValueError("budget.memory_mib needs weights of type int4")
         if self.positions is not None and self.positions < (self.calibration.context or 0):
             raise ValueError("positions are fewer than calibration.context")
         return self
@@ -179,8 +188,9 @@ class Recipe(Frozen):
         """Contexts that a token of a decoder is timed at, which leave it a position."""
         if self.validation.contexts is not None:
             return self.validation.contexts
-        target = min(self.calibration.target(spec), spec.max_context - 1)
-        return (*(context for context in SHORT_CONTEXTS if context < target), target)
+        targets = (self.calibration.target(spec), None if self.budget is None else self.budget.context)
+        found = {min(target, spec.max_context - 1) for target in targets if target is not None}
+        return tuple(sorted({context for context in SHORT_CONTEXTS if context < min(found)} | found))
 
     def fitted(self, spec: ModelSpec) -> ModelSpec:
         """A decoder's shape with the positions that the artifact is to have; the graph stores RoPE of each."""
@@ -208,6 +218,7 @@ class Recipe(Frozen):
                 "min_top1_agreement": None,
                 "max_recall_drop": budget.max_recall_drop,
                 "max_kv_ratio": None if budget.kv_ratio is None else 1 / budget.kv_ratio,
+                "max_memory_mib": budget.memory_mib,
             }
         )
         return self.model_copy(update={"methods": (), "budget": budget, "gates": gates})

@@ -33,7 +33,7 @@ FORMATS: dict[str, WeightFormat] = {
         WeightFormat(type="stored"),
     )
 }
-PICKED = ("int4 (k_quant, blocks of 128)", "int4 (k_quant)", "int4 (gptq, mixed)")  # whose sizes are limits
+PICKED = ("int4 (k_quant)", "int4 (gptq, mixed)")  # whose sizes are limits
 TEXT = {
     "calibration": {"samples": 16, "length": LENGTH, "context": LENGTH},
     "validation": {"samples": 8, "length": LENGTH},

@@ -25,6 +25,7 @@ from kvslim.loading.model import load_model, load_tokenizer
 from kvslim.loading.snapshot import Snapshot
 from kvslim.prepared.base import PreparedModel
 from kvslim.prepared.decoder_trials import DecoderTrials
+from kvslim.prepared.memory import with_memory_split
 from kvslim.prepared.text import TextSource
 from kvslim.prepared.weights import quantise
 from kvslim.progress import Progress
@@ -57,6 +58,7 @@ class PreparedDecoder(PreparedModel):
         self.rows: QuantisedRows | None = None
         if recipe.weights.is_quantised:
             _ = self.original  # while the model still is what its files say
+            self.recipe = with_memory_split(self)
             self.rows = quantise(self)
 
     @cached_property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from kvslim.planning.matrices import FLOAT, MatrixPrices, MatrixPricing
 from kvslim.transform.kl_evaluator import KLEvaluator, probe_windows
 from kvslim.transform.surgery import layer_modules
 from kvslim.validation.measure import file_mib
+from kvslim.weights.blocks import BlockFormat
 from kvslim.weights.choice import Chosen, chosen_matrices
 from kvslim.weights.quantise import install_quantised, quantise_model
 from kvslim.weights.rows import QuantisedRows
@@ -65,29 +66,65 @@ def _fitted_to_text(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> 
 
 def _chosen(prepared: PreparedDecoder) -> dict[str, Chosen]:
     """The matrices to quantise, and their formats: those of the recipe, or what loses least within its limit."""
-    weights, architecture = prepared.recipe.weights, prepared.architecture
-    chosen = chosen_matrices(prepared.model, layer_modules(prepared.model, architecture), architecture, weights)
-    if weights.file_mib is None:
-        return chosen
-    others = _other_bytes(prepared, chosen)
-    least_bits = _least_bits(prepared, chosen)
-    prices = matrix_prices(prepared, chosen)
-    found = prices.within(weights.file_mib * MIB - others, least_bits)
+    limit = prepared.recipe.weights.file_mib
+    if limit is None:
+        return _matrices(prepared)
+    picking = matrix_picking(prepared)
+    found = picking.within(limit * MIB - picking.others)
     if found is None:
-        least = (prices.least_size(least_bits) + others) / MIB
         raise GateError(
-            f"no way to store the weights takes {weights.file_mib:g} MiB or less",
+            f"no way to store the weights takes {limit:g} MiB or less",
             where="weights.file_mib",
-            fix=f"ask for {least + 0.05:.1f} or more",
+            fix=f"ask for {(picking.least + picking.others) / MIB + 0.05:.1f} or more",
         )
     formats, _ = found
     return {
-        name: replace(entry, to=formats[name].of_width(entry.module.weight.shape[1])) for name, entry in chosen.items()
+        name: replace(entry, to=formats[name].of_width(entry.module.weight.shape[1]))
+        for name, entry in picking.chosen.items()
     }
 
 
-def matrix_prices(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> MatrixPrices:
-    """What was measured of the matrices, from the disk when they were probed before; the model is not quantised yet."""
+def _matrices(prepared: PreparedDecoder) -> dict[str, Chosen]:
+    architecture = prepared.architecture
+    layers = layer_modules(prepared.model, architecture)
+    return chosen_matrices(prepared.model, layers, architecture, prepared.recipe.weights)
+
+
+@dataclass(frozen=True)
+class MatrixPicking:
+    """What formats are picked from.
+
+    Attributes:
+        chosen: The matrices, by name.
+        prices: Of their formats.
+        least_bits: Of those that may not have fewer, by name.
+        others: Bytes of the artifact's files besides the matrices.
+    """
+
+    chosen: Mapping[str, Chosen]
+    prices: MatrixPrices
+    least_bits: Mapping[str, int]
+    others: float
+
+    @property
+    def least(self) -> float:
+        """Bytes of the matrices in the smallest formats."""
+        return self.prices.least_size(self.least_bits)
+
+    def within(self, limit: float) -> tuple[dict[str, BlockFormat], float] | None:
+        """As `MatrixPrices.within`."""
+        return self.prices.within(limit, self.least_bits)
+
+
+def matrix_picking(prepared: PreparedDecoder) -> MatrixPicking:
+    """What formats of a decoder's matrices are picked from; it is not quantised yet."""
+    chosen = _matrices(prepared)
+    prices = _prices(prepared, chosen)
+    return MatrixPicking(chosen, prices, _least_bits(prepared, chosen), _other_bytes(prepared, chosen))
+
+
+def _prices(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> MatrixPrices:
+    """What was measured of the matrices, from the disk when they were probed before."""
     spec = prepared.spec
     key = cache.content_key("matrices", prepared.digest, *prepared.text.identity)
     prices = cache.load_probes(key, MatrixPrices)

@@ -18,6 +18,8 @@ _VALUES: dict[str, Callable[[Measures, Measures], float | None]] = {
     "min_top1_agreement": lambda plain, artifact: artifact.top1_agreement,
     "max_recall_drop": lambda plain, artifact: _difference(plain.recall, artifact.recall),
     "max_kv_ratio": lambda plain, artifact: _quotient(artifact.kv_bytes_per_token, plain.kv_bytes_per_token),
+    "max_file_mib": lambda plain, artifact: artifact.file_mib,
+    "max_memory_mib": lambda plain, artifact: artifact.peak_rss_mib,
     "min_embedding_cosine": lambda plain, artifact: artifact.embedding_cosine_mean,
     "min_retrieval_rank_correlation": lambda plain, artifact: artifact.retrieval_rank_correlation,
     "min_masked_top1_agreement": lambda plain, artifact: artifact.masked_top1_agreement,

@@ -1,0 +1,59 @@
+"""A budget of memory, split into one of the weights' file and one of the cache, before anything is rounded."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from kvslim.devices.demand import RUNTIME_BYTES
+from kvslim.errors import GateError
+from kvslim.planning.budget import planner_of
+from kvslim.planning.split import split
+from kvslim.prepared.weights import MIB, MatrixPicking, matrix_picking
+from kvslim.recipe import Recipe
+
+if TYPE_CHECKING:
+    from kvslim.prepared.decoder import PreparedDecoder
+
+
+def with_memory_split(prepared: PreparedDecoder) -> Recipe:
+    """The recipe of a decoder; a limit of memory becomes one of the file and one of the cache.
+
+    Both are priced on the model in float32: its cache is planned again once the weights are rounded.
+
+    Raises:
+        GateError: Not even the smallest weights and cache fit.
+    """
+    recipe = prepared.recipe
+    budget = recipe.budget
+    if budget is None or budget.memory_mib is None or budget.context is None:
+        return recipe
+    picking = matrix_picking(prepared)
+    prepared.progress.stage("probe the cache")
+    planner = planner_of(prepared.trials(), budget.context, budget.time_ratio)
+    frontier = [planned.point for planned in planner.frontier(prepared.progress)]
+    del prepared.statistics  # they are of the model in float32
+    room = budget.memory_mib * MIB - RUNTIME_BYTES - picking.others
+    found = split(room, picking.least, lambda size: _loss(picking, size), frontier, budget.context)
+    if found is None:
+        lack = frontier[-1].kv_bytes_per_token * budget.context + picking.least - room
+        raise GateError(
+            f"weights and cache at {budget.context:,} tokens do not fit into {budget.memory_mib:g} MiB",
+            where="budget.memory_mib",
+            fix=f"ask for {budget.memory_mib + lack / MIB + 0.5:.0f} or more, or for a shorter context",
+        )
+    file_mib = (found.weights + picking.others) / MIB
+    return recipe.model_copy(
+        update={
+            "weights": recipe.weights.model_copy(update={"file_mib": math.floor(100 * file_mib) / 100}),
+            "budget": budget.model_copy(
+                update={"memory_mib": None, "kv_mib": math.floor(1000 * found.cache / MIB) / 1000}
+            ),
+        }
+    )
+
+
+def _loss(picking: MatrixPicking, size: float) -> float:
+    """What the matrices are expected to lose within so many bytes."""
+    found = picking.within(size)
+    return math.inf if found is None else found[1]
