@@ -37,15 +37,20 @@ class WeightFormat(Frozen):
     )
     mixed: bool = Field(False, description="with int4: the most sensitive matrices in int8")
     file_mib: float | None = Field(
-        None,
-        gt=0,
-        description="with int4 (decoders): bits and blocks of each matrix are picked to lose least in so much",
+        None, gt=0, description="with int4 (decoders): size of the file within which bits and blocks are picked"
+    )
+    file_ratio: float | None = Field(
+        None, gt=1, description="the same, as how many times smaller than the export in float32"
     )
 
     @model_validator(mode="after")
     def _check_parts(self) -> WeightFormat:
-        if self.file_mib is not None and (self.type != "int4" or self.mixed or self.block or self.method == "rtn"):
-            raise ValueError("file_mib picks bits and blocks itself: give type int4 and method gptq or k_quant alone")
+        if self.file_mib is not None and self.file_ratio is not None:
+            raise ValueError("give file_mib or file_ratio, not both")
+        if self.picks and (self.type != "int4" or self.mixed or self.block or self.method == "rtn"):
+            raise ValueError(
+                "a limit of the file picks bits and blocks: give type int4 and method gptq or k_quant alone"
+            )
         if self.mixed and self.type != "int4":
             raise ValueError(f"mixed goes with type int4, not {self.type}")
         if self.method == "gptq" and self.type not in ("int8", "int4"):
@@ -60,7 +65,12 @@ class WeightFormat(Frozen):
     @property
     def needs_text(self) -> bool:
         """Whether calibration text decides how matrices are stored."""
-        return self.method == "gptq" or self.file_mib is not None
+        return self.method == "gptq" or self.picks
+
+    @property
+    def picks(self) -> bool:
+        """Whether bits and blocks of each matrix are picked within a limit of the file."""
+        return self.file_mib is not None or self.file_ratio is not None
 
     @property
     def like(self) -> WeightType:
@@ -71,6 +81,7 @@ class WeightFormat(Frozen):
         rounded = self.type in ("int8", "int4")
         words = [self.method, *["mixed"] * self.mixed, *[f"blocks of {self.block}"] * (self.block is not None)]
         words += [] if self.file_mib is None else [f"4 to 8 bits within {self.file_mib:g} MiB"]
+        words += [] if self.file_ratio is None else [f"4 to 8 bits, {self.file_ratio:g} times smaller"]
         return f"{self.type} ({', '.join(words)})" if rounded else self.type
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -66,16 +67,20 @@ def _fitted_to_text(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> 
 
 def _chosen(prepared: PreparedDecoder) -> dict[str, Chosen]:
     """The matrices to quantise, and their formats: those of the recipe, or what loses least within its limit."""
-    limit = prepared.recipe.weights.file_mib
-    if limit is None:
+    weights = prepared.recipe.weights
+    if not weights.picks:
         return _matrices(prepared)
+    whole = file_mib(prepared.original)
+    limit = weights.file_mib or whole / (weights.file_ratio or 1)
     picking = matrix_picking(prepared)
     found = picking.within(limit * MIB - picking.others)
     if found is None:
+        least = (picking.least + picking.others) / MIB
+        ratio = math.floor(100 * whole / least) / 100
         raise GateError(
-            f"no way to store the weights takes {limit:g} MiB or less",
-            where="weights.file_mib",
-            fix=f"ask for {(picking.least + picking.others) / MIB + 0.05:.1f} or more",
+            f"no way to store the weights takes {limit:.4g} MiB or less",
+            where="weights.file_mib" if weights.file_mib else "weights.file_ratio",
+            fix=f"ask for {least + 0.05:.1f} MiB or more, or at most {ratio} times smaller",
         )
     formats, _ = found
     return {
