@@ -25,8 +25,10 @@ from kvslim.contract import (
 class WeightFormat(Frozen):
     """How a graph stores its large matrices and its embedding table."""
 
-    type: WeightType | Literal["stored"] = Field(
-        "fp32", description="of all matrices; int8 and int4 in blocks; stored: the blocks of a GGUF as they are"
+    type: WeightType | Literal["stored", "auto"] = Field(
+        "fp32",
+        description="of all matrices; int8 and int4 in blocks; stored: the blocks of a GGUF as they are; "
+        "auto: stored where that can be, else int4 for decoders and fp32 for encoders",
     )
     method: WeightMethod = Field(
         "k_quant",
@@ -60,7 +62,14 @@ class WeightFormat(Frozen):
     @property
     def is_quantised(self) -> bool:
         """Whether matrices are stored in blocks."""
-        return self.type != "fp32"
+        return self.type in ("int8", "int4", "stored")
+
+    def settled(self, *, is_encoder: bool, has_blocks: bool) -> WeightFormat:
+        """The format with `auto` decided."""
+        if self.type != "auto":
+            return self
+        kind: Any = "fp32" if is_encoder else "stored" if has_blocks else "int4"
+        return self.model_copy(update={"type": kind})
 
     @property
     def needs_text(self) -> bool:
@@ -75,7 +84,7 @@ class WeightFormat(Frozen):
     @property
     def like(self) -> WeightType:
         """The format that costs about as much time."""
-        return "int4" if self.type == "stored" else self.type
+        return self.type if self.type in ("fp32", "int8") else "int4"
 
     def __str__(self) -> str:
         rounded = self.type in ("int8", "int4")

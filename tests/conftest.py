@@ -114,6 +114,7 @@ def demo_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
                 "validation.repeats=3",
                 "validation.prompts=[16]",
                 "validation.contexts=[16]",
+                "weights=fp32",
             )
             compress("demo", load_recipe(recipe, brief), made[recipe])
         return made[recipe]

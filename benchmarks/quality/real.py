@@ -58,7 +58,7 @@ def real(
     `genai int8` is static per-channel calibration by the largest value, as onnxruntime-genai does it, in the same graph
     and measured the same way. Times are medians; ratios are to plain, in turns in the same run.
     """
-    texts = f"calibration.source={source.calibration}", f"validation.source={source.validation}"
+    texts = f"calibration.source={source.calibration}", f"validation.source={source.validation}", "weights=fp32"
     shipped = {f"`{name}`": load_recipe(name, (*overrides, *texts)) for name in names}
     lossless = load_recipe("lossless", (*overrides, *texts)).model_dump(exclude={"methods", "gates"})
     minmax = {"name": "genai", "methods": CODECS["minmax int8"], "compensate": False}

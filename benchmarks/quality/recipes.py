@@ -45,9 +45,9 @@ def recipes(
     names: tuple[str, ...] = ("lossless", "balanced", "small"),
     overrides: tuple[str, ...] = (),
 ) -> Iterator[Values]:
-    """The model under each shipped recipe, next to its plain export, as `kvslim compress` measures it."""
+    """The model under each shipped recipe, next to its plain export, as `kvslim compress` measures it; fp32 weights."""
     for place, name in enumerate(names):
-        texts = f"calibration.source={source.calibration}", f"validation.source={source.validation}"
+        texts = f"calibration.source={source.calibration}", f"validation.source={source.validation}", "weights=fp32"
         report = compress(source.model, load_recipe(name, (*overrides, *texts)), source.folder / name).report
         assert report is not None
         if not place:
