@@ -22,6 +22,7 @@ def report_of(shared: Path, recipe: str, out: Path) -> Report:
         "validation.repeats=3",
         "validation.prompts=[16]",
         "validation.contexts=[16]",
+        "weights=fp32",
     ]
     report = compress(str(shared / "models" / "books-llama"), load_recipe(recipe, overrides), out).report
     assert report is not None
