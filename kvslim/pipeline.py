@@ -161,8 +161,7 @@ def _checked(snapshot: Snapshot, recipe: Recipe, lack: str | None = None) -> tup
     checks.check_recipe(recipe, spec)
     snapshot.check()
     checks.check_weights(recipe, snapshot)
-    weights = recipe.weights.settled(is_encoder=spec.is_encoder, has_blocks=snapshot.has_blocks)
-    recipe = recipe.model_copy(update={"weights": weights})
+    recipe = recipe.settled(spec, has_blocks=snapshot.has_blocks)
     for settings in (recipe.calibration, recipe.validation):
         check_source(settings.source)
     return spec, recipe

@@ -104,13 +104,13 @@ class Budget(Frozen):
 
     @model_validator(mode="after")
     def _limited(self) -> Budget:
-        sizes = (self.kv_ratio, self.kv_mib, self.memory_mib)
-        if all(limit is None for limit in (*sizes, self.time_ratio, self.max_kl, self.max_recall_drop)):
+        sizes = [name for name in ("kv_ratio", "kv_mib", "memory_mib") if getattr(self, name) is not None]
+        if not sizes and self.time_ratio is None and self.max_kl is None and self.max_recall_drop is None:
             raise ValueError("give kv_ratio, kv_mib, memory_mib, time_ratio, max_kl or max_recall_drop")
         if (self.kv_mib is None and self.memory_mib is None) != (self.context is None):
             raise ValueError("kv_mib or memory_mib go with context")
-        if sum(limit is not None for limit in sizes) > 1:
-            raise ValueError("give one of kv_ratio, kv_mib and memory_mib")
+        if len(sizes) > 1:
+            raise ValueError(f"give {' or '.join(sizes)}, not both")
         return self
 
     def bytes_limit(self, plain: float) -> float | None:
@@ -209,6 +209,16 @@ class Recipe(Frozen):
         return self.model_copy(
             update={"calibration": shortened(self.calibration, length=most), "validation": validation}
         )
+
+    def settled(self, spec: ModelSpec, *, has_blocks: bool) -> Recipe:
+        """This recipe with the weights' format decided where it is `auto`.
+
+        Args:
+            spec: The model's shape.
+            has_blocks: Whether its files have blocks that the graph can hold.
+        """
+        weights = self.weights.settled(is_encoder=spec.is_encoder, has_blocks=has_blocks)
+        return self.model_copy(update={"weights": weights})
 
     def within(self, budget: Budget) -> Recipe:
         """This recipe with the planner in place of its methods, and the budget's limits as gates."""
