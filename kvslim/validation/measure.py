@@ -85,7 +85,14 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
     }
     of_original = None if original is None else Measures(file_mib=file_mib(original), **quality.original)
     floor = Measures.model_validate(quality.floor)
-    return report(gates, plain=measures["plain"], floor=floor, artifact=measures["slim"], original=of_original)
+    return report(
+        gates,
+        plain=measures["plain"],
+        floor=floor,
+        artifact=measures["slim"],
+        original=of_original,
+        context=context,
+    )
 
 
 class _Quality(NamedTuple):
