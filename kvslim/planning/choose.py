@@ -51,10 +51,7 @@ def choose(
     limit = budget.bytes_limit(planner.plain_bytes)
     if limit is None and budget.max_kl is None and budget.max_recall_drop is None:
         limit = planner.plain_bytes
-    if limit is None:
-        chosen = _smallest(planner, budget, frontier)
-    else:
-        chosen = _within_bytes(planner, budget, frontier, limit)
+    chosen = _smallest(planner, budget, frontier) if limit is None else _within_bytes(planner, budget, frontier, limit)
     asked = recall_gate if budget.max_recall_drop is None else budget.max_recall_drop
     recalled = [] if asked is None else _recalled(_upwards(chosen, frontier), asked, recall_drop)
     if recalled:
