@@ -21,7 +21,7 @@ from kvslim import pipeline
 from kvslim.calibrate.corpus import text_windows
 from kvslim.checks import check_lengths
 from kvslim.cli import app
-from kvslim.devices.profile import Quantity, Share, device_text, load_device
+from kvslim.devices.profile import load_device
 from kvslim.errors import KvslimError, UnsupportedError, UsageError
 from kvslim.loading.tokenizer import folder_tokenizer
 from kvslim.recipe import Gates, Recipe, load_recipe
@@ -148,12 +148,6 @@ class Inputs:
         (self.root / name).write_text(text)
         return self.root / name
 
-    def profile(self, mib: float) -> Path:
-        """A device with so many MiB for a model."""
-        device = load_device("laptop-8gb")
-        memory = {"ram_gib": Quantity(value=mib / 1024, source="test"), "usable_share": Share(value=1, source="test")}
-        return self.file("d.yaml", device_text(device.model_copy(update=memory)))
-
     def sets(self, *overrides: str) -> list[str]:
         return [word for override in overrides for word in ("--set", override)]
 
@@ -217,10 +211,6 @@ CASES: dict[str, tuple[Case, int]] = {
     "a device without numbers": (lambda i: ["inspect", i.tiny, "--device", i.file("d.yaml", "name: mine")], 0),
     "a verb of llama.cpp": (lambda i: ["quantize", i.tiny], READY),
     "a verb of optimum-cli": (lambda i: ["export", i.tiny], READY),
-    "a device that is too small": (
-        lambda i: ["plan", i.tiny, "--device", i.profile(128.3)],
-        READY,
-    ),
     "a recipe that is a list": (lambda i: ["plan", i.tiny, "-r", i.file("r.yaml", "- kv_pca")], 0),
     "a method that is replaced": (lambda i: ["plan", i.tiny, "-r", "lossless", *i.sets("methods.kv_quant=4")], 0),
 }

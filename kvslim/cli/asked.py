@@ -9,10 +9,9 @@ from kvslim.errors import UsageError
 from kvslim.recipe import Budget, Gates, Recipe
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from kvslim.devices.limits import Limits
     from kvslim.devices.room import Room
+    from kvslim.types import Plan
 
 
 class Asked(NamedTuple):
@@ -21,13 +20,9 @@ class Asked(NamedTuple):
     recipe: Recipe
     room: Room | None
 
-    def reached_by(self, artifact: Path) -> tuple[Limits, ...]:
-        """What the device allows with the plain cache and with an artifact; nothing without a device."""
-        if self.room is None:
-            return ()
-        from kvslim.report.inspect import inspect
-
-        return inspect(str(artifact), (self.room.context,), None, (self.room.device,)).devices
+    def reached(self, plan: Plan) -> tuple[Limits, ...]:
+        """What the device allows with the plain cache and with that of a plan; nothing without a device."""
+        return () if self.room is None else self.room.reached(plan)
 
 
 def asked_for(

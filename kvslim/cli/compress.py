@@ -78,7 +78,7 @@ def compress(
 
     with console.libraries_apart(), Terminal() as progress:
         manifest = api.compress(model, asked.recipe, out, plan=decisions, overwrite=force, progress=progress)
-    report, reached = manifest.report, asked.reached_by(out)
+    report, reached = manifest.report, asked.reached(manifest.plan)
     if report:
         write_junit(junit, report, out)
     if as_json:

@@ -73,10 +73,10 @@ def _words(context: typer.Context) -> Iterator[str]:
 
 
 def _verdict(report: Report) -> str:
-    failed = sum(not gate.passed for gate in report.gates)
-    if not report.gates:
+    failed, count = sum(not gate.passed for gate in report.gates), len(report.gates)
+    if not count:
         return "no gate is set"
-    return f"{failed} of {len(report.gates)} gates FAILED" if failed else f"passed, all {len(report.gates)} gates hold"
+    return f"{failed} of {count} gates FAILED" if failed else f"passed, {count} of {count} gates hold"
 
 
 def _facts(report: Report) -> Iterator[str]:

@@ -66,7 +66,7 @@ def plan(
         summary = api.plan(model, asked.recipe, progress=progress)
     if out:
         write_text(out, summary.plan.model_dump_json(indent=2) + "\n", "--out")
-    reached = asked.room.reached(summary.plan) if asked.room else ()
+    reached = asked.reached(summary.plan)
     if as_json:
         devices = [each.model_dump(mode="json") for each in reached]
         console.print_json("plan", {**summary.model_dump(mode="json"), "devices": devices})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from kvslim.contract import ModelSpec, WeightType
@@ -86,7 +86,7 @@ def room_on(device: Device, model: str, recipe: Recipe, tokens_per_second: float
             fix="time it with `kvslim bench`",
         )
     parameters, kind = count_parameters(snapshot, spec), recipe.weights.like
-    weights, context = StoredWeights.of(parameters, kind), recipe.calibration.target(spec)
+    weights, context = _with_rope(StoredWeights.of(parameters, kind), spec), recipe.calibration.target(spec)
     plain = Cache.of("plain", spec, Plan.identity(spec, recipe.layout, recipe.window_cache))
     free = device.usable_bytes - weights.stored - RUNTIME_BYTES
     if free <= 0:
@@ -94,6 +94,11 @@ def room_on(device: Device, model: str, recipe: Recipe, tokens_per_second: float
     if tokens_per_second is not None:
         free = min(free, _readable(device, weights, plain, context, tokens_per_second))
     return Room(device, spec, weights, plain, context, free)
+
+
+def _with_rope(weights: StoredWeights, spec: ModelSpec) -> StoredWeights:
+    """The weights of a graph, which holds RoPE's sines and cosines too."""
+    return replace(weights, stored=weights.stored + spec.rope_bytes)
 
 
 def _readable(device: Device, weights: StoredWeights, plain: Cache, context: int, tokens_per_second: float) -> int:
