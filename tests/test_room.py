@@ -18,6 +18,7 @@ from kvslim.devices.room import Room, room_on
 from kvslim.errors import GateError, UnsupportedError, UsageError
 from kvslim.export.manifest import read_manifest
 from kvslim.recipe import Budget, Recipe, load_recipe
+from kvslim.types import KVLayout
 
 MIB = 2**20
 CONTEXT = 2048
@@ -85,26 +86,30 @@ def test_room_for_int8_leaves_the_recipe_alone_and_less_is_a_budget(
     assert small.budget(asked) == Budget(kv_mib=small.cache_mib, context=CONTEXT, max_kl=0.02)
 
 
-def _speed(room: Room, bits: int) -> float:
-    demand = decode(room.weights, Cache("", room.plain.layout, room.plain.q_heads, bits), room.context)
+def _speed(room: Room, *bits: int) -> float:
+    layout = room.plain.layout if bits else KVLayout(tensors=())
+    demand = decode(room.weights, Cache("", layout, room.plain.q_heads, *bits), room.context)
     return bound(room.device, demand).tokens_per_second
 
 
-def test_speed_leaves_the_bytes_that_can_be_read_in_the_time_of_a_token(tiny_llama: Path) -> None:
-    device = device_of(1000, bandwidth=0.01)
-    free = room_on(device, str(tiny_llama), recipe_at(CONTEXT))
-    asked = _speed(free, 8) * 0.999
-    limited = room_on(device, str(tiny_llama), recipe_at(CONTEXT), asked)
-    assert limited.cache_bytes == free.plain.bytes_at(CONTEXT) // 4
-    assert _speed(limited, 8) >= asked > _speed(limited, 9)
+def test_speed_is_a_limit_of_time_where_the_plain_cache_is_too_slow(tiny_llama: Path) -> None:
+    device, model, recipe = device_of(1000, bandwidth=0.01), str(tiny_llama), recipe_at(CONTEXT)
+    plain = _speed(room_on(device, model, recipe), 32)
+    assert room_on(device, model, recipe, plain * 0.99).budget(None) is None
+    faster = room_on(device, model, recipe, plain * 2)
+    assert faster.time_ratio == pytest.approx(0.5)
+    assert faster.budget(None) == Budget(time_ratio=faster.time_ratio)
+    assert faster.budget(Budget(time_ratio=0.3, max_kl=1)) == Budget(time_ratio=0.3, max_kl=1)
+    assert faster.budget(Budget(time_ratio=0.8)) == Budget(time_ratio=faster.time_ratio)
 
 
 def test_what_no_cache_can_reach_is_refused_with_the_most_that_one_can(tiny_llama: Path) -> None:
-    device = device_of(1000, bandwidth=0.01)
-    with pytest.raises(GateError, match="no cache lets box decode 1e\\+06 tokens per second") as caught:
-        room_on(device, str(tiny_llama), recipe_at(CONTEXT), 1e6)
-    most = float(re.findall(r"less than ([\d.e+]+),", caught.value.fix)[0])
-    assert room_on(device, str(tiny_llama), recipe_at(CONTEXT), most * 0.99).cache_bytes > 0
+    device, model, recipe = device_of(1000, bandwidth=0.01), str(tiny_llama), recipe_at(CONTEXT)
+    most = _speed(room_on(device, model, recipe))
+    with pytest.raises(GateError, match="box decodes fewer than") as caught:
+        room_on(device, model, recipe, most)
+    assert caught.value.fix == f"ask for less than {most:.3g}, or for smaller --weights"
+    assert room_on(device, model, recipe, most * 0.99).time_ratio is not None
 
 
 def test_weights_that_do_not_fit_name_the_format_that_does(

@@ -1,4 +1,4 @@
-"""What a device leaves for a cache: its memory beside the weights, and what it can read in the time of a token."""
+"""What a device leaves for a cache: its memory beside the weights, and the time of a token."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from kvslim.devices.profile import Device
 from kvslim.errors import GateError, UnsupportedError
 from kvslim.loading.parameters import Parameters
 from kvslim.recipe import Budget, Recipe
-from kvslim.types import Plan
+from kvslim.types import KVLayout, Plan
 
 MIB = 2**20
 INT8_RATIO = 4  # times smaller than the plain cache: what nearly every model takes without a loss
-WIDEST = 32
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class Room:
         plain: Its cache in float32.
         context: Tokens that the cache holds.
         cache_bytes: Bytes that it may take.
+        time_ratio: Time per token over that of the plain cache; None for no limit.
     """
 
     device: Device
@@ -38,6 +38,7 @@ class Room:
     plain: Cache
     context: int
     cache_bytes: int
+    time_ratio: float | None = None
 
     @property
     def cache_mib(self) -> float:
@@ -45,15 +46,17 @@ class Room:
         return self.cache_bytes / MIB
 
     def budget(self, asked: Budget | None) -> Budget | None:
-        """The budget of a planner: what was asked, and the bytes where a cache in int8 would take more.
+        """The budget of a planner: what was asked, the time, and the bytes where a cache in int8 would take more.
 
         Args:
             asked: Limits of time and quality; None for none.
         """
-        if self.cache_bytes * INT8_RATIO >= self.plain.bytes_at(self.context):
-            return asked
-        limit = {"kv_mib": self.cache_mib, "context": self.context}
-        return Budget.model_validate((asked.model_dump(exclude_none=True) if asked else {}) | limit)
+        limits = {} if asked is None else asked.model_dump(exclude_none=True)
+        if self.time_ratio is not None:
+            limits["time_ratio"] = min(self.time_ratio, limits.get("time_ratio", 1.0))
+        if self.cache_bytes * INT8_RATIO < self.plain.bytes_at(self.context):
+            limits |= {"kv_mib": self.cache_mib, "context": self.context}
+        return Budget.model_validate(limits) if limits else None
 
     def reached(self, plan: Plan) -> tuple[Limits, ...]:
         """What the device allows with the plain cache, and with that of a plan."""
@@ -91,9 +94,8 @@ def room_on(device: Device, model: str, recipe: Recipe, tokens_per_second: float
     free = device.usable_bytes - weights.stored - RUNTIME_BYTES
     if free <= 0:
         raise _too_large(device, parameters, kind, weights)
-    if tokens_per_second is not None:
-        free = min(free, _readable(device, weights, plain, context, tokens_per_second))
-    return Room(device, spec, weights, plain, context, free)
+    ratio = None if tokens_per_second is None else _time_ratio(device, weights, plain, context, tokens_per_second)
+    return Room(device, spec, weights, plain, context, free, ratio)
 
 
 def _with_rope(weights: StoredWeights, spec: ModelSpec) -> StoredWeights:
@@ -101,19 +103,20 @@ def _with_rope(weights: StoredWeights, spec: ModelSpec) -> StoredWeights:
     return replace(weights, stored=weights.stored + spec.rope_bytes)
 
 
-def _readable(device: Device, weights: StoredWeights, plain: Cache, context: int, tokens_per_second: float) -> int:
-    """Bytes of the largest cache that a device can read so many times a second, beside the weights."""
-    for bits in range(WIDEST, 0, -1):
-        cache = Cache("narrower", plain.layout, plain.q_heads, bits)
-        reached = bound(device, decode(weights, cache, context)).tokens_per_second
-        if reached >= tokens_per_second:
-            return cache.bytes_at(context)
-    raise GateError(
-        f"no cache lets {device.name} decode {tokens_per_second:g} tokens per second at {context:,} tokens "
-        f"beside weights in {weights.name}",
-        where="--tokens-per-second",
-        fix=f"ask for less than {reached:.3g}, or for a shorter --context or smaller --weights",
-    )
+def _time_ratio(
+    device: Device, weights: StoredWeights, plain: Cache, context: int, tokens_per_second: float
+) -> float | None:
+    """The time per token, over that of the plain cache, at which a device is so fast; None where plain is."""
+    none = Cache("none", KVLayout(tensors=()), plain.q_heads)
+    most, reached = (bound(device, decode(weights, cache, context)).tokens_per_second for cache in (none, plain))
+    if tokens_per_second >= most:
+        raise GateError(
+            f"{device.name} decodes fewer than {tokens_per_second:g} tokens per second beside weights in "
+            f"{weights.name}, with any cache",
+            where="--tokens-per-second",
+            fix=f"ask for less than {most:.3g}, or for smaller --weights",
+        )
+    return reached / tokens_per_second if reached < tokens_per_second else None
 
 
 def _too_large(device: Device, parameters: Parameters, kind: WeightType, weights: StoredWeights) -> GateError:
