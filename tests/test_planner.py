@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,8 +154,11 @@ def test_plan_tells_kl_and_frontier_as_json(
     assert set(told["frontier"][0]) == {"cache", "kv_bytes_per_token", "kv_ratio", "time_ratio", "kl", "recall_drop"}
     assert all(layer["cache"]["rotation"] == 0 for layer in told["plan"]["layers"])
     assert Plan.model_validate_json(out.read_text()) == Plan.model_validate(told["plan"])
-    assert app.run(["plan", str(tiny_llama), "--kv-mib-at", "1k=0.0625", *options]) == 0
+    assert "expected to fail" not in capsys.readouterr().out
+    limits = ["--set", "gates.max_kl=1e-9"]
+    assert app.run(["plan", str(tiny_llama), "--kv-mib-at", "1k=0.0625", *options, *limits]) == 0
     table = capsys.readouterr().out
+    assert re.search(r"expected to fail: max_kl \S+ against 1e-09\n", table)
     assert "KL to plain" in table
     assert "int4" in table
 

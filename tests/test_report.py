@@ -9,7 +9,8 @@ from xml.etree import ElementTree
 import pytest
 from support.tiny_report import PLAIN, SPEC, manifest
 
-from kvslim.report.advice import passing_budget
+from kvslim.recipe import Gates
+from kvslim.report.advice import expected_gates, nearest_budget, passing_budget
 from kvslim.report.chart import LEFT, RIGHT, Axis, Rule, Series, chart
 from kvslim.report.figures import figures
 from kvslim.report.junit import junit_xml
@@ -211,6 +212,18 @@ def test_nearest_size_that_is_expected_to_pass_is_named(
     gates: dict[str, tuple[float, float]], budget: str | None
 ) -> None:
     assert passing_budget(_failed(gates, SIZES, kv_ratio=8)) == budget
+
+
+def test_plan_is_expected_to_fail_by_what_the_planner_saw_of_its_size() -> None:
+    frontier = _failed({}, SIZES).frontier
+    gates = Gates(max_kl=0.005, max_recall_drop=0.03, max_kv_ratio=0.01)
+    found = expected_gates(gates, frontier, 320.0, 0.009)
+    assert [(gate.name, gate.value, gate.passed) for gate in found] == [
+        ("max_kl", 0.009, False),
+        ("max_recall_drop", 0.04, False),
+    ]
+    assert nearest_budget(found, frontier, 320.0, by_size=True) == "--kv-ratio 5.33"
+    assert [gate.name for gate in expected_gates(gates, (), 320.0, 0.009)] == ["max_kl"]
 
 
 def test_no_search_is_named_where_the_planner_has_searched() -> None:

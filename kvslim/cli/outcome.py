@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kvslim.cli.pace import minutes
-from kvslim.report.advice import passing_budget
+from kvslim.report.advice import expected_gates, nearest_budget, passing_budget
 from kvslim.types import Manifest, Report
 
 if TYPE_CHECKING:
     from kvslim.devices.limits import Limits
     from kvslim.devices.room import Room
+    from kvslim.planning.decide import PlanSummary
+    from kvslim.recipe import Recipe
 
 # What a command that is given again leaves out: limits that are replaced, and where results go.
 REPLACED = {"kv_ratio", "kv_mib_at", "time_ratio", "max_kl", "max_recall_drop", "device", "tokens_per_second", "plan"}
@@ -61,6 +63,18 @@ def passing_command(manifest: Manifest, context: typer.Context) -> str | None:
     name = manifest.recipe.get("name")
     own = context.params.get("recipe") is None and name != "budget"  # the recipe that is the default without a budget
     return shlex.join([*words, *(["-r", str(name)] if own else []), "--force", *budget.split()])
+
+
+def expectations(summary: PlanSummary, recipe: Recipe) -> Iterator[str]:
+    """The gates that a plan is expected to fail, and the nearest size that is expected to pass them."""
+    size, budget = summary.kv_bytes_per_token, recipe.budget
+    gates = expected_gates(recipe.gates, summary.frontier, size, summary.kl)
+    failed = ", ".join(f"{gate.name} {gate.value:.3g} against {gate.limit:g}" for gate in gates if not gate.passed)
+    if not failed:
+        return
+    by_size = budget is not None and (budget.kv_ratio or budget.kv_mib) is not None
+    nearest = nearest_budget(gates, summary.frontier, size, by_size=by_size)
+    yield f"expected to fail: {failed}" + (f"; expected to pass: {nearest}" if nearest else "")
 
 
 def _words(context: typer.Context) -> Iterator[str]:

@@ -52,6 +52,7 @@ def plan(
     """
     from kvslim.cli.asked import asked_for
     from kvslim.cli.inputs import check_target, read_budget, read_recipe, read_words, write_text
+    from kvslim.cli.outcome import expectations
 
     check_target(out, "--out")
     budget = read_budget(kv_ratio, kv_mib_at, time_ratio, max_kl, max_recall_drop)
@@ -75,5 +76,7 @@ def plan(
     slim, plain = summary.kv_bytes_per_token, summary.plain_kv_bytes_per_token
     console.print_text(f"KV cache: {slim:,.0f} bytes per token, {slim / plain:.3g} of plain fp32 ({plain:,.0f})\n")
     console.print_text(f"KL to plain: {summary.kl:.2g} on held-out calibration text\n")
+    for line in expectations(summary, asked.recipe):
+        console.print_text(f"{line}\n")
     if asked.room:
         console.print_text(f"{reach_line(asked.room.device, reached)}\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from kvslim.recipe import Gates
 from kvslim.types import GateResult, Manifest, PlanPoint
 
 Expected = Callable[[PlanPoint], float | None]
@@ -18,28 +19,64 @@ LIMITS = {"max_kl": "--max-kl", "max_recall_drop": "--max-recall-drop"}
 
 
 def passing_budget(manifest: Manifest) -> str | None:
+    """The options of `kvslim compress` for the nearest size that is expected to pass; None where none is known."""
+    report = manifest.report
+    if report is None:
+        return None
+    budget = manifest.recipe.get("budget")
+    by_size = isinstance(budget, dict) and (budget.get("kv_ratio") or budget.get("kv_mib")) is not None
+    size = report.artifact.kv_bytes_per_token or 0.0
+    return nearest_budget(report.gates, manifest.frontier, size, by_size=by_size)
+
+
+def expected_gates(gates: Gates, frontier: Sequence[PlanPoint], size: float, kl: float) -> tuple[GateResult, ...]:
+    """The gates of which a plan's values are expected.
+
+    Args:
+        gates: The limits.
+        frontier: What the planner saw, with the plan among it.
+        size: Bytes per token of the plan.
+        kl: Its KL.
+    """
+    own = next((point for point in frontier if point.kv_bytes_per_token == size), None)
+    values = {name: expected(own) if own else None for name, expected in _EXPECTED.items()} | {"max_kl": kl}
+    limits = {name: getattr(gates, name) for name in values}
+    return tuple(
+        GateResult(name=name, value=value, limit=limits[name], passed=value <= limits[name])
+        for name, value in values.items()
+        if value is not None and limits[name] is not None
+    )
+
+
+def nearest_budget(
+    gates: Sequence[GateResult], frontier: Sequence[PlanPoint], size: float, *, by_size: bool
+) -> str | None:
     """The options of `kvslim compress` for the nearest size that is expected to pass; None where none is known.
 
     What the planner measured on calibration text is corrected by what the artifact lost beside it on held-out text.
     Where it did not plan, or did not measure recall at a size that is good enough otherwise, it is to search.
+
+    Args:
+        gates: What was measured of an artifact, or what is expected of it.
+        frontier: What the planner saw.
+        size: Bytes per token of the artifact.
+        by_size: Whether the planner had a size to meet, rather than a quality.
     """
-    report = manifest.report
-    gates = [] if report is None else [gate for gate in report.gates if gate.value is not None]
+    gates = [gate for gate in gates if gate.value is not None]
     failed = {gate.name for gate in gates if not gate.passed}
-    if report is None or not failed or not failed <= _EXPECTED.keys():
+    if not failed or not failed <= _EXPECTED.keys():
         return None
-    if not manifest.frontier:
+    if not frontier:
         return _search(gates) if failed <= LIMITS.keys() else None
-    size = report.artifact.kv_bytes_per_token or 0.0
-    own = min(manifest.frontier, key=lambda point: abs(point.kv_bytes_per_token - size))
-    others = [point for point in manifest.frontier if point.kv_bytes_per_token != size]
+    own = min(frontier, key=lambda point: abs(point.kv_bytes_per_token - size))
+    others = [point for point in frontier if point.kv_bytes_per_token != size]
     tests = [_test(gate, own) for gate in gates if gate.name in _EXPECTED]
     verdicts = {point.kv_ratio: [passes(point) for passes in tests] for point in others}
     passing = [ratio for ratio, found in verdicts.items() if all(found)]
     if passing:
         return f"--kv-ratio {_rounded_down(min(passing, key=lambda ratio: abs(math.log(ratio / own.kv_ratio))))}"
     unknown = any(None in found and False not in found for found in verdicts.values())
-    return _search(gates) if unknown and _is_by_size(manifest) else None
+    return _search(gates) if unknown and by_size else None
 
 
 def _test(gate: GateResult, own: PlanPoint) -> Callable[[PlanPoint], bool | None]:
@@ -72,12 +109,6 @@ def _search(gates: Sequence[GateResult]) -> str | None:
         if gate.name == name and (gate.limit > 0 or name != "max_kl")
     ]
     return " ".join(asked) or None
-
-
-def _is_by_size(manifest: Manifest) -> bool:
-    """Whether the planner had a size to meet, rather than a quality."""
-    budget = manifest.recipe.get("budget")
-    return isinstance(budget, dict) and (budget.get("kv_ratio") or budget.get("kv_mib")) is not None
 
 
 def _rounded_down(ratio: float) -> str:
