@@ -39,8 +39,8 @@ def analyze(
     from kvslim.report.heatmap import analysis_panels, heatmap
     from kvslim.report.tables import heads_table, parts_table
 
-    with console.libraries_apart():
-        analysis = api.analyze(model, typed, progress=Terminal())
+    with console.libraries_apart(), Terminal() as progress:
+        analysis = api.analyze(model, typed, progress=progress)
     if svg:
         title = f"KL without each part, and what each query head contributes: {model}, {analysis.source}"
         write_text(svg, heatmap(title, analysis_panels(analysis)), "--svg")

@@ -46,7 +46,7 @@ def bench(
     from kvslim import api
     from kvslim.report.bench import bench_csv, costs_table, timings_table
 
-    with console.libraries_apart():
+    with console.libraries_apart(), Terminal(quiet=True) as progress:
         results = api.bench(
             artifacts,
             prompts=prompt_lengths,
@@ -54,7 +54,7 @@ def bench(
             threads=thread_counts,
             batches=batch_sizes,
             repeats=repeats,
-            progress=Terminal(),
+            progress=progress,
         )
     tables = costs_table(results), timings_table(results)
     if csv:

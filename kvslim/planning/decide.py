@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from kvslim import stages
 from kvslim.contract import Frozen, ModelSpec
 from kvslim.planning.refit import refit_where_it_pays
 from kvslim.recipe import Recipe
@@ -50,7 +51,7 @@ def planned(prepared: PreparedModel) -> PlanSummary:
         return _summary(prepared, Plan.identity(spec, recipe.layout, recipe.window_cache), 0.0)
     trials = prepared.trials()
     frontier: Frontier = ()
-    prepared.progress.stage("plan")
+    prepared.progress.stage(stages.PLAN)
     if recipe.budget is None:
         plan = decide(resolved(recipe, trials), spec, trials.statistics)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from kvslim import stages
 from kvslim.devices.demand import RUNTIME_BYTES
 from kvslim.errors import GateError
 from kvslim.planning.budget import planner_of
@@ -29,7 +30,7 @@ def with_memory_split(prepared: PreparedDecoder) -> Recipe:
     if budget is None or budget.memory_mib is None or budget.context is None:
         return recipe
     picking = matrix_picking(prepared)
-    prepared.progress.stage("probe the cache")
+    prepared.progress.stage(stages.PROBE_CACHE)
     planner = planner_of(prepared.trials(), budget.context, budget.time_ratio)
     frontier = [planned.point for planned in planner.frontier(prepared.progress)]
     del prepared.statistics  # they are of the model in float32

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvslim import stages
 from kvslim.calibrate import cache
 from kvslim.errors import GateError
 from kvslim.export.stored import fetch_graph, graph_key, store_graph
@@ -38,7 +39,7 @@ def quantise(prepared: PreparedDecoder) -> QuantisedRows:
         GateError: A limit of the file's size is below what the smallest formats take.
     """
     chosen = _chosen(prepared)
-    prepared.progress.stage("quantise the weights")
+    prepared.progress.stage(stages.QUANTISE)
     weights, of = prepared.recipe.weights, (prepared.model, prepared.architecture, prepared.spec)
     if weights.method == "gptq":
         return _fitted_to_text(prepared, chosen)
@@ -134,7 +135,7 @@ def _prices(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> MatrixPr
     key = cache.content_key("matrices", prepared.digest, *prepared.text.identity)
     prices = cache.load_probes(key, MatrixPrices)
     if prices is None:
-        prepared.progress.stage("probe the weights")
+        prepared.progress.stage(stages.PROBE_WEIGHTS)
         windows, mask = probe_windows(prepared.text.calibration_windows, spec.layers), prepared.text.calibration_mask()
         mask = None if mask is None else probe_windows(mask, spec.layers)
         evaluator = KLEvaluator(prepared.model, prepared.architecture, windows, mask, probing=True)

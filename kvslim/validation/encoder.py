@@ -58,7 +58,8 @@ class EncoderEvaluation(NamedTuple):
         gates = self.gates
         if self.spec.task != "fill-mask":
             gates = gates.model_copy(update={"min_masked_top1_agreement": None})
-        return report(gates, floor=Measures.model_validate(quality["floor"]), **columns)
+        floor = Measures.model_validate(quality["floor"])
+        return report(gates, floor=floor, plain=columns["plain"], artifact=columns["artifact"])
 
 
 def encoder_costs(models: Mapping[str, Path], lengths: Sequence[int], repeats: int) -> dict[str, Measures]:

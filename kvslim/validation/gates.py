@@ -8,6 +8,8 @@ from collections.abc import Callable
 from kvslim.recipe import Gates
 from kvslim.types import GateResult, Measures, Report
 
+MIB = 2**20
+
 # Limits are decimal fractions; a difference of shares can miss one by a rounding error (1 - 0.95 > 0.05).
 _TOLERANCE = 1e-9
 
@@ -20,18 +22,30 @@ _VALUES: dict[str, Callable[[Measures, Measures], float | None]] = {
     "max_kv_ratio": lambda plain, artifact: _quotient(artifact.kv_bytes_per_token, plain.kv_bytes_per_token),
     "max_file_mib": lambda plain, artifact: artifact.file_mib,
     "max_memory_mib": lambda plain, artifact: artifact.peak_rss_mib,
+    "max_time_ratio": lambda plain, artifact: _time_ratio(plain.tpot_ms, artifact.tpot_ms),
     "min_embedding_cosine": lambda plain, artifact: artifact.embedding_cosine_mean,
     "min_retrieval_rank_correlation": lambda plain, artifact: artifact.retrieval_rank_correlation,
     "min_masked_top1_agreement": lambda plain, artifact: artifact.masked_top1_agreement,
 }
 
 
-def check_gates(gates: Gates, plain: Measures, artifact: Measures) -> tuple[GateResult, ...]:
-    """One result per gate that is set, in the order of the recipe; a gate without a measured value fails."""
+def check_gates(
+    gates: Gates, plain: Measures, artifact: Measures, context: int | None = None
+) -> tuple[GateResult, ...]:
+    """One result per gate that is set, in the order of the recipe; a gate without a measured value fails.
+
+    Args:
+        gates: The limits.
+        plain: What was measured of the plain export.
+        artifact: What was measured of the artifact.
+        context: Tokens of the cache that bytes per token are counted in.
+    """
     limits = {name: limit for name, limit in gates.model_dump().items() if limit is not None}
+    values = {name: value(plain, artifact) for name, value in _VALUES.items()}
+    values["max_kv_mib"] = _mib(artifact.kv_bytes_per_token, context)
     blind = NO_RECALL if plain.recall == 0 else None
     return tuple(
-        _result(name, _VALUES[name](plain, artifact), limit, blind if name == "max_recall_drop" else None)
+        _result(name, values[name], limit, blind if name == "max_recall_drop" else None)
         for name, limit in limits.items()
     )
 
@@ -65,15 +79,34 @@ def _quotient(numerator: float | None, denominator: float | None) -> float | Non
     return None if numerator is None or not denominator else numerator / denominator
 
 
+def _mib(bytes_per_token: float | None, context: int | None) -> float | None:
+    return None if bytes_per_token is None or context is None else bytes_per_token * context / MIB
+
+
+def _time_ratio(plain: dict[str, float] | None, artifact: dict[str, float] | None) -> float | None:
+    """Time per token over plain's at the longest context that both were timed at."""
+    timed = (plain or {}).keys() & (artifact or {}).keys()
+    if plain is None or artifact is None or not timed:
+        return None
+    longest = max(timed, key=int)
+    return _quotient(artifact[longest], plain[longest])
+
+
 def _difference(minuend: float | None, subtrahend: float | None) -> float | None:
     return None if minuend is None or subtrahend is None else minuend - subtrahend
 
 
 def report(
-    gates: Gates, *, plain: Measures, floor: Measures, artifact: Measures, original: Measures | None = None
+    gates: Gates,
+    *,
+    plain: Measures,
+    floor: Measures,
+    artifact: Measures,
+    original: Measures | None = None,
+    context: int | None = None,
 ) -> Report:
-    """The report of an artifact; it passes if every gate passes."""
-    results = check_gates(gates, plain, artifact)
+    """The report of an artifact; it passes if every gate passes. Arguments as for `check_gates`."""
+    results = check_gates(gates, plain, artifact, context)
     return Report(
         passed=all(result.passed for result in results),
         gates=results,

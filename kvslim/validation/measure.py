@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kvslim import stages
 from kvslim.export.manifest import GRAPH, WEIGHTS
 from kvslim.progress import Progress
 from kvslim.recipe import Gates, Validation
@@ -57,7 +58,7 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
     windows, items, settings, gates, context, timed, original, progress = evaluation
     folders = {"plain": plain, "slim": artifact}
     quality = _quality(plain, artifact, windows, original, progress)
-    progress.stage("validate: recall")
+    progress.stage(stages.RECALL)
     room = max(map(len, windows)) if not items else capacity_for(items)
     sessions = {name: DecodeSession(path, capacity=room, all_positions=True) for name, path in folders.items()}
     recall = compare_recall(sessions["plain"], sessions["slim"], items, gates.max_recall_drop, progress)
@@ -75,7 +76,7 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
     }
     sizes = {name: session.layout.bytes_per_token(context) for name, session in sessions.items()}
     del sessions
-    progress.stage("validate: time and memory")
+    progress.stage(stages.TIME)
     latency = measure_latency(folders, settings.prompts, timed, settings.repeats, progress=progress)
     measures = {
         name: _costs(folders[name], latency[name], timed).model_copy(
@@ -85,7 +86,14 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
     }
     of_original = None if original is None else Measures(file_mib=file_mib(original), **quality.original)
     floor = Measures.model_validate(quality.floor)
-    return report(gates, plain=measures["plain"], floor=floor, artifact=measures["slim"], original=of_original)
+    return report(
+        gates,
+        plain=measures["plain"],
+        floor=floor,
+        artifact=measures["slim"],
+        original=of_original,
+        context=context,
+    )
 
 
 class _Quality(NamedTuple):
