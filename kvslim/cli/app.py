@@ -24,6 +24,7 @@ from kvslim.cli.methods import methods
 from kvslim.cli.plan import plan
 from kvslim.cli.recipes import recipes
 from kvslim.cli.schema import schema
+from kvslim.cli.serve import serve
 from kvslim.cli.validate import validate
 from kvslim.cli.verify import verify
 from kvslim.errors import KvslimError, UsageError
@@ -105,6 +106,7 @@ app.command("eval")(evaluate)
 app.command()(compare)
 app.command()(bench)
 app.command()(generate)
+app.command()(serve)
 app.command()(inspect)
 app.command()(verify)
 app.command()(methods)

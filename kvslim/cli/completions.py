@@ -149,8 +149,9 @@ def usage_line(usage: Usage) -> str:
     """Counts, speed and memory of a completion in one line."""
     speed = "" if usage.tokens_per_second is None else f" at {usage.tokens_per_second:.1f} per second"
     cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
+    end = ", interrupted" if usage.finish_reason == "interrupted" else ""
     return (
-        f"{usage.prompt_tokens} prompt tokens{cached}, {usage.new_tokens} new{speed}, "
+        f"{usage.prompt_tokens} prompt tokens{cached}, {usage.new_tokens} new{speed}{end}, "
         f"first after {usage.ttft_ms:.3g} ms; context {usage.context_tokens} of {usage.context_capacity}, "
         f"KV cache {usage.kv_mib:.3g} MiB"
     )

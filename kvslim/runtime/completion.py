@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -133,7 +133,7 @@ class Completer:
 
     def stream(
         self, ids: Sequence[int], max_new_tokens: int, sampling: Sampling = GREEDY, stops: Sequence[str] = ()
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """The text that follows a prompt, in pieces of whole characters, without what ends it.
 
         There is a piece, maybe an empty one, after every run of the graph: a caller can close the iterator between any
@@ -195,11 +195,11 @@ class Completer:
         most = min(most, self._session.capacity - len(ids))
         return Draft(self._tokenizer, ids, most, ends=self._ends, stops=stops, sampling=sampling)
 
-    def _streamed(self, draft: Draft, cached: int) -> Iterator[str]:
+    def _streamed(self, draft: Draft, cached: int) -> Generator[str, None, None]:
         """The text of a draft of which the cache holds so many tokens; notes at the end what it took."""
         start = time.perf_counter()
         try:
-            for logits in self._session.prefill_steps(draft.ids[cached:]):
+            for logits in self._session.prefill_steps(draft.ids[cached:]):  # noqa: B007 (the last are written from)
                 yield ""
             for _, piece in write(self._session, [draft], logits[None]):
                 yield piece
