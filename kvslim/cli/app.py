@@ -12,6 +12,7 @@ from kvslim import __version__
 from kvslim.cli import console
 from kvslim.cli.analyze import analyze
 from kvslim.cli.bench import bench
+from kvslim.cli.chat import chat
 from kvslim.cli.compare import compare
 from kvslim.cli.compress import compress
 from kvslim.cli.doctor import doctor
@@ -106,6 +107,7 @@ app.command("eval")(evaluate)
 app.command()(compare)
 app.command()(bench)
 app.command()(generate)
+app.command()(chat)
 app.command()(serve)
 app.command()(inspect)
 app.command()(verify)
