@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -74,7 +74,12 @@ def create_app(model: ServedModel, engine: Engine, hosts: Sequence[str]) -> Star
     return Starlette(
         routes=routes,
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
-        exception_handlers={ApiError: respond, HTTPException: respond, Exception: respond},
+        exception_handlers={
+            ApiError: respond,
+            HTTPException: respond,
+            Exception: respond,
+            ClientDisconnect: lambda *_: Response(),  # nobody reads it
+        },
     )
 
 

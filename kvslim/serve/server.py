@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -66,6 +67,7 @@ def serve(
         told: Is told what each text took.
         failed: Is told why an answer failed.
     """
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that hangs up
     hosts = LOCAL_NAMES if is_local(sock) else ("*",)
     with Engine(model.completer, told, failed) as engine, _signals_end_here():
         app = create_app(model, engine, hosts)
