@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +16,15 @@ import httpx2
 import openai
 import pytest
 from openai import OpenAI
+from support.paths import ROOT
 from support.server import Server
 from support.tiny_chat import completed, write_chat
 from support.tiny_tokenizer import byte_tokenizer
 
 from kvslim.cli import app
 from kvslim.runtime.generate import Sampling
+from kvslim.serve.engine import MOST_WAITING
+from kvslim.serve.requests import ChatRequest, CompletionRequest
 
 MODEL = "tiny"
 LIMIT = 40
@@ -297,3 +303,23 @@ def test_missing_extra_is_named(
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert app.run(["serve", str(artifact)]) == 4
     assert "pip install 'kvslim[serve]'" in capsys.readouterr().err
+
+
+def test_examples_of_the_docs_are_answered(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`mine` is the artifact of the page, and the server has a port of its own."""
+    page = (ROOT / "docs" / "serve.md").read_text()
+    (code,), (command,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("python", "sh"))
+    mine = shutil.copytree(artifact, tmp_path / "mine")
+    with Server(mine, tmp_path / "stderr", "--context", "512") as server:
+        exec(code.replace("http://127.0.0.1:8000/v1", server.url), {})
+        assert len(capsys.readouterr().out) > 20
+        there = command.replace("http://127.0.0.1:8000/v1", server.url)
+        done = subprocess.run(there, shell=True, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["choices"][0]["text"] == completed(artifact, "Once upon a time", 24)
+
+
+def test_every_parameter_with_an_effect_is_in_the_docs() -> None:
+    page = (ROOT / "docs" / "serve.md").read_text()
+    names = {*ChatRequest.model_fields, *CompletionRequest.model_fields} - {"messages", "prompt"}
+    assert [name for name in names if f"`{name}`" not in page] == []
+    assert f"Up to {MOST_WAITING} may wait" in page
