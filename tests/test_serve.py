@@ -25,6 +25,7 @@ from kvslim.cli import app
 from kvslim.runtime.generate import Sampling
 from kvslim.serve.engine import MOST_WAITING
 from kvslim.serve.requests import ChatRequest, CompletionRequest
+from kvslim.serve.server import is_local, listen, url_of
 
 MODEL = "tiny"
 LIMIT = 40
@@ -285,6 +286,26 @@ def test_serve_refuses_what_it_cannot_do(
     assert app.run(["serve", str(artifact), *arguments]) == code
     out, err = capsys.readouterr()
     assert (out, words in err) == ("", True), err
+
+
+def test_help_names_what_a_user_sets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["serve", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert [option for option in ("--host", "--port", "-n", "--context", "--threads") if option not in out] == []
+
+
+@pytest.mark.parametrize(("host", "url"), [("localhost", "http://127.0.0.1:"), ("::1", "http://[::1]:")])
+def test_clients_can_connect_before_the_model_is_there(host: str, url: str) -> None:
+    with listen(host, 0) as sock:
+        assert url_of(sock).startswith(url)
+        assert is_local(sock)
+        socket.create_connection((host, sock.getsockname()[1])).close()
+
+
+def test_other_machines_are_let_in_with_a_hint(artifact: Path, tmp_path: Path) -> None:
+    with Server(artifact, tmp_path / "stderr", "--host", "0.0.0.0") as server:
+        assert httpx2.get(f"{server.url}/models", headers={"host": "my.machine"}).status_code == 200
+        assert server.errors == "hint: other machines can use the model; there is no password\n"
 
 
 def test_port_that_is_taken_is_refused(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvslim.cli.options import Artifact, Threads
-from kvslim.cli.writing import RepetitionPenalty, Seed, Stop, Temperature, TopK, TopP
+from kvslim.cli.writing import Context, RepetitionPenalty, Seed, Stop, Temperature, TopK, TopP
 
 
 def chat(
@@ -17,10 +17,7 @@ def chat(
         int | None,
         typer.Option("--max-new-tokens", "-n", min=1, help="tokens of an answer at most; default: no limit"),
     ] = None,
-    context: Annotated[
-        str | None,
-        typer.Option(metavar="TOKENS", help="capacity of the cache, such as 16k; default: what the artifact is for"),
-    ] = None,
+    context: Context = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvslim.cli.options import Artifact, Json, Threads
-from kvslim.cli.writing import Context, MaxNewTokens, RepetitionPenalty, Seed, Stop, Temperature, TopK, TopP
+from kvslim.cli.writing import RepetitionPenalty, Seed, Stop, Temperature, TopK, TopP
 from kvslim.errors import UsageError
 
 
@@ -19,8 +19,12 @@ def generate(
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="send the prompt through the chat template")] = False,
     system: Annotated[str | None, typer.Option(help="the system message; implies --chat")] = None,
-    max_new_tokens: MaxNewTokens = 128,
-    context: Context = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="generate at most this many tokens")
+    ] = 128,
+    context: Annotated[
+        str | None, typer.Option(metavar="TOKENS", help="capacity of the cache, such as 16k; default: what is needed")
+    ] = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,

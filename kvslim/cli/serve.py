@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import contextlib
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvslim.cli import console
 from kvslim.cli.options import Artifact, Threads
+from kvslim.cli.writing import Context
 from kvslim.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from kvslim.runtime.completion import Usage
 
 
 def serve(
@@ -18,15 +24,13 @@ def serve(
         int | None,
         typer.Option("--max-new-tokens", "-n", min=1, help="tokens of an answer at most, whatever a client asks for"),
     ] = None,
-    context: Annotated[
-        str | None,
-        typer.Option(metavar="TOKENS", help="capacity of the cache, such as 16k; default: what the artifact is for"),
-    ] = None,
+    context: Context = None,
     threads: Threads = None,
 ) -> int:
-    """Serve an artifact to clients of OpenAI's API, one request after another.
+    """Serve an artifact to clients of OpenAI's API.
 
-    For trying it with the tools you have, on this machine. Ctrl-C answers every request that has come, and stops.
+    For trying it with the tools you have, on this machine: it answers one request after another. Ctrl-C answers every
+    request that has come, and stops.
     """
     try:
         from kvslim.serve.server import is_local, listen, url_of
@@ -34,9 +38,6 @@ def serve(
     except ModuleNotFoundError as error:
         fix = "pip install 'kvslim[serve]'"
         raise UnsupportedError(f"serving needs the package {error.name}", where="kvslim serve", fix=fix) from error
-    from kvslim.cli import console
-    from kvslim.cli.completions import usage_line
-    from kvslim.cli.failures import explained
     from kvslim.cli.inputs import read_length
     from kvslim.serve.model import ServedModel
 
@@ -46,10 +47,19 @@ def serve(
         console.print_text(f"serving {model.name} at {url_of(sock)}\n")
         if not is_local(sock):
             console.hint("hint: other machines can use the model; there is no password")
-        run(
-            model,
-            sock,
-            told=lambda usage: console.hint(usage_line(usage)),
-            failed=lambda error: console.print_error(explained(error)),
-        )
+        run(model, sock, _tell, _tell_failure)
     return 0
+
+
+def _tell(usage: Usage) -> None:
+    from kvslim.cli.completions import usage_line
+
+    with contextlib.suppress(OSError):  # nobody reads stderr any more, which is no reason to stop
+        console.hint(usage_line(usage))
+
+
+def _tell_failure(error: BaseException) -> None:
+    from kvslim.cli.failures import explained
+
+    with contextlib.suppress(OSError):
+        console.print_error(explained(error))

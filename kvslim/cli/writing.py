@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="generate at most this many tokens")]
 Context = Annotated[
-    str | None, typer.Option(metavar="TOKENS", help="capacity of the cache, such as 16k; default: what is needed")
+    str | None,
+    typer.Option(metavar="TOKENS", help="capacity of the cache, such as 16k; default: what the artifact is for"),
 ]
 Temperature = Annotated[float, typer.Option(min=0, help="0 always takes the most likely token")]
 TopK = Annotated[int, typer.Option(min=0, help="sample from this many tokens; 0 for all")]
