@@ -16,7 +16,6 @@ from kvslim.report.memory import CacheMemory
 from kvslim.types import GateResult, Measures, Plan, PlanPoint, Report
 
 if TYPE_CHECKING:
-    from kvslim.planning.analyze import Analysis
     from kvslim.validation.tasks import TaskScores
 
 RATIO = "ratio"
@@ -122,43 +121,6 @@ def decisions_table(spec: ModelSpec, plan: Plan) -> Table:
         return plan_table(plan)
     rows = ((str(layer.layer), layer.reason) for layer in plan.layers if layer.heads is not None)
     return Table(("layer", "removed"), tuple(rows), words=True)
-
-
-def parts_table(analysis: Analysis) -> Table:
-    """How important the parts of each layer are for a text, and what its cache needs."""
-    header = ("layer", "KL without attention", "MLP", "both", "influence", "rank K", "rank V", "recent", "source: K, V")
-    rows = tuple(
-        (
-            str(layer.layer),
-            *(f"{kl:.2g}" for kl in layer.part_kl),
-            f"{layer.block_influence:.2g}",
-            str(layer.key_rank),
-            str(layer.value_rank),
-            f"{layer.recent_attention:.0%}",
-            NONE
-            if layer.source is None
-            else f"{layer.source.layer}: {layer.source.key_distance:.0%}, {layer.source.value_distance:.0%}",
-        )
-        for layer in analysis.layers
-    )
-    return Table(header, rows)
-
-
-def heads_table(analysis: Analysis) -> Table:
-    """How important the heads of each layer are for a text. With many heads the numbers wrap over several lines."""
-    rows = tuple(
-        (
-            str(layer.layer),
-            str(layer.clusters),
-            *(_row(scores) for scores in (layer.kv_head_kl, layer.fluctuation, layer.taylor)),
-        )
-        for layer in analysis.layers
-    )
-    return Table(("layer", "clusters", "KL without each kv head", "fluctuation", "Taylor"), rows, words=True)
-
-
-def _row(scores: Sequence[float]) -> str:
-    return " ".join(f"{score:.1g}" for score in scores)
 
 
 def scores_table(scores: Mapping[str, TaskScores]) -> Table:
