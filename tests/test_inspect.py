@@ -338,6 +338,13 @@ def test_last_lines_answer_for_each_device_and_context(tmp_path: Path, capsys: p
     assert prompt["fp32"] < prompt["int8"] < prompt["int4"]
 
 
+def test_devices_are_named_where_none_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["inspect", str(config_only(tmp_path, "SmolLM2-135M"))]) == 0
+    assert "raspberry-pi-5-8gb" in capsys.readouterr().err
+    assert app.run(["inspect", str(tmp_path), "--device", "laptop-8gb"]) == 0
+    assert "--device" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "rows"),
     [("SmolLM2-135M", ["0-29"]), ("gemma-3-270m", ["0-4, 6-10, 12-16", "5, 11, 17"]), ("Phi-3-mini-4k", ["0-31"])],

@@ -28,7 +28,7 @@ def inspect(
     each context, and how fast it is at best.
     """
     from kvslim.cli.inputs import read_lengths
-    from kvslim.devices.profile import load_device
+    from kvslim.devices.profile import load_device, shipped_devices
     from kvslim.report.inspect import inspect as memory_of
     from kvslim.report.limits import answers, limits_table, stages_table
     from kvslim.report.tables import caches_table, layers_table
@@ -43,6 +43,8 @@ def inspect(
     console.print_text(f"weights: {memory.weights_mib:,.1f} MiB, {memory.weights}{promise}\n")
     console.print_tables(stages_table(memory), limits_table(memory))
     console.print_text("".join(f"{line}\n" for line in answers(memory)))
+    if memory.layers and not devices:
+        console.hint(f"hint: --device says what fits and how fast it is: {', '.join(shipped_devices())}")
     longest = max(lengths)
     if longest > memory.max_context:
         console.hint(f"hint: this model was made for {memory.max_context:,} positions, fewer than {longest:,}")
