@@ -149,7 +149,7 @@ FAR = SourceLayer(layer=0, key_distance=0.04, value_distance=0.2)
         (of(layer(0), layer(1, recent_attention=0.995)), "leaves 99 % of the attention of layer 1."),
         (
             of(layer(0), layer(1, key_rank=40)),
-            "keys need 40 to 60 and values 50 to 50 for 99 %: fewer bits",
+            "keys need 40 to 60 and values 50 to 50 for 99 %: half of them",
         ),
         (of(layer(0, value_rank=32)), "half of the dimensions of values can go (kv_pca)."),
         (of(layer(0), layer(1, source=NEAR)), "Caches to share (share_kv): layer 1 that of layer 0."),

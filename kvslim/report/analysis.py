@@ -157,7 +157,8 @@ def _on_windows(analysis: Analysis) -> str:
 def _on_ranks(analysis: Analysis) -> str:
     keys, values = ([getattr(layer, name) for layer in analysis.layers] for name in ("key_rank", "value_rank"))
     half = [side for side, ranks in (("keys", keys), ("values", values)) if 2 * max(ranks) <= analysis.head_dim]
-    follows = f"half of the dimensions of {' and '.join(half)} can go (kv_pca)" if half else "fewer bits come first"
+    spare_half = f"half of the dimensions of {' and '.join(half)} can go (kv_pca)"
+    follows = spare_half if half else "half of them would be too few, so take fewer bits first"
     return (
         f"Of {analysis.head_dim} dimensions keys need {min(keys)} to {max(keys)} and values {min(values)} to "
         f"{max(values)} for 99 %: {follows}."

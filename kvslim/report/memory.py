@@ -69,12 +69,12 @@ def model_caches(spec: ModelSpec) -> tuple[Cache, ...]:
 
 def recipe_precisions() -> dict[str, str]:
     """The precision whose bytes each shipped recipe takes at most: its gate on bytes refuses more."""
-    limits = {name: load_recipe(name).gates.max_kv_ratio for name in shipped_recipes()}
-    return {
-        name: next(kind for kind, bits in PRECISIONS.items() if bits <= PRECISIONS[PLAIN_PRECISION] * limit)
-        for name, limit in limits.items()
-        if limit is not None
-    }
+    found: dict[str, str] = {}
+    for name in shipped_recipes():
+        bits = PRECISIONS[PLAIN_PRECISION] * (load_recipe(name).gates.max_kv_ratio or 0)
+        if fitting := [kind for kind, size in PRECISIONS.items() if size <= bits]:
+            found[name] = fitting[0]
+    return found
 
 
 def artifact_caches(manifest: Manifest) -> tuple[Cache, ...]:
