@@ -49,10 +49,10 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def answers(text: str) -> list[dict[str, Any]]:
-    """The objects of lines, each of which is of the schema of completions."""
+    """The objects of lines, each of which is of its schema."""
     found = [json.loads(line) for line in text.splitlines()]
     for answer in found:
-        output_type("generate").model_validate({"schema": "kvslim.generate/2", **answer})
+        output_type("chat").model_validate(answer)
     return found
 
 

@@ -90,7 +90,8 @@ class Conversation:
                     console.print_text(piece)
         self.usage = usage_of(self._completer)
         if as_json:
-            console.print_json_line({"prompt": line, "completion": text, **self.usage.model_dump(mode="json")})
+            named = {"schema": console.schema_id("chat"), "prompt": line, "completion": text}
+            console.print_json_line(named | self.usage.model_dump(mode="json"))
         else:
             console.print_text("\n")
             _warn_of_a_full_cache(self.usage)
