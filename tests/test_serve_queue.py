@@ -137,6 +137,27 @@ def test_signal_in_the_middle_loses_no_answer(server: Server, long_texts: list[s
         server.client().models.list()
 
 
+def test_killed_server_leaves_no_answer_that_looks_whole(server: Server, artifact: Path, tmp_path: Path) -> None:
+    async def killed_between() -> list[str | BaseException]:
+        async with server.async_client() as client:
+            has_begun = waiting(server)
+            answers = [asyncio.ensure_future(asked(client, number, LONG)) for number in range(20)]
+            while not has_begun():
+                await asyncio.sleep(0.01)
+            server.process.kill()
+            return await asyncio.gather(*answers, return_exceptions=True)
+
+    found = asyncio.run(killed_between())
+    cut = [answer for answer in found if not isinstance(answer, str)]
+    assert cut
+    assert {isinstance(error, openai.APIConnectionError | httpx2.RemoteProtocolError) for error in cut} == {True}
+    for number, answer in enumerate(found):
+        assert not isinstance(answer, str) or answer == completed(artifact, prompt(number), LONG)
+    with Server(artifact, tmp_path / "again") as again:
+        answer = again.client().completions.create(model=MODEL, prompt="a", temperature=0)
+    assert answer.choices[0].text == completed(artifact, "a", 16)
+
+
 def test_second_interrupt_ends_at_once(server: Server) -> None:
     def body() -> dict[str, Any]:
         return {"prompt": ["a"] * 200, "max_tokens": LONG, "temperature": 0, "stream": True}
