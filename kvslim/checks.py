@@ -47,7 +47,7 @@ def check_task(recipe: Recipe, spec: ModelSpec) -> None:
     if spec.is_encoder:
         asked = [method.name for method in recipe.methods if not method.supports_encoders]
         asked += ["a budget"] * (recipe.budget is not None)
-        asked += ["weights rounded with gptq"] * (recipe.weights.method == "gptq")
+        asked += ["weights that calibration text decides"] * recipe.weights.needs_text
         misfits = asked + sorted(gates - ENCODER_GATES)
         kind, lack, fix = "an encoder", "which has no KV cache", "use `-r encoder`"
     else:
@@ -62,11 +62,17 @@ def check_task(recipe: Recipe, spec: ModelSpec) -> None:
 
 
 def check_weights(recipe: Recipe, snapshot: Snapshot) -> None:
-    """Refuses to keep the blocks of a file that has none.
+    """Refuses to keep the blocks of a file that has none, and a budget of memory for weights of one format.
 
     Raises:
-        UsageError: Naming the file.
+        UsageError: Naming the file, or the budget.
     """
+    if recipe.splits_memory and recipe.weights.type not in ("int4", "auto"):
+        raise UsageError(
+            f"weights in {recipe.weights.type} leave nothing to choose between them and the cache",
+            where="recipe: budget.memory_mib",
+            fix="give --weights int4, or limit the cache alone with --kv-mib-at",
+        )
     if recipe.weights.type == "stored" and not snapshot.has_blocks:
         raise UsageError(
             "weights: stored keeps the blocks of a GGUF file, and this model has none that can be kept",

@@ -192,11 +192,14 @@ class Recipe(Frozen):
     def _one_way(self) -> Recipe:
         if self.budget is not None and self.methods:
             raise ValueError("give methods or a budget, not both")
-        if self.budget is not None and self.budget.memory_mib is not None and self.weights.type != "int4":
-            raise ValueError("budget.memory_mib needs weights of type int4")
         if self.positions is not None and self.positions < (self.calibration.context or 0):
             raise ValueError("positions are fewer than calibration.context")
         return self
+
+    @property
+    def splits_memory(self) -> bool:
+        """Whether weights and cache share a budget of memory."""
+        return self.budget is not None and self.budget.memory_mib is not None
 
     @property
     def ordered_methods(self) -> list[Method]:
@@ -235,7 +238,7 @@ class Recipe(Frozen):
             spec: The model's shape.
             has_blocks: Whether its files have blocks that the graph can hold.
         """
-        weights = self.weights.settled(is_encoder=spec.is_encoder, has_blocks=has_blocks)
+        weights = self.weights.settled(is_encoder=spec.is_encoder, has_blocks=has_blocks and not self.splits_memory)
         return self.model_copy(update={"weights": weights})
 
     def within(self, budget: Budget) -> Recipe:

@@ -69,6 +69,5 @@ def expected(verb: str, spec: ModelSpec, recipe: Recipe, *, planned: bool = Fals
 
 
 def _of_weights(recipe: Recipe) -> tuple[str, ...]:
-    splits = recipe.budget is not None and recipe.budget.memory_mib is not None
-    probing = (PROBE_WEIGHTS,) * (splits or recipe.weights.picks) + (PROBE_CACHE,) * splits
+    probing = (PROBE_WEIGHTS,) * (recipe.splits_memory or recipe.weights.picks) + (PROBE_CACHE,) * recipe.splits_memory
     return (*probing, QUANTISE)

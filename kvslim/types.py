@@ -49,13 +49,14 @@ class WeightFormat(Frozen):
     def _check_parts(self) -> WeightFormat:
         if self.file_mib is not None and self.file_ratio is not None:
             raise ValueError("give file_mib or file_ratio, not both")
-        if self.picks and (self.type != "int4" or self.mixed or self.block or self.method == "rtn"):
+        is_int4 = self.type in ("int4", "auto")
+        if self.picks and (not is_int4 or self.mixed or self.block or self.method == "rtn"):
             raise ValueError(
                 "a limit of the file picks bits and blocks: give type int4 and method gptq or k_quant alone"
             )
-        if self.mixed and self.type != "int4":
+        if self.mixed and not is_int4:
             raise ValueError(f"mixed goes with type int4, not {self.type}")
-        if self.method == "gptq" and self.type not in ("int8", "int4"):
+        if self.method == "gptq" and not is_int4 and self.type != "int8":
             raise ValueError(f"method gptq goes with type int8 or int4, not {self.type}")
         return self
 
@@ -65,10 +66,11 @@ class WeightFormat(Frozen):
         return self.type in ("int8", "int4", "stored")
 
     def settled(self, *, is_encoder: bool, has_blocks: bool) -> WeightFormat:
-        """The format with `auto` decided."""
+        """The format with `auto` decided; where more is asked of it, that is int4."""
         if self.type != "auto":
             return self
-        kind: Any = "fp32" if is_encoder else "stored" if has_blocks else "int4"
+        keeps = has_blocks and self == WeightFormat(type="auto")
+        kind = "fp32" if is_encoder else "stored" if keeps else "int4"
         return self.model_copy(update={"type": kind})
 
     @property

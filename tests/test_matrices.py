@@ -13,7 +13,7 @@ import torch
 from support.models import CALIBRATION, VALIDATION, open_prepared, recipe_of, tokens_of, torch_logits
 
 from kvslim.devices.demand import RUNTIME_BYTES
-from kvslim.errors import GateError
+from kvslim.errors import GateError, UsageError
 from kvslim.methods import KvHdc, KvQuant, Method
 from kvslim.pipeline import compress
 from kvslim.planning import matrices
@@ -124,6 +124,8 @@ def test_artifact_keeps_the_limit_of_its_file_and_uses_it(tiny_llama: Path, tmp_
     manifest = compress(str(tiny_llama), limited(limit, method), tmp_path / "out")
     assert limit - 0.1 < file_mib(tmp_path / "out") <= limit
     assert manifest.report is not None
+    gate = next(gate for gate in manifest.report.gates if gate.name == "max_file_mib")
+    assert (gate.passed, gate.limit) == (True, limit)
     assert manifest.report.plain.kl_to_original is not None
     nodes = [node for node in ir.load(tmp_path / "out" / "model.onnx").graph if node.op_type == "MatMulNBits"]
     assert {node.attributes.get_int("bits") for node in nodes} == {4, 8}
@@ -167,6 +169,27 @@ def test_memory_goes_where_it_takes_most_loss(steep: float, cache: float) -> Non
 
 def test_memory_that_holds_neither_is_told() -> None:
     assert split(3000, 2000, lambda _: 0.0, FRONTIER, 100) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "blocks", "settled"),
+    [
+        ({}, False, "int4"),
+        ({}, True, "stored"),
+        ({"file_mib": 1}, True, "int4"),
+        ({"method": "gptq"}, True, "int4"),
+    ],
+)
+def test_format_is_the_files_own_unless_more_is_asked(given: dict[str, object], blocks: bool, settled: str) -> None:
+    weights = WeightFormat.model_validate({"type": "auto", **given})
+    assert weights.settled(is_encoder=False, has_blocks=blocks).type == settled
+    assert weights.settled(is_encoder=True, has_blocks=False).type == "fp32"
+
+
+def test_budget_of_memory_needs_bits_to_choose(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = memory_recipe(300).model_copy(update={"weights": WeightFormat(type="int8")})
+    with pytest.raises(UsageError, match="leave nothing to choose"):
+        compress(str(tiny_llama), recipe, tmp_path / "out")
 
 
 def memory_recipe(mib: float) -> Recipe:

@@ -66,7 +66,7 @@ def test_k_quant_is_at_least_as_close_as_rounding_in_every_block(name: str, to: 
     searched, rounded = (weighted_error(matrix, to, method) for method in ("k_quant", "rtn"))
     assert (searched <= rounded * (1 + 1e-4) + 1e-12).all()
     if name != "constant":
-        assert searched.sum() < 0.85 * rounded.sum()
+        assert searched.sum() < (0.85 if to.block == 32 else 0.9) * rounded.sum()
 
 
 @given(st.integers(1, 5), st.integers(1, 70), st.floats(1e-12, 1e6), st.integers(0, 99), st.sampled_from([4, 8]))

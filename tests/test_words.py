@@ -70,6 +70,12 @@ def recipes(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
         (["--max-kl", "0.02"], "name", "budget"),
         (["--max-kl", "0.02", "-r", "balanced"], "gates.max_kv_ratio", 0.25),
         (["--kv-mib-at", "1k=4"], "calibration.context", 1024),
+        (["--memory-mib", "16k=300"], "budget.memory_mib", 300),
+        (["--memory-mib", "16k=300"], "calibration.context", 16384),
+        (["--memory-mib", "16k=300"], "gates.max_memory_mib", 300),
+        (["--memory-mib", "16k=300"], "weights.type", "auto"),
+        (["--file-mib", "90"], "weights.file_mib", 90),
+        (["--file-ratio", "6", "--weights", "int4", "--set", "weights.method=gptq"], "weights.file_ratio", 6),
     ],
 )
 def test_words_are_keys_of_the_recipe(

@@ -13,12 +13,15 @@ from kvslim.cli.failures import verdict
 from kvslim.cli.options import (
     Calibration,
     DeviceName,
+    FileMib,
+    FileRatio,
     GateLimits,
     HeldOut,
     Json,
     Junit,
     MaxDrop,
     MaxKl,
+    MemoryAt,
     MibAt,
     Model,
     Overrides,
@@ -38,11 +41,14 @@ def compress(
     out: Annotated[Path, typer.Option("--out", "-o", help="the folder to write")],
     recipe: RecipeName = None,
     weights: WeightWord = None,
+    file_mib: FileMib = None,
+    file_ratio: FileRatio = None,
     context: TargetContext = None,
     calibration: Calibration = None,
     validation: HeldOut = None,
     kv_ratio: Ratio = None,
     kv_mib_at: MibAt = None,
+    memory_mib: MemoryAt = None,
     time_ratio: TimeRatio = None,
     max_kl: MaxKl = None,
     max_recall_drop: MaxDrop = None,
@@ -67,8 +73,8 @@ def compress(
     from kvslim.cli.outcome import outcome, passing_command
 
     check_target(junit, "--junit")
-    budget = read_budget(kv_ratio, kv_mib_at, time_ratio, max_kl, max_recall_drop)
-    words = read_words(weights, calibration, context, validation)
+    budget = read_budget(kv_ratio, kv_mib_at, time_ratio, max_kl, max_recall_drop, memory_mib)
+    words = read_words(weights, calibration, context, validation, file_mib, file_ratio)
     limits = read_gates(gates or ())
     decisions = read_plan(plan) if plan else None
     read = partial(read_recipe, recipe, overrides or (), gates=limits, words=words)

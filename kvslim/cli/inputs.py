@@ -114,6 +114,7 @@ def read_budget(
     time_ratio: float | None,
     max_kl: float | None,
     max_recall_drop: float | None,
+    memory_mib: str | None = None,
 ) -> Budget | None:
     """The budget that the options describe; None if there is none.
 
@@ -127,21 +128,33 @@ def read_budget(
         "--max-recall-drop": ("max_recall_drop", None if max_recall_drop is None else max_recall_drop / 100),
     }
     given = {name: value for name, value in limits.values() if value is not None}
-    if kv_mib_at is not None:
-        tokens, _, mib = kv_mib_at.partition("=")
-        try:
-            given |= {"context": read_length(tokens, "--kv-mib-at"), "kv_mib": float(mib)}
-        except ValueError:
-            raise UsageError(f"cannot read {kv_mib_at!r}", where="--kv-mib-at", fix="write 16k=64") from None
+    for option, (name, text) in {
+        "--kv-mib-at": ("kv_mib", kv_mib_at),
+        "--memory-mib": ("memory_mib", memory_mib),
+    }.items():
+        if text is not None:
+            given |= _read_mib(name, text, option)
     if not given:
         return None
     try:
         return Budget.model_validate(given)
     except ValidationError as error:
         fault = error.errors()[0]
-        options = {name: option for option, (name, _) in limits.items()} | {"kv_mib": "--kv-mib-at"}
+        options = {name: option for option, (name, _) in limits.items()} | {
+            "kv_mib": "--kv-mib-at",
+            "memory_mib": "--memory-mib",
+        }
         where = options.get(str(fault["loc"][0]), "--kv-mib-at") if fault["loc"] else "--kv-ratio, --kv-mib-at"
         raise UsageError(f"{fault['msg']}", where=where, fix="see `kvslim compress --help`") from error
+
+
+def _read_mib(name: str, text: str, option: str) -> dict[str, float]:
+    """A size at a context, such as `16k=64`."""
+    tokens, _, mib = text.partition("=")
+    try:
+        return {"context": read_length(tokens, option), name: float(mib)}
+    except ValueError:
+        raise UsageError(f"cannot read {text!r}", where=option, fix="write 16k=64") from None
 
 
 def read_gates(texts: Sequence[str]) -> Gates:
@@ -172,6 +185,8 @@ def read_words(
     calibration: str | None = None,
     context: str | None = None,
     validation: str | None = None,
+    file_mib: float | None = None,
+    file_ratio: float | None = None,
 ) -> dict[str, str]:
     """The usual options as `key=value` overrides of a recipe, with the option that each came from.
 
@@ -184,6 +199,8 @@ def read_words(
         "--calibration": ("calibration.source", calibration),
         "--context": ("calibration.context", tokens),
         "--validation": ("validation.source", validation),
+        "--file-mib": ("weights.file_mib", file_mib),
+        "--file-ratio": ("weights.file_ratio", file_ratio),
     }
     return {f"{key}={json.dumps(value)}": option for option, (key, value) in given.items() if value is not None}
 

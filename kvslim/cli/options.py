@@ -64,6 +64,21 @@ WeightWord = Annotated[
     Literal["fp32", "int8", "int4", "stored"] | None,
     typer.Option("--weights", help="how weights are stored; stored: the blocks of a GGUF; default: the recipe's"),
 ]
+FileMib = Annotated[
+    float | None,
+    typer.Option("--file-mib", help="pick bits and blocks of each matrix (int4 to int8) to lose least in such a file"),
+]
+FileRatio = Annotated[
+    float | None, typer.Option("--file-ratio", help="the same, as how many times smaller than the export in fp32")
+]
+MemoryAt = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-mib",
+        metavar="TOKENS=MIB",
+        help="budget: MiB of memory at a context, such as 16k=300, shared by int4 weights and cache",
+    ),
+]
 Calibration = Annotated[
     str | None,
     typer.Option("--calibration", metavar="FILE", help="text of your task: .txt, .jsonl or hub:DATASET"),

@@ -12,9 +12,12 @@ from kvslim.cli import console
 from kvslim.cli.options import (
     Calibration,
     DeviceName,
+    FileMib,
+    FileRatio,
     Json,
     MaxDrop,
     MaxKl,
+    MemoryAt,
     MibAt,
     Model,
     Overrides,
@@ -32,10 +35,13 @@ def plan(
     model: Model,
     recipe: RecipeName = None,
     weights: WeightWord = None,
+    file_mib: FileMib = None,
+    file_ratio: FileRatio = None,
     context: TargetContext = None,
     calibration: Calibration = None,
     kv_ratio: Ratio = None,
     kv_mib_at: MibAt = None,
+    memory_mib: MemoryAt = None,
     time_ratio: TimeRatio = None,
     max_kl: MaxKl = None,
     max_recall_drop: MaxDrop = None,
@@ -55,8 +61,8 @@ def plan(
     from kvslim.cli.outcome import expectations
 
     check_target(out, "--out")
-    budget = read_budget(kv_ratio, kv_mib_at, time_ratio, max_kl, max_recall_drop)
-    words = read_words(weights, calibration, context)
+    budget = read_budget(kv_ratio, kv_mib_at, time_ratio, max_kl, max_recall_drop, memory_mib)
+    words = read_words(weights, calibration, context, None, file_mib, file_ratio)
     read = partial(read_recipe, recipe, overrides or (), words=words)
     asked = asked_for(model, read, budget, device, tokens_per_second)
     from kvslim import api

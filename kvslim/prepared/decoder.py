@@ -26,7 +26,7 @@ from kvslim.loading.model import load_model, load_tokenizer
 from kvslim.loading.snapshot import Snapshot
 from kvslim.prepared.base import PreparedModel
 from kvslim.prepared.decoder_trials import DecoderTrials
-from kvslim.prepared.memory import with_memory_split
+from kvslim.prepared.limits import with_limits
 from kvslim.prepared.text import TextSource
 from kvslim.prepared.weights import quantise
 from kvslim.progress import Progress
@@ -59,7 +59,7 @@ class PreparedDecoder(PreparedModel):
         self.rows: QuantisedRows | None = None
         if recipe.weights.is_quantised:
             _ = self.original  # while the model still is what its files say
-            self.recipe = with_memory_split(self)
+            self.recipe = with_limits(self)
             self.rows = quantise(self)
 
     @cached_property

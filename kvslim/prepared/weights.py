@@ -66,18 +66,24 @@ def _fitted_to_text(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> 
     return rows
 
 
+def file_limit(prepared: PreparedDecoder) -> float | None:
+    """MiB that the recipe allows for the graph's files; None for no limit."""
+    weights = prepared.recipe.weights
+    return weights.file_mib or (
+        None if weights.file_ratio is None else file_mib(prepared.original) / weights.file_ratio
+    )
+
+
 def _chosen(prepared: PreparedDecoder) -> dict[str, Chosen]:
     """The matrices to quantise, and their formats: those of the recipe, or what loses least within its limit."""
-    weights = prepared.recipe.weights
-    if not weights.picks:
+    weights, limit = prepared.recipe.weights, file_limit(prepared)
+    if limit is None:
         return _matrices(prepared)
-    whole = file_mib(prepared.original)
-    limit = weights.file_mib or whole / (weights.file_ratio or 1)
     picking = matrix_picking(prepared)
     found = picking.within(limit * MIB - picking.others)
     if found is None:
         least = (picking.least + picking.others) / MIB
-        ratio = math.floor(100 * whole / least) / 100
+        ratio = math.floor(100 * file_mib(prepared.original) / least) / 100
         raise GateError(
             f"no way to store the weights takes {limit:.4g} MiB or less",
             where="weights.file_mib" if weights.file_mib else "weights.file_ratio",

@@ -1,4 +1,4 @@
-"""A budget of memory, split into one of the weights' file and one of the cache, before anything is rounded."""
+"""Limits of the weights: a file's size as a gate, and a budget of memory as shares for weights and cache."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from kvslim.devices.demand import RUNTIME_BYTES
 from kvslim.errors import GateError
 from kvslim.planning.budget import planner_of
 from kvslim.planning.split import split
-from kvslim.prepared.weights import MIB, MatrixPicking, matrix_picking
-from kvslim.recipe import Recipe
+from kvslim.prepared.weights import MIB, MatrixPicking, file_limit, matrix_picking
+from kvslim.recipe import Gates, Recipe
 
 if TYPE_CHECKING:
     from kvslim.prepared.decoder import PreparedDecoder
 
 
-def with_memory_split(prepared: PreparedDecoder) -> Recipe:
-    """The recipe of a decoder; a limit of memory becomes one of the file and one of the cache.
+def with_limits(prepared: PreparedDecoder) -> Recipe:
+    """The recipe of a decoder that is not rounded yet, with what its limits come to.
 
-    Both are priced on the model in float32: its cache is planned again once the weights are rounded.
+    A limit of the file is a gate as well, unless there is one. A limit of memory becomes one of the file and one of the
+    cache. Both are priced on the model in float32: its cache is planned again once the weights are rounded.
 
     Raises:
         GateError: Not even the smallest weights and cache fit.
@@ -28,7 +29,8 @@ def with_memory_split(prepared: PreparedDecoder) -> Recipe:
     recipe = prepared.recipe
     budget = recipe.budget
     if budget is None or budget.memory_mib is None or budget.context is None:
-        return recipe
+        limit = recipe.gates.max_file_mib or file_limit(prepared)
+        return recipe.gated(Gates(max_file_mib=limit))
     picking = matrix_picking(prepared)
     prepared.progress.stage(stages.PROBE_CACHE)
     planner = planner_of(prepared.trials(), budget.context, budget.time_ratio)
