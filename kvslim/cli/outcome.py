@@ -46,7 +46,10 @@ def outcome(
     folder = shlex.quote(str(out))
     yield f"next: open {folder}/report.html"
     if not manifest.spec.is_encoder:
-        yield f'      kvslim generate {folder} -p "Once upon a time"'
+        from kvslim.runtime.template import CONFIG, ChatTemplate
+
+        is_chat = (out / CONFIG).is_file() and ChatTemplate.exists(out)
+        yield f"      kvslim chat {folder}" if is_chat else f'      kvslim generate {folder} -p "Once upon a time"'
 
 
 def passing_command(manifest: Manifest, context: typer.Context) -> str | None:
