@@ -218,5 +218,5 @@ def test_failed_gate_names_the_whole_command_that_is_expected_to_pass(
     code, _, err = run("compress", "a model", "-o", "out", "--gate", "max_kl=0.01", *options)
     assert code == GateError.exit_code
     assert "1 of 1 gates FAILED" in err
-    kept = "--out out --weights int4 --gate max_kl=0.01 --set validation.samples=4"
+    kept = "-o out --weights int4 --gate max_kl=0.01 --set validation.samples=4"
     assert f"run `kvslim compress 'a model' {kept} -r small --force --kv-ratio 4`, the nearest size" in err
