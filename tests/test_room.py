@@ -145,8 +145,8 @@ def test_compress_keeps_to_a_device_and_tells_what_is_reached(
     assert gates["max_kv_mib"].limit == pytest.approx(room, abs=0.01)
     assert gates["max_kv_mib"].value == manifest.kv_layout.bytes_at(CONTEXT) / MIB <= gates["max_kv_mib"].limit
     assert manifest.context == CONTEXT
-    assert re.search(r"box, 2,048 tokens: 0\.13 of 0\.13 GiB \(plain cache 0\.13\), at most \S+ tokens", captured.err)
-    assert "plain cache does not fit" in captured.err
+    told = r"2,048 tokens on box \(0\.126 GiB\): plain does not fit \(129 MiB\); this one 129 MiB, up to \S+ tokens/s; "
+    assert re.search(told + r"longest context 2,048 tokens \(positions\)\n", captured.err), captured.err
     assert app.run(["plan", str(tiny_llama), "--device", name, "--json", *SETTINGS]) == 0
     told = json.loads(capsys.readouterr().out)
     assert output_type("plan").model_validate(told)

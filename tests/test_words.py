@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ def recipes(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
         asked.append(recipe)
         raise StoppedError
 
-    for verb in ("compress", "plan"):
+    for verb in ("compress", "plan", "analyze"):
         monkeypatch.setattr(f"kvslim.pipeline.{verb}", noted)
     return asked
 
@@ -87,6 +88,15 @@ def test_words_are_keys_of_the_recipe(
     for name in path.split("."):
         part = getattr(part, name)
     assert part == value
+
+
+def test_analyze_takes_the_same_words(run: Run, recipes: list[Recipe]) -> None:
+    run("analyze", "demo", "--weights", "int4", "--context", "1k", "--calibration", "a.txt")
+    run("analyze", "demo", "--data", "a.txt")
+    assert [(each.calibration.source, each.calibration.context, each.weights.type) for each in recipes] == [
+        ("a.txt", 1024, "int4"),
+        ("a.txt", None, "fp32"),
+    ]
 
 
 def test_validation_text_and_gates_of_the_user_count(run: Run, recipes: list[Recipe]) -> None:
@@ -198,6 +208,14 @@ def test_compress_ends_with_a_verdict_and_what_to_do_next(run: Run, made: Callab
     assert lines[2:] == ["next: open 'my out'/report.html", "      kvslim generate 'my out' -p \"Once upon a time\""]
 
 
+def test_next_is_a_chat_where_the_tokenizer_has_a_template(
+    run: Run, made: Callable[[Manifest], None], tmp_path: Path
+) -> None:
+    made(manifest())
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    assert run("compress", "demo", "-o", tmp_path)[2].splitlines()[-1] == f"      kvslim chat {tmp_path}"
+
+
 def test_failed_gate_names_the_whole_command_that_is_expected_to_pass(
     run: Run, made: Callable[[Manifest], None]
 ) -> None:
@@ -206,5 +224,5 @@ def test_failed_gate_names_the_whole_command_that_is_expected_to_pass(
     code, _, err = run("compress", "a model", "-o", "out", "--gate", "max_kl=0.01", *options)
     assert code == GateError.exit_code
     assert "1 of 1 gates FAILED" in err
-    kept = "--out out --weights int4 --gate max_kl=0.01 --set validation.samples=4"
+    kept = "-o out --weights int4 --gate max_kl=0.01 --set validation.samples=4"
     assert f"run `kvslim compress 'a model' {kept} -r small --force --kv-ratio 4`, the nearest size" in err

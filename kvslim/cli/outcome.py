@@ -46,7 +46,10 @@ def outcome(
     folder = shlex.quote(str(out))
     yield f"next: open {folder}/report.html"
     if not manifest.spec.is_encoder:
-        yield f'      kvslim generate {folder} -p "Once upon a time"'
+        from kvslim.runtime.template import CONFIG, ChatTemplate
+
+        is_chat = (out / CONFIG).is_file() and ChatTemplate.exists(out)
+        yield f"      kvslim chat {folder}" if is_chat else f'      kvslim generate {folder} -p "Once upon a time"'
 
 
 def passing_command(manifest: Manifest, context: typer.Context) -> str | None:
@@ -83,7 +86,7 @@ def _words(context: typer.Context) -> Iterator[str]:
         if parameter.name in LEFT_OUT or value is None or value is False:
             continue
         for one in value if isinstance(value, list | tuple) else [value]:
-            yield from [str(one)] if parameter.param_type_name == "argument" else [parameter.opts[0], str(one)]
+            yield from [str(one)] if parameter.param_type_name == "argument" else [min(parameter.opts, key=len), str(one)]
 
 
 def _verdict(report: Report) -> str:
