@@ -148,7 +148,8 @@ class PreparedDecoder(PreparedModel):
         config_json = with_transformers_js_config(self.snapshot.config())
         (folder / "config.json").write_text(config_json, encoding="utf-8")
         generation = self._generation_config()
-        generation.save_pretrained(folder)
+        # `save_pretrained` refuses what models often have: numbers for sampling, and no `do_sample`.
+        generation.to_json_file(folder / "generation_config.json")
         if layout.needs_own_runtime or not layout.is_even:
             return
         config = genai_config(self.spec, layout, generation.to_dict(), inputs=inputs)
