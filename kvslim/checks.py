@@ -97,14 +97,18 @@ def check_lengths(recipe: Recipe, spec: ModelSpec) -> None:
         UsageError: Naming the keys and the limit.
     """
     least = LEAST_TEXT if spec.is_encoder else LEAST_RECALL
-    if spec.max_context < least:
-        message = f"the model has {spec.max_context} positions, and measuring one takes {least}"
+    most, is_limited = spec.max_context, not spec.is_encoder and recipe.positions == spec.max_context
+    if most < least and is_limited:
+        message = f"an artifact of {most} positions cannot be measured, which takes {least}"
+        raise UsageError(message, where="recipe: positions", fix=f"--set positions={least}")
+    if most < least:
+        message = f"the model has {most} positions, and measuring one takes {least}"
         raise UnsupportedError(message, where="MODEL", fix="give a model for longer texts")
-    too_long = {key: length for key, length in _lengths(recipe, spec).items() if length.positions > spec.max_context}
+    too_long = {key: length for key, length in _lengths(recipe, spec).items() if length.positions > most}
     if too_long:
         needs = ", ".join(f"{key} needs {length.positions} positions" for key, length in too_long.items())
         raise UsageError(
-            f"{needs}; the model has {spec.max_context}",
+            needs + (f"; positions leaves {most}" if is_limited else f"; the model has {most}"),
             where=f"recipe: {', '.join(too_long)}",
             fix=" ".join(f"--set {key}={length.most}" for key, length in too_long.items()),
         )
@@ -128,6 +132,7 @@ def _lengths(recipe: Recipe, spec: ModelSpec) -> dict[str, _Length]:
         return lengths
     return lengths | {
         "calibration.length": _Length(calibration.length, most),
+        "calibration.context": _Length(calibration.context or 0, most),
         "validation.recall_distance": _Length(positions_of(validation.recall_distance), longest_distance(most)),
         "validation.contexts": _Length(max(recipe.timed_contexts(spec)) + 1, [most - 1]),
     }

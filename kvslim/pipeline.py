@@ -161,8 +161,8 @@ def _checked(snapshot: Snapshot, recipe: Recipe, lack: str | None = None) -> tup
     checks.check_recipe(recipe, spec)
     snapshot.check()
     checks.check_weights(recipe, snapshot)
-    for settings in (recipe.calibration, recipe.validation):
-        check_source(settings.source)
+    check_source(recipe.calibration.source, "recipe: calibration.source")
+    check_source(recipe.validation.source, "recipe: validation.source")
     return spec, recipe
 
 

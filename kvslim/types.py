@@ -25,7 +25,7 @@ from kvslim.contract import (
 class WeightFormat(Frozen):
     """How a graph stores its large matrices and its embedding table."""
 
-    type: WeightType | Literal["stored"] = Field(
+    type: Literal[WeightType, "stored"] = Field(
         "fp32", description="of all matrices; int8 and int4 in blocks of 32; stored: the blocks of a GGUF as they are"
     )
     method: WeightMethod = Field(
