@@ -90,7 +90,8 @@ class AdapterSnapshot(Snapshot):
         except ModelError:
             raise
         except Exception as error:  # peft, safetensors and torch each raise their own exception types
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            text = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            reason = (text.strip().splitlines() or [type(error).__name__])[0]
             fix = f"set base_model_name_or_path to the model that it was trained on, or {MERGE}"
             raise ModelError(f"cannot merge the adapter: {reason}", where=str(self.path), fix=fix) from error
 
