@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from kvslim.caches import ClusteredCache
 from kvslim.contract import ModelSpec
 from kvslim.errors import UnsupportedError, UsageError
+from kvslim.export.space import check_space
 from kvslim.loading.snapshot import Snapshot
 from kvslim.methods.prune_heads import check_heads
 from kvslim.methods.share_kv import check_sources
@@ -61,18 +65,32 @@ def check_task(recipe: Recipe, spec: ModelSpec) -> None:
         )
 
 
-def check_weights(recipe: Recipe, snapshot: Snapshot) -> None:
-    """Refuses to keep the blocks of a file that has none.
+def check_files(
+    snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, graphs: Mapping[Path, int] = MappingProxyType({})
+) -> None:
+    """Refuses files that cannot be read, or do not hold what the recipe asks for, and disks that are too small.
+
+    Args:
+        snapshot: The model's files.
+        spec: Its shape.
+        recipe: What is to be made.
+        graphs: How many graphs in float32, at most, are to be written into each folder. While weights are quantised,
+            one more lies with the temporary files.
 
     Raises:
-        UsageError: Naming the file.
+        KvslimError: Naming the file or the folder.
     """
+    snapshot.check()
     if recipe.weights.type == "stored" and not snapshot.has_blocks:
         raise UsageError(
             "weights: stored keeps the blocks of a GGUF file, and this model has none that can be kept",
             where=str(snapshot.path),
             fix="give a file in Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K or Q8_0, or write --set weights=int4",
         )
+    counts = Counter(graphs)
+    counts[Path(tempfile.gettempdir())] += int(recipe.weights.is_quantised)
+    graph_bytes = 2 * snapshot.stored_bytes + spec.rope_bytes
+    check_space({folder: count * graph_bytes for folder, count in counts.items()})
 
 
 def check_methods(recipe: Recipe) -> None:

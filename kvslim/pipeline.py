@@ -52,11 +52,12 @@ def compress(
         KvslimError: Anything a user can mend; `out` is then as it was before.
     """
     progress = progress or Silent()
-    snapshot = resolve(model)
-    spec, recipe = _checked(snapshot, recipe)
+    spec, recipe = _checked(resolve(model, weights=False), recipe)
     if plan is not None:
         checks.check_plan(plan, spec)
-    check_output(out, overwrite, needed_bytes=4 * snapshot.stored_bytes + 2 * spec.rope_bytes)
+    check_output(out, overwrite)
+    snapshot = resolve(model)
+    checks.check_files(snapshot, spec, recipe, {out: 2})
     with staging(out, overwrite) as folder:
         progress.stage("load")
         prepared = prepare(snapshot, spec, recipe, progress)
@@ -124,6 +125,7 @@ def validate(
     recipe = recipe.model_copy(update={"weights": manifest.weights, "positions": positions})
     snapshot = _origin(artifact, manifest.source, against)
     spec, recipe = _checked(snapshot, recipe)
+    checks.check_files(snapshot, spec, recipe, {Path(tempfile.gettempdir()): 1})
     progress.stage("load")
     prepared = prepare(snapshot, spec, recipe, progress)
     with tempfile.TemporaryDirectory(prefix="kvslim-") as folder:
@@ -152,15 +154,13 @@ def bench(artifacts: Sequence[Path], grid: Grid, *, progress: Progress | None = 
 def _checked(snapshot: Snapshot, recipe: Recipe, lack: str | None = None) -> tuple[ModelSpec, Recipe]:
     """A model's shape, and a recipe with defaults that fit it.
 
-    All that can fail cheaply fails here, before any weight is read. `lack` says what there is not without a cache.
+    All that the config tells fails here, before weights are downloaded. `lack` says what there is not without a cache.
     """
     spec = recipe.fitted(read_spec(snapshot, recipe.calibration.context))
     if lack is not None:
         checks.check_cache(spec, lack)
     recipe = recipe.shortened_to(spec)
     checks.check_recipe(recipe, spec)
-    snapshot.check()
-    checks.check_weights(recipe, snapshot)
     check_source(recipe.calibration.source, "recipe: calibration.source")
     check_source(recipe.validation.source, "recipe: validation.source")
     return spec, recipe
@@ -168,8 +168,9 @@ def _checked(snapshot: Snapshot, recipe: Recipe, lack: str | None = None) -> tup
 
 def _opened(model: str, recipe: Recipe, lack: str, progress: Progress) -> PreparedModel:
     """A checked model in memory, which must have a cache."""
+    spec, recipe = _checked(resolve(model, weights=False), recipe, lack)
     snapshot = resolve(model)
-    spec, recipe = _checked(snapshot, recipe, lack)
+    checks.check_files(snapshot, spec, recipe)
     progress.stage("load")
     return prepare(snapshot, spec, recipe, progress)
 
