@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import ModelError, NotFoundError, UnsupportedError
 from kvslim.loading.config import model_config
-from kvslim.loading.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, model_files
+from kvslim.loading.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER, model_files
 from kvslim.loading.snapshot import Snapshot, Unread
 from kvslim.loading.tokenizer import folder_tokenizer
 
@@ -75,7 +75,7 @@ class AdapterSnapshot(Snapshot):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The adapter's own tokenizer if it has one, such as one with another chat template; else the base model's."""
-        if not (self.path / "tokenizer.json").is_file():
+        if not (self.path / TOKENIZER).is_file():
             return self.base.tokenizer()
         return folder_tokenizer(self.path, config=model_config(self.config(), str(self.config_file)))
 

@@ -119,13 +119,10 @@ def load_tokenizer(snapshot: Snapshot) -> PreTrainedTokenizerBase:
         tokenizer = snapshot.tokenizer()
     except KvslimError:
         raise
-    except Exception as error:  # transformers raises several exception types for a missing or broken tokenizer
+    except Exception as error:  # what reads the tokenizer of a GGUF raises several exception types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"cannot load the tokenizer: {reason}",
-            where=str(snapshot.path),
-            fix="add tokenizer.json (save_pretrained of the tokenizer)",
-        ) from error
+        fix = "give a newer GGUF of the model, or the safetensors that the file was made from"
+        raise ModelError(f"cannot load the tokenizer: {reason}", where=str(snapshot.path), fix=fix) from error
     if not tokenizer.is_fast:
         raise ModelError(
             "the tokenizer has no tokenizer.json", where=str(snapshot.path), fix="convert it to a fast tokenizer"
