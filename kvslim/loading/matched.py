@@ -24,14 +24,14 @@ CONFIG_FIX = "use the config.json that was saved with these weights"
 TRAINED_FIX = "save it again from the model that was trained, with all its parts gathered and its scales applied"
 
 
-def check_matched(info: Mapping[str, Any], config: Any, where: str, idle: re.Pattern[str] = BUFFERS) -> None:
+def check_matched(info: Mapping[str, Any], config: Any, where: str, idle: re.Pattern[str] | None = None) -> None:
     """Refuses weights that are not those of the model that config.json describes.
 
     Args:
         info: What transformers tells of loading.
         config: The model's transformers config.
         where: The model's files.
-        idle: Names of stored tensors that the model may leave unused.
+        idle: Names of weights that the model may leave unused, beside buffers.
 
     Raises:
         ModelError: Naming the first tensor that does not match.
@@ -43,7 +43,8 @@ def check_matched(info: Mapping[str, Any], config: Any, where: str, idle: re.Pat
             where=where,
             fix=_shape_fix(different, config),
         )
-    unused = sorted(name for name in info["unexpected_keys"] if not BUFFERS.search(name) and not idle.search(name))
+    kinds = [BUFFERS] if idle is None else [BUFFERS, idle]
+    unused = sorted(name for name in info["unexpected_keys"] if not any(kind.search(name) for kind in kinds))
     if missing := sorted(info["missing_keys"]):
         if parts := _parts(missing, unused):
             message = f"the weights are parts of something larger, {' and '.join(map(repr, parts))}"

@@ -9,7 +9,7 @@ from kvslim.contract import ModelSpec
 from kvslim.errors import KvslimError, ModelError
 from kvslim.loading.config import FIX, model_config
 from kvslim.loading.encoders import ENCODERS, HEADS
-from kvslim.loading.matched import BUFFERS, check_matched, check_trained
+from kvslim.loading.matched import check_matched, check_trained
 from kvslim.loading.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def empty_model(classes: Any, snapshot: Snapshot, **options: Any) -> PreTrainedM
         raise ModelError(f"no model can be built from its config: {reason}", where=where, fix=FIX) from error
 
 
-def _load(classes: Any, snapshot: Snapshot, idle: re.Pattern[str] = BUFFERS, **options: Any) -> PreTrainedModel:
-    """The model of a task's class for its config; `idle` are names of stored tensors that it may leave unused."""
+def _load(classes: Any, snapshot: Snapshot, idle: re.Pattern[str] | None = None, **options: Any) -> PreTrainedModel:
+    """The model of a task's class for its config; `idle` are names of weights that it may leave unused."""
     where = str(snapshot.path)
     empty_model(classes, snapshot, **options)  # whatever fails later is the fault of the weights
     try:
