@@ -55,18 +55,14 @@ def prepare(model: Any, architecture: Architecture, spec: ModelSpec) -> None:
         attention.kvslim = SlimAttention(rotary, window)
         attention.kvslim.is_normed = architecture.norms_query(model.config)
         attention.get_submodule(architecture.value).register_forward_pre_hook(catch_hidden(attention.kvslim))
-    project_directly(model, architecture, spec)
+        project_directly(attention, architecture, spec)
 
 
-def project_directly(model: nn.Module, architecture: Architecture, spec: ModelSpec) -> None:
-    """Where the family allows it, gives the slim attentions the rows of query, key and value as their own."""
-    for attention in attention_modules(model, architecture):
-        slim: Any = attention.kvslim
-        if architecture.direct and not slim.is_normed:
-            _take_rows(attention, slim, architecture, spec)
-
-
-def _take_rows(attention: nn.Module, slim: SlimAttention, architecture: Architecture, spec: ModelSpec) -> None:
+def project_directly(attention: nn.Module, architecture: Architecture, spec: ModelSpec) -> None:
+    """Where the family allows it, gives a slim attention the rows of query, key and value as its own."""
+    slim: Any = attention.kvslim
+    if not architecture.direct or slim.is_normed:
+        return
     for side in SIDES:
         module = attention.get_submodule(getattr(architecture, side))
         for part in ("weight", "bias"):
