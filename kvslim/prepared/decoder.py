@@ -43,7 +43,8 @@ class PreparedDecoder(PreparedModel):
 
     Attributes:
         text: What it is calibrated and measured on.
-        rows: What the rows of its matrices are stored as; None where that is as float32.
+        rows: What the rows of its matrices are stored as; None where that is as float32, and when it is released.
+        is_quantised: Whether its weights are quantised by now.
     """
 
     def __init__(self, snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress: Progress) -> None:
@@ -55,9 +56,11 @@ class PreparedDecoder(PreparedModel):
         self.model = load_model(snapshot)
         prepare(self.model, self.architecture, spec)
         self.rows: QuantisedRows | None = None
+        self.is_quantised = False
         if recipe.weights.is_quantised:
             _ = self.original  # while the model still is what its files say
             self.rows = quantise(self)
+            self.is_quantised = True
 
     @cached_property
     def original(self) -> Path:
@@ -70,7 +73,7 @@ class PreparedDecoder(PreparedModel):
     @property
     def weights_identity(self) -> tuple[Any, ...]:
         """The recipe's format once the weights are quantised, with the text that was used."""
-        weights = WeightFormat() if self.rows is None else self.recipe.weights
+        weights = self.recipe.weights if self.is_quantised else WeightFormat()
         return weights.model_dump(), self.text.identity if weights.method == "gptq" else None
 
     @cached_property
@@ -115,7 +118,7 @@ class PreparedDecoder(PreparedModel):
             self.recipe.gates,
             context,
             self.recipe.timed_contexts(self.spec),
-            None if self.rows is None else self.original,
+            self.original if self.is_quantised else None,
             self.progress,
         )
 
