@@ -32,7 +32,7 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="seed of the sampling")] = 0,
     repetition_penalty: Annotated[
-        float, typer.Option(min=0.01, max=100, help="above 1, tokens of the text so far become less likely")
+        float, typer.Option(help="above 1, tokens of the text so far become less likely")
     ] = 1.0,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="end the answer before this text; repeat it for more")
