@@ -20,7 +20,7 @@ from kvslim.planning.analyze import analyze as analyze_layers
 from kvslim.planning.decide import PlanSummary, planned
 from kvslim.prepared.base import PreparedModel, prepare
 from kvslim.progress import Progress, Silent
-from kvslim.recipe import DEFAULT_POSITIONS, Gates, Recipe, parse_recipe
+from kvslim.recipe import Gates, Recipe, parse_recipe
 from kvslim.report.describe import describe
 from kvslim.types import KVLayout, Manifest, Plan, PlanPoint, Report, Source
 from kvslim.validation.bench import BenchResult, Grid, bench_all
@@ -120,9 +120,7 @@ def validate(
     progress = progress or Silent()
     manifest = read_runnable(artifact)
     recipe = parse_recipe(manifest.recipe, where=str(artifact)).gated(gates or Gates())
-    # Artifacts of KVSlim 0.1 have all positions of their model.
-    positions = recipe.positions or max(manifest.spec.max_context, DEFAULT_POSITIONS)
-    recipe = recipe.model_copy(update={"weights": manifest.weights, "positions": positions})
+    recipe = recipe.model_copy(update={"weights": manifest.weights, "positions": manifest.spec.max_context})
     snapshot = _origin(artifact, manifest.source, against)
     spec, recipe = _checked(snapshot, recipe)
     checks.check_files(snapshot, spec, recipe, {Path(tempfile.gettempdir()): 1})

@@ -158,7 +158,7 @@ def test_disk_is_asked_for_the_rope_of_all_positions(
     assert asked[0] > 4 * resolve(str(model)).stored_bytes
 
 
-@pytest.mark.parametrize(("stored", "asked", "expected"), [(131072, None, 131072), (512, None, 32768), (512, 512, 512)])
+@pytest.mark.parametrize(("stored", "asked", "expected"), [(131072, None, 131072), (512, None, 512), (512, 512, 512)])
 def test_model_of_an_artifact_gets_the_artifacts_positions_when_it_is_validated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: int, asked: int | None, expected: int
 ) -> None:
