@@ -47,11 +47,6 @@ class WeightFormat(Frozen):
         """Whether matrices are stored in blocks."""
         return self.type != "fp32"
 
-    @property
-    def like(self) -> WeightType:
-        """The format that costs about as much time."""
-        return "int4" if self.type == "stored" else self.type
-
     def __str__(self) -> str:
         rounded = self.type in ("int8", "int4")
         return f"{self.type} ({self.method}{', mixed' if self.mixed else ''})" if rounded else self.type

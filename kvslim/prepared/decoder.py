@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 import weakref
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from kvslim.calibrate import cache
 from kvslim.calibrate.recorder import collect
 from kvslim.calibrate.statistics import CalibrationStatistics
-from kvslim.contract import ModelSpec
+from kvslim.contract import ModelSpec, WeightType
 from kvslim.export.genai import end_tokens, genai_config
 from kvslim.export.graph import build_graph, save_graph, token_inputs
 from kvslim.export.prompts import branch_prompts
@@ -75,6 +76,17 @@ class PreparedDecoder(PreparedModel):
         """The recipe's format once the weights are quantised, with the text that was used."""
         weights = self.recipe.weights if self.is_quantised else WeightFormat()
         return weights.model_dump(), self.text.identity if weights.method == "gptq" else None
+
+    @property
+    def weights_like(self) -> WeightType:
+        """The format whose products take about as long; for the blocks of a file that of most of its numbers."""
+        kind = self.recipe.weights.type
+        if kind != "stored":
+            return kind
+        numbers = Counter[int]()
+        for matrix in [] if self.rows is None else self.rows.matrices:
+            numbers[matrix.bits] += matrix.scales.size
+        return "int8" if numbers[8] > numbers[4] else "int4"
 
     @cached_property
     def statistics(self) -> CalibrationStatistics:
