@@ -15,7 +15,7 @@ from kvslim.errors import UnsupportedError, UsageError
 from kvslim.export.space import check_space
 from kvslim.loading.snapshot import Snapshot
 from kvslim.methods.prune_heads import check_heads
-from kvslim.methods.share_kv import check_sources
+from kvslim.methods.sources import check_sources
 from kvslim.recipe import Recipe
 from kvslim.runtime.opening import check_threads
 from kvslim.types import LayerPlan, Plan
