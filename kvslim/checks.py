@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from kvslim.caches import ClusteredCache
 from kvslim.contract import ModelSpec
 from kvslim.errors import UnsupportedError, UsageError
+from kvslim.export.space import check_space
 from kvslim.loading.snapshot import Snapshot
 from kvslim.methods.prune_heads import check_heads
-from kvslim.methods.share_kv import check_sources
+from kvslim.methods.sources import check_sources
 from kvslim.recipe import Recipe
 from kvslim.runtime.opening import check_threads
 from kvslim.types import LayerPlan, Plan
@@ -35,6 +39,12 @@ def check_recipe(recipe: Recipe, spec: ModelSpec) -> None:
         method.check(spec)
     check_methods(recipe)
     check_lengths(recipe, spec)
+    if recipe.splits_memory and recipe.weights.type not in ("int4", "auto"):
+        raise UsageError(
+            f"weights in {recipe.weights.type} leave nothing to choose between them and the cache",
+            where="recipe: budget.memory_mib",
+            fix="give --weights int4, or limit the cache alone with --kv-mib-at",
+        )
 
 
 def check_task(recipe: Recipe, spec: ModelSpec) -> None:
@@ -61,24 +71,32 @@ def check_task(recipe: Recipe, spec: ModelSpec) -> None:
         )
 
 
-def check_weights(recipe: Recipe, snapshot: Snapshot) -> None:
-    """Refuses to keep the blocks of a file that has none, and a budget of memory for weights of one format.
+def check_files(
+    snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, graphs: Mapping[Path, int] = MappingProxyType({})
+) -> None:
+    """Refuses files that cannot be read, or do not hold what the recipe asks for, and disks that are too small.
+
+    Args:
+        snapshot: The model's files.
+        spec: Its shape.
+        recipe: What is to be made.
+        graphs: How many graphs in float32, at most, are to be written into each folder. While weights are quantised,
+            one more lies with the temporary files.
 
     Raises:
-        UsageError: Naming the file, or the budget.
+        KvslimError: Naming the file or the folder.
     """
-    if recipe.splits_memory and recipe.weights.type not in ("int4", "auto"):
-        raise UsageError(
-            f"weights in {recipe.weights.type} leave nothing to choose between them and the cache",
-            where="recipe: budget.memory_mib",
-            fix="give --weights int4, or limit the cache alone with --kv-mib-at",
-        )
+    snapshot.check()
     if recipe.weights.type == "stored" and not snapshot.has_blocks:
         raise UsageError(
             "weights: stored keeps the blocks of a GGUF file, and this model has none that can be kept",
             where=str(snapshot.path),
             fix="give a file in Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K or Q8_0, or write --set weights=int4",
         )
+    counts = Counter(graphs)
+    counts[Path(tempfile.gettempdir())] += int(recipe.weights.is_quantised)
+    graph_bytes = 2 * snapshot.stored_bytes + spec.rope_bytes
+    check_space({folder: count * graph_bytes for folder, count in counts.items()})
 
 
 def check_methods(recipe: Recipe) -> None:
@@ -103,14 +121,18 @@ def check_lengths(recipe: Recipe, spec: ModelSpec) -> None:
         UsageError: Naming the keys and the limit.
     """
     least = LEAST_TEXT if spec.is_encoder else LEAST_RECALL
-    if spec.max_context < least:
-        message = f"the model has {spec.max_context} positions, and measuring one takes {least}"
+    most, is_limited = spec.max_context, not spec.is_encoder and recipe.positions == spec.max_context
+    if most < least and is_limited:
+        message = f"an artifact of {most} positions cannot be measured, which takes {least}"
+        raise UsageError(message, where="recipe: positions", fix=f"--set positions={least}")
+    if most < least:
+        message = f"the model has {most} positions, and measuring one takes {least}"
         raise UnsupportedError(message, where="MODEL", fix="give a model for longer texts")
-    too_long = {key: length for key, length in _lengths(recipe, spec).items() if length.positions > spec.max_context}
+    too_long = {key: length for key, length in _lengths(recipe, spec).items() if length.positions > most}
     if too_long:
         needs = ", ".join(f"{key} needs {length.positions} positions" for key, length in too_long.items())
         raise UsageError(
-            f"{needs}; the model has {spec.max_context}",
+            needs + (f"; positions leaves {most}" if is_limited else f"; the model has {most}"),
             where=f"recipe: {', '.join(too_long)}",
             fix=" ".join(f"--set {key}={length.most}" for key, length in too_long.items()),
         )

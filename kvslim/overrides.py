@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import yaml
@@ -27,6 +27,29 @@ def overridden(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
     for override in overrides:
         _set(changed, override)
     return changed
+
+
+def at_fault(data: dict[str, Any], overrides: Sequence[str], parse: Callable[[dict[str, Any]], object]) -> list[str]:
+    """The overrides to blame for a recipe that cannot be read: each of those without which the rest can be.
+
+    Args:
+        data: The recipe, which can be read as it is.
+        overrides: As for `overridden`.
+        parse: Reads a recipe's data; it raises `UsageError` where it cannot.
+
+    Returns:
+        All of them if none is to blame alone, such as where two are wrong.
+    """
+
+    def is_read(overrides: Sequence[str]) -> bool:
+        try:
+            parse(overridden(data, overrides))
+        except UsageError:
+            return False
+        return True
+
+    blamed = [one for place, one in enumerate(overrides) if is_read([*overrides[:place], *overrides[place + 1 :]])]
+    return blamed or list(overrides)
 
 
 def one_line(error: Exception) -> str:

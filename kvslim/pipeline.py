@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from kvslim import checks, stages
 from kvslim.calibrate.corpus import check_source
 from kvslim.contract import ModelSpec
-from kvslim.errors import NotFoundError, UsageError
 from kvslim.export.manifest import read_runnable
 from kvslim.export.package import check_output, staging
 from kvslim.loading.snapshot import Snapshot
-from kvslim.loading.source import read_spec, resolve
+from kvslim.loading.source import origin, read_spec, resolve
 from kvslim.overrides import overridden
 from kvslim.planning.analyze import Analysis
 from kvslim.planning.analyze import analyze as analyze_layers
 from kvslim.planning.decide import PlanSummary, planned
 from kvslim.prepared.base import PreparedModel, prepare
 from kvslim.progress import Progress, Silent
-from kvslim.recipe import DEFAULT_POSITIONS, Gates, Recipe, parse_recipe
+from kvslim.recipe import Gates, Recipe, parse_recipe
 from kvslim.report.describe import describe
-from kvslim.types import KVLayout, Manifest, Plan, PlanPoint, Report, Source
+from kvslim.types import KVLayout, Manifest, Plan, PlanPoint, Report
 from kvslim.validation.bench import BenchResult, Grid, bench_all
 
 
@@ -53,11 +53,11 @@ def compress(
         KvslimError: Anything a user can mend; `out` is then as it was before.
     """
     progress = progress or Silent()
-    snapshot = resolve(model)
-    spec, recipe = _checked(snapshot, recipe)
+    spec, recipe = _checked(resolve(model, weights=False), recipe)
     if plan is not None:
         checks.check_plan(plan, spec)
-    check_output(out, overwrite, needed_bytes=4 * snapshot.stored_bytes + 2 * spec.rope_bytes)
+    check_output(out, overwrite)
+    snapshot, recipe = _fetched(model, spec, recipe, {out: 2})
     with staging(out, overwrite) as folder:
         stages.begin("compress", spec, recipe, progress, planned=plan is not None)
         prepared = prepare(snapshot, spec, recipe, progress)
@@ -126,11 +126,10 @@ def validate(
     progress = progress or Silent()
     manifest = read_runnable(artifact)
     recipe = parse_recipe(overridden(manifest.recipe, changes), where=str(artifact)).gated(gates or Gates())
-    # Artifacts of KVSlim 0.1 have all positions of their model.
-    positions = recipe.positions or max(manifest.spec.max_context, DEFAULT_POSITIONS)
-    recipe = recipe.model_copy(update={"weights": manifest.weights, "positions": positions})
-    snapshot = _origin(artifact, manifest.source, against)
+    recipe = recipe.model_copy(update={"weights": manifest.weights, "positions": manifest.spec.max_context})
+    snapshot = origin(artifact, manifest.source, against)
     spec, recipe = _checked(snapshot, recipe)
+    checks.check_files(snapshot, spec, recipe, {Path(tempfile.gettempdir()): 1})
     stages.begin("validate", spec, recipe, progress)
     prepared = prepare(snapshot, spec, recipe, progress)
     with tempfile.TemporaryDirectory(prefix="kvslim-") as folder:
@@ -158,43 +157,31 @@ def bench(artifacts: Sequence[Path], grid: Grid, *, progress: Progress | None = 
 def _checked(snapshot: Snapshot, recipe: Recipe, lack: str | None = None) -> tuple[ModelSpec, Recipe]:
     """A model's shape, and a recipe with defaults that fit it.
 
-    All that can fail cheaply fails here, before any weight is read. `lack` says what there is not without a cache.
+    All that the config tells fails here, before weights are downloaded. `lack` says what there is not without a cache.
     """
     spec = recipe.fitted(read_spec(snapshot, recipe.calibration.context))
     if lack is not None:
         checks.check_cache(spec, lack)
     recipe = recipe.shortened_to(spec)
     checks.check_recipe(recipe, spec)
-    snapshot.check()
-    checks.check_weights(recipe, snapshot)
-    recipe = recipe.settled(spec, has_blocks=snapshot.has_blocks)
-    for settings in (recipe.calibration, recipe.validation):
-        check_source(settings.source)
+    check_source(recipe.calibration.source, "recipe: calibration.source")
+    check_source(recipe.validation.source, "recipe: validation.source")
     return spec, recipe
+
+
+def _fetched(
+    model: str, spec: ModelSpec, recipe: Recipe, graphs: Mapping[Path, int] = MappingProxyType({})
+) -> tuple[Snapshot, Recipe]:
+    """All files of a checked model, and the recipe with what they decide; `graphs` as for `check_files`."""
+    snapshot = resolve(model)
+    recipe = recipe.settled(spec, has_blocks=snapshot.has_blocks)
+    checks.check_files(snapshot, spec, recipe, graphs)
+    return snapshot, recipe
 
 
 def _opened(model: str, recipe: Recipe, verb: str, progress: Progress) -> PreparedModel:
     """A checked model in memory, which must have a cache."""
-    snapshot = resolve(model)
-    spec, recipe = _checked(snapshot, recipe, f"nothing to {verb}")
+    spec, recipe = _checked(resolve(model, weights=False), recipe, f"nothing to {verb}")
+    snapshot, recipe = _fetched(model, spec, recipe)
     stages.begin(verb, spec, recipe, progress)
     return prepare(snapshot, spec, recipe, progress)
-
-
-def _origin(artifact: Path, source: Source, against: str | None) -> Snapshot:
-    """The model that an artifact was made from: `against`, or what its maker typed, if it is still the same."""
-    typed = f"{source.model}@{source.revision}" if source.revision else source.model
-    where, fix = ("--against" if against else str(artifact)), "give --against MODEL, the model it was made from"
-    try:
-        snapshot = resolve(against or typed)
-    except NotFoundError as error:
-        if against:
-            raise
-        raise NotFoundError(f"the model it came from is not there: {error.message}", where=where, fix=fix) from error
-    if snapshot.sha256 != source.sha256:
-        raise UsageError(
-            f"the artifact was not made from {against or typed!r} as it is now: the files have another SHA-256",
-            where=where,
-            fix=f"{fix}; if that was trained or saved again, compress it again",
-        )
-    return snapshot

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterable
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -14,7 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_serializer, 
 from kvslim.contract import Frozen, Layout, ModelSpec
 from kvslim.errors import NotFoundError, UsageError, suggestion
 from kvslim.methods import Method, method_class
-from kvslim.overrides import one_line, overridden
+from kvslim.overrides import at_fault, one_line, overridden
 from kvslim.types import WeightFormat, Weights
 from kvslim.validation.spans import LEAST_DISTANCE, longest_distance
 
@@ -63,7 +64,7 @@ class Calibration(Frozen):
     context: int | None = Field(
         None, ge=8, description="target context in tokens; default: the model's own, at most 4096"
     )
-    seed: int = Field(0, description="seed of the model's own samples, and of the positions they are moved to")
+    seed: int = Field(0, ge=0, description="seed of the model's own samples, and of the positions they are moved to")
 
     def target(self, spec: ModelSpec) -> int:
         """The target context for a model, in tokens."""
@@ -85,7 +86,7 @@ class Validation(Frozen):
         None, min_length=1, description="contexts for time per token; default 128, 1,024 and the target context"
     )
     repeats: int = Field(16, ge=3, description="interleaved timings per context")
-    seed: int = Field(1, description="seed of the model's own samples and of the recall questions")
+    seed: int = Field(1, ge=0, description="seed of the model's own samples and of the recall questions")
 
 
 class Budget(Frozen):
@@ -342,20 +343,12 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
         recipe = parse_recipe(overridden(data, changes), where=str(path))
     except UsageError as error:
         parse_recipe(data, where=str(path))  # raises if the file alone is at fault
-        raise _blamed(data, changes, error) from error
+        blamed = at_fault(data, changes, partial(parse_recipe, where=str(path)))
+        where = " ".join(f"--set {override}" for override in blamed)
+        raise UsageError(error.message, where=where, fix=error.fix) from error
     changed = {change.partition("=")[0].partition(".")[0] for change in changes}
     told = {"methods", "budget"} if recipe.methods or recipe.budget else {"methods", "budget", "weights"}
     return recipe.described() if changed & told and "description" not in changed else recipe
-
-
-def _blamed(data: dict[str, Any], overrides: tuple[str, ...], error: UsageError) -> UsageError:
-    """The error of the first override that fails alone, or else that of all of them together."""
-    for override in overrides:
-        try:
-            parse_recipe(overridden(data, [override]), where="")
-        except UsageError as own:
-            return UsageError(own.message, where=f"--set {override}", fix=own.fix)
-    return UsageError(error.message, where=" ".join(f"--set {override}" for override in overrides), fix=error.fix)
 
 
 def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
@@ -378,4 +371,6 @@ def _fault(fault: Any, data: dict[str, Any]) -> str:
     if parts[0] == "methods" and len(parts) > 2:  # the name of a method says more than its place in the list
         entry = data["methods"][int(parts[1])]
         parts[1] = entry if isinstance(entry, str) else next(iter(entry))
+    if fault["type"] == "value_error":  # of parts that do not go together, which the message names
+        return f"{'.'.join(parts)}: {fault['ctx']['error']}"
     return f"{'.'.join(parts)}: {fault['msg'][:1].lower()}{fault['msg'][1:]} (got {reprlib.repr(fault['input'])})"

@@ -25,7 +25,7 @@ from kvslim.contract import (
 class WeightFormat(Frozen):
     """How a graph stores its large matrices and its embedding table."""
 
-    type: WeightType | Literal["stored", "auto"] = Field(
+    type: Literal[WeightType, "stored", "auto"] = Field(
         "fp32",
         description="of all matrices; int8 and int4 in blocks; stored: the blocks of a GGUF as they are; "
         "auto: stored where that can be, else int4 for decoders and fp32 for encoders",

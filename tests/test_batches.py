@@ -120,9 +120,9 @@ def test_stop_string_ends_an_answer_with_its_reason(artifact: Path, capsys: pyte
         (["--file", "-", "--batch", "0"], "--batch"),
         (["--file", "-", "--batch", "9223372036854775807"], "--batch"),
         (["-p", "a", "--stop", ""], "a stop string is empty"),
-        (["-p", "a", "--repetition-penalty", "0"], "--repetition-penalty"),
-        (["-p", "a", "--repetition-penalty", "nan"], "--repetition-penalty"),
-        (["-p", "a", "--repetition-penalty", "1e300"], "--repetition-penalty"),
+        (["-p", "a", "--repetition-penalty", "0"], "a repetition penalty of 0"),
+        (["-p", "a", "--repetition-penalty", "nan"], "a repetition penalty of nan"),
+        (["-p", "a", "--repetition-penalty", "1e300"], "a repetition penalty of 1e+300"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(

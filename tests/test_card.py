@@ -1,4 +1,4 @@
-"""The model card: what it repeats of the model's own, and its header for the hub."""
+"""The model card: what it repeats of the model's own, what its numbers are of, and its header for the hub."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import yaml
 from support import tiny_hub
 from support.tiny_artifact import fill
 from support.tiny_hub import TinyHub
+from support.tiny_report import manifest as reported
 
 from kvslim.export.manifest import read_manifest
 from kvslim.loading.origin import of_gguf, source_of
 from kvslim.loading.snapshot import Snapshot
 from kvslim.loading.source import resolve
 from kvslim.report.card import model_card
-from kvslim.types import Manifest, Source
+from kvslim.types import Manifest, Measures, Source
 
 ID = "someone/model"
 CONFIG = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}
@@ -160,3 +161,11 @@ def test_card_names_no_client_that_cannot_run_the_graph(tmp_path: Path) -> None:
     assert "onnxruntime_genai" in model_card(manifest)
     assert not re.search("genai|transformers.js", card)
     assert "a cache that the caller allocates" in card
+
+
+def test_card_says_whose_activations_are_rounded_where_weights_are_quantised() -> None:
+    made, words = reported(), "KL and perplexity have activations in float32"
+    assert made.report is not None
+    assert words not in model_card(made)
+    report = made.report.model_copy(update={"original": Measures(perplexity=9.0)})
+    assert words in model_card(made.model_copy(update={"report": report}))

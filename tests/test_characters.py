@@ -9,6 +9,7 @@ from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
+from support.streams import stream_text
 from support.tiny_artifact import describe
 from support.tiny_tokenizer import byte_tokenizer, fallback_tokenizer, metaspace_tokenizer
 from support.tiny_writer import write_writer
@@ -16,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
 import kvslim
 from kvslim.cli import app
-from kvslim.runtime.characters import _BYTES, stream_text
+from kvslim.runtime.characters import _BYTES
 from kvslim.runtime.stops import StopStrings
 
 TEXTS = [

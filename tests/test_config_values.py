@@ -18,6 +18,8 @@ from kvslim.loading.generation import generation_config
 from kvslim.loading.model import load_model, load_tokenizer
 from kvslim.loading.parameters import count_parameters
 from kvslim.loading.source import read_spec, resolve
+from kvslim.prepared.decoder import PreparedDecoder
+from kvslim.types import KVLayout, Plan
 
 BROKEN = 4
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -73,6 +75,20 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str, str]] = {
         "residual_multiplier",
         "not a finite number",
     ),
+    "no_hidden_size": ("llama", CONFIG, {"hidden_size": 0}, "hidden_size", "must be positive"),
+    "no_heads": ("gpt2", CONFIG, {"n_head": 0}, "n_head", "must be positive"),
+    "no_heads_of_keys": ("mistral", CONFIG, {"num_key_value_heads": 0}, "num_key_value_heads", "must be positive"),
+    "heads_without_size": ("qwen3", CONFIG, {"head_dim": 0}, "head_dim", "must be positive"),
+    "layers_negative": ("gpt_neox", CONFIG, {"num_hidden_layers": -1}, "num_hidden_layers", "must be positive"),
+    "inner_size_negative": ("opt", CONFIG, {"ffn_dim": -96}, "ffn_dim", "must be positive"),
+    "half_a_token": ("gemma", CONFIG, {"vocab_size": 256.5}, "vocab_size", "not a whole number"),
+    "sizes_of_layers": ("llama", CONFIG, {"intermediate_size": [96, 96]}, "intermediate_size", "not a whole number"),
+    "theta_is_a_list": ("olmo2", CONFIG, rope(rope_theta=[1e4]), "rope_theta", "not a number"),
+    "share_is_an_object": ("phi", CONFIG, rope(partial_rotary_factor={}), "partial_rotary_factor", "not a number"),
+    "theta_below_float32": ("llama", CONFIG, rope(rope_theta=1e-310), "rope_theta", "too small"),
+    "softcap_below_float32": ("gemma2", CONFIG, {"final_logit_softcapping": 1e-60}, "final_logit_softcapping", "small"),
+    "multiplier_beyond_float32": ("granite", CONFIG, {"residual_multiplier": 1e60}, "residual_multiplier", "too large"),
+    "dropout_of_more_than_all": ("gpt2", CONFIG, {"attn_pdrop": 1.5}, "attn_pdrop", "at most 1"),
     "generated_end_is_text": ("llama", GENERATION, {"eos_token_id": "<|im_end|>"}, "eos_token_id", "whole number"),
     "generated_end_in_list": ("llama", GENERATION, {"eos_token_id": [1, None]}, "eos_token_id", "whole number"),
     "generated_pad_is_a_list": ("llama", GENERATION, {"pad_token_id": [1]}, "pad_token_id", "whole number"),
@@ -82,6 +98,8 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str, str]] = {
     "sampling_half_a_token": ("llama", GENERATION, {"top_k": 2.5}, "top_k", "not a whole number"),
     "sampling_over_all": ("llama", GENERATION, {"top_p": 1.5}, "top_p", "at most 1"),
     "sampling_negative": ("llama", GENERATION, {"min_p": -0.1}, "min_p", "not be negative"),
+    "sampling_maybe": ("llama", GENERATION, {"do_sample": "yes"}, "do_sample", "neither true nor false"),
+    "penalty_below_float32": ("llama", GENERATION, {"repetition_penalty": 1e-310}, "repetition_penalty", "too small"),
     "penalty_of_zero": ("llama", GENERATION, {"repetition_penalty": 0}, "repetition_penalty", "must be positive"),
 }
 
@@ -160,6 +178,27 @@ def test_value_that_changes_nothing_changes_nothing(tiny_model: ModelOf, tmp_pat
     with torch.inference_mode():
         assert torch.equal(found(tokens).logits, load_model(expected)(tokens).logits)
     assert 0 <= start_token(found.config) < found.config.vocab_size
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 0.6, "top_p": 0.9},
+        {"top_k": 1, "do_sample": False},
+        {"temperature": 0.0, "do_sample": None},
+        {"length_penalty": 0.8, "early_stopping": True},
+    ],
+)
+def test_generation_config_that_transformers_would_not_save_is_kept(
+    prepared: PreparedDecoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(prepared.model, "generation_config", generation_config({"eos_token_id": 9, **values}, "a file"))
+    prepared.write_companions(tmp_path, KVLayout.of(prepared.spec, Plan.identity(prepared.spec)), ("input_ids",))
+    written = json.loads((tmp_path / GENERATION).read_text())
+    assert written["eos_token_id"] == [9, prepared.tokenizer.eos_token_id]
+    assert {key: written.get(key) for key in values} == values
+    search = json.loads((tmp_path / "genai_config.json").read_text())["search"]
+    assert all(search[key] == value for key, value in values.items() if key in search and value is not None)
 
 
 def test_negative_tokens_of_a_generation_config_are_none() -> None:

@@ -166,4 +166,4 @@ def test_digest_follows_the_text_not_the_name(tmp_path: Path) -> None:
 def test_hub_source_is_refused_early_when_the_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(UnsupportedError, match="extra"):
-        check_source("hub:wikitext")
+        check_source("hub:wikitext", "recipe: calibration.source")

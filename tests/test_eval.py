@@ -236,6 +236,13 @@ def test_unknown_task_is_refused_with_the_closest_name(
     assert "did you mean 'demo_say'?" in err
 
 
+@pytest.mark.parametrize("other", ["b/said.jsonl", "b/said.JSONL", "said"])
+def test_tasks_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="several tasks are called 'said'"):
+        load_tasks(["a/said.jsonl", other])
+
+
 @needs_harness
 def test_task_with_a_data_set_that_cannot_be_had_is_named(run: Run, tmp_path: Path, task_folder: Path) -> None:
     fill(tmp_path)

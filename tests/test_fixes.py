@@ -1,4 +1,4 @@
-"""Defaults fit every model, and what an error says to type works when it is typed."""
+"""What an error says to type works when it is typed."""
 
 from __future__ import annotations
 
@@ -12,23 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from support.paths import ROOT
-from support.tiny_artifact import SPEC, fill
+from support.tiny_artifact import fill
 
 from kvslim import pipeline
 from kvslim.calibrate.corpus import text_windows
-from kvslim.checks import check_lengths
 from kvslim.cli import app
 from kvslim.devices.profile import load_device
-from kvslim.errors import KvslimError, UnsupportedError, UsageError
+from kvslim.errors import KvslimError, UsageError
 from kvslim.loading.tokenizer import folder_tokenizer
-from kvslim.recipe import Gates, Recipe, load_recipe
-from kvslim.transform.kl_evaluator import chained
-from kvslim.validation.bench import Grid
-from kvslim.validation.recall import capacity_for, repeated_spans
-from kvslim.validation.spans import longest_distance, positions_of
+from kvslim.recipe import Gates, load_recipe
 
 READY = 77
 
@@ -54,6 +48,7 @@ PRINTED = {
     ("checks.py", "make an artifact with `kvslim compress MODEL -r encoder -o OUT`"),
     ("checks.py", "make one for this model with `kvslim plan MODEL -o plan.json`"),
     ("checks.py", "--set {key}={length.most}"),
+    ("checks.py", "--set positions={least}"),
     ("checks.py", "give a file in Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K or Q8_0, or write --set weights=int4"),
     ("checks.py", "use `-r encoder`"),
     ("checks.py", "use `-r balanced`"),
@@ -168,6 +163,18 @@ CASES: dict[str, tuple[Case, int]] = {
         ],
         READY,
     ),
+    "a target context beyond the positions": (
+        lambda i: ["plan", i.model(max_position_embeddings=300), "-r", "small", *i.sets("calibration.context=4096")],
+        READY,
+    ),
+    "lengths beyond the positions that are asked for": (
+        lambda i: ["plan", i.tiny, "-r", "lossless", *i.sets("positions=100", "validation.length=200")],
+        READY,
+    ),
+    "positions without room for a question": (
+        lambda i: ["plan", i.tiny, "-r", "lossless", *i.sets("positions=16")],
+        READY,
+    ),
     "lengths of an encoder": (
         lambda i: [
             "compress",
@@ -275,98 +282,3 @@ def test_shorter_windows_are_as_long_as_the_text(tiny_llama: Path, tokens: int, 
 
 def test_sentences_are_asked_for_in_a_way_that_works() -> None:
     assert load_recipe("encoder", ["calibration.samples=256"]).calibration.samples == 256
-
-
-@pytest.mark.parametrize("positions", [49, 50, 64, 100, 255, 256, 512, 700, 1024])
-@pytest.mark.parametrize("recipe", ["balanced", "small", "lossless"])
-def test_defaults_fit_every_model(recipe: str, positions: int) -> None:
-    spec = SPEC.model_copy(update={"max_context": positions})
-    fitted = load_recipe(recipe).shortened_to(spec)
-    check_lengths(fitted, spec)
-    assert fitted.validation.length == fitted.calibration.length == min(512, positions)
-    assert max(fitted.validation.prompts) <= positions
-    assert Recipe.model_validate(fitted.model_dump()).shortened_to(spec) == fitted
-
-
-def test_what_is_set_is_not_shortened() -> None:
-    spec = SPEC.model_copy(update={"max_context": 256})
-    fitted = load_recipe("lossless", ["validation.length=300", "validation.prompts=[500]"]).shortened_to(spec)
-    assert (fitted.validation.length, fitted.validation.prompts) == (300, (500,))
-    with pytest.raises(UsageError, match=r"validation.length needs 300 positions, validation.prompts needs 500"):
-        check_lengths(fitted, spec)
-
-
-@pytest.mark.parametrize("positions", [1, 16, 48])
-def test_model_without_room_for_a_question_is_refused(positions: int) -> None:
-    spec = SPEC.model_copy(update={"max_context": positions})
-    with pytest.raises(UnsupportedError, match=f"the model has {positions} positions"):
-        check_lengths(load_recipe("lossless").shortened_to(spec), spec)
-
-
-@pytest.mark.parametrize("distance", [16, 31, 32, 100, 159, 512, 2000])
-def test_positions_of_recall_are_those_that_its_questions_take(distance: int) -> None:
-    windows = np.random.default_rng(0).integers(1, 200, (4, 64))
-    windows[:, 0] = 0  # a token that starts every text
-    needed = positions_of(distance)
-    assert capacity_for(repeated_spans(windows, count=40, distance=distance)) == needed
-    (tokens, _), *_ = chained(repeated_spans(windows, count=12, distance=distance))
-    assert len(tokens) <= needed
-    assert longest_distance(needed) == distance
-    assert longest_distance(needed - 1) < distance
-
-
-@pytest.mark.parametrize(
-    ("positions", "prompts", "contexts"),
-    [(4096, (128, 512), (128, 1024)), (1024, (128, 512), (128,)), (512, (128, 512), (128,)), (100, (100,), (99,))],
-)
-def test_bench_has_default_lengths_that_all_artifacts_take(
-    positions: int, prompts: tuple[int, ...], contexts: tuple[int, ...]
-) -> None:
-    specs = [SPEC.model_copy(update={"max_context": most}) for most in (8192, positions)]
-    grid = Grid().shortened_to(specs)
-    assert (grid.prompts, grid.contexts) == (prompts, contexts)
-    assert Grid(prompts=(9999,), contexts=(1,)).shortened_to(specs).prompts == (9999,)
-
-
-BLAMED = {
-    "a key that is unknown": (["calibration.sampels=3"], "--set calibration.sampels=3", "calibration.sampels: extra"),
-    "a value out of range": (["validation.samples=1"], "--set validation.samples=1", "greater than or equal to 2"),
-    "a value of another type": (["compensate=perhaps"], "--set compensate=perhaps", "compensate: input should be"),
-    "an option of a method": (["methods.kv_quant.bits=5"], "--set methods.kv_quant.bits=5", "methods.kv_quant.bits:"),
-    "the second of two": (["weights=int4", "layout=gqq"], "--set layout=gqq", "layout: input should be"),
-    "a method that is unknown": (["methods=[kv_quand]"], "--set methods=[kv_quand]", "unknown method"),
-    "two that do not go together": (
-        ["weights.type=int8", "weights.mixed=true"],
-        "--set weights.mixed=true",
-        "mixed goes with type int4",
-    ),
-    "two that fail only together": (
-        ["methods=[]", "budget={kv_mib: 4, context: 64, kv_ratio: 2}"],
-        "--set budget={kv_mib: 4, context: 64, kv_ratio: 2}",
-        "kv_ratio or kv_mib, not both",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BLAMED)
-def test_wrong_set_is_blamed_on_itself(name: str) -> None:
-    overrides, where, words = BLAMED[name]
-    with pytest.raises(UsageError, match=re.escape(words)) as error:
-        load_recipe("lossless", overrides)
-    assert error.value.where == where
-
-
-def test_sets_that_fail_together_are_named_together() -> None:
-    overrides = ["methods=[]", "methods.kv_pca.rank=8"]
-    Path("mine.yaml").write_text("methods: [{kv_pca: {rank: 16}}]")
-    with pytest.raises(UsageError, match="no method 'kv_pca'") as error:
-        load_recipe("mine.yaml", overrides)
-    assert error.value.where == "--set methods=[] --set methods.kv_pca.rank=8"
-
-
-def test_file_is_blamed_for_its_own_faults_and_mended_by_a_set() -> None:
-    Path("mine.yaml").write_text("methods: [{kv_quant: {bits: 3}}]")
-    with pytest.raises(UsageError, match=r"methods\.kv_quant\.bits") as error:
-        load_recipe("mine.yaml", ["calibration.samples=8"])
-    assert error.value.where == "mine.yaml"
-    assert load_recipe("mine.yaml", ["methods.kv_quant.bits=4"]).methods

@@ -117,6 +117,28 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json")
 ON_BASE = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base"})
 
 
+TEXT_GONE = ("--set", "calibration.source=gone.txt")
+REFUSED: dict[str, list[str]] = {
+    "a text that is not there": ["compress", ID, "-o", "out", *TEXT_GONE],
+    "a folder that is taken": ["compress", ID, "-o", "."],
+    "a plan of another model": ["compress", ID, "-o", "out", "--plan", "plan.json"],
+    "a length beyond the positions": ["plan", ID, "--set", "validation.length=99999"],
+    "a recipe for encoders": ["plan", ID, "-r", "encoder"],
+    "data that is not there": ["analyze", ID, "--data", "gone.jsonl"],
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_weights_are_not_downloaded_for_what_is_refused(
+    hub: TinyHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str
+) -> None:
+    write(hub, *NEEDED["one file"], *CLUTTER)
+    monkeypatch.chdir(tmp_path)
+    Path("plan.json").write_text('{"layers": [{"layer": 0}]}')
+    assert app.run(REFUSED[case]) in {2, 4, 5}
+    assert hub.fetched == {ID: {"config.json"}}
+
+
 def test_adapter_and_its_base_are_downloaded_as_far_as_needed(hub: TinyHub) -> None:
     write(hub, *ADAPTER, "optimizer.pt", "training_args.bin", adapter_config_json=ON_BASE)
     write(hub, *NEEDED["one file"], *CLUTTER, repository="org/base")

@@ -43,6 +43,17 @@ def scaled(name: str, factor: float, shift: float = 0.0) -> Edit:
     return lambda tensors: tensors[name].mul_(factor).add_(shift)
 
 
+def inside(*fronts: str) -> Edit:
+    """The names that a tool writes which saves a module of its own, with the model in it."""
+
+    def edit(tensors: Tensors) -> None:
+        stored = dict(tensors)
+        tensors.clear()
+        tensors.update({front + name: tensor.clone() for front in fronts for name, tensor in stored.items()})
+
+    return edit
+
+
 def in_float8(tensors: Tensors) -> None:
     """Codes of float8 whose scales are gone too."""
     for name, weight in tensors.items():
@@ -59,7 +70,19 @@ BROKEN: dict[str, tuple[Edit, dict[str, Any], str, str]] = {
     "scales_of_rows": (added(f"{MLP}.up_proj.scales", 96), {}, "up_proj.scales", "quantization_config"),
     "hidden_size": (lambda _: None, {"intermediate_size": 128}, r"has shape \[64, 96\]", SAVED_CONFIG),
     "vocabulary": (lambda _: None, {"vocab_size": 270}, r"asks for \[270, 64\]", "set vocab_size to 257"),
-    "lacking": (lambda tensors: tensors.pop("model.norm.weight"), {}, "1 weights are missing", SAVED_CONFIG),
+    "lacking": (lambda tensors: tensors.pop("model.norm.weight"), {}, "1 weight is missing", SAVED_CONFIG),
+    "head": (lambda tensors: tensors.pop("lm_head.weight"), {}, "1 weight is missing", "tie_word_embeddings to true"),
+    "in_ema": (inside("ema_model."), {}, "parts of something larger, 'ema_model'$", "the part that is the model alone"),
+    "in_policy": (inside("policy.net."), {}, "something larger, 'policy.net'$", "the part that is the model alone"),
+    "in_two": (inside("teacher.", "student."), {}, "larger, 'student' and 'teacher'$", "is the model alone"),
+    "rows_of_the_head": (
+        lambda tensors: tensors.update({"lm_head.weight": torch.ones(264, 64)}),
+        {},
+        r"\[264, 64\], and config.json asks for \[257, 64\]",
+        SAVED_CONFIG,
+    ),
+    "norm_of_zeros": (scaled("model.norm.weight", 0), {}, "model.norm.* makes all zeros", "trained"),
+    "norm_of_a_layer": (scaled("model.layers.1.input_layernorm.weight", 0), {}, r"1\.input_.* all zeros", "trained"),
     "zero": (scaled(f"{ATTENTION}.o_proj.weight", 0), {}, "nobody trained .*o_proj.* all zero", "trained"),
     "constant": (scaled(f"{MLP}.gate_proj.weight", 0, 0.02), {}, "gate_proj.* all alike", "trained"),
     "vanishing": (scaled("model.embed_tokens.weight", 1e-12), {}, "embed_tokens.* all alike", "trained"),
@@ -95,8 +118,15 @@ def test_codes_are_refused_when_the_scale_of_one_of_them_is_lost(tiny_llama: Pat
     quantization = {"quant_method": "fp8", "weight_block_size": None}
     write_codes(tiny_llama, tmp_path / "codes", quantization, fp8_whole)
     lost = edited(tmp_path / "codes", tmp_path / "model", lambda tensors: tensors.pop(f"{MLP}.up_proj.weight"))
-    with pytest.raises(ModelError, match="1 weights are missing"):
+    with pytest.raises(ModelError, match="1 weight is missing"):
         load_model(resolve(str(lost)))
+
+
+def test_norm_of_zeros_is_one_that_passes_all_on_where_the_family_adds_one(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = edited(tiny_model("gemma"), tmp_path / "model", scaled("model.norm.weight", 0))
+    assert load_model(resolve(str(model))).model.norm(torch.ones(1, 64)).all()
 
 
 IDLE: dict[str, tuple[str, Edit]] = {

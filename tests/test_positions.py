@@ -14,7 +14,7 @@ import pytest
 from support.models import open_prepared, original_logits, recipe_of, torch_logits
 from support.tiny_artifact import fill
 
-from kvslim import pipeline
+from kvslim import checks, pipeline
 from kvslim.contract import ModelSpec
 from kvslim.errors import OutputError, UsageError
 from kvslim.export.manifest import read_manifest, write_manifest
@@ -146,11 +146,11 @@ def test_disk_is_asked_for_the_rope_of_all_positions(
     model = with_config(tiny_llama, tmp_path / "model", max_position_embeddings=MILLION)
     asked: list[int] = []
 
-    def check(out: Path, overwrite: bool, needed_bytes: int) -> None:
-        asked.append(needed_bytes)
-        raise OutputError("full", where=str(out), fix="free some space")
+    def check(needed_bytes: dict[Path, int]) -> None:
+        asked.append(needed_bytes[tmp_path / "out"])
+        raise OutputError("full", where="here", fix="free some space")
 
-    monkeypatch.setattr(pipeline, "check_output", check)
+    monkeypatch.setattr(checks, "check_space", check)
     for recipe in (recipe_of(), recipe_of().model_copy(update={"positions": MILLION})):
         with pytest.raises(OutputError):
             pipeline.compress(str(model), recipe, tmp_path / "out")
@@ -158,7 +158,7 @@ def test_disk_is_asked_for_the_rope_of_all_positions(
     assert asked[0] > 4 * resolve(str(model)).stored_bytes
 
 
-@pytest.mark.parametrize(("stored", "asked", "expected"), [(131072, None, 131072), (512, None, 32768), (512, 512, 512)])
+@pytest.mark.parametrize(("stored", "asked", "expected"), [(131072, None, 131072), (512, None, 512), (512, 512, 512)])
 def test_model_of_an_artifact_gets_the_artifacts_positions_when_it_is_validated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: int, asked: int | None, expected: int
 ) -> None:

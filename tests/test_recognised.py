@@ -15,7 +15,7 @@ from support.tiny_artifact import fill
 from support.tiny_gguf import write_gguf
 
 from kvslim.cli import app
-from kvslim.errors import UnsupportedError
+from kvslim.errors import NotFoundError, UnsupportedError
 from kvslim.loading.architecture import architecture_of
 from kvslim.loading.model import load_model
 from kvslim.loading.source import read_spec, resolve
@@ -140,6 +140,25 @@ CASES: dict[str, tuple[Callable[[Place], Path], int, str, str]] = {
     ),
     "flax": (lambda p: p.instead("flax_model.msgpack"), MISSING, "Flax weights", "from_flax=True"),
     "onnx_export": (lambda p: p.instead("onnx/model.onnx"), MISSING, "an ONNX export", "exported from"),
+    "openvino": (
+        lambda p: p.instead("openvino_model.xml", "openvino_model.bin"),
+        MISSING,
+        "an OpenVINO export",
+        "exported from",
+    ),
+    "executorch": (lambda p: p.instead("model.pte"), MISSING, "an ExecuTorch export", "exported from"),
+    "shards_alone": (
+        lambda p: p.instead("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+        MISSING,
+        "shards without their index",
+        "add model.safetensors.index.json",
+    ),
+    "half_precision": (
+        lambda p: p.instead("model.fp16.safetensors"),
+        MISSING,
+        "safetensors of another name",
+        "name the file model.safetensors",
+    ),
     "pickles": (lambda p: p.instead("pytorch_model-00001-of-00002.bin"), MISSING, "can run code", "save_pretrained"),
     "pointer": (lambda p: p.pointer(), BROKEN, "a pointer of Git LFS", "git lfs pull"),
     "gguf_of_an_adapter": (lambda p: p.gguf(general__type="adapter"), BROKEN, "no model but 'adapter'", "merged"),
@@ -251,6 +270,38 @@ def test_longrope_is_known_by_its_first_names(
     tokens = torch.arange(40)[None]
     with torch.inference_mode():
         assert torch.equal(load_model(snapshot)(tokens).logits, load_model(resolve(str(model)))(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["https://huggingface.co/org/name", "huggingface.co/org/name/tree/main", "https://hf.co/org/name?library=gguf"],
+)
+def test_page_of_a_model_is_answered_by_its_id(page: str) -> None:
+    with pytest.raises(NotFoundError) as error:
+        resolve(page)
+    assert error.value.fix == "give the hub id: org/name"
+
+
+@pytest.mark.parametrize("name", ["", "gone/", "/gone", "./a/b", "~/gone", "a/b/c", "a//b", "a/b.gguf"])
+def test_what_cannot_be_an_id_is_not_looked_for_on_the_hub(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tiny_llama)
+    with pytest.raises(NotFoundError, match="is not a model folder"):
+        resolve(name)
+
+
+def test_folder_that_could_be_an_id_is_not_looked_for_on_the_hub_when_it_is_gone(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_llama, "models/mine")
+    (tmp_path / "models/sha256-12ab").write_bytes(write_gguf(tiny_llama, tmp_path / "a.gguf").read_bytes())
+    found = [resolve(name) for name in ("models/mine", "models/sha256-12ab")]
+    shutil.rmtree("models")
+    for snapshot in found:
+        with pytest.raises(NotFoundError, match="is not a model folder"):
+            resolve(snapshot.model)
 
 
 def test_gguf_is_known_by_its_first_bytes(tiny_llama: Path, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from support.tiny_graph import write_tiny
 
 from kvslim.errors import UsageError
 from kvslim.runtime.session import DecodeSession
-from kvslim.validation.quality import Quality, measure_all, measure_quality
+from kvslim.validation.quality import measure_all, measure_floor, measure_quality
+from kvslim.validation.tally import Quality
 
 WINDOWS = np.random.default_rng(0).integers(24, size=(5, 37))
 
@@ -81,11 +82,15 @@ def test_measure_all_equals_single_measurements_when_columns_are_compared(
     assert report.artifact == measure_quality(plain, artifact, WINDOWS)
     assert (report.plain.kl_mean, report.plain.top1_agreement) == (0, 1)
     assert report.plain.perplexity == pytest.approx(measure_quality(plain, plain_again, WINDOWS).perplexity)
-    assert 0 < report.floor.kl_mean < 1e-9
-    assert math.isnan(report.floor.perplexity)
 
 
-def test_measure_all_takes_the_floor_of_a_few_beginnings_when_counting_tokens(
+def test_floor_is_noise_and_has_no_perplexity(plain: DecodeSession) -> None:
+    floor = measure_floor(plain, WINDOWS)
+    assert 0 < floor.kl_mean < 1e-9
+    assert math.isnan(floor.perplexity)
+
+
+def test_floor_is_taken_of_a_few_beginnings_when_counting_tokens(
     plain: DecodeSession, artifact: DecodeSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvslim.validation.quality.FLOOR_TOKENS", 20)
@@ -98,11 +103,13 @@ def test_measure_all_takes_the_floor_of_a_few_beginnings_when_counting_tokens(
 
     monkeypatch.setattr(DecodeSession, "step", counting)
     measure_all(plain, artifact, WINDOWS)
+    assert list(counts.values()) == [WINDOWS.size, WINDOWS.size]
+    measure_floor(plain, WINDOWS)
     assert list(counts.values()) == [WINDOWS.size + 2 * 4 * 20, WINDOWS.size]
 
 
 def test_kl_is_told_by_position_when_one_text_is_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvslim.validation.quality.FIRST_BOUND", 10)
+    monkeypatch.setattr("kvslim.validation.tally.FIRST_BOUND", 10)
     graphs = write_tiny(tmp_path / "plain.onnx"), write_tiny(tmp_path / "artifact.onnx", noise=0.05)
     plain, artifact = (DecodeSession(graph, capacity=60) for graph in graphs)
     long = np.random.default_rng(1).integers(24, size=60)
@@ -123,7 +130,7 @@ def test_a_long_text_counts_as_many_pieces_when_errors_are_told(
     pieces = [measure_quality(plain, artifact, [long]).kl_mean]
     counts: list[int] = []
     monkeypatch.setattr(
-        "kvslim.validation.quality._mean_and_error",
+        "kvslim.validation.tally._mean_and_error",
         lambda means: counts.append(len(means)) or (float(np.mean(means)), math.nan),
     )
     found = measure_quality(plain, artifact, [WINDOWS[1, :12], long])

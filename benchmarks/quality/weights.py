@@ -16,7 +16,7 @@ from benchmarks.texts import BRIEF, LENGTH
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import WeightFormat
 from kvslim.validation.measure import file_mib
-from kvslim.validation.quality import measure_all, measure_quality
+from kvslim.validation.quality import measure_all, measure_floor, measure_quality
 
 FORMATS: dict[str, WeightFormat] = {
     str(format_): format_
@@ -133,11 +133,12 @@ def weights_and_cache(
                 measure_all(*(_opened(graph, model.windows, floats) for graph in (plain, folder)), model.windows)
                 for floats in (True, False)
             )
+            floor = measure_floor(_opened(plain, model.windows, False), model.windows)
             yield {
                 "weights": f"{name}, {method}",
                 "kl": found.artifact.kl_mean,
                 "kl_as_run": as_run.artifact.kl_mean,
-                "floor": as_run.floor.kl_mean,
+                "floor": floor.kl_mean,
             }
         model.release()
 

@@ -24,8 +24,12 @@ LINES = 'write one {"text": ...} or {"prompt": ..., "completion": ...} per line'
 CALIBRATION_SHARE, VALIDATION_SHARE = (0.0, 0.8), (0.8, 1.0)  # of one text that serves both
 
 
-def check_source(source: str) -> None:
+def check_source(source: str, where: str) -> None:
     """Fails early when a text source cannot be read.
+
+    Args:
+        source: As for `text_windows`.
+        where: The key that names it, for errors.
 
     Raises:
         NotFoundError: The file does not exist.
@@ -35,8 +39,11 @@ def check_source(source: str) -> None:
     if source == "self":
         return
     if source.startswith("hub:"):
-        _datasets()
+        _datasets(where)
         return
+    if not Path(source).is_file():
+        fix = "give self, a .txt or .jsonl file, or hub:DATASET"
+        raise NotFoundError(f"no text file {source!r}", where=where, fix=fix)
     _read_file(Path(source))
 
 
@@ -219,10 +226,6 @@ def _read_file(path: Path) -> str:
 
 def _pieces(path: Path) -> list[tuple[str, bool]]:
     """The text of a file in order; prompts apart from completions, of which alone it is said that they count."""
-    if not path.is_file():
-        raise NotFoundError(
-            f"no text file {str(path)!r}", where="source", fix="give self, a .txt or .jsonl file, or hub:"
-        )
     if is_json_lines(path):
         records = [_texts(record, where) for where, record in read_objects(path, LINES)]
         pieces = [piece for record in records for piece in (*record, ("\n\n", False))][:-1]
@@ -256,12 +259,12 @@ def _texts(record: dict[str, Any], where: str) -> list[tuple[str, bool]]:
     raise UsageError("no text in this line", where=where, fix=LINES)
 
 
-def _datasets() -> Any:
+def _datasets(where: str) -> Any:
     try:
         import datasets
     except ImportError as error:
         raise UnsupportedError(
-            "hub data sets need the `hub` extra", where="source", fix="pip install 'kvslim[hub]'"
+            "hub data sets need the `hub` extra", where=where, fix="pip install 'kvslim[hub]'"
         ) from error
     return datasets
 
@@ -269,12 +272,12 @@ def _datasets() -> Any:
 def _hub_text(source: str) -> str:
     name, _, split = source.removeprefix("hub:").partition(":")
     try:
-        rows = _datasets().load_dataset(name, split=split or "train")
+        rows = _datasets(source).load_dataset(name, split=split or "train")
     except Exception as error:  # datasets raises many types for a missing set or no network
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise NotFoundError(
-            f"cannot load data set {name!r}: {reason}", where="source", fix="check its name, or give a text file"
+            f"cannot load data set {name!r}: {reason}", where=source, fix="check its name, or give a text file"
         ) from error
     if "text" not in rows.column_names:
-        raise UsageError(f"data set {name!r} has no column `text`", where="source", fix="give a JSONL file instead")
+        raise UsageError(f"data set {name!r} has no column `text`", where=source, fix="give a JSONL file instead")
     return "\n\n".join(rows["text"])

@@ -15,7 +15,8 @@ from kvslim.calibrate.statistics import HeadStatistics
 from kvslim.contract import ModelSpec
 from kvslim.loading.architecture import Architecture
 from kvslim.progress import Progress
-from kvslim.transform.surgery import attention_modules, projection
+from kvslim.transform.projections import projection
+from kvslim.transform.surgery import attention_modules
 
 Texts = Sequence[Sequence[int]]
 

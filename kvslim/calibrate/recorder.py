@@ -24,7 +24,8 @@ from kvslim.contract import ModelSpec
 from kvslim.loading.architecture import Architecture
 from kvslim.progress import Progress
 from kvslim.transform.attention import Observed, SlimAttention
-from kvslim.transform.surgery import attention_modules, projection, slim_modules
+from kvslim.transform.projections import projection
+from kvslim.transform.surgery import attention_modules, slim_modules
 
 Array = np.ndarray
 

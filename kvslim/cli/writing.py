@@ -16,9 +16,7 @@ TopP = Annotated[
     float, typer.Option(min=0, max=1, help="sample from the most likely tokens that together have this probability")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="seed of the sampling")]
-RepetitionPenalty = Annotated[
-    float, typer.Option(min=0.01, max=100, help="above 1, tokens of the text so far become less likely")
-]
+RepetitionPenalty = Annotated[float, typer.Option(help="above 1, tokens of the text so far become less likely")]
 Stop = Annotated[
     list[str] | None, typer.Option(metavar="TEXT", help="end the answer before this text; repeat it for more")
 ]

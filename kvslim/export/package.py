@@ -22,16 +22,15 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 LOCK_TRIES = 8
 
 
-def check_output(out: Path, overwrite: bool = False, needed_bytes: int = 0) -> None:
+def check_output(out: Path, overwrite: bool = False) -> None:
     """Fails early when `out` could not be written at the end.
 
     Args:
         out: The folder to be.
         overwrite: Whether an artifact that is already there may be replaced.
-        needed_bytes: What the new folder will take on the disk, about.
 
     Raises:
-        OutputError: `out` is taken, its parent cannot be written, or the disk is too small.
+        OutputError: `out` is taken, or its parent cannot be written.
     """
     out = _real(out)
     with _output_errors(out):
@@ -39,13 +38,6 @@ def check_output(out: Path, overwrite: bool = False, needed_bytes: int = 0) -> N
         _check_taken(out, overwrite)
         parent = _existing_parent(out)
         os.rmdir(tempfile.mkdtemp(prefix=".kvslim-probe-", dir=parent))  # noqa: PTH106 (a string from mkdtemp)
-        free = shutil.disk_usage(parent).free
-    if free < needed_bytes:
-        raise OutputError(
-            f"not enough space: about {needed_bytes / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free",
-            where=str(parent),
-            fix="free some space, or give another --out",
-        )
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import ModelError, NotFoundError, UnsupportedError
 from kvslim.loading.config import model_config
-from kvslim.loading.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, model_files
+from kvslim.loading.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER, model_files
 from kvslim.loading.snapshot import Snapshot, Unread
 from kvslim.loading.tokenizer import folder_tokenizer
 
@@ -79,7 +79,7 @@ class AdapterSnapshot(Snapshot):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The adapter's own tokenizer if it has one, such as one with another chat template; else the base model's."""
-        if not (self.path / "tokenizer.json").is_file():
+        if not (self.path / TOKENIZER).is_file():
             return self.base.tokenizer()
         return folder_tokenizer(self.path, config=model_config(self.config(), str(self.config_file)))
 
@@ -94,7 +94,8 @@ class AdapterSnapshot(Snapshot):
         except ModelError:
             raise
         except Exception as error:  # peft, safetensors and torch each raise their own exception types
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            text = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            reason = (text.strip().splitlines() or [type(error).__name__])[0]
             fix = f"set base_model_name_or_path to the model that it was trained on, or {MERGE}"
             raise ModelError(f"cannot merge the adapter: {reason}", where=str(self.path), fix=fix) from error
 

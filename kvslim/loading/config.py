@@ -26,7 +26,30 @@ HOW_TO_RUN = frozenset(
     }
 )
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-POSITIVE = frozenset(
+SIZES = frozenset(
+    {
+        "dim",
+        "ffn_dim",
+        "head_dim",
+        "hidden_dim",
+        "hidden_size",
+        "intermediate_size",
+        "max_position_embeddings",
+        "n_embd",
+        "n_head",
+        "n_heads",
+        "n_inner",
+        "n_layer",
+        "n_layers",
+        "n_positions",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "vocab_size",
+        "word_embed_proj_dim",
+    }
+)
+POSITIVE = SIZES | frozenset(
     {
         "attention_factor",
         "attn_logit_softcapping",
@@ -48,15 +71,31 @@ POSITIVE = frozenset(
         "short_factor",
     }
 )
-SHARES = frozenset({"min_p", "partial_rotary_factor", "rotary_pct", "top_p", "typical_p"})
-WHOLE = frozenset({"original_max_position_embeddings", "top_k"})
+DROPOUTS = frozenset(
+    {
+        "attention_dropout",
+        "attention_probs_dropout_prob",
+        "attn_pdrop",
+        "dropout",
+        "embd_pdrop",
+        "embedding_dropout",
+        "hidden_dropout",
+        "hidden_dropout_prob",
+        "resid_pdrop",
+        "residual_dropout",
+    }
+)
+SHARES = DROPOUTS | {"min_p", "partial_rotary_factor", "rotary_pct", "top_p", "typical_p"}
+WHOLE = SIZES | {"original_max_position_embeddings", "top_k"}
 EPSILONS = frozenset({"layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "rms_norm_eps"})
 NUMBERS = POSITIVE | SHARES | WHOLE | EPSILONS | {"temperature"}
+LISTS = frozenset({"long_factor", "short_factor"})  # numbers that come as a list
 # What configs carry over from other families. transformers keeps a key that a family does not have as an attribute, and
 # its caches and KVSlim would read it where the modelling code does not.
 STRAYS = ("layer_types", "num_key_value_heads", "sliding_window", "use_sliding_window")
 HEADS_DIVIDE = ("gpt2", "gpt_neox", "opt", "stablelm")  # families that read no head_dim
 LARGEST = 2**63 - 1
+SMALLEST_FLOAT, LARGEST_FLOAT = 2.0**-126, 2.0**127  # of float32, in which models compute
 ACTIVATIONS = ("activation_function", "activation", "hidden_act", "hidden_activation")
 OLD_LONGROPE = ("su", "yarn")
 FIELD = re.compile(r"alidation error for field '(\w+)'")
@@ -138,7 +177,9 @@ def _with_names_of_today(raw: dict[str, Any]) -> dict[str, Any]:
 def _values(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Every single value of a config, of those inside it and of its lists, with its key."""
     for key, value in raw.items():
-        if isinstance(value, Mapping):
+        if key in NUMBERS - LISTS:
+            yield key, value
+        elif isinstance(value, Mapping):
             yield from _values(value)
         elif isinstance(value, list):
             yield from ((key, entry) for entry in value)
@@ -150,7 +191,7 @@ def number_fault(key: str, value: Any) -> str | None:
     """What is wrong with a number; nothing where it is not given, or transformers checks it."""
     if isinstance(value, float) and not math.isfinite(value):
         return "this is not a finite number"
-    if isinstance(value, int) and abs(value) > LARGEST:
+    if isinstance(value, int | float) and abs(value) > (LARGEST if isinstance(value, int) else LARGEST_FLOAT):
         return "this is too large"
     if value is None or key not in NUMBERS:
         return None
@@ -158,6 +199,8 @@ def number_fault(key: str, value: Any) -> str | None:
         return "this is not a whole number" if key in WHOLE else "this is not a number"
     if value < 0 or (value == 0 and key in POSITIVE):
         return "this must be positive" if key in POSITIVE else "this must not be negative"
+    if 0 < value < SMALLEST_FLOAT:
+        return "this is too small"
     return "this must be at most 1" if key in SHARES and value > 1 else None
 
 

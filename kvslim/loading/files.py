@@ -12,12 +12,14 @@ from kvslim.loading.origin import CARD
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TOKENIZER = "tokenizer.json"
+POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has not fetched
 # All that `inspect` reads: from these alone the shape of a model is known.
 CONFIGS = (CONFIG, ADAPTER_CONFIG)
 SETTINGS = (
     *CONFIGS,
     "generation_config.json",
-    "tokenizer.json",
+    TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -55,7 +57,7 @@ def model_files(folder: Path) -> list[Path]:
         ModelError: As `weight_files`.
     """
     weights = weight_files(folder) if has_weights(folder) else _present(folder, (ADAPTER_WEIGHTS,))
-    vocabularies = () if (folder / "tokenizer.json").is_file() else VOCABULARIES
+    vocabularies = () if (folder / TOKENIZER).is_file() else VOCABULARIES
     return [
         *sorted(_present(folder, (*SETTINGS, INDEX))),
         *weights,
@@ -81,7 +83,7 @@ def fetch_model(repository: str, revision: str | None) -> Path:
         ModelError: The index of the weights is broken.
     """
     folder = _fetch(repository, revision, (CARD, *SETTINGS, *TEMPLATES, WHOLE, INDEX, ADAPTER_WEIGHTS))
-    lacking = [] if (folder / "tokenizer.json").is_file() else list(VOCABULARIES)
+    lacking = [] if (folder / TOKENIZER).is_file() else list(VOCABULARIES)
     if (folder / INDEX).is_file() and not (folder / WHOLE).is_file():
         lacking += _shards(folder)
     return _fetch(repository, folder.name, lacking) if lacking else folder

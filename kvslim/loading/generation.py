@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 FILE = "generation_config.json"
+SWITCH = "do_sample"
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:
@@ -48,13 +49,17 @@ def generation_config(values: Mapping[str, Any], where: str) -> GenerationConfig
 
     tokens = {key: _tokens(key, values.get(key), where) for key in TOKENS}
     for key, value in values.items():
-        if fault := number_fault(key, value):
+        if fault := number_fault(key, value) or _switch_fault(key, value):
             raise wrong_value(key, value, fault, where)
     try:
         return GenerationConfig(**{**values, **tokens})
     except Exception as error:  # transformers raises several types
         reason = " ".join(str(error).split())
         raise ModelError(f"{FILE} is broken: {reason}", where=where, fix=FIX) from error
+
+
+def _switch_fault(key: str, value: Any) -> str | None:
+    return "this is neither true nor false" if key == SWITCH and not isinstance(value, bool | None) else None
 
 
 def _tokens(key: str, value: Any, where: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import ModelError
@@ -19,18 +19,19 @@ LAYER = re.compile(r"\.(?:layers?|h)\.(\d+)\.")
 # Trained matrices of language models spread by 1e-3 to 1; codes without their scale, by more than the most.
 LEAST_SPREAD, MOST_SPREAD = 1e-8, 10.0
 LARGEST = 1e6  # Norms and biases of released models reach a thousand.
+HEAD = "lm_head.weight"
 CONFIG_FIX = "use the config.json that was saved with these weights"
 TRAINED_FIX = "save it again from the model that was trained, with all its parts gathered and its scales applied"
 
 
-def check_matched(info: Mapping[str, Any], config: Any, where: str, idle: re.Pattern[str] = BUFFERS) -> None:
+def check_matched(info: Mapping[str, Any], config: Any, where: str, idle: re.Pattern[str] | None = None) -> None:
     """Refuses weights that are not those of the model that config.json describes.
 
     Args:
         info: What transformers tells of loading.
         config: The model's transformers config.
         where: The model's files.
-        idle: Names of stored tensors that the model may leave unused.
+        idle: Names of weights that the model may leave unused, beside buffers.
 
     Raises:
         ModelError: Naming the first tensor that does not match.
@@ -40,15 +41,20 @@ def check_matched(info: Mapping[str, Any], config: Any, where: str, idle: re.Pat
         raise ModelError(
             f"{name!r} has shape {list(stored)}, and config.json asks for {list(expected)}",
             where=where,
-            fix=_shape_fix(stored, expected, config),
+            fix=_shape_fix(different, config),
         )
+    kinds = [BUFFERS] if idle is None else [BUFFERS, idle]
+    unused = sorted(name for name in info["unexpected_keys"] if not any(kind.search(name) for kind in kinds))
     if missing := sorted(info["missing_keys"]):
-        fix = f"give all files of the weights, and {CONFIG_FIX}"
-        raise ModelError(f"{len(missing)} weights are missing, first {missing[0]!r}", where=where, fix=fix)
-    unused = sorted(name for name in info["unexpected_keys"] if not BUFFERS.search(name) and not idle.search(name))
+        if parts := _parts(missing, unused):
+            message = f"the weights are parts of something larger, {' and '.join(map(repr, parts))}"
+            raise ModelError(message, where=where, fix="save the part that is the model alone, with save_pretrained")
+        message = f"{_count(missing, 'weight is missing', 'weights are missing')}, first {missing[0]!r}"
+        raise ModelError(message, where=where, fix=_missing_fix(missing))
     if unused:
         raise ModelError(
-            f"{_count(unused)} that the model of config.json does not use: {', '.join(map(repr, unused[:3]))}",
+            f"{_count(unused, 'tensor is stored', 'tensors are stored')} that the model of config.json does not use: "
+            f"{', '.join(map(repr, unused[:3]))}",
             where=where,
             fix=_unused_fix(unused, config),
         )
@@ -69,6 +75,20 @@ def check_trained(model: PreTrainedModel, where: str) -> None:
             raise ModelError(f"weights are not finite, first {name!r}", where=where, fix=fix)
         if fault := _untrained(weight.detach()):
             raise ModelError(f"nobody trained {name!r}: {fault}", where=where, fix=TRAINED_FIX)
+    if name := next(_dead_norms(model), None):
+        raise ModelError(f"nobody trained {name!r}: it makes all zeros of any input", where=where, fix=TRAINED_FIX)
+
+
+def _dead_norms(model: PreTrainedModel) -> Iterator[str]:
+    """Norms that pass nothing on. Their weights alone do not tell, since some families add one to them."""
+    import torch
+
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if type(module).__name__.endswith("Norm") and weight is not None and not weight.any():
+            with torch.inference_mode():
+                if not module(torch.arange(len(weight), dtype=weight.dtype)).any():
+                    yield name
 
 
 def _untrained(weight: torch.Tensor) -> str | None:
@@ -84,12 +104,25 @@ def _untrained(weight: torch.Tensor) -> str | None:
     )
 
 
-def _shape_fix(stored: Iterable[int], expected: Iterable[int], config: Any) -> str:
-    """What helps against another shape."""
-    rows, wanted = next(iter(stored), None), next(iter(expected), None)
-    if wanted == config.vocab_size != rows:
-        return f"set vocab_size to {rows} in config.json: the vocabulary was resized after it was saved"
+def _shape_fix(different: Sequence[tuple[str, Sequence[int], Sequence[int]]], config: Any) -> str:
+    """What helps against other shapes: a vocabulary that was resized has them in the embedding and its head alone."""
+    rows = {stored[0] for _, stored, expected in different if tuple(expected[:1]) == (config.vocab_size,)}
+    if len(rows) == 1 and len(different) == (1 if config.tie_word_embeddings else 2):
+        return f"set vocab_size to {rows.pop()} in config.json: the vocabulary was resized after it was saved"
     return CONFIG_FIX
+
+
+def _missing_fix(missing: Sequence[str]) -> str:
+    if missing == [HEAD]:
+        return "give the weights of the whole model; if its embeddings are its head, set tie_word_embeddings to true"
+    return f"give all files of the weights, and {CONFIG_FIX}"
+
+
+def _parts(missing: Sequence[str], unused: Iterable[str]) -> list[str]:
+    """What stands in front of the names of all weights, where a training tool saved its own module."""
+    stored = set(unused)
+    fronts = sorted(name.removesuffix(missing[0]) for name in stored if name.endswith(f".{missing[0]}"))
+    return [front.rstrip(".") for front in fronts if all(front + name in stored for name in missing)]
 
 
 def _unused_fix(unused: Iterable[str], config: Any) -> str:
@@ -102,5 +135,5 @@ def _unused_fix(unused: Iterable[str], config: Any) -> str:
     return CONFIG_FIX
 
 
-def _count(names: list[str]) -> str:
-    return "1 tensor is stored" if len(names) == 1 else f"{len(names)} tensors are stored"
+def _count(names: Sequence[str], one: str, more: str) -> str:
+    return f"1 {one}" if len(names) == 1 else f"{len(names)} {more}"

@@ -9,7 +9,7 @@ from kvslim.contract import ModelSpec
 from kvslim.errors import KvslimError, ModelError
 from kvslim.loading.config import FIX, model_config
 from kvslim.loading.encoders import ENCODERS, HEADS
-from kvslim.loading.matched import BUFFERS, check_matched, check_trained
+from kvslim.loading.matched import check_matched, check_trained
 from kvslim.loading.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def empty_model(classes: Any, snapshot: Snapshot, **options: Any) -> PreTrainedM
         raise ModelError(f"no model can be built from its config: {reason}", where=where, fix=FIX) from error
 
 
-def _load(classes: Any, snapshot: Snapshot, idle: re.Pattern[str] = BUFFERS, **options: Any) -> PreTrainedModel:
-    """The model of a task's class for its config; `idle` are names of stored tensors that it may leave unused."""
+def _load(classes: Any, snapshot: Snapshot, idle: re.Pattern[str] | None = None, **options: Any) -> PreTrainedModel:
+    """The model of a task's class for its config; `idle` are names of weights that it may leave unused."""
     where = str(snapshot.path)
     empty_model(classes, snapshot, **options)  # whatever fails later is the fault of the weights
     try:
@@ -119,13 +119,10 @@ def load_tokenizer(snapshot: Snapshot) -> PreTrainedTokenizerBase:
         tokenizer = snapshot.tokenizer()
     except KvslimError:
         raise
-    except Exception as error:  # transformers raises several exception types for a missing or broken tokenizer
+    except Exception as error:  # what reads the tokenizer of a GGUF raises several exception types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"cannot load the tokenizer: {reason}",
-            where=str(snapshot.path),
-            fix="add tokenizer.json (save_pretrained of the tokenizer)",
-        ) from error
+        fix = "give a newer GGUF of the model, or the safetensors that the file was made from"
+        raise ModelError(f"cannot load the tokenizer: {reason}", where=str(snapshot.path), fix=fix) from error
     if not tokenizer.is_fast:
         raise ModelError(
             "the tokenizer has no tokenizer.json", where=str(snapshot.path), fix="convert it to a fast tokenizer"

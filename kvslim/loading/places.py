@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from kvslim.errors import KvslimError, NotFoundError, UsageError
 from kvslim.export.manifest import MANIFEST, read_manifest
+from kvslim.loading.files import INDEX, WHOLE
 
 GGUF_START = b"GGUF"
+PAGE = re.compile(r"(?:https?://)?(?:huggingface|hf)\.co/([^/?#]+/[^/?#]+)")
 SAVE = "save the model with safetensors (save_pretrained)"
+EXPORTED = "give the model that it was exported from"
 CONVERT = "convert it to the format of transformers, or give the hub repository of that"
 # What lies where safetensors should, what that is, and what helps.
 OTHER_WEIGHTS = {
@@ -20,15 +24,21 @@ OTHER_WEIGHTS = {
     "*.npz": ("an MLX checkpoint", CONVERT),
     "tf_model.h5": ("TensorFlow weights", f"load it with from_tf=True in an older transformers, then {SAVE}"),
     "flax_model*.msgpack": ("Flax weights", f"load it with from_flax=True in an older transformers, then {SAVE}"),
-    "*.onnx": ("an ONNX export", "give the model that it was exported from"),
-    "onnx/*.onnx": ("an ONNX export", "give the model that it was exported from"),
+    "openvino_model.xml": ("an OpenVINO export", EXPORTED),
+    "*.mlpackage": ("a Core ML export", EXPORTED),
+    "*.tflite": ("a LiteRT export", EXPORTED),
+    "*.pte": ("an ExecuTorch export", EXPORTED),
+    "*-of-*.safetensors": ("shards without their index", f"add {INDEX}, which lies beside them where they come from"),
+    "*.safetensors": ("safetensors of another name", f"name the file {WHOLE}, if it holds all weights"),
+    "*.onnx": ("an ONNX export", EXPORTED),
+    "onnx/*.onnx": ("an ONNX export", EXPORTED),
     "*.bin": ("pickled weights, which can run code", SAVE),
     "*.pt": ("pickled weights, which can run code", SAVE),
     "*.pth": ("pickled weights, which can run code", SAVE),
 }
 FILES = {
     (".safetensors", ".bin", ".pt", ".pth", ".json", ".model"): "give the folder that holds it, with config.json",
-    (".onnx",): "give the model that it was exported from",
+    (".onnx",): EXPORTED,
     (".zip", ".tar", ".gz", ".tgz", ".zst"): "unpack it, and give the folder",
     (".nemo", ".h5", ".msgpack", ".npz", ".ckpt"): CONVERT,
 }
@@ -63,7 +73,8 @@ def refuse_folder(folder: Path) -> None:
     Raises:
         NotFoundError: Naming one of those inside.
     """
-    for kind, inside in _inside(folder):
+    kind, inside = next(_inside(folder), (None, ""))
+    if kind is not None:
         raise NotFoundError(f"this is {kind}, not a model", where=str(folder), fix=f"give {inside}")
 
 
@@ -80,7 +91,9 @@ def no_model(model: str) -> NotFoundError:
     """The error about a name that is no model."""
     path = Path(model).expanduser()
     fix = "give `demo`, a folder with config.json, a .gguf file, a hub id, or org/name:FILE.gguf"
-    if path.is_file():
+    if page := PAGE.match(model):
+        fix = f"give the hub id: {page[1]}"
+    elif path.is_file():
         fix = next((help_ for suffixes, help_ in FILES.items() if path.suffix.lower() in suffixes), fix)
     return NotFoundError(f"{model!r} is not a model folder or a .gguf file", where="MODEL", fix=fix)
 

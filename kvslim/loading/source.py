@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from kvslim.loading.gguf import GgufSnapshot
 from kvslim.loading.kinds import refuse_kind
 from kvslim.loading.places import is_gguf, no_model, refuse_artifact, refuse_folder
 from kvslim.loading.snapshot import Snapshot
+from kvslim.types import Source
 
+HUB_ID = re.compile(r"[^/.~][^/]*/[^/]+$")
 STATIC_ROPE = {"default", "linear", "llama3", "longrope", "yarn"}
 LENGTH_ROPE = {"dynamic", "ntk"}
 
@@ -38,15 +41,15 @@ def resolve(model: str, *, weights: bool = True) -> Snapshot:
     """
     if model == "demo":
         return FolderSnapshot(MODEL_DIR, model)
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return _opened(path.resolve(), model, weights=weights)
-    if is_gguf(path):
-        return GgufSnapshot(path.parent.resolve() / path.name, model)
-    name, _, revision = model.partition("@")
+    path, name, revision = Path(model).expanduser(), *model.partition("@")[::2]
     repository, _, file = name.partition(":")
-    looks_local = path.is_absolute() or model.startswith((".", "~")) or repository.count("/") != 1
-    if looks_local or path.exists() or repository.endswith(".gguf"):
+    is_id = bool(HUB_ID.match(repository)) and not repository.endswith(".gguf")
+    typed = f"./{model}" if is_id else model  # where the path is gone, it shall not be looked for on the hub
+    if model and path.is_dir():
+        return _opened(path.resolve(), typed, weights=weights)
+    if is_gguf(path):
+        return GgufSnapshot(path.parent.resolve() / path.name, typed)
+    if not is_id or path.exists():
         raise no_model(model)
     if file:
         return GgufSnapshot(fetch_file(repository, file, revision or None), name, revision or None)
@@ -80,7 +83,7 @@ def _opened(folder: Path, model: str, revision: str | None = None, *, weights: b
         raise UsageError(f"the folder holds several GGUF files: {names}", where=str(folder), fix=fix)
     if files:
         return GgufSnapshot(files[0], model, revision)
-    if not (folder / "config.json").exists():
+    if not (folder / CONFIG).exists():
         refuse_folder(folder)
     return FolderSnapshot(folder, model, revision)
 
@@ -213,3 +216,32 @@ def _refuse_unsupported(config: Any, where: str) -> None:
             raise UnsupportedError(
                 f"RoPE scaling {kind!r} {fault}", where=where, fix=f"supported: {', '.join(sorted(STATIC_ROPE))}"
             )
+
+
+def origin(artifact: Path, source: Source, against: str | None) -> Snapshot:
+    """The model that an artifact was made from, if it is still the same.
+
+    Args:
+        artifact: Its folder.
+        source: What its manifest says of the model.
+        against: Where the model is now; None for what was typed when the artifact was made.
+
+    Raises:
+        NotFoundError: It is not there.
+        UsageError: Its files have changed.
+    """
+    typed = f"{source.model}@{source.revision}" if source.revision else source.model
+    where, fix = ("--against" if against else str(artifact)), "give --against MODEL, the model it was made from"
+    try:
+        snapshot = resolve(against or typed)
+    except NotFoundError as error:
+        if against:
+            raise
+        raise NotFoundError(f"the model it came from is not there: {error.message}", where=where, fix=fix) from error
+    if snapshot.sha256 != source.sha256:
+        raise UsageError(
+            f"the artifact was not made from {against or typed!r} as it is now: the files have another SHA-256",
+            where=where,
+            fix=f"{fix}; if that was trained or saved again, compress it again",
+        )
+    return snapshot

@@ -9,8 +9,8 @@ from typing import Any
 
 from kvslim.errors import ModelError, UnsupportedError
 from kvslim.loading.adapter import MERGE
+from kvslim.loading.files import POINTER
 
-POINTER = b"version https://git-lfs"
 CODES_FIX = (
     "put the quantization_config back; if its scheme is not read, give the checkpoint that this one was made from"
 )

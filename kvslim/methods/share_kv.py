@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import numpy as np
 from pydantic import Field, model_validator
 
-from kvslim.caches import ClusteredCache, PackedCache, SharedCache, WindowCache
+from kvslim.caches import SharedCache
 from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
 from kvslim.methods.base import Conflict, Method
 from kvslim.methods.sharing import Maps, fit_maps
+from kvslim.methods.sources import Sources, check_pair, check_sources, lack_of, query_heads
 from kvslim.progress import Progress, Silent
 from kvslim.transform.edits import Array, KeptHeads, LayerEdit
 from kvslim.types import LayerPlan, Plan
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 REACH = 4  # how many layers back a source is looked for
 THINNED = 4  # every so many samples are enough to say which pairs are near
 PROPOSED = 8  # pairs whose KL is measured before each choice
-Sources = dict[int, int]
 
 
 class Distance(NamedTuple):
@@ -187,65 +187,6 @@ def distance(spec: ModelSpec, statistics: CalibrationStatistics, layer: LayerPla
     return Distance(float(maps.key_error[own, read].mean()), float(maps.value_error[own, read].mean()))
 
 
-def check_pair(spec: ModelSpec, layer: int, source: int, sources: Sources, where: str) -> None:
-    """Refuses a source that comes later, does not exist or reads another cache itself.
-
-    Raises:
-        UsageError: Naming `where` it stands.
-    """
-    beyond = [index for index in (layer, source) if not 0 <= index < spec.layers]
-    if beyond:
-        raise UsageError(
-            f"the model has {spec.layers} layers, not a layer {beyond[0]}",
-            where=where,
-            fix=f"use 0 to {spec.layers - 1}",
-        )
-    if source >= layer:
-        raise UsageError(
-            f"layer {layer} cannot read the cache of layer {source}, which comes no earlier",
-            where=where,
-            fix="name an earlier layer",
-        )
-    if source in sources:
-        raise UsageError(
-            f"layer {source}, which layer {layer} is to read, reads that of layer {sources[source]} itself",
-            where=where,
-            fix=f"let layer {layer} read layer {sources[source]}, or another",
-        )
-
-
-def check_sources(plan: Plan, spec: ModelSpec, where: Callable[[int], str]) -> None:
-    """Refuses layers that read a cache which does not exist, lacks tokens or does not fit their heads.
-
-    Raises:
-        UsageError: Naming where the layer stands.
-    """
-    sources = {layer.layer: layer.source for layer in plan.layers if layer.source is not None}
-    for layer, source in sources.items():
-        check_pair(spec, layer, source, sources, where(layer))
-        lack = lack_of(spec, plan, plan.layers[layer], plan.layers[source])
-        if lack is not None:
-            raise UsageError(
-                f"layer {layer} cannot read layer {source}: {lack}", where=where(layer), fix="name another source"
-            )
-
-
-def lack_of(spec: ModelSpec, plan: Plan, layer: LayerPlan, source: LayerPlan) -> str | None:
-    """What speaks against a layer reading the cache of an earlier one; None if nothing."""
-    if layer.heads == () or source.heads == ():
-        return f"layer {layer.layer if layer.heads == () else source.layer} has no attention"
-    clustered = next((each.layer for each in (layer, source) if isinstance(each.cache, ClusteredCache)), None)
-    if clustered is not None:
-        return f"layer {clustered} has clusters of heads"
-    windowed = plan.layout == "gqa" and plan.window_cache and spec.windows[source.layer] is not None
-    if windowed or isinstance(source.cache, WindowCache | PackedCache):
-        return "it keeps a window of tokens alone"
-    queries, kv_heads = len(_heads(spec, layer)), len(source.kv_heads(spec))
-    if queries % kv_heads:
-        return f"{queries} query heads cannot read {kv_heads} kv heads alike"
-    return None
-
-
 def _without_cache(layer: LayerPlan, source: int | None) -> LayerPlan:
     """The layer as it is, or with what is kept of its parts and the cache of a source alone."""
     if source is None:
@@ -266,17 +207,13 @@ def _possible(distances: dict[tuple[int, int], float], sources: Sources) -> Iter
             yield layer, source
 
 
-def _heads(spec: ModelSpec, layer: LayerPlan) -> Array:
-    return np.array(range(spec.q_heads) if layer.heads is None else layer.heads)
-
-
 def _paired(spec: ModelSpec, layer: LayerPlan, maps: Maps) -> tuple[Array, Array]:
     """Query heads in the order of the source head that each reads, and the number of that head among the source's.
 
     As many read each source head, as the operator needs it. From the best of the cyclic pairings on, two query heads
     change places while that lowers the error; with few heads that ends at the best of all, or near it.
     """
-    heads = _heads(spec, layer)
+    heads = query_heads(spec, layer)
     read = np.repeat(np.arange(maps.key_error.shape[1]), len(heads) // maps.key_error.shape[1])
     costs = (maps.key_error + maps.value_error)[heads // spec.group_size]
     places = min(

@@ -55,7 +55,7 @@ def probes_of(trials: DecoderTrials, context: int, *, timed: bool) -> Probes:
 def probes_key(trials: DecoderTrials, context: int, *, timed: bool) -> str:
     """Hash of all that decides what probes measure; of a budget only its context and whether it limits time."""
     recipe, asked = trials.prepared.recipe, {"seed", "recall_items", "recall_distance"}
-    made = recipe.weights.like, recipe.layout, recipe.window_cache, recipe.validation.model_dump(include=asked)
+    made = trials.prepared.weights_like, recipe.layout, recipe.window_cache, recipe.validation.model_dump(include=asked)
     of = trials.prepared.digest, trials.statistics.digest(), trials.held_out.length, context, timed
     return cache.content_key("probes", PROBES_FORMAT, *of, *made)
 
@@ -86,7 +86,7 @@ def decode_time(prepared: PreparedDecoder, context: int) -> DecodeTime:
     attention = tuple(_matrix_numbers(layer.get_submodule(architecture.attention)) for layer in layers)
     others = tuple(_matrix_numbers(layer) - own for layer, own in zip(layers, attention, strict=True))
     head = spec.vocab_size * spec.hidden_size
-    return DecodeTime(spec, context, prepared.recipe.weights.like, attention, others, head)
+    return DecodeTime(spec, context, prepared.weights_like, attention, others, head)
 
 
 def _matrix_numbers(module: Any) -> int:

@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 import weakref
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from kvslim import stages
 from kvslim.calibrate import cache
 from kvslim.calibrate.recorder import collect
 from kvslim.calibrate.statistics import CalibrationStatistics
-from kvslim.contract import ModelSpec
+from kvslim.contract import ModelSpec, WeightType
 from kvslim.export.genai import end_tokens, genai_config
 from kvslim.export.graph import build_graph, save_graph, token_inputs
 from kvslim.export.prompts import branch_prompts
@@ -45,7 +46,8 @@ class PreparedDecoder(PreparedModel):
 
     Attributes:
         text: What it is calibrated and measured on.
-        rows: What the rows of its matrices are stored as; None where that is as float32.
+        rows: What the rows of its matrices are stored as; None where that is as float32, and when it is released.
+        is_quantised: Whether its weights are quantised by now.
     """
 
     def __init__(self, snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress: Progress) -> None:
@@ -57,10 +59,12 @@ class PreparedDecoder(PreparedModel):
         self.model = load_model(snapshot)
         prepare(self.model, self.architecture, spec)
         self.rows: QuantisedRows | None = None
+        self.is_quantised = False
         if recipe.weights.is_quantised:
             _ = self.original  # while the model still is what its files say
             self.recipe = with_limits(self)
             self.rows = quantise(self)
+            self.is_quantised = True
 
     @cached_property
     def original(self) -> Path:
@@ -73,8 +77,18 @@ class PreparedDecoder(PreparedModel):
     @property
     def weights_identity(self) -> tuple[Any, ...]:
         """The recipe's format once the weights are quantised, with the text that was used."""
-        weights = WeightFormat() if self.rows is None else self.recipe.weights
+        weights = self.recipe.weights if self.is_quantised else WeightFormat()
         return weights.model_dump(), self.text.identity if weights.needs_text else None
+
+    @property
+    def weights_like(self) -> WeightType:
+        """The format whose products take about as long: that of most numbers."""
+        if self.rows is None:
+            return self.recipe.weights.like
+        numbers = Counter[int]()
+        for matrix in self.rows.matrices:
+            numbers[matrix.bits] += matrix.codes.size * 8 // matrix.bits
+        return "int8" if numbers[8] > numbers[4] else "int4"
 
     @cached_property
     def statistics(self) -> CalibrationStatistics:
@@ -118,7 +132,7 @@ class PreparedDecoder(PreparedModel):
             self.recipe.gates,
             context,
             self.recipe.timed_contexts(self.spec),
-            None if self.rows is None else self.original,
+            self.original if self.is_quantised else None,
             self.progress,
         )
 
@@ -151,7 +165,8 @@ class PreparedDecoder(PreparedModel):
         config_json = with_transformers_js_config(self.snapshot.config())
         (folder / "config.json").write_text(config_json, encoding="utf-8")
         generation = self._generation_config()
-        generation.save_pretrained(folder)
+        # `save_pretrained` refuses what models often have: numbers for sampling, and no `do_sample`.
+        generation.to_json_file(folder / "generation_config.json")
         if layout.needs_own_runtime or not layout.is_even:
             return
         config = genai_config(self.spec, layout, generation.to_dict(), inputs=inputs)

@@ -39,6 +39,10 @@ folder.
 {%- else -%}
 `plain` is the same model, exported the same way, with its cache in fp32. `floor` is that export against itself.
 Quality is measured through the cache; speed is interleaved in one run, on the machine that made this folder.
+{%- if manifest.report.original %}
+KL and perplexity have activations in float32; `floor` and the KL with activations rounded are as it runs; `fp32` is the
+model before its weights were quantised.
+{%- endif %}
 {%- endif %}
 [report.html](report.html) shows all of it as figures.
 {% if manifest.report.gates %}

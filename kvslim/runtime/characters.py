@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -57,17 +57,6 @@ class CharacterStream:
         """What a token adds behind others: decoders drop a space before the first token that they are given."""
         before = self._tokenizer.decode(self._context)
         return self._tokenizer.decode([*self._context, token])[len(before) :]
-
-
-def stream_text(tokenizer: Tokenizer, prompt_ids: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
-    """The text that tokens add to a prompt, in pieces of whole characters; part of one at the end is left out.
-
-    Args:
-        tokenizer: Tells the text of tokens.
-        prompt_ids: The tokens before the first of `tokens`.
-        tokens: New token ids.
-    """
-    return filter(None, map(CharacterStream(tokenizer, prompt_ids).push, tokens))
 
 
 def _types(decoder: dict[str, Any]) -> set[str]:

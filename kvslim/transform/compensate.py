@@ -25,7 +25,8 @@ from kvslim.caches.attention.shared import SharedAttention
 from kvslim.loading.architecture import Architecture
 from kvslim.progress import Progress
 from kvslim.transform.edits import Affine, Array, LayerEdit
-from kvslim.transform.surgery import layer_modules, parameters, slim_modules, trial
+from kvslim.transform.projections import parameters
+from kvslim.transform.surgery import layer_modules, slim_modules, trial
 
 RIDGE = 0.1  # of the inputs' mean power
 Side = Literal["output", "down"]

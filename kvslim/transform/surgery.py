@@ -17,10 +17,9 @@ from kvslim.loading.architecture import Architecture
 from kvslim.transform.attention import NAME, SlimAttention, register
 from kvslim.transform.edits import RESIDUAL_STEPS, Array, KeptHeads, LayerEdit, LinearCode
 from kvslim.transform.normal import normalise
+from kvslim.transform.projections import SIDES, as_tensor, fold, linear_of, projection, set_output, set_rows, shifted
 from kvslim.transform.removal import remove_parts
 from kvslim.transform.rotary import take_over
-
-SIDES = ("query", "key", "value")
 
 
 def layer_modules(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
@@ -55,18 +54,14 @@ def prepare(model: Any, architecture: Architecture, spec: ModelSpec) -> None:
         attention.kvslim = SlimAttention(rotary, window)
         attention.kvslim.is_normed = architecture.norms_query(model.config)
         attention.get_submodule(architecture.value).register_forward_pre_hook(catch_hidden(attention.kvslim))
-    project_directly(model, architecture, spec)
+        project_directly(attention, architecture, spec)
 
 
-def project_directly(model: nn.Module, architecture: Architecture, spec: ModelSpec) -> None:
-    """Where the family allows it, gives the slim attentions the rows of query, key and value as their own."""
-    for attention in attention_modules(model, architecture):
-        slim: Any = attention.kvslim
-        if architecture.direct and not slim.is_normed:
-            _take_rows(attention, slim, architecture, spec)
-
-
-def _take_rows(attention: nn.Module, slim: SlimAttention, architecture: Architecture, spec: ModelSpec) -> None:
+def project_directly(attention: nn.Module, architecture: Architecture, spec: ModelSpec) -> None:
+    """Where the family allows it, gives a slim attention the rows of query, key and value as its own."""
+    slim: Any = attention.kvslim
+    if not architecture.direct or slim.is_normed:
+        return
     for side in SIDES:
         module = attention.get_submodule(getattr(architecture, side))
         for part in ("weight", "bias"):
@@ -106,7 +101,7 @@ def install(model: nn.Module, architecture: Architecture, edits: tuple[LayerEdit
         attention = layer.get_submodule(architecture.attention)
         remove_parts(layer, architecture, whole, multiplier)
         if whole.down is not None:
-            layer.set_submodule(architecture.down, _linear(whole.down.weight, whole.down.bias))
+            layer.set_submodule(architecture.down, linear_of(whole.down.weight, whole.down.bias))
         if whole.heads is not None:
             slim.heads = {"query": whole.heads.query}
             slim.heads |= {} if whole.source is not None else dict.fromkeys(("key", "value"), whole.heads.kv)
@@ -135,14 +130,14 @@ def _install_code(attention: nn.Module, slim: SlimAttention, architecture: Archi
     if code.value_encoder is not None:
         if code.value_decoder is None or code.value_offset is None:
             raise ValueError("a value code needs a decoder and an offset")
-        _fold(attention, slim, architecture, "value", code.value_encoder)
+        fold(attention, slim, architecture, "value", code.value_encoder)
     if code.value_centre is not None:
         _centre_values(attention, slim, architecture, code)
     if code.value_decoder is not None and code.value_offset is not None:
         decoder = _with_copies(code.value_decoder, value_residual, axis=1)
         _install_value_decoder(attention, architecture, decoder, code.value_offset)
     if edit.output is not None:
-        _set_output(attention, architecture, edit.output.weight, edit.output.bias)
+        set_output(attention, architecture, edit.output.weight, edit.output.bias)
 
 
 def _residuals(edit: LayerEdit) -> tuple[int, int]:
@@ -158,18 +153,18 @@ def _install_storage(slim: SlimAttention, edit: LayerEdit) -> None:
     rounding = edit.rounding
     slim.residuals = _residuals(edit)
     if edit.code.key_offset is not None:
-        slim.key_offset = _tensor(edit.code.key_offset[:, None])
+        slim.key_offset = as_tensor(edit.code.key_offset[:, None])
     if rounding.key_scale is not None:
-        slim.key_scale = _tensor(_with_finer(rounding.key_scale, slim.residuals[0]))
+        slim.key_scale = as_tensor(_with_finer(rounding.key_scale, slim.residuals[0]))
     if rounding.value_scale is not None:
-        slim.value_scale = _tensor(_with_finer(rounding.value_scale, slim.residuals[1]))
+        slim.value_scale = as_tensor(_with_finer(rounding.value_scale, slim.residuals[1]))
     for name in ("key_feedback", "value_feedback"):
         if (feedback := getattr(rounding, name)) is not None:
-            setattr(slim, name, _tensor(feedback))
+            setattr(slim, name, as_tensor(feedback))
     slim.stored = edit.stored.dtype
     slim.per_tensor = isinstance(edit.stored, CodedCache) and edit.stored.granularity == "per_tensor"
     if rounding.key_levels is not None and rounding.value_levels is not None:
-        slim.key_levels, slim.value_levels = _tensor(rounding.key_levels), _tensor(rounding.value_levels)
+        slim.key_levels, slim.value_levels = as_tensor(rounding.key_levels), as_tensor(rounding.value_levels)
 
 
 @contextlib.contextmanager
@@ -189,20 +184,6 @@ def trial(model: nn.Module, architecture: Architecture, edits: tuple[LayerEdit, 
             vars(slim).update(state)
 
 
-def projection(attention: nn.Module, architecture: Architecture, side: str) -> tuple[Array, Array | None]:
-    """Weight [out, in] and bias [out] in float64 of one projection: "query", "key", "value" or "output"."""
-    module: Any = attention.get_submodule(getattr(architecture, side))
-    if side in SIDES and (own := getattr(attention.kvslim, f"{side}_weight")) is not None:
-        bias = getattr(attention.kvslim, f"{side}_bias")
-        return _double(own), None if bias is None else _double(bias)
-    return parameters(module)
-
-
-def parameters(linear: Any) -> tuple[Array, Array | None]:
-    """Weight [out, in] and bias [out] in float64 of a linear module."""
-    return _double(linear.weight), None if linear.bias is None else _double(linear.bias)
-
-
 def _prune_heads(attention: nn.Module, slim: SlimAttention, architecture: Architecture, kept: KeptHeads) -> None:
     """Takes heads out of all projections; their mean output stays, as a bias."""
     if kept.mean_output is None or slim.heads is None:
@@ -212,8 +193,8 @@ def _prune_heads(attention: nn.Module, slim: SlimAttention, architecture: Archit
     by_head = weight.reshape(-1, q_heads, head_dim)
     gone = [head for head in range(q_heads) if head not in kept.query]
     shift = np.einsum("ohd,hd->o", by_head[:, gone], kept.mean_output[gone])
-    bias = _shifted(bias, shift)
-    _set_output(attention, architecture, by_head[:, kept.query].reshape(len(weight), -1), bias)
+    bias = shifted(bias, shift)
+    set_output(attention, architecture, by_head[:, kept.query].reshape(len(weight), -1), bias)
     for side in slim.heads:
         _keep_rows(attention, slim, architecture, side, head_dim)
 
@@ -223,9 +204,9 @@ def _keep_rows(attention: nn.Module, slim: SlimAttention, architecture: Architec
     if slim.heads is not None and (side == "value" or not _is_changed_later(slim, architecture, side)):
         rows, bias = projection(attention, architecture, side)
         heads = list(slim.heads[side])
-        _set(slim, side, rows.reshape(-1, head_dim, rows.shape[1])[heads].reshape(-1, rows.shape[1]))
+        set_rows(slim, side, rows.reshape(-1, head_dim, rows.shape[1])[heads].reshape(-1, rows.shape[1]))
         if bias is not None:
-            _set(slim, side, bias.reshape(-1, head_dim)[heads].ravel(), "bias")
+            set_rows(slim, side, bias.reshape(-1, head_dim)[heads].ravel(), "bias")
 
 
 def _cluster_heads(
@@ -250,31 +231,31 @@ def _is_changed_later(slim: SlimAttention, architecture: Architecture, side: str
 
 def _install_query_code(attention: nn.Module, slim: SlimAttention, architecture: Architecture, encoder: Array) -> None:
     if slim.rotary is not None or architecture.scaled_query:
-        slim.query_encoder = _tensor(encoder)
+        slim.query_encoder = as_tensor(encoder)
     else:
-        _fold(attention, slim, architecture, "query", encoder)
+        fold(attention, slim, architecture, "query", encoder)
 
 
 def _install_key_code(attention: nn.Module, slim: SlimAttention, architecture: Architecture, encoder: Array) -> None:
     if slim.rotary is not None:
-        slim.key_encoder = _tensor(encoder)
+        slim.key_encoder = as_tensor(encoder)
     else:
-        _fold(attention, slim, architecture, "key", encoder)
+        fold(attention, slim, architecture, "key", encoder)
 
 
 def _centre_values(attention: nn.Module, slim: SlimAttention, architecture: Architecture, code: LinearCode) -> None:
     """Takes the centre from each value in its projection's bias; the output projection's bias gives it back."""
     centre = np.asarray(code.value_centre)
     rows, bias = projection(attention, architecture, "value")
-    _set(slim, "value", rows)
-    _set(slim, "value", _shifted(bias, -centre.ravel()), "bias")
+    set_rows(slim, "value", rows)
+    set_rows(slim, "value", shifted(bias, -centre.ravel()), "bias")
     weight, output_bias = projection(attention, architecture, "output")
     if code.value_decoder is None:
         decoded = np.repeat(centre, weight.shape[1] // centre.size, axis=0)
     else:
         read = np.repeat(centre, len(code.value_decoder) // len(centre), axis=0)
         decoded = np.einsum("hr,hrd->hd", read, code.value_decoder)
-    _set_output(attention, architecture, weight, _shifted(output_bias, weight @ decoded.ravel()))
+    set_output(attention, architecture, weight, shifted(output_bias, weight @ decoded.ravel()))
 
 
 def _install_value_decoder(attention: nn.Module, architecture: Architecture, decoder: Array, offset: Array) -> None:
@@ -285,23 +266,7 @@ def _install_value_decoder(attention: nn.Module, architecture: Architecture, dec
     by_head = weight.reshape(-1, heads, head_dim)
     folded = np.einsum("ohd,hrd->ohr", by_head, decoder).reshape(-1, heads * rank)
     shift = np.einsum("ohd,hd->o", by_head, offset)
-    _set_output(attention, architecture, folded, _shifted(bias, shift))
-
-
-def _set_output(attention: nn.Module, architecture: Architecture, weight: Array, bias: Array) -> None:
-    attention.set_submodule(architecture.output, _linear(weight, bias))
-
-
-def _shifted(bias: Array | None, shift: Array) -> Array:
-    """A bias, if there is one, with a shift added."""
-    return shift if bias is None else bias + shift
-
-
-def _linear(weight: Array, bias: Array) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], len(weight), device="meta")
-    linear.weight = nn.Parameter(_tensor(weight), requires_grad=False)
-    linear.bias = nn.Parameter(_tensor(bias), requires_grad=False)
-    return linear
+    set_output(attention, architecture, folded, shifted(bias, shift))
 
 
 def _with_copies(array: Array, count: int, axis: int) -> Array:
@@ -312,28 +277,3 @@ def _with_copies(array: Array, count: int, axis: int) -> Array:
 def _with_finer(scale: Array, count: int) -> Array:
     """Steps [heads, rank] with those of the residuals of the first `count`."""
     return np.concatenate([scale, scale[:, :count] / RESIDUAL_STEPS], axis=1)
-
-
-def _fold(attention: nn.Module, slim: SlimAttention, architecture: Architecture, side: str, encoder: Array) -> None:
-    """Folds an encoder [heads, head_dim, rank] into a projection."""
-    weight, bias = projection(attention, architecture, side)
-    heads, head_dim, rank = encoder.shape
-    if len(weight) != heads * head_dim:
-        raise ValueError(f"{side} projection gives {len(weight)} values, the code reads {heads} x {head_dim}")
-    folded = np.einsum("hdi,hdr->hri", weight.reshape(heads, head_dim, -1), encoder)
-    _set(slim, side, folded.reshape(heads * rank, -1))
-    if bias is not None:
-        _set(slim, side, np.einsum("hd,hdr->hr", bias.reshape(heads, head_dim), encoder).ravel(), "bias")
-
-
-def _set(slim: SlimAttention, side: str, values: Array, part: str = "weight") -> None:
-    setattr(slim, f"{side}_{part}", _tensor(values))
-
-
-def _tensor(array: Array) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
-
-
-def _double(tensor: Any) -> Array:
-    array: Array = tensor.detach().to(torch.float64).numpy()
-    return array

@@ -21,7 +21,8 @@ from kvslim.runtime.generate import Sampling, eos_ids, load_tokenizer
 from kvslim.runtime.opening import Logits
 from kvslim.runtime.session import DecodeSession
 from kvslim.token_ids import check_ids
-from kvslim.validation.quality import CHUNK, log_softmax
+from kvslim.validation.quality import CHUNK
+from kvslim.validation.tally import log_softmax
 
 Scored = tuple[float, bool]
 

@@ -16,7 +16,7 @@ from kvslim.runtime.session import DecodeSession
 from kvslim.types import Measures, Report
 from kvslim.validation.gates import report
 from kvslim.validation.latency import Latency, measure_latency
-from kvslim.validation.quality import FLOOR_WINDOWS, measure_all
+from kvslim.validation.quality import FLOOR_WINDOWS, measure_all, measure_floor
 from kvslim.validation.recall import RecallItem, capacity_for, compare_recall
 from kvslim.validation.rss import peak_rss
 
@@ -127,15 +127,17 @@ def _quality(
         original=None if original is None else opened(original, False),
         progress=progress,
     )
+    as_it_runs = opened(plain, False)
+    floor = measure_floor(as_it_runs, windows, progress).as_measures()
     plain_kept, artifact_kept = found.plain.as_measures(), found.artifact.as_measures()
     if found.to_original is None:
-        return _Quality(plain_kept, found.floor.as_measures(), artifact_kept, {})
-    as_run = measure_all(opened(plain, False), opened(artifact, False), windows[:FLOOR_WINDOWS], progress=progress)
+        return _Quality(plain_kept, floor, artifact_kept, {})
+    as_run = measure_all(as_it_runs, opened(artifact, False), windows[:FLOOR_WINDOWS], progress=progress)
     of_plain, of_artifact, itself = (column.as_measures() for column in found.to_original)
     noisy = {"kl_as_run": as_run.artifact.as_measures()["kl_mean"], "kl_to_original": of_artifact["kl_mean"]}
     return _Quality(
         {**plain_kept, "kl_to_original": of_plain["kl_mean"]},
-        as_run.floor.as_measures(),
+        floor,
         {**artifact_kept, **noisy},
         {name: itself[name] for name in ("perplexity", "perplexity_se")},
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,6 +143,10 @@ def load_tasks(tasks: Sequence[str], include: Path | None = None) -> Mapping[str
     """
     if include is not None and not include.is_dir():
         raise NotFoundError("no such folder", where="--include", fix="give a folder with task files")
+    names = {task: Path(task).stem if is_json_lines(Path(task)) else task for task in tasks}
+    if same := [name for name, count in Counter(names.values()).items() if count > 1]:
+        fix = "rename one of the files: scores are told by name"
+        raise UsageError(f"several tasks are called {same[0]!r}", where=f"--tasks {','.join(tasks)}", fix=fix)
     specs = {task: _jsonl_task(Path(task)) if is_json_lines(Path(task)) else _named(task) for task in tasks}
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _manager([name for name in tasks if specs[name] == name], include)

@@ -83,4 +83,6 @@ def install_quantised(
         weight: Any = model.get_submodule(name).weight
         weight.data = torch.from_numpy(np.ascontiguousarray(blocks.numbers(weight.shape[1])))
         rows.add(weight.detach().numpy(), blocks)
-    project_directly(model, architecture, spec)
+        holder = model.get_submodule(name.rpartition(".")[0])
+        if hasattr(holder, "kvslim"):  # an attention, which may have rows of the matrix as its own
+            project_directly(holder, architecture, spec)
