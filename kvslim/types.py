@@ -217,6 +217,9 @@ class Measures(Frozen):
     of `kl_mean` and `perplexity` over pieces of text, of the recall that is lost to the plain export over the
     questions. Where weights are quantised, KL and perplexity are measured with activations in float32; `kl_as_run` is
     the KL with activations rounded as onnxruntime does it, and `kl_to_original` the one to the model in float32.
+
+    Latencies are medians; `*_quartiles_ms` are the first and third quartile. Tokens per second follow from the medians:
+    `tokens_per_second` of one sequence by context length, `prompt_tokens_per_second` by prompt length.
     """
 
     kv_bytes_per_token: float | None = None
@@ -241,6 +244,11 @@ class Measures(Frozen):
     ttft_ms: dict[str, float] | None = None
     tpot_ms: dict[str, float] | None = None
     latency_ms: dict[str, float] | None = None
+    ttft_quartiles_ms: dict[str, tuple[float, float]] | None = None
+    tpot_quartiles_ms: dict[str, tuple[float, float]] | None = None
+    latency_quartiles_ms: dict[str, tuple[float, float]] | None = None
+    prompt_tokens_per_second: dict[str, float] | None = None
+    tokens_per_second: dict[str, float] | None = None
     peak_rss_mib: float | None = None
 
 
@@ -254,8 +262,19 @@ class GateResult(Frozen):
     note: str | None = Field(None, description="why the verdict says little, if it does")
 
 
+class SampleAnswer(Frozen):
+    """What the plain export and the artifact write after the same prompt, greedily."""
+
+    prompt: str
+    plain: str
+    artifact: str
+
+
 class Report(Frozen):
-    """What an artifact costs and saves, next to the plain export of the same model."""
+    """What an artifact costs and saves, next to the plain export of the same model.
+
+    Latencies in `ratio` are medians over pairs of neighbouring turns: load on the machine slows both sides alike.
+    """
 
     passed: bool
     gates: tuple[GateResult, ...]
@@ -264,6 +283,11 @@ class Report(Frozen):
     artifact: Measures
     ratio: Measures
     original: Measures | None = Field(None, description="the model in float32, where the weights are quantised")
+    smaller_than: dict[str, float] | None = Field(
+        None, description="how many times smaller the cache is than the same model's in fp32, fp16 and q8_0"
+    )
+    timings_uncertain: str | None = Field(None, description="why the timings say little, if they do")
+    samples: tuple[SampleAnswer, ...] = Field((), description="answers to compare by eye")
 
 
 class Source(Frozen):

@@ -43,7 +43,7 @@ def compress(
     decisions = read_plan(plan) if plan else None
     from kvslim import api
     from kvslim.report.advice import passing_budget
-    from kvslim.report.tables import gates_table, report_table
+    from kvslim.report.tables import gates_table, report_table, timing_note
 
     with console.libraries_apart():
         manifest = api.compress(model, typed, out, plan=decisions, overwrite=force, progress=Terminal(COMPRESS))
@@ -55,6 +55,8 @@ def compress(
         console.print_json("compress", {"artifact_folder": str(out), **block})
     elif report:
         console.print_tables(report_table(report), gates_table(report.gates))
+    if report and (note := timing_note(report)):
+        console.hint(note)
     console.hint(f"written to {out}")
     budget = passing_budget(manifest)
     passing = None if budget is None else f"kvslim compress {shlex.join([model, '-o', str(out)])} --force {budget}"

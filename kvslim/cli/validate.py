@@ -28,7 +28,7 @@ def validate(
     check_target(junit, "--junit")
     limits = read_gates(gates or ())
     from kvslim import api
-    from kvslim.report.tables import gates_table, report_table
+    from kvslim.report.tables import gates_table, report_table, timing_note
 
     with console.libraries_apart():
         report = api.validate(artifact, against=against, gates=limits, progress=Terminal(VALIDATE))
@@ -37,4 +37,6 @@ def validate(
         console.print_json("validate", report.model_dump(mode="json"))
     else:
         console.print_tables(report_table(report), gates_table(report.gates))
+    if note := timing_note(report):
+        console.hint(note)
     return verdict(report.passed, report.gates, str(artifact))

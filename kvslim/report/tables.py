@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 RATIO = "ratio"
 NONE = "-"
+UNCERTAIN = "timings uncertain"
 WINDOW = "sinks + window"
 METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
     "kv_bytes_per_token": ("KV cache, bytes per token", lambda value: f"{value:,.0f}"),
@@ -45,6 +46,8 @@ METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
     "ttft_ms": ("Time to first token, ms, prompt of {}", lambda value: f"{value:.1f}"),
     "tpot_ms": ("Time per token, ms, context of {}", lambda value: f"{value:.2f}"),
     "latency_ms": ("Latency, ms, text of {} tokens", lambda value: f"{value:.2f}"),
+    "prompt_tokens_per_second": ("Prompt tokens per second, prompt of {}", lambda value: rate(value)),
+    "tokens_per_second": ("Tokens per second, context of {}", lambda value: rate(value)),
     "peak_rss_mib": ("Peak memory, MiB", lambda value: f"{value:.0f}"),
 }
 
@@ -88,6 +91,11 @@ def measures_table(columns: Mapping[str, Measures]) -> Table:
     """One row per metric that any column has; the column named `ratio` is shown as factors."""
     rows = (row for name in METRICS for row in _metric_rows(name, columns))
     return Table(("", *columns), tuple(rows))
+
+
+def timing_note(report: Report) -> str | None:
+    """What to say of timings that cannot be trusted; None where they can."""
+    return None if report.timings_uncertain is None else f"{UNCERTAIN}: {report.timings_uncertain}"
 
 
 def gates_table(gates: Sequence[GateResult]) -> Table:
@@ -223,9 +231,26 @@ def _metric_rows(name: str, columns: Mapping[str, Measures]) -> Iterable[tuple[s
     if lengths:
         for length in sorted(lengths, key=int):
             row = {column: (value or {}).get(length) for column, value in values.items()}
-            yield (label.format(length), *_cells(row, shown))
+            spreads = [quartiles_of(measures, name).get(length) for measures in columns.values()]
+            cells = zip(_cells(row, shown), spreads, strict=True)
+            yield (label.format(length), *(with_quartiles(cell, spread, ".3g") for cell, spread in cells))
     elif any(isinstance(value, float) for value in values.values()):
         yield (label, *_cells(values, shown))
+
+
+def quartiles_of(measures: Measures, name: str) -> Mapping[str, tuple[float, float]]:
+    """The first and third quartile of a latency, by length; of anything else none."""
+    return getattr(measures, name.replace("_ms", "_quartiles_ms"), None) or {} if name.endswith("_ms") else {}
+
+
+def with_quartiles(cell: str, quartiles: tuple[float, float] | None, form: str) -> str:
+    """A median as it is shown, with its quartiles behind it where they are known."""
+    return cell if quartiles is None else f"{cell} ({' to '.join(format(each, form) for each in quartiles)})"
+
+
+def rate(tokens_per_second: float) -> str:
+    """Tokens per second in three digits, or more if there are more before the point."""
+    return f"{tokens_per_second:,.0f}" if tokens_per_second >= 100 else f"{tokens_per_second:.3g}"
 
 
 def _cells(values: Mapping[str, float | None], shown: Callable[[float], str]) -> Iterable[str]:

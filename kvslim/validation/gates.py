@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
+from kvslim.kv_ratios import smaller_than
 from kvslim.recipe import Gates
-from kvslim.types import GateResult, Measures, Report
+from kvslim.types import GateResult, Measures, Report, SampleAnswer
 
 # Limits are decimal fractions; a difference of shares can miss one by a rounding error (1 - 0.95 > 0.05).
 _TOLERANCE = 1e-9
@@ -41,11 +43,25 @@ def _result(name: str, value: float | None, limit: float, note: str | None) -> G
     return GateResult(name=name, value=value, limit=limit, passed=excess <= _TOLERANCE, note=note)
 
 
+class Timed(NamedTuple):
+    """What a run of timings says of artifact and plain export together.
+
+    Attributes:
+        ratios: Times of the artifact over plain's, medians over pairs of turns: by field of `Measures`, then by length.
+        uncertain: Why the timings say little; None where nothing speaks against them.
+    """
+
+    ratios: Mapping[str, dict[str, float]] = {}
+    uncertain: str | None = None
+
+
 def ratio(artifact: Measures, plain: Measures) -> Measures:
-    """The artifact divided by plain, for every field and key; None if one of them is missing or plain is 0."""
-    return Measures.model_validate(
-        {name: _ratio(getattr(artifact, name), getattr(plain, name)) for name in Measures.model_fields}
-    )
+    """The artifact divided by plain, for every field and key; None if one of them is missing or plain is 0.
+
+    Quartiles have none, nor has what follows from the medians of times.
+    """
+    fields = [name for name in Measures.model_fields if not name.endswith(("_quartiles_ms", "tokens_per_second"))]
+    return Measures.model_validate({name: _ratio(getattr(artifact, name), getattr(plain, name)) for name in fields})
 
 
 def _ratio(
@@ -68,9 +84,17 @@ def _difference(minuend: float | None, subtrahend: float | None) -> float | None
 
 
 def report(
-    gates: Gates, *, plain: Measures, floor: Measures, artifact: Measures, original: Measures | None = None
+    gates: Gates,
+    *,
+    plain: Measures,
+    floor: Measures,
+    artifact: Measures,
+    original: Measures | None = None,
+    timed: Timed | None = None,
+    samples: Sequence[SampleAnswer] = (),
 ) -> Report:
     """The report of an artifact; it passes if every gate passes."""
+    timed = timed or Timed()
     results = check_gates(gates, plain, artifact)
     return Report(
         passed=all(result.passed for result in results),
@@ -78,6 +102,9 @@ def report(
         plain=plain,
         floor=floor,
         artifact=artifact,
-        ratio=ratio(artifact, plain),
+        ratio=ratio(artifact, plain).model_copy(update=dict(timed.ratios)),
         original=original,
+        smaller_than=smaller_than(artifact.kv_bytes_per_token, plain.kv_bytes_per_token),
+        timings_uncertain=timed.uncertain,
+        samples=tuple(samples),
     )

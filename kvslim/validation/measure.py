@@ -13,11 +13,12 @@ from kvslim.progress import Progress
 from kvslim.recipe import Gates, Validation
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import Measures, Report
-from kvslim.validation.gates import report
+from kvslim.validation.gates import Timed, report
 from kvslim.validation.latency import Latency, measure_latency
 from kvslim.validation.quality import FLOOR_WINDOWS, measure_all
 from kvslim.validation.recall import RecallItem, capacity_for, compare_recall
 from kvslim.validation.rss import peak_rss
+from kvslim.validation.samples import sample_answers
 
 
 class DecoderEvaluation(NamedTuple):
@@ -75,8 +76,10 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
     }
     sizes = {name: session.layout.bytes_per_token(context) for name, session in sessions.items()}
     del sessions
+    samples = sample_answers(plain, artifact, windows, progress)
     progress.stage("validate: time and memory")
     latency = measure_latency(folders, settings.prompts, timed, settings.repeats, progress=progress)
+    slim = latency["slim"]
     measures = {
         name: _costs(folders[name], latency[name], timed).model_copy(
             update={**column, **found[name], "kv_bytes_per_token": sizes[name]}
@@ -84,8 +87,15 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
         for name, column in (("plain", quality.plain), ("slim", quality.artifact))
     }
     of_original = None if original is None else Measures(file_mib=file_mib(original), **quality.original)
-    floor = Measures.model_validate(quality.floor)
-    return report(gates, plain=measures["plain"], floor=floor, artifact=measures["slim"], original=of_original)
+    return report(
+        gates,
+        plain=measures["plain"],
+        floor=Measures.model_validate(quality.floor),
+        artifact=measures["slim"],
+        original=of_original,
+        timed=Timed({"ttft_ms": slim.ttft_ratio, "tpot_ms": slim.tpot_ratio}, slim.uncertain),
+        samples=samples,
+    )
 
 
 class _Quality(NamedTuple):
@@ -143,5 +153,9 @@ def _costs(folder: Path, latency: Latency, contexts: Sequence[int]) -> Measures:
         file_mib=file_mib(folder),
         ttft_ms=latency.ttft_ms,
         tpot_ms=latency.tpot_ms,
+        ttft_quartiles_ms=latency.ttft_quartiles_ms,
+        tpot_quartiles_ms=latency.tpot_quartiles_ms,
+        prompt_tokens_per_second={length: 1000 * int(length) / ms for length, ms in latency.ttft_ms.items()},
+        tokens_per_second={context: 1000 / ms for context, ms in latency.tpot_ms.items()},
         peak_rss_mib=peak_rss(folder, max(contexts)),
     )
