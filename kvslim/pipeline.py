@@ -17,12 +17,12 @@ from kvslim.loading.snapshot import Snapshot
 from kvslim.loading.source import read_spec, resolve
 from kvslim.planning.analyze import Analysis
 from kvslim.planning.analyze import analyze as analyze_layers
-from kvslim.planning.decide import PlanSummary, planned
+from kvslim.planning.decide import PlanSummary, decided, planned
 from kvslim.prepared.base import PreparedModel, prepare
 from kvslim.progress import Progress, Silent
 from kvslim.recipe import DEFAULT_POSITIONS, Gates, Recipe, parse_recipe
 from kvslim.report.describe import describe
-from kvslim.types import KVLayout, Manifest, Plan, PlanPoint, Report, Source
+from kvslim.types import KVLayout, Manifest, Plan, Report, Source
 from kvslim.validation.bench import BenchResult, Grid, bench_all
 
 
@@ -64,10 +64,7 @@ def compress(
         plain = folder / "plain"
         plain.mkdir()
         prepared.export_plain(plain)
-        frontier: tuple[PlanPoint, ...] = ()
-        if plan is None:
-            summary = planned(prepared)
-            plan, frontier = summary.plan, summary.frontier
+        plan, around = decided(prepared, plan)
         progress.stage("held-out text")
         evaluation = prepared.evaluation()
         progress.stage("export the slim graph")
@@ -78,7 +75,7 @@ def compress(
         progress.stage("validate")
         report = evaluation.measure(plain, folder)
         shutil.rmtree(plain)
-        return describe(folder, prepared, plan, inputs, report, frontier)
+        return describe(folder, prepared, plan, inputs, report, around)
 
 
 def plan(model: str, recipe: Recipe, *, progress: Progress | None = None) -> PlanSummary:

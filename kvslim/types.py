@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, SerializeAsAny, model_validator
 from pydantic_core import CoreSchema
@@ -140,6 +140,21 @@ class PlanPoint(Frozen):
     time_ratio: float = Field(description="expected time of a token at that context, over the plain model's")
     kl: float = Field(description="mean KL to the model as it is, nats per token")
     recall_drop: float | None = Field(None, description="recall lost, as a share; None where no limit asks for it")
+
+
+class PeerPoint(Frozen):
+    """What another tool's cache type costs on the same model, measured in torch on the same calibration text."""
+
+    name: str
+    kv_bytes_per_token: float
+    kl: float = Field(description="mean KL to the model as it is, nats per token")
+
+
+class Survey(NamedTuple):
+    """What else a model's cache could be: other sizes, the largest first, and cache types of other tools."""
+
+    frontier: tuple[PlanPoint, ...] = ()
+    peers: tuple[PeerPoint, ...] = ()
 
 
 def _read_tensor(value: object) -> object:
@@ -307,7 +322,10 @@ class Manifest(Frozen):
     context: int = Field(description="tokens of the cache that bytes per token are counted in")
     recipe: dict[str, object]
     plan: Plan
-    frontier: tuple[PlanPoint, ...] = Field((), description="with a budget: what the planner saw at other sizes")
+    frontier: tuple[PlanPoint, ...] = Field(
+        (), description="what other sizes cost: of the planner, or of all layers alike"
+    )
+    peers: tuple[PeerPoint, ...] = Field((), description="what cache types of other tools cost")
     kv_layout: KVLayout
     weights: Weights
     inputs: tuple[str, ...] = Field(description="graph inputs that have no default, other than the cache, in order")

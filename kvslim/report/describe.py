@@ -10,7 +10,7 @@ from kvslim.devices.profile import device_memory
 from kvslim.export.manifest import LEAST_ONNXRUNTIME, hash_files, write_manifest
 from kvslim.report.card import write_card
 from kvslim.report.page import write_report
-from kvslim.types import KVLayout, Manifest, Plan, PlanPoint, Report, Source
+from kvslim.types import KVLayout, Manifest, Plan, Report, Source, Survey
 
 if TYPE_CHECKING:
     from kvslim.prepared.base import PreparedModel
@@ -24,7 +24,7 @@ def describe(
     plan: Plan,
     inputs: tuple[str, ...],
     report: Report,
-    frontier: tuple[PlanPoint, ...],
+    around: Survey,
 ) -> Manifest:
     """Writes what describes the artifact: model card, HTML report and manifest."""
     recipe, spec, snapshot = prepared.recipe, prepared.spec, prepared.snapshot
@@ -34,7 +34,8 @@ def describe(
         context=recipe.calibration.target(spec),
         recipe=recipe.model_dump(mode="json"),
         plan=plan,
-        frontier=frontier,
+        frontier=around.frontier,
+        peers=around.peers,
         kv_layout=KVLayout.of(spec, plan),
         weights=recipe.weights,
         inputs=inputs,
