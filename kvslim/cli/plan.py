@@ -34,6 +34,7 @@ def plan(
     check_target(out, "--out")
     typed = read_recipe(recipe, overrides or (), read_budget(kv_ratio, kv_mib_at, time_ratio, max_kl, max_recall_drop))
     from kvslim import api
+    from kvslim.kv_ratios import smaller
     from kvslim.report.tables import frontier_table, plan_table
 
     with console.libraries_apart():
@@ -43,7 +44,7 @@ def plan(
     if as_json:
         console.print_json("plan", summary.model_dump(mode="json"))
         return
-    console.print_tables(plan_table(summary.plan), frontier_table(summary.frontier))
     slim, plain = summary.kv_bytes_per_token, summary.plain_kv_bytes_per_token
-    console.print_text(f"KV cache: {slim:,.0f} bytes per token, {slim / plain:.3g} of plain fp32 ({plain:,.0f})\n")
+    console.print_tables(plan_table(summary.plan), frontier_table(summary.frontier, summary.peers, plain))
+    console.print_text(f"KV cache: {slim:,.0f} bytes per token, {smaller(slim, plain)}\n")
     console.print_text(f"KL to plain: {summary.kl:.2g} on held-out calibration text\n")

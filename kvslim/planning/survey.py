@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvslim.errors import UsageError
 from kvslim.methods.base import Method
+from kvslim.methods.kv_hdc import KvHdc
 from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_quant import KvQuant
 from kvslim.planning.budget import decode_time
@@ -17,7 +18,7 @@ from kvslim.types import KVLayout, PeerPoint, Plan, PlanPoint, Survey
 if TYPE_CHECKING:
     from kvslim.prepared.decoder_trials import DecoderTrials
 
-INT8, INT4 = KvQuant(bits=8), KvQuant(bits=4)
+INT8, INT4 = KvQuant(bits=8), KvHdc(bits=4, granularity="per_channel")
 MORE, HALF = KvPca(rank_ratio=0.75), KvPca(rank_ratio=0.5)
 SIZES: tuple[tuple[Method, ...], ...] = ((INT8,), (INT4,), (MORE, INT4), (HALF, INT4))
 # As onnxruntime-genai's builder calibrates them: a step per channel, set by the largest value.

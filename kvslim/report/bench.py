@@ -66,7 +66,8 @@ def bench_csv(results: Results) -> str:
 
 
 def _time(timing: Timing) -> str:
-    return with_quartiles(f"{timing.median_ms:.2f}", (timing.first_quartile_ms, timing.third_quartile_ms), ".2f")
+    shown = "{:.2f}".format
+    return with_quartiles(shown(timing.median_ms), (timing.first_quartile_ms, timing.third_quartile_ms), shown)
 
 
 def _energy(timing: Timing) -> str:
