@@ -70,6 +70,8 @@ def test_best_value_of_each_row_is_marked() -> None:
     assert marked["Time per token, to plain, at 1024"] == ["a", "b"]
     assert "Files, MiB" not in marked  # all are equal
     assert "Time per token, ms, context of 1024" not in marked  # of different runs
+    busy = comparison_table(compared({"a": manifest(), "b": manifest(slowness=2, busy=True)}))
+    assert not [row for row, _ in busy.best if busy.rows[row][0].startswith("Time")]
     bold = [segment.text.strip() for segment in Console().render(table.rich()) if segment.style and segment.style.bold]
     assert "0.002" in bold
 

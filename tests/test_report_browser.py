@@ -123,7 +123,7 @@ def test_head_tells_what_a_reader_looks_for_first(chromium: str, tmp_path: Path)
 def test_answers_stand_side_by_side_where_there_is_room(chromium: str, tmp_path: Path) -> None:
     for window, beside in ((DESKTOP, True), (PHONE, False)):
         page = seen(chromium, artifact_page(manifest(), LIMITS), tmp_path / "report.html", window)
-        assert [text for text, _ in page["marks"]] == [" king.", " <queen>."]
+        assert [text for text, _ in page["marks"]] == ["king.", "<queen>."]
         assert {colour for _, colour in page["marks"]} == {"rgb(255, 226, 168)"}
         assert len(page["pairs"]) == 2
         assert all((plain["top"] == artifact["top"]) is beside for plain, artifact in page["pairs"])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from kvslim.contract import Frozen, ModelSpec
+from kvslim.kv_ratios import smaller_than
 from kvslim.planning.refit import refit_where_it_pays
 from kvslim.recipe import Recipe
 from kvslim.types import KVLayout, PeerPoint, Plan, PlanPoint, Survey
@@ -23,6 +24,9 @@ class PlanSummary(Frozen):
     plan: Plan
     kv_bytes_per_token: float
     plain_kv_bytes_per_token: float
+    smaller_than: dict[str, float] | None = Field(
+        None, description="how many times smaller the cache is than the same model's in fp32, fp16 and q8_0"
+    )
     kl: float = Field(description="mean KL measured in torch on calibration text that no projection was fitted to")
     frontier: tuple[PlanPoint, ...] = Field((), description="what other sizes cost, the largest first")
     peers: tuple[PeerPoint, ...] = Field((), description="what cache types of other tools cost")
@@ -82,10 +86,12 @@ def resolved(recipe: Recipe, trials: Trials) -> Recipe:
 
 def _summary(prepared: PreparedModel, plan: Plan, kl: float, around: Survey | None = None) -> PlanSummary:
     spec, context = prepared.spec, prepared.recipe.calibration.target(prepared.spec)
+    slim, plain = (KVLayout.of(spec, each).bytes_per_token(context) for each in (plan, Plan.identity(spec)))
     return PlanSummary(
         plan=plan,
-        kv_bytes_per_token=KVLayout.of(spec, plan).bytes_per_token(context),
-        plain_kv_bytes_per_token=KVLayout.of(spec, Plan.identity(spec)).bytes_per_token(context),
+        kv_bytes_per_token=slim,
+        plain_kv_bytes_per_token=plain,
+        smaller_than=smaller_than(slim, plain),
         kl=kl,
         **(around or Survey())._asdict(),
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import NamedTuple
 
 from kvslim.types import SampleAnswer
 
-WORDS = re.compile(r"\s*\S+|\s+$")
+WORDS = re.compile(r"\S+\s*|^\s+")
 
 
 class Piece(NamedTuple):
@@ -34,12 +35,20 @@ class Answer:
 
 
 def compared_answer(sample: SampleAnswer) -> Answer:
-    """Both answers, compared word by word."""
+    """Both answers, compared word by word; space behind a word belongs to it, but is not marked."""
     plain, artifact = (WORDS.findall(answer.lstrip(" ")) for answer in (sample.plain, sample.artifact))
-    steps = SequenceMatcher(None, plain, artifact, autojunk=False).get_opcodes()
-    left = [Piece("".join(plain[start:end]), kind != "equal") for kind, start, end, _, _ in steps if end > start]
-    right = [Piece("".join(artifact[start:end]), kind != "equal") for kind, _, _, start, end in steps if end > start]
+    bare = [[word.rstrip() for word in side] for side in (plain, artifact)]
+    steps = SequenceMatcher(None, bare[0], bare[1], autojunk=False)
+    left, right = list[Piece](), list[Piece]()
+    for kind, *ends in steps.get_opcodes():
+        left += _pieces("".join(plain[ends[0] : ends[1]]), kind != "equal")
+        right += _pieces("".join(artifact[ends[2] : ends[3]]), kind != "equal")
     return Answer(sample.prompt, tuple(left), tuple(right))
+
+
+def _pieces(text: str, differs: bool) -> Iterator[Piece]:
+    words = text.rstrip() if differs else text
+    yield from (piece for piece in (Piece(words, differs), Piece(text[len(words) :], False)) if piece.text)
 
 
 def differing(answers: tuple[Answer, ...]) -> str:

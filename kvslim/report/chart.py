@@ -222,11 +222,12 @@ def _names(series: Sequence[Series], rules: Sequence[Rule], across: _Scale, upwa
     taken += [
         _Box(LEFT, upwards(rule.value) - 14, LEFT + 70, upwards(rule.value)) for rule in rules if rule.axis == "y"
     ]
-    for one in series:
+    for one in sorted(series, key=lambda one: one.marks != "large"):
         for (left, height), name in zip(one.points, one.names, strict=False):
             x, y, width = across(left), upwards(height), LETTER * len(name)
             gap = MARKS.get(one.marks, 4.5) + 4
-            spots = ((x + gap, y - 6), (x - gap - width, y - 6), (x - width / 2, y - 21), (x - width / 2, y + 8))
+            sides, heights = (x + gap, x - gap - width), (y - 6, y - 21, y + 9)
+            spots = [(start, top) for top in heights for start in (*sides, *[x - width / 2] * (top != y - 6))]
             boxes = (_Box(start, top, start + width, top + LINE) for start, top in spots)
             box = next((box for box in boxes if _inside(box) and not any(map(box.meets, taken))), None)
             if box is not None:

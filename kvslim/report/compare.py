@@ -27,6 +27,7 @@ class Column(Frozen):
     gates: tuple[GateResult, ...]
     artifact: Measures
     ratio: Measures
+    timings_uncertain: str | None = Field(None, description="why the timings say little, if they do")
 
 
 class Comparison(Frozen):
@@ -179,14 +180,15 @@ def _smaller_than(column: Column) -> Mapping[str, float]:
 
 
 def _factors(columns: Mapping[str, Column]) -> Iterator[_Row]:
-    """Times relative to the plain export of the same run."""
+    """Times relative to the plain export of the same run; where some are uncertain, none is called best."""
+    sign = 0 if any(column.timings_uncertain for column in columns.values()) else 1
     for measure in LATENCY:
         ratios = [getattr(column.ratio, measure) or {} for column in columns.values()]
         label = f"{METRICS[measure][0].split(', ')[0]}, to plain"
         for length in sorted({length for ratio in ratios for length in ratio}, key=int):
             values = tuple(ratio.get(length) for ratio in ratios)
             cells = (NONE if value is None else f"{value:.3g}x" for value in values)
-            yield _Row((f"{label}, at {length}", *cells), values, sign=1)
+            yield _Row((f"{label}, at {length}", *cells), values, sign)
 
 
 def _gate_rows(columns: Mapping[str, Column]) -> Iterator[_Row]:
@@ -223,6 +225,7 @@ def _column(manifest: Manifest) -> Column:
         gates=report.gates if report else (),
         artifact=report.artifact if report else Measures(),
         ratio=report.ratio if report else Measures(),
+        timings_uncertain=report.timings_uncertain if report else None,
     )
 
 

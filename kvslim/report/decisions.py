@@ -11,7 +11,7 @@ from kvslim.report.tables import NONE, Table
 from kvslim.types import LayerPlan, Plan
 
 STORED = {"float32": "32-bit floats", "int8": "8-bit integers", "int4": "4-bit integers"}
-USUAL = {"finer dimensions": "none", "feed-forward part": "kept", "output projection": "as it was"}
+USUAL = {"dimensions stored finer": "none", "feed-forward part": "kept", "output projection": "as it was"}
 
 
 class Decisions(NamedTuple):
@@ -60,7 +60,7 @@ def _facts(spec: ModelSpec, layer: LayerPlan) -> dict[str, str]:
     return {
         "cache": _stored(layer),
         "dimensions per head": own[0],
-        "finer dimensions": own[1],
+        "dimensions stored finer": own[1],
         "tokens kept": own[2],
         "query heads": heads if layer.heads != () else "none",
         "feed-forward part": "kept" if layer.mlp else "removed",

@@ -21,6 +21,7 @@ from kvslim.report.decisions import decisions
 from kvslim.report.figure import Figure, Limits
 from kvslim.report.figures import figures
 from kvslim.report.tables import (
+    UNCERTAIN,
     Table,
     decisions_table,
     frontier_table,
@@ -204,12 +205,9 @@ def comparison_page(
         *(_decisions(f"Decisions: {name}", manifest) for name, manifest in manifests.items()),
     )
     known = None if None in passed else all(passed) and not regressions
-    warnings = (
-        f"{name}: {note}"
-        for name, manifest in manifests.items()
-        if manifest.report and (note := timing_note(manifest.report))
-    )
-    return _page(Head(" · ".join(manifests), verdict, known, failures, warning="; ".join(warnings)), sections)
+    doubtful = [name for name, manifest in manifests.items() if manifest.report and manifest.report.timings_uncertain]
+    warning = f"{UNCERTAIN}: {', '.join(doubtful)}" if doubtful else ""
+    return _page(Head(" · ".join(manifests), verdict, known, failures, warning=warning), sections)
 
 
 NOTHING = Table((), ())

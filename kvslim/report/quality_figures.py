@@ -57,10 +57,11 @@ def _priced(measured: Named, found: Mapping[str, Report]) -> str:
     """What hollow marks are, where there are any."""
     if not any(measured[name].frontier or measured[name].peers for name in found):
         return ""
+    if len(found) > 1:
+        return " Hollow: other sizes, priced on calibration text before any graph was made."
     planned = any(measured[name].recipe.get("budget") for name in found)
     sizes = "the planner's plans of other sizes" if planned else "all layers alike in other sizes"
-    others = " and cache types of other tools" if len(found) == 1 else ""
-    return f" Hollow: priced on calibration text before any graph was made, {sizes}{others}."
+    return f" Hollow: priced on calibration text before any graph was made, {sizes} and cache types of other tools."
 
 
 def _point(measures: Measures) -> tuple[float, float] | None:

@@ -217,7 +217,7 @@ def frontier_table(frontier: Sequence[PlanPoint], peers: Sequence[PeerPoint], pl
         (cache, *_smaller(size, plain), f"{size:,.0f}", time, f"{kl:.2g}")
         for size, cache, time, kl in sorted(sizes + others, key=lambda row: -row[0])
     )
-    return Table(("cache", *SMALLER, "bytes per token", "time", "KL"), rows)
+    return Table(("cache", *SMALLER, "bytes per token", "expected time", "KL"), rows)
 
 
 def _smaller(size: float | None, plain: float | None) -> tuple[str, ...]:
