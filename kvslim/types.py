@@ -305,12 +305,21 @@ class Report(Frozen):
     samples: tuple[SampleAnswer, ...] = Field((), description="answers to compare by eye")
 
 
+def _known(description: str) -> Any:
+    """A field that is left out where it is not known, so that older manifests keep their digest."""
+    return Field(None, exclude_if=lambda value: value is None, description=description)
+
+
 class Source(Frozen):
     """Where the model came from: the id the user gave, the hub revision if any, the digest of its weights."""
 
     model: str
     revision: str | None
     sha256: str
+    base_model: str | None = _known("the hub's id of the model, or of the one that a GGUF file was made from")
+    license: str | None = _known("of the model, as its card or its GGUF file names it; so are the next two")
+    license_name: str | None = _known("where the license is `other`")
+    license_link: str | None = _known("where the license is `other`")
 
 
 class Manifest(Frozen):
@@ -330,8 +339,7 @@ class Manifest(Frozen):
     weights: Weights
     inputs: tuple[str, ...] = Field(description="graph inputs that have no default, other than the cache, in order")
     versions: dict[str, str]
-    # Left out where it is not known, so that manifests written before it was noted keep their digest.
-    least_onnxruntime: str | None = Field(
+    least_onnxruntime: str | None = Field(  # left out where it is not known, as in `Source`
         None,
         pattern=r"^\d+(\.\d+)*$",
         exclude_if=lambda version: version is None,

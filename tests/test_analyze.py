@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.models import open_prepared, recipe_of
@@ -16,7 +19,9 @@ from kvslim.cli import app
 from kvslim.cli.schemas import output_type
 from kvslim.errors import OutputError, UnsupportedError
 from kvslim.methods import PruneHeads, PruneLayers
-from kvslim.planning.analyze import Analysis
+from kvslim.planning.analyze import Analysis, LayerAnalysis, SourceLayer
+from kvslim.recipe import load_recipe
+from kvslim.report.analysis import conclusions, spare, without
 from kvslim.report.heatmap import Panel, heatmap
 
 SETTINGS = ["--set", "calibration.samples=4", "--set", "calibration.length=48"]
@@ -80,6 +85,94 @@ def test_task_in_jsonl_gives_table_json_and_heat_map(
     assert "KL without attention" in printed
     assert "source: K, V" in printed
     assert "Taylor" in printed
+
+
+def test_what_follows_can_be_typed(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = tmp_path / "my task.txt"
+    task.write_text("A sentence of many words, and of much else. " * 60)
+    monkeypatch.setattr("kvslim.report.analysis.TOLERABLE", 9.0)
+    assert app.run(["analyze", str(tiny_llama), "--data", str(task), *SETTINGS]) == 0
+    printed = capsys.readouterr().out
+    assert re.search("(?m)^influence .*hidden states", printed)
+    commands = [shlex.split(line) for line in printed.partition("What follows:")[2].splitlines() if line[:2] == "  "]
+    assert [command[:3] for command in commands] == [["kvslim", verb, str(tiny_llama)] for verb in ("compress", "plan")]
+    monkeypatch.setattr(pipeline, "prepare", lambda *_, **__: pytest.fail("loaded"))
+    for command in commands:
+        with pytest.raises(pytest.fail.Exception, match="loaded"):
+            app.app(command[1:], standalone_mode=False)
+        assert f'calibration.source="{task}"' in command
+
+
+def layer(at: int, **update: Any) -> LayerAnalysis:
+    """A layer of which everything is needed, but for what is said."""
+    needed = LayerAnalysis(
+        layer=at,
+        attention_kl=1.0,
+        mlp_kl=1.0,
+        block_kl=2.0,
+        block_influence=0.5,
+        kv_head_kl=(0.5, 0.5),
+        fluctuation=(1.0,) * 4,
+        taylor=(1.0,) * 4,
+        clusters=4,
+        key_rank=60,
+        value_rank=50,
+        recent_attention=0.9,
+        source=None,
+    )
+    return needed.model_copy(update=update)
+
+
+def of(*layers: LayerAnalysis, length: int = 1024) -> Analysis:
+    return Analysis(source="self", tokens=4096, length=length, head_dim=64, layers=layers)
+
+
+NEAR = SourceLayer(layer=0, key_distance=0.04, value_distance=0.1)
+FAR = SourceLayer(layer=0, key_distance=0.04, value_distance=0.2)
+
+
+@pytest.mark.parametrize(
+    ("analysis", "follows"),
+    [
+        (
+            of(layer(0), layer(1, mlp_kl=0.3)),
+            "No part can go for a KL of 0.01; the cheapest is the MLP of layer 1",
+        ),
+        (
+            of(layer(0, mlp_kl=0.004), layer(1, kv_head_kl=(0.5, 0.005))),
+            "For a KL of about 0.009 together, these can go: the MLP of layer 0, kv head 1 of layer 1.",
+        ),
+        (of(layer(0), length=512 - 1), "Texts of 511 tokens are too short to say who looks back further than 256."),
+        (of(layer(0)), "No layer keeps 99 % of its attention within 256 tokens"),
+        (of(layer(0), layer(1, recent_attention=0.995)), "leaves 99 % of the attention of layer 1."),
+        (
+            of(layer(0), layer(1, key_rank=40)),
+            "keys need 40 to 60 and values 50 to 50 for 99 %: half of them",
+        ),
+        (of(layer(0, value_rank=32)), "half of the dimensions of values can go (kv_pca)."),
+        (of(layer(0), layer(1, source=NEAR)), "Caches to share (share_kv): layer 1 that of layer 0."),
+        (of(layer(0), layer(1, source=FAR)), "No layer can read another's cache"),
+    ],
+)
+def test_sentences_say_what_follows(analysis: Analysis, follows: str) -> None:
+    assert follows in "\n".join(conclusions(analysis))
+
+
+def test_spare_parts_cost_no_more_than_allowed_and_each_layer_loses_one() -> None:
+    layers = layer(0, mlp_kl=0.001, attention_kl=0.002), layer(1, kv_head_kl=(0.003, 0.004)), layer(2, mlp_kl=0.0065)
+    found = spare(of(*layers), 0.01)
+    assert [str(removal) for removal in found] == ["the MLP of layer 0", "kv head 0 of layer 1"]
+    methods = "[{prune_layers: {layers: {0: mlp}}}, {prune_heads: {heads: {1: [0, 1]}}}, kv_quant]"
+    assert without(of(*layers), found) == methods
+    recipe = load_recipe("lossless", [f"methods={methods}"])
+    assert [method.name for method in recipe.methods] == ["prune_layers", "prune_heads", "kv_quant"]
+    assert [str(removal) for removal in spare(of(*layers), 0.02)][-1] == "the MLP of layer 2"
+
+
+def test_the_only_kv_head_of_a_layer_stays() -> None:
+    assert spare(of(layer(0, kv_head_kl=(0.001,), attention_kl=0.1)), 0.01) == ()
 
 
 def test_heat_map_is_darkest_where_the_value_is_largest_and_escapes_its_title() -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from support.tiny_artifact import SPEC
 
-from kvslim.caches import FullCache, WindowCache
+from kvslim.caches import FullCache, PackedCache, WindowCache
 from kvslim.cli import app
 from kvslim.devices import measure
 from kvslim.devices.demand import (
@@ -143,6 +143,43 @@ def test_a_window_is_read_no_further_than_it_reaches() -> None:
     assert cache.flops_at(100) == 4 * 16 * (4 * 36 + 2 * 100)
 
 
+def in_integers(stored: str, window: int | None = None) -> Cache:
+    """A cache of integers in all layers, each with a sliding window of the model or none."""
+    layers = tuple(LayerPlan(layer=layer, cache=FullCache(stored=stored)) for layer in range(SPEC.layers))
+    spec = SPEC.model_copy(update={"windows": (window,) * SPEC.layers})
+    return Cache.of(stored, spec, Plan(layers=layers))
+
+
+@pytest.mark.parametrize(("stored", "ratio"), [("int8", 0.59), ("int4", 0.67)])
+def test_decoding_over_integers_takes_the_measured_share_of_float32(stored: str, ratio: float) -> None:
+    demand = decode(WEIGHTS, in_integers(stored), 300)
+    assert demand.timed_bytes_per_token == pytest.approx(4_000 + ratio * 300 * READ)
+    assert demand.timed_flops_per_token == demand.flops_per_token
+    assert demand.bytes_per_token < demand.timed_bytes_per_token < decode(WEIGHTS, PLAIN, 300).bytes_per_token
+
+
+@pytest.mark.parametrize(("gflops", "binds"), [(10_000, "bandwidth"), (1, "compute")])
+@pytest.mark.parametrize(("stored", "window", "ratio"), [("int8", None, 1.08), ("int4", None, 1.13), ("int8", 64, 3.4)])
+def test_a_prompt_over_integers_is_slower_by_what_was_measured(
+    stored: str, window: int | None, ratio: float, gflops: float, binds: str
+) -> None:
+    device = DEVICE.model_copy(update={"gflops": Quantity(value=gflops, source="test")})
+    nothing = StoredWeights("none", stored=0, read=0, products=0, head=0)
+    plain = Cache.of("plain", SPEC.model_copy(update={"windows": (window,) * SPEC.layers}), Plan.identity(SPEC))
+    before, after = (bound(device, prefill(nothing, cache, 2000)) for cache in (plain, in_integers(stored, window)))
+    assert (before.binds, after.binds) == (binds, binds)
+    assert after.seconds_per_token == pytest.approx(ratio * before.seconds_per_token)
+
+
+def test_packed_codes_take_longer_than_float32_and_their_ring_as_long() -> None:
+    cache = PackedCache(rank=8, bits=2, window=16, sinks=4)
+    packed = Cache.of("packed", SPEC, Plan(layers=tuple(LayerPlan(layer=at, cache=cache) for at in range(2))))
+    ring = 2 * 2 * 4 * 8 * 4 * 20  # layers x sides x query heads x rank x 4 bytes x rows
+    codes = 2 * 2 * 4 * 8 * 4 * 300
+    assert packed.timed_read_at(300, "decode") == pytest.approx(ring + 2.2 * codes, rel=0.1)
+    assert packed.timed_read_at(300, "decode") > packed.read_at(300)
+
+
 @pytest.mark.parametrize(
     ("moved", "flops", "memory", "seconds", "binds"),
     [
@@ -152,7 +189,9 @@ def test_a_window_is_read_no_further_than_it_reaches() -> None:
     ],
 )
 def test_the_slower_resource_binds(moved: float, flops: float, memory: int, seconds: float, binds: str) -> None:
-    demand = Demand(stage="decode", context=1, memory_bytes=memory, bytes_per_token=moved, flops_per_token=flops)
+    counts = {"bytes_per_token": moved, "flops_per_token": flops}
+    timed = {f"timed_{name}": value for name, value in counts.items()}
+    demand = Demand(stage="decode", context=1, memory_bytes=memory, **counts, **timed)
     found = bound(DEVICE, demand)
     assert (found.seconds_per_token, found.binds) == (pytest.approx(seconds), binds)
     assert found.tokens_per_second == pytest.approx(1 / seconds)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +48,23 @@ def test_lossless_keeps_its_promises(demo_artifact: ArtifactOf) -> None:
     assert report.passed
     assert report.ratio.kv_bytes_per_token == 0.25
     assert (report.artifact.kl_mean or 1) <= 0.001
+
+
+def test_code_of_the_card_says_the_same_in_each_client(demo_artifact: ArtifactOf) -> None:
+    pytest.importorskip("onnxruntime_genai", reason="needs the extra genai")
+    folder = demo_artifact("lossless")
+    ours = printed_by_card(folder, "kvslim")
+    assert len(ours) > 100
+    assert printed_by_card(folder, "onnxruntime_genai") == "Once upon a time" + ours
+
+
+def printed_by_card(folder: Path, client: str) -> str:
+    """What the card's code for a client prints in the artifact's folder."""
+    snippets = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    (snippet,) = [code for code in snippets if re.search(rf"^import {client}\b", code, re.MULTILINE)]
+    ran = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.removesuffix("\n")
 
 
 @pytest.mark.thorough

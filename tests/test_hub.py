@@ -21,7 +21,7 @@ SHARDS = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b"
 ODD_SHARDS = json.dumps({"weight_map": {"a": "weights.part-1.safetensors", "b": "weights.part-2.safetensors"}})
 # Other formats of the same weights, and files that belong to no verb.
 CLUTTER = (
-    "README.md",
+    "LICENSE",
     "consolidated.safetensors",
     "consolidated.00.pth",
     "flax_model.msgpack",

@@ -24,6 +24,7 @@ from kvslim.loading.source import read_spec, resolve
 from kvslim.methods import KvPca
 from kvslim.report.inspect import inspect
 from kvslim.report.memory import artifact_caches, cache_memory
+from kvslim.report.tables import caches_table, layers_table
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import KVLayout, LayerPlan, Plan
 
@@ -308,6 +309,56 @@ def test_tables_show_devices_and_stages(tmp_path: Path, capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert out.count("training at 8,192") == 2
     assert "training at 1,024" not in out
-    assert out.count("8,192 (positions)") == 8
+    assert out.count("8,192 (positions)") == 6
     assert "decode at 1,024" in out
     assert "weights: 82.3 MiB, int4" in out
+
+
+def test_last_lines_answer_for_each_device_and_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = config_only(tmp_path, "Llama-3.2-1B")
+    devices = ("--device", "raspberry-pi-4-4gb", "--device", "laptop-16gb")
+    command = ["inspect", str(folder), "--weights", "int4", "--context", "16k,64k", *devices]
+    assert app.run(command) == 0
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.partition(":")[0] for line in lines] == [
+        f"{tokens} tokens on {device}"
+        for device in ("Raspberry Pi 4, 4 GB", "laptop, 16 GB")
+        for tokens in ("16,384", "65,536")
+    ]
+    # 0.77 GiB of weights, 0.125 of the runtime, and a cache of 64 KiB a token; read for 32 heads, not 8
+    assert "plain 1.9 GiB, up to 2.52 tokens/s; balanced and lossless 1.1 GiB, up to 3.85 tokens/s" in lines[0]
+    assert "plain does not fit (4.9 GiB)" in lines[1]
+    assert app.run([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["recipes"] == {"balanced": "int8", "lossless": "int8", "small": "int4"}
+    assert [entry["cache"] for entry in found["devices"]] == ["fp32", "int8", "int4"] * 2
+    rate = {entry["cache"]: 1 / entry["stages"][-1]["seconds_per_token"] for entry in found["devices"][:3]}
+    prompt = {entry["cache"]: entry["stages"][-2]["seconds_per_token"] for entry in found["devices"][:3]}
+    assert rate["fp32"] < rate["int4"] < rate["int8"] < 2 * rate["fp32"]
+    assert prompt["fp32"] < prompt["int8"] < prompt["int4"]
+
+
+def test_devices_are_named_where_none_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["inspect", str(config_only(tmp_path, "SmolLM2-135M"))]) == 0
+    assert "raspberry-pi-5-8gb" in capsys.readouterr().err
+    assert app.run(["inspect", str(tmp_path), "--device", "laptop-8gb"]) == 0
+    assert "--device" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("SmolLM2-135M", ["0-29"]), ("gemma-3-270m", ["0-4, 6-10, 12-16", "5, 11, 17"]), ("Phi-3-mini-4k", ["0-31"])],
+)
+def test_layers_that_are_alike_share_a_row(name: str, rows: list[str], tmp_path: Path) -> None:
+    memory = inspect(str(config_only(tmp_path, name)), [4096], None, [])
+    assert [row[0] for row in layers_table(memory).rows] == [*rows, "all together"]
+    assert len(memory.layers) == PUBLISHED[name].config["num_hidden_layers"]
+
+
+def test_recipes_have_rows_beside_fp32_and_fp16(tmp_path: Path) -> None:
+    memory = inspect(str(config_only(tmp_path, "SmolLM2-135M")), [4096, 8192], "int4", [])
+    rows = {row[0]: row[1:] for row in caches_table(memory).rows}
+    assert list(rows) == ["plain", "fp16", "balanced and lossless", "small"]
+    assert rows["plain"][:4] == ("fp32", "46,080", "1.00x", "0.50x")
+    assert rows["small"][:4] == ("int4", "5,760", "8.00x", "4.00x")
+    assert rows["balanced and lossless"] == ("int8", "11,520", "4.00x", "2.00x", "45.0 (35%)", "90.0 (52%)")

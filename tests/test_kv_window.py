@@ -24,7 +24,7 @@ from kvslim.methods import KvPca, KvQuant, KvWindow
 from kvslim.methods.fitting import fit
 from kvslim.methods.kv_window import kept_attention
 from kvslim.report.memory import artifact_caches, cache_memory
-from kvslim.report.tables import contexts_table, layers_table, plan_table
+from kvslim.report.tables import caches_table, layers_table, plan_table
 from kvslim.types import KVLayout, LayerPlan, Plan
 
 FOUR = SPEC.model_copy(update={"layers": 4, "windows": (None,) * 4})
@@ -145,7 +145,7 @@ def test_inspect_counts_sinks_window_and_codes(tmp_path: Path) -> None:
     assert memory.mib["10"]["as it is"] * 2**20 == exact
     assert memory.mib["1000"]["as it is"] * 2**20 == exact + 980 * 2 * SPEC.kv_heads * 8 // 4
     assert [row[4] for row in layers_table(memory).rows] == ["4 + 16", "16", ""]
-    assert len(contexts_table(memory).rows) == 2
+    assert [row[0] for row in caches_table(memory).rows] == ["plain", "as it is"]
 
 
 def test_ages_of_attention_are_those_of_a_direct_count(tiny_llama: Path) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvslim.cli import console
 from kvslim.cli.options import Json, Model, Overrides
 from kvslim.cli.progress import Terminal
+
+if TYPE_CHECKING:
+    from kvslim.planning.analyze import Analysis
 
 
 def analyze(
@@ -27,7 +32,7 @@ def analyze(
     """Show which layers and heads a task needs least.
 
     Measures KL on the task's text with parts left out: the attention of each layer, its feed-forward part, both, and
-    each kv head.
+    each kv head. Then says what the words mean, and what follows.
     Writes no graph.
     """
     from kvslim.cli.inputs import check_target, read_recipe, write_text
@@ -36,8 +41,8 @@ def analyze(
     settings = [f"calibration.source={json.dumps(data)}", *(overrides or ())]
     typed = read_recipe("lossless", settings, None)
     from kvslim import api
+    from kvslim.report.analysis import heads_table, parts_table, words
     from kvslim.report.heatmap import analysis_panels, heatmap
-    from kvslim.report.tables import heads_table, parts_table
 
     with console.libraries_apart():
         analysis = api.analyze(model, typed, progress=Terminal())
@@ -48,3 +53,20 @@ def analyze(
         console.print_json("analyze", analysis.model_dump(mode="json"))
     else:
         console.print_tables(parts_table(analysis), heads_table(analysis))
+        lines = [*words(), "", "What follows:", *_followings(model, data, analysis), ""]
+        console.print_text("\n".join(lines))
+
+
+def _followings(model: str, data: str, analysis: Analysis) -> Iterator[str]:
+    """Sentences, with what to type for the removals, and for all kinds of savings weighed against each other."""
+    from kvslim.report.analysis import TOLERABLE, conclusions, spare, without
+
+    text = [] if data == "self" else ["--set", f"calibration.source={json.dumps(data)}"]
+    first, *others = (f"- {sentence}" for sentence in conclusions(analysis))
+    yield first
+    if found := spare(analysis, TOLERABLE):
+        settings = ["--set", f"methods={without(analysis, found)}", "--set", f"gates.max_kl={TOLERABLE}"]
+        yield f"  kvslim compress {shlex.join([model, '-r', 'lossless', '-o', 'OUT', *text, *settings])}"
+    yield from others
+    yield "- The planner weighs all of these against fewer bits and ranks, by measurement:"
+    yield f"  kvslim plan {shlex.join([model, '--kv-ratio', '8', *text])}"

@@ -24,22 +24,27 @@ def inspect(
 ) -> None:
     """Show how much memory the KV cache takes, and what devices allow.
 
-    Reads the config, or the manifest and the graph, and no weights.
+    Reads the config, or the manifest and the graph, and no weights. With --device the last lines answer: what fits at
+    each context, and how fast it is at best.
     """
     from kvslim.cli.inputs import read_lengths
-    from kvslim.devices.profile import load_device
+    from kvslim.devices.profile import load_device, shipped_devices
     from kvslim.report.inspect import inspect as memory_of
-    from kvslim.report.limits import limits_table, stages_table
-    from kvslim.report.tables import contexts_table, layers_table
+    from kvslim.report.limits import answers, limits_table, stages_table
+    from kvslim.report.tables import caches_table, layers_table
 
     lengths = read_lengths(contexts, "--context")
     memory = memory_of(model, lengths, weights, [load_device(name) for name in devices or ()])
     if as_json:
         console.print_json("inspect", memory.model_dump(mode="json"))
         return
-    console.print_tables(layers_table(memory), contexts_table(memory))
-    console.print_text(f"weights: {memory.weights_mib:,.1f} MiB, {memory.weights}\n")
-    console.print_tables(limits_table(memory.devices), stages_table(memory.devices))
+    console.print_tables(layers_table(memory), caches_table(memory))
+    promise = "; a recipe takes at most these bytes" if memory.recipes else ""
+    console.print_text(f"weights: {memory.weights_mib:,.1f} MiB, {memory.weights}{promise}\n")
+    console.print_tables(stages_table(memory), limits_table(memory))
+    console.print_text("".join(f"{line}\n" for line in answers(memory)))
+    if memory.layers and not devices:
+        console.hint(f"hint: --device says what fits and how fast it is: {', '.join(shipped_devices())}")
     longest = max(lengths)
     if longest > memory.max_context:
         console.hint(f"hint: this model was made for {memory.max_context:,} positions, fewer than {longest:,}")

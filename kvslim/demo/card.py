@@ -18,6 +18,7 @@ _DOCUMENTS, _NGRAM_DOCUMENTS, _WORDS = 20, 500, 1500
 
 _CARD = """---
 language: en
+license: apache-2.0
 library_name: transformers
 pipeline_tag: text-generation
 tags:

@@ -3,16 +3,19 @@
 Multiplying a token with a matrix of n numbers takes 2 n FLOPs; attention over c tokens takes 2 c (key dim + value dim)
 per query head. Decoding reads each matrix once per token; a prompt reads it once per chunk. The cache is read once by
 each query head: onnxruntime's kernel reads the rows of a kv head again for every query head of the group, so its time
-grows with the query heads. Activations of inference stay in the processor's caches and are not counted.
+grows with the query heads. Activations of inference stay in the processor's caches and are not counted. Attention over
+integers takes longer than its bytes say: bounds use the bytes and FLOPs that take as long in float32 (`kernels.py`).
 docs/devices.md has the formulas and the measurements.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from kvslim.contract import Frozen, KVTensor, ModelSpec, WeightType
+from kvslim.contract import CacheType, Frozen, KVTensor, ModelSpec, WeightType
+from kvslim.devices.kernels import Step, kernel_ratio
 from kvslim.loading.parameters import Parameters
 from kvslim.types import KVLayout, Plan
 
@@ -32,6 +35,8 @@ MOVES = (
     10  # numbers moved per step: read forward and back, gradient written, all four read, all but the gradient written
 )
 PASSES = 3  # the backward pass computes two products for each of the forward pass
+# What reads numbers of so many bits; onnxruntime's float16 on CPUs was not measured, and counts as float32.
+KERNELS: dict[int, CacheType] = {32: "float32", 16: "float32", 8: "int8", 4: "int4"}
 # Numbers of the hidden size that a layer keeps of a token for the backward pass: equation 2 of Korthikanti et al.
 # (2022), "Reducing activation recomputation in large transformer models", without dropout, with attention's scores
 # computed again as fused kernels do.
@@ -47,6 +52,7 @@ class Demand(Frozen):
         memory_bytes: Memory that it occupies.
         bytes_per_token: Memory traffic.
         flops_per_token: Products and sums.
+        timed_bytes_per_token, timed_flops_per_token: The same, but of a float32 cache whose attention takes as long.
     """
 
     stage: StageName
@@ -54,6 +60,8 @@ class Demand(Frozen):
     memory_bytes: int
     bytes_per_token: float
     flops_per_token: float
+    timed_bytes_per_token: float
+    timed_flops_per_token: float
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,22 @@ class Cache:
 
     def flops_at(self, context: int) -> int:
         """FLOPs of one token's attention over a context."""
-        return sum(2 * self.q_heads[each.layer] * each.dim * _held(each, context) for each in self.layout.tensors)
+        return sum(2 * self._numbers(each, context) for each in self.layout.tensors)
+
+    def timed_read_at(self, context: int, step: Step) -> float:
+        """Bytes that attention over float32 reads in the time that it takes over this cache."""
+        return sum(FLOAT * self._numbers(each, context) * self._ratio(step, each) for each in self.layout.tensors)
+
+    def timed_flops_at(self, context: int, step: Step) -> float:
+        """FLOPs that attention over float32 does in that time, or its own if these are more."""
+        return sum(2 * self._numbers(each, context) * max(1, self._ratio(step, each)) for each in self.layout.tensors)
+
+    def _numbers(self, tensor: KVTensor, context: int) -> int:
+        """Numbers that all query heads together read."""
+        return self.q_heads[tensor.layer] * tensor.dim * _held(tensor, context)
+
+    def _ratio(self, step: Step, tensor: KVTensor) -> float:
+        return kernel_ratio(step, tensor.dtype if self.bits is None else KERNELS[self.bits], tensor)
 
 
 def query_heads(spec: ModelSpec, plan: Plan) -> tuple[int, ...]:
@@ -132,26 +155,33 @@ def query_heads(spec: ModelSpec, plan: Plan) -> tuple[int, ...]:
 
 def decode(weights: StoredWeights, cache: Cache, context: int) -> Demand:
     """One token after a context."""
+    products = 2 * (weights.products + weights.head)
     return Demand(
         stage="decode",
         context=context,
         memory_bytes=memory(weights, cache, context),
         bytes_per_token=weights.read + cache.read_at(context),
-        flops_per_token=2 * (weights.products + weights.head) + cache.flops_at(context),
+        flops_per_token=products + cache.flops_at(context),
+        timed_bytes_per_token=weights.read + cache.timed_read_at(context, "decode"),
+        timed_flops_per_token=products + cache.timed_flops_at(context, "decode"),
     )
 
 
 def prefill(weights: StoredWeights, cache: Cache, context: int) -> Demand:
     """A prompt of `context` tokens, in chunks; each chunk needs the head only for its last token."""
     ends = [*range(CHUNK, context, CHUNK), context]
-    moved = sum(weights.read + cache.read_at(end) for end in ends)
-    flops = 2 * (weights.products * context + weights.head * len(ends)) + _attention(cache, ends)
+    read = weights.read * len(ends)
+    products = 2 * (weights.products * context + weights.head * len(ends))
+    attention = _over_prompt(cache.flops_at, ends)
+    timed = _over_prompt(lambda tokens: cache.timed_flops_at(tokens, "prefill"), ends)
     return Demand(
         stage="prefill",
         context=context,
         memory_bytes=memory(weights, cache, context),
-        bytes_per_token=moved / context,
-        flops_per_token=flops / context,
+        bytes_per_token=(read + sum(map(cache.read_at, ends))) / context,
+        flops_per_token=(products + attention) / context,
+        timed_bytes_per_token=(read + sum(cache.timed_read_at(end, "prefill") for end in ends)) / context,
+        timed_flops_per_token=(products + timed) / context,
     )
 
 
@@ -159,13 +189,17 @@ def training(spec: ModelSpec, parameters: Parameters, cache: Cache, context: int
     """A step of Adam in float32 on one text of `context` tokens."""
     kept = FLOAT * context * (ACTIVATIONS * spec.hidden_size * spec.layers + spec.vocab_size)
     products = 2 * (parameters.products + parameters.head) * context
-    attention = _attention(cache, [*range(CHUNK, context, CHUNK), context])
+    attention = _over_prompt(cache.flops_at, [*range(CHUNK, context, CHUNK), context])
+    moved = (FLOAT * MOVES * parameters.total + 2 * kept) / context
+    computed = PASSES * (products + attention) / context
     return Demand(
         stage="training",
         context=context,
         memory_bytes=FLOAT * STATES * parameters.total + kept,
-        bytes_per_token=(FLOAT * MOVES * parameters.total + 2 * kept) / context,
-        flops_per_token=PASSES * (products + attention) / context,
+        bytes_per_token=moved,
+        flops_per_token=computed,
+        timed_bytes_per_token=moved,
+        timed_flops_per_token=computed,
     )
 
 
@@ -178,10 +212,9 @@ def _held(tensor: KVTensor, context: int) -> int:
     return min(context, tensor.rows(context))
 
 
-def _attention(cache: Cache, ends: list[int]) -> float:
+def _over_prompt(flops_at: Callable[[int], float], ends: Sequence[int]) -> float:
     """FLOPs of all tokens' attention. Within a chunk they grow linearly from the first token to the last."""
     starts = [0, *ends[:-1]]
     return sum(
-        (end - start) * (cache.flops_at(start + 1) + cache.flops_at(end)) / 2
-        for start, end in zip(starts, ends, strict=True)
+        (end - start) * (flops_at(start + 1) + flops_at(end)) / 2 for start, end in zip(starts, ends, strict=True)
     )

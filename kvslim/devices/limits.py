@@ -1,7 +1,8 @@
 """The limits of a device: the longest context, the shortest time per token, and what sets them.
 
 A stage takes at least the time of its memory traffic at full bandwidth and at least that of its FLOPs at full rate: the
-roofline of Williams et al. (2009). The larger of the two is the limit, unless the memory is too small anyway.
+roofline of Williams et al. (2009). The larger of the two is the limit, unless the memory is too small anyway. Attention
+over integers counts as the traffic and FLOPs that take as long in float32, as measured.
 """
 
 from __future__ import annotations
@@ -90,9 +91,9 @@ def limits(
 
 
 def bound(device: Device, demand: Demand) -> Bound:
-    """The roofline of one stage."""
-    moving = demand.bytes_per_token / (device.bandwidth_gb_s.value * 1e9)
-    computing = demand.flops_per_token / (device.gflops.value * 1e9)
+    """The roofline of one stage, with attention as slow as it was measured."""
+    moving = demand.timed_bytes_per_token / (device.bandwidth_gb_s.value * 1e9)
+    computing = demand.timed_flops_per_token / (device.gflops.value * 1e9)
     slower: Resource = "bandwidth" if moving > computing else "compute"
     binds: Resource = "memory" if demand.memory_bytes > device.usable_bytes else slower
     return Bound(demand=demand, seconds_per_token=max(moving, computing), binds=binds)

@@ -45,6 +45,10 @@ class AdapterSnapshot(Snapshot):
         """The base model's: merging adds no weights."""
         return self.base.stored_bytes
 
+    def about(self) -> dict[str, Any]:
+        """What the base model says: most of the weights are its own, and so is their licence."""
+        return {**self.base.about(), "base_model": self.base.repository}
+
     def files(self) -> list[Path]:
         """The adapter's files, and the base model's."""
         return model_files(self.path) + self.base.files()

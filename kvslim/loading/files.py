@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from kvslim.errors import ModelError, NotFoundError
+from kvslim.loading.origin import CARD
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -73,13 +74,13 @@ def fetch_configs(repository: str, revision: str | None) -> Path:
 
 
 def fetch_model(repository: str, revision: str | None) -> Path:
-    """The folder with all that makes up a model or an adapter on the hub.
+    """The folder with all that makes up a model or an adapter on the hub, and its card.
 
     Raises:
         NotFoundError: As `fetch_configs`.
         ModelError: The index of the weights is broken.
     """
-    folder = _fetch(repository, revision, (*SETTINGS, *TEMPLATES, WHOLE, INDEX, ADAPTER_WEIGHTS))
+    folder = _fetch(repository, revision, (CARD, *SETTINGS, *TEMPLATES, WHOLE, INDEX, ADAPTER_WEIGHTS))
     lacking = [] if (folder / "tokenizer.json").is_file() else list(VOCABULARIES)
     if (folder / INDEX).is_file() and not (folder / WHOLE).is_file():
         lacking += _shards(folder)

@@ -14,6 +14,7 @@ from kvslim.loading.config import model_config
 from kvslim.loading.generation import generation_config
 from kvslim.loading.gguf_blocks import is_carried_over, stored_rows
 from kvslim.loading.gguf_config import GGUF_ARCHITECTURES, ROPE_TENSORS, Restore, gguf_config
+from kvslim.loading.origin import of_gguf
 from kvslim.loading.snapshot import Snapshot, Unread
 
 if TYPE_CHECKING:
@@ -47,6 +48,10 @@ class GgufSnapshot(Snapshot):
     def stored_bytes(self) -> int:
         """Two bytes for each weight."""
         return 2 * sum(int(tensor.n_elements) for tensor in self._tensors)
+
+    def about(self) -> dict[str, Any]:
+        """What the metadata says."""
+        return of_gguf(self._header[0])
 
     def files(self) -> list[Path]:
         """The file alone."""

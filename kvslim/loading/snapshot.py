@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvslim.demo import MODEL_DIR
+from kvslim.loading.origin import read_card
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,17 @@ class Snapshot(ABC):
     def is_demo(self) -> bool:
         """Whether this is the model that comes with KVSlim."""
         return self.path == MODEL_DIR
+
+    @property
+    def repository(self) -> str | None:
+        """The hub's id of the repository; None for a model that is on disk."""
+        if self.is_demo or Path(self.model).expanduser().exists():
+            return None
+        return self.model.partition(":")[0]
+
+    def about(self) -> dict[str, Any]:
+        """What the model says of itself, by the hub's names, such as its `license`."""
+        return read_card(self.path)
 
     @property
     @abstractmethod

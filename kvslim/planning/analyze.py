@@ -66,6 +66,8 @@ class Analysis(Frozen):
 
     source: str = Field(description="the text: self, a file, or a hub data set")
     tokens: int = Field(description="tokens of it that statistics come from")
+    length: int = Field(description="tokens of its longest piece, which no layer looks back beyond")
+    head_dim: int = Field(description="dimensions of a head")
     layers: tuple[LayerAnalysis, ...]
 
 
@@ -106,7 +108,14 @@ def analyze(trials: Trials, source: str) -> Analysis:
                 source=sources.get(layer),
             )
         )
-    return Analysis(source=source, tokens=int(statistics.windows.size), layers=tuple(found))
+    windows = statistics.windows
+    return Analysis(
+        source=source,
+        tokens=int(windows.size),
+        length=int(windows.shape[1]),
+        head_dim=spec.head_dim,
+        layers=tuple(found),
+    )
 
 
 def _source_layers(spec: ModelSpec, statistics: CalibrationStatistics) -> dict[int, SourceLayer]:

@@ -63,14 +63,50 @@ from kvslim.runtime.encoder import EncoderSession
 embeddings = EncoderSession(Path(".")).encode(["one sentence", "and another"])  # [2, hidden], mean-pooled
 ```
 {%- else -%}
+In this folder (`hf download USER/REPOSITORY --local-dir DIR`) with KVSlim, from the command line or in Python:
+
 ```
 kvslim generate . --prompt "Once upon a time"
 kvslim verify .
 ```
 
-{% if manifest.plan.layout == "gqa" -%}
-onnxruntime-genai opens this folder as it is (`onnxruntime_genai.Model(".")`), and so does transformers.js
-(with `subfolder: ""`).
+```python
+import kvslim
+
+text = kvslim.load(".")
+print("".join(text.generate("Once upon a time", max_new_tokens=64)))
+```
+
+{% if runs_elsewhere -%}
+With onnxruntime-genai (`pip install onnxruntime-genai`):
+
+```python
+import onnxruntime_genai as og
+
+model = og.Model(".")
+tokenizer = og.Tokenizer(model)
+tokenizer.update_options(add_special_tokens=True)
+prompt = tokenizer.encode("Once upon a time")
+parameters = og.GeneratorParams(model)
+parameters.set_search_options(max_length=len(prompt) + 64)
+generator = og.Generator(model, parameters)
+generator.append_tokens(prompt)
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))
+```
+
+With transformers.js, from the repository on the hub that holds this folder{{ node_only }}:
+
+```js
+import { pipeline } from "@huggingface/transformers";
+
+const generate = await pipeline("text-generation", "USER/REPOSITORY", { subfolder: "" });
+const [answer] = await generate("Once upon a time", { max_new_tokens: 64, add_special_tokens: true });
+console.log(answer.generated_text);
+```
+{%- elif manifest.plan.layout == "gqa" -%}
+Other runtimes do not know this kind of cache.
 {%- else -%}
 The graph appends to a cache that the caller allocates for the whole context, filled with zeros.
 {%- endif %}
@@ -80,6 +116,9 @@ The graph appends to a cache that the caller allocates for the whole context, fi
 
 - Model: `{{ name }}`{% if manifest.source.revision %}, revision `{{ manifest.source.revision }}`{% endif %},\
  SHA-256 of its files `{{ manifest.source.sha256 }}`
+{% if manifest.source.base_model and manifest.source.base_model != name -%}
+- Its base on the hub: `{{ manifest.source.base_model }}`
+{% endif -%}
 - Weights: {{ manifest.weights }}
 {% for package, number in manifest.versions.items() -%}
 - {{ package }} {{ number }}
@@ -103,17 +142,17 @@ def model_card(manifest: Manifest) -> str:
     Args:
         manifest: The artifact's manifest; its file digests are not used, because the card is one of the files.
     """
-    spec, report = manifest.spec, manifest.report
-    slim, plain = (
-        layout.bytes_per_token(manifest.context)
-        for layout in (manifest.kv_layout, KVLayout.of(spec, Plan.identity(spec)))
-    )
+    spec, report, layout = manifest.spec, manifest.report, manifest.kv_layout
+    slim = layout.bytes_per_token(manifest.context)
+    plain = KVLayout.of(spec, Plan.identity(spec)).bytes_per_token(manifest.context)
     shared, table = ("", decisions_table(spec, manifest.plan)) if spec.is_encoder else decisions(spec, manifest.plan)
     # Markdown, not HTML: escaping would break the tables.
     environment = Environment(autoescape=False, undefined=StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(TEMPLATE).render(
         manifest=manifest,
         encoder=spec.is_encoder,
+        runs_elsewhere=_runs_elsewhere(layout),
+        node_only=" (on Node: WASM has no kernel for quantised embeddings)" if manifest.weights.is_quantised else "",
         front=yaml.safe_dump(_front_matter(manifest), sort_keys=False, allow_unicode=True),
         name=name_of(manifest),
         recipe=manifest.recipe.get("name", "custom"),
@@ -130,17 +169,28 @@ def model_card(manifest: Manifest) -> str:
 
 
 def _front_matter(manifest: Manifest) -> dict[str, Any]:
-    spec = manifest.spec
-    tags = ["onnx", "kvslim", *([] if spec.is_encoder else ["kv-cache", "onnxruntime-genai"]), spec.model_type]
-    base = {"base_model": manifest.source.model} if manifest.source.revision else {}
+    """The header by the hub's names; what the source does not tell is left out."""
+    spec, source = manifest.spec, manifest.source
+    clients = ["onnxruntime-genai", "transformers.js"] if _runs_elsewhere(manifest.kv_layout) else []
+    tags = ["onnx", "kvslim", *([] if spec.is_encoder else ["kv-cache", *clients]), spec.model_type]
+    licence = {"license": source.license, "license_name": source.license_name, "license_link": source.license_link}
+    base = {"base_model": source.base_model, "base_model_relation": "quantized"} if source.base_model else {}
     return {
+        **{name: value for name, value in licence.items() if value},
+        **base,
         "library_name": "onnxruntime",
         "pipeline_tag": spec.task,
-        **base,
         "tags": tags,
     }
 
 
+def _runs_elsewhere(layout: KVLayout) -> bool:
+    """Whether onnxruntime-genai and transformers.js know such a cache."""
+    return layout.layout == "gqa" and layout.is_even and not layout.needs_own_runtime
+
+
 def name_of(manifest: Manifest) -> str:
     """The hub id, or the last part of a local path: the card should not reveal folders on the author's disk."""
-    return manifest.source.model if manifest.source.revision else Path(manifest.source.model).name
+    source = manifest.source
+    on_hub = source.revision or (source.base_model and source.model.partition(":")[0] == source.base_model)
+    return source.model if on_hub else Path(source.model).name

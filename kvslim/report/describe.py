@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from kvslim.devices.profile import device_memory
 from kvslim.export.manifest import LEAST_ONNXRUNTIME, hash_files, write_manifest
+from kvslim.loading.origin import source_of
 from kvslim.report.card import write_card
 from kvslim.report.page import write_report
-from kvslim.types import KVLayout, Manifest, Plan, Report, Source, Survey
+from kvslim.types import KVLayout, Manifest, Plan, Report, Survey
 
 if TYPE_CHECKING:
     from kvslim.prepared.base import PreparedModel
@@ -27,9 +28,9 @@ def describe(
     around: Survey,
 ) -> Manifest:
     """Writes what describes the artifact: model card, HTML report and manifest."""
-    recipe, spec, snapshot = prepared.recipe, prepared.spec, prepared.snapshot
+    recipe, spec = prepared.recipe, prepared.spec
     manifest = Manifest(
-        source=Source(model=snapshot.model, revision=snapshot.revision, sha256=prepared.digest),
+        source=source_of(prepared.snapshot, prepared.digest),
         spec=spec,
         context=recipe.calibration.target(spec),
         recipe=recipe.model_dump(mode="json"),

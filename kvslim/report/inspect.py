@@ -11,7 +11,14 @@ from kvslim.devices.limits import Limits, limits
 from kvslim.devices.profile import Device
 from kvslim.errors import UnsupportedError, UsageError
 from kvslim.export.manifest import MANIFEST, read_manifest
-from kvslim.report.memory import CacheMemory, artifact_caches, cache_memory, model_caches
+from kvslim.report.memory import (
+    PLAIN_PRECISION,
+    CacheMemory,
+    artifact_caches,
+    cache_memory,
+    model_caches,
+    recipe_precisions,
+)
 
 
 def inspect(model: str, contexts: Sequence[int], weights: WeightType | None, devices: Sequence[Device]) -> CacheMemory:
@@ -42,11 +49,13 @@ def _inspect_model(model: str, contexts: Sequence[int], kind: WeightType, device
     _check(spec, devices)
     parameters = count_parameters(snapshot, spec)
     weights, caches = StoredWeights.of(parameters, kind), model_caches(spec)
+    recipes = {} if spec.is_encoder else recipe_precisions()
+    made = [cache for cache in caches if cache.name in {PLAIN_PRECISION, *recipes.values()}]
     steps = [training(spec, parameters, caches[0], context) for context in contexts]
     found: list[Limits] = []
     for device in devices:
-        found += limits(device, weights, caches, spec.max_context, contexts, steps)
-    return cache_memory(spec, caches, kind, weights.stored, contexts, found)
+        found += limits(device, weights, made, spec.max_context, contexts, steps)
+    return cache_memory(spec, caches, kind, weights.stored, contexts, recipes, found)
 
 
 def _inspect_artifact(folder: Path, contexts: Sequence[int], devices: Sequence[Device]) -> CacheMemory:
@@ -62,7 +71,7 @@ def _inspect_artifact(folder: Path, contexts: Sequence[int], devices: Sequence[D
         weights = artifact_weights(folder, spec, name, stored)
         for device in devices:
             found += limits(device, weights, caches, spec.max_context, contexts)
-    return cache_memory(spec, caches, name, stored, contexts, found)
+    return cache_memory(spec, caches, name, stored, contexts, devices=found)
 
 
 def _check(spec: ModelSpec, devices: Sequence[Device]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from pydantic import Field
 
 from kvslim.contract import Frozen, ModelSpec
 from kvslim.devices.demand import Cache, query_heads
 from kvslim.devices.limits import Limits
+from kvslim.recipe import load_recipe, shipped_recipes
 from kvslim.types import Manifest, Plan
 
 PRECISIONS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
+PLAIN_PRECISION = "fp32"
 PLAIN, AS_IS = "plain", "as it is"
 
 
@@ -46,12 +50,31 @@ class CacheMemory(Frozen):
     weights: str
     weights_mib: float
     share: dict[str, dict[str, float]]
+    recipes: dict[str, str] = Field(
+        description="the precision whose bytes a recipe takes at most; none for an artifact"
+    )
     devices: tuple[Limits, ...] = ()
+
+    def label(self, cache: str) -> str:
+        """What users call a cache: the recipes that give it, plain, or its own name."""
+        if cache == PLAIN_PRECISION:
+            return PLAIN
+        return " and ".join(recipe for recipe, stored in self.recipes.items() if stored == cache) or cache
 
 
 def model_caches(spec: ModelSpec) -> tuple[Cache, ...]:
     """A model's own cache in each precision."""
     return tuple(Cache.of(name, spec, Plan.identity(spec), bits) for name, bits in PRECISIONS.items())
+
+
+def recipe_precisions() -> dict[str, str]:
+    """The precision whose bytes each shipped recipe takes at most: its gate on bytes refuses more."""
+    found: dict[str, str] = {}
+    for name in shipped_recipes():
+        bits = PRECISIONS[PLAIN_PRECISION] * (load_recipe(name).gates.max_kv_ratio or 0)
+        if fitting := [kind for kind, size in PRECISIONS.items() if size <= bits]:
+            found[name] = fitting[0]
+    return found
 
 
 def artifact_caches(manifest: Manifest) -> tuple[Cache, ...]:
@@ -67,6 +90,7 @@ def cache_memory(
     weights: str,
     weight_bytes: int,
     contexts: Sequence[int],
+    recipes: Mapping[str, str] | None = None,
     devices: Sequence[Limits] = (),
 ) -> CacheMemory:
     """The size of each cache, by itself and together with the weights.
@@ -77,7 +101,8 @@ def cache_memory(
         weights: How the weights are stored.
         weight_bytes: Bytes of the weights.
         contexts: Lengths in tokens.
-        devices: Limits computed for the same caches.
+        recipes: The cache whose bytes a recipe takes at most, by recipe.
+        devices: Limits computed for the same caches, or some of them.
     """
     layers = tuple(_layer(caches, index) for index in range(0 if spec.is_encoder else spec.layers))
     sizes = {str(tokens): {cache.name: cache.bytes_at(tokens) for cache in caches} for tokens in contexts}
@@ -93,6 +118,7 @@ def cache_memory(
             tokens: {name: size / max(1, size + weight_bytes) for name, size in row.items()}
             for tokens, row in sizes.items()
         },
+        recipes=dict(recipes or {}),
         devices=tuple(devices),
     )
 

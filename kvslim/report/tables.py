@@ -17,7 +17,6 @@ from kvslim.report.memory import CacheMemory
 from kvslim.types import GateResult, Measures, PeerPoint, Plan, PlanPoint, Report
 
 if TYPE_CHECKING:
-    from kvslim.planning.analyze import Analysis
     from kvslim.validation.tasks import TaskScores
 
 RATIO = "ratio"
@@ -156,43 +155,6 @@ def decisions_table(spec: ModelSpec, plan: Plan) -> Table:
     return Table(("layer", "removed"), tuple(rows), words=True)
 
 
-def parts_table(analysis: Analysis) -> Table:
-    """How important the parts of each layer are for a text, and what its cache needs."""
-    header = ("layer", "KL without attention", "MLP", "both", "influence", "rank K", "rank V", "recent", "source: K, V")
-    rows = tuple(
-        (
-            str(layer.layer),
-            *(f"{kl:.2g}" for kl in layer.part_kl),
-            f"{layer.block_influence:.2g}",
-            str(layer.key_rank),
-            str(layer.value_rank),
-            f"{layer.recent_attention:.0%}",
-            NONE
-            if layer.source is None
-            else f"{layer.source.layer}: {layer.source.key_distance:.0%}, {layer.source.value_distance:.0%}",
-        )
-        for layer in analysis.layers
-    )
-    return Table(header, rows)
-
-
-def heads_table(analysis: Analysis) -> Table:
-    """How important the heads of each layer are for a text. With many heads the numbers wrap over several lines."""
-    rows = tuple(
-        (
-            str(layer.layer),
-            str(layer.clusters),
-            *(_row(scores) for scores in (layer.kv_head_kl, layer.fluctuation, layer.taylor)),
-        )
-        for layer in analysis.layers
-    )
-    return Table(("layer", "clusters", "KL without each kv head", "fluctuation", "Taylor"), rows, words=True)
-
-
-def _row(scores: Sequence[float]) -> str:
-    return " ".join(f"{score:.1g}" for score in scores)
-
-
 def scores_table(scores: Mapping[str, TaskScores]) -> Table:
     """One row per task and metric."""
     rows = (
@@ -227,33 +189,43 @@ def _smaller(size: float | None, plain: float | None) -> tuple[str, ...]:
 
 
 def layers_table(memory: CacheMemory) -> Table:
-    """The cache of each layer, in bytes per token, with the sum."""
+    """The cache of each layer, in bytes per token, with the sum; layers that are alike share a row."""
     windowed = any(layer.window is not None for layer in memory.layers)
-    rows = [
-        (
-            str(layer.layer),
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for layer in memory.layers:
+        row = (
             str(layer.heads) if layer.heads == layer.value_heads else f"{layer.heads} K, {layer.value_heads} V",
             str(layer.key_dim),
             str(layer.value_dim),
             *([_kept(layer.window, layer.sinks)] if windowed else []),
             *_sizes(layer.bytes_per_token),
         )
-        for layer in memory.layers
-    ]
-    rows.append(("all", "", "", "", *([""] if windowed else []), *_sizes(memory.kv_bytes_per_token)))
+        alike.setdefault(row, []).append(layer.layer)
+    rows = [(_ranges(layers), *row) for row, layers in alike.items()]
+    rows.append(("all together", "", "", "", *([""] if windowed else []), *_sizes(memory.kv_bytes_per_token)))
     units = (f"bytes per token, {name}" for name in memory.kv_bytes_per_token)
-    header = ("layer", "kv heads", "key dim", "value dim", *([WINDOW] if windowed else []))
+    header = ("layers, each", "kv heads", "key dim", "value dim", *([WINDOW] if windowed else []))
     return Table((*header, *units), tuple(rows))
 
 
-def contexts_table(memory: CacheMemory) -> Table:
-    """The whole cache at each context length, in MiB, and its share of cache and weights together."""
-    header = ("context, tokens", *(f"MiB, {name} (of all)" for name in memory.kv_bytes_per_token))
+def caches_table(memory: CacheMemory) -> Table:
+    """Each cache: how much smaller it is at the longest context, its MiB, and its share of cache and weights."""
+    first = next(iter(memory.kv_bytes_per_token), "")
+    longest = max(memory.mib, key=int)
+    plain = memory.mib[longest].get(first, 0.0)
     rows = (
-        (f"{int(tokens):,}", *(f"{size:,.1f} ({memory.share[tokens][name]:.0%})" for name, size in sizes.items()))
-        for tokens, sizes in memory.mib.items()
+        (
+            *((memory.label(name), name) if memory.recipes else (name,)),
+            f"{bytes_per_token:,}",
+            *(f"{plain / times / memory.mib[longest][name]:.2f}x" for times in (1, 2)),
+            *(f"{sizes[name]:,.1f} ({memory.share[tokens][name]:.0%})" for tokens, sizes in memory.mib.items()),
+        )
+        for name, bytes_per_token in memory.kv_bytes_per_token.items()
+        if plain and memory.mib[longest][name]
     )
-    return Table(header, tuple(rows))
+    names = ("cache", "numbers") if memory.recipes else ("cache",)
+    contexts = (f"MiB at {int(tokens):,} (of all)" for tokens in memory.mib)
+    return Table((*names, "bytes per token", "smaller than fp32", "than fp16", *contexts), tuple(rows))
 
 
 def metric_rows(name: str, columns: Mapping[str, Measures]) -> Iterator[MetricRow]:
@@ -305,6 +277,13 @@ def _kept(window: int | None, sinks: int | None) -> str:
     if window is None:
         return "all"
     return f"{sinks} + {window}" if sinks else str(window)
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """`0-3, 5` for 0, 1, 2, 3 and 5."""
+    starts = [layer for layer in layers if layer - 1 not in layers]
+    ends = [layer for layer in layers if layer + 1 not in layers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def _sizes(sizes: Mapping[str, int]) -> tuple[str, ...]:
