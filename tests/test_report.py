@@ -240,12 +240,12 @@ def test_names_of_points_stand_beside_marks_and_apart() -> None:
     points = tuple((float(place), 5.0) for place in (100, 101, 400))
     series = Series("a", points, "s0", line="none", names=("one", "two", "three"))
     svg = chart("t", TOKENS, Axis("y", high=10), [series])
-    nodes = [node for node in ElementTree.fromstring(svg).iter("text") if node.get("class") == "name"]
+    nodes = [node for node in ElementTree.fromstring(svg).iter("text") if node.get("class") == "name s0"]
     assert [node.text for node in nodes] == ["one", "two", "three"]
     places = [(float(node.get("x", "")), float(node.get("y", ""))) for node in nodes]
     assert len(set(places)) == 3
     crowded = Series("a", points[:1] * 9, "s0", line="none", names=("name",) * 9)
-    assert 4 <= len(re.findall('class="name"', chart("t", TOKENS, Axis("y", high=10), [crowded]))) < 9
+    assert 4 <= len(re.findall('class="name s0"', chart("t", TOKENS, Axis("y", high=10), [crowded]))) < 9
 
 
 def test_layer_map_fills_what_is_kept() -> None:

@@ -226,13 +226,13 @@ def _names(series: Sequence[Series], rules: Sequence[Rule], across: _Scale, upwa
         for (left, height), name in zip(one.points, one.names, strict=False):
             x, y, width = across(left), upwards(height), LETTER * len(name)
             gap = MARKS.get(one.marks, 4.5) + 4
-            sides, heights = (x + gap, x - gap - width), (y - 6, y - 21, y + 9)
-            spots = [(start, top) for top in heights for start in (*sides, *[x - width / 2] * (top != y - 6))]
+            middle, *corners = [[(x + gap, top), (x - gap - width, top)] for top in (y - 6, y - 21, y + 9)]
+            spots = [*middle, (x - width / 2, y - 21), (x - width / 2, y + 9), *corners[0], *corners[1]]
             boxes = (_Box(start, top, start + width, top + LINE) for start, top in spots)
             box = next((box for box in boxes if _inside(box) and not any(map(box.meets, taken))), None)
             if box is not None:
                 taken.append(box)
-                yield f'<text class="name" x="{box.left:.1f}" y="{box.bottom - 2:.1f}">{escape(name)}</text>'
+                yield f'<text class="name {one.style}" x="{box.left:.1f}" y="{box.bottom - 2:.1f}">{escape(name)}</text>'
 
 
 def _around(x: float, y: float, radius: float) -> _Box:
