@@ -232,7 +232,8 @@ def _names(series: Sequence[Series], rules: Sequence[Rule], across: _Scale, upwa
             box = next((box for box in boxes if _inside(box) and not any(map(box.meets, taken))), None)
             if box is not None:
                 taken.append(box)
-                yield f'<text class="name {one.style}" x="{box.left:.1f}" y="{box.bottom - 2:.1f}">{escape(name)}</text>'
+                place = f'x="{box.left:.1f}" y="{box.bottom - 2:.1f}"'
+                yield f'<text class="name {one.style}" {place}>{escape(name)}</text>'
 
 
 def _around(x: float, y: float, radius: float) -> _Box:
