@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 from support.models import open_prepared, recipe_of
 
-from kvslim import pipeline
 from kvslim.methods.kv_quant import KvQuant
 from kvslim.prepared.decoder import PreparedDecoder
-from kvslim.recipe import Recipe
 from kvslim.types import KVLayout, Plan, PlanPoint, Survey
 
 PLAIN = 2 * 2 * 2 * 16 * 4  # bytes of a token: sides, layers, heads, dimensions, float32
@@ -66,12 +64,3 @@ def test_planner_has_priced_sizes_already(prepared: PreparedDecoder, survey: Sur
 def test_standard_operators_have_no_integer_cache_to_price(tiny_llama: Path) -> None:
     recipe = recipe_of().model_copy(update={"layout": "attention24"})
     assert open_prepared(tiny_llama, recipe).trials().survey() == Survey()
-
-
-def test_artifact_of_any_recipe_keeps_its_survey(tiny_llama: Path, tmp_path: Path) -> None:
-    recipe: Recipe = recipe_of([KvQuant()])
-    manifest = pipeline.compress(str(tiny_llama), recipe, tmp_path / "a")
-    assert len(manifest.frontier) == 3
-    assert [point.name for point in manifest.peers] == ["genai int8", "genai int4"]
-    again = pipeline.compress(str(tiny_llama), recipe, tmp_path / "b", plan=manifest.plan)
-    assert (again.frontier, again.peers) == (manifest.frontier, manifest.peers)

@@ -236,6 +236,15 @@ def _names(series: Sequence[Series], rules: Sequence[Rule], across: _Scale, upwa
                 yield f'<text class="name {one.style}" {place}>{escape(name)}</text>'
 
 
+def _of_label(rule: Rule, scale: _Scale) -> _Box:
+    """What a rule's label covers, on either side of a vertical line."""
+    place, width = scale(rule.value), LETTER * len(rule.label) + 8
+    if rule.axis == "x":
+        return _Box(place - width, TOP, place + width, TOP + 14)
+    left = RIGHT - width if rule.right else LEFT
+    return _Box(left, place - 14, left + width, place)
+
+
 def _around(x: float, y: float, radius: float) -> _Box:
     return _Box(x - radius, y - radius, x + radius, y + radius)
 
