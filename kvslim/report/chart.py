@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from math import ceil, floor, log, log10
+from math import ceil, floor, log, log2, log10
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 360, 240  # the width of a phone, so that text keeps its size there
@@ -26,7 +26,7 @@ class Axis:
         base: Base of the logarithm; None for a linear axis.
         low: Lowest value of a linear axis.
         high: Highest value of a linear axis, if the data do not set it.
-        unit: What the ticks of a linear axis are round numbers of.
+        binary: Whether the ticks of a linear axis are a power of two apart, not a round number.
         shown: A tick's text.
     """
 
@@ -34,7 +34,7 @@ class Axis:
     base: int | None = None
     low: float = 0.0
     high: float | None = None
-    unit: float = 1.0
+    binary: bool = False
     shown: Callable[[float], str] = "{:,g}".format
 
 
@@ -135,9 +135,11 @@ def _log_ticks(values: Sequence[float], base: int) -> list[float]:
 
 def _linear_ticks(axis: Axis, values: Sequence[float]) -> list[float]:
     span = (max(values) if axis.high is None else axis.high) - axis.low or 1.0
-    rough = span / (MOST_TICKS - 2) / axis.unit
+    rough = span / (MOST_TICKS - 2)
     power = 10.0 ** floor(log10(rough))
-    step = axis.unit * next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    round_steps = (factor * power for factor in (1, 2, 2.5, 5, 10))
+    steps = (2.0 ** ceil(log2(rough) - 1e-9),) if axis.binary else round_steps
+    step = next(step for step in steps if step >= rough * (1 - 1e-9))
     return [axis.low + step * index for index in range(ceil(span / step - 1e-9) + 1)]
 
 

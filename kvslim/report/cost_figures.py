@@ -68,8 +68,8 @@ def memory_figure(measured: Named, limits: Limits) -> Figure | None:
     longest, most = (max(point[side] for one in series for point in one.points) for side in (0, 1))
     devices = _near(limits, most)
     rules = [Rule("y", gib * MIB_PER_GIB, f"{gib:.3g} GiB") for gib in devices]
-    across = Axis("context, tokens", shown=in_thousands, high=longest, unit=_unit(longest))
-    upwards = Axis("weights and cache", shown=_size, unit=_unit(most))
+    across = Axis("context, tokens", shown=in_thousands, high=longest, binary=True)
+    upwards = Axis("weights and cache", shown=_size, binary=True)
     svg = chart("Memory of weights and cache by context", across, upwards, series, rules)
     legend = [(f"{one.style} {one.line}" if one.line != "solid" else one.style, one.label) for one in series]
     legend += [("rule", f"{gib:.3g} GiB, {names}: {_reach(series, gib)}") for gib, names in devices.items()]
@@ -123,11 +123,6 @@ def _longest(line: Series, mib: float) -> str:
         if high > mib:
             return f"to {left + (right - left) * (mib - low) / (high - low):,.0f}"
     return "all"
-
-
-def _unit(most: float) -> float:
-    """Of the ticks of a linear axis: of long ones 1,024, as of tokens and of MiB."""
-    return 1024.0 if most >= 2048 else 1.0
 
 
 def _size(mib: float) -> str:
