@@ -56,12 +56,12 @@ class DecoderEvaluation(NamedTuple):
 
 def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Report:
     windows, items, settings, gates, context, timed, original, progress = evaluation
-    folders = {"plain": plain, "slim": artifact}
+    folders = {"plain": plain, "artifact": artifact}
     quality = _quality(plain, artifact, windows, original, progress)
     progress.stage("validate: recall")
     room = max(map(len, windows)) if not items else capacity_for(items)
     sessions = {name: DecodeSession(path, capacity=room, all_positions=True) for name, path in folders.items()}
-    recall = compare_recall(sessions["plain"], sessions["slim"], items, gates.max_recall_drop, progress)
+    recall = compare_recall(sessions["plain"], sessions["artifact"], items, gates.max_recall_drop, progress)
     by_distance = [{str(reach): shares[side] for reach, shares in recall.by_reach.items()} for side in (0, 1)]
     found = {
         name: {
@@ -71,7 +71,7 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
             "recall_by_distance": by_distance[side],
         }
         for side, (name, share, error) in enumerate(
-            (("plain", recall.teacher, 0.0), ("slim", recall.student, recall.drop_se))
+            (("plain", recall.teacher, 0.0), ("artifact", recall.student, recall.drop_se))
         )
     }
     sizes = {name: session.layout.bytes_per_token(context) for name, session in sessions.items()}
@@ -79,19 +79,19 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
     samples = sample_answers(plain, artifact, windows, progress)
     progress.stage("validate: time and memory")
     latency = measure_latency(folders, settings.prompts, timed, settings.repeats, progress=progress)
-    slim = latency["slim"]
+    slim = latency["artifact"]
     measures = {
         name: _costs(folders[name], latency[name], timed).model_copy(
             update={**column, **found[name], "kv_bytes_per_token": sizes[name]}
         )
-        for name, column in (("plain", quality.plain), ("slim", quality.artifact))
+        for name, column in (("plain", quality.plain), ("artifact", quality.artifact))
     }
     of_original = None if original is None else Measures(file_mib=file_mib(original), **quality.original)
     return report(
         gates,
         plain=measures["plain"],
         floor=Measures.model_validate(quality.floor),
-        artifact=measures["slim"],
+        artifact=measures["artifact"],
         original=of_original,
         timed=Timed({"ttft_ms": slim.ttft_ratio, "tpot_ms": slim.tpot_ratio}, slim.uncertain),
         samples=samples,
