@@ -151,9 +151,16 @@ class PeerPoint(Frozen):
 
 
 class Survey(NamedTuple):
-    """What else a model's cache could be: other sizes, the largest first, and cache types of other tools."""
+    """What else a model's cache could be.
+
+    Attributes:
+        frontier: Sizes that the planner measured for a budget, the largest first.
+        alike: Without a budget all layers alike in a few sizes, the largest first.
+        peers: Cache types of other tools.
+    """
 
     frontier: tuple[PlanPoint, ...] = ()
+    alike: tuple[PlanPoint, ...] = ()
     peers: tuple[PeerPoint, ...] = ()
 
 
@@ -331,9 +338,8 @@ class Manifest(Frozen):
     context: int = Field(description="tokens of the cache that bytes per token are counted in")
     recipe: dict[str, object]
     plan: Plan
-    frontier: tuple[PlanPoint, ...] = Field(
-        (), description="what other sizes cost: of the planner, or of all layers alike"
-    )
+    frontier: tuple[PlanPoint, ...] = Field((), description="with a budget: what the planner saw at other sizes")
+    alike: tuple[PlanPoint, ...] = Field((), description="without a budget: what all layers alike cost in a few sizes")
     peers: tuple[PeerPoint, ...] = Field((), description="what cache types of other tools cost")
     kv_layout: KVLayout
     weights: Weights

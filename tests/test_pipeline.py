@@ -112,8 +112,8 @@ def test_plan_predicts_the_bytes_and_survives_a_round_trip(
     manifest = pipeline.compress(str(tiny_llama), recipe_of(METHODS), tmp_path / "out", plan=plan)
     assert manifest.plan == plan
     assert [tensor.dim for tensor in manifest.kv_layout.tensors] == [8, 8, 16, 16]
-    assert (manifest.frontier, manifest.peers) == (summary.frontier, summary.peers)
-    assert [point.kv_ratio for point in manifest.frontier] == [4, 8, 16]
+    assert (manifest.frontier, manifest.alike, manifest.peers) == ((), summary.alike, summary.peers)
+    assert [point.kv_ratio for point in manifest.alike] == [4, 8, 16]
     assert [point.name for point in manifest.peers] == ["genai int8", "genai int4"]
 
 

@@ -223,8 +223,9 @@ def test_frontier_marks_the_artifact_among_other_sizes_and_other_tools() -> None
     assert nodes.count("mark hollow s1") == 2
     assert [text for _, text in frontier.legend] == ["a", "other sizes", "genai", "llama.cpp"]
     assert "the planner's plans of other sizes and cache types of other tools" in frontier.caption
-    by_hand = manifest().model_copy(update={"recipe": {"name": "lossless"}})
+    by_hand = manifest().model_copy(update={"frontier": (), "alike": manifest().frontier})
     assert "all layers alike in other sizes" in figures({"a": by_hand})[0].caption
+    assert [text for _, text in figures({"a": by_hand})[0].legend] == ["a", "other sizes", "genai", "llama.cpp"]
 
 
 def test_time_has_a_bar_between_its_quartiles() -> None:

@@ -21,17 +21,17 @@ def survey(prepared: PreparedDecoder) -> Survey:
 
 
 def test_sizes_are_those_of_all_layers_alike(survey: Survey) -> None:
-    assert [(point.cache, point.kv_bytes_per_token) for point in survey.frontier] == [
+    assert [(point.cache, point.kv_bytes_per_token) for point in survey.alike] == [
         ("int8", PLAIN / 4),
         ("int4", PLAIN / 8),
         ("int4", PLAIN / 16),  # three quarters of 16 dimensions are rounded down to 8, as one half is
     ]
-    assert [point.kv_ratio for point in survey.frontier] == [4, 8, 16]
-    assert 0 < survey.frontier[0].kl < survey.frontier[1].kl < survey.frontier[-1].kl
+    assert [point.kv_ratio for point in survey.alike] == [4, 8, 16]
+    assert 0 < survey.alike[0].kl < survey.alike[1].kl < survey.alike[-1].kl
 
 
 def test_price_is_the_divergence_of_the_method(prepared: PreparedDecoder, survey: Survey) -> None:
-    assert survey.frontier[0].kl == pytest.approx(prepared.trials().divergence(KvQuant(bits=8)), rel=1e-6)
+    assert survey.alike[0].kl == pytest.approx(prepared.trials().divergence(KvQuant(bits=8)), rel=1e-6)
 
 
 def test_genai_sets_its_steps_by_the_largest_value(prepared: PreparedDecoder, survey: Survey) -> None:
@@ -57,7 +57,7 @@ def test_llama_cpp_takes_heads_of_whole_blocks(tiny_model: Callable[[str], Path]
 def test_planner_has_priced_sizes_already(prepared: PreparedDecoder, survey: Survey) -> None:
     points = (PlanPoint(cache="int8", kv_bytes_per_token=128, kv_ratio=4, time_ratio=0.8, kl=0.1),)
     found = prepared.trials().survey(points)
-    assert found.frontier == points
+    assert (found.frontier, found.alike) == (points, ())
     assert found.peers == survey.peers
 
 

@@ -45,6 +45,8 @@ def plan(
         console.print_json("plan", summary.model_dump(mode="json"))
         return
     slim, plain = summary.kv_bytes_per_token, summary.plain_kv_bytes_per_token
-    console.print_tables(plan_table(summary.plan), frontier_table(summary.frontier, summary.peers, plain))
+    console.print_tables(
+        plan_table(summary.plan), frontier_table(summary.frontier or summary.alike, summary.peers, plain)
+    )
     console.print_text(f"KV cache: {slim:,.0f} bytes per token, {smaller(slim, plain)}\n")
     console.print_text(f"KL to plain: {summary.kl:.2g} on held-out calibration text\n")

@@ -28,7 +28,8 @@ class PlanSummary(Frozen):
         None, description="how many times smaller the cache is than the same model's in fp32, fp16 and q8_0"
     )
     kl: float = Field(description="mean KL measured in torch on calibration text that no projection was fitted to")
-    frontier: tuple[PlanPoint, ...] = Field((), description="what other sizes cost, the largest first")
+    frontier: tuple[PlanPoint, ...] = Field((), description="what the planner saw at other sizes, the largest first")
+    alike: tuple[PlanPoint, ...] = Field((), description="without a budget: what all layers alike cost in a few sizes")
     peers: tuple[PeerPoint, ...] = Field((), description="what cache types of other tools cost")
 
 
@@ -75,7 +76,7 @@ def decided(prepared: PreparedModel, given: Plan | None) -> tuple[Plan, Survey]:
     """
     if given is None:
         summary = planned(prepared)
-        return summary.plan, Survey(summary.frontier, summary.peers)
+        return summary.plan, Survey(summary.frontier, summary.alike, summary.peers)
     return given, Survey() if given.changes_nothing else prepared.trials().survey()
 
 

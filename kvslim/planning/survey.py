@@ -41,7 +41,7 @@ def surveyed(trials: DecoderTrials, frontier: tuple[PlanPoint, ...] = ()) -> Sur
     track = trials.progress.track
     sizes = [] if frontier else [point for each in track(SIZES, "sizes priced") for point in _priced(trials, each)]
     genai = [point for name in track(GENAI, "peers priced") for point in _of_genai(trials, name)]
-    return Survey(frontier or tuple(dict.fromkeys(sizes)), (*genai, *_of_llama_cpp(trials)))
+    return Survey(frontier, tuple(dict.fromkeys(sizes)), (*genai, *_of_llama_cpp(trials)))
 
 
 def _priced(trials: DecoderTrials, methods: Sequence[Method]) -> Iterator[PlanPoint]:

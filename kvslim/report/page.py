@@ -156,7 +156,7 @@ def _head(manifest: Manifest, recipe: str) -> Head:
 
 def _others(manifest: Manifest) -> Table:
     plain = KVLayout.of(manifest.spec, Plan.identity(manifest.spec)).bytes_per_token(manifest.context)
-    return frontier_table(manifest.frontier, manifest.peers, plain)
+    return frontier_table(manifest.frontier or manifest.alike, manifest.peers, plain)
 
 
 def _answers(report: Report | None) -> Section:

@@ -8,7 +8,7 @@ from math import floor, log10
 from kvslim.kv_ratios import TYPES
 from kvslim.report.chart import Axis, Rule, Series, chart
 from kvslim.report.figure import Figure, Named, in_thousands, reports, styled
-from kvslim.types import Manifest, Measures, Report
+from kvslim.types import Manifest, Measures, PlanPoint, Report
 
 LEAST_KL = 1e-7  # where a KL of zero is drawn on the logarithmic axis
 TOOLS = {"genai": "s1", "llama.cpp": "s2"}  # colours of other tools on the page of one artifact
@@ -38,7 +38,7 @@ def kl_figure(measured: Named) -> Figure | None:
         legend.append((f"{style} dot", label))
         legend += [(f"{style} dashed", "other sizes")] if frontier and single else []
         legend += [(f"{one.style} ring", one.label) for one in peers]
-    if not single and any(measured[label].frontier for label in found):
+    if not single and any(_sizes(measured[label]) for label in found):
         legend.append(("plain dashed", "other sizes of the same colour"))
     rules = _rules(list(found.values()))
     caption = _KL_CAPTION + _priced(measured, found)
@@ -55,13 +55,17 @@ _KL_CAPTION = (
 
 def _priced(measured: Named, found: Mapping[str, Report]) -> str:
     """What hollow marks are, where there are any."""
-    if not any(measured[name].frontier or measured[name].peers for name in found):
+    if not any(_sizes(measured[name]) or measured[name].peers for name in found):
         return ""
     if len(found) > 1:
         return " Hollow: other sizes, priced on calibration text before any graph was made."
-    planned = any(measured[name].recipe.get("budget") for name in found)
+    planned = any(measured[name].frontier for name in found)
     sizes = "the planner's plans of other sizes" if planned else "all layers alike in other sizes"
     return f" Hollow: priced on calibration text before any graph was made, {sizes} and cache types of other tools."
+
+
+def _sizes(manifest: Manifest) -> tuple[PlanPoint, ...]:
+    return manifest.frontier or manifest.alike
 
 
 def _point(measures: Measures) -> tuple[float, float] | None:
@@ -80,7 +84,7 @@ def _artifact(label: str, report: Report, style: str, single: bool) -> Series:
 
 def _around(manifest: Manifest, label: str, style: str, single: bool) -> tuple[list[Series], list[Series]]:
     """The other sizes of a manifest, and on a page of its own also the cache types of each other tool."""
-    points = sorted((point.kv_bytes_per_token, max(point.kl, LEAST_KL)) for point in manifest.frontier)
+    points = sorted((point.kv_bytes_per_token, max(point.kl, LEAST_KL)) for point in _sizes(manifest))
     sizes = [Series(f"{label}, other sizes", tuple(points), style, line="dashed", marks="hollow")] if points else []
     if not single:
         return sizes, []
