@@ -1,6 +1,6 @@
 """How benchmarks open a decoder, fit methods, plan, export and judge.
 
-With `encoders`, `ggml`, `planners` and `plans` the one place that knows KVSlim's inner parts.
+With `encoders`, `planners` and `plans` the one place that knows KVSlim's inner parts.
 """
 
 from __future__ import annotations
@@ -194,10 +194,10 @@ class OpenModel:
 
     def in_ggml(self, **kept: Any) -> tuple[float, Codes]:
         """Bytes of a token in a cache of llama.cpp's, and what puts it into the model; settings as in `GgmlCache`."""
-        from benchmarks.ggml import GgmlCache
+        from kvslim.planning.ggml import GgmlCache
         from kvslim.transform.edits import LayerEdit
 
-        cache = GgmlCache(**kept)
+        cache = GgmlCache(kind="ggml", **kept)
         size = self.spec.layers * self.spec.kv_heads * cache.bytes_of(self.spec.head_dim)
         return size, tuple(LayerEdit(cache=cache) for _ in range(self.spec.layers))
 

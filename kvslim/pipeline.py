@@ -18,12 +18,12 @@ from kvslim.loading.source import origin, read_spec, resolve
 from kvslim.overrides import overridden
 from kvslim.planning.analyze import Analysis
 from kvslim.planning.analyze import analyze as analyze_layers
-from kvslim.planning.decide import PlanSummary, planned
+from kvslim.planning.decide import PlanSummary, decided, planned
 from kvslim.prepared.base import PreparedModel, prepare
 from kvslim.progress import Progress, Silent
 from kvslim.recipe import Gates, Recipe, parse_recipe
 from kvslim.report.describe import describe
-from kvslim.types import KVLayout, Manifest, Plan, PlanPoint, Report
+from kvslim.types import KVLayout, Manifest, Plan, Report
 from kvslim.validation.bench import BenchResult, Grid, bench_all
 
 
@@ -65,10 +65,7 @@ def compress(
         plain = folder / "plain"
         plain.mkdir()
         prepared.export_plain(plain)
-        frontier: tuple[PlanPoint, ...] = ()
-        if plan is None:
-            summary = planned(prepared)
-            plan, frontier = summary.plan, summary.frontier
+        plan, around = decided(prepared, plan)
         codes = prepared.codes(plan)
         progress.stage(stages.HELD_OUT)
         evaluation = prepared.evaluation()
@@ -80,7 +77,7 @@ def compress(
         progress.stage(stages.VALIDATE)
         report = evaluation.measure(plain, folder)
         shutil.rmtree(plain)
-        return describe(folder, prepared, plan, inputs, report, frontier)
+        return describe(folder, prepared, plan, inputs, report, around)
 
 
 def plan(model: str, recipe: Recipe, *, progress: Progress | None = None) -> PlanSummary:

@@ -208,10 +208,11 @@ class Recipe(Frozen):
         return sorted(self.methods, key=lambda method: method.order)
 
     def timed_contexts(self, spec: ModelSpec) -> tuple[int, ...]:
-        """Contexts that a token of a decoder is timed at, which leave it a position."""
+        """Contexts that a token of a decoder is timed at; all positions mean the last token that fits."""
+        last = spec.max_context - 1
         if self.validation.contexts is not None:
-            return self.validation.contexts
-        target = min(self.calibration.target(spec), spec.max_context - 1)
+            return tuple(last if context == spec.max_context else context for context in self.validation.contexts)
+        target = min(self.calibration.target(spec), last)
         return (*(context for context in SHORT_CONTEXTS if context < target), target)
 
     def fitted(self, spec: ModelSpec) -> ModelSpec:

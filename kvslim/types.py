@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, SerializeAsAny, model_validator
 from pydantic_core import CoreSchema
@@ -181,6 +181,28 @@ class PlanPoint(Frozen):
     recall_drop: float | None = Field(None, description="recall lost, as a share; None where no limit asks for it")
 
 
+class PeerPoint(Frozen):
+    """What another tool's cache type costs on the same model, measured in torch on the same calibration text."""
+
+    name: str
+    kv_bytes_per_token: float
+    kl: float = Field(description="mean KL to the model as it is, nats per token")
+
+
+class Survey(NamedTuple):
+    """What else a model's cache could be.
+
+    Attributes:
+        frontier: Sizes that the planner measured for a budget, the largest first.
+        alike: Without a budget all layers alike in a few sizes, the largest first.
+        peers: Cache types of other tools.
+    """
+
+    frontier: tuple[PlanPoint, ...] = ()
+    alike: tuple[PlanPoint, ...] = ()
+    peers: tuple[PeerPoint, ...] = ()
+
+
 def _read_tensor(value: object) -> object:
     """A tensor from JSON: its kind of cache says which class reads the rest."""
     if not isinstance(value, dict):
@@ -256,6 +278,9 @@ class Measures(Frozen):
     of `kl_mean` and `perplexity` over pieces of text, of the recall that is lost to the plain export over the
     questions. Where weights are quantised, KL and perplexity are measured with activations in float32; `kl_as_run` is
     the KL with activations rounded as onnxruntime does it, and `kl_to_original` the one to the model in float32.
+
+    Latencies are medians; `*_quartiles_ms` are the first and third quartile. Tokens per second follow from the medians:
+    `tokens_per_second` of one sequence by context length, `prompt_tokens_per_second` by prompt length.
     """
 
     kv_bytes_per_token: float | None = None
@@ -280,6 +305,11 @@ class Measures(Frozen):
     ttft_ms: dict[str, float] | None = None
     tpot_ms: dict[str, float] | None = None
     latency_ms: dict[str, float] | None = None
+    ttft_quartiles_ms: dict[str, tuple[float, float]] | None = None
+    tpot_quartiles_ms: dict[str, tuple[float, float]] | None = None
+    latency_quartiles_ms: dict[str, tuple[float, float]] | None = None
+    prompt_tokens_per_second: dict[str, float] | None = None
+    tokens_per_second: dict[str, float] | None = None
     peak_rss_mib: float | None = None
 
 
@@ -293,8 +323,19 @@ class GateResult(Frozen):
     note: str | None = Field(None, description="why the verdict says little, if it does")
 
 
+class SampleAnswer(Frozen):
+    """What the plain export and the artifact write after the same prompt, greedily."""
+
+    prompt: str
+    plain: str
+    artifact: str
+
+
 class Report(Frozen):
-    """What an artifact costs and saves, next to the plain export of the same model."""
+    """What an artifact costs and saves, next to the plain export of the same model.
+
+    Latencies in `ratio` are medians over pairs of neighbouring turns: load on the machine slows both sides alike.
+    """
 
     passed: bool
     gates: tuple[GateResult, ...]
@@ -303,6 +344,11 @@ class Report(Frozen):
     artifact: Measures
     ratio: Measures
     original: Measures | None = Field(None, description="the model in float32, where the weights are quantised")
+    smaller_than: dict[str, float] | None = Field(
+        None, description="how many times smaller the cache is than the same model's in fp32, fp16 and q8_0"
+    )
+    timings_uncertain: str | None = Field(None, description="why the timings say little, if they do")
+    samples: tuple[SampleAnswer, ...] = Field((), description="answers to compare by eye")
 
 
 def _known(description: str) -> Any:
@@ -332,6 +378,8 @@ class Manifest(Frozen):
     recipe: dict[str, object]
     plan: Plan
     frontier: tuple[PlanPoint, ...] = Field((), description="with a budget: what the planner saw at other sizes")
+    alike: tuple[PlanPoint, ...] = Field((), description="without a budget: what all layers alike cost in a few sizes")
+    peers: tuple[PeerPoint, ...] = Field((), description="what cache types of other tools cost")
     kv_layout: KVLayout
     weights: Weights
     inputs: tuple[str, ...] = Field(description="graph inputs that have no default, other than the cache, in order")

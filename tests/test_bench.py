@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from support.tiny_artifact import fill
 from support.tiny_graph import write_tiny
+from support.tiny_report import SPEC
 
 from kvslim.caches.packed import PackedTensor
 from kvslim.cli import app
@@ -118,6 +119,8 @@ def test_bench_writes_every_point_of_the_grid(
         assert [(each["metric"], each["tokens"], each["threads"], each["batch"]) for each in timings] == points
         for each in timings:
             assert 0 < each["first_quartile_ms"] <= each["median_ms"] <= each["third_quartile_ms"]
+            tokens = each["batch"] * (each["tokens"] if each["metric"] == "ttft_ms" else 1)
+            assert each["tokens_per_second"] == pytest.approx(1000 * tokens / each["median_ms"])
             assert each["joules_per_token"] is None or each["joules_per_token"] >= 0
     assert {each["ratio"] for each in results[str(artifacts[0])]["timings"]} == {1.0}
     assert [arguments[1:] for arguments in asked] == 2 * [(16, 2, "decode", 2)]
@@ -204,12 +207,14 @@ def test_table_and_csv_show_energy_only_where_it_was_measured() -> None:
             median_ms=2,
             first_quartile_ms=1,
             third_quartile_ms=3,
+            tokens_per_second=500,
             ratio=1,
             joules_per_token=joules,
+            uncertain=None,
         )
         return BenchResult(kv_bytes_per_token=8, file_mib=1, peak_rss_mib=2, timings=(timing,))
 
-    assert timings_table({"a": result(None)}).header == ("median (quartiles)", "threads", "batch", "a, ms")
+    assert timings_table({"a": result(None)}).header == ("median (quartiles)", "threads", "batch", "a, ms", "tokens/s")
     table = timings_table({"a": result(0.25), "b": result(0.5)})
     assert table.rows == (
         (
@@ -217,14 +222,23 @@ def test_table_and_csv_show_energy_only_where_it_was_measured() -> None:
             "-",
             "1",
             "2.00 (1.00 to 3.00)",
+            "500",
             "0.25",
             "2.00 (1.00 to 3.00)",
+            "500",
             "1.00",
             "0.5",
         ),
     )
     (row,) = csv.DictReader(io.StringIO(bench_csv({"a": result(None)})))
     assert (row["joules_per_token"], row["threads"], row["kv_bytes_per_token"]) == ("", "", "8.0")
+
+
+def test_all_positions_mean_the_last_token_that_fits() -> None:
+    specs = [SPEC, SPEC.model_copy(update={"max_context": 16384})]
+    assert Grid(prompts=(128,), contexts=(512, 8192)).shortened_to(specs).contexts == (512, 8191)
+    assert Grid(prompts=(128,), contexts=(8193,)).shortened_to(specs).contexts == (8193,)
+    assert Grid().shortened_to([SPEC.model_copy(update={"max_context": 128})]).contexts == (127,)
 
 
 def test_grid_asks_for_two_turns_at_least() -> None:

@@ -24,7 +24,7 @@ BENCHMARKS = registry.load()
 SHARING = BENCHMARKS.keys() - {"families"}  # its graphs must be those of its own plans
 LONG = {"recipes", "real", "encoder", "encoder-heads", "cache-memory", "export-memory", "device-bound", "vs-builder"}
 MODULES = sorted((ROOT / "benchmarks").rglob("*.py"))
-ADAPTERS = {"models.py", "encoders.py", "ggml.py", "planners.py", "plans.py"}
+ADAPTERS = {"models.py", "encoders.py", "planners.py", "plans.py"}
 INNER = ("kvslim.caches", "kvslim.prepared", "kvslim.planning", "kvslim.transform", "kvslim.export")
 
 

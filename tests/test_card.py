@@ -12,14 +12,15 @@ import yaml
 from support import tiny_hub
 from support.tiny_artifact import fill
 from support.tiny_hub import TinyHub
-from support.tiny_report import manifest as reported
+from support.tiny_report import manifest as tiny_manifest
 
+from kvslim.caches import FullCache
 from kvslim.export.manifest import read_manifest
 from kvslim.loading.origin import of_gguf, source_of
 from kvslim.loading.snapshot import Snapshot
 from kvslim.loading.source import resolve
 from kvslim.report.card import model_card
-from kvslim.types import Manifest, Measures, Source
+from kvslim.types import LayerPlan, Manifest, Measures, Plan, Source
 
 ID = "someone/model"
 CONFIG = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}
@@ -164,8 +165,24 @@ def test_card_names_no_client_that_cannot_run_the_graph(tmp_path: Path) -> None:
 
 
 def test_card_says_whose_activations_are_rounded_where_weights_are_quantised() -> None:
-    made, words = reported(), "KL and perplexity have activations in float32"
+    made, words = tiny_manifest(), "KL and perplexity have activations in float32"
     assert made.report is not None
     assert words not in model_card(made)
     report = made.report.model_copy(update={"original": Measures(perplexity=9.0)})
     assert words in model_card(made.model_copy(update={"report": report}))
+
+
+def test_card_tells_ratios_quartiles_and_doubts() -> None:
+    card = model_card(tiny_manifest(busy=True))
+    assert "446 bytes of cache per token, 5.7x smaller than fp32, 2.9x than fp16, 1.5x than q8_0." in card
+    assert "| 12.00 (11.00 to 13.50) | 5.00 (4.80 to 5.60) | 0.417x |" in card
+    assert "**timings uncertain: the machine was busy.**" in card
+    assert "uncertain" not in model_card(tiny_manifest())
+
+
+def test_card_says_once_what_layers_share() -> None:
+    shown = tiny_manifest()
+    alike = tuple(LayerPlan(layer=index, cache=FullCache(stored="int8")) for index in range(5))
+    card = model_card(shown.model_copy(update={"plan": Plan(layers=alike)}))
+    assert card.count("8-bit integers") == 1
+    assert "| 4 | 2-bit codes |" in model_card(shown)

@@ -8,14 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from support.tiny_report import manifest
 
 from kvslim.cli import app
 from kvslim.errors import GateError, NotFoundError, UsageError
 from kvslim.export.manifest import write_manifest
-from kvslim.report.compare import compared, regressions
+from kvslim.report.compare import compared, comparison_table, regressions, short_names
 from kvslim.types import Manifest
 
+SIZE = manifest().kv_layout.bytes_per_token(4096)
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -51,13 +53,46 @@ def test_table_has_a_column_for_each_artifact(run: Run, artifacts: tuple[Path, P
     assert code == 0
     assert rows["Recall"] == ["97.0%", "90.0%"]
     assert rows["KL to plain, mean"] == ["0.004", "0.02"]
-    assert rows["Gates passed"] == ["1 of 1", "0 of 1"]
+    assert rows["Gate max_kl"] == ["passed: 0.004, limit 0.01", "FAILED: 0.02, limit 0.01"]
+    assert rows["KV cache, smaller than fp32"] == rows["KV cache, smaller than fp32"][:1] * 2
+    assert float(rows["KV cache, smaller than fp16"][0][:-1]) == pytest.approx(2560 / 2 / SIZE, abs=0.05)
     assert rows["Time per token, to plain, at 8192"] == ["0.417x", "0.417x"]
+
+
+def test_best_value_of_each_row_is_marked() -> None:
+    found = {"a": manifest(), "b": manifest(kl=0.002, recall=0.9), "c": manifest(slowness=2)}
+    table = comparison_table(compared(found))
+    marked = {table.rows[row][0]: [] for row, _ in table.best}
+    for row, column in sorted(table.best):
+        marked[table.rows[row][0]].append(table.header[column])
+    assert marked["KL to plain, mean"] == ["b"]
+    assert marked["Recall"] == ["a", "c"]
+    assert marked["Time per token, to plain, at 1024"] == ["a", "b"]
+    assert "Files, MiB" not in marked  # all are equal
+    assert "Time per token, ms, context of 1024" not in marked  # of different runs
+    busy = comparison_table(compared({"a": manifest(), "b": manifest(slowness=2, busy=True)}))
+    assert not [row for row, _ in busy.best if busy.rows[row][0].startswith("Time")]
+    bold = [segment.text.strip() for segment in Console().render(table.rich()) if segment.style and segment.style.bold]
+    assert "0.002" in bold
+
+
+def test_names_of_artifacts_leave_out_the_folders_that_they_share() -> None:
+    assert short_names(["/tmp/x/old/demo", "/tmp/x/new/demo"]) == {
+        "/tmp/x/old/demo": "old/demo",
+        "/tmp/x/new/demo": "new/demo",
+    }
+    assert short_names(["a", "b"]) == {"a": "a", "b": "b"}
+    assert short_names(["/tmp/a"]) == {"/tmp/a": "a"}
+    assert short_names(["out/a", "out/a/b"]) == {"out/a": "a", "out/a/b": "a/b"}
 
 
 def test_artifacts_of_one_name_are_told_by_their_paths(run: Run, tmp_path: Path) -> None:
     twice = [folder(tmp_path / name / "demo", manifest()) for name in ("old", "new")]
     assert set(json.loads(run(*twice, "--json")[1])["artifacts"]) == {str(path) for path in twice}
+    header = run(*twice)[1].splitlines()[1].split()
+    assert header == ["old/demo", "new/demo"]
+    run(*twice, "--html", tmp_path / "page.html")
+    assert str(twice[0]) not in (tmp_path / "page.html").read_text()
 
 
 def test_json_is_a_baseline_that_nothing_is_worse_than(run: Run, artifacts: tuple[Path, Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -169,3 +170,14 @@ def test_manifest_is_broken_when_its_least_version_is_none(artifact: Path, versi
     (artifact / MANIFEST).write_text(json.dumps({**data, "least_onnxruntime": version}))
     with pytest.raises(ArtifactError, match="least_onnxruntime"):
         read_manifest(artifact)
+
+
+def test_manifest_of_a_version_without_some_fields_is_whole(artifact: Path) -> None:
+    path = artifact / MANIFEST
+    text = path.read_text().partition(',\n  "sha256": "')[0].replace('  "peers": [],\n', "")
+    assert "peers" not in text
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(f'{text},\n  "sha256": "{digest}"\n}}\n')
+    assert verify(artifact) == ()
+    path.write_text(path.read_text().replace('"context": 64', '"context": 65'))
+    assert verify(artifact) == (f"{MANIFEST}: changed",)

@@ -18,6 +18,7 @@ from kvslim.recipe import Gates, Recipe, Validation
 from kvslim.report.page import artifact_page
 from kvslim.types import Manifest, Plan
 from kvslim.validation.bench import Grid
+from kvslim.validation.samples import SAMPLES
 
 METHODS = (KvPca(rank=8), KvQuant())
 
@@ -43,7 +44,7 @@ def test_artifact_holds_what_its_clients_read(made: tuple[Path, Manifest]) -> No
         "report.html",
     }
     assert (out / "report.html").read_text() == artifact_page(manifest, device_memory())
-    assert "GiB: " in (out / "report.html").read_text()
+    assert "fits into every device that KVSlim knows" in (out / "report.html").read_text()
     assert not (out / "plain").exists()
     assert verify(out) == ()
     assert read_manifest(out) == manifest
@@ -60,6 +61,7 @@ def test_report_is_complete_and_its_ratios_are_of_its_columns(made: tuple[Path, 
             "retrieval_rank_correlation",
             "masked_top1_agreement",
             "latency_ms",
+            "latency_quartiles_ms",
             "kl_by_position",  # no text is long enough
             "kl_as_run",  # the weights are not quantised
             "kl_to_original",
@@ -73,6 +75,20 @@ def test_report_is_complete_and_its_ratios_are_of_its_columns(made: tuple[Path, 
     assert report.artifact.kl_mean > report.floor.kl_mean
     assert set(report.plain.tpot_ms or {}) == {"32"}
     assert set(report.plain.ttft_ms or {}) == {"16"}
+    assert report.smaller_than == {"fp32": 8, "fp16": 4, "q8_0": 8 * 8.5 / 32}
+    for column in (report.plain, report.artifact):
+        first, third = (column.tpot_quartiles_ms or {})["32"]
+        assert first <= (column.tpot_ms or {})["32"] <= third
+        assert (column.tokens_per_second or {})["32"] == 1000 / (column.tpot_ms or {})["32"]
+        assert (column.prompt_tokens_per_second or {})["16"] == 16_000 / (column.ttft_ms or {})["16"]
+
+
+def test_report_has_answers_to_compare(made: tuple[Path, Manifest]) -> None:
+    report = made[1].report
+    assert report is not None
+    assert 1 <= len(report.samples) <= SAMPLES
+    assert all(sample.prompt and sample.plain and sample.artifact for sample in report.samples)
+    assert len({sample.prompt for sample in report.samples}) == len(report.samples)
 
 
 def test_gates_decide_whether_the_artifact_passed(tiny_llama: Path, tmp_path: Path) -> None:
@@ -96,6 +112,9 @@ def test_plan_predicts_the_bytes_and_survives_a_round_trip(
     manifest = pipeline.compress(str(tiny_llama), recipe_of(METHODS), tmp_path / "out", plan=plan)
     assert manifest.plan == plan
     assert [tensor.dim for tensor in manifest.kv_layout.tensors] == [8, 8, 16, 16]
+    assert (manifest.frontier, manifest.alike, manifest.peers) == ((), summary.alike, summary.peers)
+    assert [point.kv_ratio for point in manifest.alike] == [4, 8, 16]
+    assert [point.name for point in manifest.peers] == ["genai int8", "genai int4"]
 
 
 def test_plan_decides_alone_when_the_recipe_names_other_methods(tiny_llama: Path, tmp_path: Path) -> None:
@@ -131,8 +150,13 @@ def test_bench_measures_each_artifact(made: tuple[Path, Manifest]) -> None:
 
 
 def test_bench_refuses_contexts_beyond_the_positions(made: tuple[Path, Manifest]) -> None:
-    with pytest.raises(UsageError, match="2049 tokens are more than the model's 2048 positions"):
-        pipeline.bench([made[0]], Grid(prompts=(8,), contexts=(2048,), threads=(1,), repeats=3))
+    with pytest.raises(UsageError, match="2050 tokens are more than the model's 2048 positions"):
+        pipeline.bench([made[0]], Grid(prompts=(8,), contexts=(2049,), threads=(1,), repeats=3))
+
+
+def test_bench_times_the_last_token_that_fits(made: tuple[Path, Manifest]) -> None:
+    (result,) = pipeline.bench([made[0]], Grid(prompts=(8,), contexts=(2048,), threads=(1,), repeats=3)).values()
+    assert [timing.tokens for timing in result.timings] == [8, 2047]
 
 
 def test_text_file_serves_calibration_and_validation(tiny_llama: Path, tmp_path: Path) -> None:

@@ -151,6 +151,7 @@ def test_plan_tells_kl_and_frontier_as_json(
     assert output_type("plan").model_validate(told)
     assert told["kl"] > 0
     assert told["kv_bytes_per_token"] * 8 <= told["plain_kv_bytes_per_token"]
+    assert told["smaller_than"]["fp16"] == told["smaller_than"]["fp32"] / 2 >= 4
     assert set(told["frontier"][0]) == {"cache", "kv_bytes_per_token", "kv_ratio", "time_ratio", "kl", "recall_drop"}
     assert all(layer["cache"]["rotation"] == 0 for layer in told["plan"]["layers"])
     assert Plan.model_validate_json(out.read_text()) == Plan.model_validate(told["plan"])
@@ -160,6 +161,8 @@ def test_plan_tells_kl_and_frontier_as_json(
     table = capsys.readouterr().out
     assert re.search(r"expected to fail: max_kl \S+ against 1e-09\n", table)
     assert "KL to plain" in table
+    assert "x smaller than fp32, " in table
+    assert "genai int8" in table
     assert "int4" in table
 
 

@@ -96,6 +96,7 @@ def test_unknown_recipe_suggests_the_closest() -> None:
         (512, {}, (128, 511)),
         (8192, {"calibration": {"context": 8192}}, (128, 1024, 8191)),
         (8192, {"validation": {"contexts": [300, 64]}}, (300, 64)),
+        (8192, {"validation": {"contexts": [300, 8192]}}, (300, 8191)),
     ],
 )
 def test_tokens_are_timed_up_to_the_target_context(most: int, settings: dict, expected: tuple[int, ...]) -> None:

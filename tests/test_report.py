@@ -7,16 +7,20 @@ from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
-from support.tiny_report import PLAIN, SPEC, manifest
+from support.tiny_report import PLAIN, PLAN, SPEC, manifest
 
+from kvslim.caches import FullCache, SharedCache, WindowCache
 from kvslim.recipe import Gates
 from kvslim.report.advice import expected_gates, nearest_budget, passing_budget
+from kvslim.report.answers import compared_answer
 from kvslim.report.chart import LEFT, RIGHT, Axis, Rule, Series, chart
+from kvslim.report.decisions import decisions
 from kvslim.report.figures import figures
 from kvslim.report.junit import junit_xml
 from kvslim.report.layer_map import layer_map
 from kvslim.report.page import artifact_page
-from kvslim.types import GateResult, KVLayout, Manifest, Measures, Plan, PlanPoint
+from kvslim.report.tiles import tiles
+from kvslim.types import GateResult, KVLayout, LayerPlan, Manifest, Measures, Plan, PlanPoint, SampleAnswer
 
 TOKENS, MILLISECONDS = Axis("tokens", base=2), Axis("ms")
 
@@ -50,15 +54,96 @@ def test_page_tells_decisions_with_reasons_and_escapes_them() -> None:
 
 def test_page_tells_the_verdict() -> None:
     assert "all gates hold" in artifact_page(manifest())
+    assert "An eighth of the bytes." in artifact_page(manifest())
+
+
+def test_failed_gate_takes_the_place_of_the_recipes_promise() -> None:
     failed = artifact_page(manifest(limit=0.001))
-    assert "a gate failed" in failed
+    assert "A gate failed" in failed
+    assert "max_kl: mean KL to plain is 0.004, at most 0.001 was asked for" in failed
+    assert "all gates hold" not in failed
+    assert "An eighth of the bytes." not in failed.partition("Made from")[0]
     assert '<td class="bad">FAILED</td>' in failed
+    advised = manifest(kl=0.05, limit=0.02)
+    assert f"Expected to pass: kvslim compress with {passing_budget(advised)}." in artifact_page(advised)
+
+
+def test_page_says_that_timings_are_uncertain() -> None:
+    assert '<p class="warning">timings uncertain: the machine was busy</p>' in artifact_page(manifest(busy=True))
+    assert "uncertain" not in artifact_page(manifest())
+
+
+def test_tiles_stand_beside_what_people_have() -> None:
+    found = {tile.label: tile for tile in tiles(manifest())}
+    cache = found["KV cache at 4,096 tokens"]
+    assert cache.value == "1.74 MiB"
+    assert cache.beside == "5.7x smaller than fp32, 2.9x than fp16, 1.5x than q8_0 (10 MiB in fp32, 5 MiB in fp16)"
+    speed = found["at a context of 8,192 tokens"]
+    assert (speed.value, speed.beside) == ("200 tokens/s", "plain 83.3; 0.42 of its time per token")
+    first = found["to the first token of a prompt of 512 tokens"]
+    assert (first.value, first.beside) == ("90 ms", "plain 90 ms; 1.00 of its time")
+    assert found["recall of facts in the prompt"].beside == "plain 98.0%"
+    assert found["mean KL to plain, nats per token"].value == "0.004"
+
+
+def test_decisions_say_once_what_layers_share() -> None:
+    layers = tuple(
+        LayerPlan(layer=index, cache=FullCache(stored="int4", rank=8 if index == 2 else 16), refit=True)
+        for index in range(5)
+    )
+    found = decisions(SPEC, Plan(layers=layers))
+    assert found.shared == (
+        "In all layers, cache: 4-bit integers; tokens kept: all; query heads: all; output projection: fitted again."
+    )
+    assert found.differing.header == ("layers", "dimensions per head")
+    assert found.differing.rows == (("0-1, 3-4", "all 16"), ("2", "8 of 16"))
+
+
+def test_decisions_need_no_table_when_layers_are_alike() -> None:
+    plan = Plan(layers=tuple(LayerPlan(layer=index, cache=FullCache(stored="int8")) for index in range(5)))
+    assert decisions(SPEC, plan).differing.rows == ()
+    assert "cache: 8-bit integers" in decisions(SPEC, plan).shared
+
+
+def test_decisions_tell_removed_windowed_packed_and_shared_layers_apart() -> None:
+    plan = Plan(layers=(*PLAN.layers[2:], LayerPlan(layer=5, cache=SharedCache(source=2)), *_windowed(6)))
+    found = decisions(SPEC.model_copy(update={"layers": 5, "windows": (None,) * 7}), plan)
+    rows = {row[0]: dict(zip(found.differing.header, row, strict=True)) for row in found.differing.rows}
+    assert rows["2"]["query heads"] == "4 of 8"
+    assert rows["3"]["cache"] == "none, attention is removed"
+    assert rows["4"]["tokens kept"] == "all, the first 4 and the last 256 exact"
+    assert rows["4"]["cache"] == "2-bit codes"
+    assert rows["5"]["cache"] == "that of layer 2"
+    assert rows["6"]["tokens kept"] == "the first 2 and the last 64"
+    assert rows["6"]["dimensions stored finer"] == "keys 8, values 4"
+
+
+def _windowed(layer: int) -> tuple[LayerPlan, ...]:
+    cache = WindowCache(window=64, sinks=2, stored="int4", residual=8, value_residual=4)
+    return (LayerPlan(layer=layer, cache=cache),)
+
+
+def test_answers_mark_the_words_that_differ() -> None:
+    sample = SampleAnswer(prompt="p", plain=" a red lamp and", artifact=" a blue lamp and more")
+    answer = compared_answer(sample)
+    assert [piece.text for piece in answer.plain if piece.differs] == ["red"]
+    assert [piece.text for piece in answer.artifact if piece.differs] == ["blue", "more"]
+    assert "".join(piece.text for piece in answer.artifact) == "a blue lamp and more"
+    assert compared_answer(sample.model_copy(update={"artifact": sample.plain})).same
+
+
+def test_page_puts_answers_side_by_side_and_escapes_them() -> None:
+    html = artifact_page(manifest())
+    assert "<mark>&lt;queen&gt;.</mark>" in html
+    assert "artifact, the same" in html
+    assert "1 of 2 answers is the same to the word." in html
 
 
 def test_page_leaves_out_what_was_not_measured() -> None:
     bare = manifest().model_copy(update={"report": None, "passed": None, "frontier": ()})
     html = artifact_page(bare)
     assert re.findall(r'<figure class="(\w+)"', html) == ["layers"]
+    assert "Sample answers" not in html
     assert "Before and after" not in html
     assert "verdict" not in html.partition("</style>")[2]
 
@@ -109,19 +194,60 @@ def test_chart_keeps_labels_of_rules_apart() -> None:
     assert min(after - before for before, after in pairwise(lefts[1:])) > 50
 
 
-def test_memory_is_weights_and_cache_with_the_devices_that_matter() -> None:
-    limits = [("tiny", 0.01), ("board", 0.05), ("laptop", 1.0), ("server", 64.0)]
+def test_memory_is_weights_and_cache_with_how_far_each_gets_on_a_device() -> None:
+    limits = [("tiny", 0.05), ("board", 0.11), ("laptop", 1.0)]
     (memory,) = (figure for figure in figures({"a": manifest()}, limits) if figure.name == "memory")
+    fp32 = (0.11 * 1024 - 100) * 2**20 / 2560
     assert [text for style, text in memory.legend if style == "rule"] == [
-        "0.01 GiB: tiny",
-        "0.05 GiB: board",
-        "1 GiB: laptop",
+        "0.05 GiB, tiny: plain, fp32 does not fit, in fp16 does not fit, a does not fit",
+        f"0.11 GiB, board: plain, fp32 to {fp32:,.0f}, in fp16 all, a all",
     ]
-    assert "1 GiB" in texts(memory.svg)
-    plain, artifact = re.findall(r'class="line [^"]*" d="M([^"]*)"', memory.svg)
-    ends = [float(path.rpartition(" ")[2]) for path in (plain, artifact)]
-    assert ends[0] < ends[1]  # higher in the picture: more memory
+    assert {"0.05 GiB", "0.11 GiB", "0", "2k", "8k"} <= set(texts(memory.svg))
+    plain, half, artifact = re.findall(r'class="line [^"]*" d="M([^"]*)"', memory.svg)
+    ends = [float(path.rpartition(" ")[2]) for path in (plain, half, artifact)]
+    assert ends[0] < ends[1] < ends[2]  # higher in the picture: more memory
     assert KVLayout.of(SPEC, Plan.identity(SPEC)).bytes_at(8192) == 8192 * (PLAIN.kv_bytes_per_token or 0)
+
+
+def test_memory_names_the_smallest_device_when_all_are_large() -> None:
+    (memory,) = (figure for figure in figures({"a": manifest()}, [("board", 2.0)]) if figure.name == "memory")
+    assert "the smallest, board, has 2 GiB" in memory.caption
+    assert not [text for style, text in memory.legend if style == "rule"]
+
+
+def test_frontier_marks_the_artifact_among_other_sizes_and_other_tools() -> None:
+    (frontier,) = (figure for figure in figures({"a": manifest()}) if figure.name == "kl")
+    assert {"this artifact", "int8", "int4", "q8_0", "fp32", "fp16", "gate 0.01"} <= set(texts(frontier.svg))
+    nodes = [node.get("class", "") for node in ElementTree.fromstring(frontier.svg).iter("circle")]
+    assert nodes.count("mark hollow s0") == 3
+    assert nodes.count("mark large s0") == 1
+    assert nodes.count("mark hollow s1") == 2
+    assert [text for _, text in frontier.legend] == ["a", "other sizes", "genai", "llama.cpp"]
+    assert "the planner's plans of other sizes and cache types of other tools" in frontier.caption
+    by_hand = manifest().model_copy(update={"frontier": (), "alike": manifest().frontier})
+    assert "all layers alike in other sizes" in figures({"a": by_hand})[0].caption
+    assert [text for _, text in figures({"a": by_hand})[0].legend] == ["a", "other sizes", "genai", "llama.cpp"]
+
+
+def test_time_has_a_bar_between_its_quartiles() -> None:
+    svg = next(figure.svg for figure in figures({"a": manifest()}) if figure.name == "tpot")
+    bars = re.findall(r'class="spread s0" d="M([\d.]+) ([\d.]+)h6m-3 0V([\d.]+)', svg)
+    marks = [height for left, height in circles(svg)][-3:]
+    assert len(bars) == 3
+    for (_, low, high), middle in zip(bars, marks, strict=True):
+        assert float(low) > middle > float(high)
+
+
+def test_names_of_points_stand_beside_marks_and_apart() -> None:
+    points = tuple((float(place), 5.0) for place in (100, 101, 400))
+    series = Series("a", points, "s0", line="none", names=("one", "two", "three"))
+    svg = chart("t", TOKENS, Axis("y", high=10), [series])
+    nodes = [node for node in ElementTree.fromstring(svg).iter("text") if node.get("class") == "name s0"]
+    assert [node.text for node in nodes] == ["one", "two", "three"]
+    places = [(float(node.get("x", "")), float(node.get("y", ""))) for node in nodes]
+    assert len(set(places)) == 3
+    crowded = Series("a", points[:1] * 9, "s0", line="none", names=("name",) * 9)
+    assert 4 <= len(re.findall('class="name s0"', chart("t", TOKENS, Axis("y", high=10), [crowded]))) < 9
 
 
 def test_layer_map_fills_what_is_kept() -> None:

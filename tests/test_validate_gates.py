@@ -6,7 +6,7 @@ import pytest
 
 from kvslim.recipe import Gates
 from kvslim.types import Measures
-from kvslim.validation.gates import check_gates, ratio, report
+from kvslim.validation.gates import Timed, check_gates, ratio, report
 
 CONTEXT = 4096
 PLAIN = Measures(kv_bytes_per_token=1024, recall=1.0, kl_mean=0.0, perplexity=10.0, tpot_ms={"128": 4.0, "1024": 8.0})
@@ -88,6 +88,15 @@ def test_report_passes_when_every_gate_does(limit: float, passed: bool) -> None:
     assert made.passed is passed
     assert [gate.name for gate in made.gates] == ["max_kl", "max_kv_ratio"]
     assert made.ratio == ratio(ARTIFACT, PLAIN)
+
+
+def test_ratios_of_times_are_those_of_pairs_of_turns() -> None:
+    timed = Timed({"tpot_ms": {"128": 0.7}}, "the machine was busy")
+    made = report(Gates(), plain=PLAIN, floor=Measures(), artifact=ARTIFACT, timed=timed)
+    assert made.ratio.tpot_ms == {"128": 0.7}
+    assert made.ratio.kv_bytes_per_token == 0.25
+    assert made.timings_uncertain == "the machine was busy"
+    assert made.smaller_than == {"fp32": 4, "fp16": 2, "q8_0": 8.5 / 8}
 
 
 def test_recall_gate_says_so_when_there_was_nothing_to_lose() -> None:

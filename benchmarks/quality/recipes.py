@@ -70,9 +70,10 @@ def encoder(source: Source, *, overrides: tuple[str, ...] = ENCODER) -> Iterator
 
 
 def flattened(measures: Measures) -> Values:
-    """What was measured; of a time by length, one value for each, as in `tpot_ms.128`."""
+    """What was measured, without quartiles; of a time by length, one value for each, as in `tpot_ms.128`."""
     values: Values = {}
-    for name, value in measures.model_dump(exclude_none=True).items():
+    quartiles = {name for name in Measures.model_fields if name.endswith("_quartiles_ms")}
+    for name, value in measures.model_dump(exclude_none=True, exclude=quartiles).items():
         values |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
     return values
 

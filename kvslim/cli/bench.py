@@ -16,7 +16,10 @@ def bench(
     artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="folders to time, in turns")],
     contexts: Annotated[
         str | None,
-        typer.Option("--context", help="context lengths for time per token; default: 128,1k, as far as all models go"),
+        typer.Option(
+            "--context",
+            help="context lengths for time per token; default: 128,1k; all positions of a model mean its last token",
+        ),
     ] = None,
     prompts: Annotated[
         str | None,
@@ -44,7 +47,7 @@ def bench(
     thread_counts = None if threads is None else read_counts(threads, "--threads")
     batch_sizes = read_counts(batches, "--batch")
     from kvslim import api
-    from kvslim.report.bench import bench_csv, costs_table, timings_table
+    from kvslim.report.bench import bench_csv, costs_table, timings_table, uncertain_timings
 
     with console.libraries_apart(), Terminal(quiet=True) as progress:
         results = api.bench(
@@ -56,13 +59,15 @@ def bench(
             repeats=repeats,
             progress=progress,
         )
-    tables = costs_table(results), timings_table(results)
+    tables, doubts = (costs_table(results), timings_table(results)), uncertain_timings(results)
     if csv:
         write_text(csv, bench_csv(results), "--csv")
     if markdown:
-        write_text(markdown, "\n".join(table.markdown() for table in tables), "--markdown")
+        write_text(markdown, "\n".join([*(table.markdown() for table in tables), *doubts]), "--markdown")
     if as_json:
         columns = {name: result.model_dump(mode="json") for name, result in results.items()}
         console.print_json("bench", {"artifacts": columns})
     else:
         console.print_tables(*tables)
+    for line in doubts:
+        console.hint(line)

@@ -66,6 +66,7 @@ def plan(
     read = partial(read_recipe, recipe, overrides or (), words=words)
     asked = asked_for(model, read, budget, device, tokens_per_second)
     from kvslim import api
+    from kvslim.kv_ratios import smaller
     from kvslim.report.reach import reach_line
     from kvslim.report.tables import frontier_table, plan_table
 
@@ -78,9 +79,11 @@ def plan(
         devices = [each.model_dump(mode="json") for each in reached]
         console.print_json("plan", {**summary.model_dump(mode="json"), "devices": devices})
         return
-    console.print_tables(plan_table(summary.plan), frontier_table(summary.frontier))
     slim, plain = summary.kv_bytes_per_token, summary.plain_kv_bytes_per_token
-    console.print_text(f"KV cache: {slim:,.0f} bytes per token, {slim / plain:.3g} of plain fp32 ({plain:,.0f})\n")
+    console.print_tables(
+        plan_table(summary.plan), frontier_table(summary.frontier or summary.alike, summary.peers, plain)
+    )
+    console.print_text(f"KV cache: {slim:,.0f} bytes per token, {smaller(slim, plain)}\n")
     console.print_text(f"KL to plain: {summary.kl:.2g} on held-out calibration text\n")
     for line in expectations(summary, asked.recipe):
         console.print_text(f"{line}\n")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from kvslim.errors import GateError
+from kvslim.kv_ratios import smaller
 from kvslim.planning.planner import MARGIN, Planned, Planner
 from kvslim.progress import Progress
 from kvslim.recipe import Budget
@@ -107,7 +108,7 @@ def _within_bytes(planner: Planner, budget: Budget, frontier: list[Planned], lim
     if budget.max_kl is not None and planned.point.kl > MARGIN * budget.max_kl:
         within = [other.point.kv_ratio for other in frontier if other.point.kl * MARGIN <= budget.max_kl]
         raise GateError(
-            f"at {planned.point.kv_ratio:.3g} times smaller KL is about {planned.point.kl:.2g}, not {budget.max_kl:g}",
+            f"KL is about {planned.point.kl:.2g}, not {budget.max_kl:g}, in {_size(planned)}",
             where="budget.max_kl",
             fix=f"ask for a ratio of {within[-1]:.3g}, or allow more" if within else "allow more",
         )
@@ -121,7 +122,12 @@ def _smallest(planner: Planner, budget: Budget, frontier: list[Planned]) -> Plan
 def _check_recall(planned: Planned, limit: float) -> None:
     if (planned.point.recall_drop or 0.0) > limit:
         raise GateError(
-            f"at {planned.point.kv_ratio:.3g} times smaller recall drops by {planned.point.recall_drop:.1%}",
+            f"recall drops by {planned.point.recall_drop:.1%} in {_size(planned)}",
             where="budget.max_recall_drop",
             fix="ask for a smaller ratio, or allow more",
         )
+
+
+def _size(planned: Planned) -> str:
+    """How many times smaller the cache of a plan is."""
+    return f"a cache {smaller(1.0, planned.point.kv_ratio)}"

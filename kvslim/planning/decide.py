@@ -8,16 +8,15 @@ from pydantic import Field
 
 from kvslim import stages
 from kvslim.contract import Frozen, ModelSpec
+from kvslim.kv_ratios import smaller_than
 from kvslim.planning.refit import refit_where_it_pays
 from kvslim.recipe import Recipe
-from kvslim.types import KVLayout, Plan, PlanPoint
+from kvslim.types import KVLayout, PeerPoint, Plan, PlanPoint, Survey
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
     from kvslim.prepared.base import PreparedModel
     from kvslim.prepared.trials import Trials
-
-Frontier = tuple[PlanPoint, ...]
 
 
 class PlanSummary(Frozen):
@@ -26,8 +25,13 @@ class PlanSummary(Frozen):
     plan: Plan
     kv_bytes_per_token: float
     plain_kv_bytes_per_token: float
+    smaller_than: dict[str, float] | None = Field(
+        None, description="how many times smaller the cache is than the same model's in fp32, fp16 and q8_0"
+    )
     kl: float = Field(description="mean KL measured in torch on calibration text that no projection was fitted to")
-    frontier: Frontier = Field((), description="what the planner saw at other sizes, the largest first")
+    frontier: tuple[PlanPoint, ...] = Field((), description="what the planner saw at other sizes, the largest first")
+    alike: tuple[PlanPoint, ...] = Field((), description="without a budget: what all layers alike cost in a few sizes")
+    peers: tuple[PeerPoint, ...] = Field((), description="what cache types of other tools cost")
 
 
 def decide(recipe: Recipe, spec: ModelSpec, statistics: CalibrationStatistics) -> Plan:
@@ -50,16 +54,31 @@ def planned(prepared: PreparedModel) -> PlanSummary:
     if recipe.budget is None and not recipe.methods:
         return _summary(prepared, Plan.identity(spec, recipe.layout, recipe.window_cache), 0.0)
     trials = prepared.trials()
-    frontier: Frontier = ()
     prepared.progress.stage(stages.PLAN)
     if recipe.budget is None:
-        plan = decide(resolved(recipe, trials), spec, trials.statistics)
+        plan, around = decide(resolved(recipe, trials), spec, trials.statistics), trials.survey()
     else:
         chosen, frontier = trials.within(recipe.budget)
-        plan = chosen.plan
+        plan, around = chosen.plan, trials.survey(frontier)
     if not recipe.compensate:
-        return _summary(prepared, plan, trials.loss(trials.codes(plan)), frontier)
-    return _summary(prepared, *refit_where_it_pays(trials, plan), frontier)
+        return _summary(prepared, plan, trials.loss(trials.codes(plan)), around)
+    return _summary(prepared, *refit_where_it_pays(trials, plan), around)
+
+
+def decided(prepared: PreparedModel, given: Plan | None) -> tuple[Plan, Survey]:
+    """The plan to make, and what else there would have been.
+
+    Args:
+        prepared: The model.
+        given: A plan to make in place of what the recipe decides.
+
+    Raises:
+        KvslimError: As `planned`.
+    """
+    if given is None:
+        summary = planned(prepared)
+        return summary.plan, Survey(summary.frontier, summary.alike, summary.peers)
+    return given, Survey() if given.changes_nothing else prepared.trials().survey()
 
 
 def resolved(recipe: Recipe, trials: Trials) -> Recipe:
@@ -67,12 +86,14 @@ def resolved(recipe: Recipe, trials: Trials) -> Recipe:
     return recipe.model_copy(update={"methods": tuple(method.resolve(trials) for method in recipe.methods)})
 
 
-def _summary(prepared: PreparedModel, plan: Plan, kl: float, frontier: Frontier = ()) -> PlanSummary:
+def _summary(prepared: PreparedModel, plan: Plan, kl: float, around: Survey | None = None) -> PlanSummary:
     spec, context = prepared.spec, prepared.recipe.calibration.target(prepared.spec)
+    slim, plain = (KVLayout.of(spec, each).bytes_per_token(context) for each in (plan, Plan.identity(spec)))
     return PlanSummary(
         plan=plan,
-        kv_bytes_per_token=KVLayout.of(spec, plan).bytes_per_token(context),
-        plain_kv_bytes_per_token=KVLayout.of(spec, Plan.identity(spec)).bytes_per_token(context),
+        kv_bytes_per_token=slim,
+        plain_kv_bytes_per_token=plain,
+        smaller_than=smaller_than(slim, plain),
         kl=kl,
-        frontier=frontier,
+        **(around or Survey())._asdict(),
     )

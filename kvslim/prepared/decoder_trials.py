@@ -11,12 +11,13 @@ from kvslim.calibrate.taylor import taylor_scores
 from kvslim.methods.base import Method
 from kvslim.planning.budget import choose_within
 from kvslim.planning.choose import Chosen
+from kvslim.planning.survey import surveyed
 from kvslim.prepared.text import split
 from kvslim.prepared.trials import Codes, Trials
 from kvslim.recipe import Budget
 from kvslim.transform.compensate import refitted
 from kvslim.transform.kl_evaluator import KLEvaluator, RecallTrials, held_out_windows, probe_windows
-from kvslim.types import Plan
+from kvslim.types import Plan, PlanPoint, Survey
 
 if TYPE_CHECKING:
     from kvslim.prepared.decoder import PreparedDecoder
@@ -92,3 +93,7 @@ class DecoderTrials(Trials):
     def within(self, budget: Budget) -> Chosen:
         """The planner's choice for a budget."""
         return choose_within(budget, self)
+
+    def survey(self, frontier: tuple[PlanPoint, ...] = ()) -> Survey:
+        """What other sizes cost, and other tools' cache types."""
+        return surveyed(self, frontier)

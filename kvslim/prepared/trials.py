@@ -15,7 +15,7 @@ from kvslim.planning.refit import refit_as_planned
 from kvslim.progress import Progress
 from kvslim.recipe import Budget
 from kvslim.transform.edits import LayerEdit
-from kvslim.types import Plan
+from kvslim.types import Plan, PlanPoint, Survey
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
@@ -87,6 +87,16 @@ class Trials(ABC):
             GateError: No plan meets all limits.
         """
         raise self._unsupported("a KV cache")
+
+    def survey(self, frontier: tuple[PlanPoint, ...] = ()) -> Survey:
+        """What other sizes cost, as the planner found or else with all layers alike, and other tools' cache types.
+
+        Empty for a model without a cache.
+
+        Args:
+            frontier: Sizes that a planner has measured.
+        """
+        return Survey(frontier)
 
     def divergence(self, change: Plan | Method) -> float:
         """How far the model is from itself with a plan, or with one method and nothing else."""

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Mapping
 
-from kvslim.report.tables import METRICS, NONE, Table, measures_table
+from kvslim.report.tables import METRICS, NONE, UNCERTAIN, Table, measures_table, rate, with_quartiles
 from kvslim.types import Measures
 from kvslim.validation.bench import BenchResult, Timing
 
@@ -22,10 +22,11 @@ def costs_table(results: Results) -> Table:
 
 
 def timings_table(results: Results) -> Table:
-    """Each point of the grid: median, first and third quartile, the ratio to the first artifact, and energy."""
+    """Each point of the grid: median and quartiles, tokens per second, the ratio to the first artifact, and energy."""
     columns: list[tuple[str, BenchResult, Callable[[Timing], str]]] = []
     for index, (name, result) in enumerate(results.items()):
         columns.append((f"{name}, ms", result, _time))
+        columns.append(("tokens/s", result, lambda timing: rate(timing.tokens_per_second)))
         if index:
             columns.append(("ratio", result, lambda timing: f"{timing.ratio:.2f}"))
         if any(timing.joules_per_token is not None for timing in result.timings):
@@ -43,6 +44,16 @@ def timings_table(results: Results) -> Table:
     return Table(("median (quartiles)", "threads", "batch", *(title for title, _, _ in columns)), rows)
 
 
+def uncertain_timings(results: Results) -> tuple[str, ...]:
+    """Which timings say little, and why; a line for each reason."""
+    first = next(iter(results.values()))
+    points: dict[str, list[str]] = {}
+    for timing in first.timings:
+        if timing.uncertain is not None:
+            points.setdefault(timing.uncertain, []).append(METRICS[timing.metric][0].format(timing.tokens))
+    return tuple(f"{UNCERTAIN}: {reason} ({'; '.join(dict.fromkeys(rows))})" for reason, rows in points.items())
+
+
 def bench_csv(results: Results) -> str:
     """One row per timing, each with the artifact's bytes and memory; values that were not measured are empty."""
     file = io.StringIO()
@@ -55,7 +66,8 @@ def bench_csv(results: Results) -> str:
 
 
 def _time(timing: Timing) -> str:
-    return f"{timing.median_ms:.2f} ({timing.first_quartile_ms:.2f} to {timing.third_quartile_ms:.2f})"
+    shown = "{:.2f}".format
+    return with_quartiles(shown(timing.median_ms), (timing.first_quartile_ms, timing.third_quartile_ms), shown)
 
 
 def _energy(timing: Timing) -> str:

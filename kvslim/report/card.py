@@ -8,7 +8,9 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from kvslim.report.tables import decisions_table, gates_table, report_table
+from kvslim.kv_ratios import smaller
+from kvslim.report.decisions import decisions
+from kvslim.report.tables import decisions_table, gates_table, report_table, timing_note
 from kvslim.types import KVLayout, Manifest, Plan
 
 CARD = "README.md"
@@ -22,7 +24,7 @@ TEMPLATE = """\
 `{{ name }}` as an ONNX graph, made by KVSlim {{ version }} with the recipe `{{ recipe }}`.
 {%- else -%}
 `{{ name }}` as an ONNX graph with a slim KV cache, made by KVSlim {{ version }} with the recipe `{{ recipe }}`:
-{{ "{:,.0f}".format(slim) }} bytes of cache per token, {{ "{:,}".format(plain) }} in the plain fp32 export.
+{{ "{:,.0f}".format(slim) }} bytes of cache per token, {{ smaller }}.
 {%- endif %}
 {%- if manifest.passed is false %}
 
@@ -44,6 +46,11 @@ KL and perplexity have activations in float32; `floor` and the KL with activatio
 model before its weights were quantised.
 {%- endif %}
 {%- endif %}
+Times are medians, with the first and third quartile in brackets.
+{% if timings %}
+**{{ timings }}.**
+
+{% endif -%}
 [report.html](report.html) shows all of it as figures.
 {% if manifest.report.gates %}
 {{ gates }}{% endif %}{% endif %}
@@ -123,7 +130,9 @@ The graph appends to a cache that the caller allocates for the whole context, fi
 {%- if not encoder or removed %}
 ## {{ "Removed" if encoder else "The cache, layer by layer" }}
 
-{{ plan }}{% endif %}"""
+{% if shared %}{{ shared }}
+
+{% endif %}{{ plan }}{% endif %}"""
 
 
 def write_card(folder: Path, manifest: Manifest) -> None:
@@ -138,6 +147,9 @@ def model_card(manifest: Manifest) -> str:
         manifest: The artifact's manifest; its file digests are not used, because the card is one of the files.
     """
     spec, report, layout = manifest.spec, manifest.report, manifest.kv_layout
+    slim = layout.bytes_per_token(manifest.context)
+    plain = KVLayout.of(spec, Plan.identity(spec)).bytes_per_token(manifest.context)
+    shared, table = ("", decisions_table(spec, manifest.plan)) if spec.is_encoder else decisions(spec, manifest.plan)
     # Markdown, not HTML: escaping would break the tables.
     environment = Environment(autoescape=False, undefined=StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(TEMPLATE).render(
@@ -149,11 +161,13 @@ def model_card(manifest: Manifest) -> str:
         name=name_of(manifest),
         recipe=manifest.recipe.get("name", "custom"),
         version=manifest.versions.get("kvslim", ""),
-        slim=layout.bytes_per_token(manifest.context),
-        plain=8 * spec.layers * spec.kv_heads * spec.head_dim,
+        slim=slim,
+        smaller="" if spec.is_encoder else smaller(slim, plain),
+        timings=(timing_note(report) if report else None) or "",
         report=report_table(report).markdown() if report else "",
         gates=gates_table(report.gates).markdown() if report else "",
-        plan=decisions_table(spec, manifest.plan).markdown(),
+        shared=shared,
+        plan=table.markdown() if table.rows else "",
         removed=manifest.plan != Plan.identity(spec),
     )
 

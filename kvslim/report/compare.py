@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import NamedTuple
 
 from pydantic import Field
 
 from kvslim.contract import Frozen
 from kvslim.errors import UsageError
+from kvslim.kv_ratios import TYPES, smaller_than, times
 from kvslim.report.card import name_of
-from kvslim.report.tables import METRICS, NONE, Table, measures_table
+from kvslim.report.tables import METRICS, NONE, SMALLER, Table, metric_rows
 from kvslim.types import GateResult, Manifest, Measures
 
 
@@ -25,6 +27,7 @@ class Column(Frozen):
     gates: tuple[GateResult, ...]
     artifact: Measures
     ratio: Measures
+    timings_uncertain: str | None = Field(None, description="why the timings say little, if they do")
 
 
 class Comparison(Frozen):
@@ -77,12 +80,27 @@ QUALITY = {
     "masked_top1_agreement": Tolerance(-1, 0, 0.01),
     "peak_rss_mib": Tolerance(1, 0.15, 0),
 }
+SIGNS = {  # of measures that cannot get worse by themselves
+    "kl_as_run": 1,
+    "kl_to_original": 1,
+    "kl_by_position": 1,
+    "recall_by_distance": -1,
+    "embedding_cosine_min": -1,
+}
 LATENCY = {name: Tolerance(1, 0.5, 0) for name in ("ttft_ms", "tpot_ms", "latency_ms")}
 
 
 def compared(manifests: Mapping[str, Manifest]) -> Comparison:
     """The columns of artifacts, by the names given."""
     return Comparison(artifacts={name: _column(manifest) for name, manifest in manifests.items()})
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """What to call artifacts where room is short: their names without the folders that all of them lie in."""
+    parts = {name: PurePath(name).parts for name in names}
+    most = min(map(len, parts.values())) - 1
+    shared = next((place for place in range(most) if len({own[place] for own in parts.values()}) > 1), most)
+    return {name: str(PurePath(*own[shared:])) for name, own in parts.items()}
 
 
 def regressions(comparison: Comparison, baseline: Comparison) -> tuple[Regression, ...]:
@@ -101,17 +119,90 @@ def regressions(comparison: Comparison, baseline: Comparison) -> tuple[Regressio
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """A column per artifact: what was measured, also relative to plain, and how many gates hold."""
+    """A column per artifact: what was measured, also relative to plain, each gate, and the best value of each row."""
     columns = comparison.artifacts
-    measured = measures_table({name: column.artifact for name, column in columns.items()})
-    rows = (
-        ("Model", *(column.model for column in columns.values())),
-        ("Recipe", *(column.recipe for column in columns.values())),
-        *measured.rows,
+    rows = [
+        _Row(("Model", *(column.model for column in columns.values()))),
+        _Row(("Recipe", *(column.recipe for column in columns.values()))),
+        *_measured(columns),
         *_factors(columns),
-        ("Gates passed", *(_gates(column) for column in columns.values())),
-    )
-    return Table(measured.header, rows)
+        *_gate_rows(columns),
+    ]
+    best = frozenset((place, column) for place, row in enumerate(rows) for column in row.best)
+    return Table(("", *short_names(columns).values()), tuple(row.cells for row in rows), best=best)
+
+
+class _Row(NamedTuple):
+    """A row of the comparison: its cells, and where it says what is better, a number for each artifact.
+
+    Attributes:
+        cells: A label, and a text for each artifact.
+        values: A number for each artifact, None where there is none.
+        sign: 1 if less is better, -1 if more is; 0 if neither.
+    """
+
+    cells: tuple[str, ...]
+    values: tuple[float | None, ...] = ()
+    sign: int = 0
+
+    @property
+    def best(self) -> tuple[int, ...]:
+        """The cells that show the best value; none where all are equal or nothing is better."""
+        known = [self.sign * value for value in self.values if value is not None]
+        if not self.sign or len({cell for cell in self.cells[1:] if cell != NONE}) < 2:
+            return ()
+        winner = self.cells[1 + self.values.index(self.sign * min(known))]
+        return tuple(place for place, cell in enumerate(self.cells) if place and cell == winner)
+
+
+def _measured(columns: Mapping[str, Column]) -> Iterator[_Row]:
+    """What was measured of each artifact. Times are of runs of their own: none is called better than another."""
+    measures = {name: column.artifact for name, column in columns.items()}
+    for name in METRICS:
+        sign = QUALITY[name].sign if name in QUALITY else SIGNS.get(name, 0)
+        for row in metric_rows(name, measures):
+            yield _Row(row.cells, row.values, sign)
+        if name == "kv_bytes_per_token":
+            yield from _smaller_rows(columns)
+
+
+def _smaller_rows(columns: Mapping[str, Column]) -> Iterator[_Row]:
+    """How many times smaller each cache is than the same model's in the usual types."""
+    for label, kind in zip(SMALLER, TYPES, strict=True):
+        ratios = [_smaller_than(column).get(kind) for column in columns.values()]
+        cells = (NONE if ratio is None else times(ratio) for ratio in ratios)
+        yield _Row((f"KV cache, {label}", *cells), tuple(ratios), sign=-1)
+
+
+def _smaller_than(column: Column) -> Mapping[str, float]:
+    share = column.ratio.kv_bytes_per_token
+    return smaller_than(share, 1.0) or {}
+
+
+def _factors(columns: Mapping[str, Column]) -> Iterator[_Row]:
+    """Times relative to the plain export of the same run; where some are uncertain, none is called best."""
+    sign = 0 if any(column.timings_uncertain for column in columns.values()) else 1
+    for measure in LATENCY:
+        ratios = [getattr(column.ratio, measure) or {} for column in columns.values()]
+        label = f"{METRICS[measure][0].split(', ')[0]}, to plain"
+        for length in sorted({length for ratio in ratios for length in ratio}, key=int):
+            values = tuple(ratio.get(length) for ratio in ratios)
+            cells = (NONE if value is None else f"{value:.3g}x" for value in values)
+            yield _Row((f"{label}, at {length}", *cells), values, sign)
+
+
+def _gate_rows(columns: Mapping[str, Column]) -> Iterator[_Row]:
+    """Each gate that an artifact has: its value, its limit and its verdict."""
+    gates = {name: {gate.name: gate for gate in column.gates} for name, column in columns.items()}
+    for gate in dict.fromkeys(gate for found in gates.values() for gate in found):
+        yield _Row((f"Gate {gate}", *(_gate(found.get(gate)) for found in gates.values())))
+
+
+def _gate(gate: GateResult | None) -> str:
+    if gate is None:
+        return NONE
+    value = NONE if gate.value is None else f"{gate.value:.3g}"
+    return f"{'passed' if gate.passed else 'FAILED'}: {value}, limit {gate.limit:g}"
 
 
 def regressions_table(found: Sequence[Regression]) -> Table:
@@ -121,23 +212,6 @@ def regressions_table(found: Sequence[Regression]) -> Table:
         for one in found
     )
     return Table(("artifact", "worse", "baseline", "now", "tolerated"), rows, words=True)
-
-
-def _factors(columns: Mapping[str, Column]) -> Iterator[tuple[str, ...]]:
-    for measure in ("kv_bytes_per_token", *LATENCY):
-        values = [getattr(column.ratio, measure) for column in columns.values()]
-        label = f"{METRICS[measure][0].split(', ')[0]}, to plain"
-        if measure == "kv_bytes_per_token":
-            yield (label, *(NONE if value is None else f"{value:.3g}x" for value in values))
-            continue
-        for length in sorted({length for value in values for length in value or {}}, key=int):
-            shown = (value[length] if value and length in value else None for value in values)
-            yield (f"{label}, at {length}", *(NONE if value is None else f"{value:.3g}x" for value in shown))
-
-
-def _gates(column: Column) -> str:
-    passed = sum(gate.passed for gate in column.gates)
-    return f"{passed} of {len(column.gates)}" if column.gates else NONE
 
 
 def _column(manifest: Manifest) -> Column:
@@ -151,6 +225,7 @@ def _column(manifest: Manifest) -> Column:
         gates=report.gates if report else (),
         artifact=report.artifact if report else Measures(),
         ratio=report.ratio if report else Measures(),
+        timings_uncertain=report.timings_uncertain if report else None,
     )
 
 

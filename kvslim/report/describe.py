@@ -11,7 +11,7 @@ from kvslim.export.manifest import LEAST_ONNXRUNTIME, hash_files, write_manifest
 from kvslim.loading.origin import source_of
 from kvslim.report.card import write_card
 from kvslim.report.page import write_report
-from kvslim.types import KVLayout, Manifest, Plan, PlanPoint, Report
+from kvslim.types import KVLayout, Manifest, Plan, Report, Survey
 
 if TYPE_CHECKING:
     from kvslim.prepared.base import PreparedModel
@@ -25,7 +25,7 @@ def describe(
     plan: Plan,
     inputs: tuple[str, ...],
     report: Report,
-    frontier: tuple[PlanPoint, ...],
+    around: Survey,
 ) -> Manifest:
     """Writes what describes the artifact: model card, HTML report and manifest."""
     recipe, spec = prepared.recipe, prepared.spec
@@ -35,7 +35,7 @@ def describe(
         context=recipe.calibration.target(spec),
         recipe=recipe.model_dump(mode="json"),
         plan=plan,
-        frontier=frontier,
+        **around._asdict(),
         kv_layout=KVLayout.of(spec, plan),
         weights=recipe.weights,
         inputs=inputs,

@@ -13,11 +13,25 @@ from pathlib import Path
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from kvslim.report.advice import passing_budget
+from kvslim.report.answers import Answer, compared_answer, differing
 from kvslim.report.card import name_of
-from kvslim.report.compare import Comparison, Regression, comparison_table, regressions_table
-from kvslim.report.figures import Figure, Limits, figures
-from kvslim.report.tables import Table, decisions_table, frontier_table, gates_table, report_table
-from kvslim.types import Manifest, Plan, Report
+from kvslim.report.compare import Comparison, Regression, comparison_table, regressions_table, short_names
+from kvslim.report.decisions import decisions
+from kvslim.report.figure import Figure, Limits
+from kvslim.report.figures import figures
+from kvslim.report.tables import (
+    UNCERTAIN,
+    Table,
+    decisions_table,
+    frontier_table,
+    gates_table,
+    plan_table,
+    report_table,
+    timing_note,
+)
+from kvslim.report.tiles import Tile, failed_gates, tiles
+from kvslim.types import KVLayout, Manifest, Plan, Report
 
 REPORT = "report.html"
 TEMPLATE = "report.html.j2"
@@ -37,27 +51,52 @@ ENCODER_BASELINE = (
 
 
 @dataclass(frozen=True)
-class Tile:
-    """One headline number."""
-
-    value: str
-    label: str
-
-
-@dataclass(frozen=True)
 class Section:
-    """One part of the page: text, tables and figures, in this order; `source` is text that can be unfolded."""
+    """One part of the page: text, tables, figures and answers, in this order.
+
+    Attributes:
+        title: Headline.
+        text: What it shows.
+        tables: Those without rows are left out.
+        figures: Pictures.
+        answers: Of plain export and artifact.
+        folded: A headline, and a table or a text that can be unfolded under it.
+    """
 
     title: str
     text: str = ""
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
-    source: str = ""
+    answers: tuple[Answer, ...] = ()
+    folded: tuple[str, Table | str] | None = None
 
     @property
     def filled(self) -> bool:
         """Whether there is anything to show."""
-        return bool(self.figures or self.source or any(table.rows for table in self.tables))
+        return bool(self.figures or self.answers or self.folded or any(table.rows for table in self.tables))
+
+
+@dataclass(frozen=True)
+class Head:
+    """What stands above the sections.
+
+    Attributes:
+        title: Headline.
+        lead: What the artifact is meant to be, or what a comparison found.
+        passed: Whether all gates hold; None where there are none.
+        failures: What failed gates asked for and what was measured.
+        advice: What is expected to pass.
+        tiles: Headline numbers.
+        warning: Why some of them say little.
+    """
+
+    title: str
+    lead: str = ""
+    passed: bool | None = None
+    failures: tuple[str, ...] = ()
+    advice: str = ""
+    tiles: tuple[Tile, ...] = ()
+    warning: str = ""
 
 
 def _baseline(encoder: bool, report: Report) -> str:
@@ -80,29 +119,60 @@ def artifact_page(manifest: Manifest, limits: Limits = ()) -> str:
         limits: Devices with their memory in GiB.
     """
     report, recipe = manifest.report, str(manifest.recipe.get("name", "custom"))
-    encoder, changed = manifest.spec.is_encoder, manifest.plan != Plan.identity(manifest.spec)
-    drawn = figures({recipe: manifest}, limits)
     sections = (
-        Section("Before and after", _baseline(encoder, report), (report_table(report),))
+        Section("Gates", "What was asked of the artifact.", (gates_table(report.gates) if report else NOTHING,)),
+        Section("Figures", figures=figures({recipe: manifest}, limits)),
+        _answers(report),
+        Section("Before and after", _baseline(manifest.spec.is_encoder, report), (report_table(report),))
         if report
         else Section("Before and after"),
-        Section("Gates", "What the recipe asks of the artifact.", (gates_table(report.gates) if report else NOTHING,)),
-        Section("Figures", figures=drawn),
-        Section("What the planner tried", PLANNED, (frontier_table(manifest.frontier),)),
+        Section("Other sizes", PLANNED, (_others(manifest),)),
+        _decisions("Decisions", manifest),
         Section(
-            "Decisions",
-            "" if encoder else DECIDED,
-            (decisions_table(manifest.spec, manifest.plan) if changed else NOTHING,),
+            "Made from",
+            tables=(_origin(manifest),),
+            folded=("Recipe", yaml.safe_dump(manifest.recipe, sort_keys=False)),
         ),
-        Section("Made from", tables=(_origin(manifest),), source=yaml.safe_dump(manifest.recipe, sort_keys=False)),
     )
-    return _page(
-        f"{name_of(manifest)}, {recipe}",
-        str(manifest.recipe.get("description", "")),
-        manifest.passed,
-        _tiles(report) if report else (),
-        sections,
+    return _page(_head(manifest, recipe), sections)
+
+
+def _head(manifest: Manifest, recipe: str) -> Head:
+    """Above the sections: a failed gate takes the place of what the recipe promises."""
+    report, title = manifest.report, f"{name_of(manifest)}, {recipe}"
+    if report is None:
+        return Head(title, str(manifest.recipe.get("description", "")))
+    passed, budget = bool(manifest.passed), passing_budget(manifest)
+    return Head(
+        title,
+        str(manifest.recipe.get("description", "")) if passed else "",
+        passed,
+        failed_gates(report),
+        "" if passed or budget is None else f"Expected to pass: kvslim compress with {budget}.",
+        tiles(manifest),
+        timing_note(report) or "",
     )
+
+
+def _others(manifest: Manifest) -> Table:
+    plain = KVLayout.of(manifest.spec, Plan.identity(manifest.spec)).bytes_per_token(manifest.context)
+    return frontier_table(manifest.frontier or manifest.alike, manifest.peers, plain)
+
+
+def _answers(report: Report | None) -> Section:
+    found = tuple(compared_answer(sample) for sample in report.samples) if report else ()
+    return Section("Sample answers", f"{ANSWERS} {differing(found)}", answers=found)
+
+
+def _decisions(title: str, manifest: Manifest) -> Section:
+    """What happens to the layers; nothing where nothing does."""
+    spec, plan = manifest.spec, manifest.plan
+    if plan == Plan.identity(spec):
+        return Section(title)
+    if spec.is_encoder:
+        return Section(title, tables=(decisions_table(spec, plan),))
+    found = decisions(spec, plan)
+    return Section(title, found.shared, (found.differing,), folded=("Each layer, and why", plan_table(plan)))
 
 
 def comparison_page(
@@ -119,62 +189,41 @@ def comparison_page(
         regressions: What got worse than a baseline; None without a baseline.
         limits: Devices with their memory in GiB.
     """
+    names = short_names(manifests)
+    manifests = {names[name]: manifest for name, manifest in manifests.items()}
     verdict = "Nothing is worse than the baseline." if regressions == () else ""
     passed = [column.passed for column in comparison.artifacts.values()]
+    failures = tuple(
+        f"{name}, {missed}"
+        for name, manifest in manifests.items()
+        for missed in (failed_gates(manifest.report) if manifest.report else ())
+    )
     sections = (
         Section("Side by side", COMPARED, (comparison_table(comparison),)),
         Section("Against the baseline", "Worse by more than the tolerance.", (regressions_table(regressions or ()),)),
         Section("Figures", figures=figures(manifests, limits)),
-        *(
-            Section(f"Decisions: {name}", tables=(decisions_table(manifest.spec, manifest.plan),))
-            for name, manifest in manifests.items()
-            if manifest.plan != Plan.identity(manifest.spec)
-        ),
+        *(_decisions(f"Decisions: {name}", manifest) for name, manifest in manifests.items()),
     )
     known = None if None in passed else all(passed) and not regressions
-    return _page(" · ".join(manifests), verdict, known, (), sections)
+    doubtful = [name for name, manifest in manifests.items() if manifest.report and manifest.report.timings_uncertain]
+    warning = f"{UNCERTAIN}: {', '.join(doubtful)}" if doubtful else ""
+    return _page(Head(" · ".join(manifests), verdict, known, failures, warning=warning), sections)
 
 
 NOTHING = Table((), ())
-PLANNED = "Plans of other sizes, measured on calibration text before any graph was made."
-DECIDED = "Score is the share of the score energy that a rank keeps, the lower one of keys and values."
+PLANNED = "Other sizes of the same model and cache types of other tools, priced on calibration text in torch."
+ANSWERS = "Both continue the beginnings of held-out texts with their most likely tokens. Words that differ are marked."
 COMPARED = (
     "Each artifact was measured against the plain export of its own model in one run of its own; times of different "
     "machines are not comparable, but times relative to plain are."
 )
 
 
-def _page(title: str, lead: str, passed: bool | None, tiles: Sequence[Tile], sections: Sequence[Section]) -> str:
+def _page(head: Head, sections: Sequence[Section]) -> str:
     template = resources.files("kvslim.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(
-        title=title,
-        lead=lead,
-        passed=passed,
-        tiles=tiles,
-        sections=[section for section in sections if section.filled],
-    )
-
-
-def _tiles(report: Report) -> tuple[Tile, ...]:
-    """The numbers that most readers look for; a number that was not measured has no tile."""
-    artifact, ratio = report.artifact, report.ratio
-    longest = max(ratio.tpot_ms or {}, key=int, default=None)
-    slowest = max(ratio.latency_ms or {}, key=int, default=None)
-    tiles = (
-        _tile("{:.3g}x", ratio.kv_bytes_per_token and 1 / ratio.kv_bytes_per_token, "smaller KV cache"),
-        _tile("{:.3g}x", ratio.file_mib, "files, to plain"),
-        _tile("{:.2g}", artifact.kl_mean, "mean KL to plain"),
-        _tile("{:.1%}", artifact.recall, "recall"),
-        _tile("{:.4f}", artifact.embedding_cosine_mean, "mean cosine to plain"),
-        _tile("{:.3g}x", longest and (ratio.tpot_ms or {})[longest], f"time per token at {longest}, to plain"),
-        _tile("{:.3g}x", slowest and (ratio.latency_ms or {})[slowest], f"latency at {slowest} tokens, to plain"),
-    )
-    return tuple(tile for tile in tiles if tile is not None)
-
-
-def _tile(form: str, value: float | str | None, label: str) -> Tile | None:
-    return Tile(form.format(value), label) if isinstance(value, float) else None
+    filled = [section for section in sections if section.filled]
+    return environment.from_string(template).render(head=head, sections=filled)
 
 
 def _origin(manifest: Manifest) -> Table:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich import box
 from rich.table import Table as RichTable
@@ -12,14 +12,17 @@ from rich.text import Text
 
 from kvslim.caches import CodedCache
 from kvslim.contract import ModelSpec
+from kvslim.kv_ratios import TYPES, smaller_than, times
 from kvslim.report.memory import CacheMemory
-from kvslim.types import GateResult, Measures, Plan, PlanPoint, Report
+from kvslim.types import GateResult, Measures, PeerPoint, Plan, PlanPoint, Report
 
 if TYPE_CHECKING:
     from kvslim.validation.tasks import TaskScores
 
 RATIO = "ratio"
 NONE = "-"
+UNCERTAIN = "timings uncertain"
+SMALLER = tuple(f"smaller than {name}" for name in TYPES)
 WINDOW = "sinks + window"
 METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
     "kv_bytes_per_token": ("KV cache, bytes per token", lambda value: f"{value:,.0f}"),
@@ -44,25 +47,35 @@ METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
     "ttft_ms": ("Time to first token, ms, prompt of {}", lambda value: f"{value:.1f}"),
     "tpot_ms": ("Time per token, ms, context of {}", lambda value: f"{value:.2f}"),
     "latency_ms": ("Latency, ms, text of {} tokens", lambda value: f"{value:.2f}"),
+    "prompt_tokens_per_second": ("Prompt tokens per second, prompt of {}", lambda value: rate(value)),
+    "tokens_per_second": ("Tokens per second, context of {}", lambda value: rate(value)),
     "peak_rss_mib": ("Peak memory, MiB", lambda value: f"{value:.0f}"),
 }
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a header; the first column holds names, the others numbers, unless `words` is set."""
+    """Rows of text under a header; the first column holds names, the others numbers, unless `words` is set.
+
+    Attributes:
+        header: Names of the columns.
+        rows: As many cells each.
+        words: Whether no column holds numbers.
+        best: (row, column) of cells that are the best of their rows.
+    """
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     words: bool = False
+    best: frozenset[tuple[int, int]] = frozenset()
 
     def rich(self) -> RichTable:
         """The table for a terminal."""
         table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
         for name, right in zip(self.header, self._right, strict=True):
             table.add_column(name, justify="right" if right else "left")
-        for row in self.rows:
-            table.add_row(*(Text(cell) for cell in row))
+        for place, row in enumerate(self.rows):
+            table.add_row(*(Text(cell, "bold" * ((place, column) in self.best)) for column, cell in enumerate(row)))
         return table
 
     def markdown(self) -> str:
@@ -80,13 +93,32 @@ def report_table(report: Report) -> Table:
     columns = {"plain": report.plain, "artifact": report.artifact, RATIO: report.ratio, "floor": report.floor}
     if report.original is not None:
         columns["fp32"] = report.original
-    return measures_table(columns)
+    measured = measures_table(columns)
+    found = _smaller(report.artifact.kv_bytes_per_token, report.plain.kv_bytes_per_token)
+    rows = [
+        (f"KV cache, {name}", NONE, ratio, *[NONE] * (len(columns) - 2))
+        for name, ratio in zip(SMALLER, found, strict=True)
+    ]
+    first = 1 if report.artifact.kv_bytes_per_token else 0
+    return Table(measured.header, (*measured.rows[:first], *rows[: len(rows) * first], *measured.rows[first:]))
 
 
 def measures_table(columns: Mapping[str, Measures]) -> Table:
     """One row per metric that any column has; the column named `ratio` is shown as factors."""
-    rows = (row for name in METRICS for row in _metric_rows(name, columns))
+    rows = (row.cells for name in METRICS for row in metric_rows(name, columns))
     return Table(("", *columns), tuple(rows))
+
+
+class MetricRow(NamedTuple):
+    """A label and a text for each column, and the number behind each text; None where there is none."""
+
+    cells: tuple[str, ...]
+    values: tuple[float | None, ...]
+
+
+def timing_note(report: Report) -> str | None:
+    """What to say of timings that cannot be trusted; None where they can."""
+    return None if report.timings_uncertain is None else f"{UNCERTAIN}: {report.timings_uncertain}"
 
 
 def gates_table(gates: Sequence[GateResult]) -> Table:
@@ -133,19 +165,27 @@ def scores_table(scores: Mapping[str, TaskScores]) -> Table:
     return Table(("task", "metric", "value", "standard error", "items"), tuple(rows), words=True)
 
 
-def frontier_table(frontier: Sequence[PlanPoint]) -> Table:
-    """The sizes that the planner tried, and what each loses."""
+def frontier_table(frontier: Sequence[PlanPoint], peers: Sequence[PeerPoint], plain: float) -> Table:
+    """What other sizes cost, and cache types of other tools, the largest first.
+
+    Args:
+        frontier: Other sizes.
+        peers: Cache types of other tools.
+        plain: Bytes per token of the plain export's cache.
+    """
+    sizes = [(point.kv_bytes_per_token, str(point.cache), f"{point.time_ratio:.2f}", point.kl) for point in frontier]
+    others = [(point.kv_bytes_per_token, point.name, NONE, point.kl) for point in peers]
     rows = tuple(
-        (
-            f"{point.kv_ratio:.2f}x",
-            f"{point.kv_bytes_per_token:,.0f}",
-            point.cache,
-            f"{point.time_ratio:.2f}",
-            f"{point.kl:.2g}",
-        )
-        for point in frontier
+        (cache, *_smaller(size, plain), f"{size:,.0f}", time, f"{kl:.2g}")
+        for size, cache, time, kl in sorted(sizes + others, key=lambda row: -row[0])
     )
-    return Table(("smaller by", "bytes per token", "cache", "time", "KL"), rows)
+    return Table(("cache", *SMALLER, "bytes per token", "expected time", "KL"), rows)
+
+
+def _smaller(size: float | None, plain: float | None) -> tuple[str, ...]:
+    """How many times smaller a cache is than each of `SMALLER`."""
+    found = smaller_than(size, plain)
+    return tuple(map(times, found.values())) if found else (NONE,) * len(SMALLER)
 
 
 def layers_table(memory: CacheMemory) -> Table:
@@ -188,16 +228,36 @@ def caches_table(memory: CacheMemory) -> Table:
     return Table((*names, "bytes per token", "smaller than fp32", "than fp16", *contexts), tuple(rows))
 
 
-def _metric_rows(name: str, columns: Mapping[str, Measures]) -> Iterable[tuple[str, ...]]:
+def metric_rows(name: str, columns: Mapping[str, Measures]) -> Iterator[MetricRow]:
+    """The rows of one metric: one for each length it was measured at; none where no column has it."""
     label, shown = METRICS[name]
     values = {column: getattr(measures, name) for column, measures in columns.items()}
     lengths = {length for value in values.values() if isinstance(value, dict) for length in value}
-    if lengths:
-        for length in sorted(lengths, key=int):
-            row = {column: (value or {}).get(length) for column, value in values.items()}
-            yield (label.format(length), *_cells(row, shown))
-    elif any(isinstance(value, float) for value in values.values()):
-        yield (label, *_cells(values, shown))
+    for length in sorted(lengths, key=int):
+        row = {column: (value or {}).get(length) for column, value in values.items()}
+        spreads = [quartiles_of(measures, name).get(length) for measures in columns.values()]
+        cells = zip(_cells(row, shown), spreads, strict=True)
+        yield MetricRow(
+            (label.format(length), *(with_quartiles(cell, spread, shown) for cell, spread in cells)),
+            tuple(row.values()),
+        )
+    if any(isinstance(value, float) for value in values.values()):
+        yield MetricRow((label, *_cells(values, shown)), tuple(values.values()))
+
+
+def quartiles_of(measures: Measures, name: str) -> Mapping[str, tuple[float, float]]:
+    """The first and third quartile of a latency, by length; of anything else none."""
+    return getattr(measures, name.replace("_ms", "_quartiles_ms"), None) or {} if name.endswith("_ms") else {}
+
+
+def with_quartiles(cell: str, quartiles: tuple[float, float] | None, shown: Callable[[float], str]) -> str:
+    """A median as it is shown, with its quartiles behind it where they are known."""
+    return cell if quartiles is None else f"{cell} ({' to '.join(map(shown, quartiles))})"
+
+
+def rate(tokens_per_second: float) -> str:
+    """Tokens per second in three digits, or more if there are more before the point."""
+    return f"{tokens_per_second:,.0f}" if tokens_per_second >= 100 else f"{tokens_per_second:.3g}"
 
 
 def _cells(values: Mapping[str, float | None], shown: Callable[[float], str]) -> Iterable[str]:

@@ -17,6 +17,7 @@ from kvslim.runtime.encoder import EncoderSession
 from kvslim.runtime.session import DecodeSession
 from kvslim.validation.encoder import time_texts
 from kvslim.validation.latency import Times, joules_per_token, quartiles, ratio, time_models
+from kvslim.validation.load import LoadWatch, doubt
 from kvslim.validation.measure import file_mib
 from kvslim.validation.rss import Use, peak_rss
 
@@ -41,9 +42,14 @@ class Grid(Frozen):
     repeats: int = Field(16, ge=2)
 
     def shortened_to(self, specs: Sequence[ModelSpec]) -> Grid:
-        """This grid with the default lengths that all models have positions for; what somebody set stays as it is."""
+        """This grid with lengths that all models have positions for; a longer one that somebody set stays as it is.
+
+        A context of all positions means the last token that fits.
+        """
         most = min((spec.max_context for spec in specs), default=max(self.prompts))
-        return shortened(self, prompts=most, contexts=most - 1)
+        grid = shortened(self, prompts=most, contexts=most - 1)
+        contexts = tuple(most - 1 if context == most else context for context in grid.contexts)
+        return grid.model_copy(update={"contexts": contexts})
 
     @property
     def points(self) -> Iterator[tuple[int | None, int]]:
@@ -69,8 +75,10 @@ class Timing(Frozen):
         threads: Threads of one operator; None if onnxruntime chose.
         batch: Sequences per batch.
         median_ms, first_quartile_ms, third_quartile_ms: Over all turns.
+        tokens_per_second: Of all sequences together, from the median.
         ratio: This time divided by the first artifact's, median over pairs of neighbouring turns.
         joules_per_token: Mean energy of the processor's packages; None if the machine does not report it.
+        uncertain: Why the timing says little; None where nothing speaks against it.
     """
 
     metric: Metric
@@ -80,8 +88,10 @@ class Timing(Frozen):
     median_ms: float
     first_quartile_ms: float
     third_quartile_ms: float
+    tokens_per_second: float
     ratio: float
     joules_per_token: float | None
+    uncertain: str | None
 
 
 class BenchResult(Frozen):
@@ -113,9 +123,9 @@ def bench_decoders(artifacts: Mapping[str, Path], grid: Grid, progress: Progress
         progress.stage(_name_of(threads, batch))
         runs = time_models(artifacts, grid.prompts, grid.contexts, grid.repeats, threads, batch, progress=progress)
         for length, costs in runs.ttft.items():
-            _add(timings, Point("ttft_ms", length, threads, batch), costs, batch * length)
+            _add(timings, Point("ttft_ms", length, threads, batch), costs, batch * length, runs.busy_cores)
         for length, costs in runs.tpot.items():
-            _add(timings, Point("tpot_ms", length, threads, batch), costs, batch)
+            _add(timings, Point("tpot_ms", length, threads, batch), costs, batch, runs.busy_cores)
     longest = max(grid.contexts)
     layouts = {name: DecodeSession(path, capacity=1).layout for name, path in artifacts.items()}
     return {
@@ -135,8 +145,9 @@ def bench_encoders(artifacts: Mapping[str, Path], grid: Grid, progress: Progress
         progress.stage(_name_of(threads, batch))
         sessions = {name: EncoderSession(path, threads=threads) for name, path in artifacts.items()}
         for length in progress.track(grid.prompts, "lengths timed"):
+            watch = LoadWatch()
             costs = time_texts(sessions, length, grid.repeats, batch)
-            _add(timings, Point("latency_ms", length, threads, batch), costs, batch * length)
+            _add(timings, Point("latency_ms", length, threads, batch), costs, batch * length, watch.busy_cores())
     longest = max(grid.prompts)
     return {name: _result(path, grid, timings[name], longest, "encode", None) for name, path in artifacts.items()}
 
@@ -146,9 +157,12 @@ def _name_of(threads: int | None, batch: int) -> str:
     return f"{'threads as onnxruntime chooses' if threads is None else f'threads: {threads}'}, batch: {batch}"
 
 
-def _add(timings: dict[str, list[Timing]], point: Point, costs: Mapping[str, Times], tokens: int) -> None:
+def _add(
+    timings: dict[str, list[Timing]], point: Point, costs: Mapping[str, Times], tokens: int, busy_cores: float
+) -> None:
     """Adds the timings of each artifact at a point of the grid, in runs of `tokens` tokens."""
     reference = next(iter(costs.values()))[:, 0]
+    uncertain = doubt({f"at {point.tokens:,} tokens, {name}": runs[:, 0] for name, runs in costs.items()}, busy_cores)
     for name, runs in costs.items():
         times = runs[:, 0]
         first, third = quartiles(times)
@@ -158,8 +172,10 @@ def _add(timings: dict[str, list[Timing]], point: Point, costs: Mapping[str, Tim
                 median_ms=float(np.median(times)),
                 first_quartile_ms=first,
                 third_quartile_ms=third,
+                tokens_per_second=1000 * tokens / float(np.median(times)),
                 ratio=ratio(times, reference),
                 joules_per_token=joules_per_token(runs, tokens),
+                uncertain=uncertain,
             )
         )
 

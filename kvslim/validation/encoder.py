@@ -14,8 +14,9 @@ from kvslim.contract import ModelSpec
 from kvslim.recipe import Gates, Validation
 from kvslim.runtime.encoder import EncoderSession, pad
 from kvslim.types import Measures, Report
-from kvslim.validation.gates import report
-from kvslim.validation.latency import Cost, Times, cost, in_turns
+from kvslim.validation.gates import Timed, report
+from kvslim.validation.latency import Cost, Times, cost, in_turns, quartiles, ratio
+from kvslim.validation.load import LoadWatch, doubt
 from kvslim.validation.measure import file_mib
 from kvslim.validation.retrieval import retrieval_rank_correlation
 from kvslim.validation.rss import peak_rss
@@ -53,32 +54,44 @@ class EncoderEvaluation(NamedTuple):
             "floor": compare(reference, answers(plain, self.held_out, BATCH)),
             "artifact": compare(reference, answers(artifact, self.held_out, BATCH)),
         }
-        costs = encoder_costs({"plain": plain, "artifact": artifact}, self.settings.prompts, self.settings.repeats)
-        columns = {name: cost.model_copy(update=quality[name]) for name, cost in costs.items()}
+        folders = {"plain": plain, "artifact": artifact}
+        costs, timed = encoder_costs(folders, self.settings.prompts, self.settings.repeats)
+        of_plain, of_artifact = (costs[name].model_copy(update=quality[name]) for name in folders)
         gates = self.gates
         if self.spec.task != "fill-mask":
             gates = gates.model_copy(update={"min_masked_top1_agreement": None})
         floor = Measures.model_validate(quality["floor"])
-        return report(gates, floor=floor, plain=columns["plain"], artifact=columns["artifact"])
+        return report(gates, plain=of_plain, floor=floor, artifact=of_artifact, timed=timed)
 
 
-def encoder_costs(models: Mapping[str, Path], lengths: Sequence[int], repeats: int) -> dict[str, Measures]:
+def encoder_costs(
+    models: Mapping[str, Path], lengths: Sequence[int], repeats: int
+) -> tuple[dict[str, Measures], Timed]:
     """File size, memory at the longest text, and latency of one text by length, timed in turns; by name.
 
     Raises:
         NotFoundError, ArtifactError: A model cannot be opened, or has fewer positions than a length.
     """
-    sessions = {name: EncoderSession(path) for name, path in models.items()}
-    costs = {length: time_texts(sessions, length, repeats) for length in lengths}
+    sessions, watch = {name: EncoderSession(path) for name, path in models.items()}, LoadWatch()
+    runs = {length: time_texts(sessions, length, repeats) for length in lengths}
+    busy_cores = watch.busy_cores()
     del sessions
-    return {
+    times = {name: {str(length): runs[length][name][:, 0] for length in lengths} for name in models}
+    first, last = (times[name] for name in (next(iter(models)), list(models)[-1]))
+    places = {
+        f"for a text of {length} tokens, {name}": each for name, own in times.items() for length, each in own.items()
+    }
+    timed = Timed({"latency_ms": {key: ratio(last[key], first[key]) for key in last}}, doubt(places, busy_cores))
+    measured = {
         name: Measures(
             file_mib=file_mib(path),
-            latency_ms={str(length): float(np.median(costs[length][name][:, 0])) for length in lengths},
+            latency_ms={length: float(np.median(each)) for length, each in times[name].items()},
+            latency_quartiles_ms={length: quartiles(each) for length, each in times[name].items()},
             peak_rss_mib=peak_rss(path, max(lengths), use="encode"),
         )
         for name, path in models.items()
     }
+    return measured, timed
 
 
 def time_texts(sessions: Mapping[str, EncoderSession], length: int, repeats: int, batch: int = 1) -> dict[str, Times]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
+from kvslim.kv_ratios import smaller_than
 from kvslim.recipe import Gates
-from kvslim.types import GateResult, Measures, Report
+from kvslim.types import GateResult, Measures, Report, SampleAnswer
 
 MIB = 2**20
 
@@ -57,11 +59,25 @@ def _result(name: str, value: float | None, limit: float, note: str | None) -> G
     return GateResult(name=name, value=value, limit=limit, passed=excess <= _TOLERANCE, note=note)
 
 
+class Timed(NamedTuple):
+    """What a run of timings says of artifact and plain export together.
+
+    Attributes:
+        ratios: Times of the artifact over plain's, medians over pairs of turns: by field of `Measures`, then by length.
+        uncertain: Why the timings say little; None where nothing speaks against them.
+    """
+
+    ratios: Mapping[str, dict[str, float]] = {}
+    uncertain: str | None = None
+
+
 def ratio(artifact: Measures, plain: Measures) -> Measures:
-    """The artifact divided by plain, for every field and key; None if one of them is missing or plain is 0."""
-    return Measures.model_validate(
-        {name: _ratio(getattr(artifact, name), getattr(plain, name)) for name in Measures.model_fields}
-    )
+    """The artifact divided by plain, for every field and key; None if one of them is missing or plain is 0.
+
+    Quartiles have none, nor has what follows from the medians of times.
+    """
+    fields = [name for name in Measures.model_fields if not name.endswith(("_quartiles_ms", "tokens_per_second"))]
+    return Measures.model_validate({name: _ratio(getattr(artifact, name), getattr(plain, name)) for name in fields})
 
 
 def _ratio(
@@ -104,8 +120,22 @@ def report(
     artifact: Measures,
     original: Measures | None = None,
     context: int | None = None,
+    timed: Timed | None = None,
+    samples: Sequence[SampleAnswer] = (),
 ) -> Report:
-    """The report of an artifact; it passes if every gate passes. Arguments as for `check_gates`."""
+    """The report of an artifact; it passes if every gate passes.
+
+    Args:
+        gates: Limits.
+        plain: What was measured of the plain export.
+        floor: Of plain next to itself.
+        artifact: Of the artifact.
+        original: Of the model before its weights were quantised.
+        context: Tokens at which a cache's bytes count.
+        timed: What the timings say of both together.
+        samples: Answers to compare by eye.
+    """
+    timed = timed or Timed()
     results = check_gates(gates, plain, artifact, context)
     return Report(
         passed=all(result.passed for result in results),
@@ -113,6 +143,9 @@ def report(
         plain=plain,
         floor=floor,
         artifact=artifact,
-        ratio=ratio(artifact, plain),
+        ratio=ratio(artifact, plain).model_copy(update=dict(timed.ratios)),
         original=original,
+        smaller_than=smaller_than(artifact.kv_bytes_per_token, plain.kv_bytes_per_token),
+        timings_uncertain=timed.uncertain,
+        samples=tuple(samples),
     )

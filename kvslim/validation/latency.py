@@ -15,6 +15,7 @@ from kvslim.errors import UsageError
 from kvslim.progress import Progress, Silent
 from kvslim.runtime.session import DecodeSession
 from kvslim.validation.energy import joules_since, microjoules
+from kvslim.validation.load import LoadWatch, doubt
 
 Times = npt.NDArray[np.float64]
 Quartiles = tuple[float, float]
@@ -39,6 +40,7 @@ class Latency:
         ttft_ratio: This model's time divided by the first model's, median over pairs of neighbouring turns.
         tpot_ratio: The same for time per output token. Load on the machine affects both models of a turn, and
             each goes first in every other turn, so these vary less than a ratio of medians.
+        uncertain: Why the timings of all models say little; None where nothing speaks against them.
     """
 
     ttft_ms: dict[str, float]
@@ -47,13 +49,33 @@ class Latency:
     tpot_quartiles_ms: dict[str, Quartiles]
     ttft_ratio: dict[str, float]
     tpot_ratio: dict[str, float]
+    uncertain: str | None
 
 
 class Runs(NamedTuple):
-    """Costs of models, by length in tokens and then by name: [repeats, 2], milliseconds and joules."""
+    """Costs of models, by length in tokens and then by name: [repeats, 2], milliseconds and joules.
+
+    Attributes:
+        ttft: Of prompts.
+        tpot: Of tokens.
+        busy_cores: Cores that other programs used meanwhile.
+    """
 
     ttft: dict[int, dict[str, Times]]
     tpot: dict[int, dict[str, Times]]
+    busy_cores: float
+
+    @property
+    def uncertain(self) -> str | None:
+        """Why these timings say little; None where nothing speaks against them."""
+        kinds = (("for a prompt of", self.ttft), ("at a context of", self.tpot))
+        times = {
+            f"{where} {length:,}, {name}": costs[:, 0]
+            for where, table in kinds
+            for length, models in table.items()
+            for name, costs in models.items()
+        }
+        return doubt(times, self.busy_cores)
 
 
 def measure_latency(
@@ -103,13 +125,11 @@ def time_models(
     sessions = {
         name: DecodeSession(path, capacity=capacity, threads=threads, batch=batch) for name, path in models.items()
     }
-    track = (progress or Silent()).track
-    return Runs(
-        ttft={
-            length: _prefill_times(sessions, length, max(3, repeats // 4)) for length in track(prompts, "prompts timed")
-        },
-        tpot={length: _decode_times(sessions, length, repeats) for length in track(contexts, "contexts timed")},
-    )
+    track, watch = (progress or Silent()).track, LoadWatch()
+    prefills = max(3, repeats // 4)
+    ttft = {length: _prefill_times(sessions, length, prefills) for length in track(prompts, "prompts timed")}
+    tpot = {length: _decode_times(sessions, length, repeats) for length in track(contexts, "contexts timed")}
+    return Runs(ttft, tpot, watch.busy_cores())
 
 
 def _prefill_times(sessions: Mapping[str, DecodeSession], length: int, repeats: int) -> dict[str, Times]:
@@ -183,7 +203,8 @@ def quartiles(times: Times) -> Quartiles:
 
 def _latency(name: str, reference: str, runs: Runs) -> Latency:
     ttft, tpot = (
-        {str(length): (costs[name][:, 0], costs[reference][:, 0]) for length, costs in table.items()} for table in runs
+        {str(length): (costs[name][:, 0], costs[reference][:, 0]) for length, costs in table.items()}
+        for table in (runs.ttft, runs.tpot)
     )
     return Latency(
         ttft_ms={length: float(np.median(times)) for length, (times, _) in ttft.items()},
@@ -192,4 +213,5 @@ def _latency(name: str, reference: str, runs: Runs) -> Latency:
         tpot_quartiles_ms={length: quartiles(times) for length, (times, _) in tpot.items()},
         ttft_ratio={length: ratio(*pair) for length, pair in ttft.items()},
         tpot_ratio={length: ratio(*pair) for length, pair in tpot.items()},
+        uncertain=runs.uncertain,
     )

@@ -14,11 +14,12 @@ from kvslim.progress import Progress
 from kvslim.recipe import Gates, Validation
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import Measures, Report
-from kvslim.validation.gates import report
+from kvslim.validation.gates import Timed, report
 from kvslim.validation.latency import Latency, measure_latency
 from kvslim.validation.quality import FLOOR_WINDOWS, measure_all, measure_floor
 from kvslim.validation.recall import RecallItem, capacity_for, compare_recall
 from kvslim.validation.rss import peak_rss
+from kvslim.validation.samples import sample_answers
 
 
 class DecoderEvaluation(NamedTuple):
@@ -56,12 +57,12 @@ class DecoderEvaluation(NamedTuple):
 
 def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Report:
     windows, items, settings, gates, context, timed, original, progress = evaluation
-    folders = {"plain": plain, "slim": artifact}
+    folders = {"plain": plain, "artifact": artifact}
     quality = _quality(plain, artifact, windows, original, progress)
     progress.stage(stages.RECALL)
     room = max(map(len, windows)) if not items else capacity_for(items)
     sessions = {name: DecodeSession(path, capacity=room, all_positions=True) for name, path in folders.items()}
-    recall = compare_recall(sessions["plain"], sessions["slim"], items, gates.max_recall_drop, progress)
+    recall = compare_recall(sessions["plain"], sessions["artifact"], items, gates.max_recall_drop, progress)
     by_distance = [{str(reach): shares[side] for reach, shares in recall.by_reach.items()} for side in (0, 1)]
     found = {
         name: {
@@ -71,27 +72,30 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
             "recall_by_distance": by_distance[side],
         }
         for side, (name, share, error) in enumerate(
-            (("plain", recall.teacher, 0.0), ("slim", recall.student, recall.drop_se))
+            (("plain", recall.teacher, 0.0), ("artifact", recall.student, recall.drop_se))
         )
     }
     sizes = {name: session.layout.bytes_per_token(context) for name, session in sessions.items()}
     del sessions
+    samples = sample_answers(plain, artifact, windows, progress)
     progress.stage(stages.TIME)
     latency = measure_latency(folders, settings.prompts, timed, settings.repeats, progress=progress)
+    slim = latency["artifact"]
     measures = {
         name: _costs(folders[name], latency[name], timed).model_copy(
             update={**column, **found[name], "kv_bytes_per_token": sizes[name]}
         )
-        for name, column in (("plain", quality.plain), ("slim", quality.artifact))
+        for name, column in (("plain", quality.plain), ("artifact", quality.artifact))
     }
     of_original = None if original is None else Measures(file_mib=file_mib(original), **quality.original)
-    floor = Measures.model_validate(quality.floor)
     return report(
         gates,
         plain=measures["plain"],
-        floor=floor,
-        artifact=measures["slim"],
+        floor=Measures.model_validate(quality.floor),
+        artifact=measures["artifact"],
         original=of_original,
+        timed=Timed({"ttft_ms": slim.ttft_ratio, "tpot_ms": slim.tpot_ratio}, slim.uncertain),
+        samples=samples,
         context=context,
     )
 
@@ -153,5 +157,9 @@ def _costs(folder: Path, latency: Latency, contexts: Sequence[int]) -> Measures:
         file_mib=file_mib(folder),
         ttft_ms=latency.ttft_ms,
         tpot_ms=latency.tpot_ms,
+        ttft_quartiles_ms=latency.ttft_quartiles_ms,
+        tpot_quartiles_ms=latency.tpot_quartiles_ms,
+        prompt_tokens_per_second={length: 1000 * int(length) / ms for length, ms in latency.ttft_ms.items()},
+        tokens_per_second={context: 1000 / ms for context, ms in latency.tpot_ms.items()},
         peak_rss_mib=peak_rss(folder, max(contexts)),
     )

@@ -1,8 +1,8 @@
-"""llama.cpp's cache types as a kind of cache that is evaluated in torch alone: `gguf` does their arithmetic."""
+"""llama.cpp's cache types, evaluated in torch alone to compare with; `gguf` does their arithmetic."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 class GgmlCache(Cache):
     """Keys and values in blocks of 32 numbers of a token, each block with a scale of its own.
 
+    The kind has no default name, so it is not registered, and no plan can ask for it.
+
     Attributes:
         key: ggml's type of keys, such as Q8_0.
         value: Of values.
         rotated: Whether a Hadamard rotation turns both before they are rounded.
     """
 
-    kind: Literal["ggml"] = "ggml"
     replaces_attention: ClassVar[bool] = True
 
     key: str
