@@ -104,6 +104,19 @@ def test_weights_that_are_not_the_models_are_refused(tiny_llama: Path, tmp_path:
     assert error.value.where == str(tmp_path / "model")
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("gpt2", {"n_embd": 2**20}), ("llama", {"hidden_size": 2**20}), ("gpt_neox", {"intermediate_size": 2**40})],
+)
+def test_other_shapes_are_refused_before_there_is_room_for_them(
+    tiny_model: Callable[[str], Path], tmp_path: Path, family: str, changes: dict[str, int]
+) -> None:
+    snapshot = resolve(str(edited(tiny_model(family), tmp_path / "model", lambda _: None, **changes)))
+    with pytest.raises(ModelError, match=r"has shape .*, and config.json asks for") as error:
+        load_model(snapshot)
+    assert SAVED_CONFIG in error.value.fix
+
+
 @pytest.mark.parametrize("quantization", [None, {}])
 def test_codes_are_refused_when_the_config_no_longer_tells_of_their_scales(
     tiny_llama: Path, tmp_path: Path, quantization: Any

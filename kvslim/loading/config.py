@@ -45,6 +45,7 @@ SIZES = frozenset(
         "num_attention_heads",
         "num_hidden_layers",
         "num_key_value_heads",
+        "type_vocab_size",
         "vocab_size",
         "word_embed_proj_dim",
     }

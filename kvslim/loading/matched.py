@@ -24,6 +24,23 @@ CONFIG_FIX = "use the config.json that was saved with these weights"
 TRAINED_FIX = "save it again from the model that was trained, with all its parts gathered and its scales applied"
 
 
+def check_shapes(stored: Mapping[str, Any], model: PreTrainedModel, where: str) -> None:
+    """Refuses tensors of another shape while none is read yet, as far as they are stored under the model's names.
+
+    Args:
+        stored: Tensors by name; of those in codes the shape is not known here.
+        model: The model that config.json describes, without numbers.
+        where: The model's files.
+
+    Raises:
+        ModelError: Naming the first tensor that does not match.
+    """
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tensor.get_shape() for name, tensor in stored.items() if hasattr(tensor, "get_shape")}
+    both = [(name, shape, wanted[name]) for name, shape in shapes.items() if name in wanted]
+    _refuse_shapes([one for one in both if list(one[1]) != one[2]], model.config, where)
+
+
 def check_matched(info: Mapping[str, Any], config: Any, where: str, idle: re.Pattern[str] | None = None) -> None:
     """Refuses weights that are not those of the model that config.json describes.
 
@@ -36,13 +53,7 @@ def check_matched(info: Mapping[str, Any], config: Any, where: str, idle: re.Pat
     Raises:
         ModelError: Naming the first tensor that does not match.
     """
-    if different := sorted(info["mismatched_keys"]):
-        name, stored, expected = different[0]
-        raise ModelError(
-            f"{name!r} has shape {list(stored)}, and config.json asks for {list(expected)}",
-            where=where,
-            fix=_shape_fix(different, config),
-        )
+    _refuse_shapes(info["mismatched_keys"], config, where)
     kinds = [BUFFERS] if idle is None else [BUFFERS, idle]
     unused = sorted(name for name in info["unexpected_keys"] if not any(kind.search(name) for kind in kinds))
     if missing := sorted(info["missing_keys"]):
@@ -102,6 +113,14 @@ def _untrained(weight: torch.Tensor) -> str | None:
     return (
         f"its entries spread by {spread:.3g}, as codes do without their scales" if not spread <= MOST_SPREAD else None
     )
+
+
+def _refuse_shapes(different: Iterable[tuple[str, Sequence[int], Sequence[int]]], config: Any, where: str) -> None:
+    """Raises for the first of the tensors, given with what is stored and what is expected."""
+    if found := sorted(different):
+        name, stored, expected = found[0]
+        message = f"{name!r} has shape {list(stored)}, and config.json asks for {list(expected)}"
+        raise ModelError(message, where=where, fix=_shape_fix(found, config))
 
 
 def _shape_fix(different: Sequence[tuple[str, Sequence[int], Sequence[int]]], config: Any) -> str:

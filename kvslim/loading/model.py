@@ -9,7 +9,7 @@ from kvslim.contract import ModelSpec
 from kvslim.errors import KvslimError, ModelError
 from kvslim.loading.config import FIX, model_config
 from kvslim.loading.encoders import ENCODERS, HEADS
-from kvslim.loading.matched import check_matched, check_trained
+from kvslim.loading.matched import check_matched, check_shapes, check_trained
 from kvslim.loading.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -70,8 +70,9 @@ def empty_model(classes: Any, snapshot: Snapshot, **options: Any) -> PreTrainedM
 def _load(classes: Any, snapshot: Snapshot, idle: re.Pattern[str] | None = None, **options: Any) -> PreTrainedModel:
     """The model of a task's class for its config; `idle` are names of weights that it may leave unused."""
     where = str(snapshot.path)
-    empty_model(classes, snapshot, **options)  # whatever fails later is the fault of the weights
+    empty = empty_model(classes, snapshot, **options)  # whatever fails later is the fault of the weights
     try:
+        check_shapes(snapshot.tensors(), empty, where)
         model, info = _read(classes, snapshot, **options)
         check_matched(info, model.config, where, idle)
         model = snapshot.adapted(model)
