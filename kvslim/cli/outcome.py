@@ -86,7 +86,9 @@ def _words(context: typer.Context) -> Iterator[str]:
         if parameter.name in LEFT_OUT or value is None or value is False:
             continue
         for one in value if isinstance(value, list | tuple) else [value]:
-            yield from [str(one)] if parameter.param_type_name == "argument" else [min(parameter.opts, key=len), str(one)]
+            yield from (
+                [str(one)] if parameter.param_type_name == "argument" else [min(parameter.opts, key=len), str(one)]
+            )
 
 
 def _verdict(report: Report) -> str:
