@@ -122,8 +122,9 @@ def validate(
     """
     progress = progress or Silent()
     manifest = read_runnable(artifact)
-    recipe = parse_recipe(overridden(manifest.recipe, changes), where=str(artifact)).gated(gates or Gates())
-    recipe = recipe.model_copy(update={"weights": manifest.weights, "positions": manifest.spec.max_context})
+    recipe = parse_recipe(overridden(manifest.recipe, changes), where=", ".join(changes) or str(artifact))
+    kept = {"weights": manifest.weights, "positions": manifest.spec.max_context}
+    recipe = recipe.gated(gates or Gates()).model_copy(update=kept)
     snapshot = origin(artifact, manifest.source, against)
     spec, recipe = _checked(snapshot, recipe)
     checks.check_files(snapshot, spec, recipe, {Path(tempfile.gettempdir()): 1})
