@@ -25,7 +25,7 @@ CONTEXT = 2048
 TINY = ["calibration.samples=4", "calibration.length=48", "validation.samples=2", "validation.length=48"]
 TINY += ["validation.recall_items=2", "validation.recall_distance=16", "validation.repeats=3"]
 TINY += ["validation.prompts=[16]", "validation.contexts=[32]", f"calibration.context={CONTEXT}"]
-SETTINGS = [word for setting in TINY for word in ("--set", setting)]
+SETTINGS = [word for setting in (*TINY, "weights=fp32") for word in ("--set", setting)]
 
 
 def device_of(free_mib: float, bandwidth: float = 17.0) -> Device:
@@ -84,6 +84,14 @@ def test_room_for_int8_leaves_the_recipe_alone_and_less_is_a_budget(
     small = room_on(device_of(stored + plain / 4.1), str(tiny_llama), recipe_at(CONTEXT))
     assert small.budget(None) == Budget(kv_mib=small.cache_mib, context=CONTEXT)
     assert small.budget(asked) == Budget(kv_mib=small.cache_mib, context=CONTEXT, max_kl=0.02)
+
+
+def test_weights_of_no_format_in_particular_share_the_memory_with_the_cache(tiny_llama: Path) -> None:
+    room = room_on(device_of(0.4), str(tiny_llama), recipe_at(CONTEXT, "auto"))
+    assert room.weights.name == "int4"
+    assert room.budget(None) == Budget(memory_mib=room.device.usable_bytes / MIB, context=CONTEXT)
+    ample = room_on(device_of(1000), str(tiny_llama), recipe_at(CONTEXT, "auto"))
+    assert ample.budget(None) is None
 
 
 def _speed(room: Room, *bits: int) -> float:
@@ -160,6 +168,7 @@ def test_compress_keeps_to_a_device_and_tells_what_is_reached(
     [
         (["--device", "laptop-8gb", "--kv-ratio", "8"], "--device"),
         (["--device", "laptop-8gb", "--kv-mib-at", "1k=8"], "--device"),
+        (["--device", "laptop-8gb", "--memory-mib", "1k=200"], "--device"),
         (["--tokens-per-second", "5"], "--tokens-per-second"),
         (["--device", "laptop-8"], "--device"),
     ],

@@ -48,12 +48,13 @@ def asked_for(
         if tokens_per_second is not None:
             raise UsageError("there is no device", where="--tokens-per-second", fix="add --device NAME")
         return Asked(read(budget), None)
-    if budget is not None and (budget.kv_ratio or budget.kv_mib):
-        fix = "give --device, or --kv-ratio or --kv-mib-at"
+    if budget is not None and (budget.kv_ratio or budget.kv_mib or budget.memory_mib):
+        fix = "give --device, or one of --kv-ratio, --kv-mib-at and --memory-mib"
         raise UsageError("a device and a size both limit the bytes", where="--device", fix=fix)
     from kvslim.devices.profile import load_device
     from kvslim.devices.room import room_on
 
     room = room_on(load_device(device), model, read(budget), tokens_per_second)
     recipe = read(room.budget(budget))
-    return Asked(recipe.gated(Gates(max_kv_mib=recipe.gates.max_kv_mib or room.cache_mib)), room)
+    own = None if recipe.splits_memory else recipe.gates.max_kv_mib or room.cache_mib
+    return Asked(recipe.gated(Gates(max_kv_mib=own)), room)

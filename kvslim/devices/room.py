@@ -30,6 +30,7 @@ class Room:
         context: Tokens that the cache holds.
         cache_bytes: Bytes that it may take.
         time_ratio: Time per token over that of the plain cache; None for no limit.
+        shares: Whether weights may take fewer or more bits, so that they share the memory with the cache.
     """
 
     device: Device
@@ -39,6 +40,7 @@ class Room:
     context: int
     cache_bytes: int
     time_ratio: float | None = None
+    shares: bool = False
 
     @property
     def cache_mib(self) -> float:
@@ -46,7 +48,7 @@ class Room:
         return self.cache_bytes / MIB
 
     def budget(self, asked: Budget | None) -> Budget | None:
-        """The budget of a planner: what was asked, the time, and the bytes where a cache in int8 would take more.
+        """The budget of a planner: what was asked, the time, and the memory where a cache in int8 would take more.
 
         Args:
             asked: Limits of time and quality; None for none.
@@ -55,7 +57,8 @@ class Room:
         if self.time_ratio is not None:
             limits["time_ratio"] = min(self.time_ratio, limits.get("time_ratio", 1.0))
         if self.cache_bytes * INT8_RATIO < self.plain.bytes_at(self.context):
-            limits |= {"kv_mib": self.cache_mib, "context": self.context}
+            size = {"memory_mib": self.device.usable_bytes / MIB} if self.shares else {"kv_mib": self.cache_mib}
+            limits |= {**size, "context": self.context}
         return Budget.model_validate(limits) if limits else None
 
     def reached(self, plan: Plan) -> tuple[Limits, ...]:
@@ -95,7 +98,7 @@ def room_on(device: Device, model: str, recipe: Recipe, tokens_per_second: float
     if free <= 0:
         raise _too_large(device, parameters, kind, weights)
     ratio = None if tokens_per_second is None else _time_ratio(device, weights, plain, context, tokens_per_second)
-    return Room(device, spec, weights, plain, context, free, ratio)
+    return Room(device, spec, weights, plain, context, free, ratio, shares=recipe.weights.type == "auto")
 
 
 def _with_rope(weights: StoredWeights, spec: ModelSpec) -> StoredWeights:
