@@ -5,6 +5,7 @@ Each one imports what it needs when it is called: `load` works without torch and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -98,6 +99,8 @@ def validate(
     artifact: AnyPath,
     *,
     against: AnyPath | None = None,
+    context: int | None = None,
+    validation: AnyPath | None = None,
     gates: Gates | Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -106,6 +109,8 @@ def validate(
     Args:
         artifact: A folder that `compress` wrote.
         against: The model, if the one it was made from has moved.
+        context: The target context in tokens, in place of the recipe's.
+        validation: The text to measure on, in place of the recipe's.
         gates: Limits such as `{"max_kl": 0.01}`, in addition to the recipe's or in place of them.
         progress: Receives the progress.
 
@@ -114,8 +119,12 @@ def validate(
     """
     from kvslim import pipeline
 
-    model = None if against is None else str(against)
-    return pipeline.validate(Path(artifact), against=model, gates=_gates(gates), progress=progress)
+    model, changes = None if against is None else str(against), []
+    if context is not None:
+        changes.append(f"calibration.context={context}")
+    if validation is not None:
+        changes.append(f"validation.source={json.dumps(str(validation))}")
+    return pipeline.validate(Path(artifact), against=model, changes=changes, gates=_gates(gates), progress=progress)
 
 
 def bench(

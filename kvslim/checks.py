@@ -128,6 +128,7 @@ def _lengths(recipe: Recipe, spec: ModelSpec) -> dict[str, _Length]:
         return lengths
     return lengths | {
         "calibration.length": _Length(calibration.length, most),
+        "calibration.context": _Length(calibration.context or 0, most),
         "validation.recall_distance": _Length(positions_of(validation.recall_distance), longest_distance(most)),
         "validation.contexts": _Length(max(recipe.timed_contexts(spec)) + 1, [most - 1]),
     }

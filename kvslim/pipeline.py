@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvslim import checks
+from kvslim import checks, stages
 from kvslim.calibrate.corpus import check_source
 from kvslim.contract import ModelSpec
 from kvslim.errors import NotFoundError, UsageError
@@ -15,6 +15,7 @@ from kvslim.export.manifest import read_runnable
 from kvslim.export.package import check_output, staging
 from kvslim.loading.snapshot import Snapshot
 from kvslim.loading.source import read_spec, resolve
+from kvslim.overrides import overridden
 from kvslim.planning.analyze import Analysis
 from kvslim.planning.analyze import analyze as analyze_layers
 from kvslim.planning.decide import PlanSummary, decided, planned
@@ -58,21 +59,22 @@ def compress(
         checks.check_plan(plan, spec)
     check_output(out, overwrite, needed_bytes=4 * snapshot.stored_bytes + 2 * spec.rope_bytes)
     with staging(out, overwrite) as folder:
-        progress.stage("load")
+        stages.begin("compress", spec, recipe, progress, planned=plan is not None)
         prepared = prepare(snapshot, spec, recipe, progress)
-        progress.stage("export the plain baseline")
+        progress.stage(stages.PLAIN)
         plain = folder / "plain"
         plain.mkdir()
         prepared.export_plain(plain)
         plan, around = decided(prepared, plan)
-        progress.stage("held-out text")
+        codes = prepared.codes(plan)
+        progress.stage(stages.HELD_OUT)
         evaluation = prepared.evaluation()
-        progress.stage("export the slim graph")
-        prepared.install(prepared.codes(plan))
+        progress.stage(stages.SLIM)
+        prepared.install(codes)
         inputs = prepared.export(plan, folder)
         prepared.write_companions(folder, KVLayout.of(spec, plan), inputs)
         prepared.release()
-        progress.stage("validate")
+        progress.stage(stages.VALIDATE)
         report = evaluation.measure(plain, folder)
         shutil.rmtree(plain)
         return describe(folder, prepared, plan, inputs, report, around)
@@ -84,7 +86,7 @@ def plan(model: str, recipe: Recipe, *, progress: Progress | None = None) -> Pla
     Raises:
         KvslimError: As `compress`.
     """
-    return planned(_opened(model, recipe, "nothing to plan", progress or Silent()))
+    return planned(_opened(model, recipe, "plan", progress or Silent()))
 
 
 def analyze(model: str, recipe: Recipe, *, progress: Progress | None = None) -> Analysis:
@@ -93,20 +95,25 @@ def analyze(model: str, recipe: Recipe, *, progress: Progress | None = None) -> 
     Raises:
         KvslimError: As `compress`.
     """
-    progress = progress or Silent()
-    trials = _opened(model, recipe, "nothing to analyze", progress).trials()
-    progress.stage("analyze")
+    trials = _opened(model, recipe, "analyze", progress or Silent()).trials()
+    trials.progress.stage(stages.ANALYZE)
     return analyze_layers(trials, recipe.calibration.source)
 
 
 def validate(
-    artifact: Path, *, against: str | None = None, gates: Gates | None = None, progress: Progress | None = None
+    artifact: Path,
+    *,
+    against: str | None = None,
+    changes: Sequence[str] = (),
+    gates: Gates | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Measures an artifact again, against the plain export of the model it came from (or `against`).
 
     Args:
         artifact: The folder.
         against: The model, where the one it was made from has moved.
+        changes: Overrides of its recipe, such as `validation.source=text.txt`.
         gates: Limits beside those of its recipe, or in place of them.
         progress: Receives the progress.
 
@@ -115,21 +122,21 @@ def validate(
     """
     progress = progress or Silent()
     manifest = read_runnable(artifact)
-    recipe = parse_recipe(manifest.recipe, where=str(artifact)).gated(gates or Gates())
+    recipe = parse_recipe(overridden(manifest.recipe, changes), where=str(artifact)).gated(gates or Gates())
     # Artifacts of KVSlim 0.1 have all positions of their model.
     positions = recipe.positions or max(manifest.spec.max_context, DEFAULT_POSITIONS)
     recipe = recipe.model_copy(update={"weights": manifest.weights, "positions": positions})
     snapshot = _origin(artifact, manifest.source, against)
     spec, recipe = _checked(snapshot, recipe)
-    progress.stage("load")
+    stages.begin("validate", spec, recipe, progress)
     prepared = prepare(snapshot, spec, recipe, progress)
     with tempfile.TemporaryDirectory(prefix="kvslim-") as folder:
-        progress.stage("export the plain baseline")
+        progress.stage(stages.PLAIN)
         prepared.export_plain(Path(folder))
-        progress.stage("held-out text")
+        progress.stage(stages.HELD_OUT)
         evaluation = prepared.evaluation()
         prepared.release()
-        progress.stage("validate")
+        progress.stage(stages.VALIDATE)
         return evaluation.measure(Path(folder), artifact)
 
 
@@ -142,8 +149,7 @@ def bench(artifacts: Sequence[Path], grid: Grid, *, progress: Progress | None = 
     specs = [read_runnable(artifact).spec for artifact in artifacts]
     grid = grid.shortened_to(specs)
     checks.check_grid(artifacts, specs, grid)
-    folders = {str(artifact): artifact for artifact in artifacts}
-    return bench_all(folders, specs, grid, progress or Silent())
+    return bench_all({str(artifact): artifact for artifact in artifacts}, specs, grid, progress or Silent())
 
 
 def _checked(snapshot: Snapshot, recipe: Recipe, lack: str | None = None) -> tuple[ModelSpec, Recipe]:
@@ -163,11 +169,11 @@ def _checked(snapshot: Snapshot, recipe: Recipe, lack: str | None = None) -> tup
     return spec, recipe
 
 
-def _opened(model: str, recipe: Recipe, lack: str, progress: Progress) -> PreparedModel:
+def _opened(model: str, recipe: Recipe, verb: str, progress: Progress) -> PreparedModel:
     """A checked model in memory, which must have a cache."""
     snapshot = resolve(model)
-    spec, recipe = _checked(snapshot, recipe, lack)
-    progress.stage("load")
+    spec, recipe = _checked(snapshot, recipe, f"nothing to {verb}")
+    stages.begin(verb, spec, recipe, progress)
     return prepare(snapshot, spec, recipe, progress)
 
 

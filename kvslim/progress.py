@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -10,6 +10,12 @@ T = TypeVar("T")
 
 class Progress(Protocol):
     """Receives the stages of a long function and the steps within a stage."""
+
+    def expect(self, stages: Mapping[str, float]) -> None:
+        """The stages to come in order, and the share of the time that each is expected to take.
+
+        A stage is left out when its result is known from an earlier run.
+        """
 
     def stage(self, name: str) -> None:
         """A new stage begins; `name` describes it in a few words."""
@@ -27,6 +33,9 @@ class Progress(Protocol):
 
 class Silent:
     """Ignores all progress: for tests and for callers who need no output."""
+
+    def expect(self, stages: Mapping[str, float]) -> None:
+        """Does nothing."""
 
     def stage(self, name: str) -> None:
         """Does nothing."""

@@ -21,6 +21,7 @@ from kvslim.validation.spans import LEAST_DISTANCE, longest_distance
 SHORT_CONTEXTS = (128, 1024)
 DEFAULT_CONTEXT = 4096
 DEFAULT_POSITIONS = 32768
+SIZES = ("max_kv_ratio", "max_kv_mib")  # gates of which a budget in bytes takes the place
 
 
 def _number(value: object) -> object:
@@ -116,6 +117,19 @@ class Budget(Frozen):
             return plain / self.kv_ratio
         return None if self.kv_mib is None else self.kv_mib * 2**20
 
+    def __str__(self) -> str:
+        """The limits in words."""
+        words = {
+            "a cache {:g} times smaller than plain fp32": self.kv_ratio,
+            f"a cache of {{:.4g}} MiB at {self.context or 0:,} tokens": self.kv_mib,
+            "{:g} of plain's time per token": self.time_ratio,
+            "a mean KL of at most {:g}": self.max_kl,
+            "at most {:.2g} points of recall lost": None
+            if self.max_recall_drop is None
+            else 100 * self.max_recall_drop,
+        }
+        return ", ".join(text.format(limit) for text, limit in words.items() if limit is not None)
+
 
 class Gates(Frozen):
     """Limits; a gate that is not set is not checked."""
@@ -126,6 +140,10 @@ class Gates(Frozen):
     )
     max_recall_drop: Number | None = Field(None, ge=0, le=1, description="recall lost, compared with the plain export")
     max_kv_ratio: Number | None = Field(None, gt=0, le=1, description="KV bytes of the artifact, divided by plain")
+    max_kv_mib: Number | None = Field(None, gt=0, description="cache of the artifact at the target context, MiB")
+    max_time_ratio: Number | None = Field(
+        None, gt=0, description="time per token at the longest timed context, divided by plain"
+    )
     min_embedding_cosine: Number | None = Field(
         None, ge=-1, le=1, description="encoders: mean cosine to the plain export"
     )
@@ -202,16 +220,47 @@ class Recipe(Frozen):
         )
 
     def within(self, budget: Budget) -> Recipe:
-        """This recipe with the planner in place of its methods, and the budget's limits as gates."""
-        gates = self.gates.model_copy(
-            update={
-                "max_kl": budget.max_kl,
-                "min_top1_agreement": None,
-                "max_recall_drop": budget.max_recall_drop,
-                "max_kv_ratio": None if budget.kv_ratio is None else 1 / budget.kv_ratio,
-            }
-        )
-        return self.model_copy(update={"methods": (), "budget": budget, "gates": gates})
+        """This recipe with the planner in place of its methods.
+
+        Every limit of the budget is a gate. The gates of quality stay where the budget has no limit of its own, and a
+        size in the budget takes the place of the recipe's. A limit in MiB counts at the target context.
+
+        Raises:
+            UsageError: The budget counts MiB at another context than the recipe's target.
+        """
+        limits = {
+            "max_kl": budget.max_kl,
+            "max_recall_drop": budget.max_recall_drop,
+            "max_time_ratio": budget.time_ratio,
+            "max_kv_ratio": None if budget.kv_ratio is None else 1 / budget.kv_ratio,
+            "max_kv_mib": budget.kv_mib,
+        }
+        asked = {name: limit for name, limit in limits.items() if limit is not None}
+        gates = self.gates if asked.keys().isdisjoint(SIZES) else self.gates.model_copy(update=dict.fromkeys(SIZES))
+        target = self.calibration.context or budget.context
+        if budget.context not in (None, target):
+            raise UsageError(
+                f"the budget counts bytes at {budget.context:,} tokens, and the target context is {target:,}",
+                where="budget",
+                fix="give one context for both",
+            )
+        planned = {
+            "methods": (),
+            "budget": budget,
+            "gates": gates.model_copy(update=asked),
+            "calibration": self.calibration.model_copy(update={"context": target}),
+        }
+        return self.model_copy(update=planned).described()
+
+    def described(self) -> Recipe:
+        """This recipe with a description that says no more than what it asks for."""
+        if self.budget is not None:
+            text = f"Chosen by the planner: {self.budget}."
+        elif self.methods:
+            text = f"By {', '.join(method.name for method in self.methods)}."
+        else:
+            text = f"Weights in {self.weights}, and no other change."
+        return self.model_copy(update={"description": text})
 
     def gated(self, gates: Gates) -> Recipe:
         """This recipe; gates that are set replace its own."""
@@ -267,10 +316,13 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     data = {"name": path.stem, **data}
     changes = tuple(overrides)
     try:
-        return parse_recipe(overridden(data, changes), where=str(path))
+        recipe = parse_recipe(overridden(data, changes), where=str(path))
     except UsageError as error:
         parse_recipe(data, where=str(path))  # raises if the file alone is at fault
         raise _blamed(data, changes, error) from error
+    changed = {change.partition("=")[0].partition(".")[0] for change in changes}
+    told = {"methods", "budget"} if recipe.methods or recipe.budget else {"methods", "budget", "weights"}
+    return recipe.described() if changed & told and "description" not in changed else recipe
 
 
 def _blamed(data: dict[str, Any], overrides: tuple[str, ...], error: UsageError) -> UsageError:

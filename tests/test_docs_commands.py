@@ -52,6 +52,7 @@ doc_to_target: "{{completion}}"
 metric_list: [{metric: acc}]
 """
 FAILS = {"--min-accuracy": 3, "lambada_openai": 5}  # a random model knows no answer; the hub is out of reach in tests
+TIMED = "--time-ratio"  # its gate depends on the machine
 
 
 def commands() -> list[str]:
@@ -150,7 +151,8 @@ def test_command_of_the_docs_runs(
         assert app.run(["compare", "artifacts/mine", "--json"]) == 0
         (here / "baseline.json").write_text(capsys.readouterr().out)
     expected = next((code for part, code in FAILS.items() if part in command), 0)
-    assert app.run(arguments) == expected, capsys.readouterr().err
+    code = app.run(arguments)
+    assert code == expected or (TIMED in command and code == 3), capsys.readouterr().err
     capsys.readouterr()
     files = [
         arguments[place + 1]

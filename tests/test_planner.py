@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.checks import check_plan, check_task
 from kvslim.cli import app
 from kvslim.cli.schemas import output_type
-from kvslim.errors import GateError, UnsupportedError
+from kvslim.errors import GateError, UnsupportedError, UsageError
 from kvslim.export.manifest import read_manifest
 from kvslim.planning.choose import Chosen, choose
 from kvslim.planning.planner import MARGIN, Planned, Planner
@@ -154,8 +155,11 @@ def test_plan_tells_kl_and_frontier_as_json(
     assert set(told["frontier"][0]) == {"cache", "kv_bytes_per_token", "kv_ratio", "time_ratio", "kl", "recall_drop"}
     assert all(layer["cache"]["rotation"] == 0 for layer in told["plan"]["layers"])
     assert Plan.model_validate_json(out.read_text()) == Plan.model_validate(told["plan"])
-    assert app.run(["plan", str(tiny_llama), "--kv-mib-at", "1k=0.0625", *options]) == 0
+    assert "expected to fail" not in capsys.readouterr().out
+    limits = ["--set", "gates.max_kl=1e-9"]
+    assert app.run(["plan", str(tiny_llama), "--kv-mib-at", "1k=0.0625", *options, *limits]) == 0
     table = capsys.readouterr().out
+    assert re.search(r"expected to fail: max_kl \S+ against 1e-09\n", table)
     assert "KL to plain" in table
     assert "x smaller than fp32, " in table
     assert "genai int8" in table
@@ -180,7 +184,48 @@ def test_budget_replaces_methods_and_sets_the_gates() -> None:
     assert lossless.methods
     assert recipe.methods == ()
     assert recipe.budget == Budget(kv_ratio=10, max_kl=0.05)
-    assert (recipe.gates.max_kv_ratio, recipe.gates.max_kl, recipe.gates.max_recall_drop) == (0.1, 0.05, None)
+    assert (recipe.gates.max_kv_ratio, recipe.gates.max_kl, recipe.gates.max_recall_drop) == (0.1, 0.05, 0.01)
+    limits = "a cache 10 times smaller than plain fp32, a mean KL of at most 0.05"
+    assert recipe.description == f"Chosen by the planner: {limits}."
+
+
+@pytest.mark.parametrize(
+    ("budget", "limits"),
+    [
+        ({"kv_ratio": 200}, {"max_kl": 0.1, "max_recall_drop": 0.05, "max_kv_ratio": 0.005}),
+        ({"kv_mib": 64, "context": 2048}, {"max_kl": 0.1, "max_recall_drop": 0.05, "max_kv_mib": 64}),
+        ({"time_ratio": 0.7}, {"max_kl": 0.1, "max_recall_drop": 0.05, "max_kv_ratio": 0.125, "max_time_ratio": 0.7}),
+        ({"max_kl": 0.02}, {"max_kl": 0.02, "max_recall_drop": 0.05, "max_kv_ratio": 0.125}),
+        ({"max_recall_drop": 0.2}, {"max_kl": 0.1, "max_recall_drop": 0.2, "max_kv_ratio": 0.125}),
+    ],
+)
+def test_every_limit_of_a_budget_is_a_gate_and_the_gates_of_quality_stay(
+    budget: dict[str, float], limits: dict[str, float]
+) -> None:
+    recipe = load_recipe("small").within(Budget.model_validate(budget))
+    assert recipe.gates.model_dump(exclude_none=True) == limits
+    assert recipe.calibration.context == budget.get("context")
+
+
+def test_bytes_of_a_budget_count_at_the_target_context_alone() -> None:
+    recipe = load_recipe("small", ["calibration.context=4096"])
+    assert recipe.within(Budget(kv_mib=4, context=4096)).gates.max_kv_mib == 4
+    with pytest.raises(UsageError, match="bytes at 8,192 tokens, and the target context is 4,096"):
+        recipe.within(Budget(kv_mib=4, context=8192))
+
+
+def test_recall_is_measured_at_larger_sizes_up_to_one_that_keeps_the_gate(planner: Planner) -> None:
+    def drop(planned: Planned) -> float:
+        return 0.5 if planned.point.kv_ratio > 6 else 0.01
+
+    chosen, frontier = choose(planner, Budget(kv_ratio=16), drop, recall_gate=0.05)
+    known = {point.kv_ratio: point.recall_drop for point in frontier if point.recall_drop is not None}
+    assert chosen.point in frontier
+    assert chosen.point.recall_drop == 0.5
+    assert min(known) <= 6 < sorted(known)[1]
+    assert all(point.recall_drop is None for point in frontier if point.kv_ratio < min(known))
+    sought, _ = choose(planner, Budget(max_kl=1e3), drop, recall_gate=0.05)
+    assert sought.point.recall_drop == 0.01
 
 
 def test_budget_is_refused_when_the_model_has_no_cache() -> None:
@@ -204,7 +249,11 @@ def test_compress_within_a_budget_is_its_recipe_with_the_planner(
     manifest = read_manifest(out)
     recipe = parse_recipe(manifest.recipe, "test")
     assert (recipe.name, recipe.methods, recipe.budget) == ("lossless", (), Budget(kv_ratio=8, max_kl=5))
-    assert {gate["name"]: gate["limit"] for gate in told["gates"]} == {"max_kl": 5, "max_kv_ratio": 0.125}
+    assert {gate["name"]: gate["limit"] for gate in told["gates"]} == {
+        "max_kl": 5,
+        "max_recall_drop": 0.01,
+        "max_kv_ratio": 0.125,
+    }
     assert told["ratio"]["kv_bytes_per_token"] <= 1 / 8
     assert layout_of(open_session(out)) == KVLayout.of(manifest.spec, manifest.plan)
 

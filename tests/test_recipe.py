@@ -54,6 +54,26 @@ def test_override_is_refused_when_it_leads_nowhere(override: str) -> None:
     assert error.value.where == f"--set {override}"
 
 
+@pytest.mark.parametrize(
+    ("name", "override", "description"),
+    [
+        ("small", "budget.kv_ratio=200", "Chosen by the planner: a cache 200 times smaller than plain fp32."),
+        (
+            "balanced",
+            "budget.max_kl=1",
+            "Chosen by the planner: a mean KL of at most 1, at most 1 points of recall lost.",
+        ),
+        ("lossless", "methods.kv_quant.bits=4", "By kv_quant."),
+        ("encoder", "weights=int4", "Weights in int4 (k_quant), and no other change."),
+        ("lossless", "weights=int4", None),
+        ("small", "gates.max_kl=1", None),
+        ("small", "description=mine", "mine"),
+    ],
+)
+def test_description_is_not_that_of_something_else(name: str, override: str, description: str | None) -> None:
+    assert load_recipe(name, [override]).description == (description or load_recipe(name).description)
+
+
 def test_every_fault_is_named_when_there_are_several() -> None:
     with pytest.raises(UsageError) as error:
         parse_recipe({"name": "x", "weight": "int4", "calibration": {"samples": 0}}, "mine.yaml")

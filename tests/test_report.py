@@ -10,7 +10,8 @@ import pytest
 from support.tiny_report import PLAIN, PLAN, SPEC, manifest
 
 from kvslim.caches import FullCache, SharedCache, WindowCache
-from kvslim.report.advice import passing_budget
+from kvslim.recipe import Gates
+from kvslim.report.advice import expected_gates, nearest_budget, passing_budget
 from kvslim.report.answers import compared_answer
 from kvslim.report.chart import LEFT, RIGHT, Axis, Rule, Series, chart
 from kvslim.report.decisions import decisions
@@ -19,7 +20,7 @@ from kvslim.report.junit import junit_xml
 from kvslim.report.layer_map import layer_map
 from kvslim.report.page import artifact_page
 from kvslim.report.tiles import tiles
-from kvslim.types import GateResult, KVLayout, LayerPlan, Measures, Plan, PlanPoint, SampleAnswer
+from kvslim.types import GateResult, KVLayout, LayerPlan, Manifest, Measures, Plan, PlanPoint, SampleAnswer
 
 TOKENS, MILLISECONDS = Axis("tokens", base=2), Axis("ms")
 
@@ -292,9 +293,75 @@ def test_failed_gate_names_the_size_that_is_expected_to_pass() -> None:
     assert passing_budget(failed.model_copy(update={"frontier": points[2:]})) is None
 
 
-def test_failed_gate_names_the_planner_when_it_has_not_run() -> None:
-    failed = manifest(kl=0.02, limit=0.01).model_copy(update={"frontier": ()})
-    assert passing_budget(failed) == "--max-kl 0.01"
+def _failed(
+    gates: dict[str, tuple[float, float]], points: dict[float, tuple[float, float | None]], **budget: float
+) -> Manifest:
+    """An artifact 8 times smaller with gates (value, limit), and a planner's points (KL, recall lost) by ratio."""
+    made = manifest()
+    assert made.report is not None
+    results = tuple(
+        GateResult(name=name, value=value, limit=limit, passed=value <= limit) for name, (value, limit) in gates.items()
+    )
+    artifact = made.report.artifact.model_copy(update={"kv_bytes_per_token": 320.0})
+    frontier = tuple(
+        PlanPoint(
+            cache="int4",
+            kv_bytes_per_token=2560 / ratio,
+            kv_ratio=ratio,
+            time_ratio=ratio / 10,
+            kl=kl,
+            recall_drop=drop,
+        )
+        for ratio, (kl, drop) in points.items()
+    )
+    report = made.report.model_copy(update={"gates": results, "artifact": artifact})
+    return made.model_copy(update={"report": report, "frontier": frontier, "recipe": {"budget": budget}})
+
+
+SIZES = {4.0: (0.001, None), 5.333: (0.004, 0.01), 8.0: (0.01, 0.04), 16.0: (0.1, None)}
+
+
+@pytest.mark.parametrize(
+    ("gates", "budget"),
+    [
+        ({"max_recall_drop": (0.08, 0.05)}, "--kv-ratio 5.33"),  # 0.01 and the 0.04 that this one lost beyond 0.04
+        ({"max_recall_drop": (0.08, 0.045)}, "--max-recall-drop 4.5"),  # nothing is known of 4 times smaller
+        ({"max_recall_drop": (0.08, 0.045), "max_kl": (0.03, 0.02)}, "--max-kl 0.02 --max-recall-drop 4.5"),
+        ({"max_recall_drop": (0.08, 0.05), "max_kl": (0.03, 0.02)}, "--kv-ratio 5.33"),
+        ({"max_recall_drop": (0.03, 0.05), "max_kl": (0.03, 0.005)}, "--kv-ratio 4"),
+        ({"max_recall_drop": (0.03, 0.05), "max_kl": (0.03, 0.001)}, None),
+        ({"max_time_ratio": (1.0, 0.7)}, "--kv-ratio 5.33"),
+        ({"min_top1_agreement": (0.5, 0.4), "max_kl": (0.01, 0.1)}, None),
+    ],
+)
+def test_nearest_size_that_is_expected_to_pass_is_named(
+    gates: dict[str, tuple[float, float]], budget: str | None
+) -> None:
+    assert passing_budget(_failed(gates, SIZES, kv_ratio=8)) == budget
+
+
+def test_plan_is_expected_to_fail_by_what_the_planner_saw_of_its_size() -> None:
+    frontier = _failed({}, SIZES).frontier
+    gates = Gates(max_kl=0.005, max_recall_drop=0.03, max_kv_ratio=0.01)
+    found = expected_gates(gates, frontier, 320.0, 0.009)
+    assert [(gate.name, gate.value, gate.passed) for gate in found] == [
+        ("max_kl", 0.009, False),
+        ("max_recall_drop", 0.04, False),
+    ]
+    assert nearest_budget(found, frontier, 320.0, by_size=True) == "--kv-ratio 5.33"
+    assert [gate.name for gate in expected_gates(gates, (), 320.0, 0.009)] == ["max_kl"]
+
+
+def test_no_search_is_named_where_the_planner_has_searched() -> None:
+    gates = {"max_recall_drop": (0.08, 0.045)}
+    assert passing_budget(_failed(gates, SIZES, max_kl=0.02)) is None
+
+
+def test_search_is_named_where_the_planner_has_not_run() -> None:
+    assert passing_budget(_failed({"max_kl": (0.02, 0.01)}, {})) == "--max-kl 0.01"
+    assert passing_budget(_failed({"max_kl": (0.005, 0.01), "max_recall_drop": (0.2, 0.01)}, {})) == (
+        "--max-kl 0.01 --max-recall-drop 1"
+    )
 
 
 def test_no_size_is_named_when_the_gate_passed() -> None:

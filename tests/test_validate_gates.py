@@ -8,9 +8,10 @@ from kvslim.recipe import Gates
 from kvslim.types import Measures
 from kvslim.validation.gates import Timed, check_gates, ratio, report
 
-PLAIN = Measures(kv_bytes_per_token=1000, recall=1.0, kl_mean=0.0, perplexity=10.0, tpot_ms={"128": 4.0, "1024": 8.0})
+CONTEXT = 4096
+PLAIN = Measures(kv_bytes_per_token=1024, recall=1.0, kl_mean=0.0, perplexity=10.0, tpot_ms={"128": 4.0, "1024": 8.0})
 ARTIFACT = Measures(
-    kv_bytes_per_token=250,
+    kv_bytes_per_token=256,
     recall=0.95,
     kl_mean=0.01,
     top1_agreement=0.9,
@@ -33,6 +34,10 @@ ARTIFACT = Measures(
         ("max_recall_drop", 0.04, 0.05, False),
         ("max_kv_ratio", 0.25, 0.25, True),
         ("max_kv_ratio", 0.2, 0.25, False),
+        ("max_kv_mib", 1.0, 1.0, True),
+        ("max_kv_mib", 0.99, 1.0, False),
+        ("max_time_ratio", 0.75, 0.75, True),
+        ("max_time_ratio", 0.74, 0.75, False),
         ("min_embedding_cosine", 0.99, 0.995, True),
         ("min_embedding_cosine", 0.999, 0.995, False),
         ("min_retrieval_rank_correlation", 0.97, 0.97, True),
@@ -42,7 +47,7 @@ ARTIFACT = Measures(
     ],
 )
 def test_gate_compares_value_with_limit_when_measured(name: str, limit: float, value: float, passed: bool) -> None:
-    (result,) = check_gates(Gates.model_validate({name: limit}), PLAIN, ARTIFACT)
+    (result,) = check_gates(Gates.model_validate({name: limit}), PLAIN, ARTIFACT, context=CONTEXT)
     assert (result.name, result.limit, result.passed) == (name, limit, passed)
     assert result.value == pytest.approx(value)
 

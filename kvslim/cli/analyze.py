@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvslim.cli import console
-from kvslim.cli.options import Json, Model, Overrides
+from kvslim.cli.options import Json, Model, Overrides, TargetContext, WeightWord
 from kvslim.cli.progress import Terminal
 
 if TYPE_CHECKING:
@@ -21,11 +20,16 @@ if TYPE_CHECKING:
 def analyze(
     model: Model,
     data: Annotated[
-        str, typer.Option("--data", "-d", metavar="SOURCE", help="text of the task: self, .txt, .jsonl, or hub:DATASET")
+        str,
+        typer.Option(
+            "--calibration", "--data", "-d", metavar="FILE", help="text of your task: self, .txt, .jsonl or hub:DATASET"
+        ),
     ] = "self",
     svg: Annotated[
         Path | None, typer.Option(help="draw a heat map: parts by their KL, heads by what they contribute")
     ] = None,
+    weights: WeightWord = None,
+    context: TargetContext = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -35,17 +39,16 @@ def analyze(
     each kv head. Then says what the words mean, and what follows.
     Writes no graph.
     """
-    from kvslim.cli.inputs import check_target, read_recipe, write_text
+    from kvslim.cli.inputs import check_target, read_recipe, read_words, write_text
 
     check_target(svg, "--svg")
-    settings = [f"calibration.source={json.dumps(data)}", *(overrides or ())]
-    typed = read_recipe("lossless", settings, None)
+    typed = read_recipe("lossless", overrides or (), None, words=read_words(weights, data, context))
     from kvslim import api
     from kvslim.report.analysis import heads_table, parts_table, words
     from kvslim.report.heatmap import analysis_panels, heatmap
 
-    with console.libraries_apart():
-        analysis = api.analyze(model, typed, progress=Terminal())
+    with console.libraries_apart(), Terminal() as progress:
+        analysis = api.analyze(model, typed, progress=progress)
     if svg:
         title = f"KL without each part, and what each query head contributes: {model}, {analysis.source}"
         write_text(svg, heatmap(title, analysis_panels(analysis)), "--svg")
@@ -61,7 +64,7 @@ def _followings(model: str, data: str, analysis: Analysis) -> Iterator[str]:
     """Sentences, with what to type for the removals, and for all kinds of savings weighed against each other."""
     from kvslim.report.analysis import TOLERABLE, conclusions, spare, without
 
-    text = [] if data == "self" else ["--set", f"calibration.source={json.dumps(data)}"]
+    text = [] if data == "self" else ["--calibration", data]
     first, *others = (f"- {sentence}" for sentence in conclusions(analysis))
     yield first
     if found := spare(analysis, TOLERABLE):

@@ -33,7 +33,7 @@ from kvslim.errors import KvslimError, UsageError
 app = typer.Typer(
     name="kvslim",
     help="Turns a Hugging Face model into an ONNX folder with a several times smaller KV cache, and measures it.",
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -68,8 +68,10 @@ def run(arguments: list[str]) -> int:
         error: KvslimError = InterruptError(
             "interrupted", where="kvslim", fix="run it again; no half-written files are left"
         )
-    except (BrokenPipeError, SystemExit):  # the parser turns the first into the second
-        console.abandon_stdout()
+    except (BrokenPipeError, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and not ended.code:  # what installs or shows shell completion ends so
+            return 0
+        console.abandon_stdout()  # the parser turns a pipe that broke into an exit
         return READER_GONE
     except typer.TyperException as caught:
         error = usage_error(caught)

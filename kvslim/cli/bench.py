@@ -49,7 +49,7 @@ def bench(
     from kvslim import api
     from kvslim.report.bench import bench_csv, costs_table, timings_table, uncertain_timings
 
-    with console.libraries_apart():
+    with console.libraries_apart(), Terminal(quiet=True) as progress:
         results = api.bench(
             artifacts,
             prompts=prompt_lengths,
@@ -57,7 +57,7 @@ def bench(
             threads=thread_counts,
             batches=batch_sizes,
             repeats=repeats,
-            progress=Terminal(),
+            progress=progress,
         )
     tables, doubts = (costs_table(results), timings_table(results)), uncertain_timings(results)
     if csv:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,19 +10,45 @@ import typer
 
 from kvslim.cli import console
 from kvslim.cli.failures import verdict
-from kvslim.cli.options import Json, Junit, MaxDrop, MaxKl, MibAt, Model, Overrides, Ratio, RecipeName, TimeRatio
-from kvslim.cli.progress import COMPRESS, Terminal
+from kvslim.cli.options import (
+    Calibration,
+    DeviceName,
+    GateLimits,
+    HeldOut,
+    Json,
+    Junit,
+    MaxDrop,
+    MaxKl,
+    MibAt,
+    Model,
+    Overrides,
+    Ratio,
+    RecipeName,
+    Speed,
+    TargetContext,
+    TimeRatio,
+    WeightWord,
+)
+from kvslim.cli.progress import Terminal
 
 
 def compress(
+    ran: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="the folder to write")],
     recipe: RecipeName = None,
+    weights: WeightWord = None,
+    context: TargetContext = None,
+    calibration: Calibration = None,
+    validation: HeldOut = None,
     kv_ratio: Ratio = None,
     kv_mib_at: MibAt = None,
     time_ratio: TimeRatio = None,
     max_kl: MaxKl = None,
     max_recall_drop: MaxDrop = None,
+    device: DeviceName = None,
+    tokens_per_second: Speed = None,
+    gates: GateLimits = None,
     plan: Annotated[Path | None, typer.Option(help="use the decisions in this file (see `kvslim plan -o`)")] = None,
     overrides: Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="replace an existing artifact")] = False,
@@ -33,31 +59,36 @@ def compress(
 
     A model is a Hugging Face folder, a GGUF file, or a LoRA folder whose base model is there (docs/files.md).
 
-    The artifact is compared with the plain export; exit code 3 if a gate of the recipe fails. With a budget, the
-    planner picks methods, ranks and bits, and the limits of the budget are the gates.
+    The artifact is compared with the plain export; exit code 3 if a gate fails. With a budget, the planner picks
+    methods, ranks and bits. Its limits are gates too, beside those of the recipe, or in their place.
     """
-    from kvslim.cli.inputs import check_target, read_budget, read_plan, read_recipe, write_junit
+    from kvslim.cli.asked import asked_for
+    from kvslim.cli.inputs import check_target, read_budget, read_gates, read_plan, read_recipe, read_words, write_junit
+    from kvslim.cli.outcome import outcome, passing_command
 
     check_target(junit, "--junit")
-    typed = read_recipe(recipe, overrides or (), read_budget(kv_ratio, kv_mib_at, time_ratio, max_kl, max_recall_drop))
+    budget = read_budget(kv_ratio, kv_mib_at, time_ratio, max_kl, max_recall_drop)
+    words = read_words(weights, calibration, context, validation)
+    limits = read_gates(gates or ())
     decisions = read_plan(plan) if plan else None
+    read = partial(read_recipe, recipe, overrides or (), gates=limits, words=words)
+    asked = asked_for(model, read, budget, device, tokens_per_second)
     from kvslim import api
-    from kvslim.report.advice import passing_budget
     from kvslim.report.tables import gates_table, report_table, timing_note
 
-    with console.libraries_apart():
-        manifest = api.compress(model, typed, out, plan=decisions, overwrite=force, progress=Terminal(COMPRESS))
-    report = manifest.report
+    with console.libraries_apart(), Terminal() as progress:
+        manifest = api.compress(model, asked.recipe, out, plan=decisions, overwrite=force, progress=progress)
+    report, reached = manifest.report, asked.reached(manifest.plan)
     if report:
         write_junit(junit, report, out)
     if as_json:
         block = report.model_dump(mode="json") if report else {"passed": manifest.passed}
-        console.print_json("compress", {"artifact_folder": str(out), **block})
+        devices = [each.model_dump(mode="json") for each in reached]
+        console.print_json("compress", {"artifact_folder": str(out), **block, "devices": devices})
     elif report:
         console.print_tables(report_table(report), gates_table(report.gates))
     if report and (note := timing_note(report)):
         console.hint(note)
-    console.hint(f"written to {out}")
-    budget = passing_budget(manifest)
-    passing = None if budget is None else f"kvslim compress {shlex.join([model, '-o', str(out)])} --force {budget}"
-    return verdict(manifest.passed, report.gates if report else (), str(out), passing)
+    for line in outcome(manifest, out, progress.seconds, asked.room, reached):
+        console.hint(line)
+    return verdict(manifest.passed, report.gates if report else (), str(out), passing_command(manifest, ran))

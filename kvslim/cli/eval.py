@@ -42,7 +42,7 @@ def evaluate(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise UsageError("no task is given", where="--tasks", fix="write --tasks lambada_openai,mine.jsonl")
-    with console.libraries_apart():
+    with console.libraries_apart(), Terminal() as progress:
         scores = scores_of(
             artifact,
             names,
@@ -50,7 +50,7 @@ def evaluate(
             limit=limit,
             shots=shots,
             threads=threads,
-            progress=Terminal(),
+            progress=progress,
         )
     gates = () if min_accuracy is None else accuracy_gates(scores, min_accuracy)
     passed = all(gate.passed for gate in gates)

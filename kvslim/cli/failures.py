@@ -12,6 +12,7 @@ import typer
 
 from kvslim.cli import console
 from kvslim.cli.memory import MemoryLimitError
+from kvslim.cli.peers import hint
 from kvslim.errors import GateError, KvslimError, UsageError
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ def verdict(passed: bool | None, gates: Sequence[GateResult], where: str, passin
     failed = ", ".join(
         f"{gate.name} {_number(gate.value)} against {_number(gate.limit)}" for gate in gates if not gate.passed
     )
-    milder = "use a milder recipe" if passing is None else f"run `{passing}`, which is expected to pass"
-    fix = f"{milder}, or set the gates to what the task needs; the artifact is kept and marked as failed"
+    milder = "use a milder recipe" if passing is None else f"run `{passing}`, the nearest size that is expected to pass"
+    fix = f"{milder}, or set the gates to what the task needs (--gate); the artifact is kept and marked as failed"
     error = GateError(f"gate failed: {failed}", where=where, fix=fix)
     console.print_error(error)
     return error.exit_code
@@ -70,7 +71,7 @@ def usage_error(caught: typer.TyperException) -> UsageError:
     context: Any = getattr(caught, "ctx", None)
     command = context.command_path if context else "kvslim"
     message = caught.format_message() if hasattr(caught, "format_message") else str(caught)
-    return UsageError(message, where=command, fix=f"see `{command} --help`")
+    return UsageError(message, where=command, fix=hint(message) or f"see `{command} --help`")
 
 
 def explained(caught: BaseException) -> KvslimError:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from kvslim.errors import NotFoundError, OutputError, UsageError, suggestion
-from kvslim.recipe import Budget, Gates, Recipe, load_recipe
+from kvslim.recipe import SIZES, Budget, Gates, Recipe, load_recipe
 from kvslim.types import Plan
 
 if TYPE_CHECKING:
@@ -167,11 +167,60 @@ def read_gates(texts: Sequence[str]) -> Gates:
         raise UsageError(message, where=f"--gate {name}", fix="see gates in docs/recipes.md") from error
 
 
-def read_recipe(name: str | None, overrides: Sequence[str], budget: Budget | None) -> Recipe:
+def read_words(
+    weights: str | None = None,
+    calibration: str | None = None,
+    context: str | None = None,
+    validation: str | None = None,
+) -> dict[str, str]:
+    """The usual options as `key=value` overrides of a recipe, with the option that each came from.
+
+    Raises:
+        UsageError: The context is not a number of tokens.
+    """
+    tokens = None if context is None else read_length(context, "--context")
+    given = {
+        "--weights": ("weights", weights),
+        "--calibration": ("calibration.source", calibration),
+        "--context": ("calibration.context", tokens),
+        "--validation": ("validation.source", validation),
+    }
+    return {f"{key}={json.dumps(value)}": option for option, (key, value) in given.items() if value is not None}
+
+
+def read_recipe(
+    name: str | None,
+    overrides: Sequence[str],
+    budget: Budget | None,
+    gates: Gates | None = None,
+    words: Mapping[str, str] | None = None,
+) -> Recipe:
     """The recipe that the options describe, with the budget in place of its methods.
+
+    Args:
+        name: A shipped recipe or a file; None for `balanced`, or with a budget for what `small` asks of quality.
+        overrides: What `--set` says; it wins over words.
+        budget: The limits of a cache.
+        gates: Gates of the user, in place of those of the recipe and of the budget.
+        words: As `read_words`.
 
     Raises:
         NotFoundError, UsageError: As `load_recipe`.
     """
-    recipe = load_recipe(name or ("small" if budget else "balanced"), overrides)
-    return recipe.within(budget) if budget else recipe
+    words = words or {}
+    try:
+        recipe = load_recipe(name or ("small" if budget else "balanced"), [*words, *overrides])
+    except UsageError as error:
+        option = words.get(error.where.removeprefix("--set "))
+        raise UsageError(error.message, where=option, fix=error.fix) if option else error from None
+    if budget:
+        typed = {override.partition("=")[0].removeprefix("gates.") for override in overrides}
+        own = recipe.gates.model_dump(include=typed, exclude_none=True)
+        recipe = (recipe if name else _unnamed(recipe)).within(budget).gated(Gates.model_validate(own))
+    return recipe.gated(gates) if gates else recipe
+
+
+def _unnamed(recipe: Recipe) -> Recipe:
+    """A recipe of which the gates of quality alone were asked for."""
+    gates = recipe.gates.model_copy(update=dict.fromkeys(SIZES))
+    return recipe.model_copy(update={"name": "budget", "gates": gates})

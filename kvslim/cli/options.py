@@ -7,6 +7,28 @@ from typing import Annotated, Literal
 
 import typer
 
+
+def _recipes(typed: str) -> list[str]:
+    """The shipped recipes, for shell completion."""
+    from kvslim.recipe import shipped_recipes
+
+    return [name for name in shipped_recipes() if name.startswith(typed)]
+
+
+def _devices(typed: str) -> list[str]:
+    """The shipped devices, for shell completion."""
+    from kvslim.devices.profile import shipped_devices
+
+    return [name for name in shipped_devices() if name.startswith(typed)]
+
+
+def _gates(typed: str) -> list[str]:
+    """The gates, for shell completion."""
+    from kvslim.recipe import Gates
+
+    return [f"{name}=" for name in Gates.model_fields if name.startswith(typed)]
+
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -17,7 +39,12 @@ Model = Annotated[
 Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="a folder that `kvslim compress` wrote")]
 RecipeName = Annotated[
     str | None,
-    typer.Option("--recipe", "-r", help="a shipped recipe or a file; default: balanced, or small with a budget"),
+    typer.Option(
+        "--recipe",
+        "-r",
+        autocompletion=_recipes,
+        help="a shipped recipe or a file; default: balanced, or with a budget the gates of small",
+    ),
 ]
 Ratio = Annotated[
     float | None, typer.Option("--kv-ratio", help="budget: how many times smaller than the plain fp32 cache")
@@ -32,11 +59,44 @@ TimeRatio = Annotated[
 MaxKl = Annotated[float | None, typer.Option("--max-kl", help="budget: mean KL to the plain model, nats per token")]
 MaxDrop = Annotated[float | None, typer.Option("--max-recall-drop", help="budget: recall lost, in percentage points")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key of the recipe")]
+WeightKind = Literal["fp32", "int8", "int4"]  # the same as types.WeightType, whose import would slow down the help
+WeightWord = Annotated[
+    Literal["fp32", "int8", "int4", "stored"] | None,
+    typer.Option("--weights", help="how weights are stored; stored: the blocks of a GGUF; default: the recipe's"),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option("--calibration", metavar="FILE", help="text of your task: .txt, .jsonl or hub:DATASET"),
+]
+TargetContext = Annotated[
+    str | None, typer.Option("--context", metavar="TOKENS", help="the context that it is for, such as 16k")
+]
+HeldOut = Annotated[
+    str | None,
+    typer.Option("--validation", metavar="FILE", help="text to measure on: .txt, .jsonl or hub:DATASET"),
+]
+DeviceName = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        autocompletion=_devices,
+        help="budget: what this device has room for at --context (docs/devices.md), or a .yaml file",
+    ),
+]
+Speed = Annotated[
+    float | None,
+    typer.Option("--tokens-per-second", min=0.001, help="budget: what decoding on --device is to reach at least"),
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 GateLimits = Annotated[
     list[str] | None,
-    typer.Option("--gate", metavar="NAME=LIMIT", help="add a gate, or replace one of the recipe; repeatable"),
+    typer.Option(
+        "--gate",
+        metavar="NAME=LIMIT",
+        autocompletion=_gates,
+        help="add a gate, or replace one of the recipe; repeatable",
+    ),
 ]
 Junit = Annotated[Path | None, typer.Option(help="write the gates to this file as JUnit XML")]
-WeightKind = Literal["fp32", "int8", "int4"]  # the same as types.WeightType, whose import would slow down the help
 Threads = Annotated[int | None, typer.Option(min=1, help="threads of one operator; default: onnxruntime's choice")]

@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kvslim.cli import console
-from kvslim.cli.options import Json, MaxDrop, MaxKl, MibAt, Model, Overrides, Ratio, RecipeName, TimeRatio
-from kvslim.cli.progress import COMPRESS, Terminal
+from kvslim.cli.options import (
+    Calibration,
+    DeviceName,
+    Json,
+    MaxDrop,
+    MaxKl,
+    MibAt,
+    Model,
+    Overrides,
+    Ratio,
+    RecipeName,
+    Speed,
+    TargetContext,
+    TimeRatio,
+    WeightWord,
+)
+from kvslim.cli.progress import Terminal
 
 
 def plan(
     model: Model,
     recipe: RecipeName = None,
+    weights: WeightWord = None,
+    context: TargetContext = None,
+    calibration: Calibration = None,
     kv_ratio: Ratio = None,
     kv_mib_at: MibAt = None,
     time_ratio: TimeRatio = None,
     max_kl: MaxKl = None,
     max_recall_drop: MaxDrop = None,
+    device: DeviceName = None,
+    tokens_per_second: Speed = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="write the plan to this JSON file")] = None,
     overrides: Overrides = None,
     as_json: Json = False,
@@ -29,20 +50,28 @@ def plan(
     Calibrates, and predicts the size of the cache and its KL. With a budget, also shows the other sizes that the
     planner tried. Writes no graph.
     """
-    from kvslim.cli.inputs import check_target, read_budget, read_recipe, write_text
+    from kvslim.cli.asked import asked_for
+    from kvslim.cli.inputs import check_target, read_budget, read_recipe, read_words, write_text
+    from kvslim.cli.outcome import expectations
 
     check_target(out, "--out")
-    typed = read_recipe(recipe, overrides or (), read_budget(kv_ratio, kv_mib_at, time_ratio, max_kl, max_recall_drop))
+    budget = read_budget(kv_ratio, kv_mib_at, time_ratio, max_kl, max_recall_drop)
+    words = read_words(weights, calibration, context)
+    read = partial(read_recipe, recipe, overrides or (), words=words)
+    asked = asked_for(model, read, budget, device, tokens_per_second)
     from kvslim import api
     from kvslim.kv_ratios import smaller
+    from kvslim.report.reach import reach_line
     from kvslim.report.tables import frontier_table, plan_table
 
-    with console.libraries_apart():
-        summary = api.plan(model, typed, progress=Terminal(COMPRESS))
+    with console.libraries_apart(), Terminal() as progress:
+        summary = api.plan(model, asked.recipe, progress=progress)
     if out:
         write_text(out, summary.plan.model_dump_json(indent=2) + "\n", "--out")
+    reached = asked.reached(summary.plan)
     if as_json:
-        console.print_json("plan", summary.model_dump(mode="json"))
+        devices = [each.model_dump(mode="json") for each in reached]
+        console.print_json("plan", {**summary.model_dump(mode="json"), "devices": devices})
         return
     slim, plain = summary.kv_bytes_per_token, summary.plain_kv_bytes_per_token
     console.print_tables(
@@ -50,3 +79,7 @@ def plan(
     )
     console.print_text(f"KV cache: {slim:,.0f} bytes per token, {smaller(slim, plain)}\n")
     console.print_text(f"KL to plain: {summary.kl:.2g} on held-out calibration text\n")
+    for line in expectations(summary, asked.recipe):
+        console.print_text(f"{line}\n")
+    if asked.room:
+        console.print_text(f"{reach_line(asked.room.device, reached)}\n")

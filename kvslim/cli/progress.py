@@ -1,162 +1,166 @@
-"""How far a command is: bars with the time left on a terminal, a line now and then in a log."""
+"""How far a command is: bars with the time left on a terminal, dated lines in a log, one line for each stage done."""
 
 from __future__ import annotations
 
-import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from datetime import datetime
+from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from kvslim.cli.console import stderr_console
+from kvslim.cli.pace import Clock, Pace, done, left_in_words, minutes
+from kvslim.stages import TIME
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
+    from rich.progress import Progress as Bars
 
 T = TypeVar("T")
-Update = Callable[[int], None]
-LINES, FRAMES = 10.0, 0.1  # least seconds between two lines of a log, two pictures of a bar
-
-# Expected shares of the time of a run, by stage, in order: seconds of a model of 135M parameters on two cores.
-COMPRESS: Mapping[str, float] = {
-    "load": 6,
-    "export the plain baseline": 36,
-    "calibration text": 40,
-    "calibrate": 24,
-    "plan": 60,
-    "held-out text": 20,
-    "export the slim graph": 26,
-    "validate": 100,
-    "validate: recall": 45,
-    "validate: time and memory": 25,
-}
-VALIDATE: Mapping[str, float] = {
-    name: COMPRESS[name] for name in COMPRESS if name.startswith(("load", "export the plain", "held-out", "validate"))
-}
+LINES = 15.0  # seconds between two lines of a log
+FRAMES, QUIET_FRAMES = 0.5, 5.0  # seconds between two pictures of a bar; and while something is timed
+COUNTED = 0.1  # least seconds between two steps that are drawn
 
 
-class Run:
-    """How much of a run is done.
+class Terminal:
+    """Shows progress on stderr while it is entered.
 
     Args:
-        shares: Expected share of the time of each stage, in order; stages may be left out of a run.
+        quiet: Whether everything is timed, and little is drawn for that reason.
         clock: Gives seconds.
+        now: Gives the date.
     """
 
-    def __init__(self, shares: Mapping[str, float], clock: Callable[[], float] = time.monotonic) -> None:
-        self.shares, self.clock = shares, clock
-        self.started = self.stage_started = clock()
-        self.stage, self.within = "", 0.0
+    def __init__(
+        self, *, quiet: bool = False, clock: Clock = time.monotonic, now: Callable[[], datetime] = datetime.now
+    ) -> None:
+        self._console = stderr_console()
+        self._pace, self._clock, self._now = Pace(clock), clock, now
+        self._quiet, self._label, self._shown = quiet, "", clock()
+        self._bars: Bars | None = None
+        self._lock, self._over = threading.RLock(), threading.Event()
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
 
-    def enter(self, stage: str) -> None:
-        """A stage begins; those before it are over."""
-        self.stage, self.within, self.stage_started = stage, 0.0, self.clock()
+    def __enter__(self) -> Terminal:
+        self._ticker.start()
+        return self
 
-    @property
-    def done(self) -> float:
-        """Share of the run that is done; 0 where nothing is known of its stages."""
-        stages = list(self.shares)
-        if self.stage not in stages:
-            return 0.0
-        place = stages.index(self.stage)
-        before = sum(self.shares[stage] for stage in stages[:place])
-        return (before + self.within * self.shares[self.stage]) / sum(self.shares.values())
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._ticker.join()
+        self._end_stage(finished=error is None)
 
     @property
     def seconds(self) -> float:
         """Time since the run began."""
-        return self.clock() - self.started
+        return self._pace.seconds
 
-    def left(self) -> str:
-        """The time that the run will still take, in words."""
-        return time_left(self.seconds, self.done)
-
-
-def time_left(seconds: float, done: float) -> str:
-    """What is left of something of which a share took so many seconds."""
-    return "" if done <= 0 else f"{minutes(seconds * (1 - done) / done)} left"
-
-
-def minutes(seconds: float) -> str:
-    """Seconds as m:ss."""
-    return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
-
-
-class Terminal:
-    """Shows progress on stderr.
-
-    Args:
-        shares: Expected shares of the run's time, by stage; without them only stages are shown.
-        clock: Gives seconds.
-    """
-
-    def __init__(self, shares: Mapping[str, float] | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console = stderr_console()
-        self._run, self._clock = Run(shares or {}, clock), clock
-        self._shown = clock()
+    def expect(self, stages: Mapping[str, float]) -> None:
+        """The stages to come."""
+        self._pace.expect(stages)
 
     def stage(self, name: str) -> None:
-        """Prints the name of the stage that begins."""
-        self._run.enter(name)
-        self._console.print(f"• {name}", markup=False, highlight=False)
-        self._shown = self._clock()
+        """Ends a stage with a line, and begins one."""
+        with self._lock:
+            self._end_stage(finished=True)
+            self._pace.enter(name)
+            self._label, self._shown = "", self._clock()
+            if self._console.is_terminal:
+                self._start_bars()
+            else:
+                self._line(self._title)
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """Yields `items` and shows how many are done and how long the rest will take."""
-        count = len(items) if total is None and isinstance(items, Sized) else total
-        show = self._bars if self._console.is_terminal else self._lines
-        with show(label, count or 0) as update:
-            for done, item in enumerate(items, start=1):
-                yield item
-                self._run.within = max(self._run.within, done / count if count else 0.0)
-                update(done)
+        count = len(items) if total is None and isinstance(items, Sized) else total or 0
+        self._label = label
+        for number, item in enumerate(items, start=1):
+            yield item
+            with self._lock:
+                self._pace.step(label, number, count)
+                self._label = label if count else f"{label}: {number}"
+                self._show(COUNTED)
 
-    @contextlib.contextmanager
-    def _lines(self, label: str, count: int) -> Iterator[Update]:
-        started = self._clock()
+    @property
+    def _title(self) -> str:
+        return f"{self._pace.place}{self._pace.stage}"
 
-        def update(done: int) -> None:
-            if not self._due(LINES):
-                return
-            share = done / count if count else 0.0
-            parts = [f"{share:.0%}" if count else f"{done}", time_left(self._clock() - started, share)]
-            parts += [f"run {self._run.done:.0%}", self._run.left()] if self._run.done else []
-            parts += [f"{minutes(self._run.seconds)} passed"]
-            self._console.print(f"  {label}: {', '.join(filter(None, parts))}", markup=False, highlight=False)
+    def _tick(self) -> None:
+        """Shows that time passes, also within a step of minutes."""
+        while not self._over.wait(FRAMES):
+            with self._lock:
+                self._show(QUIET_FRAMES if self._quiet or self._pace.stage == TIME else FRAMES)
 
-        yield update
+    def _show(self, seconds: float) -> None:
+        """Draws the bars or writes a line if so much time has passed since that was done."""
+        is_terminal = self._console.is_terminal
+        if not self._pace.stage or self._clock() - self._shown < (seconds if is_terminal else LINES):
+            return
+        self._shown = self._clock()
+        if self._bars is not None:
+            self._fill(self._bars)
+            self._bars.refresh()
+        else:
+            self._line(f"{self._title}: {self._progress}")
 
-    @contextlib.contextmanager
-    def _bars(self, label: str, count: int) -> Iterator[Update]:
+    @property
+    def _progress(self) -> str:
+        """How far stage and run are, in words."""
+        pace = self._pace
+        parts = [" ".join(filter(None, (self._label, _percent(done(pace.stage_seconds, pace.stage_left)))))]
+        parts += [left_in_words(pace.stage_left)]
+        if pace.left is not None:
+            parts += [f"run {_percent(done(pace.seconds, pace.left))}", left_in_words(pace.left)]
+        return ", ".join(filter(None, (*parts, f"{minutes(pace.seconds)} passed")))
+
+    def _end_stage(self, *, finished: bool) -> None:
+        title, seconds = self._title, minutes(self._pace.stage_seconds)
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+        if self._pace.stage and finished:
+            if self._console.is_terminal:
+                self._console.print(f"  {title}  {seconds}", markup=False, highlight=False)
+            else:
+                self._line(f"{title}: done in {seconds}")
+        self._pace.leave()
+
+    def _line(self, text: str) -> None:
+        self._console.print(f"{self._now():%Y-%m-%d %H:%M:%S}  {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def _start_bars(self) -> None:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
         columns = (
-            TextColumn("  {task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
+            TextColumn("  {task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(show_speed=False),
             TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[passed]} passed"),
         )
-        # A thread that draws would disturb what is timed.
-        with Progress(*columns, console=self._console, transient=True, auto_refresh=False) as bars:
-            stage = bars.add_task(label, total=count or None, left="")
-            run = bars.add_task("whole run", total=1, left="", visible=bool(self._run.done))
-            started = self._clock()
+        # The bars have no thread of their own, because what is timed is disturbed by one that draws often.
+        self._bars = Progress(*columns, console=self._console, transient=True, auto_refresh=False)
+        for _ in range(2):
+            self._bars.add_task("", total=None, left="", passed="")
+        self._fill(self._bars)
+        self._bars.start()
 
-            def update(done: int) -> None:
-                if self._due(FRAMES) or done == count:
-                    share = done / count if count else 0.0
-                    bars.update(stage, completed=done, left=time_left(self._clock() - started, share))
-                    self._draw_run(bars.update, run)
-                    bars.refresh()
+    def _fill(self, bars: Bars) -> None:
+        pace, label = self._pace, f": {self._label}" if self._label else ""
+        rows = ((f"{self._title}{label}", pace.stage_seconds, pace.stage_left), ("whole run", pace.seconds, pace.left))
+        for task, (text, passed, left) in zip(bars.task_ids, rows, strict=True):
+            share = done(passed, left)
+            bars.update(
+                task,
+                description=text,
+                total=None if share is None else 1,
+                completed=share or 0,
+                left=left_in_words(left),
+                passed=minutes(passed),
+            )
 
-            bars.refresh()
-            yield update
 
-    def _draw_run(self, update: Callable[..., None], task: TaskID) -> None:
-        update(task, completed=self._run.done, left=self._run.left(), visible=bool(self._run.done))
-
-    def _due(self, seconds: float) -> bool:
-        """Whether so much time has passed since something was shown; if so, something is shown now."""
-        if self._clock() - self._shown < seconds:
-            return False
-        self._shown = self._clock()
-        return True
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"

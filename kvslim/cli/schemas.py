@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, create_model
 from kvslim.cli.console import schema_id
 from kvslim.cli.machine import Check
 from kvslim.contract import Frozen
+from kvslim.devices.limits import Limits
 from kvslim.devices.profile import Device
 from kvslim.errors import NotFoundError, suggestion
 from kvslim.planning.analyze import Analysis
@@ -21,11 +22,20 @@ from kvslim.types import GateResult, Report
 from kvslim.validation.bench import BenchResult
 from kvslim.validation.tasks import TaskScores
 
+DEVICES = "with --device: what it allows with the plain cache, and with this one"
+
 
 class Compressed(Report):
     """The report of a new artifact."""
 
     artifact_folder: str
+    devices: tuple[Limits, ...] = Field((), description=DEVICES)
+
+
+class Planned(PlanSummary):
+    """What `compress` would decide, and the cache it would give."""
+
+    devices: tuple[Limits, ...] = Field((), description=DEVICES)
 
 
 class Compared(Comparison):
@@ -110,7 +120,7 @@ class Failed(Frozen):
 
 OUTPUTS: dict[str, type[Frozen]] = {
     "compress": Compressed,
-    "plan": PlanSummary,
+    "plan": Planned,
     "analyze": Analysis,
     "validate": Report,
     "eval": Scored,

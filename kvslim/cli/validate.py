@@ -8,30 +8,36 @@ import typer
 
 from kvslim.cli import console
 from kvslim.cli.failures import verdict
-from kvslim.cli.options import Artifact, GateLimits, Json, Junit
-from kvslim.cli.progress import VALIDATE, Terminal
+from kvslim.cli.options import Artifact, GateLimits, HeldOut, Json, Junit, TargetContext
+from kvslim.cli.progress import Terminal
 
 
 def validate(
     artifact: Artifact,
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="default: the model it was made from")] = None,
+    context: TargetContext = None,
+    validation: HeldOut = None,
     gates: GateLimits = None,
     junit: Junit = None,
     as_json: Json = False,
 ) -> int:
     """Measure an artifact again.
 
-    Exit code 3 if a gate fails, either of its recipe or of --gate.
+    On other text or at another context where that is given. Exit code 3 if a gate fails, either of its recipe or of
+    --gate.
     """
-    from kvslim.cli.inputs import check_target, read_gates, write_junit
+    from kvslim.cli.inputs import check_target, read_gates, read_length, write_junit
 
     check_target(junit, "--junit")
     limits = read_gates(gates or ())
+    tokens = None if context is None else read_length(context, "--context")
     from kvslim import api
     from kvslim.report.tables import gates_table, report_table, timing_note
 
-    with console.libraries_apart():
-        report = api.validate(artifact, against=against, gates=limits, progress=Terminal(VALIDATE))
+    with console.libraries_apart(), Terminal() as progress:
+        report = api.validate(
+            artifact, against=against, context=tokens, validation=validation, gates=limits, progress=progress
+        )
     write_junit(junit, report, artifact)
     if as_json:
         console.print_json("validate", report.model_dump(mode="json"))

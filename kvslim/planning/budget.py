@@ -31,7 +31,7 @@ def choose_within(budget: Budget, trials: DecoderTrials) -> Chosen:
     """
     found = planner_of(trials, budget.context, budget.time_ratio)
     recall_drop = lambda planned: trials.more_recall.drop(trials.codes(planned.plan))  # noqa: E731
-    return choose(found, budget, recall_drop, trials.progress)
+    return choose(found, budget, recall_drop, trials.progress, trials.prepared.recipe.gates.max_recall_drop)
 
 
 def planner_of(trials: DecoderTrials, context: int | None = None, time_ratio: float | None = None) -> Planner:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from kvslim.errors import GateError
@@ -20,7 +20,7 @@ class Chosen(NamedTuple):
 
     Attributes:
         planned: The plan and its point.
-        frontier: Points of other sizes, the largest first.
+        frontier: Points of it and of other sizes, the largest first.
     """
 
     planned: Planned
@@ -28,7 +28,11 @@ class Chosen(NamedTuple):
 
 
 def choose(
-    planner: Planner, budget: Budget, recall_drop: Callable[[Planned], float], progress: Progress | None = None
+    planner: Planner,
+    budget: Budget,
+    recall_drop: Callable[[Planned], float],
+    progress: Progress | None = None,
+    recall_gate: float | None = None,
 ) -> Chosen:
     """The plan that loses least within bytes and time, or without a limit of bytes the smallest that loses no more.
 
@@ -37,6 +41,8 @@ def choose(
         budget: The limits.
         recall_drop: Share of recall that a plan loses.
         progress: Receives the progress.
+        recall_gate: The share that the artifact may lose. Within bytes it limits no plan, but recall is measured at
+            larger sizes too, up to one that keeps to it.
 
     Raises:
         GateError: No plan found meets all limits.
@@ -46,14 +52,38 @@ def choose(
     limit = budget.bytes_limit(planner.plain_bytes)
     if limit is None and budget.max_kl is None and budget.max_recall_drop is None:
         limit = planner.plain_bytes
-    if limit is not None:
-        chosen = _within_bytes(planner, budget, frontier, limit)
-        if budget.max_recall_drop is not None:
-            chosen = _with_recall(chosen, recall_drop)
-            _check_recall(chosen, budget.max_recall_drop)
-    else:
-        chosen = _within_quality(planner, budget, frontier, recall_drop)
-    return Chosen(chosen, tuple(planned.point for planned in frontier))
+    chosen = _smallest(planner, budget, frontier) if limit is None else _within_bytes(planner, budget, frontier, limit)
+    asked = recall_gate if budget.max_recall_drop is None else budget.max_recall_drop
+    recalled = [] if asked is None else _recalled(_upwards(chosen, frontier), asked, recall_drop)
+    if recalled:
+        chosen = recalled[-1] if limit is None else recalled[0]
+    if budget.max_recall_drop is not None:
+        _check_recall(chosen, budget.max_recall_drop)
+    return Chosen(chosen, _points([chosen, *recalled, *frontier]))
+
+
+def _upwards(chosen: Planned, frontier: list[Planned]) -> list[Planned]:
+    """A plan and the larger ones, the smallest first."""
+    larger = [other for other in frontier if other.point.kv_ratio < chosen.point.kv_ratio]
+    return [chosen, *reversed(larger)]
+
+
+def _recalled(plans: Iterable[Planned], limit: float, recall_drop: Callable[[Planned], float]) -> list[Planned]:
+    """Plans with the recall that they lose in their points, up to the first that loses no more than a limit."""
+    found: list[Planned] = []
+    for planned in plans:
+        found.append(Planned(planned.plan, planned.point.model_copy(update={"recall_drop": recall_drop(planned)})))
+        if (found[-1].point.recall_drop or 0.0) <= limit:
+            break
+    return found
+
+
+def _points(plans: Iterable[Planned]) -> tuple[PlanPoint, ...]:
+    """The points of plans, the largest first; of those of one size the first."""
+    points: dict[float, PlanPoint] = {}
+    for planned in plans:
+        points.setdefault(planned.point.kv_bytes_per_token, planned.point)
+    return tuple(sorted(points.values(), key=lambda point: -point.kv_bytes_per_token))
 
 
 def _check_time(planner: Planner) -> None:
@@ -85,25 +115,8 @@ def _within_bytes(planner: Planner, budget: Budget, frontier: list[Planned], lim
     return planned
 
 
-def _within_quality(
-    planner: Planner, budget: Budget, frontier: list[Planned], recall_drop: Callable[[Planned], float]
-) -> Planned:
-    chosen = frontier[-1] if budget.max_kl is None else planner.smallest(budget.max_kl, frontier)
-    chosen = planner.never_worse(chosen)
-    if budget.max_recall_drop is None:
-        return chosen
-    larger = [other for other in frontier if other.point.kv_ratio < chosen.point.kv_ratio]
-    for planned in [chosen, *reversed(larger)]:
-        measured = _with_recall(planned, recall_drop)
-        if (measured.point.recall_drop or 0.0) <= budget.max_recall_drop:
-            return measured
-    _check_recall(measured, budget.max_recall_drop)
-    return measured
-
-
-def _with_recall(planned: Planned, recall_drop: Callable[[Planned], float]) -> Planned:
-    """The plan with the recall that it loses in its point."""
-    return Planned(planned.plan, planned.point.model_copy(update={"recall_drop": recall_drop(planned)}))
+def _smallest(planner: Planner, budget: Budget, frontier: list[Planned]) -> Planned:
+    return planner.never_worse(frontier[-1] if budget.max_kl is None else planner.smallest(budget.max_kl, frontier))
 
 
 def _check_recall(planned: Planned, limit: float) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from kvslim import stages
 from kvslim.contract import Frozen, ModelSpec
 from kvslim.kv_ratios import smaller_than
 from kvslim.planning.refit import refit_where_it_pays
@@ -53,7 +54,7 @@ def planned(prepared: PreparedModel) -> PlanSummary:
     if recipe.budget is None and not recipe.methods:
         return _summary(prepared, Plan.identity(spec, recipe.layout, recipe.window_cache), 0.0)
     trials = prepared.trials()
-    prepared.progress.stage("plan")
+    prepared.progress.stage(stages.PLAN)
     if recipe.budget is None:
         plan, around = decide(resolved(recipe, trials), spec, trials.statistics), trials.survey()
     else:

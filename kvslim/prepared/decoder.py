@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kvslim import stages
 from kvslim.calibrate import cache
 from kvslim.calibrate.recorder import collect
 from kvslim.calibrate.statistics import CalibrationStatistics
@@ -86,9 +87,9 @@ class PreparedDecoder(PreparedModel):
         return statistics
 
     def _gathered(self, context: int, seed: int) -> CalibrationStatistics:
-        self.progress.stage("calibration text")
+        self.progress.stage(stages.TEXT)
         windows = self.text.calibration_windows
-        self.progress.stage("calibrate")
+        self.progress.stage(stages.CALIBRATE)
         return collect(
             self.model,
             self.architecture,

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+from kvslim import stages
 from kvslim.calibrate.heads import collect_heads
 from kvslim.calibrate.sentences import Sentences
 from kvslim.calibrate.statistics import CalibrationStatistics
@@ -51,7 +52,7 @@ class PreparedEncoder(PreparedModel):
     @cached_property
     def calibration(self) -> tuple[Sentences, Sentences]:
         """Sentences to fit on, and others to choose by."""
-        self.progress.stage("calibrate")
+        self.progress.stage(stages.CALIBRATE)
         return self.text.fitting_and_held_out()
 
     @cached_property

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvslim import stages
 from kvslim.export.stored import fetch_graph, graph_key, store_graph
 from kvslim.weights.quantise import install_quantised, quantise_model
 from kvslim.weights.rows import QuantisedRows
@@ -20,7 +21,7 @@ FILE = "weights.npz"
 
 def quantise(prepared: PreparedDecoder) -> QuantisedRows:
     """Quantises the weights in place, in the recipe's format; the blocks by rows, as `install_quantised` adds them."""
-    prepared.progress.stage("quantise the weights")
+    prepared.progress.stage(stages.QUANTISE)
     weights, of = prepared.recipe.weights, (prepared.model, prepared.architecture, prepared.spec)
     if weights.method == "gptq":
         return _fitted_to_text(prepared)

@@ -1,30 +1,116 @@
-"""What would have passed a gate that failed, from what the planner saw at other sizes."""
+"""What would have passed gates that failed, from what the planner saw at other sizes."""
 
 from __future__ import annotations
 
-from kvslim.types import Manifest, PlanPoint
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from kvslim.recipe import Gates
+from kvslim.types import GateResult, Manifest, PlanPoint
+
+Expected = Callable[[PlanPoint], float | None]
+
+_EXPECTED: Mapping[str, Expected] = {
+    "max_kl": lambda point: point.kl,
+    "max_recall_drop": lambda point: point.recall_drop,
+    "max_time_ratio": lambda point: point.time_ratio,
+}
+LIMITS = {"max_kl": "--max-kl", "max_recall_drop": "--max-recall-drop"}
 
 
 def passing_budget(manifest: Manifest) -> str | None:
-    """The option of `kvslim compress` that is expected to pass where mean KL was too high; None where none is known.
-
-    What the planner measured on calibration text is scaled by what the artifact lost beside it on held-out text.
-    """
+    """The options of `kvslim compress` for the nearest size that is expected to pass; None where none is known."""
     report = manifest.report
-    failed = (
-        next((gate for gate in report.gates if gate.name == "max_kl" and not gate.passed), None) if report else None
-    )
-    if report is None or failed is None or failed.value is None or failed.limit == 0:
+    if report is None:
         return None
-    if not manifest.frontier:
-        return f"--max-kl {failed.limit:g}"
+    budget = manifest.recipe.get("budget")
+    by_size = isinstance(budget, dict) and (budget.get("kv_ratio") or budget.get("kv_mib")) is not None
     size = report.artifact.kv_bytes_per_token or 0.0
-    nearest = min(manifest.frontier, key=lambda point: abs(point.kv_bytes_per_token - size))
-    scale = failed.value / max(nearest.kl, 1e-12)
-    passing = [point for point in manifest.frontier if point.kl * scale <= failed.limit]
-    return f"--kv-ratio {_ratio(max(passing, key=lambda point: point.kv_ratio))}" if passing else None
+    return nearest_budget(report.gates, manifest.frontier, size, by_size=by_size)
 
 
-def _ratio(point: PlanPoint) -> str:
-    """A ratio that the point meets, rounded down."""
-    return f"{int(point.kv_ratio * 100) / 100:g}"
+def expected_gates(gates: Gates, frontier: Sequence[PlanPoint], size: float, kl: float) -> tuple[GateResult, ...]:
+    """The gates of which a plan's values are expected.
+
+    Args:
+        gates: The limits.
+        frontier: What the planner saw, with the plan among it.
+        size: Bytes per token of the plan.
+        kl: Its KL.
+    """
+    own = next((point for point in frontier if point.kv_bytes_per_token == size), None)
+    values = {name: expected(own) if own else None for name, expected in _EXPECTED.items()} | {"max_kl": kl}
+    limits = {name: getattr(gates, name) for name in values}
+    return tuple(
+        GateResult(name=name, value=value, limit=limits[name], passed=value <= limits[name])
+        for name, value in values.items()
+        if value is not None and limits[name] is not None
+    )
+
+
+def nearest_budget(
+    gates: Sequence[GateResult], frontier: Sequence[PlanPoint], size: float, *, by_size: bool
+) -> str | None:
+    """The options of `kvslim compress` for the nearest size that is expected to pass; None where none is known.
+
+    What the planner measured on calibration text is corrected by what the artifact lost beside it on held-out text.
+    Where it did not plan, or did not measure recall at a size that is good enough otherwise, it is to search.
+
+    Args:
+        gates: What was measured of an artifact, or what is expected of it.
+        frontier: What the planner saw.
+        size: Bytes per token of the artifact.
+        by_size: Whether the planner had a size to meet, rather than a quality.
+    """
+    gates = [gate for gate in gates if gate.value is not None]
+    failed = {gate.name for gate in gates if not gate.passed}
+    if not failed or not failed <= _EXPECTED.keys():
+        return None
+    if not frontier:
+        return _search(gates) if failed <= LIMITS.keys() else None
+    own = min(frontier, key=lambda point: abs(point.kv_bytes_per_token - size))
+    others = [point for point in frontier if point.kv_bytes_per_token != size]
+    tests = [_test(gate, own) for gate in gates if gate.name in _EXPECTED]
+    verdicts = {point.kv_ratio: [passes(point) for passes in tests] for point in others}
+    passing = [ratio for ratio, found in verdicts.items() if all(found)]
+    if passing:
+        return f"--kv-ratio {_rounded_down(min(passing, key=lambda ratio: abs(math.log(ratio / own.kv_ratio))))}"
+    unknown = any(None in found and False not in found for found in verdicts.values())
+    return _search(gates) if unknown and by_size else None
+
+
+def _test(gate: GateResult, own: PlanPoint) -> Callable[[PlanPoint], bool | None]:
+    """Whether a point is expected to pass a gate; None where nothing is known.
+
+    Recall lost is corrected by a difference, because it is often 0; all else by a ratio.
+    """
+    expected, measured, at_own = _EXPECTED[gate.name], gate.value or 0.0, _EXPECTED[gate.name](own)
+
+    def passes(point: PlanPoint) -> bool | None:
+        value = expected(point)
+        if gate.passed and point.kv_ratio <= own.kv_ratio and gate.name != "max_time_ratio":
+            return True
+        if value is None or at_own is None:
+            return None
+        if gate.name == "max_recall_drop":
+            return value + max(0.0, measured - at_own) <= gate.limit
+        return value * measured / max(at_own, 1e-12) <= gate.limit
+
+    return passes
+
+
+def _search(gates: Sequence[GateResult]) -> str | None:
+    """The budget of quality that has the gates as limits."""
+    scales = {"max_kl": 1, "max_recall_drop": 100}
+    asked = [
+        f"{option} {gate.limit * scales[name]:g}"
+        for name, option in LIMITS.items()
+        for gate in gates
+        if gate.name == name and (gate.limit > 0 or name != "max_kl")
+    ]
+    return " ".join(asked) or None
+
+
+def _rounded_down(ratio: float) -> str:
+    """A ratio that the plan of this one meets."""
+    return f"{int(ratio * 100) / 100:g}"

@@ -15,7 +15,7 @@ def answers(memory: CacheMemory) -> Iterator[str]:
         entries = [entry for entry in memory.devices if entry.device == device]
         for tokens in memory.mib:
             found = ((memory.label(entry.cache), _decode(entry, int(tokens))) for entry in entries)
-            yield f"{int(tokens):,} tokens on {device}: {'; '.join(f'{name} {_need(at)}' for name, at in found)}"
+            yield f"{int(tokens):,} tokens on {device}: {'; '.join(f'{name} {need(at)}' for name, at in found)}"
 
 
 def limits_table(memory: CacheMemory) -> Table:
@@ -51,7 +51,8 @@ def _decode(entry: Limits, context: int) -> Bound:
     return next(bound for bound in entry.stages if (bound.demand.stage, bound.demand.context) == ("decode", context))
 
 
-def _need(bound: Bound) -> str:
+def need(bound: Bound) -> str:
+    """The memory that a stage needs, and its speed at best."""
     mib = bound.demand.memory_bytes / 2**20
     memory = f"{mib / 2**10:.1f} GiB" if mib >= 2**10 else f"{mib:.0f} MiB"
     if bound.binds == "memory":

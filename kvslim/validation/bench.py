@@ -107,6 +107,7 @@ def bench_all(
     artifacts: Mapping[str, Path], specs: Sequence[ModelSpec], grid: Grid, progress: Progress
 ) -> dict[str, BenchResult]:
     """Times artifacts of models that are all decoders or all encoders."""
+    progress.expect({_name_of(*point): 1.0 for point in grid.points})
     timed = bench_encoders if any(spec.is_encoder for spec in specs) else bench_decoders
     return timed(artifacts, grid, progress)
 

@@ -10,6 +10,8 @@ from kvslim.kv_ratios import smaller_than
 from kvslim.recipe import Gates
 from kvslim.types import GateResult, Measures, Report, SampleAnswer
 
+MIB = 2**20
+
 # Limits are decimal fractions; a difference of shares can miss one by a rounding error (1 - 0.95 > 0.05).
 _TOLERANCE = 1e-9
 
@@ -26,12 +28,25 @@ _VALUES: dict[str, Callable[[Measures, Measures], float | None]] = {
 }
 
 
-def check_gates(gates: Gates, plain: Measures, artifact: Measures) -> tuple[GateResult, ...]:
-    """One result per gate that is set, in the order of the recipe; a gate without a measured value fails."""
+def check_gates(
+    gates: Gates, plain: Measures, artifact: Measures, ratios: Measures | None = None, context: int | None = None
+) -> tuple[GateResult, ...]:
+    """One result per gate that is set, in the order of the recipe; a gate without a measured value fails.
+
+    Args:
+        gates: The limits.
+        plain: What was measured of the plain export.
+        artifact: What was measured of the artifact.
+        ratios: The artifact over plain, times by pairs of turns; by default the quotients of the columns.
+        context: Tokens of the cache that bytes per token are counted in.
+    """
     limits = {name: limit for name, limit in gates.model_dump().items() if limit is not None}
+    values = {name: value(plain, artifact) for name, value in _VALUES.items()}
+    values["max_time_ratio"] = _time_ratio(ratios or ratio(artifact, plain))
+    values["max_kv_mib"] = _mib(artifact.kv_bytes_per_token, context)
     blind = NO_RECALL if plain.recall == 0 else None
     return tuple(
-        _result(name, _VALUES[name](plain, artifact), limit, blind if name == "max_recall_drop" else None)
+        _result(name, values[name], limit, blind if name == "max_recall_drop" else None)
         for name, limit in limits.items()
     )
 
@@ -79,6 +94,16 @@ def _quotient(numerator: float | None, denominator: float | None) -> float | Non
     return None if numerator is None or not denominator else numerator / denominator
 
 
+def _mib(bytes_per_token: float | None, context: int | None) -> float | None:
+    return None if bytes_per_token is None or context is None else bytes_per_token * context / MIB
+
+
+def _time_ratio(ratios: Measures) -> float | None:
+    """Time per token over plain's at the longest context that both were timed at."""
+    timed = ratios.tpot_ms or {}
+    return timed[max(timed, key=int)] if timed else None
+
+
 def _difference(minuend: float | None, subtrahend: float | None) -> float | None:
     return None if minuend is None or subtrahend is None else minuend - subtrahend
 
@@ -92,17 +117,19 @@ def report(
     original: Measures | None = None,
     timed: Timed | None = None,
     samples: Sequence[SampleAnswer] = (),
+    context: int | None = None,
 ) -> Report:
-    """The report of an artifact; it passes if every gate passes."""
+    """The report of an artifact; it passes if every gate passes. Arguments as for `check_gates`."""
     timed = timed or Timed()
-    results = check_gates(gates, plain, artifact)
+    ratios = ratio(artifact, plain).model_copy(update=dict(timed.ratios))
+    results = check_gates(gates, plain, artifact, ratios, context)
     return Report(
         passed=all(result.passed for result in results),
         gates=results,
         plain=plain,
         floor=floor,
         artifact=artifact,
-        ratio=ratio(artifact, plain).model_copy(update=dict(timed.ratios)),
+        ratio=ratios,
         original=original,
         smaller_than=smaller_than(artifact.kv_bytes_per_token, plain.kv_bytes_per_token),
         timings_uncertain=timed.uncertain,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kvslim import stages
 from kvslim.export.manifest import GRAPH, WEIGHTS
 from kvslim.progress import Progress
 from kvslim.recipe import Gates, Validation
@@ -58,7 +59,7 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
     windows, items, settings, gates, context, timed, original, progress = evaluation
     folders = {"plain": plain, "artifact": artifact}
     quality = _quality(plain, artifact, windows, original, progress)
-    progress.stage("validate: recall")
+    progress.stage(stages.RECALL)
     room = max(map(len, windows)) if not items else capacity_for(items)
     sessions = {name: DecodeSession(path, capacity=room, all_positions=True) for name, path in folders.items()}
     recall = compare_recall(sessions["plain"], sessions["artifact"], items, gates.max_recall_drop, progress)
@@ -77,7 +78,7 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
     sizes = {name: session.layout.bytes_per_token(context) for name, session in sessions.items()}
     del sessions
     samples = sample_answers(plain, artifact, windows, progress)
-    progress.stage("validate: time and memory")
+    progress.stage(stages.TIME)
     latency = measure_latency(folders, settings.prompts, timed, settings.repeats, progress=progress)
     slim = latency["artifact"]
     measures = {
@@ -95,6 +96,7 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
         original=of_original,
         timed=Timed({"ttft_ms": slim.ttft_ratio, "tpot_ms": slim.tpot_ratio}, slim.uncertain),
         samples=samples,
+        context=context,
     )
 
 

@@ -270,14 +270,25 @@ def _compared(
     for teacher, student in pairs:
         _check(sessions[teacher], sessions[student], windows)
     tallies = [_Tally(min(map(len, windows))) for _ in pairs]
-    for window in progress.track(windows, "held-out windows"):
+    count = sum(-(-len(window) // chunk) for window in windows)
+    steps = _side_by_side(sessions, windows, chunk)
+    for window, start, logits in progress.track(steps, "held-out text", count):
+        for tally, (teacher, student) in zip(tallies, pairs, strict=True):
+            tally.add(logits[teacher], logits[student], window[start + 1 : start + 1 + chunk])
+        if start + chunk >= len(window):
+            for tally in tallies:
+                tally.end_window()
+    return tallies
+
+
+def _side_by_side(
+    sessions: Sequence[DecodeSession], windows: Windows, chunk: int
+) -> Iterator[tuple[Window, int, Sequence[Logits]]]:
+    """Each window, the place of each of its chunks, and the logits of all sessions there."""
+    for window in windows:
         steps = zip(*(_stepwise(session, window, chunk) for session in sessions), strict=True)
         for start, logits in zip(range(0, len(window), chunk), steps, strict=True):
-            for tally, (teacher, student) in zip(tallies, pairs, strict=True):
-                tally.add(logits[teacher], logits[student], window[start + 1 : start + 1 + chunk])
-        for tally in tallies:
-            tally.end_window()
-    return tallies
+            yield window, start, logits
 
 
 def _stepwise(session: DecodeSession, window: Window, chunk: int) -> Iterator[Logits]:
