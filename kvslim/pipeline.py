@@ -122,10 +122,10 @@ def validate(
     """
     progress = progress or Silent()
     manifest = read_runnable(artifact)
-    recipe = parse_recipe(overridden(manifest.recipe, changes), where=str(artifact)).gated(gates or Gates())
+    recipe = parse_recipe(overridden(manifest.recipe, changes), where=", ".join(changes) or str(artifact))
     # Artifacts of KVSlim 0.1 have all positions of their model.
     positions = recipe.positions or max(manifest.spec.max_context, DEFAULT_POSITIONS)
-    recipe = recipe.model_copy(update={"weights": manifest.weights, "positions": positions})
+    recipe = recipe.gated(gates or Gates()).model_copy(update={"weights": manifest.weights, "positions": positions})
     snapshot = _origin(artifact, manifest.source, against)
     spec, recipe = _checked(snapshot, recipe)
     stages.begin("validate", spec, recipe, progress)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from support.paths import ROOT
+from support.tiny_artifact import fill
 from support.tiny_report import manifest
 
 from kvslim.cli import app
@@ -128,6 +129,13 @@ def test_validate_measures_on_the_text_and_context_that_are_given(run: Run, monk
     run("validate", "out")
     changes = ["calibration.context=8192", 'validation.source="text.txt"']
     assert [given["changes"] for given in asked] == [changes, []]
+
+
+def test_validate_names_the_context_that_is_wrong(run: Run, tmp_path: Path) -> None:
+    fill(tmp_path)
+    code, _, err = run("validate", tmp_path, "--context", "4")
+    assert code == UsageError.exit_code
+    assert "where: calibration.context=4\n" in err
 
 
 @pytest.mark.parametrize("verb", ["", "compress", "validate", "recipes"])

@@ -110,11 +110,12 @@ def _time_ratio(
     none = Cache("none", KVLayout(tensors=()), plain.q_heads)
     most, reached = (bound(device, decode(weights, cache, context)).tokens_per_second for cache in (none, plain))
     if tokens_per_second >= most:
+        least = f"{most:,.0f}" if most >= 100 else f"{most:.3g}"
         raise GateError(
-            f"{device.name} decodes fewer than {tokens_per_second:g} tokens per second beside weights in "
+            f"{device.name} decodes fewer than {tokens_per_second:,g} tokens per second beside weights in "
             f"{weights.name}, with any cache",
             where="--tokens-per-second",
-            fix=f"ask for less than {most:.3g}, or for smaller --weights",
+            fix=f"ask for less than {least}, or for smaller --weights",
         )
     return reached / tokens_per_second if reached < tokens_per_second else None
 
