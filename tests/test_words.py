@@ -207,9 +207,8 @@ def test_compress_ends_with_a_verdict_and_what_to_do_next(run: Run, made: Callab
     code, _, err = run("compress", "demo", "-o", "my out")
     assert code == 0
     lines = err.splitlines()
-    size = manifest().report.ratio.kv_bytes_per_token  # type: ignore[union-attr]
     assert lines[0] == (
-        f"passed, 1 of 1 gates hold: the cache is {1 / size:.3g}x smaller than fp32, {1 / size / 2:.3g}x than fp16, "
+        "passed, 1 of 1 gates hold: the cache is 5.7x smaller than fp32, 2.9x than fp16, 1.5x than q8_0, "
         "KL 0.004, recall 97.0% (plain 98.0%)"
     )
     assert re.fullmatch(r"written to my out in \d+:\d\d", lines[1])

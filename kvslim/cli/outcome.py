@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kvslim.cli.pace import minutes
+from kvslim.kv_ratios import smaller
 from kvslim.report.advice import expected_gates, nearest_budget, passing_budget
 from kvslim.types import Manifest, Report
 
@@ -101,8 +102,7 @@ def _verdict(report: Report) -> str:
 def _facts(report: Report) -> Iterator[str]:
     artifact, plain = report.artifact, report.plain
     if artifact.kv_bytes_per_token and plain.kv_bytes_per_token:
-        ratio = plain.kv_bytes_per_token / artifact.kv_bytes_per_token
-        yield f"the cache is {ratio:.3g}x smaller than fp32, {ratio / 2:.3g}x than fp16"
+        yield f"the cache is {smaller(artifact.kv_bytes_per_token, plain.kv_bytes_per_token)}"
     if artifact.kl_mean is not None:
         yield f"KL {artifact.kl_mean:.2g}"
     if artifact.recall is not None and plain.recall is not None:

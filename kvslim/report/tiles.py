@@ -13,6 +13,8 @@ GATES = {
     "min_top1_agreement": "the share of equal most likely tokens",
     "max_recall_drop": "the recall that is lost",
     "max_kv_ratio": "the cache as a share of plain's bytes",
+    "max_kv_mib": "the cache at the target context, in MiB,",
+    "max_time_ratio": "the time per token over plain's",
     "min_embedding_cosine": "the mean cosine to plain's embeddings",
     "min_retrieval_rank_correlation": "the rank correlation of retrieval",
     "min_masked_top1_agreement": "the share of equal masked tokens",

@@ -24,7 +24,6 @@ _VALUES: dict[str, Callable[[Measures, Measures], float | None]] = {
     "max_kv_ratio": lambda plain, artifact: _quotient(artifact.kv_bytes_per_token, plain.kv_bytes_per_token),
     "max_file_mib": lambda plain, artifact: artifact.file_mib,
     "max_memory_mib": lambda plain, artifact: artifact.peak_rss_mib,
-    "max_time_ratio": lambda plain, artifact: _time_ratio(plain.tpot_ms, artifact.tpot_ms),
     "min_embedding_cosine": lambda plain, artifact: artifact.embedding_cosine_mean,
     "min_retrieval_rank_correlation": lambda plain, artifact: artifact.retrieval_rank_correlation,
     "min_masked_top1_agreement": lambda plain, artifact: artifact.masked_top1_agreement,
@@ -32,7 +31,7 @@ _VALUES: dict[str, Callable[[Measures, Measures], float | None]] = {
 
 
 def check_gates(
-    gates: Gates, plain: Measures, artifact: Measures, context: int | None = None
+    gates: Gates, plain: Measures, artifact: Measures, ratios: Measures | None = None, context: int | None = None
 ) -> tuple[GateResult, ...]:
     """One result per gate that is set, in the order of the recipe; a gate without a measured value fails.
 
@@ -40,10 +39,12 @@ def check_gates(
         gates: The limits.
         plain: What was measured of the plain export.
         artifact: What was measured of the artifact.
+        ratios: The artifact over plain, times by pairs of turns; by default the quotients of the columns.
         context: Tokens of the cache that bytes per token are counted in.
     """
     limits = {name: limit for name, limit in gates.model_dump().items() if limit is not None}
     values = {name: value(plain, artifact) for name, value in _VALUES.items()}
+    values["max_time_ratio"] = _time_ratio(ratios or ratio(artifact, plain))
     values["max_kv_mib"] = _mib(artifact.kv_bytes_per_token, context)
     blind = NO_RECALL if plain.recall == 0 else None
     return tuple(
@@ -99,13 +100,10 @@ def _mib(bytes_per_token: float | None, context: int | None) -> float | None:
     return None if bytes_per_token is None or context is None else bytes_per_token * context / MIB
 
 
-def _time_ratio(plain: dict[str, float] | None, artifact: dict[str, float] | None) -> float | None:
+def _time_ratio(ratios: Measures) -> float | None:
     """Time per token over plain's at the longest context that both were timed at."""
-    timed = (plain or {}).keys() & (artifact or {}).keys()
-    if plain is None or artifact is None or not timed:
-        return None
-    longest = max(timed, key=int)
-    return _quotient(artifact[longest], plain[longest])
+    timed = ratios.tpot_ms or {}
+    return timed[max(timed, key=int)] if timed else None
 
 
 def _difference(minuend: float | None, subtrahend: float | None) -> float | None:
@@ -136,14 +134,15 @@ def report(
         samples: Answers to compare by eye.
     """
     timed = timed or Timed()
-    results = check_gates(gates, plain, artifact, context)
+    ratios = ratio(artifact, plain).model_copy(update=dict(timed.ratios))
+    results = check_gates(gates, plain, artifact, ratios, context)
     return Report(
         passed=all(result.passed for result in results),
         gates=results,
         plain=plain,
         floor=floor,
         artifact=artifact,
-        ratio=ratio(artifact, plain).model_copy(update=dict(timed.ratios)),
+        ratio=ratios,
         original=original,
         smaller_than=smaller_than(artifact.kv_bytes_per_token, plain.kv_bytes_per_token),
         timings_uncertain=timed.uncertain,
