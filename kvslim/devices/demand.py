@@ -27,7 +27,7 @@ FLOAT = 4
 BLOCK = 32
 BLOCK_BYTES: dict[WeightType, float] = {  # codes, a float32 scale and a zero point
     "fp32": BLOCK * FLOAT,
-    "int8": BLOCK + FLOAT + 1,
+    "int8": BLOCK + (FLOAT + 1) / 4,  # for 128 numbers
     "int4": BLOCK / 2 + FLOAT + 0.5,
 }
 STATES = 4  # numbers that training with Adam holds per parameter: itself, its gradient and two moments
