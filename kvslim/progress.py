@@ -43,3 +43,18 @@ class Silent:
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """Yields `items` unchanged."""
         yield from items
+
+
+class WithinStage(Silent):
+    """Follows steps of a progress within the stage that it is in: for functions that have stages of their own.
+
+    Args:
+        progress: Receives the steps.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        """Yields `items` unchanged, and follows them."""
+        yield from self._progress.track(items, label, total)

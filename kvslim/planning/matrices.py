@@ -21,7 +21,7 @@ from kvslim.contract import Frozen, ModelSpec
 from kvslim.loading.architecture import Architecture
 from kvslim.planning.allocate import Option, allocate
 from kvslim.progress import Progress
-from kvslim.transform.surgery import layer_modules, project_directly
+from kvslim.transform.surgery import attention_modules, layer_modules, project_directly
 from kvslim.weights.blocks import BlockFormat, Floats, quantise
 from kvslim.weights.choice import Chosen
 
@@ -159,12 +159,19 @@ def _replaced(group: Sequence[Any], numbers: Sequence[Floats], of: MatrixPricing
     try:
         for module, matrix in zip(group, numbers, strict=True):
             module.weight.data = torch.from_numpy(np.ascontiguousarray(matrix))
-        project_directly(of.model, of.architecture, of.spec)
+        _project(group, of)
         yield
     finally:
         for module, weight in zip(group, kept, strict=True):
             module.weight.data = weight
-        project_directly(of.model, of.architecture, of.spec)
+        _project(group, of)
+
+
+def _project(group: Sequence[Any], of: MatrixPricing) -> None:
+    """Lets attentions compute with the matrices of a group, of which they may have rows as their own."""
+    for attention in attention_modules(of.model, of.architecture):
+        if any(module in group for module in attention.children()):
+            project_directly(attention, of.architecture, of.spec)
 
 
 def _groups(model: Any, modules: Sequence[nn.Module], tokens: torch.Tensor) -> list[list[nn.Module]]:

@@ -11,7 +11,9 @@ from kvslim.errors import GateError
 from kvslim.planning.budget import planner_of
 from kvslim.planning.split import split
 from kvslim.prepared.weights import MIB, MatrixPicking, file_limit, matrix_picking
-from kvslim.recipe import Gates, Recipe
+from kvslim.progress import WithinStage
+from kvslim.recipe import Budget, Gates, Recipe
+from kvslim.types import PlanPoint
 
 if TYPE_CHECKING:
     from kvslim.prepared.decoder import PreparedDecoder
@@ -32,10 +34,7 @@ def with_limits(prepared: PreparedDecoder) -> Recipe:
         limit = recipe.gates.max_file_mib or file_limit(prepared)
         return recipe.gated(Gates(max_file_mib=limit))
     picking = matrix_picking(prepared)
-    prepared.progress.stage(stages.PROBE_CACHE)
-    planner = planner_of(prepared.trials(), budget.context, budget.time_ratio)
-    frontier = [planned.point for planned in planner.frontier(prepared.progress)]
-    del prepared.statistics  # they are of the model in float32
+    frontier = _frontier(prepared, budget)
     room = budget.memory_mib * MIB - RUNTIME_BYTES - picking.others
     found = split(room, picking.least, lambda size: _loss(picking, size), frontier, budget.context)
     if found is None:
@@ -54,6 +53,19 @@ def with_limits(prepared: PreparedDecoder) -> Recipe:
             ),
         }
     )
+
+
+def _frontier(prepared: PreparedDecoder, budget: Budget) -> list[PlanPoint]:
+    """What caches of several sizes lose on the model in float32."""
+    progress = prepared.progress
+    progress.stage(stages.PROBE_CACHE)
+    prepared.progress = WithinStage(progress)
+    try:
+        planner = planner_of(prepared.trials(), budget.context, budget.time_ratio)
+        return [planned.point for planned in planner.frontier(prepared.progress)]
+    finally:
+        prepared.progress = progress
+        vars(prepared).pop("statistics", None)  # those of the model with its weights rounded are others
 
 
 def _loss(picking: MatrixPicking, size: float) -> float:
