@@ -13,6 +13,7 @@ import typer
 from kvslim.cli import console
 from kvslim.cli.memory import MemoryLimitError
 from kvslim.errors import GateError, KvslimError, UsageError
+from kvslim.packages import missing_package
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,6 +87,8 @@ def explained(caught: BaseException) -> KvslimError:
         )
     if isinstance(caught, KvslimError):
         return caught
+    if isinstance(caught, ModuleNotFoundError) and (missing := missing_package(caught)):
+        return _after(missing, caught)
     if isinstance(caught, OSError) and caught.strerror:
         fix = "check that the file can be read or written, and that the disk has space"
         return _after(FileAccessError(caught.strerror, where=str(caught.filename or "the output"), fix=fix), caught)
