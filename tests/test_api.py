@@ -160,7 +160,9 @@ def test_generate_streams_pieces_of_the_text(artifact: Path) -> None:
     text = kvslim.load(str(artifact))
     pieces = text.generate("hello", max_new_tokens=12)
     assert isinstance(pieces, Iterator)
-    assert "".join(pieces) == "".join(text.generate("hello", max_new_tokens=12)) != ""
+    shown = list(pieces)
+    assert all(shown)
+    assert "".join(shown) == "".join(text.generate("hello", max_new_tokens=12)) != ""
 
 
 def test_seed_and_temperature_draw_the_text(artifact: Path) -> None:

@@ -534,7 +534,7 @@ CASES: dict[str, tuple[Case, int, str]] = {
     ),
     "prompt_not_unicode": (lambda i: ["generate", i.artifact(), "-p", "\udcff"], USAGE, "not Unicode"),
     "prompts_missing": (lambda i: ["generate", i.artifact(), "--file", "nowhere.jsonl"], MISSING, "nowhere.jsonl"),
-    "prompts_twice": (lambda i: ["generate", i.artifact(), "-p", "a", "-i"], USAGE, "give one of"),
+    "prompts_twice": (lambda i: ["generate", i.artifact(), "-p", "a", "--file", "a"], USAGE, "give one of"),
     "chat_without_template": (lambda i: ["generate", i.artifact(), "-p", "a", "--chat"], USAGE, "no chat template"),
     "compare_missing": (lambda i: ["compare", i.root / "nowhere"], MISSING, "no such artifact"),
     "compare_baseline_broken": (lambda i: ["compare", i.artifact(), "--against", i.file("b.json", "{")], USAGE, "JSON"),

@@ -117,7 +117,6 @@ def test_stop_string_ends_an_answer_with_its_reason(artifact: Path, capsys: pyte
     ("arguments", "words"),
     [
         (["-p", "a", "--batch", "2"], "a batch needs a file"),
-        (["-i", "--batch", "2"], "a batch needs a file"),
         (["--file", "-", "--batch", "0"], "--batch"),
         (["--file", "-", "--batch", "9223372036854775807"], "--batch"),
         (["-p", "a", "--stop", ""], "a stop string is empty"),

@@ -147,14 +147,14 @@ def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_way_to_generate_shows_whole_characters(
     artifact: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tokens: int, shown: str
 ) -> None:
-    def printed(*arguments: str, stdin: str = "") -> str:
+    def printed(*arguments: str, verb: str = "generate", stdin: str = "") -> str:
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
-        assert app.run(["generate", str(artifact), "--max-new-tokens", str(tokens), *arguments]) == 0
+        assert app.run([verb, str(artifact), "-n", str(tokens), *arguments]) == 0
         return capsys.readouterr().out
 
     assert printed("-p", "é") == f"é{shown}\n"
     assert json.loads(printed("-p", "é", "--json"))["completion"] == shown
-    assert printed("-i", stdin="é\né\n") == f"{shown}\n{shown}\n"
+    assert printed(verb="chat", stdin="é\né\n") == f"{shown}\n{shown}\n"
     assert json.loads(printed("--file", "-", stdin='{"prompt": "é"}'))["completion"] == shown
     text = kvslim.load(artifact)
     pieces = list(text.generate("é", max_new_tokens=tokens))

@@ -35,6 +35,7 @@ VERBS = (
     "compare",
     "bench",
     "generate",
+    "chat",
     "inspect",
     "verify",
     "methods",

@@ -26,6 +26,7 @@ STANDS_FOR = {
     r'"?\$?\bMODEL\b"?': "./my-model",
     r'"\$RECIPE"': "recipe.yaml",
     r"compress demo\b": "compress ./my-model",
+    r" < \S+": "",  # stdin is a text of the test's own
 }
 BRIEF = (
     "calibration.samples=8",
@@ -62,6 +63,18 @@ def commands() -> list[str]:
     for placeholder, name in STANDS_FOR.items():
         found = {re.sub(placeholder, name, command) for command in found}
     return sorted(command for command in found if re.match(r"kvslim [a-z]", command))
+
+
+@pytest.fixture
+def brief_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server listens where there is room, and stops when it has started."""
+    from kvslim.serve.server import listen
+
+    async def stop(_: object) -> None:
+        return
+
+    monkeypatch.setattr("kvslim.serve.server.listen", lambda host, _: listen(host, 0))
+    monkeypatch.setattr("uvicorn.Server.main_loop", stop)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +130,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, brief: None) -> Path:
 
 
 @pytest.mark.filterwarnings("default")
+@pytest.mark.usefixtures("brief_server")
 @pytest.mark.parametrize(
     "command", [pytest.param(line, marks=needs_harness if " eval " in line else ()) for line in commands()]
 )

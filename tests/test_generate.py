@@ -1,4 +1,4 @@
-"""`kvslim generate`: one prompt, a conversation, a file of prompts."""
+"""`kvslim generate`: one prompt, a file of prompts."""
 
 from __future__ import annotations
 
@@ -9,17 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_artifact import describe
-from support.tiny_writer import write_writer
+from support.tiny_chat import completed, write_chat
 
 from kvslim.cli import app
 from kvslim.cli.schemas import output_type
-from kvslim.runtime.completion import Completer, PromptEncoder
 
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 FIELDS = (
     "prompt_tokens",
     "cached_tokens",
@@ -31,26 +25,19 @@ FIELDS = (
     "context_capacity",
     "kv_mib",
 )
-SHORT = ("--max-new-tokens", "6")
+SHORT = ("-n", "6")
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
-    """An artifact with a graph that runs, and a chat template."""
-    folder = tmp_path / "artifact"
-    folder.mkdir()
-    write_writer(folder)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    describe(folder)
-    return folder
+    return write_chat(tmp_path / "artifact")
 
 
 @pytest.fixture
-def base(artifact: Path) -> Path:
+def base(tmp_path: Path) -> Path:
     """The artifact of a model without a chat template."""
-    (artifact / "tokenizer_config.json").write_text("{}")
-    return artifact
+    return write_chat(tmp_path / "base", template=None)
 
 
 @pytest.fixture
@@ -65,12 +52,6 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return code, captured.out, captured.err
 
     return call
-
-
-def completed(artifact: Path, text: str, tokens: int = 6) -> str:
-    """What a fresh cache answers."""
-    encoder = PromptEncoder(artifact, 257)
-    return "".join(Completer(artifact, encoder.tokenizer, capacity=512).stream(encoder.prompt(text), tokens))
 
 
 def lines(text: str) -> list[dict[str, Any]]:
@@ -118,42 +99,6 @@ def test_chat_is_refused_when_there_is_no_template(run: Run, base: Path, options
     code, out, err = run(base, "-p", "hello", *options)
     assert (code, out) == (2, "")
     assert "the tokenizer has no chat template" in err
-
-
-def test_conversation_keeps_its_cache_and_answers_as_from_scratch(run: Run, artifact: Path) -> None:
-    code, out, err = run(artifact, "-i", "--system", "S", *SHORT, "--json", "--context", "200", stdin="one\n\ntwo\n")
-    first, end = json.JSONDecoder().raw_decode(out)
-    second = json.loads(out[end:])
-    turns = "<system>S\n<user>one\n<assistant>"
-    assert first["completion"] == completed(artifact, turns)
-    turns += f"{first['completion']}\n<user>two\n<assistant>"
-    assert second["completion"] == completed(artifact, turns)
-    assert (first["prompt"], second["prompt"]) == ("one", "two")
-    assert (first["cached_tokens"], second["prompt_tokens"]) == (0, len(turns.encode()))
-    assert second["cached_tokens"] >= first["prompt_tokens"]
-    assert (code, err) == (0, "")
-
-
-def test_conversation_prints_answers_alone_when_stdin_is_no_terminal(run: Run, artifact: Path) -> None:
-    code, out, err = run(artifact, "--interactive", *SHORT, stdin="one")
-    assert (code, out) == (0, completed(artifact, "<user>one\n<assistant>") + "\n")
-    assert len(err.splitlines()) == 1
-    assert "> " not in err
-
-
-def test_conversation_goes_on_with_the_text_when_there_is_no_template(run: Run, base: Path) -> None:
-    code, out, err = run(base, "-i", *SHORT, "--json", stdin="one\ntwo\n")
-    answer, end = json.JSONDecoder().raw_decode(out)
-    assert json.loads(out[end:])["completion"] == completed(base, f"one{answer['completion']}two")
-    assert code == 0
-    assert err.startswith("hint: the tokenizer has no chat template")
-
-
-def test_conversation_ends_with_an_error_when_the_cache_is_full(run: Run, artifact: Path) -> None:
-    code, out, err = run(artifact, "-i", *SHORT, "--context", "30", stdin="one\ntwo\nthree\n")
-    assert code == 2
-    assert len(out.splitlines()) >= 1
-    assert "leave no room in a cache of 30" in err
 
 
 def test_file_gives_one_object_per_line(run: Run, artifact: Path, tmp_path: Path) -> None:
@@ -212,8 +157,8 @@ def test_file_names_each_line_that_cannot_be_completed_and_goes_on(run: Run, art
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        ([], 2, "give one of --prompt, --file and --interactive"),
-        (["-p", "a", "-i"], 2, "give one of"),
+        ([], 2, "give one of --prompt and --file"),
+        (["-p", "a", "--file", "a"], 2, "give one of"),
         (["-p", ""], 2, "the prompt is empty"),
         (["-p", "\udcff"], 2, "not Unicode"),
         (["-p", "a" * 512], 2, "the prompt has 512 tokens, but the model has only 512 positions"),
@@ -230,3 +175,10 @@ def test_generate_refuses_when_it_cannot_begin(
     found, out, err = run(artifact, *arguments)
     assert (found, out) == (code, "")
     assert words in err
+
+
+@pytest.mark.parametrize("option", ["-i", "--interactive"])
+def test_conversation_is_a_verb_of_its_own(run: Run, artifact: Path, option: str) -> None:
+    code, out, err = run(artifact, option)
+    assert (code, out) == (2, "")
+    assert f"fix: `kvslim chat {artifact}`" in err

@@ -79,6 +79,41 @@ def test_completion_starts_anew_when_the_cache_cannot_go_back(folder: Path, monk
     assert writer.usage.cached_tokens == 0
 
 
+@pytest.mark.parametrize("runs", [1, 2, 3, 4, 9])
+def test_text_is_closed_between_any_two_runs_and_what_was_run_is_kept(folder: Path, runs: int) -> None:
+    writer, ids = completer(folder, 2048), [5, 6, 7, 8] * 300  # three runs of at most 512 tokens
+    pieces = writer.stream(ids, 20)
+    for _ in range(runs):
+        next(pieces)
+    pieces.close()
+    usage = writer.usage
+    assert usage is not None
+    assert (usage.finish_reason, usage.new_tokens) == ("interrupted", max(0, runs - 3))
+    assert text_of(writer, ids) == text_of(completer(folder, 2048), ids)
+    assert writer.usage is not None
+    assert writer.usage.cached_tokens == min(512 * runs, len(ids) - 1)
+
+
+def test_text_that_is_closed_at_its_end_was_not_interrupted(folder: Path) -> None:
+    writer = completer(folder)
+    pieces = writer.stream([1, 2, 3], 2)
+    for _ in range(3):
+        next(pieces)
+    pieces.close()
+    assert writer.usage is not None
+    assert (writer.usage.finish_reason, writer.usage.new_tokens) == ("length", 2)
+
+
+def test_usage_is_of_the_last_text_when_an_older_one_is_closed_late(folder: Path) -> None:
+    writer = completer(folder)
+    older = writer.stream([1, 2, 3], 9)
+    next(older)
+    text_of(writer, [1, 2], 5)
+    older.close()
+    assert writer.usage is not None
+    assert (writer.usage.prompt_tokens, writer.usage.finish_reason) == (2, "length")
+
+
 def test_usage_counts_what_was_run(folder: Path) -> None:
     writer = completer(folder, capacity=20)
     text_of(writer, [1, 2, 3, 4], 5)

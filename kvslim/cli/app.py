@@ -12,6 +12,7 @@ from kvslim import __version__
 from kvslim.cli import console
 from kvslim.cli.analyze import analyze
 from kvslim.cli.bench import bench
+from kvslim.cli.chat import chat
 from kvslim.cli.compare import compare
 from kvslim.cli.compress import compress
 from kvslim.cli.doctor import doctor
@@ -24,6 +25,7 @@ from kvslim.cli.methods import methods
 from kvslim.cli.plan import plan
 from kvslim.cli.recipes import recipes
 from kvslim.cli.schema import schema
+from kvslim.cli.serve import serve
 from kvslim.cli.validate import validate
 from kvslim.cli.verify import verify
 from kvslim.errors import KvslimError, UsageError
@@ -105,6 +107,8 @@ app.command("eval")(evaluate)
 app.command()(compare)
 app.command()(bench)
 app.command()(generate)
+app.command()(chat)
+app.command()(serve)
 app.command()(inspect)
 app.command()(verify)
 app.command()(methods)

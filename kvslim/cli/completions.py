@@ -1,8 +1,10 @@
-"""What every mode of `kvslim generate` shares: the options, the prompt's ids, the cache, and how text is printed."""
+"""What verbs that write text share: the options, the prompt's ids, the cache, and how text is printed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import sys
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from kvslim.runtime.template import ChatTemplate
 from kvslim.runtime.text import read_decoder
 
 Record = Mapping[str, Any]
+MOST_WITHOUT_TEMPLATE = 128
 
 
 @dataclass(frozen=True)
@@ -24,22 +27,20 @@ class Options:
     Attributes:
         chat: Whether a prompt is a message of the user, for the chat template.
         system: The system message of a conversation.
-        max_new_tokens: Tokens of a completion at most.
+        max_new_tokens: Tokens of a completion at most; None for as many as the model writes.
         context: Tokens to allocate the cache for; None for as many as the prompt needs.
         sampling: How tokens are drawn.
         stops: Strings that end a completion.
-        batch: Prompts of a file that are completed at once.
         threads: Threads of one operator.
         as_json: Whether to print JSON in place of text.
     """
 
     chat: bool
     system: str | None
-    max_new_tokens: int
+    max_new_tokens: int | None
     context: int | None
     sampling: Sampling
     stops: tuple[str, ...]
-    batch: int
     threads: int | None
     as_json: bool
 
@@ -63,6 +64,13 @@ class Generation:
                 "the tokenizer has no chat template", where=str(artifact), fix="leave out --chat and --system"
             )
         self.encoder = PromptEncoder(artifact, self.manifest.spec.vocab_size)
+
+    @property
+    def most(self) -> int:
+        """Tokens of a completion at most. A model without a chat template may have no end in sight."""
+        if self.options.max_new_tokens is not None:
+            return self.options.max_new_tokens
+        return sys.maxsize if self.has_template else MOST_WITHOUT_TEMPLATE
 
     @property
     def has_template(self) -> bool:
@@ -89,56 +97,41 @@ class Generation:
         capacity, threads = capacity or self.options.context or default, self.options.threads
         return Completer(self.artifact, self.encoder.tokenizer, capacity=capacity, batch=batch, threads=threads)
 
+    def stream(self, completer: Completer, ids: Sequence[int]) -> Generator[str, None, None]:
+        """The text that follows a prompt, as `Completer.stream` gives it."""
+        return completer.stream(ids, self.most, self.options.sampling, self.options.stops)
+
 
 def complete(generation: Generation, prompt: str) -> int:
-    """Completes one prompt, in a cache with just the room it needs. Plain text is printed before what follows it.
+    """Completes one prompt, in a cache with just the room it needs, and streams it to stdout.
+
+    A plain prompt is printed before what follows it, and usage on stderr; with `--json` all is one object.
 
     Raises:
         UsageError: The prompt is longer than the model allows.
     """
-    options, most = generation.options, generation.manifest.spec.max_context
+    options, positions = generation.options, generation.manifest.spec.max_context
     ids = generation.ids(prompt)
-    if len(ids) >= most:
+    if len(ids) >= positions:
         raise UsageError(
-            f"the prompt has {len(ids)} tokens, but the model has only {most} positions",
+            f"the prompt has {len(ids)} tokens, but the model has only {positions} positions",
             where="--prompt",
             fix="shorten the prompt",
         )
-    completer = generation.completer(min(most, options.context or len(ids) + options.max_new_tokens))
-    show(completer, ids, {"prompt": prompt}, "" if options.chat else prompt, options)
+    completer = generation.completer(min(positions, options.context or len(ids) + generation.most))
+    pieces = generation.stream(completer, ids)
+    if options.as_json:
+        answer = {"prompt": prompt, "completion": "".join(pieces)}
+        console.print_json("generate", answer | usage_of(completer).model_dump(mode="json"))
+        return 0
+    for piece in itertools.chain(["" if options.chat else prompt], pieces, ["\n"]):
+        console.print_text(piece)
+    console.hint(usage_line(usage_of(completer)))
     return 0
 
 
-def show(completer: Completer, ids: Sequence[int], record: Record, before: str, options: Options) -> str:
-    """Streams a completion to stdout and its usage to stderr, or prints both as one JSON object.
-
-    Args:
-        completer: The cache.
-        ids: Tokens of the whole prompt.
-        record: What the JSON object starts with.
-        before: Text to print in front of the completion.
-        options: The options for all prompts.
-
-    Returns:
-        The completion.
-    """
-    pieces = completer.stream(ids, options.max_new_tokens, options.sampling, options.stops)
-    if options.as_json:
-        text = "".join(pieces)
-        console.print_json("generate", {**record, "completion": text, **usage_of(completer).model_dump(mode="json")})
-        return text
-    text = ""
-    console.print_text(before)
-    for piece in pieces:
-        console.print_text(piece)
-        text += piece
-    console.print_text("\n")
-    console.hint(usage_line(usage_of(completer)))
-    return text
-
-
 def usage_of(completer: Completer) -> Usage:
-    """Counts and times of a completion that was read to its end."""
+    """Counts and times of a completion that was read to its end, or closed."""
     usage = completer.usage
     if usage is None:
         raise RuntimeError("the completion was not read to its end")
@@ -149,8 +142,9 @@ def usage_line(usage: Usage) -> str:
     """Counts, speed and memory of a completion in one line."""
     speed = "" if usage.tokens_per_second is None else f" at {usage.tokens_per_second:.1f} per second"
     cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
+    end = ", interrupted" if usage.finish_reason == "interrupted" else ""
     return (
-        f"{usage.prompt_tokens} prompt tokens{cached}, {usage.new_tokens} new{speed}, "
+        f"{usage.prompt_tokens} prompt tokens{cached}, {usage.new_tokens} new{speed}{end}, "
         f"first after {usage.ttft_ms:.3g} ms; context {usage.context_tokens} of {usage.context_capacity}, "
         f"KV cache {usage.kv_mib:.3g} MiB"
     )

@@ -1,4 +1,4 @@
-"""`kvslim generate`: continues a text, holds a conversation, or completes a file of prompts."""
+"""`kvslim generate`: continues a text, or completes a file of prompts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from kvslim.cli.options import Artifact, Json, Threads
+from kvslim.cli.writing import RepetitionPenalty, Seed, Stop, Temperature, TopK, TopP
 from kvslim.errors import UsageError
 
 
@@ -16,43 +17,39 @@ def generate(
     file: Annotated[
         str | None, typer.Option(help='JSON lines, {"prompt": ...} or {"messages": [...]}; - for stdin')
     ] = None,
-    interactive: Annotated[
-        bool, typer.Option("--interactive", "-i", help="hold a conversation; Ctrl-D ends it")
-    ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="send the prompt through the chat template")] = False,
     system: Annotated[str | None, typer.Option(help="the system message; implies --chat")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="generate at most this many tokens")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="generate at most this many tokens")
+    ] = 128,
     context: Annotated[
         str | None, typer.Option(metavar="TOKENS", help="capacity of the cache, such as 16k; default: what is needed")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the most likely token")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="sample from this many tokens; 0 for all")] = 0,
-    top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="sample from the most likely tokens that together have this probability")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="seed of the sampling")] = 0,
-    repetition_penalty: Annotated[
-        float, typer.Option(min=0.01, max=100, help="above 1, tokens of the text so far become less likely")
-    ] = 1.0,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="end the answer before this text; repeat it for more")
-    ] = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
     batch: Annotated[int, typer.Option(min=1, max=1024, help="complete this many prompts of --file at once")] = 1,
     threads: Threads = None,
     as_json: Json = False,
+    interactive: Annotated[bool, typer.Option("--interactive", "-i", hidden=True)] = False,
 ) -> int:
-    """Continue a text, hold a conversation, or complete a file of prompts.
+    """Continue a text, or complete a file of prompts.
 
     Text is printed as it is generated, then counts and speed on stderr. A file of prompts gives one JSON object per
     line; a line that cannot be completed gives its error, and the exit code is 2 at the end.
     """
     from kvslim.cli.completions import Generation, Options, complete
-    from kvslim.cli.conversation import converse
     from kvslim.cli.inputs import read_length
     from kvslim.cli.prompt_file import complete_file
     from kvslim.runtime.generate import Sampling
     from kvslim.runtime.stops import checked_stops
 
+    if interactive:
+        fix = f"`kvslim chat {artifact}`"
+        raise UsageError("conversations have a verb of their own", where="--interactive", fix=fix)
     options = Options(
         chat=chat or system is not None,
         system=system,
@@ -60,22 +57,17 @@ def generate(
         context=None if context is None else read_length(context, "--context"),
         sampling=Sampling(temperature, top_k, top_p, seed, repetition_penalty),
         stops=checked_stops(stop or ()),
-        batch=batch,
         threads=threads,
         as_json=as_json,
     )
-    _check_sources(prompt, file, interactive, batch)
+    _check_sources(prompt, file, batch)
     generation = Generation(artifact, options)
-    if prompt is not None:
-        return complete(generation, prompt)
-    return converse(generation) if file is None else complete_file(generation, file)
+    return complete_file(generation, file, batch) if file is not None else complete(generation, prompt or "")
 
 
-def _check_sources(prompt: str | None, file: str | None, interactive: bool, batch: int) -> None:
-    if sum((prompt is not None, file is not None, interactive)) != 1:
-        raise UsageError(
-            "there is nothing to continue", where="generate", fix="give one of --prompt, --file and --interactive"
-        )
+def _check_sources(prompt: str | None, file: str | None, batch: int) -> None:
+    if (prompt is None) == (file is None):
+        raise UsageError("there is nothing to continue", where="generate", fix="give one of --prompt and --file")
     if prompt == "":
         raise UsageError("the prompt is empty", where="--prompt", fix="give some text to continue")
     if batch > 1 and file is None:

@@ -21,14 +21,15 @@ FIX = 'write {"prompt": "..."} or {"messages": [{"role": "user", "content": "...
 Prompt = tuple[Record, list[int]]  # a line's object, and the token ids of its prompt
 
 
-def complete_file(generation: Generation, file: str) -> int:
+def complete_file(generation: Generation, file: str, batch: int) -> int:
     """Completes the prompts of a file, one JSON object per line. A line that fails gives an `error`, the rest goes on.
 
     Each line starts with an empty cache, so that no answer depends on the lines before it.
 
     Args:
-        generation: The opened artifact; `--batch` says how many lines are completed at once.
+        generation: The opened artifact.
         file: The file; `-` for stdin.
+        batch: Lines to complete at once.
 
     Returns:
         The exit code; not 0 if a line failed.
@@ -37,7 +38,7 @@ def complete_file(generation: Generation, file: str) -> int:
         NotFoundError: The file cannot be opened.
         UsageError: The artifact's cache takes one prompt at a time.
     """
-    code, name, batch = 0, "stdin" if file == STDIN else file, generation.options.batch
+    code, name = 0, "stdin" if file == STDIN else file
     with _opened(file) as stream:
         completer, lines = generation.completer(batch=batch), numbered(stream)
         while group := list(islice(lines, batch)):
@@ -57,7 +58,7 @@ def _answers(
     """What to print for each line, by its number: prompts that could be read are completed at once."""
     options = generation.options
     ids = [prompt[1] for prompt in prompts.values() if not isinstance(prompt, UsageError)]
-    completed = iter(completer.complete(ids, options.max_new_tokens, options.sampling, options.stops))
+    completed = iter(completer.complete(ids, generation.most, options.sampling, options.stops))
     for number, prompt in prompts.items():
         if isinstance(prompt, UsageError):
             yield number, prompt

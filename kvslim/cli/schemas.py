@@ -55,6 +55,10 @@ class Generated(Usage):
     completion: str
 
 
+class Answered(Generated):
+    """A message, the answer to it, and counts and times; an object for each message, on a line."""
+
+
 class Verified(Frozen):
     """All differences between an artifact and what was written."""
 
@@ -113,6 +117,7 @@ OUTPUTS: dict[str, type[Frozen]] = {
     "compare": Compared,
     "bench": Benched,
     "generate": Generated,
+    "chat": Answered,
     "inspect": CacheMemory,
     "verify": Verified,
     "methods": Methods,

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 from tokenizers import Tokenizer
 
 from kvslim.contract import Frozen
 from kvslim.errors import UsageError
-from kvslim.runtime.draft import Draft, write
+from kvslim.runtime.draft import Draft, FinishReason, write
 from kvslim.runtime.generate import GREEDY, Sampling, eos_ids, load_tokenizer
 from kvslim.runtime.session import DecodeSession
 from kvslim.runtime.template import ChatTemplate, Messages
@@ -26,7 +25,9 @@ class Usage(Frozen):
     prompt_tokens: int
     cached_tokens: int = Field(description="tokens of the prompt that the cache held already")
     new_tokens: int = Field(description="without the token that ended the text")
-    finish_reason: Literal["stop", "length"] = Field(description="stop: the model or a stop string ended the text")
+    finish_reason: FinishReason = Field(
+        description="stop: the model or a stop string ended the text; interrupted: its reader did"
+    )
     ttft_ms: float = Field(description="time to the first token, milliseconds")
     tokens_per_second: float | None = Field(description="of the tokens after the first; None where there is none")
     context_tokens: int = Field(description="prompt and new tokens")
@@ -87,7 +88,7 @@ class Completer:
     """Completes prompts one after another, and keeps of the cache what the next prompt begins with; or several at once.
 
     Attributes:
-        usage: What the last completion took, once all of its text was taken.
+        usage: What the last completion took, once all of its text was taken or its reader has closed it.
 
     Args:
         folder: Folder with model.onnx and generation_config.json.
@@ -132,8 +133,11 @@ class Completer:
 
     def stream(
         self, ids: Sequence[int], max_new_tokens: int, sampling: Sampling = GREEDY, stops: Sequence[str] = ()
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """The text that follows a prompt, in pieces of whole characters, without what ends it.
+
+        There is a piece, maybe an empty one, after every run of the graph: a caller can close the iterator between any
+        two, and what has been run stays in the cache.
 
         Args:
             ids: Tokens of the whole prompt, those of earlier turns included.
@@ -150,7 +154,7 @@ class Completer:
             self._session.allocate(1)
         held = [*before.ids, *before.tokens] if before else ()
         cached = self._session.keep_shared(held, ids[:-1])  # the logits of the last token are wanted
-        self._last = draft
+        self._last, self.usage = draft, None
         return self._streamed(draft, cached)
 
     def complete(
@@ -191,13 +195,21 @@ class Completer:
         most = min(most, self._session.capacity - len(ids))
         return Draft(self._tokenizer, ids, most, ends=self._ends, stops=stops, sampling=sampling)
 
-    def _streamed(self, draft: Draft, cached: int) -> Iterator[str]:
+    def _streamed(self, draft: Draft, cached: int) -> Generator[str, None, None]:
         """The text of a draft of which the cache holds so many tokens; notes at the end what it took."""
         start = time.perf_counter()
-        logits = self._session.prefill(draft.ids[cached:])
-        for _, piece in write(self._session, [draft], logits[None]):
-            yield piece
-        self.usage = self._used(draft, cached, start)
+        try:
+            for logits in self._session.prefill_steps(draft.ids[cached:]):  # noqa: B007 (the last are written from)
+                yield ""
+            for _, piece in write(self._session, [draft], logits[None]):
+                yield piece
+        except GeneratorExit:
+            draft.finish_reason = draft.finish_reason or "interrupted"
+        except BaseException:
+            self._session.reset()  # a run may have ended halfway
+            raise
+        if self._last is draft:
+            self.usage = self._used(draft, cached, start)
 
     def _used(self, draft: Draft, cached: int, start: float) -> Usage:
         """What a draft took that was written to its end."""

@@ -14,6 +14,8 @@ from kvslim.runtime.opening import Logits
 from kvslim.runtime.session import DecodeSession
 from kvslim.runtime.stops import StopStrings
 
+FinishReason = Literal["stop", "length", "interrupted"]
+
 
 class Draft:
     """One text that follows a prompt.
@@ -47,7 +49,7 @@ class Draft:
         sampling: Sampling = GREEDY,
     ) -> None:
         self.ids, self.tokens, self.times = ids, list[int](), list[float]()
-        self.finish_reason: Literal["stop", "length"] | None = None if most > 0 else "length"
+        self.finish_reason: FinishReason | None = None if most > 0 else "length"
         self._most, self._ends = most, ends
         self._sampler = Sampler(sampling, ids)
         self._characters = CharacterStream(tokenizer, ids)
@@ -83,7 +85,7 @@ def write(session: DecodeSession, drafts: Sequence[Draft], logits: Logits) -> It
         logits: What follows the prompts, float32 [drafts, vocab].
 
     Yields:
-        The place of a draft, and a piece of its text.
+        The place of a draft and a piece of its text, which may be empty, for every token.
 
     Raises:
         UsageError: The cache is full.
@@ -94,8 +96,8 @@ def write(session: DecodeSession, drafts: Sequence[Draft], logits: Logits) -> It
         # From the end, so that the sequence that takes the row of a dropped one has had its turn.
         for row in reversed(range(len(places))):
             draft = drafts[places[row]]
-            if draft.finish_reason is None and (piece := draft.add(logits[row])):
-                yield places[row], piece
+            if draft.finish_reason is None:
+                yield places[row], draft.add(logits[row])
             if draft.finish_reason is not None:
                 places[row] = places[-1]
                 places.pop()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -214,14 +214,29 @@ class DecodeSession:
             UsageError: There are no tokens, or they exceed the capacity; then nothing was appended.
             ArtifactError: onnxruntime fails on the graph.
         """
+        *_, logits = self.prefill_steps(tokens, chunk)
+        return logits
+
+    def prefill_steps(self, tokens: Tokens, chunk: int | None = None) -> Iterator[Logits]:
+        """Does what `prefill` does, one chunk for each of the logits that it yields, so that a caller can stop between.
+
+        Args:
+            tokens: As for `prefill`.
+            chunk: As for `prefill`.
+
+        Yields:
+            The logits that follow the last token of a chunk, float32 [vocab].
+
+        Raises:
+            UsageError, ArtifactError: As `prefill`.
+        """
         ids = np.asarray(tokens, dtype=np.int64)
         alone = self._rows.stop - self._rows.start == 1
-        chunk = (chunk or min(layer.prefill_chunk for layer in self._layers)) if alone else ids.size
+        size = (chunk or min(layer.prefill_chunk for layer in self._layers)) if alone else ids.size
         self._require(self.length + ids.size)
-        logits = self.step(ids[:chunk], last=1)
-        for start in range(chunk, ids.size, chunk):
-            logits = self.step(ids[start : start + chunk], last=1)
-        return logits[-1].copy()
+        yield self.step(ids[:size], last=1)[-1].copy()
+        for start in range(size, ids.size, size):
+            yield self.step(ids[start : start + size], last=1)[-1].copy()
 
     def prefill_each(self, prompts: Sequence[Tokens]) -> Logits:
         """Starts each of as many sequences with a prompt of its own, of any length.

@@ -62,7 +62,7 @@ class TextGenerator:
             ArtifactError: onnxruntime fails on the graph.
         """
         sampling = Sampling(temperature=temperature, seed=seed, repetition_penalty=repetition_penalty)
-        return self._completer.stream(self._ids(prompt), max_new_tokens, sampling, _strings(stop))
+        return filter(None, self._completer.stream(self._ids(prompt), max_new_tokens, sampling, _strings(stop)))
 
     def generate_batch(
         self,
