@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -30,7 +31,7 @@ DOWNLOADS = "huggingface-hub"  # of tokenizers, whose own import does without
 NEVER = {"torch", "transformers", "onnx", "onnx-ir", "scipy", "sympy"}
 # Run by another Python, in which nothing but the small install can be imported or is said to be installed.
 ONLY_SMALL = """
-import json, sys
+import importlib, json, pkgutil, sys
 from importlib import metadata
 from packaging.utils import canonicalize_name
 
@@ -52,8 +53,14 @@ def distribution(name):
 sys.meta_path.insert(0, Only())
 metadata.distribution = distribution
 
+from kvslim import caches, methods, runtime, serve
 from kvslim.cli import app
 
+EXCEPT = {"kvslim.caches.attention", "kvslim.runtime.evaluation"}  # for torch, and for those who validate
+for package in (caches, methods, runtime, serve):
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        if module.name not in EXCEPT:
+            importlib.import_module(module.name)
 for command in commands:
     print("code", app.run(command), file=sys.stderr, flush=True)
 """
@@ -74,7 +81,9 @@ def artifact(tmp_path: Path) -> Path:
 def run_with_small(*commands: list[str]) -> list[tuple[int, str]]:
     """Exit code of each command, and what it wrote to stderr."""
     argument = json.dumps([PINS, commands])
-    done = subprocess.run([sys.executable, "-c", ONLY_SMALL, argument], capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-c", ONLY_SMALL, argument], input="Hello\n", capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     parts = re.split(r"^code (\d+)\n", done.stderr, flags=re.MULTILINE)
     return [(int(code), text) for text, code in zip(parts[:-1:2], parts[1::2], strict=True)]
@@ -84,6 +93,7 @@ def test_verbs_that_run_an_artifact_import_nothing_beyond_the_small_install(arti
     name = str(artifact)
     commands = [
         ["generate", name, "-p", "Hello", "--max-new-tokens", "2"],
+        ["chat", name, "-n", "2"],
         ["bench", name, "--context", "16", "--prompt", "8", "--repeats", "3"],
         ["inspect", name, "--device", "raspberry-pi-5-8gb"],
         ["verify", name],
@@ -138,7 +148,8 @@ def test_small_install_is_complete_and_no_larger() -> None:
             for one in requirements
             if one.marker is None or one.marker.evaluate({"extra": ""})
         }
-    own = {canonicalize_name(one.name) for one in required()}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    own = {canonicalize_name(one.name) for one in (*required(), *map(Requirement, extras["serve"]))}
     assert asked - PINS.keys() == {DOWNLOADS}
     assert PINS.keys() <= asked | own
     assert not PINS.keys() & NEVER
@@ -191,3 +202,13 @@ def test_graph_that_is_made_without_onnx_is_one_that_onnx_reads() -> None:
         8,
     ]
     assert onnx.numpy_helper.to_array(checked.graph.initializer[0]).tolist() == np.full((1, 2, 1, 8), 1 / 32).tolist()
+
+
+def test_generate_imports_only_what_it_runs(artifact: Path) -> None:
+    """Recipes, methods and templates take longer to import than a small model takes to answer."""
+    script = "import sys; from kvslim.cli import app; app.run(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
+    command = [sys.executable, "-c", script, "generate", str(artifact), "-p", "Hello", "--max-new-tokens", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    imported = set(done.stderr.split())
+    assert "kvslim.runtime.session" in imported
+    assert not imported & {"kvslim.recipe", "kvslim.methods", "kvslim.packages", "yaml", "jinja2", "rich"}
