@@ -41,6 +41,7 @@ VERBS = (
     "verify",
     "methods",
     "recipes",
+    "bundle",
     "doctor",
     "eval",
 )
