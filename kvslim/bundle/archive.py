@@ -34,22 +34,6 @@ class Bundle(Frozen):
     wheels: tuple[str, ...] = Field(description="file names")
 
 
-def check_bundle(artifact: Path, out: Path, platform: str, python: str) -> None:
-    """Refuses what cannot be bundled, before anything is downloaded.
-
-    Raises:
-        UsageError: The file's name does not end with `.tar.gz`.
-        NotFoundError, ArtifactError: The artifact is missing, broken or changed.
-        UnsupportedError: It is an encoder, or there is no such platform or version of Python.
-    """
-    if not out.name.endswith(SUFFIX) or out.name == SUFFIX:
-        raise UsageError(f"{out.name!r} is not called FILE{SUFFIX}", where="--out", fix=f"write -o {out.stem}{SUFFIX}")
-    check_platform(platform, python)
-    read_decoder(artifact, None, option="context")
-    if problems := verify(artifact):
-        raise ArtifactError("; ".join(problems), where=str(artifact), fix="compress or download it again")
-
-
 def write_bundle(artifact: Path, out: Path, platform: str, python: str) -> Bundle:
     """Writes the artifact, the wheels of the small install, digests, and a script `run` into one file.
 
@@ -62,9 +46,13 @@ def write_bundle(artifact: Path, out: Path, platform: str, python: str) -> Bundl
         python: Version of Python there, such as `3.11`.
 
     Raises:
-        KvslimError: As `check_bundle`; or wheels are missing, or the file cannot be written.
+        UsageError: The file's name does not end with `.tar.gz`.
+        NotFoundError: There is no artifact, or no wheel of a package for that machine.
+        ArtifactError: The artifact is broken or changed.
+        UnsupportedError: It is an encoder, or there is no such platform or version of Python.
+        OutputError: The file cannot be written.
     """
-    check_bundle(artifact, out, platform, python)
+    _check(artifact, out, platform, python)
     with tempfile.TemporaryDirectory(prefix="kvslim-") as folder:
         wheels = Path(folder)
         download(wheels, platform, python)
@@ -85,6 +73,16 @@ def write_bundle(artifact: Path, out: Path, platform: str, python: str) -> Bundl
         python=python,
         wheels=tuple(sorted(found)),
     )
+
+
+def _check(artifact: Path, out: Path, platform: str, python: str) -> None:
+    """Refuses what cannot be bundled, before anything is downloaded."""
+    if not out.name.endswith(SUFFIX) or out.name == SUFFIX:
+        raise UsageError(f"{out.name!r} is not called FILE{SUFFIX}", where="--out", fix=f"write -o {out.stem}{SUFFIX}")
+    check_platform(platform, python)
+    read_decoder(artifact, None, option="context")
+    if problems := verify(artifact):
+        raise ArtifactError("; ".join(problems), where=str(artifact), fix="compress or download it again")
 
 
 def _script(platform: str, python: str) -> bytes:

@@ -3,7 +3,7 @@
 # The first start checks the files and makes an environment from the wheels. It needs no network.
 set -eu
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
-python=${PYTHON:-python@PYTHON@}
+python=${PYTHON:-$(command -v python@PYTHON@ || echo python3)}
 
 fail() {
     printf 'error: %s\n  where: %s\n  fix: %s\n' "$1" "$2" "$3" >&2

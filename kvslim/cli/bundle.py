@@ -27,12 +27,11 @@ def bundle(
     first start makes a virtual environment without a network. ./run serve and ./run generate take the options of these
     commands.
     """
-    from kvslim.bundle.archive import check_bundle, write_bundle
+    from kvslim.bundle.archive import write_bundle
     from kvslim.cli.inputs import check_target
 
     check_target(out, "--out")
-    check_bundle(artifact, out, platform, python)
-    console.hint(f"downloading wheels for {platform}, Python {python}")
+    console.hint(f"packing {artifact} with wheels for {platform}, Python {python}, which pip downloads")
     made = write_bundle(artifact, out, platform, python)
     if as_json:
         console.print_json("bundle", made.model_dump(mode="json"))
