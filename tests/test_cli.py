@@ -18,7 +18,8 @@ import yaml
 from support.tiny_artifact import SPEC, fill
 
 from kvslim.cli import app
-from kvslim.cli.inputs import read_lengths, read_plan, write_text
+from kvslim.cli.inputs import read_plan, write_text
+from kvslim.cli.lengths import read_lengths
 from kvslim.errors import GateError, OutputError, UsageError
 from kvslim.export.manifest import read_manifest, verify
 from kvslim.export.package import check_output, staging
@@ -40,6 +41,7 @@ VERBS = (
     "verify",
     "methods",
     "recipes",
+    "bundle",
     "doctor",
     "eval",
 )

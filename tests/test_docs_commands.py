@@ -82,6 +82,7 @@ def brief_server(monkeypatch: pytest.MonkeyPatch) -> None:
 def brief() -> Iterator[None]:
     """Recipes measure as little as can be, unless a command says otherwise."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvslim.bundle.archive.download", lambda folder, *_: (folder / "one.whl").write_text("a wheel"))
         patch.setattr("kvslim.cli.inputs.load_recipe", lambda name, asked=(): load_recipe(name, (*BRIEF, *asked)))
         yield
 

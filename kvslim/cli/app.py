@@ -12,6 +12,7 @@ from kvslim import __version__
 from kvslim.cli import console
 from kvslim.cli.analyze import analyze
 from kvslim.cli.bench import bench
+from kvslim.cli.bundle import bundle
 from kvslim.cli.chat import chat
 from kvslim.cli.compare import compare
 from kvslim.cli.compress import compress
@@ -113,6 +114,7 @@ app.command()(chat)
 app.command()(serve)
 app.command()(inspect)
 app.command()(verify)
+app.command()(bundle)
 app.command()(methods)
 app.command()(recipes)
 app.command()(doctor)

@@ -38,7 +38,8 @@ def bench(
 
     They take turns in one run, so that load on the machine slows all of them alike.
     """
-    from kvslim.cli.inputs import check_target, read_counts, read_lengths, write_text
+    from kvslim.cli.inputs import check_target, write_text
+    from kvslim.cli.lengths import read_counts, read_lengths
 
     for path, option in ((csv, "--csv"), (markdown, "--markdown")):
         check_target(path, option)

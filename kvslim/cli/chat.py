@@ -34,7 +34,7 @@ def chat(
     """
     from kvslim.cli.completions import Generation, Options
     from kvslim.cli.conversation import converse
-    from kvslim.cli.inputs import read_length
+    from kvslim.cli.lengths import read_length
     from kvslim.runtime.generate import Sampling
     from kvslim.runtime.stops import checked_stops
 

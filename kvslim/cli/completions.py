@@ -13,7 +13,6 @@ from kvslim.cli import console
 from kvslim.errors import UsageError
 from kvslim.runtime.completion import Completer, PromptEncoder, Usage
 from kvslim.runtime.generate import Sampling
-from kvslim.runtime.template import ChatTemplate
 from kvslim.runtime.text import read_decoder
 
 Record = Mapping[str, Any]
@@ -75,6 +74,8 @@ class Generation:
     @property
     def has_template(self) -> bool:
         """Whether the tokenizer has a chat template."""
+        from kvslim.runtime.template import ChatTemplate
+
         return ChatTemplate.exists(self.artifact)
 
     def ids(self, prompt: str) -> list[int]:

@@ -87,6 +87,10 @@ def explained(caught: BaseException) -> KvslimError:
         )
     if isinstance(caught, KvslimError):
         return caught
+    if isinstance(caught, ModuleNotFoundError):
+        from kvslim.packages import missing_package
+
+        return _after(missing_package(caught) or bug(caught), caught)
     if isinstance(caught, OSError) and caught.strerror:
         fix = "check that the file can be read or written, and that the disk has space"
         return _after(FileAccessError(caught.strerror, where=str(caught.filename or "the output"), fix=fix), caught)

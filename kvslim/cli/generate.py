@@ -42,7 +42,7 @@ def generate(
     line; a line that cannot be completed gives its error, and the exit code is 2 at the end.
     """
     from kvslim.cli.completions import Generation, Options, complete
-    from kvslim.cli.inputs import read_length
+    from kvslim.cli.lengths import read_length
     from kvslim.cli.prompt_file import complete_file
     from kvslim.runtime.generate import Sampling
     from kvslim.runtime.stops import checked_stops

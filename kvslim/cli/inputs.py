@@ -1,4 +1,4 @@
-"""Option values that need more than a type: lengths like `512,4k`, plan files, budgets and gates."""
+"""Option values that need more than a type: plan files, recipes, budgets, gates, and files to write."""
 
 from __future__ import annotations
 
@@ -9,49 +9,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from kvslim.cli.lengths import read_length
 from kvslim.errors import NotFoundError, OutputError, UsageError, suggestion
 from kvslim.recipe import SIZES, Budget, Gates, Recipe, load_recipe
 from kvslim.types import Plan
 
 if TYPE_CHECKING:
     from kvslim.types import Report
-
-THOUSAND = 1024
-MOST_DIGITS = 12
-
-
-def read_lengths(text: str, option: str) -> tuple[int, ...]:
-    """Token counts like `512,4k,16k`, where k is 1,024.
-
-    Raises:
-        UsageError: One of them is not a positive number.
-    """
-    return tuple(read_length(part.strip(), option) for part in text.split(","))
-
-
-def read_length(text: str, option: str) -> int:
-    """A token count like `16k`, where k is 1,024.
-
-    Raises:
-        UsageError: It is not a positive number.
-    """
-    digits, factor = (text[:-1], THOUSAND) if text[-1:] in {"k", "K"} else (text, 1)
-    if not (digits.isascii() and digits.isdigit() and len(digits) <= MOST_DIGITS and int(digits)):
-        raise UsageError(f"{text!r} is not a number of tokens", where=option, fix="write lengths like 512,4k,16k")
-    return int(digits) * factor
-
-
-def read_counts(text: str, option: str) -> tuple[int, ...]:
-    """Positive numbers like `1,4`.
-
-    Raises:
-        UsageError: One of them is not a positive number.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    for part in parts:
-        if not (part.isascii() and part.isdigit() and len(part) <= MOST_DIGITS and int(part)):
-            raise UsageError(f"{part!r} is not a positive number", where=option, fix="write numbers like 1,4")
-    return tuple(int(part) for part in parts)
 
 
 def read_plan(path: Path) -> Plan:

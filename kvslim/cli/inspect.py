@@ -27,7 +27,7 @@ def inspect(
     Reads the config, or the manifest and the graph, and no weights. With --device the last lines answer: what fits at
     each context, and how fast it is at best.
     """
-    from kvslim.cli.inputs import read_lengths
+    from kvslim.cli.lengths import read_lengths
     from kvslim.devices.profile import load_device, shipped_devices
     from kvslim.report.inspect import inspect as memory_of
     from kvslim.report.limits import answers, limits_table, stages_table

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
-from onnx import TensorProto, ValueInfoProto, helper, numpy_helper
 
-CACHES = {"float32": TensorProto.FLOAT, "int8": TensorProto.INT8}
+from kvslim import onnx_format as onnx
+
+CACHES = {"float32": onnx.FLOAT, "int8": onnx.INT8}
 QUANTISED = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
 HEADS, DIM, LENGTH = 2, 8, 5
 SCALE = np.float32(1 / 32)
@@ -56,38 +57,41 @@ def _run(cache: str, query: Floats, key: Floats, value: Floats, past: npt.NDArra
 
 
 def _graph(cache: str) -> bytes:
-    rows, stored = ["batch", "length", HEADS * DIM], CACHES[cache]
+    stored = CACHES[cache]
+    rows = ("batch", "length", HEADS * DIM)
     inputs = [
-        *(_info(name, TensorProto.FLOAT, rows) for name in ("query", "key", "value")),
-        *(_info(f"past_{kind}", stored, ["batch", HEADS, "past", DIM]) for kind in ("key", "value")),
-        _info("last", TensorProto.INT32, ["batch"]),
-        _info("total", TensorProto.INT32, []),
+        *(onnx.value(name, onnx.FLOAT, rows) for name in ("query", "key", "value")),
+        *(_cache(f"past_{kind}", stored, "past") for kind in ("key", "value")),
+        onnx.value("last", onnx.INT32, ["batch"]),
+        onnx.value("total", onnx.INT32, []),
     ]
     outputs = [
-        _info("output", TensorProto.FLOAT, rows),
-        *(_info(f"present_{kind}", stored, ["batch", HEADS, "present", DIM]) for kind in ("key", "value")),
+        onnx.value("output", onnx.FLOAT, rows),
+        *(_cache(f"present_{kind}", stored, "present") for kind in ("key", "value")),
     ]
     weights = _scales() if cache == "int8" else []
-    names = [info.name for info in inputs] + ([""] * 5 + [weight.name for weight in weights] if weights else [])
+    names = [given.name for given in inputs] + ([""] * 5 + [weight.name for weight in weights] if weights else [])
     attributes: dict[str, Any] = QUANTISED if cache == "int8" else {}
-    node = helper.make_node(
+    node = onnx.node(
         "GroupQueryAttention",
         names,
-        [info.name for info in outputs],
+        [output.name for output in outputs],
         domain="com.microsoft",
         num_heads=HEADS,
         kv_num_heads=HEADS,
         **attributes,
     )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    graph = helper.make_graph([node], "kernel", inputs, outputs, weights)
-    return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
+    return onnx.model_bytes([node], inputs, outputs, weights)
 
 
-def _info(name: str, dtype: int, shape: list[Any]) -> ValueInfoProto:
-    return helper.make_tensor_value_info(name, dtype, shape)
+def _cache(name: str, stored: int, length: str) -> Any:
+    return onnx.value(name, stored, ("batch", HEADS, length, DIM))
 
 
-def _scales() -> list[TensorProto]:
+def _scales() -> list[Any]:
     steps = np.full((1, HEADS, 1, DIM), SCALE, np.float32)
-    return [numpy_helper.from_array(steps, name) for name in ("k_scale", "v_scale")]
+    tensor = onnx.CLASSES["Tensor"]
+    return [
+        tensor(name=name, dims=steps.shape, data_type=onnx.FLOAT, raw_data=steps.tobytes())
+        for name in ("k_scale", "v_scale")
+    ]

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvslim.contract import Frozen
+from kvslim.packages import beyond_small, is_installed, required
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
+TELLS_SMALL = "torch"  # which nobody who compresses does without
 MIN_PYTHON = (3, 11)
 MIN_MEMORY_GIB = 2.0
 MIN_DISK_GIB = 2.0
@@ -52,25 +54,23 @@ def _python() -> Check:
 
 def _packages() -> Iterator[Check]:
     """The installed versions, compared with those that KVSlim requires."""
-    from packaging.requirements import Requirement
-
-    try:
-        asked = metadata.requires("kvslim") or []
-    except metadata.PackageNotFoundError:
+    if not is_installed("kvslim"):
         yield _check("kvslim", False, "not installed", "pip install -c constraints.txt -e .")
         return
-    for text in asked:
-        requirement = Requirement(text)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+    left_out = [] if is_installed(TELLS_SMALL) else beyond_small()
+    for requirement in required():
+        if requirement not in left_out:
             yield _package(requirement)
+    if left_out:
+        found = f"without {len(left_out)} packages: runs artifacts, and makes none"
+        yield Check(name="small install", ok=True, found=found, fix="to compress here: pip install kvslim")
 
 
 def _package(requirement: Requirement) -> Check:
     fix = f"pip install '{requirement}'"
-    try:
-        found = metadata.version(requirement.name)
-    except metadata.PackageNotFoundError:
+    if not is_installed(requirement.name):
         return _check(requirement.name, False, "missing", fix)
+    found = metadata.version(requirement.name)
     return _check(requirement.name, requirement.specifier.contains(found, prereleases=True), found, fix)
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, Field, create_model
 
+from kvslim.bundle.archive import Bundle
 from kvslim.cli.console import schema_id
 from kvslim.cli.machine import Check
 from kvslim.contract import Frozen
@@ -130,6 +131,7 @@ OUTPUTS: dict[str, type[Frozen]] = {
     "chat": Answered,
     "inspect": CacheMemory,
     "verify": Verified,
+    "bundle": Bundle,
     "methods": Methods,
     "recipes": Recipes,
     "doctor": Examined,

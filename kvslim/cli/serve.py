@@ -38,7 +38,7 @@ def serve(
     except ModuleNotFoundError as error:
         fix = "pip install 'kvslim[serve]'"
         raise UnsupportedError(f"serving needs the package {error.name}", where="kvslim serve", fix=fix) from error
-    from kvslim.cli.inputs import read_length
+    from kvslim.cli.lengths import read_length
     from kvslim.serve.model import ServedModel
 
     with listen(host, port) as sock:

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnxruntime
-from onnx import TensorProto, helper
 
+from kvslim import onnx_format as onnx
 from kvslim.devices.profile import Device, Quantity, Share
 
 PART_BYTES = 256 * 2**20  # per thread: much larger than a processor's caches
@@ -75,13 +75,8 @@ def _best(action: Callable[[], object]) -> float:
 
 
 def _product() -> bytes:
-    info = {
-        name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [SIDE, SIDE]) for name in ("left", "right", "out")
-    }
-    node = helper.make_node("MatMul", ["left", "right"], ["out"])
-    graph = helper.make_graph([node], "product", [info["left"], info["right"]], [info["out"]])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    return bytes(model.SerializeToString())
+    left, right, product = (onnx.value(name, onnx.FLOAT, [SIDE, SIDE]) for name in ("left", "right", "product"))
+    return onnx.model_bytes([onnx.node("MatMul", ["left", "right"], ["product"])], [left, right], [product])
 
 
 def _rounded(value: float) -> float:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-
-import onnx
-from google.protobuf.message import DecodeError
+from typing import Any
 
 from kvslim.contract import ModelSpec
 from kvslim.devices.demand import StoredWeights
-from kvslim.errors import ArtifactError
+from kvslim.onnx_format import ITEM_BYTES, read_graph
 
 PRODUCTS = ("FusedMatMul", "Gemm", "MatMul")
 # Operators that read one row of a table: the embedding, learned positions, and RoPE's sines and cosines.
@@ -29,7 +28,7 @@ def artifact_weights(folder: Path, spec: ModelSpec, name: str, stored: int) -> S
     Raises:
         ArtifactError: The graph cannot be read.
     """
-    graph = _load(folder)
+    graph = read_graph(folder / "model.onnx")
     constants = {tensor.name: tensor for tensor in graph.initializer}
     read: dict[str, int] = {}
     sizes: list[tuple[int, int]] = []
@@ -44,16 +43,7 @@ def artifact_weights(folder: Path, spec: ModelSpec, name: str, stored: int) -> S
     return StoredWeights(name, stored, sum(read.values()), products, head)
 
 
-def _load(folder: Path) -> onnx.GraphProto:
-    try:
-        return onnx.load(folder / "model.onnx", load_external_data=False).graph
-    except (DecodeError, OSError) as error:
-        raise ArtifactError(
-            f"the graph cannot be read: {error}", where=str(folder / "model.onnx"), fix="compress or download it again"
-        ) from error
-
-
-def _product(node: onnx.NodeProto, constants: list[onnx.TensorProto]) -> tuple[int, int] | None:
+def _product(node: Any, constants: Sequence[Any]) -> tuple[int, int] | None:
     """(inputs, outputs) of a product with constants; for a stack of matrices, the inputs of all of them."""
     if node.op_type == "MatMulNBits":
         sizes = {attribute.name: attribute.i for attribute in node.attribute}
@@ -66,5 +56,5 @@ def _product(node: onnx.NodeProto, constants: list[onnx.TensorProto]) -> tuple[i
     return math.prod(matrices[0]) // outputs, outputs
 
 
-def _bytes(tensor: onnx.TensorProto) -> int:
-    return math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+def _bytes(tensor: Any) -> int:
+    return math.prod(tensor.dims) * ITEM_BYTES.get(tensor.data_type, 1)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 from tokenizers import Tokenizer
@@ -15,8 +16,10 @@ from kvslim.errors import UsageError
 from kvslim.runtime.draft import Draft, FinishReason, write
 from kvslim.runtime.generate import GREEDY, Sampling, eos_ids, load_tokenizer
 from kvslim.runtime.session import DecodeSession
-from kvslim.runtime.template import ChatTemplate, Messages
 from kvslim.token_ids import check_ids
+
+if TYPE_CHECKING:
+    from kvslim.runtime.template import ChatTemplate, Messages
 
 
 class Usage(Frozen):
@@ -54,6 +57,8 @@ class PromptEncoder:
     @cached_property
     def template(self) -> ChatTemplate:
         """The chat template; reading it raises what `ChatTemplate` does."""
+        from kvslim.runtime.template import ChatTemplate
+
         return ChatTemplate(self._folder)
 
     def prompt(self, text: str) -> list[int]:

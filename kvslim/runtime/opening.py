@@ -10,22 +10,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnxruntime as ort
-from google.protobuf.message import DecodeError
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from pydantic import TypeAdapter, ValidationError
 
 from kvslim.caches import CACHES, Cache, FullCache
 from kvslim.caches.buffers import LayerBuffers
 from kvslim.caches.shared import SHARED
-from kvslim.contract import FIRST_LOGITS, INPUTS, LAST_POSITION, KVTensor
+from kvslim.contract import INPUTS, KVTensor
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
 from kvslim.types import KVLayout
 
 Logits = npt.NDArray[np.float32]
 
-FLOAT_ACTIVATIONS = 1  # MatMulNBits' accuracy_level
 _PAST = re.compile(r"past_key_values\.(\d+)\.[a-z_]+")
 # onnxruntime derives each of its errors from Exception itself, so there is no common base to catch; a run through an
 # IOBinding raises RuntimeError instead, and a message that quotes a broken name fails on its way to Python.
@@ -111,61 +108,13 @@ def _for_evaluation(
     """
     if not all_positions and not float_activations:
         return str(path)
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except DecodeError:
-        return str(path)  # onnxruntime tells what is wrong with it
-    changed = [all_positions and _give_all_positions(model.graph), float_activations and _keep_activations(model.graph)]
-    if not any(changed):
+    from kvslim.runtime.evaluation import changed_graph
+
+    changed = changed_graph(path, all_positions, float_activations)
+    if changed is None:
         return str(path)
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(_follow_links(model.graph, path))
-    )
-    return model.SerializeToString()
-
-
-def _give_all_positions(graph: onnx.GraphProto) -> bool:
-    """Adds an input that says which positions get logits, by default all; False where all do anyway."""
-    found = [node for node in graph.node if node.name == LAST_POSITION]
-    if not found:
-        return False
-    (last,) = found
-    last.input[1] = FIRST_LOGITS
-    graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.int64), FIRST_LOGITS))
-    graph.input.append(onnx.helper.make_tensor_value_info(FIRST_LOGITS, onnx.TensorProto.INT64, [1]))
-    logits = next(value for value in graph.output if value.name == "logits")
-    logits.type.tensor_type.shape.dim[1].dim_param = "logits_length"
-    return True
-
-
-def _keep_activations(graph: onnx.GraphProto) -> bool:
-    """Lets products with quantised weights read float32; False where there are none."""
-    levels = [
-        attribute
-        for node in graph.node
-        if node.op_type == "MatMulNBits"
-        for attribute in node.attribute
-        if attribute.name == "accuracy_level"
-    ]
-    for level in levels:
-        level.i = FLOAT_ACTIVATIONS
-    return bool(levels)
-
-
-def _follow_links(graph: onnx.GraphProto, path: Path) -> Path:
-    """Names the data files of a graph as they are called behind links, and returns the folder that they lie in.
-
-    In a hub cache each file of a folder is a link to one that is called by its hash, in another folder. onnxruntime
-    reads weights beside a graph's file, and beside the file that it links to; those of a graph in memory must have
-    their real names in one folder.
-    """
-    entries = [entry for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"]
-    files = {entry.value: (path.parent / entry.value).resolve() for entry in entries}
-    here = path.parent.resolve()
-    folder = here if all(file.is_relative_to(here) for file in files.values()) else path.resolve().parent
-    for entry in entries:
-        entry.value = os.path.relpath(files[entry.value], folder)
-    return folder
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(changed.folder))
+    return changed.model
 
 
 def layout_of(session: ort.InferenceSession) -> KVLayout:

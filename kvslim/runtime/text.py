@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvslim.errors import UnsupportedError, UsageError
 from kvslim.export.manifest import read_runnable
 from kvslim.runtime.completion import Completer, PromptEncoder
 from kvslim.runtime.generate import Sampling
-from kvslim.runtime.template import Messages
 from kvslim.types import Manifest
+
+if TYPE_CHECKING:
+    from kvslim.runtime.template import Messages
 
 
 class TextGenerator:

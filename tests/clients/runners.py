@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from kvslim.runtime.generate import eos_ids, load_tokenizer
 from kvslim.runtime.session import DecodeSession
 
 HERE = Path(__file__).parent
+EXAMPLES = ROOT / "examples"
 PAGE = ROOT / "docs" / "clients.md"
 NODE_MODULES = ROOT / "build" / "clients" / "node_modules"
 OPTIMUM_PYTHON = ROOT / ".venv-optimum" / "bin" / "python"
@@ -65,13 +67,10 @@ def snippet(title: str) -> str:
 
 
 def onnxruntime(folder: Path, text: str) -> Answer:
-    """The script of docs/clients.md, as it stands there."""
-    script = snippet("onnxruntime")
-    assert script.count("\n") < 40
-    scope: dict[str, Any] = {}
+    """The example in Python."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["generate.py", str(folder), text, str(NEW_TOKENS)])
-        exec(compile(script, str(PAGE), "exec"), scope)  # our own page
+        scope = runpy.run_path(str(EXAMPLES / "generate.py"))
     return Answer(version("onnxruntime"), scope["tokens"])
 
 

@@ -14,7 +14,6 @@ from kvslim.runtime.generate import load_tokenizer
 
 TEXT = "Here is a story of Mira and Oren. Mira's lamp is red. Oren"
 COMMANDS = {
-    "onnxruntime": (sys.executable, "generate.py"),
     "onnxruntime-genai": (sys.executable, "generate.py"),
     "transformers.js": ("node", "generate.mjs"),
     "optimum-onnx": (str(OPTIMUM_PYTHON), "generate.py"),
