@@ -26,7 +26,8 @@ def validate(
     On other text or at another context where that is given. Exit code 3 if a gate fails, either of its recipe or of
     --gate.
     """
-    from kvslim.cli.inputs import check_target, read_gates, read_length, write_junit
+    from kvslim.cli.inputs import check_target, read_gates, write_junit
+    from kvslim.cli.lengths import read_length
 
     check_target(junit, "--junit")
     limits = read_gates(gates or ())
