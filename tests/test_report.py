@@ -332,6 +332,7 @@ SIZES = {4.0: (0.001, None), 5.333: (0.004, 0.01), 8.0: (0.01, 0.04), 16.0: (0.1
         ({"max_recall_drop": (0.03, 0.05), "max_kl": (0.03, 0.001)}, None),
         ({"max_time_ratio": (1.0, 0.7)}, "--kv-ratio 5.33"),
         ({"min_top1_agreement": (0.5, 0.4), "max_kl": (0.01, 0.1)}, None),
+        ({"max_memory_mib": (250.0, 300.0), "max_kl": (0.03, 0.005)}, None),  # the weights would have other bits
     ],
 )
 def test_nearest_size_that_is_expected_to_pass_is_named(

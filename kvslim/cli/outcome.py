@@ -105,6 +105,8 @@ def _facts(report: Report) -> Iterator[str]:
         yield f"the cache is {smaller(artifact.kv_bytes_per_token, plain.kv_bytes_per_token)}"
     if artifact.kl_mean is not None:
         yield f"KL {artifact.kl_mean:.2g}"
+    if plain.kl_to_original is not None:
+        yield f"KL of the weights to fp32 {plain.kl_to_original:.2g}"
     if artifact.recall is not None and plain.recall is not None:
         yield f"recall {artifact.recall:.1%} (plain {plain.recall:.1%})"
     if artifact.embedding_cosine_mean is not None:

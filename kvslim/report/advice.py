@@ -19,9 +19,12 @@ LIMITS = {"max_kl": "--max-kl", "max_recall_drop": "--max-recall-drop"}
 
 
 def passing_budget(manifest: Manifest) -> str | None:
-    """The options of `kvslim compress` for the nearest size that is expected to pass; None where none is known."""
+    """The options of `kvslim compress` for the nearest size that is expected to pass; None where none is known.
+
+    Where weights and cache share a budget of memory, another size of the cache would leave the weights another.
+    """
     report = manifest.report
-    if report is None:
+    if report is None or any(gate.name == "max_memory_mib" for gate in report.gates):
         return None
     budget = manifest.recipe.get("budget")
     by_size = isinstance(budget, dict) and (budget.get("kv_ratio") or budget.get("kv_mib")) is not None
