@@ -35,7 +35,7 @@ class WeightFormat(Frozen):
         description="rtn rounds; k_quant searches scales and zero points; gptq (decoders) uses calibration text",
     )
     block: Literal[32, 64, 128] | None = Field(
-        None, description="numbers that share a scale, at most; default: 32 of 4 bits, 128 of 8"
+        None, description="numbers that share a scale, at most; default: 32 of 4 bits or of an encoder, 128 of 8"
     )
     mixed: bool = Field(False, description="with int4: the most sensitive matrices in int8")
     file_mib: float | None = Field(

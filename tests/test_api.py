@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.modules import modules_after
 from support.numbers_of_a_model import SPEC as MODEL
 from support.paths import ROOT
 from support.tiny_artifact import describe
@@ -65,13 +64,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     for name in ("compress", "plan", "analyze", "validate", "bench"):
         monkeypatch.setattr(f"kvslim.pipeline.{name}", recorder(name))
     return seen
-
-
-def modules_after(code: str) -> set[str]:
-    """The modules that are imported in a fresh process that runs some code."""
-    script = f"{code}\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(json.loads(done.stdout.splitlines()[-1]))
 
 
 def test_import_brings_in_nothing_else() -> None:

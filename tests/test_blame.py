@@ -25,7 +25,7 @@ BLAMED = {
     "a method that is unknown": (["methods=[kv_quand]"], "--set methods=[kv_quand]", "unknown method"),
     "two that do not go together": (
         ["weights.type=int8", "weights.mixed=true"],
-        "--set weights.mixed=true",
+        "--set weights.type=int8 --set weights.mixed=true",
         "mixed goes with type int4",
     ),
     "one behind others that need each other": (
@@ -51,7 +51,7 @@ BLAMED = {
     "weights that are unknown": (
         ["weights=int3"],
         "--set weights=int3",
-        "should be 'fp32', 'int8', 'int4' or 'stored'",
+        "should be 'fp32', 'int8', 'int4', 'stored' or 'auto'",
     ),
     "two that fail only together": (
         ["methods=[]", "budget={kv_mib: 4, context: 64, kv_ratio: 2}"],

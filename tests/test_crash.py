@@ -15,7 +15,7 @@ from kvslim import stages
 from kvslim.export.package import check_output, staging
 from kvslim.recipe import load_recipe
 
-STAGES = list(stages.expected("compress", SPEC, load_recipe("lossless")))
+STAGES = list(stages.expected("compress", SPEC, load_recipe("lossless", ["weights=fp32"])))
 # One process imports torch and forks a child for each stage, which saves the imports of all but one.
 DRIVER = """
 import json, os, shutil, signal, sys
@@ -39,7 +39,7 @@ class Killer:
     def track(self, items, label, total=None):
         yield from items
 
-brief = ["validation.recall_items=2", "validation.samples=2", "calibration.samples=2", "calibration.length=32"]
+brief = ["weights=fp32", "validation.recall_items=2", "validation.samples=2", "calibration.samples=2", "calibration.length=32"]
 for at in range(1, int(sys.argv[4]) + 1):
     shutil.rmtree(Path(os.environ["KVSLIM_CACHE"], "statistics"), ignore_errors=True)
     child = os.fork()
@@ -66,7 +66,7 @@ model, folder, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 brief = [
     "validation.recall_items=1", "validation.samples=2", "validation.length=32", "validation.recall_distance=16",
     "validation.prompts=[4]", "validation.contexts=[4]", "validation.repeats=3",
-    "calibration.samples=1", "calibration.length=16", "compensate=false",
+    "calibration.samples=1", "calibration.length=16", "compensate=false", "weights=fp32",
 ]
 recipe = load_recipe("lossless", brief)
 

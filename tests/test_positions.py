@@ -164,7 +164,7 @@ def test_model_of_an_artifact_gets_the_artifacts_positions_when_it_is_validated(
 ) -> None:
     fill(tmp_path)
     made = read_manifest(tmp_path)
-    monkeypatch.setattr(pipeline, "_origin", lambda *_: None)
+    monkeypatch.setattr(pipeline, "origin", lambda *_: None)
     spec, recipe = made.spec.model_copy(update={"max_context": stored}), {**made.recipe, "positions": asked}
     write_manifest(tmp_path, made.model_copy(update={"spec": spec, "recipe": recipe}))
     seen: list[Recipe] = []

@@ -28,7 +28,7 @@ METHODS = st.one_of(
     st.builds(KvWindow, window=COUNTS, sinks=st.integers(0, 64)),
 )
 CALIBRATIONS = st.builds(
-    Calibration, source=st.text(), samples=COUNTS, length=st.integers(8, 2**40), seed=st.integers()
+    Calibration, source=st.text(), samples=COUNTS, length=st.integers(8, 2**40), seed=st.integers(0, 2**63)
 )
 VALIDATIONS = st.builds(
     Validation,

@@ -16,11 +16,11 @@ import httpx2
 import openai
 import pytest
 from openai import AsyncOpenAI
+from support.modules import modules_after
 from support.paths import ROOT
 from support.server import Server
 from support.tiny_chat import completed, write_chat
 from support.tiny_tokenizer import byte_tokenizer
-from test_api import modules_after
 
 from kvslim.errors import ArtifactError
 from kvslim.runtime.completion import Completer, PromptEncoder, Usage

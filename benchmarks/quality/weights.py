@@ -64,7 +64,7 @@ CACHE_TABLE = Table(
     "books",
     "smollm2",
     table=TABLE,
-    quick={"text": BRIEF, "formats": ("int4 (gptq)",), "picked": ("int4 (gptq)",)},
+    quick={"text": BRIEF, "formats": ("fp32", "int4 (gptq)"), "picked": ("fp32",)},
 )
 def weights(
     source: Source,

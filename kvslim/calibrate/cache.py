@@ -12,16 +12,18 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from kvslim.calibrate.statistics import CalibrationStatistics
-from kvslim.planning.matrices import MatrixPrices
-from kvslim.planning.probes import Probes
+
+if TYPE_CHECKING:
+    from kvslim.planning.matrices import MatrixPrices
+    from kvslim.planning.probes import Probes
 
 FORMAT = 9
-Probed = TypeVar("Probed", Probes, MatrixPrices)
+Probed = TypeVar("Probed", "Probes", "MatrixPrices")
 
 
 def cache_folder() -> Path:

@@ -28,7 +28,7 @@ from kvslim.transform.encoding import prepare_encoder
 from kvslim.transform.surgery import install, layer_modules
 from kvslim.types import KVLayout, Plan
 from kvslim.validation.encoder import EncoderEvaluation
-from kvslim.weights.blocks import quantise
+from kvslim.weights.blocks import SMALLEST_BLOCK, quantise
 from kvslim.weights.choice import chosen_matrices
 from kvslim.weights.rows import QuantisedRows
 
@@ -95,11 +95,12 @@ class PreparedEncoder(PreparedModel):
 
     def _rows(self) -> QuantisedRows:
         """The rows of the model's matrices in the recipe's weights."""
-        layers = layer_modules(self.model.base_model, self.architecture)
+        layers, weights = layer_modules(self.model.base_model, self.architecture), self.recipe.weights
+        weights = weights.model_copy(update={"block": weights.block or SMALLEST_BLOCK})
         rows = QuantisedRows()
-        for entry in chosen_matrices(self.model, layers, self.architecture, self.recipe.weights).values():
+        for entry in chosen_matrices(self.model, layers, self.architecture, weights).values():
             matrix = entry.module.weight.detach().numpy()
-            rows.add(matrix, quantise(matrix, entry.to, self.recipe.weights.method))
+            rows.add(matrix, quantise(matrix, entry.to, weights.method))
         return rows
 
     def write_companions(self, folder: Path, layout: KVLayout, inputs: tuple[str, ...]) -> None:
