@@ -39,7 +39,8 @@ class Killer:
     def track(self, items, label, total=None):
         yield from items
 
-brief = ["weights=fp32", "validation.recall_items=2", "validation.samples=2", "calibration.samples=2", "calibration.length=32"]
+brief = ["weights=fp32"]
+brief += ["validation.recall_items=2", "validation.samples=2", "calibration.samples=2", "calibration.length=32"]
 for at in range(1, int(sys.argv[4]) + 1):
     shutil.rmtree(Path(os.environ["KVSLIM_CACHE"], "statistics"), ignore_errors=True)
     child = os.fork()

@@ -38,7 +38,7 @@ TABLE = Table(
 )
 
 
-@benchmark("demo", "books", table=TABLE, quick={"sizes": (("int4", 4),), "overrides": QUICK, "context": 128})
+@benchmark("demo", "books", table=TABLE, quick={"sizes": (("int8", 1),), "overrides": QUICK, "context": 128})
 def memory_split(
     source: Source,
     *,
