@@ -79,7 +79,7 @@ def analyze(
 
     Args:
         model: `demo`, a folder, a .gguf file, a hub id or `id:FILE.gguf`, both also with `@revision`.
-        recipe: Sets the calibration text; its methods are not used.
+        recipe: Sets the calibration text and how weights are stored; its methods are not used.
         data: The task's text, in place of the recipe's: `self`, a .txt or .jsonl file, or `hub:DATASET`.
         progress: Receives the progress.
 

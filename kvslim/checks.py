@@ -25,6 +25,7 @@ from kvslim.validation.spans import LEAST_DISTANCE, longest_distance, positions_
 LEAST_TEXT, LEAST_RECALL = 32, positions_of(LEAST_DISTANCE)  # positions, to measure an encoder or a decoder
 ENCODER_DECISIONS = ("layer", "heads", "refit", "score", "reason")
 ENCODER_GATES = {"min_embedding_cosine", "min_retrieval_rank_correlation", "min_masked_top1_agreement"}
+SIZE_GATES = {"max_file_mib", "max_memory_mib"}  # of every kind of model
 
 
 def check_recipe(recipe: Recipe, spec: ModelSpec) -> None:
@@ -39,11 +40,11 @@ def check_recipe(recipe: Recipe, spec: ModelSpec) -> None:
         method.check(spec)
     check_methods(recipe)
     check_lengths(recipe, spec)
-    if recipe.splits_memory and recipe.weights.type not in ("int4", "auto"):
+    if recipe.splits_memory and not recipe.weights.is_open:
         raise UsageError(
-            f"weights in {recipe.weights.type} leave nothing to choose between them and the cache",
+            f"weights as {recipe.weights} leave nothing to choose between them and the cache",
             where="recipe: budget.memory_mib",
-            fix="give --weights int4, or limit the cache alone with --kv-mib-at",
+            fix="give --weights int4 and no more of them, or limit the cache alone with --kv-mib-at",
         )
 
 
@@ -58,7 +59,7 @@ def check_task(recipe: Recipe, spec: ModelSpec) -> None:
         asked = [method.name for method in recipe.methods if not method.supports_encoders]
         asked += ["a budget"] * (recipe.budget is not None)
         asked += [f"weights in {recipe.weights}"] * recipe.weights.needs_text
-        misfits = asked + sorted(gates - ENCODER_GATES)
+        misfits = asked + sorted(gates - ENCODER_GATES - SIZE_GATES)
         kind, lack, fix = "an encoder", "which has no KV cache", "use `-r encoder`"
     else:
         misfits = sorted(gates & ENCODER_GATES)
@@ -80,8 +81,8 @@ def check_files(
         snapshot: The model's files.
         spec: Its shape.
         recipe: What is to be made.
-        graphs: How many graphs in float32, at most, are to be written into each folder. While weights are quantised,
-            one more lies with the temporary files.
+        graphs: How many graphs in float32, at most, are to be written into each folder. One more lies with the
+            temporary files where weights are quantised or the model writes text.
 
     Raises:
         KvslimError: Naming the file or the folder.
@@ -94,7 +95,8 @@ def check_files(
             fix="give a file in Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K or Q8_0, or write --set weights=int4",
         )
     counts = Counter(graphs)
-    counts[Path(tempfile.gettempdir())] += int(recipe.weights.is_quantised)
+    writes = not spec.is_encoder and "self" in (recipe.calibration.source, recipe.validation.source)
+    counts[Path(tempfile.gettempdir())] += int(recipe.weights.is_quantised or writes)
     graph_bytes = 2 * snapshot.stored_bytes + spec.rope_bytes
     check_space({folder: count * graph_bytes for folder, count in counts.items()})
 

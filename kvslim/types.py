@@ -50,7 +50,7 @@ class WeightFormat(Frozen):
         if self.file_mib is not None and self.file_ratio is not None:
             raise ValueError("give file_mib or file_ratio, not both")
         is_int4 = self.type in ("int4", "auto")
-        if self.picks and (not is_int4 or self.mixed or self.block or self.method == "rtn"):
+        if self.picks and (not is_int4 or self._is_said):
             raise ValueError(
                 "a limit of the file picks bits and blocks: give type int4 and method gptq or k_quant alone"
             )
@@ -69,14 +69,25 @@ class WeightFormat(Frozen):
         """The format with `auto` decided; where more is asked of it, that is int4."""
         if self.type != "auto":
             return self
+        if is_encoder:
+            return WeightFormat()
         keeps = has_blocks and self == WeightFormat(type="auto")
-        kind = "fp32" if is_encoder else "stored" if keeps else "int4"
-        return self.model_copy(update={"type": kind})
+        return self.model_copy(update={"type": "stored" if keeps else "int4"})
 
     @property
     def needs_text(self) -> bool:
         """Whether calibration text decides how matrices are stored."""
         return self.method == "gptq" or self.picks
+
+    @property
+    def is_open(self) -> bool:
+        """Whether bits and blocks of each matrix can still be picked."""
+        return self.type in ("int4", "auto") and not self.picks and not self._is_said
+
+    @property
+    def _is_said(self) -> bool:
+        """Whether the recipe says bits or blocks of matrices itself, beyond a type."""
+        return self.mixed or self.block is not None or self.method == "rtn"
 
     @property
     def picks(self) -> bool:

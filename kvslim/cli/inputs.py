@@ -104,11 +104,14 @@ def read_budget(
         return Budget.model_validate(given)
     except ValidationError as error:
         fault = error.errors()[0]
-        options = {name: option for option, (name, _) in limits.items()} | {
-            "kv_mib": "--kv-mib-at",
-            "memory_mib": "--memory-mib",
-        }
-        where = options.get(str(fault["loc"][0]), "--kv-mib-at") if fault["loc"] else "--kv-ratio, --kv-mib-at"
+        options = {name: option for option, (name, _) in limits.items()}
+        options |= {"kv_mib": "--kv-mib-at", "memory_mib": "--memory-mib"}
+        options["context"] = options["kv_mib" if memory_mib is None else "memory_mib"]
+        where = (
+            options[str(fault["loc"][0])]
+            if fault["loc"]
+            else ", ".join(options[name] for name in given if name != "context")
+        )
         raise UsageError(f"{fault['msg']}", where=where, fix="see `kvslim compress --help`") from error
 
 

@@ -98,7 +98,8 @@ def room_on(device: Device, model: str, recipe: Recipe, tokens_per_second: float
     if free <= 0:
         raise _too_large(device, parameters, kind, weights)
     ratio = None if tokens_per_second is None else _time_ratio(device, weights, plain, context, tokens_per_second)
-    return Room(device, spec, weights, plain, context, free, ratio, shares=recipe.weights.type == "auto")
+    shares = recipe.weights.type == "auto" and recipe.weights.is_open
+    return Room(device, spec, weights, plain, context, free, ratio, shares=shares)
 
 
 def _with_rope(weights: StoredWeights, spec: ModelSpec) -> StoredWeights:

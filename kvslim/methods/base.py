@@ -39,8 +39,6 @@ class Method(BaseModel):
         supports_encoders: Whether it works without a cache, from `HeadStatistics` alone.
         needs_gqa: What it needs that layout attention24 does not have; empty for nothing.
         stores_cache: Whether it chooses how the cache is stored.
-        keeps_weights: Whether the matrices of the model stay as they are; where weights are rounded, changed rows are
-            stored in 8 bits.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -50,7 +48,6 @@ class Method(BaseModel):
     supports_encoders: ClassVar[bool] = False
     needs_gqa: ClassVar[str] = ""
     stores_cache: ClassVar[bool] = False
-    keeps_weights: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -82,6 +79,11 @@ class Method(BaseModel):
             KvslimError: No choice is good enough.
         """
         return self
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether the matrices of the model stay as they are; of rounded ones, changed rows are stored in 8 bits."""
+        return False
 
     @property
     def packs_cache(self) -> bool:

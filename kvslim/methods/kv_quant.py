@@ -45,7 +45,6 @@ class KvQuant(Method):
     summary: ClassVar[str] = "8- or 4-bit integer cache with static scales chosen by error"
     needs_gqa: ClassVar[str] = "integer cache"
     stores_cache: ClassVar[bool] = True
-    keeps_weights: ClassVar[bool] = True
 
     bits: Literal[8, 4] = Field(8, description="bits per cached number")
     granularity: Granularity = Field("per_channel", description="one step per channel, or one for a layer's side")

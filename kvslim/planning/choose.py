@@ -47,7 +47,7 @@ def choose(
     Raises:
         GateError: No plan found meets all limits.
     """
-    _check_time(planner)
+    check_time(planner)
     frontier = planner.frontier(progress)
     limit = budget.bytes_limit(planner.plain_bytes)
     if limit is None and budget.max_kl is None and budget.max_recall_drop is None:
@@ -86,7 +86,12 @@ def _points(plans: Iterable[Planned]) -> tuple[PlanPoint, ...]:
     return tuple(sorted(points.values(), key=lambda point: -point.kv_bytes_per_token))
 
 
-def _check_time(planner: Planner) -> None:
+def check_time(planner: Planner) -> None:
+    """Refuses a limit of time that no plan keeps.
+
+    Raises:
+        GateError: Naming one that can be kept.
+    """
     if planner.time_ratio is not None and planner.time_ratio < planner.least_time_ratio:
         raise GateError(
             f"no plan takes {planner.time_ratio:g} of plain's time per token at {planner.context:,} tokens",

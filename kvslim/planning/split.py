@@ -41,8 +41,10 @@ def split(
         context: Tokens at which the cache's bytes count.
 
     Returns:
-        The split, or None where not even the smallest of both fit.
+        The split, or None where not even the smallest of both fit, or there is no plan of the cache.
     """
+    if not frontier:
+        return None
     sizes = np.array([point.kv_bytes_per_token * context for point in reversed(frontier)])
     losses = np.array([max(point.kl, 1e-12) for point in reversed(frontier)])
     tried = np.geomspace(sizes[0], sizes[-1], SIZES)

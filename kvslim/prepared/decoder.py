@@ -29,7 +29,7 @@ from kvslim.prepared.base import PreparedModel
 from kvslim.prepared.decoder_trials import DecoderTrials
 from kvslim.prepared.limits import with_limits
 from kvslim.prepared.text import TextSource
-from kvslim.prepared.weights import quantise
+from kvslim.prepared.weights import keeps_weights, quantise
 from kvslim.progress import Progress
 from kvslim.recipe import Recipe
 from kvslim.transform.edits import LayerEdit
@@ -76,9 +76,10 @@ class PreparedDecoder(PreparedModel):
 
     @property
     def weights_identity(self) -> tuple[Any, ...]:
-        """The recipe's format once the weights are quantised, with the text that was used."""
+        """The recipe's format once the weights are quantised, with what else decides the formats that are picked."""
         weights = self.recipe.weights if self.is_quantised else WeightFormat()
-        return weights.model_dump(), self.text.identity if weights.needs_text else None
+        text = self.text.identity if weights.needs_text else None
+        return weights.model_dump(), text, weights.picks and keeps_weights(self.recipe)
 
     @property
     def weights_like(self) -> WeightType:

@@ -9,6 +9,7 @@ from kvslim import stages
 from kvslim.devices.demand import RUNTIME_BYTES
 from kvslim.errors import GateError
 from kvslim.planning.budget import planner_of
+from kvslim.planning.choose import check_time
 from kvslim.planning.split import split
 from kvslim.prepared.weights import MIB, MatrixPicking, file_limit, matrix_picking
 from kvslim.progress import WithinStage
@@ -38,21 +39,17 @@ def with_limits(prepared: PreparedDecoder) -> Recipe:
     room = budget.memory_mib * MIB - RUNTIME_BYTES - picking.others
     found = split(room, picking.least, lambda size: _loss(picking, size), frontier, budget.context)
     if found is None:
-        lack = frontier[-1].kv_bytes_per_token * budget.context + picking.least - room
+        smallest = min((point.kv_bytes_per_token for point in frontier), default=0.0)
+        lack = smallest * budget.context + picking.least - room
         raise GateError(
             f"weights and cache at {budget.context:,} tokens do not fit into {budget.memory_mib:g} MiB",
             where="budget.memory_mib",
             fix=f"ask for {budget.memory_mib + lack / MIB + 0.5:.0f} or more, or for a shorter context",
         )
     file_mib = (found.weights + picking.others) / MIB
-    return recipe.model_copy(
-        update={
-            "weights": recipe.weights.model_copy(update={"file_mib": math.floor(100 * file_mib) / 100}),
-            "budget": budget.model_copy(
-                update={"memory_mib": None, "kv_mib": math.floor(1000 * found.cache / MIB) / 1000}
-            ),
-        }
-    )
+    weights = recipe.weights.model_copy(update={"file_mib": file_mib})
+    shares = budget.model_copy(update={"memory_mib": None, "kv_mib": found.cache / MIB})
+    return recipe.model_copy(update={"weights": weights, "budget": shares}).gated(Gates(max_file_mib=file_mib))
 
 
 def _frontier(prepared: PreparedDecoder, budget: Budget) -> list[PlanPoint]:
@@ -62,6 +59,7 @@ def _frontier(prepared: PreparedDecoder, budget: Budget) -> list[PlanPoint]:
     prepared.progress = WithinStage(progress)
     try:
         planner = planner_of(prepared.trials(), budget.context, budget.time_ratio)
+        check_time(planner)
         return [planned.point for planned in planner.frontier(prepared.progress)]
     finally:
         prepared.progress = progress

@@ -14,7 +14,7 @@ from kvslim import stages
 from kvslim.calibrate import cache
 from kvslim.errors import GateError
 from kvslim.export.stored import fetch_graph, graph_key, store_graph
-from kvslim.planning.matrices import FLOAT, MatrixPrices, MatrixPricing
+from kvslim.planning.matrices import FLOAT, FORMATS, MatrixPrices, MatrixPricing
 from kvslim.transform.kl_evaluator import KLEvaluator, probe_windows
 from kvslim.transform.surgery import layer_modules
 from kvslim.validation.measure import file_mib
@@ -26,6 +26,7 @@ from kvslim.weights.stored import load_blocks, save_blocks
 
 if TYPE_CHECKING:
     from kvslim.prepared.decoder import PreparedDecoder
+    from kvslim.recipe import Recipe
 
 FILE = "weights.npz"
 MIB = 2**20
@@ -138,7 +139,7 @@ def matrix_picking(prepared: PreparedDecoder) -> MatrixPicking:
 def _prices(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> MatrixPrices:
     """What was measured of the matrices, from the disk when they were probed before."""
     spec = prepared.spec
-    key = cache.content_key("matrices", prepared.digest, *prepared.text.identity)
+    key = cache.content_key("matrices", FORMATS, prepared.digest, *prepared.text.identity)
     prices = cache.load_probes(key, MatrixPrices)
     if prices is None:
         prepared.progress.stage(stages.PROBE_WEIGHTS)
@@ -154,19 +155,19 @@ def _prices(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> MatrixPr
 def _other_bytes(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> float:
     """Bytes of the artifact's files besides the matrices, with those of the codes that a recipe may put in."""
     spec, numbers = prepared.spec, sum(entry.module.weight.numel() for entry in chosen.values())
-    codes = 0 if _keeps_weights(prepared) else (spec.q_heads + spec.kv_heads) * spec.head_dim**2
+    codes = 0 if keeps_weights(prepared.recipe) else (spec.q_heads + spec.kv_heads) * spec.head_dim**2
     return file_mib(prepared.original) * MIB + spec.layers * (FLOAT * codes + NODES) - FLOAT * numbers
 
 
 def _least_bits(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> dict[str, int]:
     """Eight for the matrices of attention, where codes fold into them: rows that change are stored in eight anyway."""
-    if _keeps_weights(prepared):
+    if keeps_weights(prepared.recipe):
         return {}
     layers, path = layer_modules(prepared.model, prepared.architecture), prepared.architecture.attention
     inside = {module for layer in layers for module in layer.get_submodule(path).modules()}
     return {name: 8 for name, entry in chosen.items() if entry.module in inside}
 
 
-def _keeps_weights(prepared: PreparedDecoder) -> bool:
-    recipe = prepared.recipe
+def keeps_weights(recipe: Recipe) -> bool:
+    """Whether nothing that a recipe does changes rows of matrices."""
     return recipe.budget is None and all(method.keeps_weights for method in recipe.methods)

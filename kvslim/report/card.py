@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from kvslim.kv_ratios import smaller
 from kvslim.report.decisions import decisions
-from kvslim.report.tables import decisions_table, gates_table, report_table, timing_note
+from kvslim.report.tables import gates_table, removals_table, report_table, timing_note
 from kvslim.types import KVLayout, Manifest, Plan
 
 CARD = "README.md"
@@ -149,7 +149,7 @@ def model_card(manifest: Manifest) -> str:
     spec, report, layout = manifest.spec, manifest.report, manifest.kv_layout
     slim = layout.bytes_per_token(manifest.context)
     plain = KVLayout.of(spec, Plan.identity(spec)).bytes_per_token(manifest.context)
-    shared, table = ("", decisions_table(spec, manifest.plan)) if spec.is_encoder else decisions(spec, manifest.plan)
+    shared, table = ("", removals_table(manifest.plan)) if spec.is_encoder else decisions(spec, manifest.plan)
     # Markdown, not HTML: escaping would break the tables.
     environment = Environment(autoescape=False, undefined=StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(TEMPLATE).render(

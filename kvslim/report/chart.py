@@ -219,11 +219,7 @@ class _Box(NamedTuple):
 def _names(series: Sequence[Series], rules: Sequence[Rule], across: _Scale, upwards: _Scale) -> Iterator[str]:
     """Names beside points, each where it covers neither marks nor other names nor labels; without room none."""
     taken = [_around(across(left), upwards(height), 6) for one in series for left, height in one.points]
-    if any(rule.axis == "x" for rule in rules):
-        taken.append(_Box(LEFT, TOP, RIGHT, TOP + 14))
-    taken += [
-        _Box(LEFT, upwards(rule.value) - 14, LEFT + 70, upwards(rule.value)) for rule in rules if rule.axis == "y"
-    ]
+    taken += [_of_label(rule, across if rule.axis == "x" else upwards) for rule in rules]
     for one in sorted(series, key=lambda one: one.marks != "large"):
         for (left, height), name in zip(one.points, one.names, strict=False):
             x, y, width = across(left), upwards(height), LETTER * len(name)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from kvslim.caches import ClusteredCache, CodedCache, PackedCache
 from kvslim.contract import ModelSpec
-from kvslim.report.tables import NONE, Table
+from kvslim.report.tables import NONE, Table, ranges
 from kvslim.types import LayerPlan, Plan
 
 STORED = {"float32": "32-bit floats", "int8": "8-bit integers", "int4": "4-bit integers"}
@@ -40,17 +40,6 @@ def decisions(spec: ModelSpec, plan: Plan) -> Decisions:
     table = tuple((ranges(layers), *cells) for cells, layers in rows.items()) if differing else ()
     count = "In all layers" if len(facts) > 1 else "In the one layer"
     return Decisions(f"{count}, {'; '.join(said)}." if said else "", Table(("layers", *differing), table, words=True))
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers, with neighbours put together: `0, 2-5`."""
-    groups: list[list[int]] = []
-    for number in numbers:
-        if groups and number == groups[-1][-1] + 1:
-            groups[-1].append(number)
-        else:
-            groups.append([number])
-    return ", ".join(str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}" for group in groups)
 
 
 def _facts(spec: ModelSpec, layer: LayerPlan) -> dict[str, str]:

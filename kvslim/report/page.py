@@ -23,10 +23,10 @@ from kvslim.report.figures import figures
 from kvslim.report.tables import (
     UNCERTAIN,
     Table,
-    decisions_table,
     frontier_table,
     gates_table,
     plan_table,
+    removals_table,
     report_table,
     timing_note,
 )
@@ -170,7 +170,7 @@ def _decisions(title: str, manifest: Manifest) -> Section:
     if plan == Plan.identity(spec):
         return Section(title)
     if spec.is_encoder:
-        return Section(title, tables=(decisions_table(spec, plan),))
+        return Section(title, tables=(removals_table(plan),))
     found = decisions(spec, plan)
     return Section(title, found.shared, (found.differing,), folded=("Each layer, and why", plan_table(plan)))
 

@@ -11,7 +11,6 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from kvslim.caches import CodedCache
-from kvslim.contract import ModelSpec
 from kvslim.kv_ratios import TYPES, smaller_than, times
 from kvslim.report.memory import CacheMemory
 from kvslim.types import GateResult, Measures, PeerPoint, Plan, PlanPoint, Report
@@ -147,10 +146,8 @@ def plan_table(plan: Plan) -> Table:
     return Table(("layer", "rank", "cache", *([WINDOW] if windowed else []), "score", "reason"), rows, words=True)
 
 
-def decisions_table(spec: ModelSpec, plan: Plan) -> Table:
-    """What happens to each layer: to its cache for a decoder; for an encoder, which has no cache, what is removed."""
-    if not spec.is_encoder:
-        return plan_table(plan)
+def removals_table(plan: Plan) -> Table:
+    """What is removed of each layer of an encoder, which has no cache."""
     rows = ((str(layer.layer), layer.reason) for layer in plan.layers if layer.heads is not None)
     return Table(("layer", "removed"), tuple(rows), words=True)
 
@@ -201,7 +198,7 @@ def layers_table(memory: CacheMemory) -> Table:
             *_sizes(layer.bytes_per_token),
         )
         alike.setdefault(row, []).append(layer.layer)
-    rows = [(_ranges(layers), *row) for row, layers in alike.items()]
+    rows = [(ranges(layers), *row) for row, layers in alike.items()]
     rows.append(("all together", "", "", "", *([""] if windowed else []), *_sizes(memory.kv_bytes_per_token)))
     units = (f"bytes per token, {name}" for name in memory.kv_bytes_per_token)
     header = ("layers, each", "kv heads", "key dim", "value dim", *([WINDOW] if windowed else []))
@@ -279,11 +276,15 @@ def _kept(window: int | None, sinks: int | None) -> str:
     return f"{sinks} + {window}" if sinks else str(window)
 
 
-def _ranges(layers: Sequence[int]) -> str:
-    """`0-3, 5` for 0, 1, 2, 3 and 5."""
-    starts = [layer for layer in layers if layer - 1 not in layers]
-    ends = [layer for layer in layers if layer + 1 not in layers]
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers, with neighbours put together: `0, 2-5`."""
+    groups: list[list[int]] = []
+    for number in numbers:
+        if groups and number == groups[-1][-1] + 1:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return ", ".join(str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}" for group in groups)
 
 
 def _sizes(sizes: Mapping[str, int]) -> tuple[str, ...]:

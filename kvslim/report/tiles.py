@@ -15,6 +15,8 @@ GATES = {
     "max_kv_ratio": "the cache as a share of plain's bytes",
     "max_kv_mib": "the cache at the target context, in MiB,",
     "max_time_ratio": "the time per token over plain's",
+    "max_file_mib": "the size of graph and weights, in MiB,",
+    "max_memory_mib": "the peak memory, in MiB,",
     "min_embedding_cosine": "the mean cosine to plain's embeddings",
     "min_retrieval_rank_correlation": "the rank correlation of retrieval",
     "min_masked_top1_agreement": "the share of equal masked tokens",
