@@ -81,8 +81,8 @@ def check_files(
         snapshot: The model's files.
         spec: Its shape.
         recipe: What is to be made.
-        graphs: How many graphs in float32, at most, are to be written into each folder. One more lies with the
-            temporary files where weights are quantised or the model writes text.
+        graphs: How many graphs in float32, at most, are to be written into each folder. While weights are
+            quantised, one more lies with the temporary files.
 
     Raises:
         KvslimError: Naming the file or the folder.
@@ -95,8 +95,7 @@ def check_files(
             fix="give a file in Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K or Q8_0, or write --set weights=int4",
         )
     counts = Counter(graphs)
-    writes = not spec.is_encoder and "self" in (recipe.calibration.source, recipe.validation.source)
-    counts[Path(tempfile.gettempdir())] += int(recipe.weights.is_quantised or writes)
+    counts[Path(tempfile.gettempdir())] += int(recipe.weights.is_quantised)
     graph_bytes = 2 * snapshot.stored_bytes + spec.rope_bytes
     check_space({folder: count * graph_bytes for folder, count in counts.items()})
 

@@ -169,6 +169,7 @@ def test_memory_goes_where_it_takes_most_loss(steep: float, cache: float) -> Non
 
 def test_memory_that_holds_neither_is_told() -> None:
     assert split(3000, 2000, lambda _: 0.0, FRONTIER, 100) is None
+    assert split(3000, 2000, lambda _: 0.0, (), 100) is None
 
 
 @pytest.mark.parametrize(
@@ -186,10 +187,37 @@ def test_format_is_the_files_own_unless_more_is_asked(given: dict[str, object], 
     assert weights.settled(is_encoder=True, has_blocks=False).type == "fp32"
 
 
-def test_budget_of_memory_needs_bits_to_choose(tiny_llama: Path, tmp_path: Path) -> None:
-    recipe = memory_recipe(300).model_copy(update={"weights": WeightFormat(type="int8")})
+def test_encoder_gets_weights_that_can_be_read_back() -> None:
+    settled = WeightFormat(type="auto", mixed=True).settled(is_encoder=True, has_blocks=False)
+    assert WeightFormat.model_validate(settled.model_dump()) == WeightFormat()
+
+
+def test_weights_of_one_limit_are_others_where_codes_fold_into_them(tiny_llama: Path) -> None:
+    kept, folded = (open_prepared(tiny_llama, limited(1.0, method)) for method in (KvQuant(bits=8), KvHdc(bits=8)))
+    assert kept.weights_identity != folded.weights_identity
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"type": "int8"},
+        {"type": "int4", "method": "rtn"},
+        {"type": "auto", "block": 64},
+        {"type": "auto", "file_mib": 90},
+    ],
+)
+def test_budget_of_memory_needs_bits_to_choose(tiny_llama: Path, tmp_path: Path, weights: dict[str, object]) -> None:
+    recipe = memory_recipe(300).model_copy(update={"weights": WeightFormat.model_validate(weights)})
     with pytest.raises(UsageError, match="leave nothing to choose"):
         compress(str(tiny_llama), recipe, tmp_path / "out")
+
+
+def test_budget_of_memory_says_what_time_can_be_kept(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = memory_recipe(300)
+    assert recipe.budget is not None
+    hurried = recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"time_ratio": 0.01})})
+    with pytest.raises(GateError, match="of plain's time per token"):
+        compress(str(tiny_llama), hurried, tmp_path / "out")
 
 
 def memory_recipe(mib: float) -> Recipe:

@@ -107,11 +107,8 @@ def read_budget(
         options = {name: option for option, (name, _) in limits.items()}
         options |= {"kv_mib": "--kv-mib-at", "memory_mib": "--memory-mib"}
         options["context"] = options["kv_mib" if memory_mib is None else "memory_mib"]
-        where = (
-            options[str(fault["loc"][0])]
-            if fault["loc"]
-            else ", ".join(options[name] for name in given if name != "context")
-        )
+        sizes = ", ".join(options[name] for name in ("kv_ratio", "kv_mib", "memory_mib") if name in given)
+        where = options[str(fault["loc"][0])] if fault["loc"] else sizes
         raise UsageError(f"{fault['msg']}", where=where, fix="see `kvslim compress --help`") from error
 
 

@@ -21,18 +21,8 @@ if TYPE_CHECKING:
     from kvslim.recipe import Recipe
 
 # What a command that is given again leaves out: limits that are replaced, and where results go.
-REPLACED = {
-    "kv_ratio",
-    "kv_mib_at",
-    "memory_mib",
-    "time_ratio",
-    "max_kl",
-    "max_recall_drop",
-    "device",
-    "tokens_per_second",
-    "plan",
-}
-LEFT_OUT = REPLACED | {"force", "junit", "as_json"}
+SIZES = {"kv_ratio", "kv_mib_at", "memory_mib", "device"}
+LEFT_OUT = SIZES | {"time_ratio", "max_kl", "max_recall_drop", "tokens_per_second", "plan", "force", "junit", "as_json"}
 
 
 def outcome(
