@@ -29,8 +29,10 @@ def check_ids(
     beyond = found[found >= vocab_size]
     if beyond.size:
         token = int(beyond[0])
+        name = name_of(token)
+        what = "one of them" if name is None else repr(name)
         raise UsageError(
-            f"{name_of(token)!r} is token {token}, but the model has embeddings for tokens 0 to {vocab_size - 1} only",
+            f"{what} is token {token}, but the model has embeddings for tokens 0 to {vocab_size - 1} only",
             where=where,
             fix="leave it out of the text, or give the tokenizer that the model was trained with",
         )

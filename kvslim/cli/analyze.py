@@ -69,7 +69,8 @@ def _followings(model: str, data: str, analysis: Analysis) -> Iterator[str]:
     yield first
     if found := spare(analysis, TOLERABLE):
         settings = ["--set", f"methods={without(analysis, found)}", "--set", f"gates.max_kl={TOLERABLE}"]
-        yield f"  kvslim compress {shlex.join([model, '-r', 'lossless', '-o', 'OUT', *text, *settings])}"
+        judged = ["--validation", data] if text else []
+        yield f"  kvslim compress {shlex.join([model, '-r', 'lossless', '-o', 'OUT', *text, *judged, *settings])}"
     yield from others
     yield "- The planner weighs all of these against fewer bits and ranks, by measurement:"
     yield f"  kvslim plan {shlex.join([model, '--kv-ratio', '8', *text])}"

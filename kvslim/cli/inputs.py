@@ -109,6 +109,8 @@ def read_budget(
         options["context"] = options["kv_mib" if memory_mib is None else "memory_mib"]
         sizes = ", ".join(options[name] for name in ("kv_ratio", "kv_mib", "memory_mib") if name in given)
         where = options[str(fault["loc"][0])] if fault["loc"] else sizes
+        if where == "--max-recall-drop":
+            raise UsageError("it is in percentage points, from 0 to 100", where=where, fix="write 1 for 1 %") from error
         raise UsageError(f"{fault['msg']}", where=where, fix="see `kvslim compress --help`") from error
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # What a command that is given again leaves out: limits that are replaced, and where results go.
 SIZES = {"kv_ratio", "kv_mib_at", "memory_mib", "device"}
+LARGER = 1.05  # files of the artifact over plain's from which on they are told of
 LEFT_OUT = SIZES | {"time_ratio", "max_kl", "max_recall_drop", "tokens_per_second", "plan", "force", "junit", "as_json"}
 
 
@@ -90,6 +91,8 @@ def _words(context: typer.Context) -> Iterator[str]:
         if parameter.name in LEFT_OUT or value is None or value is False:
             continue
         for one in value if isinstance(value, list | tuple) else [value]:
+            if parameter.name == "overrides" and str(one).startswith("methods"):
+                continue  # the planner takes the place of methods
             yield from (
                 [str(one)] if parameter.param_type_name == "argument" else [min(parameter.opts, key=len), str(one)]
             )
@@ -107,9 +110,12 @@ def _facts(report: Report) -> Iterator[str]:
     if artifact.kv_bytes_per_token and plain.kv_bytes_per_token:
         yield f"the cache is {smaller(artifact.kv_bytes_per_token, plain.kv_bytes_per_token)}"
     if artifact.kl_mean is not None:
-        yield f"KL {artifact.kl_mean:.2g}"
+        as_run = "" if artifact.kl_as_run is None else f" ({artifact.kl_as_run:.2g} with activations rounded)"
+        yield f"KL {artifact.kl_mean:.2g}{as_run}"
     if plain.kl_to_original is not None:
         yield f"KL of the weights to fp32 {plain.kl_to_original:.2g}"
+    if artifact.file_mib and plain.file_mib and artifact.file_mib > LARGER * plain.file_mib:
+        yield f"files {artifact.file_mib / plain.file_mib:.2f}x of plain's"
     if artifact.recall is not None and plain.recall is not None:
         yield f"recall {artifact.recall:.1%} (plain {plain.recall:.1%})"
     if artifact.embedding_cosine_mean is not None:

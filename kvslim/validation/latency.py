@@ -103,8 +103,7 @@ def time_models(
     """Times models in turns (A B B A), so that slow changes of the machine's load affect all of them.
 
     The cache is filled with random content, which takes the same time as real content, and is kept at the same context.
-    A prefill is long and its time varies little, so prompts are timed a quarter as often as contexts, and at least
-    three times.
+    A prefill is long, so prompts are timed half as often as contexts, and at least three times.
 
     Args:
         models: Graph or folder by name.
@@ -126,7 +125,7 @@ def time_models(
         name: DecodeSession(path, capacity=capacity, threads=threads, batch=batch) for name, path in models.items()
     }
     track, watch = (progress or Silent()).track, LoadWatch()
-    prefills = max(3, repeats // 4)
+    prefills = max(3, repeats // 2)
     ttft = {length: _prefill_times(sessions, length, prefills) for length in track(prompts, "prompts timed")}
     tpot = {length: _decode_times(sessions, length, repeats) for length in track(contexts, "contexts timed")}
     return Runs(ttft, tpot, watch.busy_cores())
