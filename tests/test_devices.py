@@ -171,6 +171,15 @@ def test_a_prompt_over_integers_is_slower_by_what_was_measured(
     assert after.seconds_per_token == pytest.approx(ratio * before.seconds_per_token)
 
 
+def test_no_prompt_is_expected_to_be_faster_than_over_the_plain_cache() -> None:
+    rings = Plan(layers=tuple(LayerPlan(layer=layer, cache=WindowCache(window=32, sinks=4)) for layer in range(2)))
+    nothing = StoredWeights("none", stored=0, read=0, products=0, head=0)
+    plain, ringed = limits(DEVICE, nothing, (PLAIN, Cache.of("rings", SPEC, rings)), 4096, (2000,))
+    speeds = [{each.demand.stage: each.tokens_per_second for each in found.stages} for found in (plain, ringed)]
+    assert speeds[0]["prefill"] == speeds[1]["prefill"]
+    assert speeds[0]["decode"] < speeds[1]["decode"]
+
+
 def test_packed_codes_take_longer_than_float32_and_their_ring_as_long() -> None:
     cache = PackedCache(rank=8, bits=2, window=16, sinks=4)
     packed = Cache.of("packed", SPEC, Plan(layers=tuple(LayerPlan(layer=at, cache=cache) for at in range(2))))

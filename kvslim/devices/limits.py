@@ -68,15 +68,18 @@ def limits(
     Args:
         device: The device.
         weights: The weights, which are in memory with each cache.
-        caches: The caches to compare.
+        caches: The caches to compare, the plain one first.
         positions: Tokens that the model has positions for.
         contexts: Lengths in tokens at which prompt and decoding are bounded.
         others: Demands that do not depend on the cache, such as training.
     """
     result = []
+    plain: tuple[Bound, ...] = ()
     for cache in caches:
         longest = longest_context(device, weights, cache, positions)
         demands = [*others, *(stage(weights, cache, context) for context in contexts for stage in (prefill, decode))]
+        bounds = tuple(bound(device, demand) for demand in demands)
+        plain = plain or bounds
         result.append(
             Limits(
                 device=device.name,
@@ -84,10 +87,18 @@ def limits(
                 cache=cache.name,
                 longest_context=longest,
                 longest_by="positions" if longest == positions else "memory",
-                stages=tuple(bound(device, demand) for demand in demands),
+                stages=tuple(map(_with_slow_prompt, bounds, plain)),
             )
         )
     return result
+
+
+def _with_slow_prompt(found: Bound, plain: Bound) -> Bound:
+    """A bound; of a prompt no faster than over the plain cache, since none was measured to be."""
+    if found.demand.stage != "prefill":
+        return found
+    slower = max(found.seconds_per_token, plain.seconds_per_token)
+    return found.model_copy(update={"seconds_per_token": slower})
 
 
 def bound(device: Device, demand: Demand) -> Bound:
