@@ -89,7 +89,7 @@ def write_own_wheel(folder: Path) -> Path:
     about = f"kvslim-{installed.version}.dist-info"
     files = dict(_package_files())
     files |= {
-        f"{about}/METADATA": (installed.read_text("METADATA") or "").encode(),
+        f"{about}/METADATA": (installed.read_text("METADATA") or installed.read_text("PKG-INFO") or "").encode(),
         f"{about}/entry_points.txt": (installed.read_text("entry_points.txt") or "").encode(),
         f"{about}/WHEEL": WHEEL.encode(),
     }
