@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+MIB = 2**20
 WeightType = Literal["fp32", "int8", "int4"]
 WeightMethod = Literal["gptq", "k_quant", "rtn"]
 CacheType = Literal["float32", "int8", "int4", "codes3", "codes2", "codes1"]

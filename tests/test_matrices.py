@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.models import CALIBRATION, VALIDATION, open_prepared, recipe_of, tokens_of, torch_logits
 
+from kvslim.contract import MIB
 from kvslim.devices.demand import RUNTIME_BYTES
 from kvslim.errors import GateError, UsageError
 from kvslim.methods import KvHdc, KvQuant, Method
@@ -19,7 +20,7 @@ from kvslim.pipeline import compress
 from kvslim.planning import matrices
 from kvslim.planning.matrices import FORMATS, MatrixPrice, MatrixPrices, StoredAs
 from kvslim.planning.split import split
-from kvslim.prepared.weights import MIB, matrix_picking
+from kvslim.prepared.weights import matrix_picking
 from kvslim.recipe import Budget, Recipe, parse_recipe
 from kvslim.transform.kl_evaluator import KLEvaluator, probe_windows
 from kvslim.types import PlanPoint, WeightFormat

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
+from kvslim.contract import MIB
 from kvslim.devices.demand import RUNTIME_BYTES
 from kvslim.errors import GateError
 from kvslim.pipeline import compress
@@ -17,7 +18,6 @@ from kvslim.recipe import Budget, load_recipe
 from kvslim.types import KVLayout, Manifest, Plan
 from kvslim.validation.measure import file_mib
 
-MIB = 2**20
 # What is told of time and recall is not looked at.
 BRIEF = (
     "validation.recall_items=8",

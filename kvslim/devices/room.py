@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from kvslim.contract import ModelSpec, WeightType
+from kvslim.contract import MIB, ModelSpec, WeightType
 from kvslim.devices.demand import RUNTIME_BYTES, Cache, StoredWeights, decode
 from kvslim.devices.limits import Limits, bound, limits
 from kvslim.devices.profile import Device
@@ -14,7 +14,6 @@ from kvslim.loading.parameters import Parameters
 from kvslim.recipe import Budget, Recipe
 from kvslim.types import KVLayout, Plan
 
-MIB = 2**20
 INT8_RATIO = 4  # times smaller than the plain cache: what nearly every model takes without a loss
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from kvslim.contract import MIB
 from kvslim.errors import GateError
 from kvslim.kv_ratios import smaller
 from kvslim.planning.planner import MARGIN, Planned, Planner
 from kvslim.progress import Progress
 from kvslim.recipe import Budget
 from kvslim.types import PlanPoint
-
-MIB = 2**20
 
 
 class Chosen(NamedTuple):

@@ -23,6 +23,7 @@ from kvslim.progress import Progress
 from kvslim.transform.surgery import attention_modules, layer_modules, project_directly
 from kvslim.weights.blocks import BlockFormat, Floats, quantise
 from kvslim.weights.choice import Chosen
+from kvslim.weights.layerwise import hooked
 
 if TYPE_CHECKING:
     from kvslim.transform.kl_evaluator import KLEvaluator
@@ -178,17 +179,12 @@ def _groups(model: Any, modules: Sequence[nn.Module], tokens: torch.Tensor) -> l
     groups: list[list[nn.Module]] = []
     last: list[Any] = [None]
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def note(module: nn.Module, args: tuple[Any, ...], _: dict[str, Any]) -> None:
         if args[0] is not last[0]:
             groups.append([])
         last[0] = args[0]
         groups[-1].append(module)
 
-    hooks = [module.register_forward_pre_hook(note) for module in modules]
-    try:
-        with torch.inference_mode():
-            model(input_ids=tokens, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(modules, note), torch.inference_mode():
+        model(input_ids=tokens, use_cache=False)
     return groups

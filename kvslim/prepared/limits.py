@@ -6,12 +6,13 @@ import math
 from typing import TYPE_CHECKING
 
 from kvslim import stages
+from kvslim.contract import MIB
 from kvslim.devices.demand import RUNTIME_BYTES
 from kvslim.errors import GateError
 from kvslim.planning.budget import planner_of
 from kvslim.planning.choose import check_time
 from kvslim.planning.split import split
-from kvslim.prepared.weights import MIB, MatrixPicking, file_limit, matrix_picking
+from kvslim.prepared.weights import MatrixPicking, file_limit, matrix_picking
 from kvslim.progress import WithinStage
 from kvslim.recipe import Budget, Gates, Recipe
 from kvslim.types import PlanPoint

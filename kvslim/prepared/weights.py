@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from kvslim import stages
 from kvslim.calibrate import cache
+from kvslim.contract import MIB
 from kvslim.errors import GateError
 from kvslim.export.stored import fetch_graph, graph_key, store_graph
 from kvslim.planning.matrices import FLOAT, FORMATS, MatrixPrices, MatrixPricing
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from kvslim.recipe import Recipe
 
 FILE = "weights.npz"
-MIB = 2**20
 NODES = 24 * 2**10  # bytes of a layer's nodes and their names in the graph, with those of its cache
 
 

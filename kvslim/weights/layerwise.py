@@ -5,7 +5,7 @@ One layer's moments are in memory at a time, and the hidden states of the text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -67,9 +67,9 @@ class _Calls:
         self.layers = layers
         self.options: list[dict[str, Any]] = []
         self.hidden: list[Tensor] = []
-        with _hooked(layers, self._keep_options):
+        with hooked(layers, self._keep_options):
             model.base_model(input_ids=torch.from_numpy(windows[:1]), use_cache=False)
-        with _hooked(layers[:1], self._keep_hidden):
+        with hooked(layers[:1], self._keep_hidden):
             for window in windows:
                 with suppress(_EnoughError):
                     model.base_model(input_ids=torch.from_numpy(window[None]), use_cache=False)
@@ -97,7 +97,7 @@ class _EnoughError(Exception):
 
 def _run(model: Any, windows: np.ndarray) -> None:
     """Runs a decoder up to its head, whose hook comes first."""
-    with _hooked([model.get_output_embeddings()], _stop):
+    with hooked([model.get_output_embeddings()], _stop):
         for window in windows:
             with suppress(_EnoughError):
                 model(input_ids=torch.from_numpy(window[None]), use_cache=False)
@@ -108,7 +108,8 @@ def _stop(*_: Any) -> None:
 
 
 @contextmanager
-def _hooked(modules: Sequence[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+def hooked(modules: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+    """Within the block a hook is called before each of the modules, with the module and what it is called with."""
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
     try:
         yield
@@ -129,7 +130,7 @@ def _moments(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, np.ndarra
             last[:] = args[0], (rows.T @ rows).double().numpy()
         sums[module] = sums[module] + last[1] if module in sums else last[1]
 
-    with _hooked(modules, add):
+    with hooked(modules, add):
         yield sums
 
 
