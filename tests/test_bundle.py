@@ -17,8 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 from support.paths import ROOT
-from support.tiny_artifact import describe
-from support.tiny_writer import write_writer
+from support.tiny_writer import writer_artifact
 from support.wheelhouse import write_wheel
 
 from kvslim.bundle import archive, wheels
@@ -34,11 +33,7 @@ NO_INDEX = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
-    folder = tmp_path / "artifact"
-    folder.mkdir()
-    write_writer(folder)
-    describe(folder)
-    return folder
+    return writer_artifact(tmp_path)
 
 
 @pytest.fixture

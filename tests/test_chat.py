@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import signal
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 from support.terminal import PROMPT, Terminal
 from support.tiny_chat import completed, write_chat
+from support.verbs import Run, give_stdin, runner
 
 from kvslim.cli import app
 from kvslim.cli.conversation import COMMANDS
@@ -20,7 +20,6 @@ from kvslim.cli.schemas import output_type
 from kvslim.runtime.completion import Completer
 
 SHORT = ("-n", "6")
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -39,11 +38,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     """Runs `kvslim chat` with the given stdin; returns exit code, stdout and stderr."""
 
     def call(*arguments: object, stdin: str | bytes) -> tuple[int, str, str]:
-        typed = io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin)
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed, encoding="utf-8", errors="surrogateescape"))
-        code = app.run(["chat", *(str(argument) for argument in arguments)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        give_stdin(monkeypatch, stdin)
+        return runner(capsys, "chat")(*arguments)
 
     return call
 

@@ -16,8 +16,8 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 from support.tiny_artifact import SPEC, fill
+from support.verbs import Run, runner
 
-from kvslim.cli import app
 from kvslim.cli.inputs import read_plan, write_text
 from kvslim.cli.lengths import read_lengths
 from kvslim.errors import GateError, OutputError, UsageError
@@ -47,19 +47,12 @@ VERBS = (
 )
 HEAVY = ("torch", "transformers", "onnxruntime", "onnx", "numpy", "matplotlib", "optimum")
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs a command; returns exit code, stdout and stderr."""
 
-    def call(*arguments: object) -> tuple[int, str, str]:
-        code = app.run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return runner(capsys)
 
 
 @pytest.fixture

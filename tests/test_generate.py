@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.tiny_chat import completed, write_chat
+from support.verbs import Run, give_stdin, runner
 
-from kvslim.cli import app
 from kvslim.cli.schemas import output_type
 
 FIELDS = (
@@ -26,7 +24,6 @@ FIELDS = (
     "kv_mib",
 )
 SHORT = ("-n", "6")
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -45,11 +42,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     """Runs `kvslim generate` with the given stdin; returns exit code, stdout and stderr."""
 
     def call(*arguments: object, stdin: str | bytes = "") -> tuple[int, str, str]:
-        typed = io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin)
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed, encoding="utf-8", errors="surrogateescape"))
-        code = app.run(["generate", *(str(argument) for argument in arguments)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        give_stdin(monkeypatch, stdin)
+        return runner(capsys, "generate")(*arguments)
 
     return call
 

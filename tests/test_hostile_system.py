@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.tiny_artifact import describe, fill
-from support.tiny_writer import write_writer
+from support.tiny_artifact import fill
+from support.tiny_writer import writer_artifact
 
 from kvslim.cli import app
 from kvslim.cli.failures import explained
@@ -30,11 +30,7 @@ NAMES = ("-rf", "two words", "ünïcode 👩‍👩‍👧 日本", "%s {x} 'q' 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
     """An artifact that runs."""
-    folder = tmp_path / "artifact"
-    folder.mkdir()
-    write_writer(folder)
-    describe(folder)
-    return folder
+    return writer_artifact(tmp_path)
 
 
 def clear(err: str) -> bool:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_artifact import describe
-from support.tiny_writer import write_writer
+from support.tiny_writer import writer_artifact
 
 from kvslim.calibrate.corpus import source_text
 from kvslim.cli import app
@@ -47,11 +46,7 @@ NAMES = ["t.json", "t.JSON", "t.jsonl.gz", "t.ndjson", "t.csv", "t.md", "t"]
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
-    folder = tmp_path / "artifact"
-    folder.mkdir()
-    write_writer(folder)
-    describe(folder)
-    return folder
+    return writer_artifact(tmp_path)
 
 
 @pytest.fixture

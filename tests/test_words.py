@@ -15,14 +15,12 @@ import pytest
 from support.paths import ROOT
 from support.tiny_artifact import fill
 from support.tiny_report import manifest
+from support.verbs import Run, runner
 
-from kvslim.cli import app
 from kvslim.cli.peers import VERBS
 from kvslim.errors import GateError, UsageError
 from kvslim.recipe import Recipe
 from kvslim.types import Manifest
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 class StoppedError(Exception):
@@ -33,12 +31,7 @@ class StoppedError(Exception):
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs a command; returns exit code, stdout and stderr."""
 
-    def call(*arguments: object) -> tuple[int, str, str]:
-        code = app.run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return runner(capsys)
 
 
 @pytest.fixture
