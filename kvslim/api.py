@@ -141,9 +141,9 @@ def bench(
 
     Args:
         artifacts: Folders that `compress` wrote.
-        prompts: Prompt lengths in tokens, for time to first token; text lengths for an encoder. None for 128 and 512,
-            as far as all models have positions.
-        contexts: Context lengths in tokens, for time per token; None for 128 and 1,024, likewise.
+        prompts: Prompt lengths in tokens, for time to first token; text lengths for an encoder. None for 128, 512
+            and the shortest context that an artifact was made for, as far as all models have positions.
+        contexts: Context lengths in tokens, for time per token; None for 128, 1,024 and that context, likewise.
         threads: Thread counts; None leaves the choice to onnxruntime.
         batches: Numbers of sequences side by side.
         repeats: Timings per combination, at least 2.

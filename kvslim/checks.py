@@ -151,7 +151,7 @@ def _lengths(recipe: Recipe, spec: ModelSpec) -> dict[str, _Length]:
     calibration, validation, most = recipe.calibration, recipe.validation, spec.max_context
     lengths = {
         "validation.length": _Length(validation.length, most),
-        "validation.prompts": _Length(max(validation.prompts), [most]),
+        "validation.prompts": _Length(max(recipe.timed_prompts(spec)), [most]),
     }
     if spec.is_encoder:
         return lengths

@@ -146,8 +146,10 @@ def bench(artifacts: Sequence[Path], grid: Grid, *, progress: Progress | None = 
     Raises:
         KvslimError: An artifact cannot be opened, or a length is not positive or beyond a model's positions.
     """
-    specs = [read_runnable(artifact).spec for artifact in artifacts]
-    grid = grid.shortened_to(specs)
+    manifests = [read_runnable(artifact) for artifact in artifacts]
+    specs = [manifest.spec for manifest in manifests]
+    contexts = [manifest.context for manifest in manifests if not manifest.spec.is_encoder]
+    grid = grid.fitted(specs, min(contexts, default=None))
     checks.check_grid(artifacts, specs, grid)
     return bench_all({str(artifact): artifact for artifact in artifacts}, specs, grid, progress or Silent())
 

@@ -20,6 +20,7 @@ from kvslim.types import WeightFormat, Weights
 from kvslim.validation.spans import LEAST_DISTANCE, longest_distance
 
 SHORT_CONTEXTS = (128, 1024)
+SHORT_PROMPTS = (128, 512)
 DEFAULT_CONTEXT = 4096
 DEFAULT_POSITIONS = 32768
 SIZES = ("max_kv_ratio", "max_kv_mib", "max_memory_mib")  # gates of which a budget in bytes takes the place
@@ -79,8 +80,10 @@ class Validation(Frozen):
     length: int = Field(512, ge=32, description="tokens per chunk; longest sentence for an encoder")
     recall_items: int = Field(200, ge=1, description="recall questions at most")
     recall_distance: int = Field(512, ge=LEAST_DISTANCE, description="tokens between a fact and its question, at most")
-    prompts: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (128, 512), min_length=1, description="prompt lengths for TTFT; text lengths for an encoder's latency"
+    prompts: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None,
+        min_length=1,
+        description="prompt lengths for TTFT, default 128, 512 and the target context; text lengths of an encoder",
     )
     contexts: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         None, min_length=1, description="contexts for time per token; default 128, 1,024 and the target context"
@@ -207,6 +210,15 @@ class Recipe(Frozen):
         """The methods in the order they run."""
         return sorted(self.methods, key=lambda method: method.order)
 
+    def timed_prompts(self, spec: ModelSpec) -> tuple[int, ...]:
+        """Lengths of prompts that a decoder is timed at, or of texts that an encoder is timed at."""
+        if self.validation.prompts is not None:
+            return self.validation.prompts
+        if spec.is_encoder:
+            return tuple(length for length in SHORT_PROMPTS if length <= spec.max_context) or (spec.max_context,)
+        target = min(self.calibration.target(spec), spec.max_context)
+        return (*(length for length in SHORT_PROMPTS if length < target), target)
+
     def timed_contexts(self, spec: ModelSpec) -> tuple[int, ...]:
         """Contexts that a token of a decoder is timed at; all positions mean the last token that fits."""
         last = spec.max_context - 1
@@ -228,7 +240,7 @@ class Recipe(Frozen):
         """This recipe with the defaults that a model has positions for; what somebody set stays as it is."""
         most = spec.max_context
         reach = longest_distance(most)
-        validation = shortened(self.validation, length=most, prompts=most, recall_distance=reach)
+        validation = shortened(self.validation, length=most, recall_distance=reach)
         return self.model_copy(
             update={"calibration": shortened(self.calibration, length=most), "validation": validation}
         )

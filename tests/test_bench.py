@@ -236,9 +236,9 @@ def test_table_and_csv_show_energy_only_where_it_was_measured() -> None:
 
 def test_all_positions_mean_the_last_token_that_fits() -> None:
     specs = [SPEC, SPEC.model_copy(update={"max_context": 16384})]
-    assert Grid(prompts=(128,), contexts=(512, 8192)).shortened_to(specs).contexts == (512, 8191)
-    assert Grid(prompts=(128,), contexts=(8193,)).shortened_to(specs).contexts == (8193,)
-    assert Grid().shortened_to([SPEC.model_copy(update={"max_context": 128})]).contexts == (127,)
+    assert Grid(prompts=(128,), contexts=(512, 8192)).fitted(specs).contexts == (512, 8191)
+    assert Grid(prompts=(128,), contexts=(8193,)).fitted(specs).contexts == (8193,)
+    assert Grid().fitted([SPEC.model_copy(update={"max_context": 128})]).contexts == (127,)
 
 
 def test_grid_asks_for_two_turns_at_least() -> None:

@@ -22,7 +22,7 @@ def test_defaults_fit_every_model(recipe: str, positions: int) -> None:
     fitted = load_recipe(recipe).shortened_to(spec)
     check_lengths(fitted, spec)
     assert fitted.validation.length == fitted.calibration.length == min(512, positions)
-    assert max(fitted.validation.prompts) <= positions
+    assert max(fitted.timed_prompts(spec)) <= positions
     assert Recipe.model_validate(fitted.model_dump()).shortened_to(spec) == fitted
 
 
@@ -61,6 +61,22 @@ def test_bench_has_default_lengths_that_all_artifacts_take(
     positions: int, prompts: tuple[int, ...], contexts: tuple[int, ...]
 ) -> None:
     specs = [SPEC.model_copy(update={"max_context": most}) for most in (8192, positions)]
-    grid = Grid().shortened_to(specs)
+    grid = Grid().fitted(specs)
     assert (grid.prompts, grid.contexts) == (prompts, contexts)
-    assert Grid(prompts=(9999,), contexts=(1,)).shortened_to(specs).prompts == (9999,)
+    assert Grid(prompts=(9999,), contexts=(1,)).fitted(specs, 4096).prompts == (9999,)
+
+
+@pytest.mark.parametrize(
+    ("target", "prompts", "contexts"),
+    [
+        (8192, (128, 512, 8192), (128, 1024, 8191)),
+        (4096, (128, 512, 4096), (128, 1024, 4096)),
+        (512, (128, 512), (128, 512)),
+        (99999, (128, 512, 8192), (128, 1024, 8191)),
+    ],
+)
+def test_bench_ends_with_the_context_that_artifacts_are_for(
+    target: int, prompts: tuple[int, ...], contexts: tuple[int, ...]
+) -> None:
+    grid = Grid().fitted([SPEC.model_copy(update={"max_context": 8192})], target)
+    assert (grid.prompts, grid.contexts) == (prompts, contexts)

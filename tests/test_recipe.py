@@ -104,6 +104,25 @@ def test_tokens_are_timed_up_to_the_target_context(most: int, settings: dict, ex
     assert Recipe.model_validate({"name": "test", **settings}).timed_contexts(spec) == expected
 
 
+@pytest.mark.parametrize(
+    ("most", "settings", "expected"),
+    [
+        (8192, {}, (128, 512, 4096)),
+        (512, {}, (128, 512)),
+        (100, {}, (100,)),
+        (8192, {"calibration": {"context": 8192}}, (128, 512, 8192)),
+        (8192, {"validation": {"prompts": [300, 64]}}, (300, 64)),
+    ],
+)
+def test_prompts_are_timed_up_to_the_target_context(most: int, settings: dict, expected: tuple[int, ...]) -> None:
+    spec = SPEC.model_copy(update={"max_context": most})
+    recipe = Recipe.model_validate({"name": "test", **settings})
+    assert recipe.timed_prompts(spec) == expected
+    encoder = spec.model_copy(update={"task": "embedding"})
+    if not settings:
+        assert recipe.timed_prompts(encoder) == (expected if most < 512 else (128, 512))
+
+
 def test_recipe_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Recipe(name="x").weights = "int4"  # type: ignore[misc]

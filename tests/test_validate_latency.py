@@ -51,6 +51,24 @@ def test_latency_takes_turns_when_there_are_two_models(
     assert order == 2 * (slim + plain + plain + slim)
 
 
+@pytest.mark.parametrize(("limit", "pairs"), [(8, 2), (7, 1)])
+def test_long_prompt_is_timed_in_one_pair_of_turns(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, limit: int, pairs: int
+) -> None:
+    order: list[str] = []
+    prefill = DecodeSession.prefill
+
+    def recording(self: DecodeSession, tokens: np.ndarray) -> np.ndarray:
+        order.append("plain" if self.layout.tensors[0].dtype == "float32" else "slim")
+        return prefill(self, tokens)
+
+    monkeypatch.setattr(DecodeSession, "prefill", recording)
+    monkeypatch.setattr("kvslim.validation.latency.LONG_PROMPT", limit)
+    slim = measure_latency(models, prompts=(8,), contexts=(), repeats=3)["artifact"]
+    assert order == pairs * ["slim", "plain", "plain", "slim"]
+    assert slim.ttft_quartiles_ms["8"][0] < slim.ttft_ms["8"] < slim.ttft_quartiles_ms["8"][1]
+
+
 @pytest.mark.parametrize("wrong", [{"prompts": (0,)}, {"contexts": (0,)}, {"repeats": 0}])
 def test_latency_raises_usage_error_when_a_number_is_not_positive(
     models: dict[str, Path], wrong: dict[str, object]

@@ -18,12 +18,13 @@ def bench(
         str | None,
         typer.Option(
             "--context",
-            help="context lengths for time per token; default: 128,1k; all positions of a model mean its last token",
+            help="context lengths for time per token; default: 128,1k and the context that the artifacts are for; "
+            "all positions of a model mean its last token",
         ),
     ] = None,
     prompts: Annotated[
         str | None,
-        typer.Option("--prompt", help="prompt lengths for time to first token; default: 128,512, likewise"),
+        typer.Option("--prompt", help="prompt lengths for time to first token; default: 128,512 and that context"),
     ] = None,
     threads: Annotated[
         str | None, typer.Option(metavar="N,...", help="threads of one operator; default: onnxruntime's choice")

@@ -132,6 +132,7 @@ class PreparedDecoder(PreparedModel):
             self.recipe.validation,
             self.recipe.gates,
             context,
+            self.recipe.timed_prompts(self.spec),
             self.recipe.timed_contexts(self.spec),
             self.original if self.is_quantised else None,
             self.progress,

@@ -70,7 +70,10 @@ class PreparedEncoder(PreparedModel):
 
     def evaluation(self) -> EncoderEvaluation:
         """Held-out sentences."""
-        return EncoderEvaluation(self.text.validated(), self.spec, self.recipe.validation, self.recipe.gates)
+        lengths = self.recipe.timed_prompts(self.spec)
+        return EncoderEvaluation(
+            self.text.validated(), self.spec, lengths, self.recipe.validation.repeats, self.recipe.gates
+        )
 
     def install(self, codes: tuple[LayerEdit, ...]) -> None:
         """Puts codes into the model, for good."""

@@ -41,15 +41,23 @@ class Grid(Frozen):
     batches: tuple[int, ...] = (1,)
     repeats: int = Field(16, ge=2)
 
-    def shortened_to(self, specs: Sequence[ModelSpec]) -> Grid:
+    def fitted(self, specs: Sequence[ModelSpec], target: int | None = None) -> Grid:
         """This grid with lengths that all models have positions for; a longer one that somebody set stays as it is.
 
         A context of all positions means the last token that fits.
+
+        Args:
+            specs: The models' shapes.
+            target: Context that decoders were made for, which their defaults end with; None for encoders.
         """
         most = min((spec.max_context for spec in specs), default=max(self.prompts))
         grid = shortened(self, prompts=most, contexts=most - 1)
-        contexts = tuple(most - 1 if context == most else context for context in grid.contexts)
-        return grid.model_copy(update={"contexts": contexts})
+        lengths = {"prompts": grid.prompts, "contexts": grid.contexts}
+        if target is not None:
+            for name in lengths.keys() - self.model_fields_set:
+                lengths[name] = (*(length for length in lengths[name] if length < target), min(target, most))
+        lengths["contexts"] = tuple(most - 1 if context == most else context for context in lengths["contexts"])
+        return grid.model_copy(update=lengths)
 
     @property
     def points(self) -> Iterator[tuple[int | None, int]]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from kvslim.calibrate.sentences import Sentences
 from kvslim.contract import ModelSpec
-from kvslim.recipe import Gates, Validation
+from kvslim.recipe import Gates
 from kvslim.runtime.encoder import EncoderSession, pad
 from kvslim.types import Measures, Report
 from kvslim.validation.gates import Timed, report
@@ -30,13 +30,15 @@ class EncoderEvaluation(NamedTuple):
     Attributes:
         held_out: Sentences.
         spec: The model's shape.
-        settings: What is timed.
+        lengths: Tokens of the texts that are timed.
+        repeats: Timed turns per length.
         gates: Limits; a model without a masked-token head is spared that of masked tokens.
     """
 
     held_out: Sentences
     spec: ModelSpec
-    settings: Validation
+    lengths: Sequence[int]
+    repeats: int
     gates: Gates
 
     def measure(self, plain: Path, artifact: Path) -> Report:
@@ -55,7 +57,7 @@ class EncoderEvaluation(NamedTuple):
             "artifact": compare(reference, answers(artifact, self.held_out, BATCH)),
         }
         folders = {"plain": plain, "artifact": artifact}
-        costs, timed = encoder_costs(folders, self.settings.prompts, self.settings.repeats)
+        costs, timed = encoder_costs(folders, self.lengths, self.repeats)
         of_plain, of_artifact = (costs[name].model_copy(update=quality[name]) for name in folders)
         gates = self.gates
         if self.spec.task != "fill-mask":

@@ -17,6 +17,7 @@ from kvslim.runtime.session import DecodeSession
 from kvslim.validation.energy import joules_since, microjoules
 from kvslim.validation.load import LoadWatch, doubt
 
+LONG_PROMPT = 1024  # tokens; a longer prompt takes as long as hundreds of tokens, and is timed in one pair of turns
 Times = npt.NDArray[np.float64]
 Quartiles = tuple[float, float]
 
@@ -103,7 +104,8 @@ def time_models(
     """Times models in turns (A B B A), so that slow changes of the machine's load affect all of them.
 
     The cache is filled with random content, which takes the same time as real content, and is kept at the same context.
-    A prefill is long, so prompts are timed half as often as contexts, and at least three times.
+    A prefill is long, so prompts are timed half as often as contexts, and at least three times; those of more than
+    1,024 tokens twice, each model first once, without a turn to warm up. Two turns still tell how far they differ.
 
     Args:
         models: Graph or folder by name.
@@ -139,7 +141,8 @@ def _prefill_times(sessions: Mapping[str, DecodeSession], length: int, repeats: 
         sessions[name].reset()
         return cost(lambda: sessions[name].prefill(prompts[name]))
 
-    return in_turns(list(sessions), timed, repeats)
+    is_long = length > LONG_PROMPT
+    return in_turns(list(sessions), timed, 2 if is_long else repeats, warms_up=not is_long)
 
 
 def _decode_times(sessions: Mapping[str, DecodeSession], context: int, repeats: int) -> dict[str, Times]:
@@ -159,15 +162,17 @@ def _step(session: DecodeSession, context: int) -> None:
     session.lengths[:] = context  # the content is random anyway, so it does not matter what a window has dropped
 
 
-def in_turns(names: Sequence[str], timed: Callable[[str], float | Cost], repeats: int) -> dict[str, Times]:
+def in_turns(
+    names: Sequence[str], timed: Callable[[str], float | Cost], repeats: int, *, warms_up: bool = True
+) -> dict[str, Times]:
     """Milliseconds [repeats] or costs [repeats, 2] by name, in changing order (A B B A).
 
-    The first turn warms up and is not counted. The order alternates because the second model of a turn finds the
-    processor's caches as the first left them, which makes a difference of a few percent.
+    Another turn before them warms up and is not counted. The order alternates because the second model of a turn finds
+    the processor's caches as the first left them, which makes a difference of a few percent.
     """
-    orders = [names if turn % 2 else names[::-1] for turn in range(repeats + 1)]
+    orders = [names if turn % 2 else names[::-1] for turn in range(repeats + warms_up)]
     turns = [{name: timed(name) for name in order} for order in orders]
-    return {name: np.array([turn[name] for turn in turns[1:]]) for name in names}
+    return {name: np.array([turn[name] for turn in turns[-repeats:]]) for name in names}
 
 
 def cost(action: Callable[[], object]) -> Cost:

@@ -31,6 +31,7 @@ class DecoderEvaluation(NamedTuple):
         settings: What is timed.
         gates: Limits.
         context: Tokens of the cache that bytes per token are counted in.
+        timed_prompts: Prompt lengths that are timed.
         timed_contexts: Contexts that a token is timed at.
         original: Folder of the graph in float32 where the weights of plain export and artifact are quantised.
         progress: Receives the progress.
@@ -41,6 +42,7 @@ class DecoderEvaluation(NamedTuple):
     settings: Validation
     gates: Gates
     context: int
+    timed_prompts: Sequence[int]
     timed_contexts: Sequence[int]
     original: Path | None
     progress: Progress
@@ -56,7 +58,7 @@ class DecoderEvaluation(NamedTuple):
 
 
 def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Report:
-    windows, items, settings, gates, context, timed, original, progress = evaluation
+    windows, items, settings, gates, context, prompts, timed, original, progress = evaluation
     folders = {"plain": plain, "artifact": artifact}
     quality = _quality(plain, artifact, windows, original, progress)
     progress.stage(stages.RECALL)
@@ -79,7 +81,7 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
     del sessions
     samples = sample_answers(plain, artifact, windows, progress)
     progress.stage(stages.TIME)
-    latency = measure_latency(folders, settings.prompts, timed, settings.repeats, progress=progress)
+    latency = measure_latency(folders, prompts, timed, settings.repeats, progress=progress)
     slim = latency["artifact"]
     measures = {
         name: _costs(folders[name], latency[name], timed).model_copy(
