@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
-from kvslim.contract import ModelSpec
+from kvslim.contract import WINDOW_SLACK, ModelSpec
 from kvslim.loading.source import read_spec, resolve
 from kvslim.validation.latency import in_turns
 
@@ -81,23 +81,26 @@ def thread_ms(run: Callable[[], None]) -> float:
     return (time.thread_time() - start) * 1e3
 
 
-def graph(spec: ModelSpec, kind: str) -> onnx.ModelProto:
-    """One attention operator with a cache of that kind."""
+def graph(spec: ModelSpec, kind: str, window: int | None = None) -> onnx.ModelProto:
+    """One attention operator with a cache of that kind, of all tokens or of a window of the model."""
     dtype, bits, granularity = KINDS[kind]
     cached = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     columns = spec.head_dim // 2 if bits == 4 else spec.head_dim
+    past, present = ("past", "present") if window is None else (window + WINDOW_SLACK,) * 2
     shapes = {
         "query": (TensorProto.FLOAT, [1, "new", spec.q_heads * spec.head_dim]),
         "key": (TensorProto.FLOAT, [1, "new", spec.kv_heads * spec.head_dim]),
         "value": (TensorProto.FLOAT, [1, "new", spec.kv_heads * spec.head_dim]),
-        "past_key": (cached, [1, spec.kv_heads, "past", columns]),
-        "past_value": (cached, [1, spec.kv_heads, "past", columns]),
+        "past_key": (cached, [1, spec.kv_heads, past, columns]),
+        "past_value": (cached, [1, spec.kv_heads, past, columns]),
         "seqlens": (TensorProto.INT32, [1]),
         "total": (TensorProto.INT32, []),
     }
     results = {"output": shapes["query"]}
-    results |= {f"present_{side}": (cached, [1, spec.kv_heads, "present", columns]) for side in ("key", "value")}
+    results |= {f"present_{side}": (cached, [1, spec.kv_heads, present, columns]) for side in ("key", "value")}
     attributes: dict[str, object] = {"num_heads": spec.q_heads, "kv_num_heads": spec.kv_heads}
+    if window is not None:
+        attributes |= {"local_window_size": window, "sliding_window_cache": 1}
     names, scales = list(shapes), []
     if bits:
         attributes |= {"k_quant_type": granularity, "v_quant_type": granularity, "kv_cache_bit_width": bits}
@@ -112,10 +115,13 @@ def graph(spec: ModelSpec, kind: str) -> onnx.ModelProto:
     return helper.make_model(helper.make_graph([node], "step", *values, scales), opset_imports=opsets, ir_version=10)
 
 
-def binding(session: ort.InferenceSession, spec: ModelSpec, kind: str, context: int, new: int = 1) -> ort.IOBinding:
+def binding(
+    session: ort.InferenceSession, spec: ModelSpec, kind: str, context: int, new: int = 1, window: int | None = None
+) -> ort.IOBinding:
     """Random content for all inputs, `new` tokens after a context; past and present are one buffer."""
     random, (dtype, bits, _) = np.random.default_rng(0), KINDS[kind]
-    shape = (1, spec.kv_heads, context + new, spec.head_dim // 2 if bits == 4 else spec.head_dim)
+    rows = context + new if window is None else window + WINDOW_SLACK
+    shape = (1, spec.kv_heads, rows, spec.head_dim // 2 if bits == 4 else spec.head_dim)
     whole = random.integers(0, 100, shape).astype(dtype) if bits else random.standard_normal(shape, dtype=np.float32)
     bound = session.io_binding()
     for name, heads in (("query", spec.q_heads), ("key", spec.kv_heads), ("value", spec.kv_heads)):
@@ -123,7 +129,7 @@ def binding(session: ort.InferenceSession, spec: ModelSpec, kind: str, context: 
     bound.bind_cpu_input("seqlens", np.array([context + new - 1], np.int32))
     bound.bind_cpu_input("total", np.array(context + new, np.int32))
     for side in ("key", "value"):
-        buffer = ort.OrtValue.ortvalue_from_numpy(whole)
+        buffer = ort.OrtValue.ortvalue_from_numpy(whole.copy())  # it lies in the array's own memory
         bound.bind_ortvalue_input(f"past_{side}", buffer)
         bound.bind_ortvalue_output(f"present_{side}", buffer)
     bound.bind_output("output", "cpu")
