@@ -11,6 +11,7 @@ import pytest
 from support.models import exported, in_chunks, open_prepared, recipe_of
 
 from kvslim.caches import FullCache, SharedCache
+from kvslim.contract import WINDOW_SLACK
 from kvslim.export.prompts import LONGEST_STEP
 from kvslim.runtime.opening import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
@@ -24,10 +25,13 @@ CACHES = {
     "one step for all": FullCache(stored="int8", granularity="per_tensor"),
     "int8, coded": FullCache(rank=8, stored="int8"),
     "int4": INT4,
+    "int4, no code": FullCache(stored="int4"),
     "residual": FullCache(rank=8, residual=8, value_rank=16, value_residual=0, rotation=0, stored="int4", centred=True),
     "shared": INT4,
 }
 CASES = [("llama", cache) for cache in CACHES] + [("gpt2", "int8"), ("phi3-partial", "int8"), ("gemma2", "int8")]
+
+WINDOWED = ("mistral",)
 
 Made = Callable[[str, str], tuple[Path, Path]]
 
@@ -39,7 +43,7 @@ def made(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
 
     def graphs_of(family: str, cache: str) -> tuple[Path, Path]:
         if (family, cache) not in folders:
-            recipe = recipe_of().model_copy(update={"window_cache": False})
+            recipe = recipe_of().model_copy(update={"window_cache": family in WINDOWED})
             prepared = open_prepared(tiny_model(family), recipe)
             layers = [LayerPlan(layer=layer, cache=CACHES[cache]) for layer in range(prepared.spec.layers)]
             if cache == "shared":
@@ -78,6 +82,31 @@ def test_branch_writes_the_rows_of_the_operator(made: Made, family: str, cache: 
         # Later layers read what attention gave, which is equal but for the last bits.
         assert different.max() <= (0 if index < 2 else 1)
         assert (different > 0).mean() < 0.002
+
+
+@pytest.mark.parametrize("cache", ["int8", "int4, no code"])
+@pytest.mark.parametrize("chunks", [[40, 1, 20, 39], [5, 9, 17, 1, 68], [100]])
+def test_branch_drops_the_rows_that_the_operator_drops(made: Made, cache: str, chunks: list[int]) -> None:
+    sessions = [DecodeSession(folder, capacity=100, all_positions=True) for folder in made("mistral", cache)]
+    by_step, by_prompt = (in_chunks(session, TOKENS, chunks) for session in sessions)
+    assert np.abs(by_step - by_prompt).max() < 0.02 * np.abs(by_step).max()
+    held = 100
+    while held > 16 + WINDOW_SLACK:
+        held -= WINDOW_SLACK + 1
+    for pair in zip(*(session._layers for session in sessions), strict=True):
+        for expected, found in zip(*(layer.arrays for layer in pair), strict=True):
+            assert expected.shape[2] == 16 + WINDOW_SLACK
+            different = np.abs(numbers(expected[:, :, :held]) - numbers(found[:, :, :held]))
+            assert different.max() <= 1
+            assert (different > 0).mean() < 0.002
+
+
+def test_window_keeps_the_operator_for_several_sequences(made: Made) -> None:
+    results = []
+    for folder in made("mistral", "int8"):
+        session = DecodeSession(folder, capacity=100, all_positions=True, batch=2)
+        results.append(session.step(TOKENS.reshape(2, 50)))
+    np.testing.assert_array_equal(*results)
 
 
 def numbers(stored: np.ndarray) -> np.ndarray:

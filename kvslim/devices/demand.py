@@ -145,7 +145,7 @@ class Cache:
         return self.q_heads[tensor.layer] * tensor.dim * _held(tensor, context)
 
     def _ratio(self, step: Step, tensor: KVTensor) -> float:
-        return kernel_ratio(step, tensor.dtype if self.bits is None else KERNELS[self.bits], tensor)
+        return kernel_ratio(step, tensor.dtype if self.bits is None else KERNELS[self.bits])
 
 
 def query_heads(spec: ModelSpec, plan: Plan) -> tuple[int, ...]:

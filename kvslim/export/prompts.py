@@ -4,7 +4,8 @@ onnxruntime's GroupQueryAttention reads an integer cache about as fast as a floa
 two to five times as long for hundreds. So each such operator becomes one branch of an `If` on their number. The other
 branch turns the rows so far, of this layer alone, into float32, attends to them by the same operator over float32, and
 writes the new rows into the cache, rounded as the integer operator rounds them. It attends to its new tokens as the
-cache holds them too, so that both branches give the same, whatever the pieces that a text comes in.
+cache holds them too, so that both branches give the same, whatever the pieces that a text comes in. With a sliding
+window of the model it drops the rows that the operator drops.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from kvslim.contract import WINDOW_SLACK
+from kvslim.export.subgraphs import Constants, Nodes, Subgraph
 from kvslim.transform.storage import numbers_of_bytes, packing
 
 LONGEST_STEP = 16  # new tokens up to which the integer operator is as fast: `benchmarks prompt-attention`
@@ -24,9 +27,9 @@ INT4_OF_BYTES = np.array(numbers_of_bytes(4), dtype=np.float32) - 8  # each is s
 
 
 def branch_prompts(model: ir.Model, longest_step: int = LONGEST_STEP) -> None:
-    """Gives every attention over an integer cache its branch for prompts, except where the operator drops rows itself.
+    """Gives every attention over an integer cache its branch for prompts.
 
-    With a sliding window of the model the operator also moves the rows of its cache, which the branch does not.
+    Where the operator drops rows, the branch is for one sequence: those of a batch may differ in length.
 
     Args:
         model: The graph, which is changed.
@@ -34,101 +37,63 @@ def branch_prompts(model: ir.Model, longest_step: int = LONGEST_STEP) -> None:
     """
     graph = model.graph
     found = [
-        node
-        for node in graph
-        if node.op_type == "GroupQueryAttention"
-        and "kv_cache_bit_width" in node.attributes
-        and not node.attributes.get_int("sliding_window_cache", 0)
+        node for node in graph if node.op_type == "GroupQueryAttention" and "kv_cache_bit_width" in node.attributes
     ]
     if not found:
         return
-    constants = _Constants(graph)
-    many = _Branch("prompts", constants)
-    is_prompt = many.op("Greater", many.op("Shape", found[0].inputs[0], start=1, end=2), many.ints(longest_step))
+    shared = Constants("prompts.constant")
+    many = Nodes("prompts", shared)
+    query = found[0].inputs[0]
+    is_prompt = many.op("Greater", many.op("Shape", query, start=1, end=2), many.ints(longest_step))
+    is_window_prompt = None
+    if any(_has_window(node) for node in found):
+        is_alone = many.op("Equal", many.op("Shape", query, start=0, end=1), many.ints(1))
+        is_window_prompt = many.op("And", is_prompt, is_alone)
     graph.insert_before(found[0], many.nodes)
     for index, node in enumerate(found):
         name = f"{node.name or index}.prompt"
         outputs = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in node.outputs]
-        prompt, step = _PromptBranch(name, constants, node).graph(), _kept(name, constants, node)
-        branches = {"then_branch": prompt, "else_branch": step}
-        branched = ir.node("If", [is_prompt], attributes=branches, outputs=outputs, name=name)
+        prompt = _WindowBranch if _has_window(node) else _PromptBranch
+        attributes = {"then_branch": prompt(name, shared, node).graph(), "else_branch": _kept(name, shared, node)}
+        condition = is_window_prompt if _has_window(node) else is_prompt
+        branched = ir.node("If", [condition], attributes=attributes, outputs=outputs, name=name)
         graph.insert_before(node, branched)
         for old, new in zip(node.outputs, outputs, strict=True):
             old.replace_all_uses_with(new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
+    for value in shared.made:
+        graph.register_initializer(value)
 
 
-class _Constants:
-    """Constants that all branches of a graph share."""
-
-    def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
-        self._made: dict[object, ir.Value] = {}
-
-    def value(self, array: np.ndarray) -> ir.Value:
-        key = array.dtype, array.shape, array.tobytes()
-        if key not in self._made:
-            tensor, name = ir.tensor(array), f"prompts.constant.{len(self._made)}"
-            made = ir.Value(
-                name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape)
-            )
-            self._graph.register_initializer(made)
-            self._made[key] = made
-        return self._made[key]
+def _has_window(node: ir.Node) -> bool:
+    """Whether an attention keeps a window of the model in its cache, and drops the rows that leave it."""
+    return bool(node.attributes.get_int("sliding_window_cache", 0))
 
 
-class _Branch:
-    """Nodes of a branch, whose names begin alike."""
-
-    def __init__(self, name: str, constants: _Constants) -> None:
-        self.name, self.constants = name, constants
-        self.nodes: list[ir.Node] = []
-
-    def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", count: int = 1, **attributes: Any) -> Any:
-        """Adds an operator; its output, or its outputs where there are several."""
-        name = f"{self.name}.{len(self.nodes)}"
-        outputs = [ir.Value(name=f"{name}.{index}") for index in range(count)]
-        self.nodes.append(ir.node(kind, inputs, attributes=attributes, domain=domain, outputs=outputs, name=name))
-        return outputs[0] if count == 1 else outputs
-
-    def ints(self, *numbers: int) -> ir.Value:
-        """[n] int64."""
-        return self.constants.value(np.array(numbers, dtype=np.int64))
-
-    def scalar(self, number: int | float) -> ir.Value:
-        """An int64, or a float32."""
-        return self.constants.value(np.array(number, dtype=np.int64 if isinstance(number, int) else np.float32))
-
-    def closed(self, outputs: Sequence[ir.Value], alike: Sequence[ir.Value]) -> ir.Graph:
-        """The branch with its outputs, of the types of those that it stands for."""
-        for output, value in zip(outputs, alike, strict=True):
-            output.type = value.type
-        return ir.Graph([], outputs, nodes=self.nodes, name=self.name)
-
-
-def _kept(name: str, constants: _Constants, node: ir.Node) -> ir.Graph:
+def _kept(name: str, shared: Constants, node: ir.Node) -> ir.Graph:
     """The operator as it is."""
-    branch = _Branch(f"{name}.step", constants)
+    branch = Subgraph(f"{name}.step", shared)
     options = {key: attribute.value for key, attribute in node.attributes.items()}
     outputs = branch.op(node.op_type, *node.inputs, domain=node.domain, count=len(node.outputs), **options)
     return branch.closed(outputs, node.outputs)
 
 
-class _PromptBranch(_Branch):
+class _PromptBranch(Subgraph):
     """The branch for many new tokens.
 
     Args:
         name: What its names begin with.
-        constants: Those of the graph.
+        shared: Constants of the graph.
         node: The operator over integers.
     """
 
-    def __init__(self, name: str, constants: _Constants, node: ir.Node) -> None:
-        super().__init__(name, constants)
-        self.node = node
+    def __init__(self, name: str, shared: Constants, node: ir.Node) -> None:
+        super().__init__(name, shared)
+        self.node, self.shared = node, shared
         options = {key: value.value for key, value in node.attributes.items()}
         self.bits = options.pop("kv_cache_bit_width")
         self.rotates = options.pop("do_rotary", 0)
+        options.pop("sliding_window_cache", None)
         self.options = {key: value for key, value in options.items() if not key.endswith("_quant_type")}
         self.q_heads, self.kv_heads = options["num_heads"], options["kv_num_heads"]
         self.caches: list[Any] = list(node.inputs[PAST : PAST + 2])
@@ -140,27 +105,46 @@ class _PromptBranch(_Branch):
         """Its outputs are those of the operator: what is attended to, then the caches."""
         query, key, value = self._states()
         length, total = self.op("Shape", query, start=1, end=2), self._integer(self.node.inputs[TOTAL])
-        held = self.op("Sub", total, length)  # of each sequence: the operator takes unequal ones at the start alone
+        before = self.op("Sub", total, length)  # of each sequence: the operator takes unequal ones at the start alone
         if self.rotates:
-            query, key = self._rotated(query, held, self.q_heads), self._rotated(key, held, self.kv_heads)
+            query, key = self._rotated(query, before, self.q_heads), self._rotated(key, before, self.kv_heads)
+        held = self._held(before)
         if self.is_shared:  # the source layer has written the new rows
-            rows = [self.op("Slice", cache, held, total, self.ints(2)) for cache in self.caches]
+            rows = [self.op("Slice", cache, before, total, self.ints(2)) for cache in self.caches]
+            new = [self._merged(self._read(stored, scale)) for stored, scale in zip(rows, self.scales, strict=True)]
         else:
-            rows = [self._stored(states, scale) for states, scale in zip((key, value), self.scales, strict=True)]
-        new = [self._merged(self._read(stored, scale)) for stored, scale in zip(rows, self.scales, strict=True)]
-        past = [
-            self._read(self.op("Slice", cache, self.ints(0), held, self.ints(2)), scale)
-            for cache, scale in zip(self.caches, self.scales, strict=True)
-        ]
-        ends, others = self.node.inputs[SEQUENCE_ENDS : TOTAL + 1], self.node.inputs[ROTARY + 2 : SCALES]
+            numbers = [self._numbers(states, scale) for states, scale in zip((key, value), self.scales, strict=True)]
+            rows = [self._rows(each) for each in numbers]
+            new = [self.op("Mul", *pair) for pair in zip(numbers, map(self._flat, self.scales), strict=True)]
+        past = [self.op("Slice", cache, self.ints(0), held, self.ints(2)) for cache in self.caches]
+        read = [self._read(stored, scale) for stored, scale in zip(past, self.scales, strict=True)]
+        lengths, others = self._lengths(before, held), self.node.inputs[ROTARY + 2 : SCALES]
         attended, _, _ = self.op(
-            self.node.op_type, query, *new, *past, *ends, None, None, *others, domain=MICROSOFT, count=3, **self.options
+            self.node.op_type,
+            query,
+            *new,
+            *read,
+            *lengths,
+            None,
+            None,
+            *others,
+            domain=MICROSOFT,
+            count=3,
+            **self.options,
         )
         if self.is_shared:
             outputs = [attended, *(self.op("Identity", cache) for cache in self.caches)]
         else:
-            outputs = [attended, *self._written(rows, held, total)]
+            outputs = [attended, *self._written(past, rows, before, total)]
         return self.closed(outputs, self.node.outputs)
+
+    def _held(self, tokens: ir.Value) -> ir.Value:
+        """Rows that the cache has after so many tokens."""
+        return tokens
+
+    def _lengths(self, before: ir.Value, held: ir.Value) -> Sequence[Any]:
+        """What the operator reads of lengths: of each sequence, and of the longest."""
+        return self.node.inputs[SEQUENCE_ENDS : TOTAL + 1]
 
     def _states(self) -> Sequence[Any]:
         """Query, key and value, [batch, length, heads * dim] each, which may come in one."""
@@ -181,17 +165,27 @@ class _PromptBranch(_Branch):
         """[1] int64."""
         return self.op("Reshape", self.op("Cast", number, to=ir.DataType.INT64.value), self.ints(1))
 
-    def _stored(self, states: ir.Value, scale: ir.Value | None) -> ir.Value:
-        """[batch, length, kv_heads * dim] as rows of the cache, [batch, kv_heads, length, columns]."""
-        heads = self.op("Reshape", states, self.ints(0, 0, self.kv_heads, self.dim))
-        steps = self.op("Div", self.op("Transpose", heads, perm=[0, 2, 1, 3]), scale)
-        most = 1 << (self.bits - 1)
-        numbers = self.op("Clip", self.op("Round", steps), self.scalar(-float(most)), self.scalar(most - 1.0))
+    def _numbers(self, states: ir.Value, scale: ir.Value) -> ir.Value:
+        """[batch, length, kv_heads * dim] as the whole numbers that the cache holds, in float32."""
+        steps, most = self.op("Round", self.op("Div", states, self._flat(scale))), 1 << (self.bits - 1)
+        numbers: ir.Value = self.op("Clip", steps, self.scalar(-float(most)), self.scalar(most - 1.0))
+        return numbers
+
+    def _flat(self, scale: ir.Value) -> ir.Value:
+        """A step for all, or one for each of [kv_heads * dim]."""
+        flat: ir.Value = self.op("Reshape", scale, self.ints(-1))
+        return flat
+
+    def _rows(self, numbers: ir.Value) -> ir.Value:
+        """[batch, length, kv_heads * dim] numbers as rows of the cache, [batch, kv_heads, length, columns]."""
+        heads = self.ints(0, 0, self.kv_heads, self.dim)
         if self.bits == 8:
-            return self.op("Cast", numbers, to=ir.DataType.INT8.value)
-        packing_matrix = self.constants.value(packing(self.dim, self.bits))
-        packed = self.op("Add", self.op("MatMul", numbers, packing_matrix), self.scalar(17.0 * most))
-        return self.op("Cast", packed, to=ir.DataType.UINT8.value)
+            by_token = self.op("Reshape", self.op("Cast", numbers, to=ir.DataType.INT8.value), heads)
+        else:
+            packed = self.op("MatMul", self.op("Reshape", numbers, heads), self.constants.value(packing(self.dim, 4)))
+            by_token = self.op("Cast", self.op("Add", packed, self.scalar(8.0 * 17)), to=ir.DataType.UINT8.value)
+        rows: ir.Value = self.op("Transpose", by_token, perm=[0, 2, 1, 3])
+        return rows
 
     def _read(self, rows: ir.Value, scale: ir.Value | None) -> ir.Value:
         """Rows of the cache as float32 [batch, kv_heads, rows, dim]."""
@@ -207,11 +201,13 @@ class _PromptBranch(_Branch):
         by_token = self.op("Transpose", states, perm=[0, 2, 1, 3])
         return self.op("Reshape", by_token, self.ints(0, 0, self.kv_heads * self.dim))
 
-    def _written(self, rows: Sequence[ir.Value], held: ir.Value, total: ir.Value) -> Sequence[ir.Value]:
+    def _written(
+        self, past: Sequence[ir.Value], rows: Sequence[ir.Value], before: ir.Value, total: ir.Value
+    ) -> Sequence[ir.Value]:
         """The caches with the new rows: in place where they have room, else as long as all tokens."""
-        grown, in_place = (_Branch(f"{self.name}.{part}", self.constants) for part in ("grown", "in_place"))
+        grown, in_place = (Subgraph(f"{self.name}.{part}", self.shared) for part in ("grown", "in_place"))
         longer = [grown.op("Concat", cache, new, axis=2) for cache, new in zip(self.caches, rows, strict=True)]
-        indices = self._indices(rows[0], held, total)
+        indices = self._indices(rows[0], before, total)
         filled = [in_place.op("ScatterND", cache, indices, new) for cache, new in zip(self.caches, rows, strict=True)]
         branches: dict[str, Any] = {
             "then_branch": grown.closed(longer, self.node.outputs[1:]),
@@ -221,14 +217,44 @@ class _PromptBranch(_Branch):
         both: Sequence[ir.Value] = self.op("If", self.op("Less", room, total), count=2, **branches)
         return both
 
-    def _indices(self, rows: ir.Value, held: ir.Value, total: ir.Value) -> ir.Value:
+    def _indices(self, rows: ir.Value, before: ir.Value, total: ir.Value) -> ir.Value:
         """[batch, kv_heads, length, 3], where in a cache each new row lies."""
         batch = self.op("Squeeze", self.op("Shape", rows, start=0, end=1))
         parts = [
             (self.op("Range", self.scalar(0), batch, self.scalar(1)), (1, 2, 3)),
             (self.constants.value(np.arange(self.kv_heads)), (0, 2, 3)),
-            (self.op("Range", self.op("Squeeze", held), self.op("Squeeze", total), self.scalar(1)), (0, 1, 3)),
+            (self.op("Range", self.op("Squeeze", before), self.op("Squeeze", total), self.scalar(1)), (0, 1, 3)),
         ]
         shape = self.op("Concat", self.op("Shape", rows, start=0, end=3), self.ints(1), axis=0)
         spread = [self.op("Expand", self.op("Unsqueeze", part, self.ints(*axes)), shape) for part, axes in parts]
         return self.op("Concat", *spread, axis=3)
+
+
+class _WindowBranch(_PromptBranch):
+    """The branch where the cache is a window of the model: its rows are the last ones, from the first row on."""
+
+    def _held(self, tokens: ir.Value) -> ir.Value:
+        """The operator drops rows in blocks, when more tokens come than there are rows."""
+        block, capacity = WINDOW_SLACK + 1, int(self.caches[0].shape[2])
+        over = self.op("Max", self.op("Sub", tokens, self.ints(capacity)), self.ints(0))
+        blocks = self.op("Div", self.op("Add", over, self.ints(block - 1)), self.ints(block))
+        held: ir.Value = self.op("Sub", tokens, self.op("Mul", blocks, self.ints(block)))
+        return held
+
+    def _lengths(self, before: ir.Value, held: ir.Value) -> Sequence[Any]:
+        """Without the tokens that are gone."""
+        gone = self.op("Cast", self.op("Sub", before, held), to=ir.DataType.INT32.value)
+        ends, total = super()._lengths(before, held)
+        return self.op("Sub", ends, gone), self.op("Sub", total, self.op("Squeeze", gone))
+
+    def _written(
+        self, past: Sequence[ir.Value], rows: Sequence[ir.Value], before: ir.Value, total: ir.Value
+    ) -> Sequence[ir.Value]:
+        """The last rows of past and new ones, and behind them what lay there."""
+        held, end, second = self._held(total), self.ints(np.iinfo(np.int64).max), self.ints(2)
+        written = []
+        for cache, old, new in zip(self.caches, past, rows, strict=True):
+            both = self.op("Concat", old, new, axis=2)
+            last = self.op("Slice", both, self.op("Neg", held), end, second)
+            written.append(self.op("Concat", last, self.op("Slice", cache, held, end, second), axis=2))
+        return written

@@ -171,10 +171,14 @@ class SlimAttention(nn.Module):
             key = key @ self.key_encoder
         if self.key_offset is not None:
             key = key - self.key_offset
-        key = self._with_feedback(key, self.key_scale, self.key_feedback)
-        value = self._with_feedback(value, self.value_scale, self.value_feedback)
+        return self.finished(self.coded_query(query), key, value)
+
+    def finished(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Coded query, key and value with what rounding needs: feedback and residuals."""
+        key = self.with_feedback(key, self.key_scale, self.key_feedback)
+        value = self.with_feedback(value, self.value_scale, self.value_feedback)
         return (
-            self.coded_query(query),
+            query,
             self._with_residual(key, self.key_scale, self.residuals[0]),
             self._with_residual(value, self.value_scale, self.residuals[1]),
         )
@@ -198,12 +202,12 @@ class SlimAttention(nn.Module):
             return self.key_scale.flatten()[:1], self.value_scale.flatten()[:1]
         return self.key_scale[None, :, None, :], self.value_scale[None, :, None, :]
 
-    def _with_feedback(self, states: Tensor, scale: Tensor | None, feedback: Tensor | None) -> Tensor:
+    def with_feedback(self, states: Tensor, scale: Tensor | None, feedback: Tensor | None) -> Tensor:
         """The states, their first half with what it takes up of the last half's rounding error."""
         if feedback is None or scale is None:
             return states
         half = feedback.shape[-1]
-        first, last = states[..., :half], states[..., half:]
+        first, last = states.split(half, dim=-1)
         error = last - self.rounded(last, scale[:, half : 2 * half])
         return torch.cat([first + error @ feedback.transpose(-1, -2), last], dim=-1)
 
