@@ -51,7 +51,7 @@ def packed_codes(slim: SlimAttention, step: ExportStep, states: States, rotates:
     scale, feedback = _both(slim.key_scale, slim.value_scale), _both(slim.key_feedback, slim.value_feedback)
     query, key = both.split(list(heads), dim=1)
     rounded = slim.with_feedback(torch.cat([key, value], dim=1), scale, feedback)
-    query, key, value = _parted(torch.cat([query, rounded], dim=1), (*heads, heads[1]))
+    key, value = _parted(rounded, (heads[1], heads[1]))
     return query, key, value
 
 
