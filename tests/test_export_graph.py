@@ -19,7 +19,7 @@ from support.models import (
     torch_logits,
 )
 
-from kvslim.methods import KvHdc, KvPca, KvQuant, Method
+from kvslim.methods import KvHdc, KvPca, KvQuant
 from kvslim.runtime.opening import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
 
@@ -79,11 +79,8 @@ ONCE = {"MatMulNBits": 1, "GatherBlockQuantized": 1, "SimplifiedLayerNormalizati
 ONCE |= {"Cast": 2, "ReduceSum": 1, "Sub": 1, "Slice": 1}
 # Over an integer cache attention is a branch of an `If`, on one condition for all layers.
 BRANCHED = {"If": 1, "GroupQueryAttention": -1}
-# Codes of q and k work on [batch, heads, length, dim]: rotated, split, coded and merged again, both at once.
-CODED = {"Split": 2, "RotaryEmbedding": 1, "Reshape": 2, "Transpose": 2, "MatMul": 1, "Sub": 1}
-# Keys and values are rounded together: their halves, the error of the last one, and what the first one takes up of it.
-FEEDBACK = {"Split": 2, "Concat": 2, "Div": 1, "Round": 1, "Clip": 1, "Mul": 1, "Sub": 1, "MatMul": 1, "Add": 1}
-FEEDBACK |= {"Reshape": 2, "Transpose": 2}
+# Codes of q and k work on [batch, heads, length, dim]: rotated, split, coded and merged again, each.
+CODED = {"Split": 1, "RotaryEmbedding": 2, "Reshape": 4, "Transpose": 4, "MatMul": 2, "Sub": 1}
 
 
 def count_of(folder: Path) -> Counter[str]:
@@ -108,24 +105,25 @@ def test_plain_int4_graph_has_the_nodes_of_a_layer_and_no_more(
     assert not count - expected
 
 
-@pytest.mark.parametrize(
-    ("methods", "added"), [([KvPca(rank=8), KvQuant()], {}), ([KvHdc(bits=4)], FEEDBACK)], ids=["rank", "feedback"]
-)
-def test_slim_graph_adds_codes_alone_and_names_no_path(
-    tiny_llama: Path, tmp_path: Path, methods: list[Method], added: dict[str, int]
-) -> None:
-    prepared = open_prepared(tiny_llama, recipe_of(methods, "int4"))
+def test_slim_graph_adds_codes_alone_and_names_no_path(tiny_llama: Path, tmp_path: Path) -> None:
+    prepared = open_prepared(tiny_llama, recipe_of([KvPca(rank=8), KvQuant()], "int4"))
     export_slim(prepared, tmp_path / "slim")
     assert b".py" not in (tmp_path / "slim" / "model.onnx").read_bytes()
     expected = Counter(ONCE)
     for _ in range(prepared.spec.layers):
         expected.update(LAYER)
         expected.update(CODED)
-        expected.update(added)
         expected.update(BRANCHED)
     expected.update({"Shape": 1, "Greater": 1})
     expected.update({"Concat": 4, "Shape": 2, "Unsqueeze": 4})  # the shapes that heads are split and merged to
     assert not count_of(tmp_path / "slim") - expected
+
+
+def test_keys_and_values_are_rounded_with_feedback_at_once(tiny_llama: Path, tmp_path: Path) -> None:
+    prepared = open_prepared(tiny_llama, recipe_of([KvHdc(bits=4)]))
+    export_slim(prepared, tmp_path / "slim")
+    count = count_of(tmp_path / "slim")
+    assert (count["Round"], count["If"]) == (prepared.spec.layers, prepared.spec.layers)
 
 
 def test_graph_gives_the_last_position_and_evaluation_all(tiny_model: ModelOf, tmp_path: Path) -> None:

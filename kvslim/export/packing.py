@@ -37,9 +37,6 @@ def pack_projections(model: ir.Model) -> None:
         for siblings in _alike(projections):
             if len(siblings) > 1:
                 _pack(graph, value, siblings)
-    for node in list(graph):
-        if node.op_type == "Concat":
-            _join_parts(graph, node)
     for node in graph:
         if node.op_type == "GroupQueryAttention":
             _read_packed(node)
@@ -128,28 +125,3 @@ def _read_packed(attention: ir.Node) -> None:
     if split is not None and split.op_type == "Split" and list(parts) == list(split.outputs):
         for index, value in enumerate((split.inputs[0], None, None)):
             attention.replace_input_with(index, value)
-
-
-def _join_parts(graph: ir.Graph, concat: ir.Node) -> None:
-    """Lets a split hand on in one part what it cuts and nothing but a concatenation reads, along the last axis."""
-    parts = list(concat.inputs)
-    split = None if parts[0] is None else parts[0].producer()
-    if split is None or split.op_type != "Split" or not str(split.name).endswith(".split") or len(parts) == 1:
-        return
-    outputs, sizes = list(split.outputs), tensor_of(split.inputs[1]).numpy()  # type: ignore[arg-type]
-    first = outputs.index(parts[0])
-    last = first + len(parts)
-    flat = concat.outputs[0].shape is not None and len(concat.outputs[0].shape) == 3
-    along = concat.attributes.get_int("axis", 0) in (-1, 2) and flat
-    if outputs[first:last] != parts or not along or any(len(part.uses()) != 1 for part in outputs[first:last]):
-        return
-    joined = np.array([*sizes[:first], sizes[first:last].sum(), *sizes[last:]], dtype=np.int64)
-    kept = [*outputs[:first], concat.outputs[0], *outputs[last:]]
-    new = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in kept]
-    constant = ir.Value(name=f"{split.name}.joined", const_value=ir.tensor(joined))
-    graph.register_initializer(constant)
-    node = ir.node("Split", [split.inputs[0], constant], attributes={"axis": -1}, outputs=new, name=split.name)
-    graph.insert_before(split, node)
-    for old, value in zip(kept, new, strict=True):
-        old.replace_all_uses_with(value)
-    graph.remove([concat, split], safe=True)

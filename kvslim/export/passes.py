@@ -16,8 +16,6 @@ from kvslim.contract import BATCH, LAST_POSITION, LENGTH, TOTAL, Axes
 from kvslim.export.products import PRODUCTS
 from kvslim.types import KVLayout
 
-LARGEST_FOLDED = 1 << 22  # numbers: the codes of a layer's heads are constants, of which one is made
-
 
 def name_dimensions(model: ir.Model, layout: KVLayout) -> None:
     """Gives inputs and outputs the field's dimension names; past and present differ, as onnxruntime requires."""
@@ -76,7 +74,7 @@ def _is_matrix(value: ir.Value) -> bool:
 
 def optimise(model: ir.Model) -> None:
     """onnxscript's constant folding and clean-up."""
-    onnxscript.optimizer.optimize_ir(model, input_size_limit=LARGEST_FOLDED, output_size_limit=LARGEST_FOLDED)
+    onnxscript.optimizer.optimize_ir(model)
     onnx_fusions.fuse(model)
 
 

@@ -171,14 +171,9 @@ class SlimAttention(nn.Module):
             key = key @ self.key_encoder
         if self.key_offset is not None:
             key = key - self.key_offset
-        return self.finished(self.coded_query(query), key, value)
-
-    def finished(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Coded query, key and value with what rounding needs: feedback and residuals."""
-        key = self.with_feedback(key, self.key_scale, self.key_feedback)
-        value = self.with_feedback(value, self.value_scale, self.value_feedback)
+        key, value = self._with_feedback(key, value)
         return (
-            query,
+            self.coded_query(query),
             self._with_residual(key, self.key_scale, self.residuals[0]),
             self._with_residual(value, self.value_scale, self.residuals[1]),
         )
@@ -202,7 +197,17 @@ class SlimAttention(nn.Module):
             return self.key_scale.flatten()[:1], self.value_scale.flatten()[:1]
         return self.key_scale[None, :, None, :], self.value_scale[None, :, None, :]
 
-    def with_feedback(self, states: Tensor, scale: Tensor | None, feedback: Tensor | None) -> Tensor:
+    def _with_feedback(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, where they have feedback; both at once where both have, for fewer operators of a graph."""
+        scales: Any = (self.key_scale, self.value_scale)
+        feedbacks: Any = (self.key_feedback, self.value_feedback)
+        if any(part is None for part in (*scales, *feedbacks)) or key.shape[1::2] != value.shape[1::2]:
+            return self._fed_back(key, scales[0], feedbacks[0]), self._fed_back(value, scales[1], feedbacks[1])
+        both = self._fed_back(torch.cat([key, value], dim=1), *map(torch.cat, (scales, feedbacks)))
+        key, value = both.split(key.shape[1], dim=1)
+        return key, value
+
+    def _fed_back(self, states: Tensor, scale: Tensor | None, feedback: Tensor | None) -> Tensor:
         """The states, their first half with what it takes up of the last half's rounding error."""
         if feedback is None or scale is None:
             return states

@@ -193,7 +193,7 @@ def rotary_embedding(states: Tensor, positions: Tensor, rotary: Rotary) -> Tenso
         shape=flat.shape,
         version=1,
     )
-    return by_head(rotated, heads)
+    return rotated.reshape(*flat.shape[:2], heads, head_dim).transpose(1, 2)
 
 
 def _symbolic(name: str, inputs: list[Tensor], shape: Any, **attributes: Any) -> Tensor:
@@ -205,8 +205,3 @@ def merged(states: Tensor) -> Tensor:
     """[batch, heads, length, dim] as the [batch, length, heads * dim] that onnxruntime's operators read."""
     by_token = states.transpose(1, 2)
     return by_token.reshape(*by_token.shape[:2], -1)
-
-
-def by_head(states: Tensor, heads: int) -> Tensor:
-    """[batch, length, heads * dim] as [batch, heads, length, dim]."""
-    return states.reshape(*states.shape[:2], heads, -1).transpose(1, 2)

@@ -37,8 +37,9 @@ class CacheAttention:
         if slim.step is None:
             query, key = slim.rotated(query, key, value, scoring)
             return self.evaluated(slim, slim.coded(query, key, value), scoring)
-        rotates = not self.rotates_inside(slim, slim.step, query.shape[-1])
-        return self.exported(slim, slim.step, self.coded(slim, slim.step, (query, key, value), rotates), scoring)
+        if not self.rotates_inside(slim, slim.step, query.shape[-1]):
+            query, key = slim.rotated_in_graph(slim.step, query), slim.rotated_in_graph(slim.step, key)
+        return self.exported(slim, slim.step, slim.coded(query, key, value), scoring)
 
     def evaluated(self, slim: SlimAttention, states: States, scoring: Scoring) -> Tensor:
         """Attention over a whole text, [batch, length, q_heads, dim].
@@ -57,13 +58,6 @@ class CacheAttention:
     def rotates_inside(self, slim: SlimAttention, step: ExportStep, head_dim: int) -> bool:
         """Whether the operator applies RoPE by itself."""
         return False
-
-    def coded(self, slim: SlimAttention, step: ExportStep, states: States, rotates: bool) -> States:
-        """What a graph makes of query, key and value before attention: RoPE where it is still to come, and codes."""
-        query, key, value = states
-        if rotates:
-            query, key = slim.rotated_in_graph(step, query), slim.rotated_in_graph(step, key)
-        return slim.coded(query, key, value)
 
     def scoring(self, scoring: Scoring) -> Scoring:
         """The model's own scoring, with what this kind of cache hides."""

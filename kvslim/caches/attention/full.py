@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kvslim.caches.attention.base import CacheAttention, States, attended
-from kvslim.transform.coded_states import has_packed_codes, packed_codes
 from kvslim.transform.operators import ExportStep, group_query_attention, standard_attention
 from kvslim.transform.scoring import Scoring
 
@@ -40,11 +39,6 @@ class FullAttention(CacheAttention):
         if slim.shared is not None and step.present is not None:
             slim.shared.states = step.present[0], step.present[1]
         return result
-
-    def coded(self, slim: SlimAttention, step: ExportStep, states: States, rotates: bool) -> States:
-        """The same; together where one operator reads them, which takes heads merged."""
-        packs = step.layout == "gqa" and has_packed_codes(slim)
-        return packed_codes(slim, step, states, rotates) if packs else super().coded(slim, step, states, rotates)
 
     def rotates_inside(self, slim: SlimAttention, step: ExportStep, head_dim: int) -> bool:
         """Whether the fused operator applies RoPE: not where a code comes after it, or sizes do not fit."""
