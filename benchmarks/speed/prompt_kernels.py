@@ -35,7 +35,7 @@ def prompt_kernels(
     source: Source,
     *,
     lengths: tuple[tuple[int, int], ...] = ((0, 512), (3584, 512), (0, 2048), (0, 4096)),
-    repeats: int = 4,
+    repeats: int = 3,
 ) -> Iterator[Values]:
     """Attention to a context and so many new tokens in float32 by three operators: milliseconds.
 
