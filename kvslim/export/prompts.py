@@ -119,19 +119,8 @@ class _PromptBranch(Subgraph):
         past = [self.op("Slice", cache, self.ints(0), held, self.ints(2)) for cache in self.caches]
         read = [self._read(stored, scale) for stored, scale in zip(past, self.scales, strict=True)]
         lengths, others = self._lengths(before, held), self.node.inputs[ROTARY + 2 : SCALES]
-        attended, _, _ = self.op(
-            self.node.op_type,
-            query,
-            *new,
-            *read,
-            *lengths,
-            None,
-            None,
-            *others,
-            domain=MICROSOFT,
-            count=3,
-            **self.options,
-        )
+        inputs = [query, *new, *read, *lengths, None, None, *others]
+        attended, _, _ = self.op(self.node.op_type, *inputs, domain=MICROSOFT, count=3, **self.options)
         if self.is_shared:
             outputs = [attended, *(self.op("Identity", cache) for cache in self.caches)]
         else:
