@@ -1,18 +1,20 @@
 """Blocks of a GGUF's tensors as the graph stores them: the same integers and scales.
 
-A block of ggml holds levels l, a scale s and for some types a minimum m, and stands for s l + m (ggml-common.h). All of
-it fits blocks of 32 with an offset: s (q - z) + o, with z in the middle of the levels and o = m + s z,
-which is rounded to float16, far below a step.
+A block of ggml holds levels l, a scale s and for some types a minimum m, and stands for s l + m (ggml-common.h). It
+becomes s (q - z) + o with the integer zero point z nearest to -m / s. What is left over, o = m + s z, is half a step at
+most where a block's range holds 0, and is rounded to 8 bits: a hundredth of a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvslim.weights.blocks import Floats, Quantised
+from kvslim.weights.offsets import Offsets
 from kvslim.weights.rows import QuantisedRows
 
 if TYPE_CHECKING:
@@ -42,12 +44,19 @@ def stored_rows(tensors: Iterable[ReaderTensor]) -> QuantisedRows:
 def _blocks(numbers: Floats, scales: Floats, lowest: Floats, levels: int) -> Quantised:
     rows, width = numbers.shape
     scales, lowest = (part.reshape(rows, -1).astype(np.float32) for part in (scales, lowest))
-    middle = levels // 2
+    bits = 4 if levels == 16 else 8
+    middle = np.float32(1 << (bits - 1))
     with np.errstate(divide="ignore", invalid="ignore"):
         found = np.rint((numbers.reshape(rows, scales.shape[1], -1) - lowest[..., None]) / scales[..., None])
-    integers = np.nan_to_num(found, posinf=0, neginf=0).reshape(rows, width) - middle
-    offsets = lowest + middle * scales
-    return Quantised.symmetric(integers, scales, offsets if offsets.any() else None, 4 if levels == 16 else 8)
+        nearest = np.rint(-lowest / scales)
+    # Of 8 bits the levels are moved in place of the zero point, which is the middle for all blocks then.
+    least, most = (0, levels - 1) if bits == 4 else (levels - middle, middle)
+    shifts = np.where(scales == 0, levels // 2, np.clip(nearest, least, most)).astype(np.float32)
+    integers = np.where(scales[..., None] == 0, 0, found - shifts[..., None]).reshape(rows, width)
+    zeros, offsets = shifts if bits == 4 else np.full_like(shifts, middle), lowest + shifts * scales
+    stored = Quantised.of(integers.astype(np.float32), scales, zeros, bits)
+    stored = replace(stored, offsets=Offsets.of(offsets) if offsets.any() else None)
+    return replace(stored, zero_points=None) if (zeros == middle).all() else stored
 
 
 def _half(data: np.ndarray, size: int, place: int) -> Floats:
