@@ -16,7 +16,7 @@ from support.tiny_gguf import write_gguf
 
 from kvslim.checks import check_files
 from kvslim.errors import UsageError
-from kvslim.loading.gguf_blocks import LEVELS, stored_rows
+from kvslim.loading.gguf_blocks import LEVELS, bytes_in_graph, stored_rows
 from kvslim.loading.source import read_spec, resolve
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import Plan, WeightFormat
@@ -36,12 +36,12 @@ def random_blocks(kind: gguf.GGMLQuantizationType, rows: int, columns: int, scal
     return data.reshape(rows, -1)
 
 
-def random_tensor(kind: str) -> SimpleNamespace:
-    """A matrix [6, 512]; the scale of its first block is 0."""
+def random_tensor(kind: str, width: int = 512) -> SimpleNamespace:
+    """A matrix [6, width]; the scale of its first block is 0."""
     quantised = gguf.GGMLQuantizationType[kind]
-    data = random_blocks(quantised, 6, 512, 0.01)
+    data = random_blocks(quantised, 6, width, 0.01)
     data[0, :2] = 0
-    return SimpleNamespace(tensor_type=quantised, shape=(512, 6), data=data)
+    return SimpleNamespace(tensor_type=quantised, shape=(width, 6), n_elements=6 * width, data=data)
 
 
 @pytest.mark.parametrize("kind", LEVELS)
@@ -53,6 +53,14 @@ def test_blocks_are_the_numbers_of_the_file(kind: str) -> None:
     allowed = 0 if found.offsets is None else found.offsets.steps.max() / 2 * 1.001
     assert np.abs(found.numbers(512) - numbers[[4, 0, 1]]).max() <= allowed
     assert (found.offsets is None) == (kind in ("Q4_0", "Q5_0", "Q8_0"))
+
+
+@pytest.mark.parametrize("kind", LEVELS)
+def test_size_in_the_graph_is_told_from_the_type(kind: str) -> None:
+    tensor = random_tensor(kind, 1024)
+    found = stored_rows([tensor]).stored(gguf.dequantize(tensor.data, tensor.tensor_type)).widened()
+    zeros = 0 if found.zero_points is None else found.zero_points.nbytes
+    assert bytes_in_graph(tensor) == found.codes.nbytes + found.scales.nbytes + zeros
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q5_K"])

@@ -191,7 +191,8 @@ def test_inspect_tells_the_bytes_worked_out_by_hand(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     published = PUBLISHED[name]
-    assert app.run(["inspect", str(config_only(tmp_path, name)), "--context", "4k", "--json"]) == 0
+    command = ["inspect", str(config_only(tmp_path, name)), "--weights", "fp32", "--context", "4k", "--json"]
+    assert app.run(command) == 0
     memory = json.loads(capsys.readouterr().out)
     parameters = published.products + published.head + published.rest
     assert memory["kv_bytes_per_token"] == {kind: published.token // times for kind, times in SMALL.items()}

@@ -14,18 +14,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvslim.weights.blocks import Floats, Quantised
-from kvslim.weights.offsets import Offsets
+from kvslim.weights.offsets import GROUP, Offsets
 from kvslim.weights.rows import QuantisedRows
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
+BLOCK = 32
 Lowest = tuple[Floats, Floats]  # scale, and what level 0 stands for, of each block
 
 
 def is_carried_over(tensor: ReaderTensor) -> bool:
     """Whether a tensor is a matrix in blocks that the graph can hold."""
     return tensor.tensor_type.name in LEVELS and len(tensor.shape) == 2
+
+
+def bytes_in_graph(tensor: ReaderTensor) -> float:
+    """Bytes of a matrix in the graph: codes, float32 scales and, where blocks have minima, zero points and offsets."""
+    numbers, kind = int(tensor.n_elements), tensor.tensor_type.name
+    if not is_carried_over(tensor):
+        return numbers * (1 + (4 + 1) / 128)  # 8 bits in blocks of 128
+    bits = 4 if LEVELS[kind] == 16 else 8
+    block = 4 * bits + 4 + (bits / 8 if bits == 4 and kind != "Q4_0" else 0)
+    digits = 0 if kind in ("Q4_0", "Q5_0", "Q8_0") else 8 // bits
+    return numbers / BLOCK * block * (1 + digits / GROUP)
 
 
 def stored_rows(tensors: Iterable[ReaderTensor]) -> QuantisedRows:
