@@ -18,6 +18,7 @@ from kvslim.checks import check_files
 from kvslim.errors import UsageError
 from kvslim.loading.gguf_blocks import LEVELS, bytes_in_graph, stored_rows
 from kvslim.loading.source import read_spec, resolve
+from kvslim.report.matrices import formats_line, matrix_formats
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import Plan, WeightFormat
 from kvslim.validation.quality import measure_quality
@@ -107,6 +108,12 @@ def test_graph_of_a_file_loses_nothing(
     nodes = Counter((node.op_type, node.attributes.get_int("bits", 0)) for node in ir.load(folder / "model.onnx").graph)
     assert nodes["GatherBlockQuantized", bits] == 1
     assert nodes["MatMulNBits", bits] == 4 * prepared.spec.layers + 1
+    formats = matrix_formats(folder) or {}
+    assert set(formats.values()) == {f"int{bits}, blocks of 32"}
+    assert formats_line(formats) == f"{len(formats)} matrices in int{bits}, blocks of 32"
+    own_table = not prepared.model.config.tie_word_embeddings
+    assert len(formats) == 4 * prepared.spec.layers + 1 + own_table
+    assert "model.embed_tokens.weight" in formats or not own_table
 
 
 def test_model_without_blocks_is_refused_before_weights_are_read(tiny_llama: Path, tmp_path: Path) -> None:

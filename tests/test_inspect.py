@@ -293,6 +293,12 @@ def test_artifact_without_a_graph_to_read_is_broken(tmp_path: Path) -> None:
         inspect(str(tmp_path), [64], None, [load_device("raspberry-pi-5-8gb")])
 
 
+def test_weights_are_sized_as_compress_stores_them(tmp_path: Path) -> None:
+    folder = str(config_only(tmp_path, "SmolLM2-135M"))
+    found, int4 = (inspect(folder, [64], kind, []) for kind in (None, "int4"))
+    assert (found.weights, found.weights_mib) == ("int4", int4.weights_mib)
+
+
 def test_encoders_have_no_device_limits(tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
     config = {"model_type": "bert", "vocab_size": 100, "architectures": ["BertModel"], **sizes}

@@ -19,6 +19,7 @@ from kvslim.validation.latency import in_turns
 
 BLOCK = 32
 LAYERS = 16
+SPREAD = 6.5  # standard deviation of an integer less a zero point, both any of 16
 WAYS = {
     "none: integer zero points alone": "integer",
     "float zero points": "float",
@@ -90,7 +91,8 @@ class _Graph:
             return self._quantised(x, inputs, outputs, floats=kind == "float")
         sums = self._node("MatMul", [x, self._block_sums(inputs, blocks)])
         if self.way == "product":
-            offsets = self._constant(self.random.normal(size=(outputs, blocks)).astype(np.float32))
+            size = 1 / np.sqrt(blocks * BLOCK)
+            offsets = self._constant(self.random.normal(0, size, (outputs, blocks)).astype(np.float32))
             added = self._node("FusedMatMul", [sums, offsets], domain="com.microsoft", transB=1)
         else:
             added = self._quantised(sums, blocks, outputs, bits=8)
@@ -100,7 +102,9 @@ class _Graph:
         blocks = -(-inputs // BLOCK)
         draw = self.random.integers
         codes = self._constant(draw(256, size=(outputs, blocks, BLOCK * bits // 8), dtype=np.uint8))
-        scales = self._constant(self.random.uniform(0, 1e-3, (outputs, blocks)).astype(np.float32))
+        # Numbers that neither grow nor die out: products of denormal ones take several times as long.
+        size = 1 / (SPREAD * np.sqrt(inputs))
+        scales = self._constant(self.random.uniform(0.5 * size, 1.5 * size, (outputs, blocks)).astype(np.float32))
         zeros = (
             self.random.uniform(7, 9, (outputs, blocks)).astype(np.float32)
             if floats
