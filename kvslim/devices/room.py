@@ -130,8 +130,8 @@ def _time_ratio(
     if tokens_per_second >= most:
         least = f"{most:,.0f}" if most >= 100 else f"{most:.3g}"
         raise GateError(
-            f"{device.name} decodes fewer than {tokens_per_second:,g} tokens per second beside weights in "
-            f"{weights.name}, with any cache",
+            f"{device.name} decodes fewer than {tokens_per_second:,g} tokens per second beside "
+            f"{_words(weights)}, with any cache",
             where="--tokens-per-second",
             fix=f"ask for less than {least}, or for smaller --weights",
         )
@@ -143,8 +143,12 @@ def _too_large(device: Device, parameters: Parameters, weights: StoredWeights) -
     fitting = [other for other in get_args(WeightType) if StoredWeights.of(parameters, other).stored < most]
     mended = f"store them smaller, with --weights {fitting[0]}" if fitting else "take a smaller model"
     return GateError(
-        f"weights in {weights.name} take {weights.stored / MIB:,.0f} MiB, and {device.name} leaves "
+        f"{_words(weights)} take {weights.stored / MIB:,.0f} MiB, and {device.name} leaves "
         f"{most / MIB:,.0f} MiB for weights and cache",
         where="--device",
         fix=mended,
     )
+
+
+def _words(weights: StoredWeights) -> str:
+    return "the blocks of the file" if weights.name == "stored" else f"weights in {weights.name}"

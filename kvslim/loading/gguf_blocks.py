@@ -57,7 +57,7 @@ def _blocks(numbers: Floats, scales: Floats, lowest: Floats, levels: int) -> Qua
     rows, width = numbers.shape
     scales, lowest = (part.reshape(rows, -1).astype(np.float32) for part in (scales, lowest))
     bits = 4 if levels == 16 else 8
-    middle = np.float32(1 << (bits - 1))
+    middle = 1 << (bits - 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         found = np.rint((numbers.reshape(rows, scales.shape[1], -1) - lowest[..., None]) / scales[..., None])
         nearest = np.rint(-lowest / scales)
