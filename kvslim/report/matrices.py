@@ -15,7 +15,7 @@ CODES = re.compile(r"(\.packed)?\.int\d\.codes(\.rows)?$")
 
 
 def matrix_formats(folder: Path) -> dict[str, str] | None:
-    """The format of each matrix in blocks, by the name that the graph has for it; None where there is none.
+    """The format of each matrix in blocks, by its name in the model, of packed ones the first; None where none is.
 
     Args:
         folder: The artifact.
@@ -27,7 +27,7 @@ def matrix_formats(folder: Path) -> dict[str, str] | None:
     for node in read_graph(folder / "model.onnx").node:
         if node.op_type in OPERATORS:
             sizes = {attribute.name: attribute.i for attribute in node.attribute}
-            name = CODES.sub("", node.input[OPERATORS[node.op_type]])
+            name = CODES.sub("", node.input[OPERATORS[node.op_type]]).removeprefix("model.")
             found.setdefault(name, f"int{sizes['bits']}, blocks of {sizes['block_size']}")
     return found or None
 
