@@ -63,4 +63,4 @@ class Offsets:
         if bits == 8:
             return [((levels.astype(np.int16) + 128).astype(np.uint8), self.steps, 128)]
         high, low = (levels >> 4) + 8, levels & 15
-        return [(high.astype(np.uint8), 16 * self.steps, 8), (low.astype(np.uint8), self.steps, 0)]
+        return [(high.astype(np.uint8), np.float32(16) * self.steps, 8), (low.astype(np.uint8), self.steps, 0)]
