@@ -31,7 +31,7 @@ WAYS = {
     "none: 8 bits, blocks of 16 (Q6_K as it is)": "bytes 16",
 }
 TABLE = Table(
-    (Column("minima", "minima"),), pivot="tokens", each=(Column("ratio", "time of {} tokens", ".2f"),), format=","
+    (Column("minima", "minima"),), pivot="tokens", each=(Column("ratio", "tokens at a time: {}", ".2f"),), format=","
 )
 
 
