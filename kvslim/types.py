@@ -393,6 +393,7 @@ class Manifest(Frozen):
     peers: tuple[PeerPoint, ...] = Field((), description="what cache types of other tools cost")
     kv_layout: KVLayout
     weights: Weights
+    matrices: dict[str, str] | None = _known("format of each matrix in blocks, by its name; of packed ones the first")
     inputs: tuple[str, ...] = Field(description="graph inputs that have no default, other than the cache, in order")
     versions: dict[str, str]
     least_onnxruntime: str | None = Field(  # left out where it is not known, as in `Source`

@@ -172,6 +172,15 @@ def test_card_says_whose_activations_are_rounded_where_weights_are_quantised() -
     assert words in model_card(made.model_copy(update={"report": report}))
 
 
+def test_card_counts_the_formats_of_matrices() -> None:
+    assert "\n- Weights: int4 (k_quant)\n" in model_card(tiny_manifest())
+    stored = {"a": "int4, blocks of 128", "b": "int8, blocks of 128", "c": "int4, blocks of 128"}
+    counted = (
+        "\n- Weights: int4 (k_quant): 2 matrices in int4, blocks of 128; 1 matrix in int8, blocks of 128\n- kvslim"
+    )
+    assert counted in model_card(tiny_manifest().model_copy(update={"matrices": stored}))
+
+
 def test_card_tells_ratios_quartiles_and_doubts() -> None:
     card = model_card(tiny_manifest(busy=True))
     assert "446 bytes of cache per token, 5.7x smaller than fp32, 2.9x than fp16, 1.5x than q8_0." in card

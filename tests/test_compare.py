@@ -51,6 +51,7 @@ def test_table_has_a_column_for_each_artifact(run: Run, artifacts: tuple[Path, P
     cells = (re.split(r" {2,}", line.strip()) for line in out.splitlines())
     rows = {name: values for name, *values in cells}
     assert code == 0
+    assert rows["Weights"] == ["int4 (k_quant)"] * 2
     assert rows["Recall"] == ["97.0%", "90.0%"]
     assert rows["KL to plain, mean"] == ["0.004", "0.02"]
     assert rows["Gate max_kl"] == ["passed: 0.004, limit 0.01", "FAILED: 0.02, limit 0.01"]

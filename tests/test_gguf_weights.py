@@ -16,8 +16,9 @@ from support.tiny_gguf import write_gguf
 
 from kvslim.checks import check_files
 from kvslim.errors import UsageError
-from kvslim.loading.gguf_blocks import LEVELS, stored_rows
+from kvslim.loading.gguf_blocks import LEVELS, bytes_in_graph, stored_rows
 from kvslim.loading.source import read_spec, resolve
+from kvslim.report.matrices import formats_line, matrix_formats
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import Plan, WeightFormat
 from kvslim.validation.quality import measure_quality
@@ -36,12 +37,12 @@ def random_blocks(kind: gguf.GGMLQuantizationType, rows: int, columns: int, scal
     return data.reshape(rows, -1)
 
 
-def random_tensor(kind: str) -> SimpleNamespace:
-    """A matrix [6, 512]; the scale of its first block is 0."""
+def random_tensor(kind: str, width: int = 512) -> SimpleNamespace:
+    """A matrix [6, width]; the scale of its first block is 0."""
     quantised = gguf.GGMLQuantizationType[kind]
-    data = random_blocks(quantised, 6, 512, 0.01)
+    data = random_blocks(quantised, 6, width, 0.01)
     data[0, :2] = 0
-    return SimpleNamespace(tensor_type=quantised, shape=(512, 6), data=data)
+    return SimpleNamespace(tensor_type=quantised, shape=(width, 6), n_elements=6 * width, data=data)
 
 
 @pytest.mark.parametrize("kind", LEVELS)
@@ -50,10 +51,31 @@ def test_blocks_are_the_numbers_of_the_file(kind: str) -> None:
     numbers = gguf.dequantize(tensor.data, tensor.tensor_type)
     found = stored_rows([tensor]).stored(numbers[[4, 0, 1]])
     assert found.bits == (4 if kind.startswith("Q4") else 8)
-    # Offsets are rounded to float16, and are a few steps at most.
-    allowed = 0 if found.offsets is None else np.abs(found.offsets).max() / 1000
+    allowed = 0 if found.offsets is None else found.offsets.steps.max() / 2 * 1.001
     assert np.abs(found.numbers(512) - numbers[[4, 0, 1]]).max() <= allowed
     assert (found.offsets is None) == (kind in ("Q4_0", "Q5_0", "Q8_0"))
+
+
+@pytest.mark.parametrize("kind", LEVELS)
+def test_size_in_the_graph_is_told_from_the_type(kind: str) -> None:
+    tensor = random_tensor(kind, 1024)
+    found = stored_rows([tensor]).stored(gguf.dequantize(tensor.data, tensor.tensor_type)).widened()
+    zeros = 0 if found.zero_points is None else found.zero_points.nbytes
+    assert bytes_in_graph(tensor) == found.codes.nbytes + found.scales.nbytes + zeros
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q5_K"])
+def test_offsets_are_columns_for_the_sums_of_blocks(kind: str) -> None:
+    tensor = random_tensor(kind)
+    numbers = gguf.dequantize(tensor.data, tensor.tensor_type)
+    found = stored_rows([tensor]).stored(numbers)
+    x = RANDOM.normal(size=(512, 3)).astype(np.float32)
+    sums = np.zeros((32, 3), np.float32)
+    sums[:16] = x.reshape(16, 32, 3).sum(1)
+    wide = np.concatenate([x, *[sums] * (2 if found.bits == 4 else 1)])
+    columns = found.widened().numbers(len(wide))
+    assert found.widened().offsets is None
+    assert np.allclose(columns @ wide, found.numbers(512) @ x, atol=1e-5 * np.abs(columns @ wide).max())
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K", "Q5_1", "Q8_0"])
@@ -74,8 +96,8 @@ def test_graph_of_a_file_loses_nothing(
         DecodeSession(graph, capacity=48, all_positions=True, float_activations=True)
         for graph in (prepared.original, folder)
     )
-    # The offsets of Q4_K are products, which float16 rounds.
-    most = 1e-5 if kind == "Q4_K" else 1e-7
+    # Offsets are rounded to 8 bits.
+    most = {"Q4_0": 1e-7, "Q8_0": 1e-7}.get(kind, 1e-4)
     assert measure_quality(original, stored, prepared.text.held_out_windows()).kl_mean < most
     assert prepared.weights_like == ("int4" if kind.startswith("Q4") else "int8")
     expected = torch_logits(prepared, tokens)
@@ -86,6 +108,12 @@ def test_graph_of_a_file_loses_nothing(
     nodes = Counter((node.op_type, node.attributes.get_int("bits", 0)) for node in ir.load(folder / "model.onnx").graph)
     assert nodes["GatherBlockQuantized", bits] == 1
     assert nodes["MatMulNBits", bits] == 4 * prepared.spec.layers + 1
+    formats = matrix_formats(folder) or {}
+    assert set(formats.values()) == {f"int{bits}, blocks of 32"}
+    assert formats_line(formats) == f"{len(formats)} matrices in int{bits}, blocks of 32"
+    own_table = not prepared.model.config.tie_word_embeddings
+    assert len(formats) == 4 * prepared.spec.layers + 1 + own_table
+    assert "model.embed_tokens.weight" in formats or not own_table
 
 
 def test_model_without_blocks_is_refused_before_weights_are_read(tiny_llama: Path, tmp_path: Path) -> None:

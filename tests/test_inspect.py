@@ -191,7 +191,8 @@ def test_inspect_tells_the_bytes_worked_out_by_hand(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     published = PUBLISHED[name]
-    assert app.run(["inspect", str(config_only(tmp_path, name)), "--context", "4k", "--json"]) == 0
+    command = ["inspect", str(config_only(tmp_path, name)), "--weights", "fp32", "--context", "4k", "--json"]
+    assert app.run(command) == 0
     memory = json.loads(capsys.readouterr().out)
     parameters = published.products + published.head + published.rest
     assert memory["kv_bytes_per_token"] == {kind: published.token // times for kind, times in SMALL.items()}
@@ -290,6 +291,12 @@ def test_artifact_without_a_graph_to_read_is_broken(tmp_path: Path) -> None:
     fill(tmp_path)
     with pytest.raises(ArtifactError, match="graph"):
         inspect(str(tmp_path), [64], None, [load_device("raspberry-pi-5-8gb")])
+
+
+def test_weights_are_sized_as_compress_stores_them(tmp_path: Path) -> None:
+    folder = str(config_only(tmp_path, "SmolLM2-135M"))
+    found, int4 = (inspect(folder, [64], kind, []) for kind in (None, "int4"))
+    assert (found.weights, found.weights_mib) == ("int4", int4.weights_mib)
 
 
 def test_encoders_have_no_device_limits(tmp_path: Path) -> None:

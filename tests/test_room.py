@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.tiny_encoders import save_encoder
+from support.tiny_gguf import write_gguf
 
 from kvslim.cli import app
 from kvslim.cli.schemas import output_type
@@ -92,6 +93,28 @@ def test_weights_of_no_format_in_particular_share_the_memory_with_the_cache(tiny
     assert room.budget(None) == Budget(memory_mib=room.device.usable_bytes / MIB, context=CONTEXT)
     ample = room_on(device_of(1000), str(tiny_llama), recipe_at(CONTEXT, "auto"))
     assert ample.budget(None) is None
+
+
+def test_weights_that_fit_with_fewer_bits_alone_leave_the_split_to_measurement(
+    tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = device_of(weights_mib(tiny_llama, capsys, "int4") - 0.001)
+    with pytest.raises(GateError, match="weights in int4 take"):
+        room_on(device, str(tiny_llama), recipe_at(8, "int4"))
+    room = room_on(device, str(tiny_llama), recipe_at(8, "auto"))
+    assert room.is_tight
+    assert room.budget(None) == Budget(memory_mib=device.usable_bytes / MIB, context=8)
+
+
+def test_blocks_of_a_file_take_the_bits_that_they_have(tiny_llama: Path, tmp_path: Path) -> None:
+    bits = {"int4": 5.125, "int8": 8 + 40 / 128, "stored": 9}
+    path = write_gguf(tiny_llama, tmp_path / "model.gguf", "Q8_0")
+    rooms = [room_on(device_of(1000), str(path), recipe_at(CONTEXT, kind)) for kind in ("int4", "int8", "auto")]
+    assert [room.weights.name for room in rooms] == list(bits)
+    int4, int8, stored = (room.weights.stored for room in rooms)
+    assert (stored - int4) / (int8 - int4) == pytest.approx(
+        (9 - bits["int4"]) / (bits["int8"] - bits["int4"]), rel=1e-4
+    )
 
 
 def _speed(room: Room, *bits: int) -> float:

@@ -74,7 +74,7 @@ def one_thread(model: bytes) -> ort.InferenceSession:
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def thread_ms(run: Callable[[], None]) -> float:
+def thread_ms(run: Callable[[], object]) -> float:
     """CPU time of the calling thread in milliseconds."""
     start = time.thread_time()
     run()

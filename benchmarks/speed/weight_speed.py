@@ -25,6 +25,7 @@ FORMATS: dict[str, WeightFormat] = {
         WeightFormat(type="int4", mixed=True),
         WeightFormat(type="int8", block=32),
         WeightFormat(type="int8"),
+        WeightFormat(type="stored"),
     )
 }
 SPEED = Table(
@@ -45,7 +46,10 @@ COST = Table(
 
 
 @benchmark(
-    "smollm2-shape", table=SPEED, quick={"formats": ("int4 (k_quant)",), "context": 32, "prompt": 16, "repeats": 2}
+    "smollm2-shape",
+    "smollm2",
+    table=SPEED,
+    quick={"formats": ("int4 (k_quant)",), "context": 32, "prompt": 16, "repeats": 2},
 )
 def weight_speed(
     source: Source,
@@ -57,9 +61,10 @@ def weight_speed(
 ) -> Iterator[Values]:
     """Time per token of weight formats, against int4 rtn, the symmetric one.
 
-    The graphs decode in turns in one process; a ratio is the median over turns.
+    The graphs decode in turns in one process; a ratio is the median over turns. `stored` are the blocks of a GGUF.
     """
-    graphs = {name: _exported(source, FORMATS[name]) for name in formats}
+    known = [name for name in formats if name != "stored" or source.model.endswith(".gguf")]
+    graphs = {name: _exported(source, FORMATS[name]) for name in known}
     times = measure_latency(graphs, prompts=[prompt], contexts=[context], repeats=repeats)
     for name, time in times.items():
         ratios = {"token_ratio": time.tpot_ratio[str(context)], "prompt_ratio": time.ttft_ratio[str(prompt)]}

@@ -13,7 +13,9 @@ from kvslim.cli.options import Json, WeightKind
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL|ARTIFACT", help="a model (as for compress) or an artifact")],
     contexts: Annotated[str, typer.Option("--context", help="context lengths")] = "4k,16k",
-    weights: Annotated[WeightKind | None, typer.Option(help="how a model's weights are stored; default: fp32")] = None,
+    weights: Annotated[
+        WeightKind | None, typer.Option(help="how a model stores its weights; default: as compress")
+    ] = None,
     devices: Annotated[
         list[str] | None,
         typer.Option(
@@ -31,6 +33,7 @@ def inspect(
     from kvslim.devices.profile import load_device, shipped_devices
     from kvslim.report.inspect import inspect as memory_of
     from kvslim.report.limits import answers, limits_table, stages_table
+    from kvslim.report.matrices import formats_line
     from kvslim.report.tables import caches_table, layers_table
 
     lengths = read_lengths(contexts, "--context")
@@ -41,6 +44,8 @@ def inspect(
     console.print_tables(layers_table(memory), caches_table(memory))
     promise = "; a recipe takes at most these bytes" if memory.recipes else ""
     console.print_text(f"weights: {memory.weights_mib:,.1f} MiB, {memory.weights}{promise}\n")
+    if memory.matrices:
+        console.print_text(f"stored as: {formats_line(memory.matrices)}\n")
     console.print_tables(stages_table(memory), limits_table(memory))
     console.print_text("".join(f"{line}\n" for line in answers(memory)))
     if memory.layers and not devices:

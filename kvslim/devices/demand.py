@@ -30,6 +30,7 @@ BLOCK_BYTES: dict[WeightType, float] = {  # codes, a float32 scale and a zero po
     "int8": BLOCK + (FLOAT + 1) / 4,  # for 128 numbers
     "int4": BLOCK / 2 + FLOAT + 0.5,
 }
+LEAST_BYTES = (64 + FLOAT + 0.5) / 128  # of a number whose bits and blocks are picked: four bits in blocks of 128
 STATES = 4  # numbers that training with Adam holds per parameter: itself, its gradient and two moments
 MOVES = (
     10  # numbers moved per step: read forward and back, gradient written, all four read, all but the gradient written
@@ -85,11 +86,15 @@ class StoredWeights:
     @classmethod
     def of(cls, parameters: Parameters, kind: WeightType) -> StoredWeights:
         """A model's matrices in this type, everything else in float32."""
+        return cls.in_bytes(parameters, kind, BLOCK_BYTES[kind] / BLOCK)
+
+    @classmethod
+    def in_bytes(cls, parameters: Parameters, name: str, number: float) -> StoredWeights:
+        """A model's matrices with so many bytes a number, everything else in float32."""
         products = parameters.products + parameters.head
-        number = BLOCK_BYTES[kind] / BLOCK
         read = int(products * number) + parameters.others * FLOAT
         stored = read + int(parameters.embedding * number) + parameters.positions * FLOAT
-        return cls(kind, stored, read, parameters.products, parameters.head)
+        return cls(name, stored, read, parameters.products, parameters.head)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from kvslim.contract import MIB, ModelSpec, WeightType
-from kvslim.devices.demand import RUNTIME_BYTES, Cache, StoredWeights, decode
+from kvslim.devices.demand import LEAST_BYTES, RUNTIME_BYTES, Cache, StoredWeights, decode
 from kvslim.devices.limits import Limits, bound, limits
 from kvslim.devices.profile import Device
 from kvslim.errors import GateError, UnsupportedError
 from kvslim.loading.parameters import Parameters
+from kvslim.loading.snapshot import Snapshot
 from kvslim.recipe import Budget, Recipe
-from kvslim.types import KVLayout, Plan
+from kvslim.types import KVLayout, Plan, WeightFormat
 
 INT8_RATIO = 4  # times smaller than the plain cache: what nearly every model takes without a loss
 
@@ -30,6 +31,7 @@ class Room:
         cache_bytes: Bytes that it may take.
         time_ratio: Time per token over that of the plain cache; None for no limit.
         shares: Whether weights may take fewer or more bits, so that they share the memory with the cache.
+        is_tight: Whether they must take fewer than they would.
     """
 
     device: Device
@@ -40,6 +42,7 @@ class Room:
     cache_bytes: int
     time_ratio: float | None = None
     shares: bool = False
+    is_tight: bool = False
 
     @property
     def cache_mib(self) -> float:
@@ -55,7 +58,7 @@ class Room:
         limits = {} if asked is None else asked.model_dump(exclude_none=True)
         if self.time_ratio is not None:
             limits["time_ratio"] = min(self.time_ratio, limits.get("time_ratio", 1.0))
-        if self.cache_bytes * INT8_RATIO < self.plain.bytes_at(self.context):
+        if self.is_tight or self.cache_bytes * INT8_RATIO < self.plain.bytes_at(self.context):
             size = {"memory_mib": self.device.usable_bytes / MIB} if self.shares else {"kv_mib": self.cache_mib}
             limits |= {**size, "context": self.context}
         return Budget.model_validate(limits) if limits else None
@@ -90,15 +93,27 @@ def room_on(device: Device, model: str, recipe: Recipe, tokens_per_second: float
             where="--device",
             fix="time it with `kvslim bench`",
         )
-    parameters, kind = count_parameters(snapshot, spec), recipe.weights.like
-    weights, context = _with_rope(StoredWeights.of(parameters, kind), spec), recipe.calibration.target(spec)
+    parameters, context = count_parameters(snapshot, spec), recipe.calibration.target(spec)
+    weights = _with_rope(planned_weights(snapshot, parameters, recipe.weights, is_encoder=False), spec)
     plain = Cache.of("plain", spec, Plan.identity(spec, recipe.layout, recipe.window_cache))
-    free = device.usable_bytes - weights.stored - RUNTIME_BYTES
-    if free <= 0:
-        raise _too_large(device, parameters, kind, weights)
-    ratio = None if tokens_per_second is None else _time_ratio(device, weights, plain, context, tokens_per_second)
+    most = device.usable_bytes - RUNTIME_BYTES
     shares = recipe.weights.type == "auto" and recipe.weights.is_open
-    return Room(device, spec, weights, plain, context, free, ratio, shares=shares)
+    if is_tight := shares and weights.stored >= most:
+        weights = _with_rope(StoredWeights.in_bytes(parameters, "int4", LEAST_BYTES), spec)
+    if weights.stored >= most:
+        raise _too_large(device, parameters, weights)
+    ratio = None if tokens_per_second is None else _time_ratio(device, weights, plain, context, tokens_per_second)
+    return Room(device, spec, weights, plain, context, most - weights.stored, ratio, shares=shares, is_tight=is_tight)
+
+
+def planned_weights(
+    snapshot: Snapshot, parameters: Parameters, weights: WeightFormat, *, is_encoder: bool
+) -> StoredWeights:
+    """A model's weights as a format would store them."""
+    settled = weights.settled(is_encoder=is_encoder, has_blocks=snapshot.has_blocks)
+    if settled.type == "stored" and snapshot.has_blocks:
+        return StoredWeights.in_bytes(parameters, settled.type, snapshot.bytes_per_number)
+    return StoredWeights.of(parameters, settled.like)
 
 
 def _with_rope(weights: StoredWeights, spec: ModelSpec) -> StoredWeights:
@@ -115,21 +130,25 @@ def _time_ratio(
     if tokens_per_second >= most:
         least = f"{most:,.0f}" if most >= 100 else f"{most:.3g}"
         raise GateError(
-            f"{device.name} decodes fewer than {tokens_per_second:,g} tokens per second beside weights in "
-            f"{weights.name}, with any cache",
+            f"{device.name} decodes fewer than {tokens_per_second:,g} tokens per second beside "
+            f"{_words(weights)}, with any cache",
             where="--tokens-per-second",
             fix=f"ask for less than {least}, or for smaller --weights",
         )
     return reached / tokens_per_second if reached < tokens_per_second else None
 
 
-def _too_large(device: Device, parameters: Parameters, kind: WeightType, weights: StoredWeights) -> GateError:
+def _too_large(device: Device, parameters: Parameters, weights: StoredWeights) -> GateError:
     most = device.usable_bytes - RUNTIME_BYTES
     fitting = [other for other in get_args(WeightType) if StoredWeights.of(parameters, other).stored < most]
     mended = f"store them smaller, with --weights {fitting[0]}" if fitting else "take a smaller model"
     return GateError(
-        f"weights in {kind} take {weights.stored / MIB:,.0f} MiB, and {device.name} leaves "
+        f"{_words(weights)} take {weights.stored / MIB:,.0f} MiB, and {device.name} leaves "
         f"{most / MIB:,.0f} MiB for weights and cache",
         where="--device",
         fix=mended,
     )
+
+
+def _words(weights: StoredWeights) -> str:
+    return "the blocks of the file" if weights.name == "stored" else f"weights in {weights.name}"

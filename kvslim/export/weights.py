@@ -16,6 +16,7 @@ from onnx_ir import convenience
 
 from kvslim.export.products import Matrix, bias_of, constant_products, embedding_lookups, factor_of, tensor_of
 from kvslim.weights.blocks import SMALLEST_BLOCK, BlockFormat
+from kvslim.weights.offsets import GROUP
 from kvslim.weights.rows import QuantisedRows
 
 ACCURACY_LEVEL = 4  # activations in int8: the fast path on CPU
@@ -44,17 +45,32 @@ def quantise_weights(model: ir.Model, rows: QuantisedRows) -> None:
 
 @dataclass(frozen=True)
 class _Stored:
-    """Constants of the graph that stand for a matrix; see `weights.blocks.Quantised`."""
+    """Constants of the graph that stand for a matrix; see `weights.blocks.Quantised`.
+
+    Attributes:
+        to: Bits and block size.
+        sums: Blocks of the input whose sums are inputs as well; 0 where the matrix has no offsets.
+    """
 
     to: BlockFormat
     codes: ir.Value
     scales: ir.Value
     zero_points: ir.Value | None
-    offsets: ir.Value | None
+    sums: int
 
     @property
     def attributes(self) -> dict[str, int]:
         return {"bits": self.to.bits, "block_size": self.to.block}
+
+    @property
+    def times(self) -> int:
+        """How often the sums are inputs: once for each digit of an offset."""
+        return 8 // self.to.bits
+
+    @property
+    def columns(self) -> int:
+        """Further columns of the matrix, for one digit of its offsets."""
+        return self.sums + -self.sums % GROUP
 
 
 class _Quantiser:
@@ -69,13 +85,13 @@ class _Quantiser:
         outputs, inputs = matrix.shape
         stored = self._store(matrix)
         bias, last = bias_of(node, outputs)
-        operands = [node.inputs[0], stored.codes, stored.scales, stored.zero_points, None, bias]
-        sizes = {"K": inputs, "N": outputs, "accuracy_level": ACCURACY_LEVEL}
-        made = _node("MatMulNBits", operands, {**stored.attributes, **sizes}, node)
-        new = [made, *self._offset_product(made, node.inputs[0], stored, inputs)]
+        x, summed = self._with_sums(node, stored, inputs)
+        operands = [x, stored.codes, stored.scales, stored.zero_points, None, bias]
+        sizes = {"K": inputs + stored.times * stored.columns, "N": outputs, "accuracy_level": ACCURACY_LEVEL}
+        new = [*summed, _node("MatMulNBits", operands, {**stored.attributes, **sizes}, node)]
         if (factor := factor_of(node)) != 1.0:
-            constant = self._constant(f"{made.name}.factor", np.array(factor, np.float32))
-            new.append(ir.node("Mul", [new[-1].outputs[0], constant], name=f"{made.name}.scaled"))
+            constant = self._constant(f"{node.name}.factor", np.array(factor, np.float32))
+            new.append(ir.node("Mul", [new[-1].outputs[0], constant], name=f"{node.name}.scaled"))
         self._replace([node] if last is node else [node, last], new)
 
     def replace_lookup(self, node: ir.Node, table: Matrix) -> None:
@@ -87,39 +103,30 @@ class _Quantiser:
         operands = [flat.outputs[0], node.inputs[1], stored.scales, stored.zero_points]
         axes = {"gather_axis": 0, "quantize_axis": 1}
         made = _node("GatherBlockQuantized", operands, {**stored.attributes, **axes}, node)
-        self._replace([node], [flat, made, *self._offset_lookup(made, node.inputs[1], stored, table.shape[1])])
+        self._replace([node], [flat, made, *self._offset_rows(made, stored, table.shape[1])])
 
-    def _offset_product(self, made: ir.Node, x: ir.Value | None, stored: _Stored, inputs: int) -> list[ir.Node]:
-        """Adds what the offsets of blocks give: the sums of the input over each block, times the offsets."""
-        if stored.offsets is None:
-            return []
-        name, blocks = made.name, tensor_of(stored.scales).shape.numpy()[1]
-        summing = self._constant_once(
-            f"block_sums.{inputs}", np.eye(blocks, dtype=np.float32).repeat(stored.to.block, 0)[:inputs]
-        )
-        offsets = ir.node("Cast", [stored.offsets], {"to": ir.DataType.FLOAT}, name=f"{name}.offsets")
-        sums = ir.node("MatMul", [x, summing], name=f"{name}.sums")
-        attributes = {"transB": 1}
-        product = ir.node("FusedMatMul", [sums.outputs[0], offsets.outputs[0]], attributes, domain=DOMAIN)
-        product.name = f"{name}.offset"
-        added = ir.node("Add", [made.outputs[0], product.outputs[0]], name=f"{name}.added")
-        return [offsets, sums, product, added]
+    def _with_sums(self, node: ir.Node, stored: _Stored, inputs: int) -> tuple[ir.Value | None, list[ir.Node]]:
+        """The input of a product with its sums over blocks behind it, which offsets are multiplied with."""
+        x = node.inputs[0]
+        if not stored.sums:
+            return x, []
+        summing = self._constant_once(f"block_sums.{inputs}.{stored.to.block}", _block_sums(stored, inputs))
+        sums = ir.node("MatMul", [x, summing], name=f"{node.name}.sums")
+        parts = [x, *[sums.outputs[0]] * stored.times]
+        both = ir.node("Concat", parts, {"axis": -1}, name=f"{node.name}.input")
+        return both.outputs[0], [sums, both]
 
-    def _offset_lookup(self, made: ir.Node, tokens: ir.Value | None, stored: _Stored, width: int) -> list[ir.Node]:
-        """Adds the offsets of the rows that are looked up, each to the numbers of its block."""
-        if stored.offsets is None:
+    def _offset_rows(self, made: ir.Node, stored: _Stored, width: int) -> list[ir.Node]:
+        """Adds the offsets of rows that are looked up, which lie behind them, each to the numbers of its block."""
+        if not stored.sums:
             return []
-        name = made.name
-        shapes = {"blocks": [0, 0, -1, stored.to.block], "row": [0, 0, width]}
-        in_blocks, in_row = (self._constant(f"{name}.{key}", np.array(shape)) for key, shape in shapes.items())
-        last = self._constant(f"{name}.last", np.array([-1]))
-        picked = ir.node("Gather", [stored.offsets, tokens], {"axis": 0}, name=f"{name}.offsets")
-        cast = ir.node("Cast", [picked.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}.float")
-        each = ir.node("Unsqueeze", [cast.outputs[0], last], name=f"{name}.each")
-        parts = ir.node("Reshape", [made.outputs[0], in_blocks], name=f"{name}.parts")
-        added = ir.node("Add", [parts.outputs[0], each.outputs[0]], name=f"{name}.added")
-        whole = ir.node("Reshape", [added.outputs[0], in_row], name=f"{name}.whole")
-        return [picked, cast, each, parts, added, whole]
+        name, each = made.name, _block_sums(stored, width).T
+        spreading = self._constant(f"{name}.blocks", np.tile(each, (stored.times, 1)))
+        sizes = self._constant(f"{name}.sizes", np.array([width, len(each) * stored.times]))
+        split = ir.node("Split", [made.outputs[0], sizes], {"axis": -1}, num_outputs=2, name=f"{name}.split")
+        offsets = ir.node("MatMul", [split.outputs[1], spreading], name=f"{name}.offsets")
+        added = ir.node("Add", [split.outputs[0], offsets.outputs[0]], name=f"{name}.added")
+        return [split, offsets, added]
 
     def drop_unused(self) -> None:
         """Forgets the float matrices that nothing reads any more."""
@@ -130,14 +137,15 @@ class _Quantiser:
     def _store(self, matrix: Matrix) -> _Stored:
         """The constants for a matrix."""
         if matrix not in self.stored:
-            result = self.rows.stored(matrix.load())
+            found = self.rows.stored(matrix.load())
+            result = found.widened()
             name = f"{matrix.source.name}.int{result.bits}"
             self.stored[matrix] = _Stored(
                 result.format,
                 self._constant(f"{name}.codes", result.codes),
                 self._constant(f"{name}.scales", result.scales),
                 None if result.zero_points is None else self._constant(f"{name}.zero_points", result.zero_points),
-                None if result.offsets is None else self._constant(f"{name}.offsets", result.offsets),
+                0 if found.offsets is None else found.scales.shape[1],
             )
         return self.stored[matrix]
 
@@ -153,6 +161,12 @@ class _Quantiser:
 
     def _replace(self, old: list[ir.Node], new: list[ir.Node]) -> None:
         convenience.replace_nodes_and_values(self.graph, old[-1], old, new, old[-1].outputs, new[-1].outputs)
+
+
+def _block_sums(stored: _Stored, inputs: int) -> npt.NDArray[np.float32]:
+    """A matrix [inputs, sums filled up] that adds up the numbers of each block."""
+    each = np.eye(stored.sums, stored.columns, dtype=np.float32)
+    return each.repeat(stored.to.block, 0)[:inputs]
 
 
 def _node(operator: str, inputs: list[ir.Value | None], attributes: Mapping[str, int], old: ir.Node) -> ir.Node:

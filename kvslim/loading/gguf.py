@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvslim.errors import KvslimError, ModelError, UnsupportedError
 from kvslim.loading.config import model_config
 from kvslim.loading.generation import generation_config
-from kvslim.loading.gguf_blocks import is_carried_over, stored_rows
+from kvslim.loading.gguf_blocks import bytes_in_graph, is_carried_over, stored_rows
 from kvslim.loading.gguf_config import GGUF_ARCHITECTURES, ROPE_TENSORS, Restore, gguf_config
 from kvslim.loading.origin import of_gguf
 from kvslim.loading.snapshot import Snapshot, Unread
@@ -113,6 +113,12 @@ class GgufSnapshot(Snapshot):
     def has_blocks(self) -> bool:
         """Whether some matrix is stored in blocks that the graph can hold."""
         return any(is_carried_over(tensor) for tensor in self._tensors)
+
+    @property
+    def bytes_per_number(self) -> float:
+        """The mean over all matrices."""
+        matrices = [tensor for tensor in self._tensors if len(tensor.shape) == 2]
+        return sum(map(bytes_in_graph, matrices)) / sum(int(tensor.n_elements) for tensor in matrices)
 
     def stored_rows(self) -> QuantisedRows:
         """The matrices that are stored in blocks which the graph can hold."""

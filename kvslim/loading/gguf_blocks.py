@@ -1,29 +1,43 @@
 """Blocks of a GGUF's tensors as the graph stores them: the same integers and scales.
 
-A block of ggml holds levels l, a scale s and for some types a minimum m, and stands for s l + m (ggml-common.h). All of
-it fits blocks of 32 with an offset: s (q - z) + o, with z in the middle of the levels and o = m + s z,
-which is rounded to float16, far below a step.
+A block of ggml holds levels l, a scale s and for some types a minimum m, and stands for s l + m (ggml-common.h). It
+becomes s (q - z) + o with the integer zero point z nearest to -m / s. What is left over, o = m + s z, is half a step at
+most where a block's range holds 0, and is rounded to 8 bits: a hundredth of a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvslim.weights.blocks import Floats, Quantised
+from kvslim.weights.offsets import GROUP, Offsets
 from kvslim.weights.rows import QuantisedRows
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
+BLOCK = 32
 Lowest = tuple[Floats, Floats]  # scale, and what level 0 stands for, of each block
 
 
 def is_carried_over(tensor: ReaderTensor) -> bool:
     """Whether a tensor is a matrix in blocks that the graph can hold."""
     return tensor.tensor_type.name in LEVELS and len(tensor.shape) == 2
+
+
+def bytes_in_graph(tensor: ReaderTensor) -> float:
+    """Bytes of a matrix in the graph: codes, float32 scales and, where blocks have minima, zero points and offsets."""
+    numbers, kind = int(tensor.n_elements), tensor.tensor_type.name
+    if not is_carried_over(tensor):
+        return numbers * (1 + (4 + 1) / 128)  # 8 bits in blocks of 128
+    bits = 4 if LEVELS[kind] == 16 else 8
+    block = 4 * bits + 4 + (bits / 8 if bits == 4 and kind != "Q4_0" else 0)
+    digits = 0 if kind in ("Q4_0", "Q5_0", "Q8_0") else 8 // bits
+    return numbers / BLOCK * block * (1 + digits / GROUP)
 
 
 def stored_rows(tensors: Iterable[ReaderTensor]) -> QuantisedRows:
@@ -42,12 +56,19 @@ def stored_rows(tensors: Iterable[ReaderTensor]) -> QuantisedRows:
 def _blocks(numbers: Floats, scales: Floats, lowest: Floats, levels: int) -> Quantised:
     rows, width = numbers.shape
     scales, lowest = (part.reshape(rows, -1).astype(np.float32) for part in (scales, lowest))
-    middle = levels // 2
+    bits = 4 if levels == 16 else 8
+    middle = 1 << (bits - 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         found = np.rint((numbers.reshape(rows, scales.shape[1], -1) - lowest[..., None]) / scales[..., None])
-    integers = np.nan_to_num(found, posinf=0, neginf=0).reshape(rows, width) - middle
-    offsets = lowest + middle * scales
-    return Quantised.symmetric(integers, scales, offsets if offsets.any() else None, 4 if levels == 16 else 8)
+        nearest = np.rint(-lowest / scales)
+    # Of 8 bits the levels are moved in place of the zero point, which is the middle for all blocks then.
+    least, most = (0, levels - 1) if bits == 4 else (levels - middle, middle)
+    shifts = np.where(scales == 0, levels // 2, np.clip(nearest, least, most)).astype(np.float32)
+    integers = np.where(scales[..., None] == 0, 0, found - shifts[..., None]).reshape(rows, width)
+    zeros, offsets = shifts if bits == 4 else np.full_like(shifts, middle), lowest + shifts * scales
+    stored = Quantised.of(integers.astype(np.float32), scales, zeros, bits)
+    stored = replace(stored, offsets=Offsets.of(offsets) if offsets.any() else None)
+    return replace(stored, zero_points=None) if (zeros == middle).all() else stored
 
 
 def _half(data: np.ndarray, size: int, place: int) -> Floats:

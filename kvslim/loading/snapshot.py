@@ -112,6 +112,11 @@ class Snapshot(ABC):
         """Whether some matrix is stored in blocks that the graph can hold."""
         return False
 
+    @property
+    def bytes_per_number(self) -> float:
+        """Bytes that a number of a matrix takes where the graph holds the blocks of the files; no weights are read."""
+        raise NotImplementedError("a snapshot without blocks")
+
     def stored_rows(self) -> QuantisedRows:
         """The matrices that are stored in blocks which the graph can hold."""
         raise NotImplementedError("a snapshot without blocks")

@@ -22,6 +22,7 @@ class Column(Frozen):
     model: str
     sha256: str | None = Field(None, description="SHA-256 of the model's files")
     recipe: str
+    weights: str | None = Field(None, description="how they are stored")
     context: int
     passed: bool | None
     gates: tuple[GateResult, ...]
@@ -124,6 +125,7 @@ def comparison_table(comparison: Comparison) -> Table:
     rows = [
         _Row(("Model", *(column.model for column in columns.values()))),
         _Row(("Recipe", *(column.recipe for column in columns.values()))),
+        _Row(("Weights", *(column.weights or NONE for column in columns.values()))),
         *_measured(columns),
         *_factors(columns),
         *_gate_rows(columns),
@@ -220,6 +222,7 @@ def _column(manifest: Manifest) -> Column:
         model=name_of(manifest),
         sha256=manifest.source.sha256,
         recipe=str(manifest.recipe.get("name", "custom")),
+        weights=str(manifest.weights),
         context=manifest.context,
         passed=manifest.passed,
         gates=report.gates if report else (),

@@ -10,6 +10,7 @@ from kvslim.devices.profile import device_memory
 from kvslim.export.manifest import LEAST_ONNXRUNTIME, hash_files, write_manifest
 from kvslim.loading.origin import source_of
 from kvslim.report.card import write_card
+from kvslim.report.matrices import matrix_formats
 from kvslim.report.page import write_report
 from kvslim.types import KVLayout, Manifest, Plan, Report, Survey
 
@@ -38,6 +39,7 @@ def describe(
         **around._asdict(),
         kv_layout=KVLayout.of(spec, plan),
         weights=recipe.weights,
+        matrices=matrix_formats(folder),
         inputs=inputs,
         least_onnxruntime=LEAST_ONNXRUNTIME,
         versions={name: version(name) for name in VERSIONED},

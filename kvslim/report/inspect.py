@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from kvslim.contract import ModelSpec, WeightType
-from kvslim.devices.demand import StoredWeights, training
+from kvslim.devices.demand import training
 from kvslim.devices.limits import Limits, limits
 from kvslim.devices.profile import Device
+from kvslim.devices.room import planned_weights
 from kvslim.errors import UnsupportedError, UsageError
 from kvslim.export.manifest import MANIFEST, read_manifest
 from kvslim.report.memory import (
@@ -19,6 +21,7 @@ from kvslim.report.memory import (
     model_caches,
     recipe_precisions,
 )
+from kvslim.types import WeightFormat
 
 
 def inspect(model: str, contexts: Sequence[int], weights: WeightType | None, devices: Sequence[Device]) -> CacheMemory:
@@ -27,20 +30,22 @@ def inspect(model: str, contexts: Sequence[int], weights: WeightType | None, dev
     Args:
         model: As for `kvslim compress`, or an artifact's folder.
         contexts: Lengths in tokens.
-        weights: How a model's weights would be stored; None for float32. Not allowed for an artifact.
+        weights: How a model's weights would be stored; None for what `kvslim compress` does. An artifact allows none.
         devices: Devices to compute limits for.
 
     Raises:
         KvslimError: The model or artifact cannot be read, or an option does not fit it.
     """
     if not (Path(model) / MANIFEST).exists():
-        return _inspect_model(model, contexts, weights or "fp32", devices)
+        return _inspect_model(model, contexts, weights or "auto", devices)
     if weights is not None:
         raise UsageError("the weights of an artifact are stored already", where="--weights", fix="drop the option")
     return _inspect_artifact(Path(model), contexts, devices)
 
 
-def _inspect_model(model: str, contexts: Sequence[int], kind: WeightType, devices: Sequence[Device]) -> CacheMemory:
+def _inspect_model(
+    model: str, contexts: Sequence[int], kind: WeightType | Literal["auto"], devices: Sequence[Device]
+) -> CacheMemory:
     from kvslim.loading.parameters import count_parameters
     from kvslim.loading.source import read_spec, resolve
 
@@ -48,14 +53,15 @@ def _inspect_model(model: str, contexts: Sequence[int], kind: WeightType, device
     spec = read_spec(snapshot)
     _check(spec, devices)
     parameters = count_parameters(snapshot, spec)
-    weights, caches = StoredWeights.of(parameters, kind), model_caches(spec)
+    weights = planned_weights(snapshot, parameters, WeightFormat(type=kind), is_encoder=spec.is_encoder)
+    caches = model_caches(spec)
     recipes = {} if spec.is_encoder else recipe_precisions()
     made = [cache for cache in caches if cache.name in {PLAIN_PRECISION, *recipes.values()}]
     steps = [training(spec, parameters, caches[0], context) for context in contexts]
     found: list[Limits] = []
     for device in devices:
         found += limits(device, weights, made, spec.max_context, contexts, steps)
-    return cache_memory(spec, caches, kind, weights.stored, contexts, recipes, found)
+    return cache_memory(spec, caches, weights.name, weights.stored, contexts, recipes, found)
 
 
 def _inspect_artifact(folder: Path, contexts: Sequence[int], devices: Sequence[Device]) -> CacheMemory:
@@ -71,7 +77,8 @@ def _inspect_artifact(folder: Path, contexts: Sequence[int], devices: Sequence[D
         weights = artifact_weights(folder, spec, name, stored)
         for device in devices:
             found += limits(device, weights, caches, spec.max_context, contexts)
-    return cache_memory(spec, caches, name, stored, contexts, devices=found)
+    memory = cache_memory(spec, caches, name, stored, contexts, devices=found)
+    return memory.model_copy(update={"matrices": manifest.matrices or {}})
 
 
 def _check(spec: ModelSpec, devices: Sequence[Device]) -> None:

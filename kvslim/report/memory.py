@@ -49,6 +49,7 @@ class CacheMemory(Frozen):
     mib: dict[str, dict[str, float]]
     weights: str
     weights_mib: float
+    matrices: dict[str, str] = Field({}, description="of an artifact: how each matrix in blocks is stored")
     share: dict[str, dict[str, float]]
     recipes: dict[str, str] = Field(
         description="the precision whose bytes a recipe takes at most; none for an artifact"

@@ -20,6 +20,7 @@ from kvslim.report.compare import Comparison, Regression, comparison_table, regr
 from kvslim.report.decisions import decisions
 from kvslim.report.figure import Figure, Limits
 from kvslim.report.figures import figures
+from kvslim.report.matrices import formats_line
 from kvslim.report.tables import (
     UNCERTAIN,
     Table,
@@ -233,6 +234,7 @@ def _origin(manifest: Manifest) -> Table:
         *([("revision", source.revision)] if source.revision else []),
         ("SHA-256 of its files", source.sha256),
         ("weights", str(manifest.weights)),
+        *([("stored as", formats_line(manifest.matrices))] if manifest.matrices else []),
         *([] if manifest.spec.is_encoder else [("bytes per token counted at", f"{manifest.context:,} tokens")]),
         *manifest.versions.items(),
     ]

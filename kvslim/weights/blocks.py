@@ -1,7 +1,7 @@
 """Matrices as small integers in blocks along the input dimension: the storage format of MatMulNBits.
 
 A block holds integers q, one scale s and one integer zero point z, and stands for s (q - z), or s (q - z) + o with an
-offset o that the graph adds. `rtn` rounds to nearest with s = extreme / -2^(bits-1) and z in the middle. `k_quant`
+offset o (`weights.offsets`). `rtn` rounds to nearest with s = extreme / -2^(bits-1) and z in the middle. `k_quant`
 searches as the k-quants of llama.cpp do (`make_qkx2_quants` in ggml-quants.c): it tries several steps, refits the scale
 to each rounding by weighted least squares, and keeps the best. There the offset of a block is a float; here z is an
 integer, so it is rounded within the search and not after it.
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvslim.contract import WeightMethod
+from kvslim.weights.offsets import Offsets
 
 SMALLEST_BLOCK = 32
 # Levels more or fewer over a block's range: a coarser step rounds the extremes better, a finer one clips them.
@@ -27,7 +28,6 @@ CHUNK = 1 << 16  # numbers that one thread works on; its temporaries then fit a 
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
-Halves = npt.NDArray[np.float16]
 
 
 class BlockFormat(NamedTuple):
@@ -54,14 +54,14 @@ class Quantised:
         scales: [n, b].
         zero_points: [n, ceil(b x bits / 8)], packed like the codes; None where all are 2^(bits-1).
         bits: Of an integer.
-        offsets: [n, b] in float16; None where all are 0.
+        offsets: What is added to each block; None where all are 0. Such blocks are of at most 32.
     """
 
     codes: Bytes
     scales: Floats
     zero_points: Bytes | None
     bits: int
-    offsets: Halves | None = None
+    offsets: Offsets | None = None
 
     @classmethod
     def of(cls, integers: Floats, scales: Floats, zeros: Floats, bits: int) -> Quantised:
@@ -70,12 +70,6 @@ class Quantised:
         levels = integers.reshape(rows, blocks, -1) + zeros[..., None]
         codes = _pack(levels.reshape(rows, -1).astype(np.uint8), bits).reshape(rows, blocks, -1)
         return cls(codes, scales, _pack(zeros.astype(np.uint8), bits), bits)
-
-    @classmethod
-    def symmetric(cls, integers: Floats, scales: Floats, offsets: Floats | None, bits: int) -> Quantised:
-        """From integers q - z [n, b x block] with z = 2^(bits-1), scales and offsets [n, b]; offsets become float16."""
-        found = cls.of(integers, scales, np.full_like(scales, 1 << (bits - 1)), bits)
-        return replace(found, zero_points=None, offsets=None if offsets is None else offsets.astype(np.float16))
 
     @property
     def format(self) -> BlockFormat:
@@ -89,7 +83,7 @@ class Quantised:
         integers -= self._zeros()[..., None]
         integers *= self.scales[..., None]
         if self.offsets is not None:
-            integers += self.offsets[..., None].astype(np.float32)
+            integers += self.offsets.numbers()[..., None]
         return integers.reshape(rows, -1)[:, :width]
 
     def stored_as(self, to: BlockFormat) -> Quantised:
@@ -99,13 +93,33 @@ class Quantised:
         rows, each = len(self.scales), self.format.block // to.block
         codes = _pack(_unpack(self.codes.reshape(rows, -1), self.bits), to.bits)
         scales, zeros = self.scales.repeat(each, 1), self._zeros().repeat(each, 1)
-        offsets = None if self.offsets is None else self.offsets.repeat(each, 1)
+        offsets = None if self.offsets is None else self.offsets.of_parts(each)
         return Quantised(codes.reshape(*scales.shape, -1), scales, _pack(zeros, to.bits), to.bits, offsets)
+
+    def widened(self) -> Quantised:
+        """The matrix with its offsets as blocks of their own, behind all others.
+
+        With S the sums of an input x over blocks, filled up with zeros to a multiple of 32, the product with (x, S), or
+        (x, S, S) where integers have 4 bits, is that of this matrix with x.
+        """
+        if self.offsets is None:
+            return self
+        parts = [replace(self, offsets=None)]
+        for levels, scales, zero in self.offsets.digits(self.bits):
+            codes = _pack(levels, self.bits).reshape(*scales.shape, -1)
+            zeros = _pack(np.full(scales.shape, zero, np.uint8), self.bits)
+            parts.append(Quantised(codes, scales, zeros, self.bits).stored_as(self.format))
+        codes, scales, zeros = (
+            np.concatenate(each, 1)
+            for each in zip(*((part.codes, part.scales, part._zeros()) for part in parts), strict=True)
+        )
+        is_symmetric = bool((zeros == 1 << (self.bits - 1)).all())
+        return Quantised(codes, scales, None if is_symmetric else _pack(zeros, self.bits), self.bits)
 
     def rows(self, picked: npt.NDArray[np.int64]) -> Quantised:
         """Some rows, in that order."""
         zeros = None if self.zero_points is None else self.zero_points[picked]
-        offsets = None if self.offsets is None else self.offsets[picked]
+        offsets = None if self.offsets is None else self.offsets.rows(picked)
         return Quantised(self.codes[picked], self.scales[picked], zeros, self.bits, offsets)
 
     def _zeros(self) -> Bytes:
@@ -137,12 +151,12 @@ def stacked(parts: Sequence[Quantised]) -> Quantised:
     return Quantised(codes, scales, zeros, to.bits, _stacked_offsets(parts))
 
 
-def _stacked_offsets(parts: Sequence[Quantised]) -> Halves | None:
+def _stacked_offsets(parts: Sequence[Quantised]) -> Offsets | None:
     """The offsets of matrices one below the other; None where none has any."""
     if all(part.offsets is None for part in parts):
         return None
-    none = np.float16(0)
-    return np.concatenate([np.full_like(p.scales, none, np.float16) if p.offsets is None else p.offsets for p in parts])
+    found = [Offsets.zeros(*part.scales.shape) if part.offsets is None else part.offsets for part in parts]
+    return Offsets(np.concatenate([one.levels for one in found]), np.concatenate([one.steps for one in found]))
 
 
 def _quantise_chunk(matrix: Floats, to: BlockFormat, method: WeightMethod) -> Quantised:

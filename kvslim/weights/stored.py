@@ -12,7 +12,7 @@ from kvslim.weights.blocks import Quantised
 
 
 def save_blocks(path: Path, quantised: Mapping[str, Quantised]) -> None:
-    """Writes the blocks of matrices by name."""
+    """Writes the blocks of matrices by name; none has offsets."""
     arrays: dict[str, Any] = {"names": np.array(list(quantised))}
     for number, blocks in enumerate(quantised.values()):
         arrays |= {f"{number}.{part}": value for part, value in vars(blocks).items() if value is not None}
@@ -26,7 +26,5 @@ def load_blocks(path: Path) -> dict[str, Quantised]:
 
 
 def _blocks(arrays: Mapping[str, np.ndarray], number: int) -> Quantised:
-    zeros, offsets = (arrays.get(f"{number}.{part}") for part in ("zero_points", "offsets"))
-    return Quantised(
-        arrays[f"{number}.codes"], arrays[f"{number}.scales"], zeros, int(arrays[f"{number}.bits"]), offsets
-    )
+    codes, scales, bits = (arrays[f"{number}.{part}"] for part in ("codes", "scales", "bits"))
+    return Quantised(codes, scales, arrays.get(f"{number}.zero_points"), int(bits))
