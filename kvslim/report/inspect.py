@@ -20,13 +20,17 @@ from kvslim.report.memory import (
     recipe_precisions,
 )
 
+CONTEXTS = (4096, 16384)
 
-def inspect(model: str, contexts: Sequence[int], weights: WeightType | None, devices: Sequence[Device]) -> CacheMemory:
+
+def inspect(
+    model: str, contexts: Sequence[int] | None, weights: WeightType | None, devices: Sequence[Device]
+) -> CacheMemory:
     """The cache of a model from its config, or of an artifact from its manifest.
 
     Args:
         model: As for `kvslim compress`, or an artifact's folder.
-        contexts: Lengths in tokens.
+        contexts: Lengths in tokens; None for `CONTEXTS`, at most all positions.
         weights: How a model's weights would be stored; None for float32. Not allowed for an artifact.
         devices: Devices to compute limits for.
 
@@ -40,13 +44,14 @@ def inspect(model: str, contexts: Sequence[int], weights: WeightType | None, dev
     return _inspect_artifact(Path(model), contexts, devices)
 
 
-def _inspect_model(model: str, contexts: Sequence[int], kind: WeightType, devices: Sequence[Device]) -> CacheMemory:
+def _inspect_model(model: str, asked: Sequence[int] | None, kind: WeightType, devices: Sequence[Device]) -> CacheMemory:
     from kvslim.loading.parameters import count_parameters
     from kvslim.loading.source import read_spec, resolve
 
     snapshot = resolve(model, weights=False)
     spec = read_spec(snapshot)
     _check(spec, devices)
+    contexts = asked or _default_contexts(spec)
     parameters = count_parameters(snapshot, spec)
     weights, caches = StoredWeights.of(parameters, kind), model_caches(spec)
     recipes = {} if spec.is_encoder else recipe_precisions()
@@ -58,13 +63,14 @@ def _inspect_model(model: str, contexts: Sequence[int], kind: WeightType, device
     return cache_memory(spec, caches, kind, weights.stored, contexts, recipes, found)
 
 
-def _inspect_artifact(folder: Path, contexts: Sequence[int], devices: Sequence[Device]) -> CacheMemory:
+def _inspect_artifact(folder: Path, asked: Sequence[int] | None, devices: Sequence[Device]) -> CacheMemory:
     from kvslim.devices.stored_weights import artifact_weights
     from kvslim.validation.measure import file_mib
 
     manifest = read_manifest(folder)
     spec, caches = manifest.spec, artifact_caches(manifest)
     _check(spec, devices)
+    contexts = asked or _default_contexts(spec)
     name, stored = str(manifest.weights), int(file_mib(folder) * 2**20)
     found: list[Limits] = []
     if devices:
@@ -72,6 +78,10 @@ def _inspect_artifact(folder: Path, contexts: Sequence[int], devices: Sequence[D
         for device in devices:
             found += limits(device, weights, caches, spec.max_context, contexts)
     return cache_memory(spec, caches, name, stored, contexts, devices=found)
+
+
+def _default_contexts(spec: ModelSpec) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(min(context, spec.max_context) for context in CONTEXTS))
 
 
 def _check(spec: ModelSpec, devices: Sequence[Device]) -> None:
