@@ -24,7 +24,7 @@ from kvslim.types import Plan
 BENCHMARKS = registry.load()
 SHARING = BENCHMARKS.keys() - {"families"}  # its graphs must be those of its own plans
 LONG = {"recipes", "real", "encoder", "encoder-heads", "device-bound", "vs-builder"}
-LONG |= {"cache-memory", "export-memory", "least-memory"}
+LONG |= {"cache-memory", "export-memory", "least-memory", "session-options"}
 MODULES = sorted((ROOT / "benchmarks").rglob("*.py"))
 ADAPTERS = {"models.py", "encoders.py", "planners.py", "plans.py"}
 INNER = ("kvslim.caches", "kvslim.prepared", "kvslim.planning", "kvslim.transform", "kvslim.export")

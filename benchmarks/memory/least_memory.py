@@ -16,11 +16,15 @@ from benchmarks.render import Column, Table
 from benchmarks.rows import ROOT, Row
 from benchmarks.subjects import Source
 from benchmarks.texts import LITTLE
+from kvslim.contract import MIB
 from kvslim.devices.demand import Cache, memory
 from kvslim.devices.stored_weights import artifact_weights
+from kvslim.runtime.packed import write_packed_graph
 from kvslim.validation.measure import file_mib
 
-PATIENCE = 10  # times as long as without a limit
+OURS, GENAI = "ours", "genai"
+PLAIN, SMALL, PACKED = "plain", "int4, 8x", "int4, 8x, weights packed in the file"
+PATIENCE, LEAST_PATIENCE = 10, 120  # times as long as without a limit, and seconds
 TABLE = Table(
     (
         Column("context", "context", ","),
@@ -63,31 +67,34 @@ def least_memory(
     if (reason := missing()) is not None:
         raise SystemExit(f"error: {reason}")
     model = OpenModel(source, LITTLE, weights={"type": weights, "method": "rtn"} if weights == "int4" else weights)
-    plans = {"plain": model.identity, "int4, 8x": model.decided({"kv_quant": {"bits": 4}})}
+    plans = {PLAIN: model.identity, SMALL: model.decided({"kv_quant": {"bits": 4}})}
     graphs = {name: model.export(plan, companions=True) for name, plan in plans.items()}
     model.release()
-    weights_of = {
-        name: artifact_weights(graph, model.spec, weights, int(file_mib(graph) * 2**20))
-        for name, graph in graphs.items()
+    files = {name: file_mib(graph) for name, graph in graphs.items()}
+    needs = {
+        name: artifact_weights(graph, model.spec, weights, int(files[name] * MIB)) for name, graph in graphs.items()
     }
+    graphs[PACKED] = source.folder / "packed"
+    graphs[PACKED].mkdir()
+    write_packed_graph(graphs[SMALL] / "model.onnx", graphs[PACKED] / "model.onnx")
+    tried = [(OURS, context, name) for context in contexts for name in (PLAIN, SMALL, PACKED)]
+    tried += [(GENAI, context, name) for context in genai_contexts for name in (PLAIN, SMALL)]
     plain: dict[int, float] = {}
-    for runtime, lengths in (("ours", contexts), ("genai", genai_contexts)):
-        for context in lengths:
-            for name, graph in graphs.items():
-                limit, peak = least_limit([runtime, str(graph), str(context)], graph, step_mib)
-                cache = model.size(plans[name], context) * context / 2**20
-                yield {
-                    "context": context,
-                    "what": name if runtime == "ours" else f"{name}, in genai",
-                    "cache_mib": cache,
-                    "limit_mib": limit,
-                    "ratio": limit / plain.setdefault(context, limit),
-                    "predicted_mib": memory(weights_of[name], Cache.of(name, model.spec, plans[name]), context) / 2**20
-                    if runtime == "ours"
-                    else None,
-                    "peak_mib": peak,
-                    "beyond_mib": peak - cache - file_mib(graph),
-                }
+    for runtime, context, name in tried:
+        of = SMALL if name == PACKED else name
+        limit, peak = least_limit([runtime, str(graphs[name]), str(context)], graphs[name], step_mib)
+        cache = model.size(plans[of], context) * context / MIB
+        predicted = memory(needs[of], Cache.of(name, model.spec, plans[of]), context) / MIB
+        yield {
+            "context": context,
+            "what": name if runtime == OURS else f"{name}, in genai",
+            "cache_mib": cache,
+            "limit_mib": limit,
+            "ratio": limit / plain.setdefault(context, limit),
+            "predicted_mib": predicted if runtime == OURS and name != PACKED else None,
+            "peak_mib": peak,
+            "beyond_mib": peak - cache - files[of],
+        }
 
 
 def least_limit(arguments: Sequence[str], graph: Path, step_mib: int) -> tuple[float, float]:
@@ -95,7 +102,7 @@ def least_limit(arguments: Sequence[str], graph: Path, step_mib: int) -> tuple[f
     command = [sys.executable, "-m", "benchmarks.memory.answer", *arguments]
     started = time.perf_counter()
     peak = float(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    patience = PATIENCE * (time.perf_counter() - started)
+    patience = max(LEAST_PATIENCE, PATIENCE * (time.perf_counter() - started))
     low, high = 0.0, peak
     while not _answers(high, command, graph, patience):
         high *= 1.25

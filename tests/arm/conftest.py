@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +14,23 @@ import pytest
 
 from arm.graphs import write_graphs
 from kvslim.bundle.archive import Bundle, write_bundle
+from kvslim.pipeline import compress
+from kvslim.recipe import load_recipe
 
 HERE = Path(__file__).parent
 ROOT = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvslim" / "arm64"
 PLACE = "/host"
+BRIEF = (
+    "weights=fp32",
+    "calibration.samples=8",
+    "validation.samples=2",
+    "validation.length=48",
+    "validation.recall_items=2",
+    "validation.recall_distance=16",
+    "validation.prompts=[16]",
+    "validation.contexts=[16]",
+    "validation.repeats=3",
+)
 THERE = "3.11"  # the Python of Debian 12
 
 
@@ -52,14 +64,15 @@ def run_in(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="session")
-def board(demo_artifact: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Board:
+def board(tmp_path_factory: pytest.TempPathFactory) -> Board:
     """The board, on which the demo's bundle has been started once."""
     if not ROOT.is_dir() or shutil.which("qemu-aarch64-static") is None:
         if os.environ.get("KVSLIM_REQUIRE_ARM") == "1":
             pytest.fail(f"no root at {ROOT}, or no QEMU, and KVSLIM_REQUIRE_ARM=1 asks for both: run `make test-arm`")
         pytest.skip(f"needs QEMU and a root at {ROOT}: run `make test-arm`")
     folder = tmp_path_factory.mktemp("board")
-    bundle = write_bundle(demo_artifact("lossless"), folder / "demo.tar.gz", "linux-aarch64", THERE)
+    compress("demo", load_recipe("lossless", BRIEF), folder / "artifact")
+    bundle = write_bundle(folder / "artifact", folder / "demo.tar.gz", "linux-aarch64", THERE)
     with tarfile.open(bundle.file) as packed:
         packed.extractall(folder, filter="data")
     return Board(folder, bundle, run_in(folder, "demo/run verify"))

@@ -14,7 +14,7 @@ from support.tiny_encoders import save_encoder
 from support.tiny_gguf import write_gguf
 
 from kvslim.loading.source import read_spec, resolve
-from kvslim.methods import ClusterHeads, KvHdc, KvPca, KvQuant, KvWindow, Method, ShareKv
+from kvslim.methods import ClusterHeads, KvHdc, KvQuant, KvWindow, Method, ShareKv
 from kvslim.prepared.encoder import PreparedEncoder
 from kvslim.progress import Silent
 from kvslim.recipe import Recipe
@@ -63,9 +63,7 @@ def _of(*methods: Method, family: str = "llama", weights: Weights = "fp32") -> G
 GRAPHS: dict[str, Graph] = {
     "plain cache": _of(),
     "sliding windows of the model": _of(family="mistral"),
-    "half the rank": _of(KvPca(rank_ratio=0.5)),
     "int8 cache": _of(KvQuant()),
-    "int8 cache, one step for a side": _of(KvQuant(granularity="per_tensor")),
     "int4 cache": _of(KvQuant(bits=4), family="phi"),
     "int4 cache, rotated": _of(KvHdc(bits=4, granularity="per_channel")),
     "packed in 2 bits": _of(KvHdc(bits=2, window=12, sinks=3)),
