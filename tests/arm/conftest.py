@@ -59,7 +59,7 @@ def run_in(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
         [str(HERE / "enter.sh"), str(ROOT), f"{folder}={PLACE}", "--", *inside],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=3000,
     )
 
 

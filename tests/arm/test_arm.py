@@ -14,7 +14,7 @@ from arm.conftest import Board
 from arm.graphs import GRAPHS
 from kvslim.cli import app
 
-pytestmark = [pytest.mark.arm, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.arm, pytest.mark.timeout(3600)]
 Record = Callable[[str, object], None]
 
 SAME = 1e-4
