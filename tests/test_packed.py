@@ -40,8 +40,10 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "plain", folder / "packed"
 
 
-def test_logits_and_the_graphs_contract_stay(graphs: tuple[Path, Path]) -> None:
-    plain, packed = (DecodeSession(graph, capacity=len(TOKENS)) for graph in graphs)
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_logits_and_the_graphs_contract_stay(graphs: tuple[Path, Path], evaluated: bool) -> None:
+    options = {"all_positions": evaluated, "float_activations": evaluated}
+    plain, packed = (DecodeSession(graph, capacity=len(TOKENS), **options) for graph in graphs)
     assert packed.layout == plain.layout
     for chunks in ([40, *[1] * 8], [8]):
         found = [in_chunks(session, TOKENS, chunks) for session in (plain, packed)]

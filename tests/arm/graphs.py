@@ -18,8 +18,10 @@ from kvslim.methods import ClusterHeads, KvHdc, KvQuant, KvWindow, Method, Share
 from kvslim.prepared.encoder import PreparedEncoder
 from kvslim.progress import Silent
 from kvslim.recipe import Recipe
+from kvslim.runtime.evaluation import changed_graph
 from kvslim.types import Plan, Weights
 
+ROUNDED, FLOAT = "rounded.onnx", "float.onnx"  # the same, with products' inputs rounded or not
 TOKENS = np.random.default_rng(0).integers(0, 256, 72)  # every tiny tokenizer has all bytes
 TEXTS = np.random.default_rng(1).integers(10, 250, (3, 24))
 RING = KvWindow(window=12, sinks=3)
@@ -87,3 +89,13 @@ def write_graphs(folder: Path, models: Path) -> None:
     for number, (name, graph) in enumerate(GRAPHS.items()):
         graph.write(models / str(number), folder / name)
         np.save(folder / name / "tokens.npy", graph.tokens)
+        if graph.tokens.ndim == 1:
+            _write_for_evaluation(folder / name, graph)
+
+
+def _write_for_evaluation(folder: Path, graph: Graph) -> None:
+    """Writes the graph as evaluation has it, with logits of all positions; a board has no package that changes graphs."""
+    for file, float_activations in {ROUNDED: False, **({FLOAT: True} if graph.rounds else {})}.items():
+        changed = changed_graph(folder / "model.onnx", all_positions=True, float_activations=float_activations)
+        assert changed is not None
+        (folder / file).write_bytes(changed.model)

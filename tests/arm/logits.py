@@ -19,11 +19,9 @@ from kvslim.runtime.session import DecodeSession
 CONTEXT = 16  # tokens before those that come one by one
 
 
-def decoded(graph: Path, tokens: np.ndarray, float_activations: bool) -> Iterator[tuple[str, np.ndarray]]:
+def decoded(graph: Path, tokens: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """Logits of the tokens behind the context: of all in one run, and of each in a run of its own."""
-    session = DecodeSession(
-        graph, capacity=len(tokens), threads=1, all_positions=True, float_activations=float_activations
-    )
+    session = DecodeSession(graph, capacity=len(tokens), threads=1)
     yield "many", session.step(tokens)[CONTEXT:]
     session.reset()
     session.step(tokens[:CONTEXT])
@@ -33,8 +31,8 @@ def decoded(graph: Path, tokens: np.ndarray, float_activations: bool) -> Iterato
 def encoded(graph: Path, texts: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """Embeddings of all texts in one batch, and of each alone."""
     session = EncoderSession(graph, threads=1)
-    yield "many", session.embed(list(texts))
-    yield "one", np.concatenate([session.embed([text]) for text in texts])
+    yield "rounded, many", session.embed(list(texts))
+    yield "rounded, one", np.concatenate([session.embed([text]) for text in texts])
 
 
 def results(folder: Path) -> dict[str, np.ndarray]:
@@ -42,8 +40,8 @@ def results(folder: Path) -> dict[str, np.ndarray]:
     tokens = np.load(folder / "tokens.npy")
     if tokens.ndim == 2:
         return dict(encoded(folder, tokens))
-    found = dict(decoded(folder, tokens, float_activations=False))
-    return found | {f"{name}, float": value for name, value in decoded(folder, tokens, float_activations=True)}
+    graphs = [graph for graph in sorted(folder.glob("*.onnx")) if graph.name != "model.onnx"]
+    return {f"{graph.stem}, {run}": logits for graph in graphs for run, logits in decoded(graph, tokens)}
 
 
 def main() -> None:
