@@ -89,13 +89,15 @@ def write_graphs(folder: Path, models: Path) -> None:
     for number, (name, graph) in enumerate(GRAPHS.items()):
         graph.write(models / str(number), folder / name)
         np.save(folder / name / "tokens.npy", graph.tokens)
-        if graph.tokens.ndim == 1:
-            _write_for_evaluation(folder / name, graph)
+        _write_for_evaluation(folder / name, graph)
 
 
 def _write_for_evaluation(folder: Path, graph: Graph) -> None:
-    """Writes the graph as evaluation has it, with logits of all positions; a board has no package that changes graphs."""
+    """Writes the graph as evaluation has it; a board lacks the package that changes graphs.
+
+    Logits are those of all positions, and products with integers read inputs that are rounded, or that are not.
+    """
+    is_decoder, model = graph.tokens.ndim == 1, folder / "model.onnx"
     for file, float_activations in {ROUNDED: False, **({FLOAT: True} if graph.rounds else {})}.items():
-        changed = changed_graph(folder / "model.onnx", all_positions=True, float_activations=float_activations)
-        assert changed is not None
-        (folder / file).write_bytes(changed.model)
+        changed = changed_graph(model, all_positions=is_decoder, float_activations=float_activations)
+        (folder / file).write_bytes(model.read_bytes() if changed is None else changed.model)

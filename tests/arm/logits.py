@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvslim.runtime.encoder import EncoderSession
+from kvslim.runtime.encoder import EncoderSession, pad
 from kvslim.runtime.session import DecodeSession
 
 CONTEXT = 16  # tokens before those that come one by one
@@ -29,19 +29,18 @@ def decoded(graph: Path, tokens: np.ndarray) -> Iterator[tuple[str, np.ndarray]]
 
 
 def encoded(graph: Path, texts: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Embeddings of all texts in one batch, and of each alone."""
+    """States of the last layer of all texts in one batch, and of each alone."""
     session = EncoderSession(graph, threads=1)
-    yield "rounded, many", session.embed(list(texts))
-    yield "rounded, one", np.concatenate([session.embed([text]) for text in texts])
+    yield "many", session.hidden_states(*pad(list(texts)))
+    yield "one", np.concatenate([session.hidden_states(*pad([text])) for text in texts])
 
 
 def results(folder: Path) -> dict[str, np.ndarray]:
-    """Of one graph, by how it ran."""
+    """Of one graph as evaluation has it, by file and by how it ran."""
     tokens = np.load(folder / "tokens.npy")
-    if tokens.ndim == 2:
-        return dict(encoded(folder, tokens))
+    computed = decoded if tokens.ndim == 1 else encoded
     graphs = [graph for graph in sorted(folder.glob("*.onnx")) if graph.name != "model.onnx"]
-    return {f"{graph.stem}, {run}": logits for graph in graphs for run, logits in decoded(graph, tokens)}
+    return {f"{graph.stem}, {run}": found for graph in graphs for run, found in computed(graph, tokens)}
 
 
 def main() -> None:
