@@ -26,7 +26,6 @@ BRIEF = (
     "validation.samples=2",
     "validation.length=48",
     "validation.recall_items=2",
-    "validation.recall_distance=16",
     "validation.prompts=[16]",
     "validation.contexts=[16]",
     "validation.repeats=3",
