@@ -15,9 +15,8 @@ import onnxruntime as ort
 from benchmarks.memory.answer import answer
 from kvslim.validation.rss import own_peak_mib
 
-NOTHING = "nothing"
 CHANGES = {
-    NOTHING: {},
+    "nothing": {},
     "no arena": {"enable_cpu_mem_arena": False},
     "no arena, no memory pattern": {"enable_cpu_mem_arena": False, "enable_mem_pattern": False},
     "weights outside the arena": {"session.use_device_allocator_for_initializers": "1"},

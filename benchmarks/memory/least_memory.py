@@ -19,11 +19,10 @@ from benchmarks.texts import LITTLE
 from kvslim.contract import MIB
 from kvslim.devices.demand import Cache, memory
 from kvslim.devices.stored_weights import artifact_weights
-from kvslim.runtime.packed import write_packed_graph
 from kvslim.validation.measure import file_mib
 
 OURS, GENAI = "ours", "genai"
-PLAIN, SMALL, PACKED = "plain", "int4, 8x", "int4, 8x, weights packed in the file"
+PLAIN, SMALL = "plain", "int4, 8x"
 PATIENCE, LEAST_PATIENCE = 10, 120  # times as long as without a limit, and seconds
 TABLE = Table(
     (
@@ -74,26 +73,22 @@ def least_memory(
     needs = {
         name: artifact_weights(graph, model.spec, weights, int(files[name] * MIB)) for name, graph in graphs.items()
     }
-    graphs[PACKED] = source.folder / "packed"
-    graphs[PACKED].mkdir()
-    write_packed_graph(graphs[SMALL] / "model.onnx", graphs[PACKED] / "model.onnx")
-    tried = [(OURS, context, name) for context in contexts for name in (PLAIN, SMALL, PACKED)]
-    tried += [(GENAI, context, name) for context in genai_contexts for name in (PLAIN, SMALL)]
+    tried = [(OURS, context, name) for context in contexts for name in graphs]
+    tried += [(GENAI, context, name) for context in genai_contexts for name in graphs]
     plain: dict[int, float] = {}
     for runtime, context, name in tried:
-        of = SMALL if name == PACKED else name
         limit, peak = least_limit([runtime, str(graphs[name]), str(context)], graphs[name], step_mib)
-        cache = model.size(plans[of], context) * context / MIB
-        predicted = memory(needs[of], Cache.of(name, model.spec, plans[of]), context) / MIB
+        cache = model.size(plans[name], context) * context / MIB
+        predicted = memory(needs[name], Cache.of(name, model.spec, plans[name]), context) / MIB
         yield {
             "context": context,
             "what": name if runtime == OURS else f"{name}, in genai",
             "cache_mib": cache,
             "limit_mib": limit,
             "ratio": limit / plain.setdefault(context, limit),
-            "predicted_mib": predicted if runtime == OURS and name != PACKED else None,
+            "predicted_mib": predicted if runtime == OURS else None,
             "peak_mib": peak,
-            "beyond_mib": peak - cache - files[of],
+            "beyond_mib": peak - cache - files[name],
         }
 
 

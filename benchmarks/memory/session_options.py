@@ -6,16 +6,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
-from benchmarks.memory.changed_session import CHANGES, NOTHING
+from benchmarks.memory.changed_session import CHANGES
 from benchmarks.models import OpenModel
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.rows import ROOT, Row
 from benchmarks.subjects import Source
 from benchmarks.texts import LITTLE
-from kvslim.runtime.packed import write_packed_graph
 
-PACKED = "weights packed in the file"
 TABLE = Table(
     (
         Column("change", "changed"),
@@ -38,12 +36,9 @@ def session_options(source: Source, *, context: int = 1024, weights: str = "int4
     A process's own memory is all of it but pages of files, which the system can give up. The peak counts both.
     """
     model = OpenModel(source, LITTLE, weights={"type": weights, "method": "rtn"} if weights == "int4" else weights)
-    graph, packed = model.export(), source.folder / "packed"
+    graph = model.export()
     model.release()
-    packed.mkdir()
-    write_packed_graph(graph / "model.onnx", packed / "model.onnx")
-    for change in (*CHANGES, PACKED):
-        folder, made = (packed, NOTHING) if change == PACKED else (graph, change)
-        command = [sys.executable, "-m", "benchmarks.memory.changed_session", made, str(folder), str(context)]
+    for change in CHANGES:
+        command = [sys.executable, "-m", "benchmarks.memory.changed_session", change, str(graph), str(context)]
         opened, own, peak = map(float, subprocess.check_output(command, cwd=ROOT, text=True).split())
         yield {"change": change, "opened_mib": opened, "own_mib": own, "peak_mib": peak}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvslim import stages
-from kvslim.export.manifest import GRAPH
+from kvslim.export.manifest import GRAPH, WEIGHTS
 from kvslim.progress import Progress
 from kvslim.recipe import Gates, Validation
 from kvslim.runtime.session import DecodeSession
@@ -149,7 +149,7 @@ def _quality(
 
 def file_mib(folder: Path) -> float:
     """Size of a graph and its weights."""
-    return sum(path.stat().st_size for path in folder.glob(f"{GRAPH}*")) / 2**20
+    return sum((folder / name).stat().st_size for name in (GRAPH, WEIGHTS) if (folder / name).is_file()) / 2**20
 
 
 def _costs(folder: Path, latency: Latency, contexts: Sequence[int]) -> Measures:
