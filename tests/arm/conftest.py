@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def graphs(board: Board, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     write_graphs(folder, tmp_path_factory.mktemp("models"))
     script = shutil.copy(HERE / "logits.py", board.folder)
-    subprocess.run([shutil.which("python") or "python", str(script), str(folder)], check=True)
+    subprocess.run([sys.executable, str(script), str(folder)], check=True)
     found = board.run(f"demo/environment/bin/python logits.py {shlex.quote(PLACE)}/graphs")
     assert found.returncode == 0, found.stderr
     return folder
