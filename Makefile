@@ -63,7 +63,7 @@ test-clients: $(VENV)/.installed-dev .venv-optimum/.installed build/clients/.ins
 test-arm: $(VENV)/.installed-dev $(ARM_ROOT)/etc/cpuinfo
 	KVSLIM_REQUIRE_ARM=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n0 tests/arm -m arm \
 		--junitxml=build/arm/outcomes.xml --override-ini=junit_family=xunit1
-	$(BIN)/python tools/write_tables.py --match arm_table docs/boards.md
+	$(BIN)/python tools/arm_table.py
 
 $(ARM_ROOT)/etc/cpuinfo: tests/arm/make_root.sh
 	tests/arm/make_root.sh $(ARM_ROOT)

@@ -1,4 +1,4 @@
-"""Prints the tables of docs/boards.md about arm64, from what `make test-arm` found.
+"""Prints a table of arm64 against x86, from what `make test-arm` found.
 
     python tools/arm_table.py [OUTCOMES]
 

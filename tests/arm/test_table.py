@@ -1,4 +1,4 @@
-"""The table of docs/boards.md says what was found."""
+"""The table of an emulated board says what was found."""
 
 from __future__ import annotations
 
