@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 OUTCOMES = Path(__file__).resolve().parent.parent / "build" / "arm" / "outcomes.xml"
-HEADERS = ("graph", "arm64 against x86", "one token against many, x86", "arm64 against x86, inputs not rounded")
+HEADERS = ("graph", "arm64 against x86", "inputs rounded against not, x86", "arm64 against x86, inputs not rounded")
 
 
 def shown(number: str) -> str:
@@ -31,7 +31,7 @@ def main() -> None:
     print(f"| {' | '.join(HEADERS)} |\n| --- | ---: | ---: | ---: |")
     for found in recorded:
         if "graph" in found:
-            numbers = [shown(found[key]) for key in ("apart", "noise", "exact")]
+            numbers = [shown(found[key]) for key in ("apart", "cost", "exact")]
             print(f"| {found['graph']} | {' | '.join(numbers)} |")
     (size,) = (found["bundle_mib"] for found in recorded if "bundle_mib" in found)
     print(f"\nThe demo's bundle for linux-aarch64: {float(size):.1f} MiB.")

@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.arm, pytest.mark.timeout(3600)]
 Record = Callable[[str, object], None]
 
 SAME = 1e-4
+CACHED = 1e-3  # a number on the edge between two integers may be cached as either
 PROMPT = "Here is a story of Mira and Oren. Mira's lamp is red. Oren"
 
 
@@ -67,13 +68,13 @@ def test_logits_are_those_of_x86(graphs: Path, record_property: Record, name: st
     found = apart("rounded, many", "rounded, one")
     is_float = "float, many" in here.files
     exact = apart("float, many", "float, one") if is_float else None
-    # A text of an encoder is never one token: there, what rounding does is what the float inputs show.
-    other = "float, many" if is_float and GRAPHS[name].tokens.ndim == 2 else "rounded, one"
-    noise = float(np.abs(here["rounded, many"] - here[other]).max())
-    spread = float(here["rounded, many"].std())
-    for key, value in {"graph": name, "apart": found, "noise": noise, "exact": exact, "spread": spread}.items():
+    cost = float(np.abs(here["rounded, many"] - here["float, many"]).max()) if is_float else None
+    for key, value in {"graph": name, "apart": found, "cost": cost, "exact": exact}.items():
         record_property(key, value)
-    assert spread > 0.1
-    assert found <= (noise if GRAPHS[name].rounds else SAME)
-    if exact is not None:  # with inputs that no kernel rounds, weights of integers are as exact as others
-        assert exact <= SAME
+    assert here["rounded, many"].std() > 0.1
+    if exact is None or cost is None:
+        assert found <= SAME
+        return
+    # Kernels round what they multiply weights of integers with, not all alike; inputs that are not rounded show it.
+    assert found <= 2 * cost
+    assert exact <= (CACHED if "cache" in name else SAME)

@@ -13,7 +13,7 @@ OUTCOMES = """<testsuites><testsuite>
 <testcase name="b"/>
 <testcase name="c"><properties>
 <property name="graph" value="plain cache"/><property name="apart" value="1.26e-05"/>
-<property name="noise" value="2e-05"/><property name="exact" value="None"/>
+<property name="cost" value="2e-05"/><property name="exact" value="None"/>
 </properties></testcase>
 </testsuite></testsuites>"""
 
