@@ -5,6 +5,7 @@
 # make test-thorough: the tests that take minutes each.
 # make test-benchmarks: a quick run of every benchmark; takes minutes.
 # make test-clients: every artifact in every client of docs/clients.md, each in an environment of its own; needs Node.
+# make test-arm: artifacts and a bundle on an emulated board of arm64; needs root, and Debian's qemu-user-static, debootstrap.
 # On a machine whose index offers torch with CUDA only, save gigabytes with
 #   make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -12,13 +13,14 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
+ARM_ROOT := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvslim/arm64
 PROMPT ?= Here is a story of Mira and Oren. Mira's lamp is red. Oren's lamp is blue. Question: what colour is Mira's lamp? Answer:
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-only test-eval test-thorough test-benchmarks test-clients bench real
+.PHONY: help demo test lint test-only test-eval test-thorough test-arm test-benchmarks test-clients bench real
 
 help:
-	@echo "make demo | test | lint | test-only | test-eval | test-thorough | test-benchmarks | test-clients | bench NAME=codecs | real"
+	@echo "make demo | test | lint | test-only | test-eval | test-thorough | test-arm | test-benchmarks | test-clients | bench NAME=codecs | real"
 
 demo: $(VENV)/.installed
 	$(BIN)/kvslim compress demo --out artifacts/demo --force
@@ -57,6 +59,14 @@ test-clients: $(VENV)/.installed-dev .venv-optimum/.installed build/clients/.ins
 	KVSLIM_REQUIRE_CLIENTS=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/clients -m "" \
 		--junitxml=build/clients/outcomes.xml --override-ini=junit_family=xunit1
 	$(BIN)/python tools/write_tables.py docs/clients.md
+
+test-arm: $(VENV)/.installed-dev $(ARM_ROOT)/etc/cpuinfo
+	KVSLIM_REQUIRE_ARM=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n0 tests/arm -m arm \
+		--junitxml=build/arm/outcomes.xml --override-ini=junit_family=xunit1
+	$(BIN)/python tools/arm_table.py
+
+$(ARM_ROOT)/etc/cpuinfo: tests/arm/make_root.sh
+	tests/arm/make_root.sh $(ARM_ROOT)
 
 .venv-optimum/.installed: tests/clients/requirements-optimum.txt
 	$(PYTHON) -m venv .venv-optimum

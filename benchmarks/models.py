@@ -256,13 +256,21 @@ class OpenModel:
 
     # Graphs
 
-    def export(self, plan: Plan | None = None, codes: Codes | None = None) -> Path:
-        """A new folder with the graph of a plan, by default of the one that changes nothing."""
+    def export(self, plan: Plan | None = None, codes: Codes | None = None, *, companions: bool = False) -> Path:
+        """A new folder with the graph of a plan, by default of the one that changes nothing.
+
+        Args:
+            plan: What the graph is of.
+            codes: Those of the plan, where they are not the ones that it would be given.
+            companions: Whether to write what other clients read beside the graph, too.
+        """
         folder = Path(tempfile.mkdtemp(prefix="graph-", dir=self.source.folder))
         if codes is None:
             codes = self.plain_codes if plan is None else self.codes(plan)
         with self._installed(codes):
-            self._prepared.export(plan or self.identity, folder)
+            inputs = self._prepared.export(plan or self.identity, folder)
+        if companions:
+            self._prepared.write_companions(folder, KVLayout.of(self.spec, plan or self.identity), inputs)
         return folder
 
     @property

@@ -16,7 +16,7 @@ from kvslim.export.space import check_space
 from kvslim.loading.snapshot import Snapshot
 from kvslim.methods.prune_heads import check_heads
 from kvslim.methods.sources import check_sources
-from kvslim.recipe import Recipe
+from kvslim.recipe import Budget, Recipe
 from kvslim.runtime.opening import check_threads
 from kvslim.types import LayerPlan, Plan
 from kvslim.validation.bench import Grid
@@ -43,7 +43,7 @@ def check_recipe(recipe: Recipe, spec: ModelSpec) -> None:
     if recipe.splits_memory and not recipe.weights.is_open:
         raise UsageError(
             f"weights as {recipe.weights} leave nothing to choose between them and the cache",
-            where="recipe: budget.memory_mib",
+            where=Budget.place("memory_mib"),
             fix="give --weights int4 and no more of them, or limit the cache alone with --kv-mib-at",
         )
 
@@ -81,8 +81,8 @@ def check_files(
         snapshot: The model's files.
         spec: Its shape.
         recipe: What is to be made.
-        graphs: How many graphs in float32, at most, are to be written into each folder. While weights are
-            quantised, one more lies with the temporary files.
+        graphs: How many graphs in float32, at most, are to be written into each folder. While weights are quantised or
+            the model writes its own text, one more lies with the temporary files.
 
     Raises:
         KvslimError: Naming the file or the folder.
@@ -95,7 +95,9 @@ def check_files(
             fix="give a file in Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K or Q8_0, or write --set weights=int4",
         )
     counts = Counter(graphs)
-    counts[Path(tempfile.gettempdir())] += int(recipe.weights.is_quantised)
+    sources = {recipe.calibration.source, recipe.validation.source}
+    writes_text = "self" in sources and not spec.is_encoder and not snapshot.is_demo
+    counts[Path(tempfile.gettempdir())] += int(recipe.weights.is_quantised or writes_text)
     graph_bytes = 2 * snapshot.stored_bytes + spec.rope_bytes
     check_space({folder: count * graph_bytes for folder, count in counts.items()})
 

@@ -118,6 +118,18 @@ class Budget(Frozen):
             raise ValueError(f"give {' or '.join(sizes)}, not both")
         return self
 
+    @staticmethod
+    def place(key: str) -> str:
+        """Where a limit is given: as an option, or in a recipe."""
+        option = "kv-mib-at" if key == "kv_mib" else key.replace("_", "-")
+        return f"--{option}, budget.{key}"
+
+    @property
+    def size(self) -> str | None:
+        """The key of the limit of bytes; None where there is none."""
+        sizes = ("kv_ratio", "kv_mib", "memory_mib")
+        return next((key for key in sizes if getattr(self, key) is not None), None)
+
     def bytes_limit(self, plain: float) -> float | None:
         """The most bytes that the cache may take if the plain one takes `plain`; None for no limit."""
         if self.kv_ratio is not None:
@@ -278,7 +290,7 @@ class Recipe(Frozen):
         if budget.context not in (None, target):
             raise UsageError(
                 f"the budget counts bytes at {budget.context:,} tokens, and the target context is {target:,}",
-                where="budget",
+                where=budget.place(budget.size or "context"),
                 fix="give one context for both",
             )
         planned = {

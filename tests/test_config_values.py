@@ -56,6 +56,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str, str]] = {
     "epsilon_infinite": ("qwen2", CONFIG, {"rms_norm_eps": float("inf")}, "rms_norm_eps", "not a finite number"),
     "epsilon_negative": ("gpt_neox", CONFIG, {"layer_norm_eps": -1e-5}, "layer_norm_eps", "not be negative"),
     "theta_of_zero": ("llama", CONFIG, rope(rope_theta=0.0), "rope_theta", "must be positive"),
+    "theta_is_null": ("llama", CONFIG, rope(rope_theta=None), "rope_theta", "not a number"),
     "theta_is_text": ("qwen3", CONFIG, rope(rope_theta="1e6"), "rope_theta", "not a number"),
     "factor_negative": ("llama", CONFIG, rope(rope_type="linear", factor=-2.0), "factor", "must be positive"),
     "rotated_share_of_two": ("stablelm", CONFIG, rope(partial_rotary_factor=2.0), "partial_rotary_factor", "at most 1"),

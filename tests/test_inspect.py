@@ -195,7 +195,9 @@ def test_inspect_tells_the_bytes_worked_out_by_hand(
     assert app.run(command) == 0
     memory = json.loads(capsys.readouterr().out)
     parameters = published.products + published.head + published.rest
-    assert memory["kv_bytes_per_token"] == {kind: published.token // times for kind, times in SMALL.items()}
+    for kind, times in SMALL.items():
+        assert sum(layer["bytes_per_token"][kind] for layer in memory["layers"]) == published.token // times
+        assert memory["kv_bytes_per_token"][kind] == published.cache / times / 4096
     assert memory["mib"]["4096"] == {kind: published.cache / times / 2**20 for kind, times in SMALL.items()}
     assert memory["weights_mib"] == parameters * 4 / 2**20
     share = {
@@ -319,6 +321,11 @@ def test_tables_show_devices_and_stages(tmp_path: Path, capsys: pytest.CaptureFi
     assert out.count("8,192 (positions)") == 6
     assert "decode at 1,024" in out
     assert "weights: 82.3 MiB, int4" in out
+
+
+@pytest.mark.parametrize(("name", "expected"), [("SmolLM2-135M", ["4096", "8192"]), ("Phi-3-mini-4k", ["4096"])])
+def test_contexts_nobody_asked_for_are_within_the_positions(name: str, expected: list[str], tmp_path: Path) -> None:
+    assert list(inspect(str(config_only(tmp_path, name)), None, None, []).mib) == expected
 
 
 def test_last_lines_answer_for_each_device_and_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,7 +160,7 @@ def test_impossible_time_is_refused_with_what_is_possible(planner_with: Callable
     planner = planner_with(much, time_ratio=0.01)
     with pytest.raises(GateError) as caught:
         choose(planner, Budget(time_ratio=0.01), lambda _: 0.0)
-    assert caught.value.where == "budget.time_ratio"
+    assert caught.value.where == "--time-ratio, budget.time_ratio"
     assert f"{planner.least_time_ratio + 0.005:.2f}" in (caught.value.fix or "")
 
 

@@ -87,12 +87,12 @@ def test_recall_drop_decides_when_it_is_the_only_limit(planner: Planner) -> None
 @pytest.mark.parametrize(
     ("limits", "where"),
     [
-        ({"kv_ratio": 1000}, "budget"),
-        ({"kv_mib": 0.001, "context": CONTEXT}, "budget"),
-        ({"max_kl": 1e-12}, "max_kl"),
-        ({"kv_ratio": 16, "max_kl": 1e-12}, "budget.max_kl"),
-        ({"max_recall_drop": 0.1}, "budget.max_recall_drop"),
-        ({"kv_ratio": 8, "max_recall_drop": 0.1}, "budget.max_recall_drop"),
+        ({"kv_ratio": 1000}, "--kv-ratio, budget.kv_ratio"),
+        ({"kv_mib": 0.001, "context": CONTEXT}, "--kv-mib-at, budget.kv_mib"),
+        ({"max_kl": 1e-12}, "--max-kl, budget.max_kl"),
+        ({"kv_ratio": 16, "max_kl": 1e-12}, "--max-kl, budget.max_kl"),
+        ({"max_recall_drop": 0.1}, "--max-recall-drop, budget.max_recall_drop"),
+        ({"kv_ratio": 8, "max_recall_drop": 0.1}, "--max-recall-drop, budget.max_recall_drop"),
     ],
 )
 def test_budget_is_refused_when_no_plan_keeps_it(planner: Planner, limits: dict[str, float], where: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from benchmarks.page_cache import drop
 from benchmarks.quality.recipes import SHORT
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
@@ -125,12 +125,3 @@ def installed_files() -> Iterator[Path]:
     for pin in small_install():
         yield from (Path(str(file.locate())) for file in metadata.files(pin.partition("==")[0]) or [])
     yield from (ROOT / "kvslim").rglob("*.py*")
-
-
-def drop(files: Sequence[Path]) -> None:
-    """Asks the system to forget what it holds of files."""
-    for file in files:
-        if file.is_file():
-            handle = os.open(file, os.O_RDONLY)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(handle)

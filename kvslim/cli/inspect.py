@@ -12,7 +12,9 @@ from kvslim.cli.options import Json, WeightKind
 
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL|ARTIFACT", help="a model (as for compress) or an artifact")],
-    contexts: Annotated[str, typer.Option("--context", help="context lengths")] = "4k,16k",
+    contexts: Annotated[
+        str | None, typer.Option("--context", help="context lengths; default: 4k,16k, at most all of its positions")
+    ] = None,
     weights: Annotated[
         WeightKind | None, typer.Option(help="how a model stores its weights; default: as compress")
     ] = None,
@@ -36,7 +38,7 @@ def inspect(
     from kvslim.report.matrices import formats_line
     from kvslim.report.tables import caches_table, layers_table
 
-    lengths = read_lengths(contexts, "--context")
+    lengths = None if contexts is None else read_lengths(contexts, "--context")
     memory = memory_of(model, lengths, weights, [load_device(name) for name in devices or ()])
     if as_json:
         console.print_json("inspect", memory.model_dump(mode="json"))
@@ -50,6 +52,6 @@ def inspect(
     console.print_text("".join(f"{line}\n" for line in answers(memory)))
     if memory.layers and not devices:
         console.hint(f"hint: --device says what fits and how fast it is: {', '.join(shipped_devices())}")
-    longest = max(lengths)
+    longest = max(map(int, memory.mib))
     if longest > memory.max_context:
         console.hint(f"hint: this model was made for {memory.max_context:,} positions, fewer than {longest:,}")

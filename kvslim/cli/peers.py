@@ -6,7 +6,7 @@ import re
 
 COMPRESS = "`kvslim compress MODEL -o OUT`"
 GENERATE = "`kvslim generate ARTIFACT -p TEXT`"
-# Of llama.cpp, mlx-lm, optimum-cli, Olive, onnxruntime-genai's builder, ollama and lm-evaluation-harness.
+# Of llama.cpp, mlx-lm, optimum-cli, Olive, onnxruntime-genai's builder, ollama, lm-evaluation-harness and the hub.
 VERBS = {
     "quantize": "`kvslim compress MODEL -o OUT --weights int4`",
     "quantise": "`kvslim compress MODEL -o OUT --weights int4`",
@@ -25,6 +25,8 @@ VERBS = {
     "lm-eval": "`kvslim eval ARTIFACT --tasks NAME`",
     "info": "`kvslim inspect MODEL`",
     "show": "`kvslim inspect MODEL`",
+    "push": "`hf upload USER/NAME ARTIFACT .`",
+    "upload": "`hf upload USER/NAME ARTIFACT .`",
     "diff": "`kvslim compare ARTIFACT...`",
 }
 

@@ -130,6 +130,9 @@ def model_config(raw: Mapping[str, Any], where: str) -> Any:
             setattr(config, key, _known(getattr(config, key, None), config.get_text_config().vocab_size))
     except Exception as error:  # transformers' config classes raise many exception types
         raise broken_config(error, kept, where) from error
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if ("rope_theta", None) in _values(rope):
+        raise wrong_value("rope_theta", None, "this is not a number", where)
     return config
 
 

@@ -94,7 +94,7 @@ def check_time(planner: Planner) -> None:
     if planner.time_ratio is not None and planner.time_ratio < planner.least_time_ratio:
         raise GateError(
             f"no plan takes {planner.time_ratio:g} of plain's time per token at {planner.context:,} tokens",
-            where="budget.time_ratio",
+            where=Budget.place("time_ratio"),
             fix=f"ask for {planner.least_time_ratio + 0.005:.2f} or more",
         )
 
@@ -105,7 +105,7 @@ def _within_bytes(planner: Planner, budget: Budget, frontier: list[Planned], lim
         least = frontier[-1].point.kv_ratio if frontier else 1.0
         raise GateError(
             f"no plan fits into {limit / MIB:.3g} MiB at {planner.context:,} tokens",
-            where="budget",
+            where=Budget.place(budget.size or "kv_ratio"),
             fix=f"ask for a smaller ratio, such as {least:.3g}",
         )
     planned = planner.never_worse(planned)
@@ -113,7 +113,7 @@ def _within_bytes(planner: Planner, budget: Budget, frontier: list[Planned], lim
         within = [other.point.kv_ratio for other in frontier if other.point.kl * MARGIN <= budget.max_kl]
         raise GateError(
             f"KL is about {planned.point.kl:.2g}, not {budget.max_kl:g}, in {_size(planned)}",
-            where="budget.max_kl",
+            where=Budget.place("max_kl"),
             fix=f"ask for a ratio of {within[-1]:.3g}, or allow more" if within else "allow more",
         )
     return planned
@@ -127,7 +127,7 @@ def _check_recall(planned: Planned, limit: float) -> None:
     if (planned.point.recall_drop or 0.0) > limit:
         raise GateError(
             f"recall drops by {planned.point.recall_drop:.1%} in {_size(planned)}",
-            where="budget.max_recall_drop",
+            where=Budget.place("max_recall_drop"),
             fix="ask for a smaller ratio, or allow more",
         )
 

@@ -18,6 +18,7 @@ from kvslim.planning.decode_time import DecodeTime
 from kvslim.planning.prices import Divergence
 from kvslim.planning.probes import BITS, FIX, Probes
 from kvslim.progress import Progress, Silent
+from kvslim.recipe import Budget
 from kvslim.transform.edits import LayerEdit
 from kvslim.types import KVLayout, LayerPlan, Plan, PlanPoint
 
@@ -129,7 +130,9 @@ class Planner:
         if not fitting:
             least = MARGIN * min((each.point.kl for each in frontier if each.point.time_ratio <= 1), default=math.nan)
             raise GateError(
-                f"no plan is sure to keep KL within {max_kl:g}", where="max_kl", fix=f"allow {least:.2g} or more"
+                f"no plan is sure to keep KL within {max_kl:g}",
+                where=Budget.place("max_kl"),
+                fix=f"allow {least:.2g} or more",
             )
         best = fitting[-1]
         low = max((size for size in sizes if size < best.point.kv_bytes_per_token), default=0.0)

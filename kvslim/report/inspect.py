@@ -23,13 +23,17 @@ from kvslim.report.memory import (
 )
 from kvslim.types import WeightFormat
 
+CONTEXTS = (4096, 16384)
 
-def inspect(model: str, contexts: Sequence[int], weights: WeightType | None, devices: Sequence[Device]) -> CacheMemory:
+
+def inspect(
+    model: str, contexts: Sequence[int] | None, weights: WeightType | None, devices: Sequence[Device]
+) -> CacheMemory:
     """The cache of a model from its config, or of an artifact from its manifest.
 
     Args:
         model: As for `kvslim compress`, or an artifact's folder.
-        contexts: Lengths in tokens.
+        contexts: Lengths in tokens; None for `CONTEXTS`, at most all positions.
         weights: How a model's weights would be stored; None for what `kvslim compress` does. An artifact allows none.
         devices: Devices to compute limits for.
 
@@ -44,7 +48,7 @@ def inspect(model: str, contexts: Sequence[int], weights: WeightType | None, dev
 
 
 def _inspect_model(
-    model: str, contexts: Sequence[int], kind: WeightType | Literal["auto"], devices: Sequence[Device]
+    model: str, asked: Sequence[int] | None, kind: WeightType | Literal["auto"], devices: Sequence[Device]
 ) -> CacheMemory:
     from kvslim.loading.parameters import count_parameters
     from kvslim.loading.source import read_spec, resolve
@@ -52,6 +56,7 @@ def _inspect_model(
     snapshot = resolve(model, weights=False)
     spec = read_spec(snapshot)
     _check(spec, devices)
+    contexts = asked or _default_contexts(spec)
     parameters = count_parameters(snapshot, spec)
     weights = planned_weights(snapshot, parameters, WeightFormat(type=kind), is_encoder=spec.is_encoder)
     caches = model_caches(spec)
@@ -64,13 +69,14 @@ def _inspect_model(
     return cache_memory(spec, caches, weights.name, weights.stored, contexts, recipes, found)
 
 
-def _inspect_artifact(folder: Path, contexts: Sequence[int], devices: Sequence[Device]) -> CacheMemory:
+def _inspect_artifact(folder: Path, asked: Sequence[int] | None, devices: Sequence[Device]) -> CacheMemory:
     from kvslim.devices.stored_weights import artifact_weights
     from kvslim.validation.measure import file_mib
 
     manifest = read_manifest(folder)
     spec, caches = manifest.spec, artifact_caches(manifest)
     _check(spec, devices)
+    contexts = asked or _default_contexts(spec)
     name, stored = str(manifest.weights), int(file_mib(folder) * 2**20)
     found: list[Limits] = []
     if devices:
@@ -79,6 +85,10 @@ def _inspect_artifact(folder: Path, contexts: Sequence[int], devices: Sequence[D
             found += limits(device, weights, caches, spec.max_context, contexts)
     memory = cache_memory(spec, caches, name, stored, contexts, devices=found)
     return memory.model_copy(update={"matrices": manifest.matrices or {}})
+
+
+def _default_contexts(spec: ModelSpec) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(min(context, spec.max_context) for context in CONTEXTS))
 
 
 def _check(spec: ModelSpec, devices: Sequence[Device]) -> None:

@@ -39,13 +39,15 @@ class LayerMemory(Frozen):
 class CacheMemory(Frozen):
     """The cache of a whole model or artifact, and its limits on devices.
 
-    `mib` and `share`, of cache and weights together, are keyed by context length in tokens, then by precision.
+    `kv_bytes_per_token` is the cache at the longest of the contexts over that context, as in a report; windows make it
+    less than the sum of the layers. `mib` and `share`, of cache and weights together, are keyed by context length in
+    tokens, then by precision.
     """
 
     model_type: str
     max_context: int
     layers: tuple[LayerMemory, ...]
-    kv_bytes_per_token: dict[str, int]
+    kv_bytes_per_token: dict[str, float]
     mib: dict[str, dict[str, float]]
     weights: str
     weights_mib: float
@@ -111,7 +113,7 @@ def cache_memory(
         model_type=spec.model_type,
         max_context=spec.max_context,
         layers=layers,
-        kv_bytes_per_token={cache.name: sum(layer.bytes_per_token[cache.name] for layer in layers) for cache in caches},
+        kv_bytes_per_token={cache.name: cache.bytes_at(max(contexts)) / max(contexts) for cache in caches},
         mib={tokens: {name: size / 2**20 for name, size in row.items()} for tokens, row in sizes.items()},
         weights=weights,
         weights_mib=weight_bytes / 2**20,

@@ -199,7 +199,8 @@ def layers_table(memory: CacheMemory) -> Table:
         )
         alike.setdefault(row, []).append(layer.layer)
     rows = [(ranges(layers), *row) for row, layers in alike.items()]
-    rows.append(("all together", "", "", "", *([""] if windowed else []), *_sizes(memory.kv_bytes_per_token)))
+    together = {name: sum(layer.bytes_per_token[name] for layer in memory.layers) for name in memory.kv_bytes_per_token}
+    rows.append(("all together", "", "", "", *([""] if windowed else []), *_sizes(together)))
     units = (f"bytes per token, {name}" for name in memory.kv_bytes_per_token)
     header = ("layers, each", "kv heads", "key dim", "value dim", *([WINDOW] if windowed else []))
     return Table((*header, *units), tuple(rows))
@@ -213,7 +214,7 @@ def caches_table(memory: CacheMemory) -> Table:
     rows = (
         (
             *((memory.label(name), name) if memory.recipes else (name,)),
-            f"{bytes_per_token:,}",
+            f"{bytes_per_token:,.0f}",
             *(f"{plain / times / memory.mib[longest][name]:.2f}x" for times in (1, 2)),
             *(f"{sizes[name]:,.1f} ({memory.share[tokens][name]:.0%})" for tokens, sizes in memory.mib.items()),
         )
@@ -222,7 +223,8 @@ def caches_table(memory: CacheMemory) -> Table:
     )
     names = ("cache", "numbers") if memory.recipes else ("cache",)
     contexts = (f"MiB at {int(tokens):,} (of all)" for tokens in memory.mib)
-    return Table((*names, "bytes per token", "smaller than fp32", "than fp16", *contexts), tuple(rows))
+    per_token = f"bytes per token at {int(longest):,}"
+    return Table((*names, per_token, "smaller than fp32", "than fp16", *contexts), tuple(rows))
 
 
 def metric_rows(name: str, columns: Mapping[str, Measures]) -> Iterator[MetricRow]:

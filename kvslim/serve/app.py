@@ -13,7 +13,6 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -24,6 +23,7 @@ from kvslim.serve.answers import ChatForm, CompletionForm, Form
 from kvslim.serve.engine import Answer, Engine, Order
 from kvslim.serve.errors import ApiError, respond
 from kvslim.serve.model import ServedModel
+from kvslim.serve.names import OwnNames
 from kvslim.serve.requests import ChatRequest, CompletionRequest, TextRequest
 
 LARGEST_BODY = 16 * 2**20
@@ -36,8 +36,7 @@ def create_app(model: ServedModel, engine: Engine, hosts: Sequence[str]) -> Star
     Args:
         model: The artifact.
         engine: Answers what is asked of it.
-        hosts: Names by which clients may call this server. A page of the web that has its own name resolve to this
-            machine then reads nothing.
+        hosts: Names by which clients may call this server, as patterns.
     """
 
     async def chat(request: Request) -> Response:
@@ -73,7 +72,7 @@ def create_app(model: ServedModel, engine: Engine, hosts: Sequence[str]) -> Star
     ]
     return Starlette(
         routes=routes,
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
+        middleware=[Middleware(OwnNames, names=hosts)],
         exception_handlers={
             ApiError: respond,
             HTTPException: respond,

@@ -18,7 +18,7 @@ from kvslim.serve.engine import Engine
 from kvslim.serve.model import ServedModel
 
 # Names that only this machine and its containers resolve.
-LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]", "*.localhost", "*.internal")
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "*.localhost", "*.internal")
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -1,0 +1,44 @@
+"""What onnxruntime's options do to the memory of a session."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+from benchmarks.memory.changed_session import CHANGES
+from benchmarks.models import OpenModel
+from benchmarks.registry import Values, benchmark
+from benchmarks.render import Column, Table
+from benchmarks.rows import ROOT, Row
+from benchmarks.subjects import Source
+from benchmarks.texts import LITTLE
+
+TABLE = Table(
+    (
+        Column("change", "changed"),
+        Column("opened_mib", "own MiB once open", ".0f"),
+        Column("own_mib", "own MiB at the end", ".0f"),
+        Column("peak_mib", "peak MiB", ".0f"),
+    )
+)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line per change."""
+    return TABLE(rows)
+
+
+@benchmark("smollm2-shape", table=table, quick={"context": 32, "weights": "fp32"})
+def session_options(source: Source, *, context: int = 1024, weights: str = "int4") -> Iterator[Values]:
+    """Memory of a process that answers over a plain cache, by what is changed of its session; int4 weights, one thread.
+
+    A process's own memory is all of it but pages of files, which the system can give up. The peak counts both.
+    """
+    model = OpenModel(source, LITTLE, weights={"type": weights, "method": "rtn"} if weights == "int4" else weights)
+    graph = model.export()
+    model.release()
+    for change in CHANGES:
+        command = [sys.executable, "-m", "benchmarks.memory.changed_session", change, str(graph), str(context)]
+        opened, own, peak = map(float, subprocess.check_output(command, cwd=ROOT, text=True).split())
+        yield {"change": change, "opened_mib": opened, "own_mib": own, "peak_mib": peak}

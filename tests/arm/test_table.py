@@ -1,0 +1,32 @@
+"""The table of an emulated board says what was found."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from support.paths import ROOT
+
+OUTCOMES = """<testsuites><testsuite>
+<testcase name="a"><properties><property name="bundle_mib" value="53.26"/></properties></testcase>
+<testcase name="b"/>
+<testcase name="c"><properties>
+<property name="graph" value="plain cache"/><property name="apart" value="1.26e-05"/>
+<property name="cost" value="2e-05"/><property name="exact" value="None"/>
+</properties></testcase>
+</testsuite></testsuites>"""
+
+
+def test_table_has_a_line_for_each_graph(tmp_path: Path) -> None:
+    (tmp_path / "outcomes.xml").write_text(OUTCOMES)
+    command = [sys.executable, str(ROOT / "tools" / "arm_table.py"), str(tmp_path / "outcomes.xml")]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert table.splitlines()[2:] == [
+        "| plain cache | 1e-05 | 2e-05 | - |",
+        "",
+        "The demo's bundle for linux-aarch64: 53.3 MiB.",
+    ]
+    missing = subprocess.run([*command[:2], str(tmp_path / "none.xml")], capture_output=True, text=True)
+    assert missing.returncode == 1
+    assert "make test-arm" in missing.stderr
