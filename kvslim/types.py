@@ -181,6 +181,26 @@ class Plan(Frozen):
         return all(layer == LayerPlan(layer=layer.layer, reason=layer.reason) for layer in self.layers)
 
 
+class Watched(Frozen):
+    """One look at the held-out text while a model heals."""
+
+    step: int
+    seconds: float = Field(description="from the first step on, looks included")
+    kl: float = Field(description="mean KL to the model as it is, nats per token")
+
+
+class Healing(Frozen):
+    """What a training of a model with its codes did; see `docs/healing.md`."""
+
+    steps: int
+    tokens: int = Field(description="tokens of text that it read, some of them several times")
+    seconds: float
+    kl_before: float = Field(description="on text that the training never saw, before it; nats per token")
+    kl_after: float = Field(description="the same after it")
+    kept: bool = Field(description="whether the trained weights are used: they are if they lose less on that text")
+    watched: tuple[Watched, ...] = Field(description="KL on other text as it went on; the best weights were taken")
+
+
 class PlanPoint(Frozen):
     """A plan that was measured in torch on calibration text, before any graph was made."""
 
@@ -391,6 +411,7 @@ class Manifest(Frozen):
     frontier: tuple[PlanPoint, ...] = Field((), description="with a budget: what the planner saw at other sizes")
     alike: tuple[PlanPoint, ...] = Field((), description="without a budget: what all layers alike cost in a few sizes")
     peers: tuple[PeerPoint, ...] = Field((), description="what cache types of other tools cost")
+    healing: Healing | None = _known("with `heal`: how the weights were trained")
     kv_layout: KVLayout
     weights: Weights
     inputs: tuple[str, ...] = Field(description="graph inputs that have no default, other than the cache, in order")

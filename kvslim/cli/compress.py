@@ -16,6 +16,7 @@ from kvslim.cli.options import (
     FileMib,
     FileRatio,
     GateLimits,
+    Healing,
     HeldOut,
     Json,
     Junit,
@@ -54,8 +55,9 @@ def compress(
     max_recall_drop: MaxDrop = None,
     device: DeviceName = None,
     tokens_per_second: Speed = None,
+    heal: Healing = None,
     gates: GateLimits = None,
-    plan: Annotated[Path | None, typer.Option(help="use the decisions in this file (see `kvslim plan -o`)")] = None,
+    plan: Annotated[Path | None, typer.Option(help="decisions of `kvslim plan -o`, or edits.safetensors")] = None,
     overrides: Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="replace an existing artifact")] = False,
     junit: Junit = None,
@@ -74,7 +76,7 @@ def compress(
 
     check_target(junit, "--junit")
     budget = read_budget(kv_ratio, kv_mib_at, time_ratio, max_kl, max_recall_drop, memory_mib)
-    words = read_words(weights, calibration, context, validation, file_mib, file_ratio)
+    words = read_words(weights, calibration, context, validation, file_mib, file_ratio, heal)
     limits = read_gates(gates or ())
     decisions = read_plan(plan) if plan else None
     read = partial(read_recipe, recipe, overrides or (), gates=limits, words=words)

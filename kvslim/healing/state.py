@@ -1,0 +1,97 @@
+"""What a training has reached, on disk: one that is killed goes on from there, and ends with the same weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FILE = "state.safetensors"
+KINDS = ("weight", "best", "exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass
+class Reached:
+    """How far a training is.
+
+    Attributes:
+        step: Steps taken.
+        steps: Steps in all; None while a budget of time is not counted in steps yet.
+        seconds: Time that they took, evaluations included.
+        watched: Steps, seconds and KL of each evaluation of the held-out text.
+    """
+
+    step: int = 0
+    steps: int | None = None
+    seconds: float = 0.0
+    watched: list[tuple[int, float, float]] = field(default_factory=list)
+
+    @property
+    def least(self) -> float:
+        """The least KL so far."""
+        return min(kl for _, _, kl in self.watched)
+
+
+@dataclass
+class State:
+    """A training in memory.
+
+    Attributes:
+        weights: What is trained.
+        best: What it was when the KL was least.
+        optimizer: AdamW over the weights.
+        reached: How far it is.
+    """
+
+    weights: list[Tensor]
+    best: list[Tensor]
+    optimizer: torch.optim.AdamW
+    reached: Reached
+
+    def save(self, folder: Path) -> None:
+        """Writes it, whole or not at all.
+
+        Args:
+            folder: Where; it is made.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{FILE}.partial"
+        save_file(_numbered(self._tensors()), partial, {"reached": json.dumps(asdict(self.reached))})
+        partial.replace(folder / FILE)
+
+    def load(self, folder: Path) -> bool:
+        """Goes on from what was written; False where there is nothing that can be read."""
+        try:
+            with safe_open(folder / FILE, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                reached = json.loads(file.metadata()["reached"])
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return False
+        if tensors.keys() != _names(len(self.weights)) or reached.keys() != {each.name for each in fields(Reached)}:
+            return False
+        watched = [(int(step), float(seconds), float(kl)) for step, seconds, kl in reached["watched"]]
+        self.reached = Reached(**{**reached, "watched": watched})
+        with torch.no_grad():
+            for number, (weight, best) in enumerate(zip(self.weights, self.best, strict=True)):
+                weight.copy_(tensors[f"weight.{number}"])
+                best.copy_(tensors[f"best.{number}"])
+                self.optimizer.state[weight] = {kind: tensors[f"{kind}.{number}"] for kind in KINDS[2:]}
+        return True
+
+    def _tensors(self) -> Mapping[str, Sequence[Tensor]]:
+        optimized = {kind: [self.optimizer.state[weight][kind] for weight in self.weights] for kind in KINDS[2:]}
+        return {"weight": [weight.detach() for weight in self.weights], "best": self.best, **optimized}
+
+
+def _numbered(tensors: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    return {f"{kind}.{number}": each.contiguous() for kind, some in tensors.items() for number, each in enumerate(some)}
+
+
+def _names(count: int) -> set[str]:
+    return {f"{kind}.{number}" for kind in KINDS for number in range(count)}
