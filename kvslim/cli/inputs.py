@@ -19,6 +19,25 @@ if TYPE_CHECKING:
     from kvslim.types import Report
 
 
+def read_plans(paths: Sequence[Path]) -> Plan | FittedPlan | None:
+    """The plan of `--plan`; trainings of one plan are merged, and there is none without a file.
+
+    Raises:
+        UsageError: There are several files, and not all are trainings of one plan.
+        KvslimError: As `read_plan`.
+    """
+    plans = [read_plan(path) for path in paths]
+    if len(plans) < 2:
+        return plans[0] if plans else None
+    from kvslim.transform.edit_file import merged
+
+    fitted = [plan for plan in plans if not isinstance(plan, Plan)]
+    if len(fitted) < len(plans):
+        fix = "give one plan, or several edits.safetensors"
+        raise UsageError("plans without numbers cannot be merged", where="--plan", fix=fix)
+    return merged(fitted)
+
+
 def read_plan(path: Path) -> Plan | FittedPlan:
     """A plan from a JSON file, as `kvslim plan -o` writes it, or from one of an artifact with its numbers.
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from kvslim.caches import Cache
 from kvslim.caches.base import read_cache
 from kvslim.caches.clustering import Formed
-from kvslim.errors import ArtifactError
+from kvslim.errors import ArtifactError, UsageError
 from kvslim.transform.edits import Affine, Array, FittedPlan, KeptHeads, LayerEdit, LinearCode, Rounding
 from kvslim.types import Plan
 
@@ -68,6 +68,42 @@ def load_fitted(path: Path) -> FittedPlan:
         return FittedPlan(Plan.model_validate(data["plan"]), codes, data["made_for"])
     except (ValidationError, KeyError, TypeError, ValueError) as error:
         raise _unreadable("this holds no plan with its numbers", path) from error
+
+
+def merged(fitted: Sequence[FittedPlan]) -> FittedPlan:
+    """Trainings of one plan, on several machines or texts, as one: the mean of their weights.
+
+    Weights that were trained from one beginning mostly average well (Wortsman et al., "Model soups: averaging weights
+    of multiple fine-tuned models improves accuracy without increasing inference time", 2022, section 3).
+
+    Raises:
+        UsageError: They did not begin with the same numbers, or one of them has trained other weights.
+    """
+    first = fitted[0]
+    for other in fitted[1:]:
+        if _beginning(other) != _beginning(first):
+            raise UsageError(
+                "these plans were fitted to different numbers, so their weights cannot be merged",
+                where="--plan",
+                fix="merge trainings of one model, recipe and calibration text, which differ in `heal` alone",
+            )
+    codes = tuple(
+        replace(layers[0], weights=_mean(layers)) for layers in zip(*(one.codes for one in fitted), strict=True)
+    )
+    return first._replace(codes=codes)
+
+
+def _beginning(fitted: FittedPlan) -> tuple[str, str]:
+    """What a training began with, and which weights it trained."""
+    bare = tuple(replace(code, weights={name: np.empty(0) for name in code.weights}) for code in fitted.codes)
+    return fitted.made_for, digest_of(bare)
+
+
+def _mean(layers: Sequence[LayerEdit]) -> dict[str, Array]:
+    return {
+        name: np.mean([layer.weights[name] for layer in layers], axis=0, dtype=np.float64).astype(array.dtype)
+        for name, array in layers[0].weights.items()
+    }
 
 
 def digest_of(codes: Codes) -> str:
