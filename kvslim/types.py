@@ -133,6 +133,9 @@ class LayerPlan(Frozen):
         None, description="query heads kept, and with them the kv heads that they read; none: no attention, no cache"
     )
     mlp: bool = Field(True, description="whether the feed-forward part stays; without it and heads the block is gone")
+    mlp_width: int | None = Field(
+        None, gt=0, multiple_of=32, description="channels of the feed-forward part that stay; null: all"
+    )
     cache: AnyCache = Field(default_factory=FullCache, description="how keys and values are kept")
     refit: bool = Field(False, description="whether its projections are fitted again to what is compressed or gone")
     score: float | None = Field(None, description="share of the score energy that the rank keeps, the worse of K and V")

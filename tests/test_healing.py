@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from support.models import cached_logits, open_prepared, recipe_of, tokens_of, torch_logits
-from support.tiny_decoders import FAMILIES
 
 from kvslim.caches import PackedCache, SharedCache, WindowCache
 from kvslim.errors import UsageError
 from kvslim.healing import distil
 from kvslim.healing.distil import healed
+from kvslim.healing.held_out import HeldOut
 from kvslim.healing.schedule import LAST, LEAST_STEPS, WARM_UP, batch_of, is_evaluated, rate_of, steps_within
 from kvslim.healing.student import Student
 from kvslim.healing.text import Text, Texts
@@ -66,7 +66,8 @@ def test_gradients_pass_through_rounding_and_numbers_do_not_change() -> None:
         assert through(exact, plain) is plain
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Projections apart and packed in either way, norms of queries and of outputs, scaled queries, learned positions.
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2", "gpt_neox", "opt", "phi3"])
 def test_student_is_the_model_with_codes_and_all_its_projections_learn(tiny_model: ModelOf, family: str) -> None:
     prepared = open_prepared(tiny_model(family), recipe_of((KvPca(rank=8), KvHdc(bits=8))))
     _, codes = planned(prepared)
@@ -76,12 +77,12 @@ def test_student_is_the_model_with_codes_and_all_its_projections_learn(tiny_mode
     plain = prepared.model(tokens).logits.detach()
     student = Student(prepared.model, prepared.architecture, codes)
     found = student.model(tokens).logits
-    assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     found.log_softmax(-1)[..., 0].mean().backward()
     assert len(student.weights) >= 4 * prepared.spec.layers
     for name, weight in student.weights.items():
         assert weight.grad is not None, name
-        assert weight.grad.abs().max() > 0, name
+        assert weight.grad.abs().max() > 0 or name[1].endswith("bias"), name  # a bias of keys moves no softmax
     assert torch.equal(prepared.model(tokens).logits, plain)  # the teacher is as it was
 
 
@@ -99,7 +100,9 @@ CACHES: dict[str, Callable[[int], LayerPlan]] = {
 def test_any_cache_heals_and_its_graph_says_what_torch_says(tiny_llama: Path, tmp_path: Path, kind: str) -> None:
     prepared = open_prepared(tiny_llama, recipe_of())
     plan = Plan(layers=tuple(CACHES[kind](layer) for layer in range(prepared.spec.layers)))
-    codes, found = heal(prepared, prepared.codes(plan), tmp_path / "state")
+    texts = texts_of(prepared)
+    texts = texts._replace(watched=texts.trained, judged=texts.trained)  # so that any gain is enough
+    codes, found = heal(prepared, prepared.codes(plan), tmp_path / "state", texts, steps=12)
     assert found.kept
     assert found.kl_after < found.kl_before
     assert any("mlp." in name for code in codes for name in code.weights) == (kind in ("no attention", "no block"))
@@ -177,16 +180,24 @@ def test_training_begins_again_when_its_state_is_damaged(tiny_llama: Path, tmp_p
     assert same(again, whole)
 
 
-def test_codes_stay_as_they_were_when_training_makes_them_worse(tiny_llama: Path, tmp_path: Path) -> None:
-    prepared = open_prepared(tiny_llama, recipe_of((KvQuant(bits=8),)))
+@pytest.mark.parametrize(("judged", "kept"), [((0.1, 0.2), False), ((0.1, 0.1), False), ((0.2, 0.1), True)])
+def test_codes_stay_as_they_were_where_text_that_was_not_seen_loses(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, judged: tuple[float, float], kept: bool
+) -> None:
+    prepared = open_prepared(tiny_llama, recipe_of((KvQuant(bits=4),)))
     _, codes = planned(prepared)
     texts = texts_of(prepared)
-    # Better by luck on what is watched alone: the text to judge by is one token again and again.
-    same_token = Text(np.full_like(texts.judged.windows, 7), None)
-    found, healing = heal(prepared, codes, tmp_path, texts._replace(judged=same_token), rate=0.05)
-    assert not healing.kept
-    assert healing.kl_after >= healing.kl_before
-    assert found is codes
+    said, kl = iter(judged), HeldOut.kl
+
+    def made_up(held_out: HeldOut, student: Any) -> float:
+        is_judge = sum(len(batch) for batch, _ in held_out._batches) == 1
+        return next(said) if is_judge else kl(held_out, student)
+
+    monkeypatch.setattr(HeldOut, "kl", made_up)
+    found, healing = heal(prepared, codes, tmp_path, texts._replace(judged=texts.judged.part(0, 1)))
+    assert healing.kept == kept
+    assert (found is codes) != kept
+    assert (healing.kl_before, healing.kl_after) == judged
 
 
 def test_training_stops_early_when_it_gets_no_better(tiny_llama: Path, tmp_path: Path) -> None:

@@ -27,9 +27,10 @@ CODES: dict[str, tuple[Mapping[str, Any], ...]] = {
     ),
 }
 REMOVED = (
-    "no attention in a tenth of the layers",
+    "a tenth of the layers without attention",
     "a third of the caches shared",
-    "a kv head less in a third of the layers",
+    "a ninth of the kv heads gone",
+    "MLPs a fifth narrower",
 )
 PLANS = (*CODES, *REMOVED)
 BY_PLAN = Table(
@@ -51,7 +52,7 @@ PLOT = Plot(
     x=("passed", "minutes"),
     ys={"watched": "mean KL, nats per token"},
     name="name",
-    styles={name: f"{style}-" for name, style in zip(PLANS, ".sd^x", strict=True)},
+    styles={name: f"{style}-" for name, style in zip(PLANS, ".sd^xo", strict=True)},
     logarithmic=frozenset({"watched"}),
 )
 
@@ -112,6 +113,7 @@ def _plan_of(model: OpenModel, name: str) -> Plan:
         REMOVED[0]: lambda: model.decided({"prune_layers": _tenth(model.spec)}),
         REMOVED[1]: lambda: sharing_plan(model.spec, every=3),
         REMOVED[2]: lambda: model.decided({"prune_heads": _third(model.spec)}),
+        REMOVED[3]: lambda: model.decided({"prune_mlp": {"ratio": 0.2, "score": "alike"}}),
     }[name]()
 
 

@@ -67,7 +67,7 @@ def healed(
         kl_before=without,
         kl_after=after,
         kept=after < without,
-        watched=tuple(Watched(step=step, seconds=seconds, kl=kl) for step, seconds, kl in reached.watched),
+        watched=tuple(reached.watched),
     )
     return (best if found.kept else codes), found
 
@@ -88,30 +88,33 @@ class _Training:
         self.teacher, self.student, self.settings, self.seed, self.folder = teacher, student, settings, seed, folder
         self.windows = torch.from_numpy(texts.trained.windows)
         self.counted = torch.from_numpy(predicting(*texts.trained))
-        self.watch = HeldOut(teacher, *texts.watched)
+        self.watched = HeldOut(teacher, *texts.watched)
         self.size = max(1, min(TOKENS // self.windows.shape[1], len(self.windows)))
         weights = list(student.weights.values())
         optimizer = torch.optim.AdamW(weights, lr=settings.rate, betas=BETAS)
         best = [weight.detach().clone() for weight in weights]
         self.state = State(weights, best, optimizer, Reached(steps=settings.steps))
         if not self.state.load(folder):
-            self._watched(0.0)
+            self._watch()
 
     def run(self, progress: Progress) -> None:
         """Takes all steps, or those up to the last of some evaluations that were no better."""
         reached, timed = self.state.reached, list[float]()
-        for step in progress.track(self._steps(), "steps", self.state.reached.steps):
-            start = time.monotonic()
-            self._step(step)
-            reached.step += 1
-            timed.append(time.monotonic() - start)
-            reached.seconds += timed[-1]
-            if reached.steps is None and len(timed) > TIMED:
-                evaluation = reached.watched[0][1]
-                reached.steps = steps_within(60 * (self.settings.minutes or 0.0), timed, evaluation)
-            if reached.steps is not None and is_evaluated(reached.step, reached.steps):
-                self._watched(reached.seconds)
-                self.state.save(self.folder)
+        progress.tell(self._told)
+        while not self._is_over:
+            for step in progress.track(self._steps(reached.steps), "steps", reached.steps):
+                start = time.monotonic()
+                self._step(step)
+                reached.step += 1
+                timed.append(time.monotonic() - start)
+                reached.seconds += timed[-1]
+                if reached.steps is None and len(timed) > TIMED:
+                    evaluation = reached.watched[0].seconds
+                    reached.steps = steps_within(60 * (self.settings.minutes or 0.0), timed, evaluation)
+                if reached.steps is not None and is_evaluated(reached.step, reached.steps):
+                    self._watch()
+                    self.state.save(self.folder)
+                    progress.tell(self._told)
 
     def best(self) -> Codes:
         """The codes of the least KL, which the student has from now on."""
@@ -120,15 +123,22 @@ class _Training:
                 weight.copy_(best)
         return self.student.trained(self.state.best)
 
-    def _steps(self) -> Iterator[int]:
-        reached = self.state.reached
-        while (reached.steps is None or reached.step < reached.steps) and not self._is_over:
-            yield reached.step
+    def _steps(self, known: int | None) -> Iterator[int]:
+        """The steps to take, as long as no more is known of how many there are."""
+        while self.state.reached.steps == known and not self._is_over:
+            yield self.state.reached.step
 
     @property
     def _is_over(self) -> bool:
-        kls = [kl for _, _, kl in self.state.reached.watched]
-        return len(kls) > PATIENCE and min(kls[-PATIENCE:]) > min(kls)
+        reached = self.state.reached
+        kls = [look.kl for look in reached.watched]
+        no_better = len(kls) > PATIENCE and min(kls[-PATIENCE:]) > min(kls)
+        return no_better or reached.step == reached.steps
+
+    @property
+    def _told(self) -> str:
+        watched = self.state.reached.watched
+        return f"KL {watched[0].kl:.3g} -> {watched[-1].kl:.3g}"
 
     def _step(self, step: int) -> None:
         optimizer = self.state.optimizer
@@ -150,16 +160,15 @@ class _Training:
         found = logits_at(self.student.model, tokens, places)[counted].float()
         return torch.nn.functional.cross_entropy(found, expected)
 
-    def _watched(self, seconds: float) -> None:
+    def _watch(self) -> None:
         """Measures the held-out text, and keeps the weights if they are the best so far."""
         start, reached = time.monotonic(), self.state.reached
-        kl = self.watch.kl(self.student.model)
-        passed = time.monotonic() - start
+        kl = self.watched.kl(self.student.model)
         if not reached.watched or kl < reached.least:
             for best, weight in zip(self.state.best, self.state.weights, strict=True):
                 best.copy_(weight.detach())
-        reached.seconds += passed
-        reached.watched.append((reached.step, seconds + passed, kl))
+        reached.seconds += time.monotonic() - start
+        reached.watched.append(Watched(step=reached.step, seconds=reached.seconds, kl=kl))
 
 
 def has_fast_bfloat16() -> bool:

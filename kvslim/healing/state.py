@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from kvslim.types import Watched
 
 FILE = "state.safetensors"
 KINDS = ("weight", "best", "exp_avg", "exp_avg_sq", "step")
 
 
-@dataclass
-class Reached:
+class Reached(BaseModel):
     """How far a training is.
 
     Attributes:
         step: Steps taken.
         steps: Steps in all; None while a budget of time is not counted in steps yet.
         seconds: Time that they took, evaluations included.
-        watched: Steps, seconds and KL of each evaluation of the held-out text.
+        watched: Looks at the held-out text.
     """
 
     step: int = 0
     steps: int | None = None
     seconds: float = 0.0
-    watched: list[tuple[int, float, float]] = field(default_factory=list)
+    watched: list[Watched] = []
 
     @property
     def least(self) -> float:
         """The least KL so far."""
-        return min(kl for _, _, kl in self.watched)
+        return min(look.kl for look in self.watched)
 
 
 @dataclass
@@ -62,7 +63,7 @@ class State:
         """
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{FILE}.partial"
-        save_file(_numbered(self._tensors()), partial, {"reached": json.dumps(asdict(self.reached))})
+        save_file(_numbered(self._tensors()), partial, {"reached": self.reached.model_dump_json()})
         partial.replace(folder / FILE)
 
     def load(self, folder: Path) -> bool:
@@ -70,13 +71,12 @@ class State:
         try:
             with safe_open(folder / FILE, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                reached = json.loads(file.metadata()["reached"])
+                reached = Reached.model_validate_json(file.metadata()["reached"])
         except (OSError, SafetensorError, KeyError, ValueError):
             return False
-        if tensors.keys() != _names(len(self.weights)) or reached.keys() != {each.name for each in fields(Reached)}:
+        if tensors.keys() != _names(len(self.weights)):
             return False
-        watched = [(int(step), float(seconds), float(kl)) for step, seconds, kl in reached["watched"]]
-        self.reached = Reached(**{**reached, "watched": watched})
+        self.reached = reached
         with torch.no_grad():
             for number, (weight, best) in enumerate(zip(self.weights, self.best, strict=True)):
                 weight.copy_(tensors[f"weight.{number}"])

@@ -57,10 +57,10 @@ def with_weights(code: LayerEdit, weights: Mapping[str, Array]) -> LayerEdit:
 
 
 def trains_mlp(codes: Codes, layer: int) -> bool:
-    """Whether a layer's feed-forward part is trained: it stays, and has lost what stood beside it or behind it."""
+    """Whether a layer's feed-forward part is trained: it has lost channels, or what stood beside it or behind it."""
     code = codes[layer]
     before_gap = layer + 1 < len(codes) and codes[layer + 1].is_dropped
-    return code.mlp_mean is None and (not code.has_attention or before_gap)
+    return code.mlp_mean is None and (not code.has_attention or before_gap or code.channels is not None)
 
 
 def _sharing_copy(model: Any, architecture: Architecture) -> Any:

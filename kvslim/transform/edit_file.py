@@ -23,13 +23,13 @@ from kvslim.caches import Cache
 from kvslim.caches.base import read_cache
 from kvslim.caches.clustering import Formed
 from kvslim.errors import ArtifactError, UsageError
-from kvslim.transform.edits import Affine, Array, FittedPlan, KeptHeads, LayerEdit, LinearCode, Rounding
+from kvslim.transform.edits import Affine, Array, Channels, FittedPlan, KeptHeads, LayerEdit, LinearCode, Rounding
 from kvslim.types import Plan
 
 FORMAT = 1
 NAME = "edits.safetensors"
 CLASSES: dict[str, type[Any]] = {
-    each.__name__: each for each in (LayerEdit, KeptHeads, LinearCode, Rounding, Affine, Formed)
+    each.__name__: each for each in (LayerEdit, KeptHeads, LinearCode, Rounding, Channels, Affine, Formed)
 }
 Codes = tuple[LayerEdit, ...]
 
@@ -128,7 +128,12 @@ def _taken_apart(value: Any, name: str, arrays: dict[str, Array]) -> Any:
     if isinstance(value, Mapping):
         found = {key: _taken_apart(each, f"{name}.{key}", arrays) for key, each in value.items()}
         return {"mapping": found} if found else None
-    return list(value) if isinstance(value, tuple) else value
+    return [_number(each) for each in value] if isinstance(value, tuple) else _number(value)
+
+
+def _number(value: Any) -> Any:
+    """A number of numpy's as one of Python's."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _put_together(value: Any, arrays: Mapping[str, Array]) -> Any:

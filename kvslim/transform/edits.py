@@ -91,6 +91,19 @@ class KeptHeads:
 
 
 @dataclass(frozen=True, eq=False)
+class Channels:
+    """The channels that a feed-forward part keeps.
+
+    Attributes:
+        kept: [width] which, in order.
+        mean: [F] of all channels; what the others gave on average stays as a bias.
+    """
+
+    kept: Array
+    mean: Array
+
+
+@dataclass(frozen=True, eq=False)
 class Affine:
     """A projection: weight [outputs, inputs] and bias [outputs]."""
 
@@ -112,6 +125,7 @@ class LayerEdit:
         output: An output projection fitted to the code, decoders included.
         attention_mean: [hidden], added to the hidden states where the layer has no attention.
         mlp_mean: [hidden], added to them in place of what the feed-forward part gives; None: that part stays.
+        channels: The channels that the feed-forward part keeps, or None for all.
         down: A down projection fitted to what is left around it.
         weights: Trained weights by their names in the layer, as it is with all else of this edit; they replace its own.
     """
@@ -125,6 +139,7 @@ class LayerEdit:
     output: Affine | None = None
     attention_mean: Array | None = None
     mlp_mean: Array | None = None
+    channels: Channels | None = None
     down: Affine | None = None
     weights: Mapping[str, Array] = field(default_factory=dict)
 
@@ -132,7 +147,7 @@ class LayerEdit:
     def is_empty(self) -> bool:
         """Whether the layer stays as it is."""
         rounded = self.rounding.key_scale is not None or self.rounding.value_scale is not None
-        changed = (self.heads, self.formed, self.output, self.down, self.mlp_mean)
+        changed = (self.heads, self.formed, self.output, self.down, self.mlp_mean, self.channels)
         kept = self.code.is_empty and not rounded and not self.cache.replaces_attention
         return kept and not self.weights and all(part is None for part in changed)
 

@@ -17,6 +17,7 @@ from kvslim.contract import ModelSpec
 from kvslim.loading.architecture import Architecture
 from kvslim.transform.attention import NAME, SlimAttention, register
 from kvslim.transform.edits import RESIDUAL_STEPS, Array, KeptHeads, LayerEdit, LinearCode
+from kvslim.transform.narrowing import narrow
 from kvslim.transform.normal import normalise
 from kvslim.transform.projections import SIDES, as_tensor, fold, linear_of, projection, set_output, set_rows, shifted
 from kvslim.transform.removal import remove_parts
@@ -101,6 +102,8 @@ def install(model: nn.Module, architecture: Architecture, edits: tuple[LayerEdit
     multiplier, slims = architecture.multiplier(config), slim_modules(model, architecture)
     for layer, slim, whole in zip(layer_modules(model, architecture), slims, edits, strict=True):
         remove_parts(layer, architecture, whole, multiplier)
+        if whole.channels is not None:
+            narrow(layer, architecture, whole.channels)
         if whole.down is not None:
             layer.set_submodule(architecture.down, linear_of(whole.down.weight, whole.down.bias))
         if whole.heads is not None:
