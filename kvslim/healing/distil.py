@@ -117,7 +117,10 @@ class _Training:
                     progress.tell(self._told)
 
     def best(self) -> Codes:
-        """The codes of the least KL, which the student has from now on."""
+        """The codes of the least KL, which the student has from now on; the training is over."""
+        if not self.state.reached.is_over:
+            self.state.reached.is_over = True
+            self.state.save(self.folder)
         with torch.no_grad():
             for weight, best in zip(self.state.weights, self.state.best, strict=True):
                 weight.copy_(best)
@@ -133,7 +136,7 @@ class _Training:
         reached = self.state.reached
         kls = [look.kl for look in reached.watched]
         no_better = len(kls) > PATIENCE and min(kls[-PATIENCE:]) > min(kls)
-        return no_better or reached.step == reached.steps
+        return reached.is_over or no_better or reached.step == reached.steps
 
     @property
     def _told(self) -> str:

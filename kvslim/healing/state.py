@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from torch import Tensor
 from kvslim.types import Watched
 
 FILE = "state.safetensors"
-KINDS = ("weight", "best", "exp_avg", "exp_avg_sq", "step")
+OPTIMIZER = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of a weight
+BEST = ("best",)
+KINDS = (*BEST, "weight", *OPTIMIZER)
 
 
 class Reached(BaseModel):
@@ -25,12 +27,14 @@ class Reached(BaseModel):
         step: Steps taken.
         steps: Steps in all; None while a budget of time is not counted in steps yet.
         seconds: Time that they took, evaluations included.
+        is_over: Whether it is finished, and the best weights alone are kept.
         watched: Looks at the held-out text.
     """
 
     step: int = 0
     steps: int | None = None
     seconds: float = 0.0
+    is_over: bool = False
     watched: list[Watched] = []
 
     @property
@@ -56,15 +60,20 @@ class State:
     reached: Reached
 
     def save(self, folder: Path) -> None:
-        """Writes it, whole or not at all.
+        """Writes it, whole or not at all; of one that is over, the best weights alone.
+
+        A disk that is full is no reason to lose what took minutes.
 
         Args:
             folder: Where; it is made.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{FILE}.partial"
-        save_file(_numbered(self._tensors()), partial, {"reached": self.reached.model_dump_json()})
-        partial.replace(folder / FILE)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(self._tensors(), partial, {"reached": self.reached.model_dump_json()})
+            partial.replace(folder / FILE)
+        except (OSError, SafetensorError):
+            partial.unlink(missing_ok=True)
 
     def load(self, folder: Path) -> bool:
         """Goes on from what was written; False where there is nothing that can be read."""
@@ -74,24 +83,23 @@ class State:
                 reached = Reached.model_validate_json(file.metadata()["reached"])
         except (OSError, SafetensorError, KeyError, ValueError):
             return False
-        if tensors.keys() != _names(len(self.weights)):
+        kinds = BEST if reached.is_over else KINDS
+        if tensors.keys() != {f"{kind}.{number}" for kind in kinds for number in range(len(self.weights))}:
             return False
         self.reached = reached
         with torch.no_grad():
             for number, (weight, best) in enumerate(zip(self.weights, self.best, strict=True)):
-                weight.copy_(tensors[f"weight.{number}"])
                 best.copy_(tensors[f"best.{number}"])
-                self.optimizer.state[weight] = {kind: tensors[f"{kind}.{number}"] for kind in KINDS[2:]}
+                if not reached.is_over:
+                    weight.copy_(tensors[f"weight.{number}"])
+                    self.optimizer.state[weight] = {kind: tensors[f"{kind}.{number}"] for kind in OPTIMIZER}
         return True
 
-    def _tensors(self) -> Mapping[str, Sequence[Tensor]]:
-        optimized = {kind: [self.optimizer.state[weight][kind] for weight in self.weights] for kind in KINDS[2:]}
-        return {"weight": [weight.detach() for weight in self.weights], "best": self.best, **optimized}
-
-
-def _numbered(tensors: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-    return {f"{kind}.{number}": each.contiguous() for kind, some in tensors.items() for number, each in enumerate(some)}
-
-
-def _names(count: int) -> set[str]:
-    return {f"{kind}.{number}" for kind in KINDS for number in range(count)}
+    def _tensors(self) -> dict[str, Tensor]:
+        found: dict[str, Sequence[Tensor]] = {"best": self.best}
+        if not self.reached.is_over:
+            found["weight"] = [weight.detach() for weight in self.weights]
+            found |= {kind: [self.optimizer.state[weight][kind] for weight in self.weights] for kind in OPTIMIZER}
+        return {
+            f"{kind}.{number}": each.contiguous() for kind, some in found.items() for number, each in enumerate(some)
+        }
