@@ -28,9 +28,9 @@ def through(exact: Tensor, rounded: Tensor) -> Tensor:
 
 class _Through(torch.autograd.Function):
     @staticmethod
-    def forward(_: Any, __: Tensor, rounded: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(_: Any, __: Tensor, rounded: Tensor) -> Tensor:
         return rounded.detach().clone()
 
     @staticmethod
-    def backward(_: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(_: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
