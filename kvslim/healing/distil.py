@@ -149,8 +149,11 @@ class _Training:
             group["lr"] = self.settings.rate * rate_of(step, self.state.reached.steps)
         rows = torch.from_numpy(batch_of(step, len(self.windows), self.size, self.seed))
         places = torch.arange(step % 2, self.windows.shape[1], 2)
+        counted = self.counted[rows][:, places]
+        if not counted.any():
+            return  # prompts alone
         with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
-            loss = self._loss(self.windows[rows], self.counted[rows][:, places], places)
+            loss = self._loss(self.windows[rows], counted, places)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.state.weights, MOST_GRADIENT)

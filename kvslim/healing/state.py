@@ -67,6 +67,8 @@ class State:
         Args:
             folder: Where; it is made.
         """
+        if not self.reached.is_over and len(self.optimizer.state) < len(self.weights):
+            return  # no step has had any text that counts
         partial = folder / f"{FILE}.partial"
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,7 @@ class Student:
 
 
 def with_weights(code: LayerEdit, weights: Mapping[str, Array]) -> LayerEdit:
-    """A layer's edit with trained weights; what was fitted before and is trained now needs not be kept twice."""
+    """A layer's edit with trained weights, over those of an earlier training."""
     return replace(code, weights={**code.weights, **weights})
 
 
