@@ -155,7 +155,7 @@ class _Training:
         with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
             loss = self._loss(self.windows[rows], counted, places)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.state.weights, MOST_GRADIENT)
         optimizer.step()
 
