@@ -96,7 +96,7 @@ def test_damaged_file_is_refused(tiny_llama: Path, tmp_path: Path, fault: str) -
     elif fault == "other":
         save_file({"x": np.zeros(3)}, path)
     elif fault == "newer":
-        save_file(load_file(path), path, {"kvslim": json.dumps({"format": 2})})
+        save_file(load_file(path), path, {"kvslim": json.dumps([json.dumps({"format": 2}), ""])})
     else:
         path.write_bytes(content.replace(b"int4", b"int8", 1))
     with pytest.raises(ArtifactError):

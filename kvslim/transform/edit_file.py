@@ -41,7 +41,8 @@ def save_fitted(path: Path, fitted: FittedPlan) -> None:
     told = {"plan": fitted.plan.model_dump(mode="json"), "layers": layers, "made_for": fitted.made_for}
     text = json.dumps({"format": FORMAT, **told}, sort_keys=True)
     partial = path.with_name(f"{path.name}.partial")
-    save_file(arrays, partial, {"kvslim": text, "sha256": _digest(text, arrays)})
+    # One entry: safetensors writes several in an order of chance.
+    save_file(arrays, partial, {"kvslim": json.dumps([text, _digest(text, arrays)])})
     partial.replace(path)
 
 
@@ -54,14 +55,13 @@ def load_fitted(path: Path) -> FittedPlan:
     try:
         with safe_open(path, "np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            told = file.metadata() or {}
-        text = told["kvslim"]
+            text, digest = json.loads((file.metadata() or {})["kvslim"])
         data = json.loads(text)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise _unreadable("this holds no plan with its numbers", path) from error
     if data.get("format") != FORMAT:
         raise _unreadable(f"format {data.get('format')} is not one that this KVSlim reads", path)
-    if told.get("sha256") != _digest(text, arrays):
+    if digest != _digest(text, arrays):
         raise _unreadable("the file is damaged: its digest is not that of what it holds", path)
     try:
         codes = tuple(_put_together(layer, arrays) for layer in data["layers"])
