@@ -13,7 +13,7 @@ from support.models import open_prepared, recipe_of
 from support.verbs import runner
 
 from kvslim import pipeline
-from kvslim.caches import ClusteredCache, PackedCache, SharedCache
+from kvslim.caches import ClusteredCache, SharedCache
 from kvslim.calibrate.cache import cache_folder
 from kvslim.cli.inputs import read_plan, read_plans
 from kvslim.errors import ArtifactError, UsageError
@@ -57,7 +57,6 @@ def test_file_gives_back_every_number(tiny_llama: Path, tmp_path: Path) -> None:
 
 CACHES = {
     "shared": LayerPlan(layer=1, cache=SharedCache(source=0)),
-    "packed": LayerPlan(layer=1, cache=PackedCache(window=4, sinks=2, bits=2)),
     "clustered": LayerPlan(layer=1, cache=ClusteredCache(count=2)),
     "no block": LayerPlan(layer=1, heads=(), mlp=False),
 }
