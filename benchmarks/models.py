@@ -6,7 +6,7 @@ With `encoders`, `planners` and `plans` the one place that knows KVSlim's inner 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -191,6 +191,18 @@ class OpenModel:
     def refitted(self, codes: Codes) -> Codes:
         """The same with projections fitted again."""
         return self._trials.refitted(codes)
+
+    def healed(self, plan: Plan, codes: Codes, budget: Mapping[str, Any]) -> tuple[Codes, Any]:
+        """The same with weights trained to them, and what the training did; a budget as in a recipe."""
+        from kvslim.transform.edits import FittedPlan
+
+        settings = self._prepared.recipe
+        self._prepared.recipe = parse_recipe({**settings.model_dump(), "heal": dict(budget)}, where="benchmark")
+        try:
+            fitted, found = self._prepared.healed(FittedPlan(plan, codes, self._prepared.made_for))
+        finally:
+            self._prepared.recipe = settings
+        return fitted.codes, found
 
     def in_ggml(self, **kept: Any) -> tuple[float, Codes]:
         """Bytes of a token in a cache of llama.cpp's, and what puts it into the model; settings as in `GgmlCache`."""

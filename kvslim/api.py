@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvslim.planning.decide import PlanSummary
     from kvslim.recipe import Gates, Recipe
     from kvslim.runtime.text import TextGenerator
+    from kvslim.transform.edits import FittedPlan
     from kvslim.types import Manifest, Plan, Report
     from kvslim.validation.bench import BenchResult
 
@@ -31,7 +32,7 @@ def compress(
     recipe: RecipeLike,
     out: AnyPath,
     *,
-    plan: Plan | None = None,
+    plan: Plan | FittedPlan | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
@@ -41,7 +42,8 @@ def compress(
         model: `demo`, a folder, a .gguf file, a hub id or `id:FILE.gguf`, both also with `@revision`.
         recipe: A shipped recipe's name, a recipe file, or a `Recipe`.
         out: The folder to make; it appears only when everything is done.
-        plan: Use these decisions, such as `kvslim.plan(...).plan`, instead of the methods' own.
+        plan: Use these decisions, such as `kvslim.plan(...).plan`, instead of the methods' own; perhaps with their
+            numbers, as `load_fitted` reads them.
         overwrite: Whether to replace an artifact that is already at `out`.
         progress: Receives the progress; by default nothing is printed.
 

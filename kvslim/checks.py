@@ -59,6 +59,7 @@ def check_task(recipe: Recipe, spec: ModelSpec) -> None:
         asked = [method.name for method in recipe.methods if not method.supports_encoders]
         asked += ["a budget"] * (recipe.budget is not None)
         asked += [f"weights in {recipe.weights}"] * recipe.weights.needs_text
+        asked += ["healing"] * (recipe.heal is not None)
         misfits = asked + sorted(gates - ENCODER_GATES - SIZE_GATES)
         kind, lack, fix = "an encoder", "which has no KV cache", "use `-r encoder`"
     else:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from kvslim import checks, stages
 from kvslim.calibrate.corpus import check_source
@@ -26,13 +27,16 @@ from kvslim.report.describe import describe
 from kvslim.types import KVLayout, Manifest, Plan, Report
 from kvslim.validation.bench import BenchResult, Grid, bench_all
 
+if TYPE_CHECKING:
+    from kvslim.transform.edits import FittedPlan
+
 
 def compress(
     model: str,
     recipe: Recipe,
     out: Path,
     *,
-    plan: Plan | None = None,
+    plan: Plan | FittedPlan | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
@@ -42,7 +46,7 @@ def compress(
         model: `demo`, a folder, a .gguf file, a hub id or `id:FILE.gguf`, both also with `@revision`.
         recipe: Methods, calibration, validation and gates.
         out: The folder to make; it appears only when all is done.
-        plan: Decisions to use in place of the methods' own.
+        plan: Decisions to use in place of the methods' own, perhaps with what is fitted for them.
         overwrite: Whether an artifact that is already at `out` may be replaced.
         progress: Receives the progress.
 
@@ -55,29 +59,31 @@ def compress(
     progress = progress or Silent()
     spec, recipe = _checked(resolve(model, weights=False), recipe)
     if plan is not None:
-        checks.check_plan(plan, spec)
+        checks.check_plan(plan if isinstance(plan, Plan) else plan.plan, spec)
     check_output(out, overwrite)
     snapshot, recipe = _fetched(model, spec, recipe, {out: 2})
     with staging(out, overwrite) as folder:
         stages.begin("compress", spec, recipe, progress, planned=plan is not None)
         prepared = prepare(snapshot, spec, recipe, progress)
+        prepared.check_given(plan)
         progress.stage(stages.PLAIN)
         plain = folder / "plain"
         plain.mkdir()
         prepared.export_plain(plain)
-        plan, around = decided(prepared, plan)
-        codes = prepared.codes(plan)
+        fitted, around = decided(prepared, plan)
+        fitted, healing = prepared.healed(fitted)
         progress.stage(stages.HELD_OUT)
         evaluation = prepared.evaluation()
         progress.stage(stages.SLIM)
-        prepared.install(codes)
-        inputs = prepared.export(plan, folder)
-        prepared.write_companions(folder, KVLayout.of(spec, plan), inputs)
+        prepared.install(fitted.codes)
+        inputs = prepared.export(fitted.plan, folder)
+        prepared.write_companions(folder, KVLayout.of(spec, fitted.plan), inputs)
+        prepared.keep(fitted, folder)
         prepared.release()
         progress.stage(stages.VALIDATE)
         report = evaluation.measure(plain, folder)
         shutil.rmtree(plain)
-        return describe(folder, prepared, plan, inputs, report, around)
+        return describe(folder, prepared, fitted.plan, inputs, report, around, healing)
 
 
 def plan(model: str, recipe: Recipe, *, progress: Progress | None = None) -> PlanSummary:

@@ -30,6 +30,9 @@ class Progress(Protocol):
         """
         ...
 
+    def tell(self, words: str) -> None:
+        """What is known by now, in a few words, such as a loss; it stands behind the step until the stage ends."""
+
 
 class Silent:
     """Ignores all progress: for tests and for callers who need no output."""
@@ -43,6 +46,9 @@ class Silent:
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """Yields `items` unchanged."""
         yield from items
+
+    def tell(self, words: str) -> None:
+        """Does nothing."""
 
 
 class WithinStage(Silent):
@@ -58,3 +64,7 @@ class WithinStage(Silent):
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """Yields `items` unchanged, and follows them."""
         yield from self._progress.track(items, label, total)
+
+    def tell(self, words: str) -> None:
+        """Passes them on."""
+        self._progress.tell(words)

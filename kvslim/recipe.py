@@ -23,6 +23,7 @@ SHORT_CONTEXTS = (128, 1024)
 SHORT_PROMPTS = (128, 512)
 DEFAULT_CONTEXT = 4096
 DEFAULT_POSITIONS = 32768
+MINUTES = {"s": 1 / 60, "m": 1.0, "h": 60.0}
 SIZES = ("max_kv_ratio", "max_kv_mib", "max_memory_mib")  # gates of which a budget in bytes takes the place
 
 
@@ -151,6 +152,36 @@ class Budget(Frozen):
         return ", ".join(text.format(limit) for text, limit in words.items() if limit is not None)
 
 
+class Heal(Frozen):
+    """How long weights are trained after codes are in place."""
+
+    minutes: Number | None = Field(None, gt=0, description="budget of time; counted in steps after the first of them")
+    steps: int | None = Field(None, ge=1, description="the same in steps of 1,024 tokens")
+    rate: Number = Field(2e-4, gt=0, description="learning rate at its highest")
+    samples: int = Field(
+        1024, ge=3, description="windows of text at most; the model's own are those of the calibration"
+    )
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Heal:
+        if (self.minutes is None) == (self.steps is None):
+            raise ValueError("give minutes or steps")
+        return self
+
+
+def _heal(value: object) -> object:
+    """`10m`, `90s` or `1h` as a budget of time, a plain number as one of steps."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return value
+    text = str(value)
+    unit = MINUTES.get(text[-1:])
+    number = text[:-1] if unit else text
+    try:
+        return {"minutes": float(number) * unit} if unit else {"steps": int(number)}
+    except ValueError:
+        raise ValueError(f"cannot read {value!r}; write 10m, 90s or 1h, or a number of steps") from None
+
+
 class Gates(Frozen):
     """Limits; a gate that is not set is not checked."""
 
@@ -193,6 +224,13 @@ class Recipe(Frozen):
     )
     compensate: bool = Field(True, description="refit projections where that helps on held-out text")
     weights: Weights = WeightFormat()
+    heal: Annotated[Heal | None, BeforeValidator(_heal)] = Field(
+        None,
+        description="train weights to the codes (decoders): a time such as 10m, a number of steps, or the keys below",
+    )
+    keep_edits: bool = Field(
+        False, description="put the plan with its fitted and trained numbers into the artifact, for `--plan`"
+    )
     layout: Layout = Field(
         "gqa", description="attention operators: gqa is fused and fast, attention24 is standard ONNX"
     )

@@ -15,6 +15,7 @@ Stages = Mapping[str, float]
 LOAD, QUANTISE, PLAIN = "load", "quantise the weights", "export the plain baseline"
 PROBE_WEIGHTS, PROBE_CACHE = "probe the weights", "probe the cache"
 TEXT, CALIBRATE, PLAN, ANALYZE = "calibration text", "calibrate", "plan", "analyze"
+HEAL = "heal"
 HELD_OUT, SLIM = "held-out text", "export the slim graph"
 VALIDATE, RECALL, TIME = "validate", "validate: recall", "validate: time and memory"
 
@@ -29,12 +30,14 @@ SECONDS: Stages = {
     CALIBRATE: 24,
     PLAN: 60,
     ANALYZE: 60,
+    HEAL: 600,
     HELD_OUT: 20,
     SLIM: 26,
     VALIDATE: 100,
     RECALL: 45,
     TIME: 25,
 }
+STEP = 5  # of a step of healing
 # What a stage does in turn by the labels of its steps, and the share of its time that each part takes. Labels
 # in parentheses stand for what has no steps.
 PARTS: Mapping[str, Stages] = {
@@ -59,13 +62,20 @@ def expected(verb: str, spec: ModelSpec, recipe: Recipe, *, planned: bool = Fals
     validating = (VALIDATE,) if spec.is_encoder else (VALIDATE, RECALL, TIME)
     decides = recipe.budget is not None or bool(recipe.methods)
     deciding = (*reading, *(() if planned else (PLAN,))) if decides or planned else ()
+    healing = (HEAL,) if deciding and recipe.heal is not None else ()
     names = {
-        "compress": (PLAIN, *deciding, HELD_OUT, SLIM, *validating),
+        "compress": (PLAIN, *deciding, *healing, HELD_OUT, SLIM, *validating),
         "plan": deciding,
         "analyze": (*reading, ANALYZE),
         "validate": (PLAIN, HELD_OUT, *validating),
     }
-    return {name: SECONDS[name] for name in (*loading, *names[verb])}
+    return {name: _seconds(name, recipe) for name in (*loading, *names[verb])}
+
+
+def _seconds(name: str, recipe: Recipe) -> float:
+    if name != HEAL or recipe.heal is None:
+        return SECONDS[name]
+    return STEP * recipe.heal.steps if recipe.heal.minutes is None else 60 * recipe.heal.minutes
 
 
 def _of_weights(recipe: Recipe) -> tuple[str, ...]:

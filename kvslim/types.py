@@ -133,6 +133,9 @@ class LayerPlan(Frozen):
         None, description="query heads kept, and with them the kv heads that they read; none: no attention, no cache"
     )
     mlp: bool = Field(True, description="whether the feed-forward part stays; without it and heads the block is gone")
+    mlp_width: int | None = Field(
+        None, gt=0, multiple_of=32, description="channels of the feed-forward part that stay; null: all"
+    )
     cache: AnyCache = Field(default_factory=FullCache, description="how keys and values are kept")
     refit: bool = Field(False, description="whether its projections are fitted again to what is compressed or gone")
     score: float | None = Field(None, description="share of the score energy that the rank keeps, the worse of K and V")
@@ -179,6 +182,26 @@ class Plan(Frozen):
     def changes_nothing(self) -> bool:
         """Whether every layer stays as it is."""
         return all(layer == LayerPlan(layer=layer.layer, reason=layer.reason) for layer in self.layers)
+
+
+class Watched(Frozen):
+    """One look at the held-out text while a model heals."""
+
+    step: int
+    seconds: float = Field(description="from the first step on, looks included")
+    kl: float = Field(description="mean KL to the model as it is, nats per token")
+
+
+class Healing(Frozen):
+    """What a training of a model with its codes did; see `docs/healing.md`."""
+
+    steps: int
+    tokens: int = Field(description="tokens of text that it read, some of them several times")
+    seconds: float
+    kl_before: float = Field(description="on text that the training never saw, before it; nats per token")
+    kl_after: float = Field(description="the same after it")
+    kept: bool = Field(description="whether the trained weights are used: they are if they lose less on that text")
+    watched: tuple[Watched, ...] = Field(description="KL on other text as it went on; the best weights were taken")
 
 
 class PlanPoint(Frozen):
@@ -391,6 +414,7 @@ class Manifest(Frozen):
     frontier: tuple[PlanPoint, ...] = Field((), description="with a budget: what the planner saw at other sizes")
     alike: tuple[PlanPoint, ...] = Field((), description="without a budget: what all layers alike cost in a few sizes")
     peers: tuple[PeerPoint, ...] = Field((), description="what cache types of other tools cost")
+    healing: Healing | None = _known("with `heal`: how the weights were trained")
     kv_layout: KVLayout
     weights: Weights
     matrices: dict[str, str] | None = _known("format of each matrix in blocks, by its name; of packed ones the first")

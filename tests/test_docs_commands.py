@@ -27,6 +27,7 @@ STANDS_FOR = {
     r'"\$RECIPE"': "recipe.yaml",
     r"compress demo\b": "compress ./my-model",
     r" < \S+": "",  # stdin is a text of the test's own
+    r"--heal \w+": "--heal 2",  # steps
 }
 BRIEF = (
     "calibration.samples=8",
@@ -39,6 +40,7 @@ BRIEF = (
     "validation.contexts=[16]",
     "validation.repeats=3",
 )
+KEPT = ("--set", "keep_edits=true")
 ARTIFACTS = ("artifacts/mine", "artifacts/demo", "artifacts/a", "artifacts/b", "artifacts/c", "slim")
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 HARNESS_TASK = """
@@ -124,7 +126,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, brief: None) -> Path:
     (folder / "this.yaml").write_text(shipped_devices()["laptop-8gb"].read_text())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert app.run(["compress", "./my-model", "-r", "lossless", "-o", ARTIFACTS[0]]) == 0
+        assert app.run(["compress", "./my-model", "-r", "lossless", "-o", ARTIFACTS[0], *KEPT]) == 0
         assert app.run(["compress", "./all-MiniLM-L6-v2", "-r", "encoder", "-o", "artifacts/minilm"]) == 0
         for name in ARTIFACTS[1:]:
             shutil.copytree(ARTIFACTS[0], name)

@@ -30,6 +30,7 @@ from kvslim.methods import (
     Method,
     PruneHeads,
     PruneLayers,
+    PruneMlp,
     ShareKv,
 )
 from kvslim.runtime.opening import layout_of, open_session
@@ -50,6 +51,7 @@ PLANS: dict[str, Sequence[Method]] = {
     "clusters": (ClusterHeads(clusters={0: 2}), KvQuant()),
     "shared": (ShareKv(sources={1: 0}), KvQuant()),
     "layers": (PruneLayers(layers={1: "attention"}), KvQuant()),
+    "mlp": (PruneMlp(widths={1: 64}), KvQuant()),
 }
 CORE = ("llama", "gpt2")  # with RoPE, and with learned positions
 
@@ -59,7 +61,7 @@ def plans_of(family: str) -> tuple[str, ...]:
     if "-" in family:
         return ("plain",)
     # In a window the kernel takes int4 in heads of 32 and more: too large for half the head_dim of these.
-    return ("plain", "pca_int8" if CONFIGS[family].get("sliding_window") else "pca_hdc_int4")
+    return ("plain", "mlp", "pca_int8" if CONFIGS[family].get("sliding_window") else "pca_hdc_int4")
 
 
 ModelOf = Callable[[str], Path]

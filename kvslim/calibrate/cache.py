@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kvslim.planning.matrices import MatrixPrices
     from kvslim.planning.probes import Probes
 
-FORMAT = 9
+FORMAT = 10
 Probed = TypeVar("Probed", "Probes", "MatrixPrices")
 
 

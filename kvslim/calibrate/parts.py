@@ -1,4 +1,4 @@
-"""Statistics of what each part of a layer adds to the hidden states: attention, feed-forward part, and whole block."""
+"""Statistics of what each part of a layer adds to the hidden states, and of what is inside feed-forward parts."""
 
 from __future__ import annotations
 
@@ -25,12 +25,20 @@ class PartsRecorder:
         self.multiplier = multiplier
         self.before: Tensor | None = None
         self.added: dict[str, Tensor] = {}
+        self.inner: Tensor | None = None
+        self.columns: Tensor | None = None
         self.sums = {"attention_mean": torch.zeros(1), "mlp_mean": torch.zeros(1), "influence": torch.zeros(3)}
         self.tokens = 0
 
     def hear(self, name: str, output: Tensor) -> None:
         """Keeps what a part adds, until the layer ends."""
         self.added[name] = output
+
+    def hear_inner(self, down: Any, inputs: tuple[Tensor, ...]) -> None:
+        """Keeps what the last projection of the feed-forward part reads, and what its columns make of it."""
+        self.inner = inputs[0]
+        if self.columns is None:
+            self.columns = down.weight.detach().double().square().sum(0)
 
     def enter(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Keeps the hidden states that the layer reads."""
@@ -48,7 +56,14 @@ class PartsRecorder:
         pairs = (before, before + self.multiplier * attention), (after - self.multiplier * mlp, after), (before, after)
         cosines = [torch.cosine_similarity(*pair, dim=-1) for pair in pairs]
         amounts = attention.sum(0), mlp.sum(0), torch.stack([(1 - cosine).sum() for cosine in cosines])
-        self.sums = {name: total + amount for (name, total), amount in zip(self.sums.items(), amounts, strict=True)}
+        names = ("attention_mean", "mlp_mean", "influence")
+        self.sums |= {name: self.sums[name] + amount for name, amount in zip(names, amounts, strict=True)}
+        assert self.inner is not None
+        assert self.columns is not None
+        inner = self.inner.reshape(*self.before.shape[:2], -1)[:, first:].flatten(0, 1).double()
+        square = inner.square().sum(0)
+        found = {"inner_mean": inner.sum(0), "inner_square": square, "inner_added": square * self.columns}
+        self.sums |= {name: self.sums.get(name, torch.zeros(1)) + amount for name, amount in found.items()}
         self.tokens += len(after)
 
     def finish(self) -> dict[str, np.ndarray]:
@@ -79,4 +94,4 @@ def _attached(layer: nn.Module, architecture: Architecture, recorder: PartsRecor
     for name, path in zip(("attention_mean", "mlp_mean"), architecture.added, strict=True):
         module = layer.get_submodule(path)
         hooks.append(module.register_forward_hook(lambda *call, name=name: recorder.hear(name, call[2])))
-    return hooks
+    return [*hooks, layer.get_submodule(architecture.down).register_forward_pre_hook(recorder.hear_inner)]

@@ -20,6 +20,9 @@ class HeadStatistics:
         attention_mean: [L, hidden] mean of what attention adds to the hidden states.
         mlp_mean: [L, hidden] mean of what the feed-forward part adds.
         influence: [L, 3] of attention, feed-forward part and block: 1 - mean cosine of hidden states without and with.
+        inner_mean: [L, F] mean of each channel of the feed-forward part, as its last projection reads it.
+        inner_square: [L, F] mean of its square.
+        inner_added: [L, F] mean square of what it adds to the hidden states, summed over these.
     """
 
     output_mean: Array
@@ -27,6 +30,9 @@ class HeadStatistics:
     attention_mean: Array
     mlp_mean: Array
     influence: Array
+    inner_mean: Array
+    inner_square: Array
+    inner_added: Array
 
 
 @dataclass(frozen=True)

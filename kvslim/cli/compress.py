@@ -16,6 +16,7 @@ from kvslim.cli.options import (
     FileMib,
     FileRatio,
     GateLimits,
+    Healing,
     HeldOut,
     Json,
     Junit,
@@ -54,8 +55,12 @@ def compress(
     max_recall_drop: MaxDrop = None,
     device: DeviceName = None,
     tokens_per_second: Speed = None,
+    heal: Healing = None,
     gates: GateLimits = None,
-    plan: Annotated[Path | None, typer.Option(help="use the decisions in this file (see `kvslim plan -o`)")] = None,
+    plan: Annotated[
+        list[Path] | None,
+        typer.Option(help="decisions of `kvslim plan -o`, or an edits.safetensors; several of one plan are merged"),
+    ] = None,
     overrides: Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="replace an existing artifact")] = False,
     junit: Junit = None,
@@ -69,14 +74,22 @@ def compress(
     methods, ranks and bits. Its limits are gates too, beside those of the recipe, or in their place.
     """
     from kvslim.cli.asked import asked_for
-    from kvslim.cli.inputs import check_target, read_budget, read_gates, read_plan, read_recipe, read_words, write_junit
+    from kvslim.cli.inputs import (
+        check_target,
+        read_budget,
+        read_gates,
+        read_plans,
+        read_recipe,
+        read_words,
+        write_junit,
+    )
     from kvslim.cli.outcome import outcome, passing_command
 
     check_target(junit, "--junit")
     budget = read_budget(kv_ratio, kv_mib_at, time_ratio, max_kl, max_recall_drop, memory_mib)
-    words = read_words(weights, calibration, context, validation, file_mib, file_ratio)
+    words = read_words(weights, calibration, context, validation, file_mib, file_ratio, heal)
     limits = read_gates(gates or ())
-    decisions = read_plan(plan) if plan else None
+    decisions = read_plans(plan or ())
     read = partial(read_recipe, recipe, overrides or (), gates=limits, words=words)
     asked = asked_for(model, read, budget, device, tokens_per_second)
     from kvslim import api

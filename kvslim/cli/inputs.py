@@ -15,20 +15,45 @@ from kvslim.recipe import SIZES, Budget, Gates, Recipe, load_recipe
 from kvslim.types import Plan
 
 if TYPE_CHECKING:
+    from kvslim.transform.edits import FittedPlan
     from kvslim.types import Report
 
 
-def read_plan(path: Path) -> Plan:
-    """A plan from a JSON file, as `kvslim plan -o` writes it.
+def read_plans(paths: Sequence[Path]) -> Plan | FittedPlan | None:
+    """The plan of `--plan`; trainings of one plan are merged, and there is none without a file.
+
+    Raises:
+        UsageError: There are several files, and not all are trainings of one plan.
+        KvslimError: As `read_plan`.
+    """
+    plans = [read_plan(path) for path in paths]
+    if len(plans) < 2:
+        return plans[0] if plans else None
+    from kvslim.transform.edit_file import merged
+
+    fitted = [plan for plan in plans if not isinstance(plan, Plan)]
+    if len(fitted) < len(plans):
+        fix = "give one plan, or several edits.safetensors"
+        raise UsageError("plans without numbers cannot be merged", where="--plan", fix=fix)
+    return merged(fitted)
+
+
+def read_plan(path: Path) -> Plan | FittedPlan:
+    """A plan from a JSON file, as `kvslim plan -o` writes it, or from one of an artifact with its numbers.
 
     Raises:
         NotFoundError: There is no such file.
         UsageError: It is not JSON, or not a plan.
+        ArtifactError: A file with numbers is damaged.
     """
     if not path.is_file():
         raise NotFoundError(
             "no such plan file", where=f"--plan {path}", fix="write one with `kvslim plan MODEL -o plan.json`"
         )
+    if path.suffix == ".safetensors":
+        from kvslim.transform.edit_file import load_fitted
+
+        return load_fitted(path)
     try:
         return Plan.model_validate(json.loads(path.read_bytes()))
     except ValidationError as error:
@@ -153,6 +178,7 @@ def read_words(
     validation: str | None = None,
     file_mib: float | None = None,
     file_ratio: float | None = None,
+    heal: str | None = None,
 ) -> dict[str, str]:
     """The usual options as `key=value` overrides of a recipe, with the option that each came from.
 
@@ -167,6 +193,7 @@ def read_words(
         "--validation": ("validation.source", validation),
         "--file-mib": ("weights.file_mib", file_mib),
         "--file-ratio": ("weights.file_ratio", file_ratio),
+        "--heal": ("heal", heal),
     }
     return {f"{key}={json.dumps(value)}": option for option, (key, value) in given.items() if value is not None}
 

@@ -104,6 +104,12 @@ Speed = Annotated[
     typer.Option("--tokens-per-second", min=0.001, help="budget: what decoding on --device is to reach at least"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+Healing = Annotated[
+    str | None,
+    typer.Option(
+        "--heal", metavar="TIME", help="train weights to the compressed cache for so long: 10m, or a number of steps"
+    ),
+]
 GateLimits = Annotated[
     list[str] | None,
     typer.Option(

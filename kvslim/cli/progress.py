@@ -36,7 +36,7 @@ class Terminal:
     ) -> None:
         self._console = stderr_console()
         self._pace, self._clock, self._now = Pace(clock), clock, now
-        self._quiet, self._label, self._shown = quiet, "", clock()
+        self._quiet, self._label, self._told, self._shown = quiet, "", "", clock()
         self._bars: Bars | None = None
         self._lock, self._over = threading.RLock(), threading.Event()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
@@ -66,7 +66,7 @@ class Terminal:
         with self._lock:
             self._end_stage(finished=True)
             self._pace.enter(name)
-            self._label, self._shown = "", self._clock()
+            self._label, self._told, self._shown = "", "", self._clock()
             if self._console.is_terminal:
                 self._start_bars()
             else:
@@ -82,6 +82,11 @@ class Terminal:
                 self._pace.step(label, number, count)
                 self._label = label if count else f"{label}: {number}"
                 self._show(COUNTED)
+
+    def tell(self, words: str) -> None:
+        """Shows words behind the step."""
+        with self._lock:
+            self._told = words
 
     @property
     def _title(self) -> str:
@@ -110,7 +115,7 @@ class Terminal:
         """How far stage and run are, in words."""
         pace = self._pace
         parts = [" ".join(filter(None, (self._label, _percent(done(pace.stage_seconds, pace.stage_left)))))]
-        parts += [left_in_words(pace.stage_left)]
+        parts += [self._told, left_in_words(pace.stage_left)]
         if pace.left is not None:
             parts += [f"run {_percent(done(pace.seconds, pace.left))}", left_in_words(pace.left)]
         return ", ".join(filter(None, (*parts, f"{minutes(pace.seconds)} passed")))
@@ -148,7 +153,8 @@ class Terminal:
         self._bars.start()
 
     def _fill(self, bars: Bars) -> None:
-        pace, label = self._pace, f": {self._label}" if self._label else ""
+        pace, label = self._pace, ", ".join(filter(None, (self._label, self._told)))
+        label = f": {label}" if label else ""
         rows = ((f"{self._title}{label}", pace.stage_seconds, pace.stage_left), ("whole run", pace.seconds, pace.left))
         for task, (text, passed, left) in zip(bars.task_ids, rows, strict=True):
             share = done(passed, left)

@@ -8,6 +8,7 @@ from kvslim.methods.kv_quant import KvQuant
 from kvslim.methods.kv_window import KvWindow
 from kvslim.methods.prune_heads import PruneHeads
 from kvslim.methods.prune_layers import PruneLayers
+from kvslim.methods.prune_mlp import PruneMlp
 from kvslim.methods.share_kv import ShareKv
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Method",
     "PruneHeads",
     "PruneLayers",
+    "PruneMlp",
     "ShareKv",
     "method_class",
 ]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
     from kvslim.prepared.base import PreparedModel
     from kvslim.prepared.trials import Trials
+    from kvslim.transform.edits import FittedPlan
 
 
 class PlanSummary(Frozen):
@@ -65,20 +66,22 @@ def planned(prepared: PreparedModel) -> PlanSummary:
     return _summary(prepared, *refit_where_it_pays(trials, plan), around)
 
 
-def decided(prepared: PreparedModel, given: Plan | None) -> tuple[Plan, Survey]:
-    """The plan to make, and what else there would have been.
+def decided(prepared: PreparedModel, given: Plan | FittedPlan | None) -> tuple[FittedPlan, Survey]:
+    """The plan to make with what is fitted for it, and what else there would have been.
 
     Args:
         prepared: The model.
-        given: A plan to make in place of what the recipe decides.
+        given: A plan to make in place of what the recipe decides; what is fitted already is taken as it is.
 
     Raises:
         KvslimError: As `planned`.
     """
     if given is None:
         summary = planned(prepared)
-        return summary.plan, Survey(summary.frontier, summary.alike, summary.peers)
-    return given, Survey() if given.changes_nothing else prepared.trials().survey()
+        return prepared.fitted(summary.plan), Survey(summary.frontier, summary.alike, summary.peers)
+    if not isinstance(given, Plan):
+        return given, Survey()
+    return prepared.fitted(given), Survey() if given.changes_nothing else prepared.trials().survey()
 
 
 def resolved(recipe: Recipe, trials: Trials) -> Recipe:

@@ -30,7 +30,8 @@ class DecodeTime:
         context: Cached tokens.
         weights: How they are stored.
         attention: Numbers in the matrices of each layer's attention.
-        others: Numbers in the other matrices of each layer.
+        others: Numbers in the other matrices of each layer, those of its feed-forward part.
+        width: Channels of a feed-forward part.
         head: Numbers in the output head.
     """
 
@@ -40,10 +41,12 @@ class DecodeTime:
     attention: tuple[int, ...]
     others: tuple[int, ...]
     head: int
+    width: int = 0
 
     def of_layer(self, layer: LayerPlan, source: LayerPlan | None = None) -> float:
         """The work of one layer for one token, over its own cache or that of a source layer."""
-        others = OF_WEIGHTS[self.weights] * self.others[layer.layer] * layer.mlp
+        share = layer.mlp if layer.mlp_width is None else layer.mlp_width / self.width
+        others = OF_WEIGHTS[self.weights] * self.others[layer.layer] * share
         return others if layer.heads == () else others + self._attention(layer, source or layer)
 
     def of_plan(self, layers: Sequence[LayerPlan]) -> float:

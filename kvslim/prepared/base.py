@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvslim.contract import ModelSpec
+from kvslim.errors import UsageError
 from kvslim.loading.architecture import Architecture
 from kvslim.loading.snapshot import Snapshot
 from kvslim.progress import Progress
 from kvslim.recipe import Recipe
-from kvslim.types import KVLayout, Plan, Report
+from kvslim.types import Healing, KVLayout, Plan, Report
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
     from kvslim.prepared.trials import Trials
-    from kvslim.transform.edits import LayerEdit
+    from kvslim.transform.edits import FittedPlan, LayerEdit
 
 
 class Evaluation(Protocol):
@@ -65,6 +66,43 @@ class PreparedModel(ABC):
         if plan.changes_nothing:
             return tuple(LayerEdit() for _ in plan.layers)
         return self.trials().codes(plan)
+
+    @property
+    def made_for(self) -> str:
+        """SHA-256 of the model's files and of how its weights are stored: what fitted numbers go with."""
+        from kvslim.calibrate.cache import content_key
+
+        return content_key("made for", self.digest, self.weights_identity)
+
+    def check_given(self, plan: Plan | FittedPlan | None) -> None:
+        """Refuses numbers that were fitted for another model.
+
+        Raises:
+            UsageError: Naming the plan.
+        """
+        if plan is not None and not isinstance(plan, Plan) and plan.made_for != self.made_for:
+            raise UsageError(
+                "its numbers were fitted for another model, or for weights that are stored in another way",
+                where="--plan",
+                fix="give that model and those weights, or a plan without numbers",
+            )
+
+    def fitted(self, plan: Plan) -> FittedPlan:
+        """A plan with its codes."""
+        from kvslim.transform.edits import FittedPlan
+
+        return FittedPlan(plan, self.codes(plan), self.made_for)
+
+    def healed(self, fitted: FittedPlan) -> tuple[FittedPlan, Healing | None]:
+        """The plan with weights trained to its codes, where the recipe asks for that and there is anything to heal."""
+        return fitted, None
+
+    def keep(self, fitted: FittedPlan, folder: Path) -> None:
+        """Writes the plan with its numbers into an artifact, where the recipe asks for that."""
+        if self.recipe.keep_edits:
+            from kvslim.transform.edit_file import NAME, save_fitted
+
+            save_fitted(folder / NAME, fitted)
 
     @abstractmethod
     def trials(self) -> Trials:

@@ -27,14 +27,15 @@ from kvslim.loading.model import load_model, load_tokenizer
 from kvslim.loading.snapshot import Snapshot
 from kvslim.prepared.base import PreparedModel
 from kvslim.prepared.decoder_trials import DecoderTrials
+from kvslim.prepared.fitted import heal, refitted_before
 from kvslim.prepared.limits import with_limits
 from kvslim.prepared.text import TextSource
 from kvslim.prepared.weights import keeps_weights, quantise
 from kvslim.progress import Progress
 from kvslim.recipe import Recipe
-from kvslim.transform.edits import LayerEdit
+from kvslim.transform.edits import FittedPlan, LayerEdit
 from kvslim.transform.surgery import install, prepare
-from kvslim.types import KVLayout, Plan, WeightFormat
+from kvslim.types import Healing, KVLayout, Plan, WeightFormat
 from kvslim.validation.measure import DecoderEvaluation
 from kvslim.weights.rows import QuantisedRows
 
@@ -117,6 +118,18 @@ class PreparedDecoder(PreparedModel):
             progress=self.progress,
             loss_mask=self.text.calibration_mask(),
         )
+
+    def codes(self, plan: Plan) -> tuple[LayerEdit, ...]:
+        """What a plan puts into the model; what takes long to fit is taken from the disk when it was fitted before."""
+        if not any(layer.refit for layer in plan.layers):
+            return super().codes(plan)
+        return refitted_before(self, plan, super().codes)
+
+    def healed(self, fitted: FittedPlan) -> tuple[FittedPlan, Healing | None]:
+        """The plan with weights trained to its codes, where the recipe asks for that."""
+        if self.recipe.heal is None or all(code.is_empty for code in fitted.codes):
+            return fitted, None
+        return heal(self, fitted, self.recipe.heal)
 
     def trials(self) -> DecoderTrials:
         """Trials on the part of the calibration text that nothing is fitted to."""

@@ -20,6 +20,7 @@ from kvslim.calibrate.corpus import (
     text_windows,
 )
 from kvslim.demo.world import recall_questions
+from kvslim.healing.text import Text
 from kvslim.recipe import Calibration, Validation
 from kvslim.validation.recall import RecallItem, repeated_spans
 from kvslim.validation.spans import FAR_SPANS, SPAN
@@ -76,6 +77,23 @@ class TextSource:
             length=settings.length,
             share=self._calibration_share,
         )
+
+    def healing_windows(self, most: int) -> Text:
+        """The windows of the calibration's source, up to `most`; of what the model writes, those of the calibration."""
+        settings = self.calibration
+        if settings.source == "self":
+            return Text(self.calibration_windows, None)
+        windows, mask = (
+            part(
+                settings.source,
+                self.prepared.tokenizer,
+                samples=most,
+                length=settings.length,
+                share=self._calibration_share,
+            )
+            for part in (text_windows, loss_mask)
+        )
+        return Text(windows, mask)
 
     def held_out_windows(self) -> np.ndarray:
         """[n, length] token ids that calibration never sees."""

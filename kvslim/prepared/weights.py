@@ -170,4 +170,4 @@ def _least_bits(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> dict
 
 def keeps_weights(recipe: Recipe) -> bool:
     """Whether nothing that a recipe does changes rows of matrices."""
-    return recipe.budget is None and all(method.keeps_weights for method in recipe.methods)
+    return recipe.budget is None and recipe.heal is None and all(method.keeps_weights for method in recipe.methods)

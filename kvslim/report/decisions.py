@@ -52,9 +52,15 @@ def _facts(spec: ModelSpec, layer: LayerPlan) -> dict[str, str]:
         "dimensions stored finer": own[1],
         "tokens kept": own[2],
         "query heads": heads if layer.heads != () else "none",
-        "feed-forward part": "kept" if layer.mlp else "removed",
+        "feed-forward part": _mlp(layer),
         "output projection": "fitted again" if layer.refit else "as it was",
     }
+
+
+def _mlp(layer: LayerPlan) -> str:
+    if not layer.mlp:
+        return "removed"
+    return "kept" if layer.mlp_width is None else f"{layer.mlp_width:,} channels"
 
 
 def _stored(layer: LayerPlan) -> str:

@@ -12,7 +12,7 @@ from kvslim.loading.origin import source_of
 from kvslim.report.card import write_card
 from kvslim.report.matrices import matrix_formats
 from kvslim.report.page import write_report
-from kvslim.types import KVLayout, Manifest, Plan, Report, Survey
+from kvslim.types import Healing, KVLayout, Manifest, Plan, Report, Survey
 
 if TYPE_CHECKING:
     from kvslim.prepared.base import PreparedModel
@@ -27,6 +27,7 @@ def describe(
     inputs: tuple[str, ...],
     report: Report,
     around: Survey,
+    healing: Healing | None = None,
 ) -> Manifest:
     """Writes what describes the artifact: model card, HTML report and manifest."""
     recipe, spec = prepared.recipe, prepared.spec
@@ -37,6 +38,7 @@ def describe(
         recipe=recipe.model_dump(mode="json"),
         plan=plan,
         **around._asdict(),
+        healing=healing,
         kv_layout=KVLayout.of(spec, plan),
         weights=recipe.weights,
         matrices=matrix_formats(folder),

@@ -23,6 +23,7 @@ from kvslim.contract import BITS, CacheType
 from kvslim.transform.operators import ExportStep, Scales, rotary_embedding
 from kvslim.transform.rotary import Rotary
 from kvslim.transform.scoring import Scoring
+from kvslim.transform.straight_through import through
 
 NAME = "kvslim"
 
@@ -187,7 +188,8 @@ class SlimAttention(nn.Module):
         if scale is None:
             return states
         step, most = scale[:, None], 1 << (BITS[self.stored] - 1)
-        return (states / step).round().clamp(-most, most - 1) * step
+        exact = states / step
+        return through(exact, exact.round()).clamp(-most, most - 1) * step
 
     def kernel_scales(self) -> Scales:
         """Scales in the shapes that onnxruntime's operator reads; None for a float32 cache."""

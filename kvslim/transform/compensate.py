@@ -5,10 +5,11 @@ becomes the ridge regression, in closed form and towards the projection it had:
 
 - The output projection from its attention outputs there to what it gave in the uncompressed model; where the layer has
   lost its feed-forward part, to what the whole layer gave.
-- The down projection, where its layer has lost its attention or blocks behind it are gone, to the hidden states that
-  the uncompressed model has behind all these (after Shopkhoev et al., "ReplaceMe: Network Simplification via Depth
-  Pruning and Transformer Block Linearization", 2025, section 2.2, where the map is square and applied to its output).
-  A norm behind it, as some families have, leaves nothing linear to fit; the mean outputs stay alone there.
+- The down projection, where it reads fewer channels, its layer has lost its attention or blocks behind it are gone, to
+  the hidden states that the uncompressed model has behind all these (after Shopkhoev et al., "ReplaceMe: Network
+  Simplification via Depth Pruning and Transformer Block Linearization", 2025, section 2.2, where the map is square and
+  applied to its output). A norm behind it, as some families have, leaves nothing linear to fit; the mean outputs stay
+  alone there.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ class _Refit:
             whole = is_linear and code.mlp_mean is not None
             weight, bias = self._solved("output", codes, before, wanted, whole=whole)
             code = replace(code, output=Affine(weight, bias))
-        if is_linear and code.mlp_mean is None and (not code.has_attention or self.last > self.first):
+        lacks = not code.has_attention or self.last > self.first or code.channels is not None
+        if is_linear and code.mlp_mean is None and lacks:
             codes = [*codes[: self.first], code, *codes[self.first + 1 :]]
             weight, bias = self._solved("down", codes, before, wanted, whole=True)
             code = replace(code, down=Affine(weight, bias))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from kvslim.caches import Cache, FullCache, SharedCache
 from kvslim.caches.clustering import Formed
+
+if TYPE_CHECKING:
+    from kvslim.types import Plan
 
 Array = np.ndarray
 OF_QUERY_HEADS = ("query_encoder", "value_decoder", "value_offset")
@@ -87,6 +91,19 @@ class KeptHeads:
 
 
 @dataclass(frozen=True, eq=False)
+class Channels:
+    """The channels that a feed-forward part keeps.
+
+    Attributes:
+        kept: [width] which, in order.
+        mean: [F] of all channels; what the others gave on average stays as a bias.
+    """
+
+    kept: Array
+    mean: Array
+
+
+@dataclass(frozen=True, eq=False)
 class Affine:
     """A projection: weight [outputs, inputs] and bias [outputs]."""
 
@@ -108,7 +125,9 @@ class LayerEdit:
         output: An output projection fitted to the code, decoders included.
         attention_mean: [hidden], added to the hidden states where the layer has no attention.
         mlp_mean: [hidden], added to them in place of what the feed-forward part gives; None: that part stays.
+        channels: The channels that the feed-forward part keeps, or None for all.
         down: A down projection fitted to what is left around it.
+        weights: Trained weights by their names in the layer, as it is with all else of this edit; they replace its own.
     """
 
     heads: KeptHeads | None = None
@@ -120,15 +139,17 @@ class LayerEdit:
     output: Affine | None = None
     attention_mean: Array | None = None
     mlp_mean: Array | None = None
+    channels: Channels | None = None
     down: Affine | None = None
+    weights: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
         """Whether the layer stays as it is."""
         rounded = self.rounding.key_scale is not None or self.rounding.value_scale is not None
-        changed = (self.heads, self.formed, self.output, self.down, self.mlp_mean)
+        changed = (self.heads, self.formed, self.output, self.down, self.mlp_mean, self.channels)
         kept = self.code.is_empty and not rounded and not self.cache.replaces_attention
-        return kept and all(part is None for part in changed)
+        return kept and not self.weights and all(part is None for part in changed)
 
     @property
     def has_attention(self) -> bool:
@@ -166,6 +187,20 @@ class LayerEdit:
         edit = self.coded(**{name: _of(getattr(self.code, name), heads) for name, heads in kept.items()})
         per_head = {name: _of(getattr(self.rounding, name), self.heads.kv) for name in ROUNDING_OF_KV_HEADS}
         return edit.rounded(**per_head)
+
+
+class FittedPlan(NamedTuple):
+    """A plan with the numbers that carry it out.
+
+    Attributes:
+        plan: The decisions.
+        codes: What they put into the model, one entry per layer.
+        made_for: SHA-256 of the model's files and of how its weights are stored.
+    """
+
+    plan: Plan
+    codes: tuple[LayerEdit, ...]
+    made_for: str
 
 
 def _of(array: Array | None, heads: tuple[int, ...]) -> Array | None:

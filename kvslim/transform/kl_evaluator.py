@@ -59,10 +59,7 @@ class KLEvaluator:
         self.layers = layer_modules(model, architecture)
         self.length = windows.shape[1]
         self.batches = torch.from_numpy(windows).split(max(1, BATCH // self.length))
-        following = np.ones(windows.shape, bool)
-        if loss_mask is not None and loss_mask[:, 1:].any() and not loss_mask.all():
-            following[:, :-1], following[:, -1] = loss_mask[:, 1:], False
-        weights = torch.from_numpy(following[:, self.stride - 1 :: self.stride])
+        weights = torch.from_numpy(predicting(windows, loss_mask)[:, self.stride - 1 :: self.stride])
         self._weights = weights.split(max(1, BATCH // self.length))
         self._outputs: list[list[Any]] = []
         self._reference: list[Tensor] = []
@@ -112,15 +109,37 @@ class KLEvaluator:
         return self._logits(batch, places).float().log_softmax(-1)
 
     def _logits(self, batch: Tensor, places: Tensor) -> Tensor:
-        """Logits at some places of a batch [n, length]: those of all others would cost more than the layers."""
-        head = self.model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, places],))
-        try:
-            with torch.inference_mode():
-                logits: Tensor = self.model(input_ids=batch, use_cache=False).logits
-        finally:
-            hook.remove()
-        return logits
+        with torch.inference_mode():
+            return logits_at(self.model, batch, places)
+
+
+def logits_at(model: Any, batch: Tensor, places: Tensor) -> Tensor:
+    """Logits [n, places, vocab] at some places of a batch [n, length]: those of all others would cost more than layers.
+
+    Args:
+        model: A decoder.
+        batch: Token ids.
+        places: Of the positions, in order.
+    """
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][:, places],))
+    try:
+        logits: Tensor = model(input_ids=batch, use_cache=False).logits
+    finally:
+        hook.remove()
+    return logits
+
+
+def predicting(windows: Array, loss_mask: Array | None) -> Array:
+    """[n, length] bool, the positions whose prediction counts.
+
+    Args:
+        windows: [n, length] token ids.
+        loss_mask: [n, length] bool, the tokens whose prediction counts; None for all.
+    """
+    following = np.ones(windows.shape, bool)
+    if loss_mask is not None and loss_mask[:, 1:].any() and not loss_mask.all():
+        following[:, :-1], following[:, -1] = loss_mask[:, 1:], False
+    return following
 
 
 def chained(items: Sequence[Question]) -> Iterator[tuple[Tensor, Tensor]]:

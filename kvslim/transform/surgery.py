@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from kvslim.contract import ModelSpec
 from kvslim.loading.architecture import Architecture
 from kvslim.transform.attention import NAME, SlimAttention, register
 from kvslim.transform.edits import RESIDUAL_STEPS, Array, KeptHeads, LayerEdit, LinearCode
+from kvslim.transform.narrowing import narrow
 from kvslim.transform.normal import normalise
 from kvslim.transform.projections import SIDES, as_tensor, fold, linear_of, projection, set_output, set_rows, shifted
 from kvslim.transform.removal import remove_parts
 from kvslim.transform.rotary import take_over
+from kvslim.transform.trained import linears_of, set_weights
 
 
 def layer_modules(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
@@ -82,12 +85,12 @@ def _rows(rows: Tensor, architecture: Architecture, spec: ModelSpec, side: str) 
 
 
 def catch_hidden(slim: SlimAttention) -> Any:
-    """A hook that tells a layer's slim attention what the projections read."""
+    """A hook that tells a layer's slim attention what the projections read; a copy of the layer tells its own."""
+    return partial(_catch, slim)
 
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        slim.hidden = inputs[0]
 
-    return hook
+def _catch(slim: SlimAttention, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    slim.hidden = inputs[0]
 
 
 def install(model: nn.Module, architecture: Architecture, edits: tuple[LayerEdit, ...]) -> None:
@@ -98,26 +101,31 @@ def install(model: nn.Module, architecture: Architecture, edits: tuple[LayerEdit
     config: Any = model.config
     multiplier, slims = architecture.multiplier(config), slim_modules(model, architecture)
     for layer, slim, whole in zip(layer_modules(model, architecture), slims, edits, strict=True):
-        attention = layer.get_submodule(architecture.attention)
         remove_parts(layer, architecture, whole, multiplier)
+        if whole.channels is not None:
+            narrow(layer, architecture, whole.channels)
         if whole.down is not None:
             layer.set_submodule(architecture.down, linear_of(whole.down.weight, whole.down.bias))
         if whole.heads is not None:
             slim.heads = {"query": whole.heads.query}
             slim.heads |= {} if whole.source is not None else dict.fromkeys(("key", "value"), whole.heads.kv)
-        if slim.is_dropped:
-            continue
-        if whole.heads is not None:
-            _prune_heads(attention, slim, architecture, whole.heads)
-        if isinstance(whole.cache, ClusteredCache) and whole.cache.clusters is not None:
-            _cluster_heads(attention, slim, architecture, whole.cache.clusters)
-        edit = whole.of_kept_heads()
-        _install_code(attention, slim, architecture, edit)
-        _install_storage(slim, edit)
-        slim.cache = edit.cache.attention(edit)
+        if not slim.is_dropped:
+            _install_attention(layer.get_submodule(architecture.attention), slim, architecture, whole)
         if isinstance(slim.cache, SharedAttention):
             source = slims[slim.cache.read.source]
             slim.cache.read = source.shared = source.shared or slim.cache.read
+        set_weights(layer, whole.weights)
+
+
+def _install_attention(attention: nn.Module, slim: SlimAttention, architecture: Architecture, whole: LayerEdit) -> None:
+    if whole.heads is not None:
+        _prune_heads(attention, slim, architecture, whole.heads)
+    if isinstance(whole.cache, ClusteredCache) and whole.cache.clusters is not None:
+        _cluster_heads(attention, slim, architecture, whole.cache.clusters)
+    edit = whole.of_kept_heads()
+    _install_code(attention, slim, architecture, edit)
+    _install_storage(slim, edit)
+    slim.cache = edit.cache.attention(edit)
 
 
 def _install_code(attention: nn.Module, slim: SlimAttention, architecture: Architecture, edit: LayerEdit) -> None:
@@ -172,6 +180,7 @@ def trial(model: nn.Module, architecture: Architecture, edits: tuple[LayerEdit, 
     """Within the block a prepared model computes with `edits`; after it, as before."""
     layers, slims = layer_modules(model, architecture), slim_modules(model, architecture)
     modules = [{name: layer.get_submodule(name) for name in architecture.edited} for layer in layers]
+    linears = [(linear, dict(linear._parameters)) for layer in layers for linear in linears_of(layer)]
     before = [{**vars(slim), "_buffers": dict(slim._buffers)} for slim in slims]
     try:
         install(model, architecture, edits)
@@ -182,6 +191,8 @@ def trial(model: nn.Module, architecture: Architecture, edits: tuple[LayerEdit, 
             for name, module in edited.items():
                 layer.set_submodule(name, module)
             vars(slim).update(state)
+        for linear, own in linears:
+            linear._parameters.update(own)
 
 
 def _prune_heads(attention: nn.Module, slim: SlimAttention, architecture: Architecture, kept: KeptHeads) -> None:

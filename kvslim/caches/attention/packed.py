@@ -22,6 +22,7 @@ from kvslim.caches.attention.window import (
 from kvslim.transform.operators import ExportStep
 from kvslim.transform.scoring import Scoring
 from kvslim.transform.storage import Levels
+from kvslim.transform.straight_through import through
 
 if TYPE_CHECKING:
     from kvslim.transform.attention import SlimAttention
@@ -41,7 +42,7 @@ class PackedAttention(CacheAttention):
         query, key, value = states
         group, tokens = query.shape[1] // key.shape[1], torch.arange(query.shape[2])
         read = [
-            book.read(book.stored(exact.transpose(1, 2))).transpose(1, 2) * book.scale[:, None]
+            through(exact, book.read(book.stored(exact.transpose(1, 2))).transpose(1, 2) * book.scale[:, None])
             for book, exact in zip(books, (key, value), strict=True)
         ]
         key, value, coded_key, coded_value = (part.repeat_interleave(group, 1) for part in (key, value, *read))

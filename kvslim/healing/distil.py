@@ -1,0 +1,182 @@
+"""Healing: the model with its codes learns to say what the model without them says.
+
+The loss is KL(teacher || student) of the next token, at every other position of a text (Hinton et al., "Distilling the
+Knowledge in a Neural Network", 2015, section 2, at temperature 1). The cache is in place as the graph will have it:
+ranks, windows, removed parts, shared caches, and rounding that gradients pass through. AdamW (Loshchilov and Hutter,
+"Decoupled Weight Decay Regularization", 2019) trains the projections of attention, and of MLPs where parts are gone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvslim.healing.held_out import HeldOut
+from kvslim.healing.schedule import TIMED, batch_of, is_evaluated, rate_of, steps_within
+from kvslim.healing.state import Reached, State
+from kvslim.healing.student import Codes, Student
+from kvslim.healing.text import Texts
+from kvslim.loading.architecture import Architecture
+from kvslim.progress import Progress
+from kvslim.recipe import Heal
+from kvslim.transform.kl_evaluator import logits_at, predicting
+from kvslim.types import Healing, Watched
+
+TOKENS = 1024  # of a step
+BETAS = 0.9, 0.99  # for trainings of tens or hundreds of steps
+MOST_GRADIENT = 1.0  # norm
+PATIENCE = 4  # evaluations without a better one
+
+
+def healed(
+    model: Any,
+    architecture: Architecture,
+    codes: Codes,
+    texts: Texts,
+    settings: Heal,
+    seed: int,
+    folder: Path,
+    progress: Progress,
+) -> tuple[Codes, Healing]:
+    """Codes with trained weights, or as they were where these are no better on text that the training never saw.
+
+    Args:
+        model: The prepared model, without codes; it stays as it is.
+        architecture: Where its parts live.
+        codes: One entry per layer.
+        texts: Three parts of one text.
+        settings: How long, and how fast.
+        seed: Of the order of the text.
+        folder: Receives what the training has reached; one that was killed goes on from there.
+        progress: Receives the progress.
+    """
+    student, judged = Student(model, architecture, codes), HeldOut(model, *texts.judged)
+    without = judged.kl(student.model)
+    training = _Training(model, student, texts, settings, seed, folder)
+    training.run(progress)
+    best, after, reached = training.best(), judged.kl(student.model), training.state.reached
+    found = Healing(
+        steps=reached.step,
+        tokens=reached.step * training.size * texts.trained.windows.shape[1],
+        seconds=reached.seconds,
+        kl_before=without,
+        kl_after=after,
+        kept=after < without,
+        watched=tuple(reached.watched),
+    )
+    return (best if found.kept else codes), found
+
+
+class _Training:
+    """A student, what it learns from, and how far it is.
+
+    Args:
+        teacher: The model without codes.
+        student: The one with them.
+        texts: To train on and to watch.
+        settings: How long, and how fast.
+        seed: Of the order of the text.
+        folder: Where what is reached is kept.
+    """
+
+    def __init__(self, teacher: Any, student: Student, texts: Texts, settings: Heal, seed: int, folder: Path) -> None:
+        self.teacher, self.student, self.settings, self.seed, self.folder = teacher, student, settings, seed, folder
+        self.windows = torch.from_numpy(texts.trained.windows)
+        self.counted = torch.from_numpy(predicting(*texts.trained))
+        self.watched = HeldOut(teacher, *texts.watched)
+        self.size = max(1, min(TOKENS // self.windows.shape[1], len(self.windows)))
+        weights = list(student.weights.values())
+        optimizer = torch.optim.AdamW(weights, lr=settings.rate, betas=BETAS)
+        best = [weight.detach().clone() for weight in weights]
+        self.state = State(weights, best, optimizer, Reached(steps=settings.steps))
+        if not self.state.load(folder):
+            self._watch()
+
+    def run(self, progress: Progress) -> None:
+        """Takes all steps, or those up to the last of some evaluations that were no better."""
+        reached, timed = self.state.reached, list[float]()
+        progress.tell(self._told)
+        while not self._is_over:
+            for step in progress.track(self._steps(reached.steps), "steps", reached.steps):
+                start = time.monotonic()
+                self._step(step)
+                reached.step += 1
+                timed.append(time.monotonic() - start)
+                reached.seconds += timed[-1]
+                if reached.steps is None and len(timed) > TIMED:
+                    evaluation = reached.watched[0].seconds
+                    reached.steps = steps_within(60 * (self.settings.minutes or 0.0), timed, evaluation)
+                if reached.steps is not None and is_evaluated(reached.step, reached.steps):
+                    self._watch()
+                    self.state.save(self.folder)
+                    progress.tell(self._told)
+
+    def best(self) -> Codes:
+        """The codes of the least KL, which the student has from now on; the training is over."""
+        if not self.state.reached.is_over:
+            self.state.reached.is_over = True
+            self.state.save(self.folder)
+        with torch.no_grad():
+            for weight, best in zip(self.state.weights, self.state.best, strict=True):
+                weight.copy_(best)
+        return self.student.trained(self.state.best)
+
+    def _steps(self, known: int | None) -> Iterator[int]:
+        """The steps to take, as long as no more is known of how many there are."""
+        while self.state.reached.steps == known and not self._is_over:
+            yield self.state.reached.step
+
+    @property
+    def _is_over(self) -> bool:
+        reached = self.state.reached
+        kls = [look.kl for look in reached.watched]
+        no_better = len(kls) > PATIENCE and min(kls[-PATIENCE:]) > min(kls)
+        return reached.is_over or no_better or reached.step == reached.steps
+
+    @property
+    def _told(self) -> str:
+        watched = self.state.reached.watched
+        return f"KL {watched[0].kl:.3g} -> {watched[-1].kl:.3g}"
+
+    def _step(self, step: int) -> None:
+        optimizer = self.state.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = self.settings.rate * rate_of(step, self.state.reached.steps)
+        rows = torch.from_numpy(batch_of(step, len(self.windows), self.size, self.seed))
+        places = torch.arange(step % 2, self.windows.shape[1], 2)
+        counted = self.counted[rows][:, places]
+        if not counted.any():
+            return  # prompts alone
+        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
+            loss = self._loss(self.windows[rows], counted, places)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.state.weights, MOST_GRADIENT)
+        optimizer.step()
+
+    def _loss(self, tokens: Tensor, counted: Tensor, places: Tensor) -> Tensor:
+        """Cross entropy to what the teacher says, whose gradient is that of the KL."""
+        with torch.no_grad():
+            expected = logits_at(self.teacher, tokens, places)[counted].float().softmax(-1)
+        found = logits_at(self.student.model, tokens, places)[counted].float()
+        return torch.nn.functional.cross_entropy(found, expected)
+
+    def _watch(self) -> None:
+        """Measures the held-out text, and keeps the weights if they are the best so far."""
+        start, reached = time.monotonic(), self.state.reached
+        kl = self.watched.kl(self.student.model)
+        if not reached.watched or kl < reached.least:
+            for best, weight in zip(self.state.best, self.state.weights, strict=True):
+                best.copy_(weight.detach())
+        reached.seconds += time.monotonic() - start
+        reached.watched.append(Watched(step=reached.step, seconds=reached.seconds, kl=kl))
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices several times faster than float32 ones."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))

@@ -1,0 +1,42 @@
+"""How far a student is from its teacher, on text that it is not trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvslim.transform.edits import Array
+from kvslim.transform.kl_evaluator import BATCH, SMALL_VOCABULARY, logits_at, predicting
+
+
+class HeldOut:
+    """Text with what the teacher says of it.
+
+    Args:
+        teacher: The model as it is.
+        windows: [n, length] token ids.
+        loss_mask: [n, length] bool, the tokens whose prediction counts; None for all.
+    """
+
+    def __init__(self, teacher: Any, windows: Array, loss_mask: Array | None) -> None:
+        size = max(1, BATCH // windows.shape[1])
+        stride = 2 if teacher.config.vocab_size > SMALL_VOCABULARY else 1
+        self._places = torch.arange(stride - 1, windows.shape[1], stride)
+        counted = torch.from_numpy(predicting(windows, loss_mask))[:, self._places]
+        self._batches = list(zip(torch.from_numpy(windows).split(size), counted.split(size), strict=True))
+        self._teacher = [self._log_probabilities(teacher, batch) for batch, _ in self._batches]
+        self._count = int(counted.sum())
+
+    def kl(self, student: Any) -> float:
+        """Mean KL(teacher || student), nats per token."""
+        total = 0.0
+        for (batch, counted), expected in zip(self._batches, self._teacher, strict=True):
+            found = self._log_probabilities(student, batch)
+            total += float(((expected.exp() * (expected - found)).sum(-1).double() * counted).sum())
+        return max(total / self._count, 0.0)
+
+    def _log_probabilities(self, model: Any, batch: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return logits_at(model, batch, self._places).float().log_softmax(-1)

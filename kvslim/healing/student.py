@@ -1,0 +1,73 @@
+"""The model with its codes, as a student of the model without: the two share all weights that are not trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from kvslim.loading.architecture import Architecture
+from kvslim.transform.edits import Array, LayerEdit
+from kvslim.transform.surgery import install, layer_modules, slim_modules
+from kvslim.transform.trained import put, trainable
+
+Codes = tuple[LayerEdit, ...]
+
+
+class Student:
+    """A model that computes with codes, and its weights that are trained.
+
+    Args:
+        model: The prepared model, without codes; it stays as it is, and is the teacher.
+        architecture: Where its parts live.
+        codes: One entry per layer.
+
+    Attributes:
+        model: The copy.
+        weights: What is trained, by layer and name.
+    """
+
+    def __init__(self, model: Any, architecture: Architecture, codes: Codes) -> None:
+        self.codes = codes
+        self.model = _sharing_copy(model, architecture)
+        install(self.model, architecture, codes)
+        self.weights: dict[tuple[int, str], Tensor] = {}
+        for index, layer in enumerate(layer_modules(self.model, architecture)):
+            with_mlp = trains_mlp(codes, index)
+            for name, tensor in trainable(layer, architecture, codes[index], with_mlp=with_mlp).items():
+                own = tensor.detach().clone().requires_grad_()
+                self.weights[index, name] = put(layer, name, own)
+
+    def trained(self, values: Sequence[Tensor]) -> Codes:
+        """The codes with these values, in the order of `weights`, as the trained weights."""
+        found: list[dict[str, Array]] = [{} for _ in self.codes]
+        for (layer, name), value in zip(self.weights, values, strict=True):
+            found[layer][name] = value.detach().numpy().copy()
+        return tuple(
+            with_weights(code, weights) if weights else code for code, weights in zip(self.codes, found, strict=True)
+        )
+
+
+def with_weights(code: LayerEdit, weights: Mapping[str, Array]) -> LayerEdit:
+    """A layer's edit with trained weights, over those of an earlier training."""
+    return replace(code, weights={**code.weights, **weights})
+
+
+def trains_mlp(codes: Codes, layer: int) -> bool:
+    """Whether a layer's feed-forward part is trained: it has lost channels, or what stood beside it or behind it."""
+    code = codes[layer]
+    before_gap = layer + 1 < len(codes) and codes[layer + 1].is_dropped
+    return code.mlp_mean is None and (not code.has_attention or before_gap or code.channels is not None)
+
+
+def _sharing_copy(model: Any, architecture: Architecture) -> Any:
+    """A copy of a model, whose weights and tables are the model's own and not for training."""
+    for slim in slim_modules(model, architecture):
+        slim.hidden = None  # what it read last
+    shared: dict[int, Any] = {id(slim.rotary): slim.rotary for slim in slim_modules(model, architecture)}
+    shared |= {id(each): nn.Parameter(each.detach(), requires_grad=False) for each in model.parameters()}
+    shared |= {id(each): each for each in model.buffers()}
+    return copy.deepcopy(model, shared)

@@ -1,0 +1,79 @@
+"""What is fitted and trained for a decoder's plan, kept on disk by the hash of everything that decides it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from kvslim import stages
+from kvslim.calibrate import cache
+from kvslim.errors import ArtifactError, UsageError
+from kvslim.export.stored import graph_key
+from kvslim.healing.distil import has_fast_bfloat16, healed
+from kvslim.healing.text import Text, Texts
+from kvslim.transform.edit_file import digest_of, load_fitted, save_fitted
+from kvslim.transform.edits import FittedPlan, LayerEdit
+from kvslim.types import Healing, Plan
+
+if TYPE_CHECKING:
+    from kvslim.prepared.decoder import PreparedDecoder
+    from kvslim.recipe import Heal
+
+Codes = tuple[LayerEdit, ...]
+WATCHED, JUDGED = 2048, 8192  # tokens of the held-out text, at most
+SHARE = 8  # of the windows, one part of so many is watched and one judged
+
+
+def refitted_before(prepared: PreparedDecoder, plan: Plan, fit: Callable[[Plan], Codes]) -> Codes:
+    """A plan's codes, projections fitted again included: from the disk, or made by `fit` and stored."""
+    methods = [{method.name: method.model_dump(mode="json")} for method in prepared.recipe.methods]
+    key = graph_key("edits", prepared.made_for, prepared.statistics.digest(), plan.model_dump(mode="json"), methods)
+    path = cache.cache_folder() / "edits" / f"{key}.safetensors"
+    with suppress(ArtifactError):
+        return load_fitted(path).codes
+    codes = fit(plan)
+    with suppress(OSError):  # a cache that cannot be written is no reason to fail
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_fitted(path, FittedPlan(plan, codes, prepared.made_for))
+    return codes
+
+
+def heal(prepared: PreparedDecoder, fitted: FittedPlan, settings: Heal) -> tuple[FittedPlan, Healing]:
+    """A plan with weights trained to its codes; a training that was killed goes on where it was.
+
+    Raises:
+        UsageError: The text has too few windows.
+    """
+    texts = parts_of(prepared.text.healing_windows(settings.samples))
+    prepared.progress.stage(stages.HEAL)
+    seed, identity = prepared.recipe.calibration.seed, prepared.text.identity
+    decides = (
+        prepared.made_for,
+        identity,
+        settings.model_dump(mode="json"),
+        digest_of(fitted.codes),
+        has_fast_bfloat16(),
+    )
+    folder = cache.cache_folder() / "healing" / cache.content_key("healing", *decides)
+    of = prepared.model, prepared.architecture, fitted.codes
+    codes, healing = healed(*of, texts, settings, seed, folder, prepared.progress)
+    return fitted._replace(codes=codes), healing
+
+
+def parts_of(windows: Text) -> Texts:
+    """The text in three parts: most of it to train on, two others in which nothing of that stands.
+
+    Raises:
+        UsageError: It has fewer than three windows.
+    """
+    count, length = windows.windows.shape
+    if count < 3:
+        raise UsageError(
+            f"to heal takes three windows of text, and there are {count}",
+            where="recipe: heal",
+            fix="give a longer text with --calibration",
+        )
+    judged, watched = (max(1, min(count // SHARE, tokens // length)) for tokens in (JUDGED, WATCHED))
+    first = count - judged - watched
+    return Texts(windows.part(0, first), windows.part(first, first + watched), windows.part(first + watched, None))
