@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 
 from kvslim.contract import Frozen
 from kvslim.errors import UsageError
-from kvslim.runtime.draft import Draft, FinishReason, write
 from kvslim.runtime.generate import GREEDY, Sampling, eos_ids, load_tokenizer
 from kvslim.runtime.session import DecodeSession
+from kvslim.runtime.writing import Completion, FinishReason, write
 from kvslim.token_ids import check_ids
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Completer:
         self._ends = eos_ids(folder)
         self._session = DecodeSession(folder, capacity=capacity, batch=batch, threads=threads)
         self._tokenizer = tokenizer
-        self._last: Draft | None = None
+        self._last: Completion | None = None
         self.usage: Usage | None = None
 
     def check(self, ids: Sequence[int]) -> None:
@@ -154,13 +154,13 @@ class Completer:
             UsageError: The cache has no room for the prompt and one more token, or a stop string is empty.
             ArtifactError: onnxruntime fails on the graph.
         """
-        draft, before = self._draft(ids, max_new_tokens, sampling, stops), self._last
+        completion, before = self._completion(ids, max_new_tokens, sampling, stops), self._last
         if self._session.batch > 1:
             self._session.allocate(1)
         held = [*before.ids, *before.tokens] if before else ()
         cached = self._session.keep_shared(held, ids[:-1])  # the logits of the last token are wanted
-        self._last, self.usage = draft, None
-        return self._streamed(draft, cached)
+        self._last, self.usage = completion, None
+        return self._streamed(completion, cached)
 
     def complete(
         self,
@@ -186,49 +186,49 @@ class Completer:
         """
         if not prompts:
             return []
-        drafts = [self._draft(ids, max_new_tokens, sampling, stops) for ids in prompts]
+        completions = [self._completion(ids, max_new_tokens, sampling, stops) for ids in prompts]
         self._last, start = None, time.perf_counter()
-        if len(drafts) > self._session.batch:
-            self._session.allocate(len(drafts))
-        texts = [""] * len(drafts)
-        for place, piece in write(self._session, drafts, self._session.prefill_each(prompts)):
+        if len(completions) > self._session.batch:
+            self._session.allocate(len(completions))
+        texts = [""] * len(completions)
+        for place, piece in write(self._session, completions, self._session.prefill_each(prompts)):
             texts[place] += piece
-        return [(text, self._used(draft, 0, start)) for text, draft in zip(texts, drafts, strict=True)]
+        return [(text, self._used(completion, 0, start)) for text, completion in zip(texts, completions, strict=True)]
 
-    def _draft(self, ids: Sequence[int], most: int, sampling: Sampling, stops: Sequence[str]) -> Draft:
+    def _completion(self, ids: Sequence[int], most: int, sampling: Sampling, stops: Sequence[str]) -> Completion:
         self.check(ids)
         most = min(most, self._session.capacity - len(ids))
-        return Draft(self._tokenizer, ids, most, ends=self._ends, stops=stops, sampling=sampling)
+        return Completion(self._tokenizer, ids, most, ends=self._ends, stops=stops, sampling=sampling)
 
-    def _streamed(self, draft: Draft, cached: int) -> Generator[str, None, None]:
-        """The text of a draft of which the cache holds so many tokens; notes at the end what it took."""
+    def _streamed(self, completion: Completion, cached: int) -> Generator[str, None, None]:
+        """The text of a completion of which the cache holds so many tokens; notes at the end what it took."""
         start = time.perf_counter()
         try:
-            for logits in self._session.prefill_steps(draft.ids[cached:]):  # noqa: B007 (the last are written from)
+            for logits in self._session.prefill_steps(completion.ids[cached:]):  # noqa: B007 (the last are written from)
                 yield ""
-            for _, piece in write(self._session, [draft], logits[None]):
+            for _, piece in write(self._session, [completion], logits[None]):
                 yield piece
         except GeneratorExit:
-            draft.finish_reason = draft.finish_reason or "interrupted"
+            completion.finish_reason = completion.finish_reason or "interrupted"
         except BaseException:
             self._session.reset()  # a run may have ended halfway
             raise
-        if self._last is draft:
-            self.usage = self._used(draft, cached, start)
+        if self._last is completion:
+            self.usage = self._used(completion, cached, start)
 
-    def _used(self, draft: Draft, cached: int, start: float) -> Usage:
-        """What a draft took that was written to its end."""
-        assert draft.finish_reason is not None
-        drawn = draft.times[: len(draft.tokens)]
-        first = next(iter(draft.times), time.perf_counter())
+    def _used(self, completion: Completion, cached: int, start: float) -> Usage:
+        """What a completion took that was written to its end."""
+        assert completion.finish_reason is not None
+        drawn = completion.times[: len(completion.tokens)]
+        first = next(iter(completion.times), time.perf_counter())
         return Usage(
-            prompt_tokens=len(draft.ids),
+            prompt_tokens=len(completion.ids),
             cached_tokens=cached,
-            new_tokens=len(draft.tokens),
-            finish_reason=draft.finish_reason,
+            new_tokens=len(completion.tokens),
+            finish_reason=completion.finish_reason,
             ttft_ms=(first - start) * 1000,
             tokens_per_second=(len(drawn) - 1) / (drawn[-1] - drawn[0]) if len(drawn) > 1 else None,
-            context_tokens=len(draft.ids) + len(draft.tokens),
+            context_tokens=len(completion.ids) + len(completion.tokens),
             context_capacity=self._session.capacity,
             kv_mib=self._session.layout.bytes_at(self._session.capacity) / 2**20,
         )

@@ -17,7 +17,7 @@ from kvslim.runtime.stops import StopStrings
 FinishReason = Literal["stop", "length", "interrupted"]
 
 
-class Draft:
+class Completion:
     """One text that follows a prompt.
 
     Attributes:
@@ -76,32 +76,32 @@ class Draft:
         return text if self.finish_reason is None else text + self._stops.rest()
 
 
-def write(session: DecodeSession, drafts: Sequence[Draft], logits: Logits) -> Iterator[tuple[int, str]]:
-    """Writes drafts to their ends, all of them by a token in each run.
+def write(session: DecodeSession, completions: Sequence[Completion], logits: Logits) -> Iterator[tuple[int, str]]:
+    """Writes completions to their ends, all of them by a token in each run.
 
     Args:
-        session: Its sequences hold the drafts' prompts, in this order. It drops each that has ended, except the last.
-        drafts: The texts.
-        logits: What follows the prompts, float32 [drafts, vocab].
+        session: Its sequences hold the prompts, in this order. It drops each that has ended, except the last.
+        completions: The texts.
+        logits: What follows the prompts, float32 [completions, vocab].
 
     Yields:
-        The place of a draft and a piece of its text, which may be empty, for every token.
+        The place of a completion and a piece of its text, which may be empty, for every token.
 
     Raises:
         UsageError: The cache is full.
         ArtifactError: onnxruntime fails on the graph.
     """
-    places = list(range(len(drafts)))
+    places = list(range(len(completions)))
     while places:
         # From the end, so that the sequence that takes the row of a dropped one has had its turn.
         for row in reversed(range(len(places))):
-            draft = drafts[places[row]]
-            if draft.finish_reason is None:
-                yield places[row], draft.add(logits[row])
-            if draft.finish_reason is not None:
+            completion = completions[places[row]]
+            if completion.finish_reason is None:
+                yield places[row], completion.add(logits[row])
+            if completion.finish_reason is not None:
                 places[row] = places[-1]
                 places.pop()
                 if places:
                     session.drop(row)
         if places:
-            logits = session.step([drafts[place].tokens[-1:] for place in places])[:, -1]
+            logits = session.step([completions[place].tokens[-1:] for place in places])[:, -1]
