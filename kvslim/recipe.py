@@ -16,7 +16,7 @@ from kvslim.contract import Frozen, Layout, ModelSpec
 from kvslim.errors import NotFoundError, UsageError, suggestion
 from kvslim.methods import Method, method_class
 from kvslim.overrides import at_fault, one_line, overridden
-from kvslim.types import WeightFormat, Weights
+from kvslim.types import DraftChoice, WeightFormat, Weights
 from kvslim.validation.spans import LEAST_DISTANCE, longest_distance
 
 SHORT_CONTEXTS = (128, 1024)
@@ -178,6 +178,9 @@ class Recipe(Frozen):
     )
     compensate: bool = Field(True, description="refit projections where that helps on held-out text")
     weights: Weights = WeightFormat()
+    draft: DraftChoice = Field(
+        "none", description="what proposes tokens to verify: lookup, window, auto for what pays at the target context"
+    )
     layout: Layout = Field(
         "gqa", description="attention operators: gqa is fused and fast, attention24 is standard ONNX"
     )

@@ -13,6 +13,7 @@ from kvslim.cli.failures import verdict
 from kvslim.cli.options import (
     Calibration,
     DeviceName,
+    DraftWord,
     FileMib,
     FileRatio,
     GateLimits,
@@ -41,6 +42,7 @@ def compress(
     out: Annotated[Path, typer.Option("--out", "-o", help="the folder to write")],
     recipe: RecipeName = None,
     weights: WeightWord = None,
+    draft: DraftWord = None,
     file_mib: FileMib = None,
     file_ratio: FileRatio = None,
     context: TargetContext = None,
@@ -74,7 +76,7 @@ def compress(
 
     check_target(junit, "--junit")
     budget = read_budget(kv_ratio, kv_mib_at, time_ratio, max_kl, max_recall_drop, memory_mib)
-    words = read_words(weights, calibration, context, validation, file_mib, file_ratio)
+    words = read_words(weights, calibration, context, validation, file_mib, file_ratio, draft)
     limits = read_gates(gates or ())
     decisions = read_plan(plan) if plan else None
     read = partial(read_recipe, recipe, overrides or (), gates=limits, words=words)

@@ -153,6 +153,7 @@ def read_words(
     validation: str | None = None,
     file_mib: float | None = None,
     file_ratio: float | None = None,
+    draft: str | None = None,
 ) -> dict[str, str]:
     """The usual options as `key=value` overrides of a recipe, with the option that each came from.
 
@@ -167,6 +168,7 @@ def read_words(
         "--validation": ("validation.source", validation),
         "--file-mib": ("weights.file_mib", file_mib),
         "--file-ratio": ("weights.file_ratio", file_ratio),
+        "--draft": ("draft", draft),
     }
     return {f"{key}={json.dumps(value)}": option for option, (key, value) in given.items() if value is not None}
 

@@ -11,6 +11,7 @@ from kvslim.export.manifest import LEAST_ONNXRUNTIME, hash_files, write_manifest
 from kvslim.loading.origin import source_of
 from kvslim.report.card import write_card
 from kvslim.report.page import write_report
+from kvslim.speculative.choice import draft_of
 from kvslim.types import KVLayout, Manifest, Plan, Report, Survey
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def describe(
         kv_layout=KVLayout.of(spec, plan),
         weights=recipe.weights,
         inputs=inputs,
+        draft=draft_of(recipe.draft, KVLayout.of(spec, plan), recipe.calibration.target(spec)),
         least_onnxruntime=LEAST_ONNXRUNTIME,
         versions={name: version(name) for name in VERSIONED},
         files={},

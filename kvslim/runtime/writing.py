@@ -23,6 +23,7 @@ class Completion:
     Attributes:
         ids: Tokens of the prompt.
         tokens: Tokens drawn so far, without an end token.
+        rounds: Of each run of the graph after the prompt's: proposals, and how many of them were right.
         times: When each draw was made, an end token's included; seconds of `time.perf_counter`.
         finish_reason: What ended the text; None while it goes on.
 
@@ -49,11 +50,21 @@ class Completion:
         sampling: Sampling = GREEDY,
     ) -> None:
         self.ids, self.tokens, self.times = ids, list[int](), list[float]()
+        self.rounds: list[tuple[int, int]] = []
         self.finish_reason: FinishReason | None = None if most > 0 else "length"
         self._most, self._ends = most, ends
         self._sampler = Sampler(sampling, ids)
         self._characters = CharacterStream(tokenizer, ids)
         self._stops = StopStrings(stops)
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be drawn."""
+        return self._most - len(self.tokens)
+
+    def foreseen(self, logits: Logits, ahead: Sequence[int]) -> int:
+        """The token that `add` would draw from these logits after `ahead`, tokens that may be drawn next."""
+        return self._sampler.foreseen(logits, ahead)
 
     def add(self, logits: Logits) -> str:
         """Draws the next token; the text that is certain with it.
