@@ -82,7 +82,7 @@ def compress(
     read = partial(read_recipe, recipe, overrides or (), gates=limits, words=words)
     asked = asked_for(model, read, budget, device, tokens_per_second)
     from kvslim import api
-    from kvslim.report.tables import gates_table, report_table, timing_note
+    from kvslim.report.tables import draft_note, gates_table, report_table, timing_note
 
     with console.libraries_apart(), Terminal() as progress:
         manifest = api.compress(model, asked.recipe, out, plan=decisions, overwrite=force, progress=progress)
@@ -95,7 +95,7 @@ def compress(
         console.print_json("compress", {"artifact_folder": str(out), **block, "devices": devices})
     elif report:
         console.print_tables(report_table(report), gates_table(report.gates))
-    if report and (note := timing_note(report)):
+    for note in filter(None, (timing_note(report), draft_note(report)) if report else ()):
         console.hint(note)
     for line in outcome(manifest, out, progress.seconds, asked.room, reached):
         console.hint(line)
