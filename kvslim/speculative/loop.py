@@ -32,8 +32,9 @@ def write_speculatively(
         UsageError: The cache is full.
         ArtifactError: onnxruntime fails on the graph.
     """
-    yield completion.add(logits)
-    speculator.learn(completion.tokens, 0)
+    if completion.finish_reason is None:
+        yield completion.add(logits)
+        speculator.learn(completion.tokens, 0)
     while completion.finish_reason is None:
         proposals, length, before = speculator.proposals(completion), session.length, len(completion.tokens)
         fed = [completion.tokens[-1], *proposals]

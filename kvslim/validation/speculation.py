@@ -50,7 +50,7 @@ def measure_speculation(
         return None
     longest = sorted(windows, key=len, reverse=True)[:TEXTS]
     most = min(MOST, len(longest[-1]) // 2)
-    prompts = [window[: min(context, len(window)) - most].tolist() for window in longest]
+    prompts = [window[: max(1, min(context, len(window)) - most)].tolist() for window in longest]
     graph, capacity = artifact / SPECULATIVE_GRAPH, max(map(len, prompts)) + most
     tokenizer = load_tokenizer(artifact)
     session = DecodeSession(graph, capacity=capacity)
