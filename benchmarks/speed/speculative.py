@@ -17,6 +17,7 @@ from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
 from benchmarks.texts import LITTLE
 from kvslim.export.speculative import write_speculative_graph
+from kvslim.prefix import shared_length
 from kvslim.runtime.opening import Logits
 from kvslim.runtime.session import DecodeSession
 from kvslim.runtime.writing import Completion, write
@@ -34,6 +35,7 @@ TABLE = Table(
         Column("speed", "{}: speed", ".2f"),
         Column("per_round", "tokens a run", ".2f"),
         Column("first", "first right", ".0%"),
+        Column("same", "same tokens"),
     ),
     format="",
 )
@@ -60,7 +62,8 @@ def speculative(
 
     Greedy texts of one thread. A run of the graph counts as what `verify-cost` finds for it, and all else as the CPU
     time that it takes, so that other load on the machine changes little. `first right` is how often the first proposal
-    of a run was right. A draft keeps what it learnt from one text to the next, as in a conversation.
+    of a run was right, `same tokens` how many tokens of plain decoding the text begins with. A draft keeps what it
+    learnt from one text to the next, as in a conversation.
     """
     for cache, folder, tokenizer in _graphs(source, caches, weights):
         for context in contexts:
@@ -153,13 +156,18 @@ def compared(
     """What each draft gains on one text."""
     session.reset()
     logits = session.prefill(ids)
-    plain = _seconds(session, Completion(tokenizer, ids, tokens), logits, None)
+    plain = Completion(tokenizer, ids, tokens)
+    plain_seconds = _seconds(session, plain, logits, None)
     found: dict[str, Values] = {}
     for name, speculator in speculators.items():
         completion = Completion(tokenizer, ids, tokens)
         seconds = _seconds(session, completion, logits, speculator)
-        first = next(iter(acceptance(completion.rounds)), None)
-        found[name] = {"speed": plain / seconds, "per_round": tokens_per_round(completion.rounds), "first": first}
+        found[name] = {
+            "speed": plain_seconds / seconds,
+            "per_round": tokens_per_round(completion.rounds),
+            "first": next(iter(acceptance(completion.rounds)), None),
+            "same": shared_length(plain.tokens, completion.tokens),
+        }
     return found
 
 
