@@ -13,18 +13,21 @@ from support.tiny_graph import write_tiny
 from support.tiny_tokenizer import byte_tokenizer
 from support.tiny_writer import write_writer
 
+from kvslim.contract import Kind, KVTensor
 from kvslim.export.speculative import write_speculative_graph
 from kvslim.runtime.completion import Completer
 from kvslim.runtime.generate import GREEDY, Sampling
 from kvslim.runtime.session import DecodeSession
 from kvslim.runtime.writing import Completion, write
+from kvslim.speculative.choice import draft_of
 from kvslim.speculative.estimates import MOST_PROPOSED, PRIOR_SLOPE, HitRates, RunCosts, best_count
 from kvslim.speculative.lookup import Lookup, match_rates
 from kvslim.speculative.loop import acceptance, tokens_per_round, write_speculatively
 from kvslim.speculative.speculator import Speculator
-from kvslim.types import Draft
+from kvslim.types import Draft, DraftChoice, KVLayout
 
 LOOKUP, WINDOW = Draft(kind="lookup"), Draft(kind="window", window=12, sinks=2)
+SIDES: tuple[Kind, ...] = ("key", "value")
 WARM = Sampling(temperature=0.8, top_k=5, top_p=0.9, seed=4, repetition_penalty=1.1)
 
 
@@ -278,3 +281,22 @@ def test_nothing_is_proposed_where_the_cache_cannot_go_back(session_of: Callable
     assert speculator.proposals(completion)
     session.refusal = lambda *_: "a ring has moved on"  # type: ignore[method-assign]
     assert not speculator.proposals(completion)
+
+
+@pytest.mark.parametrize(
+    ("choice", "context", "window", "kind"),
+    [
+        ("none", 8192, None, None),
+        ("lookup", 8192, None, "lookup"),
+        ("auto", 8192, None, "window"),
+        ("auto", 512, None, "lookup"),
+        ("window", 512, None, "window"),
+        ("window", 8192, 64, "lookup"),  # of a sliding window only the operator knows what was dropped
+    ],
+)
+def test_draft_follows_from_the_caches_and_the_context(
+    choice: DraftChoice, context: int, window: int | None, kind: str | None
+) -> None:
+    tensors = (KVTensor(layer=0, kind=side, heads=1, dim=8, dtype="int8", window=window) for side in SIDES)
+    draft = draft_of(choice, KVLayout(tensors=tuple(tensors)), context)
+    assert (draft and draft.kind) == kind
