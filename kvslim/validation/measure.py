@@ -81,6 +81,7 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
     sizes = {name: session.layout.bytes_per_token(context) for name, session in sessions.items()}
     del sessions
     samples = sample_answers(plain, artifact, windows, progress)
+    speculation = measure_speculation(artifact, draft, windows, context, progress)
     progress.stage(stages.TIME)
     latency = measure_latency(folders, settings.prompts, timed, settings.repeats, progress=progress)
     slim = latency["artifact"]
@@ -99,7 +100,7 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
         original=of_original,
         timed=Timed({"ttft_ms": slim.ttft_ratio, "tpot_ms": slim.tpot_ratio}, slim.uncertain),
         samples=samples,
-        speculation=measure_speculation(artifact, draft, windows, context, progress),
+        speculation=speculation,
         context=context,
     )
 
