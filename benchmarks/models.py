@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 import onnx_ir as ir
+from tokenizers import Tokenizer
 
 from benchmarks.planners import OpenPlanner
 from benchmarks.subjects import Source
@@ -135,6 +136,12 @@ class OpenModel:
         """Token ids of a text."""
         encoded = self._prepared.tokenizer(text, add_special_tokens=start, verbose=False)
         return tuple(encoded.input_ids)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer, as a runtime without transformers has it."""
+        found: Tokenizer = self._prepared.tokenizer.backend_tokenizer
+        return found
 
     def size(self, plan: Plan, context: int | None = None) -> float:
         """Bytes of the cache per token, at the target context or another."""

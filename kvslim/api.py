@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvslim.planning.analyze import Analysis
     from kvslim.planning.decide import PlanSummary
     from kvslim.recipe import Gates, Recipe
-    from kvslim.runtime.text import TextGenerator
+    from kvslim.runtime.text import Speculative, TextGenerator
     from kvslim.transform.edits import FittedPlan
     from kvslim.types import Manifest, Plan, Report
     from kvslim.validation.bench import BenchResult
@@ -171,13 +171,17 @@ def bench(
     return pipeline.bench([Path(folder) for folder in folders], grid, progress=progress)
 
 
-def load(artifact: AnyPath, *, context: int | None = None, threads: int | None = None) -> TextGenerator:
+def load(
+    artifact: AnyPath, *, context: int | None = None, threads: int | None = None, speculative: Speculative = "auto"
+) -> TextGenerator:
     """Opens an artifact to generate text with it. Needs neither torch nor transformers.
 
     Args:
         artifact: A folder that `compress` wrote.
         context: Tokens that the cache has room for; None for the context that the artifact was made for.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
+        speculative: `auto` lets the artifact's draft, if it has one, propose tokens where that saves time; `none` does
+            not.
 
     Raises:
         UsageError: The context is longer than the model allows.
@@ -186,7 +190,7 @@ def load(artifact: AnyPath, *, context: int | None = None, threads: int | None =
     """
     from kvslim.runtime.text import TextGenerator
 
-    return TextGenerator(Path(artifact), context=context, threads=threads)
+    return TextGenerator(Path(artifact), context=context, threads=threads, speculative=speculative)
 
 
 def _recipe(recipe: RecipeLike) -> Recipe:

@@ -58,6 +58,7 @@ def check_task(recipe: Recipe, spec: ModelSpec) -> None:
     if spec.is_encoder:
         asked = [method.name for method in recipe.methods if not method.supports_encoders]
         asked += ["a budget"] * (recipe.budget is not None)
+        asked += ["a draft"] * (recipe.draft != "none")
         asked += [f"weights in {recipe.weights}"] * recipe.weights.needs_text
         asked += ["healing"] * (recipe.heal is not None)
         misfits = asked + sorted(gates - ENCODER_GATES - SIZE_GATES)

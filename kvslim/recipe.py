@@ -16,7 +16,7 @@ from kvslim.contract import Frozen, Layout, ModelSpec
 from kvslim.errors import NotFoundError, UsageError, suggestion
 from kvslim.methods import Method, method_class
 from kvslim.overrides import at_fault, one_line, overridden
-from kvslim.types import WeightFormat, Weights
+from kvslim.types import DraftChoice, WeightFormat, Weights
 from kvslim.validation.spans import LEAST_DISTANCE, longest_distance
 
 SHORT_CONTEXTS = (128, 1024)
@@ -230,6 +230,9 @@ class Recipe(Frozen):
     )
     keep_edits: bool = Field(
         False, description="put the plan with its fitted and trained numbers into the artifact, for `--plan`"
+    )
+    draft: DraftChoice = Field(
+        "none", description="what proposes tokens to verify: lookup, window, auto for what pays at the target context"
     )
     layout: Layout = Field(
         "gqa", description="attention operators: gqa is fused and fast, attention24 is standard ONNX"

@@ -21,6 +21,18 @@ from kvslim.contract import (
     WeightType,
 )
 
+DraftChoice = Literal["auto", "lookup", "window", "none"]
+
+
+class Draft(Frozen):
+    """What proposes tokens for the model to verify."""
+
+    kind: Literal["lookup", "window"] = Field(
+        description="lookup: n-grams of the text so far; window: also the model itself over sinks and recent tokens"
+    )
+    window: int = Field(256, ge=1, description="recent tokens that the window draft reads")
+    sinks: int = Field(4, ge=0, description="first tokens that it reads")
+
 
 class WeightFormat(Frozen):
     """How a graph stores its large matrices and its embedding table."""
@@ -365,6 +377,19 @@ class SampleAnswer(Frozen):
     artifact: str
 
 
+class Speculation(Frozen):
+    """What a draft gains on held-out text, written greedily behind a context, with and without it in turns."""
+
+    context: int = Field(description="tokens before the texts that are written")
+    tokens: int = Field(description="tokens that are written")
+    differing: int = Field(
+        description="texts that are not the model's own, with activations in float32; must be 0 for the gates to pass"
+    )
+    tokens_per_round: float = Field(description="of a run of the graph")
+    acceptance: tuple[float, ...] = Field(description="how often the first proposal of a run was right, the second ...")
+    speed_ratio: float = Field(description="tokens per second over those without the draft, median over the texts")
+
+
 class Report(Frozen):
     """What an artifact costs and saves, next to the plain export of the same model.
 
@@ -383,6 +408,9 @@ class Report(Frozen):
     )
     timings_uncertain: str | None = Field(None, description="why the timings say little, if they do")
     samples: tuple[SampleAnswer, ...] = Field((), description="answers to compare by eye")
+    speculation: Speculation | None = Field(
+        None, exclude_if=lambda found: found is None, description="what the artifact's draft gains, if it has one"
+    )
 
 
 def _known(description: str) -> Any:
@@ -420,6 +448,9 @@ class Manifest(Frozen):
     matrices: dict[str, str] | None = _known("format of each matrix in blocks, by its name; of packed ones the first")
     inputs: tuple[str, ...] = Field(description="graph inputs that have no default, other than the cache, in order")
     versions: dict[str, str]
+    draft: Draft | None = Field(
+        None, exclude_if=lambda draft: draft is None, description="what proposes tokens for the model to verify"
+    )
     least_onnxruntime: str | None = Field(  # left out where it is not known, as in `Source`
         None,
         pattern=r"^\d+(\.\d+)*$",

@@ -140,7 +140,7 @@ def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         def draw(self, _: object) -> int:
             return next(self._tokens)
 
-    monkeypatch.setattr("kvslim.runtime.draft.Sampler", Writer)
+    monkeypatch.setattr("kvslim.runtime.writing.Sampler", Writer)
     return folder
 
 

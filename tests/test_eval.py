@@ -206,7 +206,7 @@ def test_text_to_generate_has_whole_characters_up_to_its_stop_string(
     from kvslim.validation.harness import ArtifactLM
 
     written = iter(fallback_tokenizer().encode("☕😀☕☕").ids)
-    monkeypatch.setattr("kvslim.runtime.draft.Sampler.draw", lambda *_: next(written))
+    monkeypatch.setattr("kvslim.runtime.writing.Sampler.draw", lambda *_: next(written))
     model = ArtifactLM(writer, SPEC)
     assert model._generated("é", {"max_gen_toks": tokens, "until": [until]}, 0) == answer
 

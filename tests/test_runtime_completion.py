@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.drafts import tokens_after
+from support.completions import tokens_after
 from support.tiny_tokenizer import byte_tokenizer
 from support.tiny_writer import write_writer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.drafts import tokens_after
+from support.completions import tokens_after
 from support.tiny_graph import write_tiny
 from support.tiny_tokenizer import byte_tokenizer
 from support.tiny_writer import write_writer

@@ -100,6 +100,20 @@ class LayerBuffers:
                 _fill(self.heads_first(tensor, sequence), min(tensor.rows(length), length), generator)
         return False
 
+    @property
+    def lends_rows(self) -> bool:
+        """Whether a cache with some of the rows is one that the layer can read.
+
+        Not where the operator keeps the model's own window, and counts what it has dropped.
+        """
+        return all(tensor.window is None for tensor in self.tensors)
+
+    def borrow(self, other: LayerBuffers, rows: slice, start: int) -> None:
+        """Copies rows of another cache of the layer, to stand from row `start` on."""
+        count = rows.stop - rows.start
+        for array, source in zip(self.arrays, other.arrays, strict=True):
+            array[:, :, start : start + count] = source[:, :, rows]
+
     def move(self, source: int, target: int, length: int) -> None:
         """Copies a sequence of `length` tokens over another one."""
         for tensor, array in zip(self.tensors, self.arrays, strict=True):

@@ -89,6 +89,11 @@ class ClusteredBuffers(LayerBuffers):
             self.arrays[index][:, :, : array.shape[2]] = array
         return True
 
+    @property
+    def lends_rows(self) -> bool:
+        """The buffers grow, and with dynamic clusters each has heads of its own."""
+        return False
+
     def reset(self) -> bool:
         """Lets all heads attend again."""
         if self.formed is None or not self.is_formed:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvslim.cli.options import Artifact, Threads
-from kvslim.cli.writing import Context, RepetitionPenalty, Seed, Stop, Temperature, TopK, TopP
+from kvslim.cli.writing import Context, RepetitionPenalty, Seed, Speculative, Stop, Temperature, TopK, TopP
 
 
 def chat(
@@ -25,6 +25,7 @@ def chat(
     repetition_penalty: RepetitionPenalty = 1.0,
     stop: Stop = None,
     threads: Threads = None,
+    speculative: Speculative = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object per answer, on a line")] = False,
 ) -> int:
     """Hold a conversation.
@@ -46,6 +47,7 @@ def chat(
         sampling=Sampling(temperature, top_k, top_p, seed, repetition_penalty),
         stops=checked_stops(stop or ()),
         threads=threads,
+        speculative=speculative,
         as_json=as_json,
     )
     return converse(Generation(artifact, options))

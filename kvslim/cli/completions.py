@@ -13,7 +13,7 @@ from kvslim.cli import console
 from kvslim.errors import UsageError
 from kvslim.runtime.completion import Completer, PromptEncoder, Usage
 from kvslim.runtime.generate import Sampling
-from kvslim.runtime.text import read_decoder
+from kvslim.runtime.text import Speculative, read_decoder, used_draft
 
 Record = Mapping[str, Any]
 MOST_WITHOUT_TEMPLATE = 128
@@ -31,6 +31,7 @@ class Options:
         sampling: How tokens are drawn.
         stops: Strings that end a completion.
         threads: Threads of one operator.
+        speculative: Whether the artifact's draft proposes tokens.
         as_json: Whether to print JSON in place of text.
     """
 
@@ -41,6 +42,7 @@ class Options:
     sampling: Sampling
     stops: tuple[str, ...]
     threads: int | None
+    speculative: Speculative
     as_json: bool
 
 
@@ -96,7 +98,9 @@ class Generation:
         """
         default = min(self.manifest.context, self.manifest.spec.max_context)
         capacity, threads = capacity or self.options.context or default, self.options.threads
-        return Completer(self.artifact, self.encoder.tokenizer, capacity=capacity, batch=batch, threads=threads)
+        draft = used_draft(self.manifest, self.options.speculative) if batch == 1 else None
+        tokenizer = self.encoder.tokenizer
+        return Completer(self.artifact, tokenizer, capacity=capacity, batch=batch, threads=threads, draft=draft)
 
     def stream(self, completer: Completer, ids: Sequence[int]) -> Generator[str, None, None]:
         """The text that follows a prompt, as `Completer.stream` gives it."""
@@ -142,10 +146,11 @@ def usage_of(completer: Completer) -> Usage:
 def usage_line(usage: Usage) -> str:
     """Counts, speed and memory of a completion in one line."""
     speed = "" if usage.tokens_per_second is None else f" at {usage.tokens_per_second:.1f} per second"
+    rounds = "" if usage.tokens_per_round is None else f", {usage.tokens_per_round:.2f} a run"
     cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
     end = ", interrupted" if usage.finish_reason == "interrupted" else ""
     return (
-        f"{usage.prompt_tokens} prompt tokens{cached}, {usage.new_tokens} new{speed}{end}, "
+        f"{usage.prompt_tokens} prompt tokens{cached}, {usage.new_tokens} new{speed}{rounds}{end}, "
         f"first after {usage.ttft_ms:.3g} ms; context {usage.context_tokens} of {usage.context_capacity}, "
         f"KV cache {usage.kv_mib:.3g} MiB"
     )

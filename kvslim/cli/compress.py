@@ -13,6 +13,7 @@ from kvslim.cli.failures import verdict
 from kvslim.cli.options import (
     Calibration,
     DeviceName,
+    DraftWord,
     FileMib,
     FileRatio,
     GateLimits,
@@ -42,6 +43,7 @@ def compress(
     out: Annotated[Path, typer.Option("--out", "-o", help="the folder to write")],
     recipe: RecipeName = None,
     weights: WeightWord = None,
+    draft: DraftWord = None,
     file_mib: FileMib = None,
     file_ratio: FileRatio = None,
     context: TargetContext = None,
@@ -87,13 +89,13 @@ def compress(
 
     check_target(junit, "--junit")
     budget = read_budget(kv_ratio, kv_mib_at, time_ratio, max_kl, max_recall_drop, memory_mib)
-    words = read_words(weights, calibration, context, validation, file_mib, file_ratio, heal)
+    words = read_words(weights, calibration, context, validation, file_mib, file_ratio, heal, draft)
     limits = read_gates(gates or ())
     decisions = read_plans(plan or ())
     read = partial(read_recipe, recipe, overrides or (), gates=limits, words=words)
     asked = asked_for(model, read, budget, device, tokens_per_second)
     from kvslim import api
-    from kvslim.report.tables import gates_table, report_table, timing_note
+    from kvslim.report.tables import draft_note, gates_table, report_table, timing_note
 
     with console.libraries_apart(), Terminal() as progress:
         manifest = api.compress(model, asked.recipe, out, plan=decisions, overwrite=force, progress=progress)
@@ -106,7 +108,7 @@ def compress(
         console.print_json("compress", {"artifact_folder": str(out), **block, "devices": devices})
     elif report:
         console.print_tables(report_table(report), gates_table(report.gates))
-    if report and (note := timing_note(report)):
+    for note in filter(None, (timing_note(report), draft_note(report)) if report else ()):
         console.hint(note)
     for line in outcome(manifest, out, progress.seconds, asked.room, reached):
         console.hint(line)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvslim.cli.options import Artifact, Json, Threads
-from kvslim.cli.writing import RepetitionPenalty, Seed, Stop, Temperature, TopK, TopP
+from kvslim.cli.writing import RepetitionPenalty, Seed, Speculative, Stop, Temperature, TopK, TopP
 from kvslim.errors import UsageError
 
 
@@ -33,6 +33,7 @@ def generate(
     stop: Stop = None,
     batch: Annotated[int, typer.Option(min=1, max=1024, help="complete this many prompts of --file at once")] = 1,
     threads: Threads = None,
+    speculative: Speculative = "auto",
     as_json: Json = False,
     interactive: Annotated[bool, typer.Option("--interactive", "-i", hidden=True)] = False,
 ) -> int:
@@ -58,6 +59,7 @@ def generate(
         sampling=Sampling(temperature, top_k, top_p, seed, repetition_penalty),
         stops=checked_stops(stop or ()),
         threads=threads,
+        speculative=speculative,
         as_json=as_json,
     )
     _check_sources(prompt, file, batch)

@@ -179,6 +179,7 @@ def read_words(
     file_mib: float | None = None,
     file_ratio: float | None = None,
     heal: str | None = None,
+    draft: str | None = None,
 ) -> dict[str, str]:
     """The usual options as `key=value` overrides of a recipe, with the option that each came from.
 
@@ -194,6 +195,7 @@ def read_words(
         "--file-mib": ("weights.file_mib", file_mib),
         "--file-ratio": ("weights.file_ratio", file_ratio),
         "--heal": ("heal", heal),
+        "--draft": ("draft", draft),
     }
     return {f"{key}={json.dumps(value)}": option for option, (key, value) in given.items() if value is not None}
 

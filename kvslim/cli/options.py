@@ -64,6 +64,10 @@ WeightWord = Annotated[
     Literal["fp32", "int8", "int4", "stored"] | None,
     typer.Option("--weights", help="how weights are stored; stored: the blocks of a GGUF; default: the recipe's"),
 ]
+DraftWord = Annotated[
+    Literal["auto", "lookup", "window", "none"] | None,
+    typer.Option("--draft", help="what proposes tokens, for faster text that stays the model's; default: the recipe's"),
+]
 FileMib = Annotated[
     float | None,
     typer.Option("--file-mib", help="pick bits and blocks of each matrix (int4 to int8) to lose least in such a file"),

@@ -9,7 +9,7 @@ import typer
 
 from kvslim.cli import console
 from kvslim.cli.options import Artifact, Threads
-from kvslim.cli.writing import Context
+from kvslim.cli.writing import Context, Speculative
 from kvslim.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def serve(
     ] = None,
     context: Context = None,
     threads: Threads = None,
+    speculative: Speculative = "auto",
 ) -> int:
     """Serve an artifact to clients of OpenAI's API.
 
@@ -43,7 +44,7 @@ def serve(
 
     with listen(host, port) as sock:
         room = None if context is None else read_length(context, "--context")
-        model = ServedModel(artifact, room, max_new_tokens, threads)
+        model = ServedModel(artifact, room, max_new_tokens, threads, speculative)
         console.print_text(f"serving {model.name} at {url_of(sock)}\n")
         if not is_local(sock):
             console.hint("hint: other machines can use the model; there is no password")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,4 +19,8 @@ Seed = Annotated[int, typer.Option(min=0, help="seed of the sampling")]
 RepetitionPenalty = Annotated[float, typer.Option(help="above 1, tokens of the text so far become less likely")]
 Stop = Annotated[
     list[str] | None, typer.Option(metavar="TEXT", help="end the answer before this text; repeat it for more")
+]
+Speculative = Annotated[
+    Literal["auto", "none"],
+    typer.Option(help="auto: the artifact's draft, if it has one, proposes tokens where that saves time"),
 ]

@@ -18,6 +18,7 @@ MANIFEST = "kvslim.json"
 # integer caches on CPUs, and their error does not say so.
 LEAST_ONNXRUNTIME = "1.27"
 GRAPH, WEIGHTS = "model.onnx", "model.onnx_data"
+SPECULATIVE_GRAPH = "speculative.onnx"  # the same for speculative decoding, where an artifact has a draft
 DIGEST = "sha256"  # the last key of the file: SHA-256 of all that stands before it
 
 

@@ -20,6 +20,7 @@ from kvslim.contract import ModelSpec, WeightType
 from kvslim.export.genai import end_tokens, genai_config
 from kvslim.export.graph import build_graph, save_graph, token_inputs
 from kvslim.export.prompts import branch_prompts
+from kvslim.export.speculative import write_speculative_graph
 from kvslim.export.transformers_js import with_transformers_js_config
 from kvslim.export.weights import quantise_weights
 from kvslim.loading.architecture import architecture_of
@@ -149,6 +150,7 @@ class PreparedDecoder(PreparedModel):
             self.recipe.timed_contexts(self.spec),
             self.original if self.is_quantised else None,
             self.progress,
+            self.recipe.draft,
         )
 
     def install(self, codes: tuple[LayerEdit, ...]) -> None:
@@ -182,6 +184,8 @@ class PreparedDecoder(PreparedModel):
         generation = self._generation_config()
         # `save_pretrained` refuses what models often have: numbers for sampling, and no `do_sample`.
         generation.to_json_file(folder / "generation_config.json")
+        if self.recipe.draft != "none":
+            write_speculative_graph(folder)
         if layout.needs_own_runtime or not layout.is_even:
             return
         config = genai_config(self.spec, layout, generation.to_dict(), inputs=inputs)

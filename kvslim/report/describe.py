@@ -12,6 +12,7 @@ from kvslim.loading.origin import source_of
 from kvslim.report.card import write_card
 from kvslim.report.matrices import matrix_formats
 from kvslim.report.page import write_report
+from kvslim.speculative.choice import draft_of
 from kvslim.types import Healing, KVLayout, Manifest, Plan, Report, Survey
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def describe(
         weights=recipe.weights,
         matrices=matrix_formats(folder),
         inputs=inputs,
+        draft=draft_of(recipe.draft, KVLayout.of(spec, plan), recipe.calibration.target(spec)),
         least_onnxruntime=LEAST_ONNXRUNTIME,
         versions={name: version(name) for name in VERSIONED},
         files={},

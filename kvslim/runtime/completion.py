@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +13,15 @@ from tokenizers import Tokenizer
 
 from kvslim.contract import Frozen
 from kvslim.errors import UsageError
-from kvslim.runtime.draft import Draft, FinishReason, write
+from kvslim.export.manifest import SPECULATIVE_GRAPH
 from kvslim.runtime.generate import GREEDY, Sampling, eos_ids, load_tokenizer
+from kvslim.runtime.opening import Logits
 from kvslim.runtime.session import DecodeSession
+from kvslim.runtime.writing import Completion, FinishReason, write
+from kvslim.speculative.loop import acceptance, tokens_per_round, write_speculatively
+from kvslim.speculative.speculator import Speculator
 from kvslim.token_ids import check_ids
+from kvslim.types import Draft
 
 if TYPE_CHECKING:
     from kvslim.runtime.template import ChatTemplate, Messages
@@ -33,6 +38,10 @@ class Usage(Frozen):
     )
     ttft_ms: float = Field(description="time to the first token, milliseconds")
     tokens_per_second: float | None = Field(description="of the tokens after the first; None where there is none")
+    proposed_tokens: int = Field(description="that a draft proposed")
+    accepted_tokens: int = Field(description="of those the ones that were right")
+    tokens_per_round: float | None = Field(description="of a run of the graph; None where nothing could be proposed")
+    acceptance: tuple[float, ...] = Field(description="how often the first proposal of a run was right, the second ...")
     context_tokens: int = Field(description="prompt and new tokens")
     context_capacity: int = Field(description="tokens that the cache has room for")
     kv_mib: float = Field(description="MiB of the cache at its capacity")
@@ -101,6 +110,7 @@ class Completer:
         capacity: Tokens to allocate the cache for.
         batch: Prompts to allocate it for, which `complete` then takes without allocating it anew.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
+        draft: What proposes tokens to a single text, where the artifact has a graph for it; None for nothing.
 
     Raises:
         UsageError: The capacity is not positive, or the cache holds fewer sequences than `batch`.
@@ -116,11 +126,14 @@ class Completer:
         capacity: int,
         batch: int = 1,
         threads: int | None = None,
+        draft: Draft | None = None,
     ) -> None:
         self._ends = eos_ids(folder)
-        self._session = DecodeSession(folder, capacity=capacity, batch=batch, threads=threads)
+        graph = folder if draft is None else folder / SPECULATIVE_GRAPH
+        self._session = DecodeSession(graph, capacity=capacity, batch=batch, threads=threads)
+        self._speculator = None if draft is None else Speculator(self._session, draft)
         self._tokenizer = tokenizer
-        self._last: Draft | None = None
+        self._last: Completion | None = None
         self.usage: Usage | None = None
 
     def check(self, ids: Sequence[int]) -> None:
@@ -154,13 +167,13 @@ class Completer:
             UsageError: The cache has no room for the prompt and one more token, or a stop string is empty.
             ArtifactError: onnxruntime fails on the graph.
         """
-        draft, before = self._draft(ids, max_new_tokens, sampling, stops), self._last
+        completion, before = self._completion(ids, max_new_tokens, sampling, stops), self._last
         if self._session.batch > 1:
             self._session.allocate(1)
         held = [*before.ids, *before.tokens] if before else ()
         cached = self._session.keep_shared(held, ids[:-1])  # the logits of the last token are wanted
-        self._last, self.usage = draft, None
-        return self._streamed(draft, cached)
+        self._last, self.usage = completion, None
+        return self._streamed(completion, cached)
 
     def complete(
         self,
@@ -186,49 +199,60 @@ class Completer:
         """
         if not prompts:
             return []
-        drafts = [self._draft(ids, max_new_tokens, sampling, stops) for ids in prompts]
+        completions = [self._completion(ids, max_new_tokens, sampling, stops) for ids in prompts]
         self._last, start = None, time.perf_counter()
-        if len(drafts) > self._session.batch:
-            self._session.allocate(len(drafts))
-        texts = [""] * len(drafts)
-        for place, piece in write(self._session, drafts, self._session.prefill_each(prompts)):
+        if len(completions) > self._session.batch:
+            self._session.allocate(len(completions))
+        texts = [""] * len(completions)
+        for place, piece in write(self._session, completions, self._session.prefill_each(prompts)):
             texts[place] += piece
-        return [(text, self._used(draft, 0, start)) for text, draft in zip(texts, drafts, strict=True)]
+        return [(text, self._used(completion, 0, start)) for text, completion in zip(texts, completions, strict=True)]
 
-    def _draft(self, ids: Sequence[int], most: int, sampling: Sampling, stops: Sequence[str]) -> Draft:
+    def _completion(self, ids: Sequence[int], most: int, sampling: Sampling, stops: Sequence[str]) -> Completion:
         self.check(ids)
         most = min(most, self._session.capacity - len(ids))
-        return Draft(self._tokenizer, ids, most, ends=self._ends, stops=stops, sampling=sampling)
+        return Completion(self._tokenizer, ids, most, ends=self._ends, stops=stops, sampling=sampling)
 
-    def _streamed(self, draft: Draft, cached: int) -> Generator[str, None, None]:
-        """The text of a draft of which the cache holds so many tokens; notes at the end what it took."""
+    def _streamed(self, completion: Completion, cached: int) -> Generator[str, None, None]:
+        """The text of a completion of which the cache holds so many tokens; notes at the end what it took."""
         start = time.perf_counter()
         try:
-            for logits in self._session.prefill_steps(draft.ids[cached:]):  # noqa: B007 (the last are written from)
+            for logits in self._session.prefill_steps(completion.ids[cached:]):  # noqa: B007 (the last are written from)
                 yield ""
-            for _, piece in write(self._session, [draft], logits[None]):
-                yield piece
+            yield from self._written(completion, logits)
         except GeneratorExit:
-            draft.finish_reason = draft.finish_reason or "interrupted"
+            completion.finish_reason = completion.finish_reason or "interrupted"
         except BaseException:
             self._session.reset()  # a run may have ended halfway
             raise
-        if self._last is draft:
-            self.usage = self._used(draft, cached, start)
+        if self._last is completion:
+            self.usage = self._used(completion, cached, start)
 
-    def _used(self, draft: Draft, cached: int, start: float) -> Usage:
-        """What a draft took that was written to its end."""
-        assert draft.finish_reason is not None
-        drawn = draft.times[: len(draft.tokens)]
-        first = next(iter(draft.times), time.perf_counter())
+    def _written(self, completion: Completion, logits: Logits) -> Iterator[str]:
+        if self._speculator is not None:
+            self._speculator.begin(completion.ids)
+            yield from write_speculatively(self._session, completion, logits, self._speculator)
+            return
+        for _, piece in write(self._session, [completion], logits[None]):
+            yield piece
+
+    def _used(self, completion: Completion, cached: int, start: float) -> Usage:
+        """What a completion took that was written to its end."""
+        assert completion.finish_reason is not None
+        drawn = completion.times[: len(completion.tokens)]
+        first = next(iter(completion.times), time.perf_counter())
         return Usage(
-            prompt_tokens=len(draft.ids),
+            prompt_tokens=len(completion.ids),
             cached_tokens=cached,
-            new_tokens=len(draft.tokens),
-            finish_reason=draft.finish_reason,
+            new_tokens=len(completion.tokens),
+            finish_reason=completion.finish_reason,
             ttft_ms=(first - start) * 1000,
             tokens_per_second=(len(drawn) - 1) / (drawn[-1] - drawn[0]) if len(drawn) > 1 else None,
-            context_tokens=len(draft.ids) + len(draft.tokens),
+            proposed_tokens=sum(proposed for proposed, _ in completion.rounds),
+            accepted_tokens=sum(taken for _, taken in completion.rounds),
+            tokens_per_round=tokens_per_round(completion.rounds),
+            acceptance=acceptance(completion.rounds),
+            context_tokens=len(completion.ids) + len(completion.tokens),
             context_capacity=self._session.capacity,
             kv_mib=self._session.layout.bytes_at(self._session.capacity) / 2**20,
         )

@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
-from kvslim.contract import FIRST_LOGITS, LAST_POSITION
+from kvslim.export.speculative import give_all_positions
 
 FLOAT_ACTIVATIONS = 1  # MatMulNBits' accuracy_level
 
@@ -34,25 +33,11 @@ def changed_graph(path: Path, all_positions: bool, float_activations: bool) -> C
         model = onnx.load(path, load_external_data=False)
     except DecodeError:
         return None  # onnxruntime tells what is wrong with it
-    changed = [all_positions and _give_all_positions(model.graph), float_activations and _keep_activations(model.graph)]
+    changed = [all_positions and give_all_positions(model.graph), float_activations and _keep_activations(model.graph)]
     if not any(changed):
         return None
     folder = _follow_links(model.graph, path)
     return ChangedGraph(model.SerializeToString(), folder)
-
-
-def _give_all_positions(graph: onnx.GraphProto) -> bool:
-    """Adds an input that says which positions get logits, by default all; False where all do anyway."""
-    found = [node for node in graph.node if node.name == LAST_POSITION]
-    if not found:
-        return False
-    (last,) = found
-    last.input[1] = FIRST_LOGITS
-    graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.int64), FIRST_LOGITS))
-    graph.input.append(onnx.helper.make_tensor_value_info(FIRST_LOGITS, onnx.TensorProto.INT64, [1]))
-    logits = next(value for value in graph.output if value.name == "logits")
-    logits.type.tensor_type.shape.dim[1].dim_param = "logits_length"
-    return True
 
 
 def _keep_activations(graph: onnx.GraphProto) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
@@ -60,6 +61,11 @@ GREEDY = Sampling()
 class Sampler:
     """Draws the tokens of one text.
 
+    The randomness of a draw depends on the seed and on the token's place in the text alone. So a text is the same
+    whether or not its tokens were proposed by a draft, and a draft that draws with the same randomness proposes what
+    the model draws wherever the two agree well enough. Daliri, Musco, Suresh, "Coupling without Communication and
+    Drafter-Invariant Speculative Decoding", 2024, section 3.
+
     Args:
         sampling: How.
         tokens: Those that are there already, which a repetition penalty counts too.
@@ -67,26 +73,34 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, tokens: Iterable[int]) -> None:
         self._sampling = sampling
-        self._generator = np.random.default_rng(sampling.seed)
-        self._seen = set(tokens)
+        self._seen, self._drawn = set(tokens), 0
 
     def draw(self, logits: Logits) -> int:
         """The next token, from logits [vocab]."""
-        token = sample(self._penalised(logits), self._generator, self._sampling)
+        token = self.foreseen(logits)
         self._seen.add(token)
+        self._drawn += 1
         return token
 
-    def _penalised(self, logits: Logits) -> Logits:
+    def foreseen(self, logits: Logits, ahead: Sequence[int] = ()) -> int:
+        """The token that these logits [vocab] would give after `ahead`, more tokens that may be drawn next."""
+        generator = np.random.default_rng((self._sampling.seed, self._drawn + len(ahead)))
+        return sample(self._penalised(logits, ahead), generator, self._sampling)
+
+    def _penalised(self, logits: Logits, ahead: Sequence[int]) -> Logits:
         penalty = self._sampling.repetition_penalty
         if penalty == 1:
             return logits
-        seen, changed = list(self._seen), logits.copy()
+        seen, changed = [*self._seen, *ahead], logits.copy()
         changed[seen] = np.where(logits[seen] < 0, logits[seen] * penalty, logits[seen] / penalty)
         return changed
 
 
 def sample(logits: Logits, generator: np.random.Generator, sampling: Sampling = GREEDY) -> int:
     """Draws one token; temperature first, then top-k, then top-p over what top-k left, as in transformers.
+
+    It draws by a race of exponential variables, which is the same as Gumbel's trick: every token has its own, so that
+    the same generator gives the same token to distributions that are alike.
 
     Args:
         logits: float32 [vocab].
@@ -95,13 +109,29 @@ def sample(logits: Logits, generator: np.random.Generator, sampling: Sampling = 
     """
     if sampling.temperature == 0:
         return int(logits.argmax())
-    order = np.argsort(-logits, kind="stable")[: sampling.top_k or None]
-    below = logits[order].astype(np.float64) - logits[order[0]]
+    below = logits.astype(np.float64) - logits.max()
     with np.errstate(over="ignore"):  # so cold that all but the most likely are out of reach
         weights = np.exp(below / sampling.temperature)
-    before = np.cumsum(weights) - weights
-    weights[before >= sampling.top_p * weights.sum()] = 0
-    return int(generator.choice(order, p=weights / weights.sum()))
+    _cut(weights, sampling)
+    return int((weights / generator.standard_exponential(len(weights))).argmax())
+
+
+def _cut(weights: npt.NDArray[np.float64], sampling: Sampling) -> None:
+    """Sets the weights [vocab] to zero that top-k and top-p leave out."""
+    if 0 < sampling.top_k < len(weights):
+        _keep_largest(weights, sampling.top_k)
+    if sampling.top_p < 1:
+        falling = np.sort(weights[weights > 0])[::-1]
+        before = np.cumsum(falling) - falling
+        _keep_largest(weights, int((before < sampling.top_p * falling.sum()).sum()))
+
+
+def _keep_largest(weights: npt.NDArray[np.float64], count: int) -> None:
+    """Sets all but the largest so many weights to zero; of equal ones the first stay."""
+    least = np.partition(weights, -count)[-count]
+    equal = np.flatnonzero(weights == least)
+    weights[equal[count - int((weights > least).sum()) :]] = 0
+    weights[weights < least] = 0
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

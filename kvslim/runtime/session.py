@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class DecodeSession:
         capacity: Tokens that the cache has room for.
         batch: Sequences that the cache has room for.
         lengths: Tokens that the cache holds of each now, [batch].
+        left_out: Tokens of the text that the cache leaves out; the next token stands so much later than its row.
         vocab: Entries of one row of logits.
 
     Args:
@@ -80,8 +82,15 @@ class DecodeSession:
         if batch > 1 and (refusal := next(filter(None, refusals), None)):
             raise UsageError(refusal[0], where=self._where, fix=refusal[1])
         self._layers, self.batch = layers, batch
-        self.lengths = np.zeros(batch, dtype=np.int64)
+        self.lengths, self.left_out = np.zeros(batch, dtype=np.int64), 0
         self._take_part(slice(0, batch))
+
+    def sibling(self, capacity: int) -> DecodeSession:
+        """Another cache, of one sequence, for the same graph, whose weights are in memory once."""
+        other = copy.copy(self)
+        other.capacity, other._binding = capacity, self._session.io_binding()
+        other.allocate(1)
+        return other
 
     @property
     def length(self) -> int:
@@ -104,6 +113,17 @@ class DecodeSession:
                 layer.move(last, row, int(self.lengths[row]))
         self._take_part(slice(0, last))
 
+    @property
+    def lends_rows(self) -> bool:
+        """Whether a cache with some of the rows of another one is one that the graph can read."""
+        return all(layer.lends_rows for layer in self._layers)
+
+    def borrow(self, other: DecodeSession, rows: slice, start: int) -> None:
+        """Copies rows of a sibling's cache, to stand from row `start` on, and forgets what stood there and behind."""
+        for layer, theirs in zip(self._layers, other._layers, strict=True):
+            layer.borrow(theirs, rows, start)
+        self.lengths[:] = start + rows.stop - rows.start
+
     def rewind(self, length: int) -> None:
         """Drops the tail of the cache, so that `length` tokens remain.
 
@@ -114,10 +134,13 @@ class DecodeSession:
             raise UsageError(
                 f"cannot rewind to {length} of {self.length} cached tokens", where="rewind", fix="rewind to fewer"
             )
-        refusals = (layer.refusal(length, self.length) for layer in self._layers)
-        if refusal := next(filter(None, refusals), None):
+        if refusal := self.refusal(length, self.length):
             raise UsageError(refusal, where="rewind", fix="reset instead")
         self.lengths[:] = length
+
+    def refusal(self, length: int, current: int) -> str | None:
+        """Why a cache of `current` tokens could not be cut to `length`, or None if it could."""
+        return next(filter(None, (layer.refusal(length, current) for layer in self._layers)), None)
 
     def keep_shared(self, held: Sequence[int], tokens: Sequence[int]) -> int:
         """Leaves in the cache what it begins with like other tokens, or nothing where a window has moved on since.
@@ -261,12 +284,12 @@ class DecodeSession:
         return logits
 
     def _bind_tokens(self, ids: npt.NDArray[np.int64], rows: int) -> None:
-        positions = self.lengths[self._rows, None] + np.arange(ids.shape[1])
-        totals = positions[:, -1:] + 1
+        rows_of = self.lengths[self._rows, None] + np.arange(ids.shape[1])
+        totals = rows_of[:, -1:] + 1
         inputs = {
             "input_ids": ids,
             "attention_mask": (np.arange(totals.max()) < totals).astype(np.int64),
-            "position_ids": positions,
+            "position_ids": rows_of + self.left_out,
         }
         if self._has_choice:
             inputs[FIRST_LOGITS] = np.array([-rows], dtype=np.int64)

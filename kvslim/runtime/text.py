@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from kvslim.errors import UnsupportedError, UsageError
 from kvslim.export.manifest import read_runnable
 from kvslim.runtime.completion import Completer, PromptEncoder
 from kvslim.runtime.generate import Sampling
-from kvslim.types import Manifest
+from kvslim.types import Draft, Manifest
 
 if TYPE_CHECKING:
     from kvslim.runtime.template import Messages
+
+Speculative = Literal["auto", "none"]
 
 
 class TextGenerator:
@@ -26,6 +28,8 @@ class TextGenerator:
         folder: A folder that `kvslim.compress` wrote.
         context: Tokens that the cache has room for; None for the context that the artifact was made for.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
+        speculative: `auto` lets the artifact's draft, if it has one, propose tokens where that saves time; `none` does
+            not.
 
     Raises:
         UsageError: The context is not positive, or longer than the model allows.
@@ -33,11 +37,19 @@ class TextGenerator:
         UnsupportedError: The model is an encoder.
     """
 
-    def __init__(self, folder: Path, *, context: int | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        context: int | None = None,
+        threads: int | None = None,
+        speculative: Speculative = "auto",
+    ) -> None:
         manifest = read_decoder(folder, context, option="context")
         capacity = min(manifest.context, manifest.spec.max_context) if context is None else context
         self._encoder = PromptEncoder(folder, manifest.spec.vocab_size)
-        self._completer = Completer(folder, self._encoder.tokenizer, capacity=capacity, threads=threads)
+        draft = used_draft(manifest, speculative)
+        self._completer = Completer(folder, self._encoder.tokenizer, capacity=capacity, threads=threads, draft=draft)
 
     def generate(
         self,
@@ -136,6 +148,17 @@ def read_decoder(folder: Path, context: int | None, option: str) -> Manifest:
             fix=f"{option} {spec.max_context}",
         )
     return manifest
+
+
+def used_draft(manifest: Manifest, speculative: Speculative) -> Draft | None:
+    """The draft that is to propose tokens; None for none.
+
+    Raises:
+        UsageError: `speculative` is another word.
+    """
+    if speculative not in get_args(Speculative):
+        raise UsageError(f"speculative is {speculative!r}", where="speculative", fix="use auto or none")
+    return manifest.draft if speculative == "auto" else None
 
 
 def _strings(stop: str | Sequence[str]) -> Sequence[str]:

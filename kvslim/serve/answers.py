@@ -111,6 +111,10 @@ def usage_of(usages: Sequence[Usage]) -> dict[str, Any]:
         "completion_tokens": new,
         "total_tokens": prompt + new,
         "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": sum(usage.accepted_tokens for usage in usages),
+            "rejected_prediction_tokens": sum(usage.proposed_tokens - usage.accepted_tokens for usage in usages),
+        },
     }
 
 

@@ -10,7 +10,7 @@ from kvslim.errors import UsageError
 from kvslim.export.manifest import MANIFEST
 from kvslim.runtime.completion import Completer, PromptEncoder
 from kvslim.runtime.template import ChatTemplate
-from kvslim.runtime.text import read_decoder
+from kvslim.runtime.text import Speculative, read_decoder, used_draft
 from kvslim.serve.engine import Order
 from kvslim.serve.errors import ApiError
 from kvslim.serve.requests import ChatRequest, CompletionRequest, TextRequest
@@ -32,12 +32,20 @@ class ServedModel:
         context: Tokens that the cache has room for; None for the context that the artifact was made for.
         max_new_tokens: Tokens of an answer at most, whatever a request asks for; None for no limit but the cache.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
+        speculative: Whether the artifact's draft proposes tokens.
 
     Raises:
         KvslimError: The artifact cannot be read, writes no text, or takes no such context.
     """
 
-    def __init__(self, folder: Path, context: int | None, max_new_tokens: int | None, threads: int | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        context: int | None,
+        max_new_tokens: int | None,
+        threads: int | None,
+        speculative: Speculative = "auto",
+    ) -> None:
         manifest = read_decoder(folder, context, option="--context")
         self.name, self.created = folder.resolve().name, int((folder / MANIFEST).stat().st_mtime)
         self.fingerprint = "fp_" + hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:12]
@@ -46,7 +54,8 @@ class ServedModel:
         self._vocab_size = manifest.spec.vocab_size
         self._encoder = PromptEncoder(folder, self._vocab_size)
         self._has_template = ChatTemplate.exists(folder)
-        self.completer = Completer(folder, self._encoder.tokenizer, capacity=self.capacity, threads=threads)
+        draft, tokenizer = used_draft(manifest, speculative), self._encoder.tokenizer
+        self.completer = Completer(folder, tokenizer, capacity=self.capacity, threads=threads, draft=draft)
 
     def check_name(self, name: str | None) -> None:
         """Refuses another model; no name is as good as the right one.

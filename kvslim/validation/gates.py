@@ -9,7 +9,7 @@ from typing import NamedTuple
 from kvslim.contract import MIB
 from kvslim.kv_ratios import smaller_than
 from kvslim.recipe import Gates
-from kvslim.types import GateResult, Measures, Report, SampleAnswer
+from kvslim.types import GateResult, Measures, Report, SampleAnswer, Speculation
 
 # Limits are decimal fractions; a difference of shares can miss one by a rounding error (1 - 0.95 > 0.05).
 _TOLERANCE = 1e-9
@@ -119,6 +119,7 @@ def report(
     context: int | None = None,
     timed: Timed | None = None,
     samples: Sequence[SampleAnswer] = (),
+    speculation: Speculation | None = None,
 ) -> Report:
     """The report of an artifact; it passes if every gate passes.
 
@@ -131,12 +132,13 @@ def report(
         context: Tokens at which a cache's bytes count.
         timed: What the timings say of both together.
         samples: Answers to compare by eye.
+        speculation: What a draft gains; texts of it that are not the model's fail the report.
     """
     timed = timed or Timed()
     ratios = ratio(artifact, plain).model_copy(update=dict(timed.ratios))
     results = check_gates(gates, plain, artifact, ratios, context)
     return Report(
-        passed=all(result.passed for result in results),
+        passed=all(result.passed for result in results) and not (speculation and speculation.differing),
         gates=results,
         plain=plain,
         floor=floor,
@@ -146,4 +148,5 @@ def report(
         smaller_than=smaller_than(artifact.kv_bytes_per_token, plain.kv_bytes_per_token),
         timings_uncertain=timed.uncertain,
         samples=tuple(samples),
+        speculation=speculation,
     )

@@ -16,10 +16,10 @@ from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
 from kvslim.loading.tokenizer import folder_tokenizer
 from kvslim.progress import Progress, Silent
-from kvslim.runtime.draft import Draft, write
 from kvslim.runtime.generate import Sampling, eos_ids, load_tokenizer
 from kvslim.runtime.opening import Logits
 from kvslim.runtime.session import DecodeSession
+from kvslim.runtime.writing import Completion, write
 from kvslim.token_ids import check_ids
 from kvslim.validation.quality import CHUNK
 from kvslim.validation.tally import log_softmax
@@ -129,7 +129,7 @@ class ArtifactLM(TemplateLM):
         self._cached = ()
         session = self._open(len(ids) + count)
         session.reset()
-        draft = Draft(
+        completion = Completion(
             self._plain_tokenizer,
             (),  # the answer is a text of its own, as it is for the harness
             count,
@@ -139,7 +139,7 @@ class ArtifactLM(TemplateLM):
                 options.get("temperature") or 0.0, options.get("top_k") or 0, options.get("top_p") or 1.0, seed
             ),
         )
-        return "".join(piece for _, piece in write(session, [draft], session.prefill(ids)[None]))
+        return "".join(piece for _, piece in write(session, [completion], session.prefill(ids)[None]))
 
     def _logits(self, tokens: Sequence[int], start: int) -> Logits:
         """Logits that follow tokens[start:], float32 [n, vocab]."""

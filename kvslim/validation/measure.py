@@ -13,13 +13,14 @@ from kvslim.export.manifest import GRAPH, WEIGHTS
 from kvslim.progress import Progress
 from kvslim.recipe import Gates, Validation
 from kvslim.runtime.session import DecodeSession
-from kvslim.types import Measures, Report
+from kvslim.types import DraftChoice, Measures, Report
 from kvslim.validation.gates import Timed, report
 from kvslim.validation.latency import Latency, measure_latency
 from kvslim.validation.quality import FLOOR_WINDOWS, measure_all, measure_floor
 from kvslim.validation.recall import RecallItem, capacity_for, compare_recall
 from kvslim.validation.rss import peak_rss
 from kvslim.validation.samples import sample_answers
+from kvslim.validation.speculation import measure_speculation
 
 
 class DecoderEvaluation(NamedTuple):
@@ -35,6 +36,7 @@ class DecoderEvaluation(NamedTuple):
         timed_contexts: Contexts that a token is timed at.
         original: Folder of the graph in float32 where the weights of plain export and artifact are quantised.
         progress: Receives the progress.
+        draft: Which draft the artifact has, as in a recipe.
     """
 
     windows: Sequence[np.ndarray]
@@ -46,6 +48,7 @@ class DecoderEvaluation(NamedTuple):
     timed_contexts: Sequence[int]
     original: Path | None
     progress: Progress
+    draft: DraftChoice = "none"
 
     def measure(self, plain: Path, artifact: Path) -> Report:
         """The report of an artifact next to the plain export of its model, gates judged.
@@ -58,7 +61,7 @@ class DecoderEvaluation(NamedTuple):
 
 
 def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Report:
-    windows, items, settings, gates, context, prompts, timed, original, progress = evaluation
+    windows, items, settings, gates, context, prompts, timed, original, progress, draft = evaluation
     folders = {"plain": plain, "artifact": artifact}
     quality = _quality(plain, artifact, windows, original, progress)
     progress.stage(stages.RECALL)
@@ -80,6 +83,7 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
     sizes = {name: session.layout.bytes_per_token(context) for name, session in sessions.items()}
     del sessions
     samples = sample_answers(plain, artifact, windows, progress)
+    speculation = measure_speculation(artifact, draft, windows, context, progress)
     progress.stage(stages.TIME)
     latency = measure_latency(folders, prompts, timed, settings.repeats, progress=progress)
     slim = latency["artifact"]
@@ -98,6 +102,7 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
         original=of_original,
         timed=Timed({"ttft_ms": slim.ttft_ratio, "tpot_ms": slim.tpot_ratio}, slim.uncertain),
         samples=samples,
+        speculation=speculation,
         context=context,
     )
 

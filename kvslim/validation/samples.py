@@ -9,9 +9,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from kvslim.progress import Progress
-from kvslim.runtime.draft import Draft, write
 from kvslim.runtime.generate import eos_ids, load_tokenizer
 from kvslim.runtime.session import DecodeSession
+from kvslim.runtime.writing import Completion, write
 from kvslim.types import SampleAnswer
 
 SAMPLES, PROMPT, ANSWER = 3, 64, 48  # texts, and tokens of each at most
@@ -40,14 +40,14 @@ def sample_answers(
     for window in progress.track(windows[:SAMPLES], "sample answers"):
         ids = window[: min(PROMPT, len(window) // 2)].tolist()
         most = min(ANSWER, len(window) - len(ids))
-        answers = (_answer(session, Draft(tokenizer, ids, most, ends=ends)) for session in sessions)
+        answers = (_answer(session, Completion(tokenizer, ids, most, ends=ends)) for session in sessions)
         found.append(SampleAnswer(prompt=_text(tokenizer, ids), plain=next(answers), artifact=next(answers)))
     return tuple(found)
 
 
-def _answer(session: DecodeSession, draft: Draft) -> str:
+def _answer(session: DecodeSession, completion: Completion) -> str:
     session.reset()
-    return "".join(piece for _, piece in write(session, [draft], session.prefill(draft.ids)[None]))
+    return "".join(piece for _, piece in write(session, [completion], session.prefill(completion.ids)[None]))
 
 
 def _text(tokenizer: Tokenizer, ids: list[int]) -> str:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from support.drafts import tokens_after
+from support.completions import tokens_after
 from support.paths import ROOT
 
 from kvslim.runtime.generate import eos_ids, load_tokenizer

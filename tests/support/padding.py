@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kvslim.runtime.draft import Draft, write
 from kvslim.runtime.generate import eos_ids, load_tokenizer
 from kvslim.runtime.session import DecodeSession
+from kvslim.runtime.writing import Completion, write
 from support.docs import blocks
 
 PROMPTS = ["Mira's lamp is red.", "No", "A longer text, with more than sixteen tokens in it", "Oren's"]
@@ -22,9 +22,9 @@ def alone(folder: Path) -> str:
     tokenizer, texts = load_tokenizer(folder), []
     for prompt in PROMPTS:
         ids, session = tokenizer.encode(prompt).ids, DecodeSession(folder, capacity=64)
-        draft = Draft(tokenizer, ids, NEW_TOKENS, ends=eos_ids(folder))
-        list(write(session, [draft], session.prefill(ids)[None]))
-        texts.append(tokenizer.decode(draft.tokens) + "\n")
+        completion = Completion(tokenizer, ids, NEW_TOKENS, ends=eos_ids(folder))
+        list(write(session, [completion], session.prefill(ids)[None]))
+        texts.append(tokenizer.decode(completion.tokens) + "\n")
     return "".join(texts)
 
 

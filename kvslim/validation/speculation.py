@@ -1,0 +1,116 @@
+"""Whether texts that a draft helps to write are the model's own, and how much faster they are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from kvslim.export.manifest import SPECULATIVE_GRAPH
+from kvslim.prefix import shared_length
+from kvslim.progress import Progress
+from kvslim.runtime.generate import load_tokenizer
+from kvslim.runtime.opening import Logits
+from kvslim.runtime.session import DecodeSession
+from kvslim.runtime.writing import Completion, write
+from kvslim.speculative.choice import draft_of
+from kvslim.speculative.loop import acceptance, tokens_per_round, write_speculatively
+from kvslim.speculative.speculator import Speculator
+from kvslim.types import Draft, DraftChoice, Speculation
+
+TEXTS, MOST = 4, 64  # texts to write, and tokens of each at most
+TIE = 1e-3  # logits as close as this may be taken in either order: sums of floats depend on how many rows they are of
+
+
+class _Written(NamedTuple):
+    completion: Completion
+    seconds: float
+
+
+def measure_speculation(
+    artifact: Path, choice: DraftChoice, windows: Sequence[np.ndarray], context: int, progress: Progress
+) -> Speculation | None:
+    """What the artifact's draft gains on held-out text; None where it has no draft.
+
+    With quantised weights onnxruntime rounds one row and several rows in other ways. So whether texts are the model's
+    is judged with activations in float32, and the speed is measured as the artifact runs.
+
+    Args:
+        artifact: The folder.
+        choice: Which draft it has, as in a recipe.
+        windows: Token ids of texts, of which the longest are used.
+        context: The target context in tokens; texts may be shorter.
+        progress: Receives the progress.
+    """
+    if choice == "none":
+        return None
+    longest = sorted(windows, key=len, reverse=True)[:TEXTS]
+    most = min(MOST, len(longest[-1]) // 2)
+    prompts = [window[: max(1, min(context, len(window)) - most)].tolist() for window in longest]
+    graph, capacity = artifact / SPECULATIVE_GRAPH, max(map(len, prompts)) + most
+    tokenizer = load_tokenizer(artifact)
+    session = DecodeSession(graph, capacity=capacity)
+    draft = draft_of(choice, session.layout, context)
+    assert draft is not None
+    pairs = list(_written(session, tokenizer, draft, prompts, most, progress))
+    del session
+    exact = DecodeSession(graph, capacity=capacity, float_activations=True)
+    texts = list(_written(exact, tokenizer, draft, prompts, most, progress))
+    rounds = [each for _, with_draft in pairs for each in with_draft.completion.rounds]
+    return Speculation(
+        context=max(map(len, prompts)),
+        tokens=sum(len(plain.completion.tokens) for plain, _ in pairs),
+        differing=sum(_differs(exact, plain.completion, drafted.completion) for plain, drafted in texts),
+        tokens_per_round=tokens_per_round(rounds) or 1.0,
+        acceptance=acceptance(rounds),
+        speed_ratio=float(np.median([_speed(drafted) / _speed(plain) for plain, drafted in pairs])),
+    )
+
+
+def _written(
+    session: DecodeSession,
+    tokenizer: Tokenizer,
+    draft: Draft,
+    prompts: Sequence[list[int]],
+    most: int,
+    progress: Progress,
+) -> Iterator[tuple[_Written, _Written]]:
+    """Each text without and with the draft."""
+    speculator = Speculator(session, draft)
+    for ids in progress.track(prompts, "texts with a draft"):
+        session.reset()
+        logits = session.prefill(ids)
+        plain = _timed(session, Completion(tokenizer, ids, most), logits, None)
+        if session.keep_shared(ids, ids) < len(ids):  # a ring has moved on
+            logits = session.prefill(ids)
+        yield plain, _timed(session, Completion(tokenizer, ids, most), logits, speculator)
+
+
+def _timed(session: DecodeSession, completion: Completion, logits: Logits, speculator: Speculator | None) -> _Written:
+    start = time.perf_counter()
+    if speculator is None:
+        list(write(session, [completion], logits[None]))
+    else:
+        speculator.begin(completion.ids)
+        list(write_speculatively(session, completion, logits, speculator))
+    return _Written(completion, time.perf_counter() - start)
+
+
+def _speed(written: _Written) -> float:
+    return len(written.completion.tokens) / written.seconds
+
+
+def _differs(session: DecodeSession, plain: Completion, drafted: Completion) -> bool:
+    """Whether the first token in which two texts differ is another one, and not as likely but for rounding."""
+    if plain.tokens == drafted.tokens:
+        return False
+    place = shared_length(plain.tokens, drafted.tokens)
+    if place == min(len(plain.tokens), len(drafted.tokens)):
+        return True
+    session.reset()
+    logits = session.prefill([*plain.ids, *plain.tokens[:place]])
+    return bool(abs(logits[plain.tokens[place]] - logits[drafted.tokens[place]]) > TIE)
