@@ -20,7 +20,8 @@ from kvslim.methods.kv_quant import KvQuant
 from kvslim.planning.budget import choose_within
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.recipe import Budget
-from kvslim.workers.ray_workers import RETRIES, RayWorkers
+from kvslim.workers.cluster import RETRIES, Cluster
+from kvslim.workers.ray_workers import RayWorkers
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray about itself
 
@@ -28,9 +29,14 @@ RECIPE = recipe_of([KvQuant()])
 
 
 @pytest.fixture(scope="module")
-def workers() -> Iterator[RayWorkers]:
-    with RayWorkers(2) as found:
+def cluster() -> Iterator[Cluster]:
+    with Cluster(2) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def workers(cluster: Cluster) -> RayWorkers:
+    return RayWorkers(cluster)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from kvslim.workers.base import Alone, Workers
+from kvslim.workers.cluster import Cluster
 from kvslim.workers.ray_workers import RayWorkers
 
 
@@ -18,10 +19,10 @@ def hired(count: int | None, address: str | None) -> Iterator[Workers]:
         address: Of a Ray cluster; None for this machine.
 
     Raises:
-        UnsupportedError: Ray is not installed.
+        UnsupportedError, NotFoundError: As for `Cluster`.
     """
     if count is None and address is None:
         yield Alone()
         return
-    with RayWorkers(count, address) as workers:
-        yield workers
+    with Cluster(count, address) as cluster:
+        yield RayWorkers(cluster)

@@ -1,31 +1,23 @@
-"""Workers as actors of Ray, on this machine or on a cluster.
-
-Ray starts those that die again, and gives them their piece again (Moritz et al., "Ray: A Distributed Framework for
-Emerging AI Applications", OSDI 2018).
-"""
+"""Workers as actors of Ray: each opens the model once, and does piece after piece."""
 
 from __future__ import annotations
 
-import logging
 import os
-import socket
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from kvslim.errors import KvslimError, ModelError, NotFoundError, UnsupportedError
+from kvslim.errors import KvslimError, ModelError, UnsupportedError
 from kvslim.progress import Silent
 from kvslim.workers.base import Item, Result, Task, Workers
+from kvslim.workers.cluster import RETRIES, Cluster, settle
 
 if TYPE_CHECKING:
     from kvslim.prepared.decoder import PreparedDecoder
     from kvslim.recipe import Recipe
 
-RETRIES = 2  # of a piece whose worker dies
 _names = count()
 
 
@@ -48,13 +40,12 @@ class Worker:
     """One worker: opens the model once, and does pieces of one task after another.
 
     Args:
-        threads: Of one operator.
+        folder: As for `settle`.
+        threads: As for `settle`.
     """
 
-    def __init__(self, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
+    def __init__(self, folder: str, threads: int) -> None:
+        settle(folder, threads)
         self._opening: Opening | None = None
         self._task = ""
 
@@ -85,33 +76,16 @@ class Worker:
 
 
 class RayWorkers(Workers):
-    """Workers on a Ray cluster, or on this machine alone; they leave at the end of the `with` block.
+    """Workers on a cluster.
 
     Args:
-        count: How many; None for one on each machine.
-        address: Of a running cluster, such as `auto` or `10.0.0.1:6379`; None for this machine alone.
-
-    Raises:
-        UnsupportedError: Ray is not installed.
-        NotFoundError: No cluster is there, or it has fewer cores than workers.
+        cluster: What they run on.
     """
 
     are_apart = True
 
-    def __init__(self, count: int | None = None, address: str | None = None) -> None:
-        if find_spec("ray") is None:
-            raise UnsupportedError("workers need the package ray", where="--workers", fix="pip install 'kvslim[ray]'")
-        self.count, self.address = count, address
-
-    def __enter__(self) -> RayWorkers:
-        self._start()
-        self._actors = self._hired()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        import ray
-
-        ray.shutdown()
+    def __init__(self, cluster: Cluster) -> None:
+        self._actors = cluster.actors(Worker)
 
     @property
     def processes(self) -> list[int]:
@@ -172,53 +146,6 @@ class RayWorkers(Workers):
             actor, place = busy.pop(done)
             yield place, ray.get(done)
             free.append(actor)
-
-    def _start(self) -> None:
-        """Joins the cluster, or starts one on this machine."""
-        import ray
-
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
-        cores = max(self.count or 1, os.cpu_count() or 1)
-        here = {} if self.address else {"num_cpus": cores, "include_dashboard": False}
-        try:
-            _check_answers(self.address)
-            ray.init(address=self.address or "local", logging_level=logging.ERROR, log_to_driver=False, **here)
-        except (OSError, ValueError) as error:
-            where, fix = f"--ray {self.address}", "start one with `ray start --head` and give the address it prints"
-            raise NotFoundError(f"no Ray cluster: {error}", where=where, fix=fix) from error
-
-    def _hired(self) -> list[Any]:
-        """One actor for each worker; the cores are shared out among them."""
-        import ray
-
-        cores = int(ray.cluster_resources().get("CPU", 0))
-        wanted = self.count or sum(node["Alive"] for node in ray.nodes())
-        threads = cores // wanted
-        if threads < 1:
-            ray.shutdown()
-            raise NotFoundError(
-                f"the cluster has {cores} cores, too few for {wanted} workers",
-                where="--workers",
-                fix=f"take {cores} workers at most",
-            )
-        variables = {"OMP_NUM_THREADS": str(threads)}
-        if self.address is None:  # on other machines, packages lie elsewhere
-            variables["PYTHONPATH"] = os.pathsep.join(sys.path)
-        made = ray.remote(Worker).options(
-            num_cpus=threads, max_restarts=-1, max_task_retries=RETRIES, runtime_env={"env_vars": variables}
-        )
-        return [made.remote(threads) for _ in range(wanted)]
-
-
-def _check_answers(address: str | None) -> None:
-    """Refuses an address where nothing listens, which Ray would try for minutes.
-
-    Raises:
-        OSError: Nothing does.
-    """
-    host, colon, port = (address or "").rpartition(":")
-    if colon and port.isdecimal():
-        socket.create_connection((host.rpartition("/")[2], int(port)), timeout=10).close()
 
 
 def _opened(opening: Opening) -> PreparedDecoder:
