@@ -91,5 +91,5 @@ $(VENV)/.installed-eval: pyproject.toml constraints.txt $(VENV)/.installed-dev
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) --editable '.[dev,genai,lora,serve]'
+	$(INSTALL) --editable '.[dev,genai,lora,ray,serve]'
 	@touch $@ $(VENV)/.installed

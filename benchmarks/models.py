@@ -87,12 +87,11 @@ class OpenModel:
 
     def calibrate(self, windows: np.ndarray) -> None:
         """Puts token ids [n, length] in the place of the calibration text."""
-        from kvslim.calibrate.recorder import collect
+        from kvslim.calibrate.recorder import record
+        from kvslim.calibrate.recording import finish
 
-        model, architecture = self._prepared.model, self._prepared.architecture
-        self._prepared.statistics = collect(
-            model, architecture, self.spec, windows, context=self.context, seed=0, progress=Silent()
-        )
+        of = self._prepared.model, self._prepared.architecture, self.spec, windows
+        self._prepared.statistics = finish(record(*of, seed=0, progress=Silent()), context=self.context)
         vars(self).pop("_trials", None)
 
     @cached_property

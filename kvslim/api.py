@@ -35,6 +35,8 @@ def compress(
     plan: Plan | FittedPlan | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
 ) -> Manifest:
     """Compresses a model into an ONNX folder and measures it against the plain export.
 
@@ -46,6 +48,8 @@ def compress(
             numbers, as `load_fitted` reads them.
         overwrite: Whether to replace an artifact that is already at `out`.
         progress: Receives the progress; by default nothing is printed.
+        workers: How many processes measure beside each other; None for this one alone (needs the extra `ray`).
+        ray: Address of the Ray cluster that they are on; None for this machine.
 
     Returns:
         The artifact's manifest. `passed` says whether all gates hold, `report` has the measurements.
@@ -54,28 +58,49 @@ def compress(
         KvslimError: Something that the user can fix; `out` is then as it was before.
     """
     from kvslim import pipeline
+    from kvslim.workers.hire import hired
 
-    return pipeline.compress(str(model), _recipe(recipe), Path(out), plan=plan, overwrite=overwrite, progress=progress)
+    with hired(workers, ray) as crew:
+        return pipeline.compress(
+            str(model), _recipe(recipe), Path(out), plan=plan, overwrite=overwrite, progress=progress, workers=crew
+        )
 
 
-def plan(model: AnyPath, recipe: RecipeLike, *, progress: Progress | None = None) -> PlanSummary:
+def plan(
+    model: AnyPath,
+    recipe: RecipeLike,
+    *,
+    progress: Progress | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
+) -> PlanSummary:
     """What `compress` would decide, with the cache size and the KL it predicts. Writes no graph.
 
     Args:
         model: `demo`, a folder, a .gguf file, a hub id or `id:FILE.gguf`, both also with `@revision`.
         recipe: A shipped recipe's name, a recipe file, or a `Recipe`.
         progress: Receives the progress.
+        workers: As for `compress`.
+        ray: As for `compress`.
 
     Raises:
         KvslimError: Something that the user can fix.
     """
     from kvslim import pipeline
+    from kvslim.workers.hire import hired
 
-    return pipeline.plan(str(model), _recipe(recipe), progress=progress)
+    with hired(workers, ray) as crew:
+        return pipeline.plan(str(model), _recipe(recipe), progress=progress, workers=crew)
 
 
 def analyze(
-    model: AnyPath, recipe: RecipeLike = "lossless", *, data: AnyPath | None = None, progress: Progress | None = None
+    model: AnyPath,
+    recipe: RecipeLike = "lossless",
+    *,
+    data: AnyPath | None = None,
+    progress: Progress | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
 ) -> Analysis:
     """Which layers and heads a task needs least, measured on the task's text. Writes no graph.
 
@@ -84,17 +109,21 @@ def analyze(
         recipe: Sets the calibration text and how weights are stored; its methods are not used.
         data: The task's text, in place of the recipe's: `self`, a .txt or .jsonl file, or `hub:DATASET`.
         progress: Receives the progress.
+        workers: As for `compress`.
+        ray: As for `compress`.
 
     Raises:
         KvslimError: Something that the user can fix.
     """
     from kvslim import pipeline
+    from kvslim.workers.hire import hired
 
     chosen = _recipe(recipe)
     if data is not None:
         calibration = chosen.calibration.model_copy(update={"source": str(data)})
         chosen = chosen.model_copy(update={"calibration": calibration})
-    return pipeline.analyze(str(model), chosen, progress=progress)
+    with hired(workers, ray) as crew:
+        return pipeline.analyze(str(model), chosen, progress=progress, workers=crew)
 
 
 def validate(

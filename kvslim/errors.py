@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 
 class KvslimError(Exception):
@@ -23,6 +24,10 @@ class KvslimError(Exception):
         self.message = message
         self.where = where
         self.fix = fix
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, which knows no arguments by name: a worker's error is raised again in another process."""
+        return partial(type(self), where=self.where, fix=self.fix), (self.message,)
 
 
 class UsageError(KvslimError):

@@ -26,6 +26,7 @@ from kvslim.recipe import Gates, Recipe, parse_recipe
 from kvslim.report.describe import describe
 from kvslim.types import KVLayout, Manifest, Plan, Report
 from kvslim.validation.bench import BenchResult, Grid, bench_all
+from kvslim.workers.base import Workers
 
 if TYPE_CHECKING:
     from kvslim.transform.edits import FittedPlan
@@ -39,6 +40,7 @@ def compress(
     plan: Plan | FittedPlan | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    workers: Workers | None = None,
 ) -> Manifest:
     """Makes an artifact: a folder with a slim ONNX graph, and the proof of what it costs and saves.
 
@@ -49,6 +51,7 @@ def compress(
         plan: Decisions to use in place of the methods' own, perhaps with what is fitted for them.
         overwrite: Whether an artifact that is already at `out` may be replaced.
         progress: Receives the progress.
+        workers: Who does what can be done in pieces; None for this process.
 
     Returns:
         The artifact's manifest; `passed` tells whether all gates hold.
@@ -64,11 +67,10 @@ def compress(
     snapshot, recipe = _fetched(model, spec, recipe, {out: 2})
     with staging(out, overwrite) as folder:
         stages.begin("compress", spec, recipe, progress, planned=plan is not None)
-        prepared = prepare(snapshot, spec, recipe, progress)
+        prepared = prepare(snapshot, spec, recipe, progress, workers)
         prepared.check_given(plan)
         progress.stage(stages.PLAIN)
-        plain = folder / "plain"
-        plain.mkdir()
+        (plain := folder / "plain").mkdir()
         prepared.export_plain(plain)
         fitted, around = decided(prepared, plan)
         fitted, healing = prepared.healed(fitted)
@@ -86,22 +88,26 @@ def compress(
         return describe(folder, prepared, fitted.plan, inputs, report, around, healing)
 
 
-def plan(model: str, recipe: Recipe, *, progress: Progress | None = None) -> PlanSummary:
+def plan(
+    model: str, recipe: Recipe, *, progress: Progress | None = None, workers: Workers | None = None
+) -> PlanSummary:
     """What `compress` would decide, without a graph.
 
     Raises:
         KvslimError: As `compress`.
     """
-    return planned(_opened(model, recipe, "plan", progress or Silent()))
+    return planned(_opened(model, recipe, "plan", progress or Silent(), workers))
 
 
-def analyze(model: str, recipe: Recipe, *, progress: Progress | None = None) -> Analysis:
+def analyze(
+    model: str, recipe: Recipe, *, progress: Progress | None = None, workers: Workers | None = None
+) -> Analysis:
     """What the calibration text of a recipe needs of a model, layer by layer and head by head.
 
     Raises:
         KvslimError: As `compress`.
     """
-    trials = _opened(model, recipe, "analyze", progress or Silent()).trials()
+    trials = _opened(model, recipe, "analyze", progress or Silent(), workers).trials()
     trials.progress.stage(stages.ANALYZE)
     return analyze_layers(trials, recipe.calibration.source)
 
@@ -185,9 +191,9 @@ def _fetched(
     return snapshot, recipe
 
 
-def _opened(model: str, recipe: Recipe, verb: str, progress: Progress) -> PreparedModel:
+def _opened(model: str, recipe: Recipe, verb: str, progress: Progress, workers: Workers | None) -> PreparedModel:
     """A checked model in memory, which must have a cache."""
     spec, recipe = _checked(resolve(model, weights=False), recipe, f"nothing to {verb}")
     snapshot, recipe = _fetched(model, spec, recipe)
     stages.begin(verb, spec, recipe, progress)
-    return prepare(snapshot, spec, recipe, progress)
+    return prepare(snapshot, spec, recipe, progress, workers)

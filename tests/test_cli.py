@@ -32,6 +32,7 @@ VERBS = (
     "compress",
     "plan",
     "analyze",
+    "sweep",
     "validate",
     "compare",
     "bench",

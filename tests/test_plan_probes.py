@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.models import open_prepared, recipe_of
-from support.planning import Codes, nothing, planner_with, prober_of
+from support.planning import Codes, nothing, planner_with, probed, prober_of
 
 from kvslim.calibrate import cache
 from kvslim.calibrate.statistics import CalibrationStatistics
@@ -19,7 +19,6 @@ from kvslim.planning.prices import Price
 from kvslim.planning.probes import FORMAT, Probes
 from kvslim.planning.probing import Prober
 from kvslim.prepared.decoder import PreparedDecoder
-from kvslim.progress import Silent
 from kvslim.recipe import Budget
 from kvslim.types import LayerPlan, Plan
 
@@ -49,11 +48,11 @@ def prober(prepared: PreparedDecoder, statistics: CalibrationStatistics) -> Prob
 
 @pytest.fixture(scope="module")
 def probes(prober: Prober) -> Probes:
-    return prober.probe(Silent())
+    return probed(prober)
 
 
 def parts_of(prober: Prober) -> list[Probes]:
-    return [prober.probe_layers([layer], Silent()) for layer in range(prober.spec.layers)]
+    return [prober.probe_layer(layer) for layer in range(prober.spec.layers)]
 
 
 def test_layers_probed_apart_make_the_probes_of_all(prober: Prober, probes: Probes) -> None:
@@ -107,7 +106,7 @@ def test_second_budget_measures_no_layer_again(
         asked.append(codes)
         return divergence(codes)
 
-    probes = prober_of(prepared, statistics, divergence=heard, key="heard").probe(Silent())
+    probes = probed(prober_of(prepared, statistics, divergence=heard, key="heard"))
     # Two probes drop coordinates and one rounds, of each layer's keys and of its values.
     assert len(asked) == 6 * prepared.spec.layers
     cache.store_probes(probes)
@@ -133,17 +132,17 @@ def test_probes_come_from_the_disk_for_any_budget_and_are_made_again_when_damage
     trials = open_prepared(tiny_llama, recipe_of()).trials()
     first = choose_within(Budget(kv_ratio=8), trials)
     (stored,) = (cache_of_its_own / "probes").iterdir()
-    probed: list[Prober] = []
-    probe = Prober.probe
-    monkeypatch.setattr(Prober, "probe", lambda prober, progress: probed.append(prober) or probe(prober, progress))
+    asked: list[Prober] = []
+    with_recall = Prober.with_recall
+    monkeypatch.setattr(Prober, "with_recall", lambda prober, found: asked.append(prober) or with_recall(prober, found))
     assert choose_within(Budget(kv_ratio=12), trials).planned.point.kv_ratio >= 12
     assert choose_within(Budget(kv_ratio=8), trials) == first
-    assert probed == []
+    assert asked == []
     whole = stored.read_bytes()
     stored.write_bytes(whole[:-100])
     assert cache.load_probes(stored.stem, Probes) is None
     assert choose_within(Budget(kv_ratio=8), trials) == first
-    assert len(probed) == 1
+    assert len(asked) == 1
     assert stored.read_bytes() == whole
 
 

@@ -14,7 +14,7 @@ from support.gathering import attention, gather, states, windows_of
 from support.models import open_prepared, recipe_of
 
 from kvslim.calibrate import cache
-from kvslim.calibrate.recorder import collect, record, rope_frequencies
+from kvslim.calibrate.recorder import record, rope_frequencies
 from kvslim.calibrate.recording import SINKS, Recording, finish, merge
 from kvslim.calibrate.rope import rotate
 from kvslim.errors import UsageError
@@ -94,15 +94,8 @@ def test_model_is_left_silent_when_interrupted(prepared: PreparedDecoder) -> Non
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        collect(
-            prepared.model,
-            prepared.architecture,
-            prepared.spec,
-            windows_of(prepared, 2),
-            context=64,
-            seed=0,
-            progress=Interrupted(),
-        )
+        of = prepared.model, prepared.architecture, prepared.spec
+        record(*of, windows_of(prepared, 2), seed=0, progress=Interrupted())
     assert all(slim.observer is None for slim in slim_modules(prepared.model, prepared.architecture))
 
 
@@ -173,7 +166,7 @@ def test_statistics_come_from_the_disk_when_nothing_changed(
     monkeypatch.setenv("KVSLIM_CACHE", str(tmp_path))
     first = open_prepared(tiny_llama, recipe_of()).statistics
     (stored,) = (tmp_path / "statistics").iterdir()
-    monkeypatch.setattr("kvslim.prepared.decoder.collect", None)
+    monkeypatch.setattr("kvslim.prepared.decoder.record", None)
     again = open_prepared(tiny_llama, recipe_of()).statistics
     for name, array in first.arrays().items():
         np.testing.assert_array_equal(getattr(again, name), array)

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from kvslim.calibrate.attended import attend
 from kvslim.calibrate.parts import parts_recorded
-from kvslim.calibrate.recording import SAMPLES, SINKS, LayerRecording, Recording, finish, sampled_tokens
-from kvslim.calibrate.statistics import CalibrationStatistics
+from kvslim.calibrate.recording import SAMPLES, SINKS, LayerRecording, Recording, sampled_tokens
 from kvslim.contract import ModelSpec
 from kvslim.loading.architecture import Architecture
 from kvslim.progress import Progress
@@ -137,22 +136,6 @@ def record(
             slim.observer, slim.hidden = None, None
     layers = tuple(recorder.recording(hidden.sums) for recorder, hidden in zip(recorders, parts, strict=True))
     return Recording(windows, seed, part, parts[0].tokens, layers)
-
-
-def collect(
-    model: Any,
-    architecture: Architecture,
-    spec: ModelSpec,
-    windows: Array,
-    *,
-    context: int,
-    seed: int,
-    progress: Progress,
-    loss_mask: Array | None = None,
-) -> CalibrationStatistics:
-    """Records all windows on this machine and finishes; see `record` and `finish`."""
-    recording = record(model, architecture, spec, windows, seed=seed, progress=progress)
-    return finish(recording, context=context, loss_mask=loss_mask)
 
 
 def rope_frequencies(slim: SlimAttention) -> Array:

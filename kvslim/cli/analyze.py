@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvslim.cli import console
-from kvslim.cli.options import Json, Model, Overrides, TargetContext, WeightWord
+from kvslim.cli.options import Json, Model, Overrides, RayAddress, TargetContext, WeightWord, WorkerCount
 from kvslim.cli.progress import Terminal
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ def analyze(
     weights: WeightWord = None,
     context: TargetContext = None,
     overrides: Overrides = None,
+    workers: WorkerCount = None,
+    ray: RayAddress = None,
     as_json: Json = False,
 ) -> None:
     """Show which layers and heads a task needs least.
@@ -48,7 +50,7 @@ def analyze(
     from kvslim.report.heatmap import analysis_panels, heatmap
 
     with console.libraries_apart(), Terminal() as progress:
-        analysis = api.analyze(model, typed, progress=progress)
+        analysis = api.analyze(model, typed, progress=progress, workers=workers, ray=ray)
     if svg:
         title = f"KL without each part, and what each query head contributes: {model}, {analysis.source}"
         write_text(svg, heatmap(title, analysis_panels(analysis)), "--svg")

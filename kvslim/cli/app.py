@@ -27,6 +27,7 @@ from kvslim.cli.plan import plan
 from kvslim.cli.recipes import recipes
 from kvslim.cli.schema import schema
 from kvslim.cli.serve import serve
+from kvslim.cli.sweep import sweep
 from kvslim.cli.validate import validate
 from kvslim.cli.verify import verify
 from kvslim.errors import KvslimError, UsageError
@@ -105,6 +106,7 @@ def _root(
 app.command()(compress)
 app.command()(plan)
 app.command()(analyze)
+app.command()(sweep)
 app.command()(validate)
 app.command("eval")(evaluate)
 app.command()(compare)

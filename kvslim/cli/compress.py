@@ -28,11 +28,13 @@ from kvslim.cli.options import (
     Model,
     Overrides,
     Ratio,
+    RayAddress,
     RecipeName,
     Speed,
     TargetContext,
     TimeRatio,
     WeightWord,
+    WorkerCount,
 )
 from kvslim.cli.progress import Terminal
 
@@ -66,6 +68,8 @@ def compress(
     overrides: Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="replace an existing artifact")] = False,
     junit: Junit = None,
+    workers: WorkerCount = None,
+    ray: RayAddress = None,
     as_json: Json = False,
 ) -> int:
     """Compress a model into an artifact: an ONNX folder.
@@ -98,7 +102,16 @@ def compress(
     from kvslim.report.tables import draft_note, gates_table, report_table, timing_note
 
     with console.libraries_apart(), Terminal() as progress:
-        manifest = api.compress(model, asked.recipe, out, plan=decisions, overwrite=force, progress=progress)
+        manifest = api.compress(
+            model,
+            asked.recipe,
+            out,
+            plan=decisions,
+            overwrite=force,
+            progress=progress,
+            workers=workers,
+            ray=ray,
+        )
     report, reached = manifest.report, asked.reached(manifest.plan)
     if report:
         write_junit(junit, report, out)

@@ -107,6 +107,13 @@ Speed = Annotated[
     float | None,
     typer.Option("--tokens-per-second", min=0.001, help="budget: what decoding on --device is to reach at least"),
 ]
+WorkerCount = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="measure in so many processes beside each other (extra `ray`)"),
+]
+RayAddress = Annotated[
+    str | None, typer.Option("--ray", metavar="ADDRESS", help="the Ray cluster that they are on; default: this machine")
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Healing = Annotated[
     str | None,

@@ -22,11 +22,13 @@ from kvslim.cli.options import (
     Model,
     Overrides,
     Ratio,
+    RayAddress,
     RecipeName,
     Speed,
     TargetContext,
     TimeRatio,
     WeightWord,
+    WorkerCount,
 )
 from kvslim.cli.progress import Terminal
 
@@ -49,6 +51,8 @@ def plan(
     tokens_per_second: Speed = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="write the plan to this JSON file")] = None,
     overrides: Overrides = None,
+    workers: WorkerCount = None,
+    ray: RayAddress = None,
     as_json: Json = False,
 ) -> None:
     """Show what compress would decide.
@@ -71,7 +75,7 @@ def plan(
     from kvslim.report.tables import frontier_table, plan_table
 
     with console.libraries_apart(), Terminal() as progress:
-        summary = api.plan(model, asked.recipe, progress=progress)
+        summary = api.plan(model, asked.recipe, progress=progress, workers=workers, ray=ray)
     if out:
         write_text(out, summary.plan.model_dump_json(indent=2) + "\n", "--out")
     reached = asked.reached(summary.plan)

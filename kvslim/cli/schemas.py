@@ -19,6 +19,7 @@ from kvslim.recipe import Recipe
 from kvslim.report.compare import Comparison, Regression
 from kvslim.report.memory import CacheMemory
 from kvslim.runtime.completion import Usage
+from kvslim.sweep.outcomes import Outcomes
 from kvslim.types import GateResult, Report
 from kvslim.validation.bench import BenchResult
 from kvslim.validation.tasks import TaskScores
@@ -123,6 +124,7 @@ OUTPUTS: dict[str, type[Frozen]] = {
     "compress": Compressed,
     "plan": Planned,
     "analyze": Analysis,
+    "sweep": Outcomes,
     "validate": Report,
     "eval": Scored,
     "compare": Compared,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvslim.calibrate import cache
@@ -19,6 +21,7 @@ from kvslim.recipe import Budget
 from kvslim.transform.surgery import layer_modules
 
 if TYPE_CHECKING:
+    from kvslim.calibrate.statistics import CalibrationStatistics
     from kvslim.prepared.decoder import PreparedDecoder
     from kvslim.prepared.decoder_trials import DecoderTrials
 
@@ -47,9 +50,34 @@ def probes_of(trials: DecoderTrials, context: int, *, timed: bool) -> Probes:
     key = probes_key(trials, context, timed=timed)
     probes = cache.load_probes(key, Probes)
     if probes is None:
-        probes = _prober(trials, context, key, timed=timed).probe(trials.progress)
+        prober, prepared = _prober(trials, context, key, timed=timed), trials.prepared
+        task = LayerProbing(trials.statistics, context, key, timed)
+        parts = prepared.workers.map(prepared, task, range(trials.spec.layers), "layers probed", prober.probe_layer)
+        probes = prober.with_recall(Probes.merge(*parts))
         cache.store_probes(probes)
     return probes
+
+
+@dataclass(frozen=True)
+class LayerProbing:
+    """The probing of one layer after another.
+
+    Attributes:
+        statistics: What is known of the model's cache.
+        context: Target context in tokens.
+        key: What the probes are stored under.
+        timed: Whether time is limited too.
+    """
+
+    statistics: CalibrationStatistics
+    context: int
+    key: str
+    timed: bool
+
+    def open(self, prepared: PreparedDecoder) -> Callable[[int], Probes]:
+        """What probes a layer."""
+        vars(prepared)["statistics"] = self.statistics
+        return _prober(prepared.trials(), self.context, self.key, timed=self.timed).probe_layer
 
 
 def probes_key(trials: DecoderTrials, context: int, *, timed: bool) -> str:

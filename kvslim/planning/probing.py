@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -17,7 +16,6 @@ from kvslim.planning.removals import removals, removals_keeping_recall, spare_la
 from kvslim.planning.sharing import nearest_sources, sharing, sharing_keeping_recall
 from kvslim.planning.trials import Pays, PlanTrials
 from kvslim.planning.windows import WindowTrials, window_alterations, windows_keeping_recall
-from kvslim.progress import Progress
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
@@ -47,14 +45,9 @@ class Prober:
     timed: bool = False
     key: str = ""
 
-    def probe(self, progress: Progress) -> Probes:
-        """Probes all layers, and asks what keeps recall."""
-        return self.with_recall(self.probe_layers(range(self.spec.layers), progress))
-
-    def probe_layers(self, layers: Iterable[int], progress: Progress) -> Probes:
-        """Probes some layers, each alone."""
-        found = [self._layer(layer) for layer in progress.track(sorted(layers), "layers probed")]
-        return Probes(key=self.key, context=self.time.context, timed=self.timed, layers=tuple(found))
+    def probe_layer(self, layer: int) -> Probes:
+        """Probes one layer alone."""
+        return Probes(key=self.key, context=self.time.context, timed=self.timed, layers=(self._layer(layer),))
 
     def with_recall(self, probes: Probes) -> Probes:
         """Probes of all layers, with what keeps recall.

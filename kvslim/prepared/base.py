@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvslim.contract import ModelSpec
-from kvslim.errors import UsageError
+from kvslim.errors import UnsupportedError, UsageError
 from kvslim.loading.architecture import Architecture
 from kvslim.loading.snapshot import Snapshot
 from kvslim.progress import Progress
 from kvslim.recipe import Recipe
 from kvslim.types import Healing, KVLayout, Plan, Report
+from kvslim.workers.base import Alone, Workers
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
@@ -157,16 +158,33 @@ class PreparedModel(ABC):
             trim(0)
 
 
-def prepare(snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress: Progress) -> PreparedModel:
+def prepare(
+    snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress: Progress, workers: Workers | None = None
+) -> PreparedModel:
     """The model in memory, of the kind that its spec says.
+
+    Args:
+        snapshot: Its files.
+        spec: Its shape.
+        recipe: What is to be made.
+        progress: Receives the progress.
+        workers: Who does what can be done in pieces; None for this process.
 
     Raises:
         ModelError: Weights or tokenizer cannot be read.
+        UnsupportedError: There are workers, and the model is an encoder.
     """
+    workers = workers or Alone()
     if spec.is_encoder:
+        if workers.are_apart:
+            raise UnsupportedError(
+                f"{spec.model_type} is an encoder, and workers share the work of decoders alone",
+                where="--workers",
+                fix="leave it out",
+            )
         from kvslim.prepared.encoder import PreparedEncoder
 
         return PreparedEncoder(snapshot, spec, recipe, progress)
     from kvslim.prepared.decoder import PreparedDecoder
 
-    return PreparedDecoder(snapshot, spec, recipe, progress)
+    return PreparedDecoder(snapshot, spec, recipe, progress, workers)

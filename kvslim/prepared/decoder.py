@@ -8,13 +8,18 @@ import shutil
 import tempfile
 import weakref
 from collections import Counter
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kvslim import stages
 from kvslim.calibrate import cache
-from kvslim.calibrate.recorder import collect
+from kvslim.calibrate.recorder import record
+from kvslim.calibrate.recording import Recording, finish, merge
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.contract import ModelSpec, WeightType
 from kvslim.export.genai import end_tokens, genai_config
@@ -32,13 +37,36 @@ from kvslim.prepared.fitted import heal, refitted_before
 from kvslim.prepared.limits import with_limits
 from kvslim.prepared.text import TextSource
 from kvslim.prepared.weights import keeps_weights, quantise
-from kvslim.progress import Progress
+from kvslim.progress import Progress, Silent
 from kvslim.recipe import Recipe
 from kvslim.transform.edits import FittedPlan, LayerEdit
 from kvslim.transform.surgery import install, prepare
 from kvslim.types import Healing, KVLayout, Plan, WeightFormat
 from kvslim.validation.measure import DecoderEvaluation
 from kvslim.weights.rows import QuantisedRows
+from kvslim.workers.base import Alone, Workers
+
+
+@dataclass(frozen=True)
+class WindowRecording:
+    """The recording of one window after another of a calibration text.
+
+    Attributes:
+        windows: [n, length] token ids of the whole text.
+        seed: Of sampled tokens.
+    """
+
+    windows: np.ndarray
+    seed: int
+
+    def open(self, prepared: PreparedDecoder) -> Callable[[int], Recording]:
+        """What records the window at a place."""
+        of = prepared.model, prepared.architecture, prepared.spec, self.windows
+
+        def recorded(place: int) -> Recording:
+            return record(*of, seed=self.seed, progress=Silent(), part=range(place, place + 1))
+
+        return recorded
 
 
 class PreparedDecoder(PreparedModel):
@@ -48,12 +76,21 @@ class PreparedDecoder(PreparedModel):
 
     Attributes:
         text: What it is calibrated and measured on.
+        workers: Who does what can be done in pieces.
         rows: What the rows of its matrices are stored as; None where that is as float32, and when it is released.
         is_quantised: Whether its weights are quantised by now.
     """
 
-    def __init__(self, snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress: Progress) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        spec: ModelSpec,
+        recipe: Recipe,
+        progress: Progress,
+        workers: Workers | None = None,
+    ) -> None:
         super().__init__(snapshot, spec, recipe, progress)
+        self.workers = workers or Alone()
         self.architecture = architecture_of(spec.model_type)
         self.tokenizer = load_tokenizer(snapshot)
         self.text = TextSource(self, recipe.calibration, recipe.validation)
@@ -109,16 +146,8 @@ class PreparedDecoder(PreparedModel):
         self.progress.stage(stages.TEXT)
         windows = self.text.calibration_windows
         self.progress.stage(stages.CALIBRATE)
-        return collect(
-            self.model,
-            self.architecture,
-            self.spec,
-            windows,
-            context=context,
-            seed=seed,
-            progress=self.progress,
-            loss_mask=self.text.calibration_mask(),
-        )
+        parts = self.workers.map(self, WindowRecording(windows, seed), range(len(windows)), "windows")
+        return finish(reduce(merge, parts), context=context, loss_mask=self.text.calibration_mask())
 
     def codes(self, plan: Plan) -> tuple[LayerEdit, ...]:
         """What a plan puts into the model; what takes long to fit is taken from the disk when it was fitted before."""

@@ -135,7 +135,7 @@ def artifact_page(manifest: Manifest, limits: Limits = ()) -> str:
             folded=("Recipe", yaml.safe_dump(manifest.recipe, sort_keys=False)),
         ),
     )
-    return _page(_head(manifest, recipe), sections)
+    return rendered(_head(manifest, recipe), sections)
 
 
 def _head(manifest: Manifest, recipe: str) -> Head:
@@ -208,7 +208,7 @@ def comparison_page(
     known = None if None in passed else all(passed) and not regressions
     doubtful = [name for name, manifest in manifests.items() if manifest.report and manifest.report.timings_uncertain]
     warning = f"{UNCERTAIN}: {', '.join(doubtful)}" if doubtful else ""
-    return _page(Head(" · ".join(manifests), verdict, known, failures, warning=warning), sections)
+    return rendered(Head(" · ".join(manifests), verdict, known, failures, warning=warning), sections)
 
 
 NOTHING = Table((), ())
@@ -220,7 +220,8 @@ COMPARED = (
 )
 
 
-def _page(head: Head, sections: Sequence[Section]) -> str:
+def rendered(head: Head, sections: Sequence[Section]) -> str:
+    """The page with that head and those sections that have something to show."""
     template = resources.files("kvslim.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     filled = [section for section in sections if section.filled]

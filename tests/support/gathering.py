@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvslim.calibrate.recorder import collect
+from kvslim.calibrate.recorder import record
+from kvslim.calibrate.recording import finish
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Silent
@@ -13,9 +14,8 @@ from kvslim.transform.surgery import slim_modules
 
 
 def gather(prepared: PreparedDecoder, windows: np.ndarray, context: int = 200) -> CalibrationStatistics:
-    return collect(
-        prepared.model, prepared.architecture, prepared.spec, windows, context=context, seed=0, progress=Silent()
-    )
+    of = prepared.model, prepared.architecture, prepared.spec, windows
+    return finish(record(*of, seed=0, progress=Silent()), context=context)
 
 
 def windows_of(prepared: PreparedDecoder, count: int, length: int = 40) -> np.ndarray:

@@ -12,7 +12,6 @@ from kvslim.planning.probing import Prober
 from kvslim.planning.trials import PlanTrials
 from kvslim.planning.windows import WindowTrials
 from kvslim.prepared.decoder import PreparedDecoder
-from kvslim.progress import Silent
 from kvslim.transform.edits import LayerEdit
 from kvslim.transform.kl_evaluator import KLEvaluator
 from kvslim.types import Plan
@@ -64,6 +63,11 @@ def prober_of(
     )
 
 
+def probed(prober: Prober) -> Probes:
+    """All layers, and what keeps recall."""
+    return prober.with_recall(Probes.merge(*map(prober.probe_layer, range(prober.spec.layers))))
+
+
 def evaluator_of(prepared: PreparedDecoder, statistics: CalibrationStatistics) -> KLEvaluator:
     return KLEvaluator(prepared.model, prepared.architecture, statistics.windows)
 
@@ -80,7 +84,7 @@ def planner_of(
     """A planner at a target context; arguments as of `prober_of`, and the limit of time."""
     timed = time_ratio is not None
     prober = prober_of(prepared, statistics, context=context, windows=windows, plans=plans, timed=timed)
-    return planner_with(prepared, statistics, prober.probe(Silent()), time_ratio)
+    return planner_with(prepared, statistics, probed(prober), time_ratio)
 
 
 def planner_with(

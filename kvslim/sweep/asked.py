@@ -1,0 +1,103 @@
+"""The file of a sweep: models, and what is to be made of each of them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from kvslim.contract import Frozen
+from kvslim.errors import NotFoundError, UsageError, suggestion
+from kvslim.overrides import one_line
+from kvslim.recipe import SIZES, Budget, Recipe, load_recipe
+
+EXAMPLE = "models: [demo]\nrecipes: [lossless]\nbudgets: [{kv_ratio: 8}]\n"
+
+
+class Sweep(Frozen):
+    """What a sweep is to make: every recipe and every budget of every model."""
+
+    models: tuple[str, ...] = Field(min_length=1, description="as for `kvslim compress`")
+    recipes: tuple[str, ...] = Field((), description="shipped recipes, or recipe files")
+    budgets: tuple[Budget, ...] = Field((), description="limits for the planner, with what `small` asks of quality")
+    set: tuple[str, ...] = Field((), description="changes of every recipe, such as calibration.samples=8")
+
+    @model_validator(mode="after")
+    def _makes_something(self) -> Sweep:
+        if not self.recipes and not self.budgets:
+            raise ValueError("give recipes or budgets")
+        return self
+
+
+class Job(Frozen):
+    """One artifact to make.
+
+    Attributes:
+        name: Its folder within the sweep's, unique.
+        model: As for `kvslim compress`.
+        recipe: What to make of it.
+    """
+
+    name: str
+    model: str
+    recipe: Recipe
+
+
+def read_sweep(path: Path) -> Sweep:
+    """A sweep from its file.
+
+    Raises:
+        NotFoundError: There is no such file.
+        UsageError: It is not YAML, or a key or value is wrong.
+    """
+    if not path.is_file():
+        raise NotFoundError("no such sweep file", where=str(path), fix="write one as docs/scale.md shows")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Sweep.model_validate(data)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(map(str, fault["loc"])) or "sweep"
+        unknown = suggestion(key, Sweep.model_fields) if fault["type"] == "extra_forbidden" else None
+        fix = unknown or f"write it like: {EXAMPLE.strip()!r}"
+        raise UsageError(f"{key}: {fault['msg']}", where=str(path), fix=fix) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(one_line(error), where=str(path), fix="correct the YAML syntax") from error
+
+
+def jobs_of(sweep: Sweep) -> list[Job]:
+    """The artifacts to make, model by model.
+
+    Raises:
+        NotFoundError, UsageError: As `load_recipe`; or two would have the same name.
+    """
+    recipes = list(_recipes(sweep))
+    found = [
+        Job(name=f"{_slug(model)}/{name}", model=model, recipe=recipe)
+        for model in sweep.models
+        for name, recipe in recipes
+    ]
+    name, count = Counter(job.name for job in found).most_common(1)[0]
+    if count > 1:
+        raise UsageError(f"{count} jobs are called {name}", where="sweep", fix="give models and recipes other names")
+    return found
+
+
+def _recipes(sweep: Sweep) -> Iterator[tuple[str, Recipe]]:
+    for name in sweep.recipes:
+        yield _slug(name.removesuffix(".yaml")), load_recipe(name, sweep.set)
+    for budget in sweep.budgets:
+        small = load_recipe("small", sweep.set)
+        recipe = small.model_copy(update={"gates": small.gates.model_copy(update=dict.fromkeys(SIZES))}).within(budget)
+        limits = budget.model_dump(exclude_none=True)
+        name = "-".join(f"{limit}-{value:g}" for limit, value in limits.items())
+        yield name, recipe.model_copy(update={"name": name})
+
+
+def _slug(name: str) -> str:
+    """A folder's name for a model or recipe: the last part of a path, with nothing unusual in it."""
+    return re.sub(r"[^\w.+-]+", "-", Path(name).name).strip("-.") or "model"

@@ -1,0 +1,82 @@
+"""Makes the artifacts of a sweep beside each other, each in a process of Ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from kvslim.errors import KvslimError
+from kvslim.progress import Progress
+from kvslim.sweep.asked import Job
+from kvslim.sweep.outcomes import Failure, Outcome, Outcomes, key_of, load_outcomes, store_outcomes
+from kvslim.sweep.schedule import Schedule
+from kvslim.workers.cluster import RETRIES, Cluster
+
+BUG = 1
+
+
+def run_sweep(jobs: Sequence[Job], folder: Path, cluster: Cluster, progress: Progress) -> Outcomes:
+    """Makes all artifacts that are not there yet.
+
+    Args:
+        jobs: What to make.
+        folder: Where; what came of each is stored there after each.
+        cluster: Does the jobs.
+        progress: Receives the progress.
+
+    Raises:
+        OutputError: The folder cannot be written, or holds something else.
+    """
+    outcomes = load_outcomes(folder, {job.name: job for job in jobs})
+    store_outcomes(folder, outcomes)
+    left = [job for job in jobs if job.name not in outcomes.jobs]
+    for job, outcome in progress.track(_ended(left, folder, cluster), "artifacts made", len(left)):
+        outcomes = Outcomes(jobs={**outcomes.jobs, job.name: outcome})
+        store_outcomes(folder, outcomes)
+    return Outcomes(jobs={job.name: outcomes.jobs[job.name] for job in jobs})
+
+
+def _ended(jobs: Sequence[Job], folder: Path, cluster: Cluster) -> Iterator[tuple[Job, Outcome]]:
+    """Jobs and what came of them, as they end."""
+    import ray
+
+    schedule, running = Schedule(jobs), dict[ray.ObjectRef, Job]()
+    while schedule.waiting or running:
+        while len(running) < cluster.workers and (job := schedule.next()) is not None:
+            running[cluster.start(make_artifact, job, (folder / job.name).absolute())] = job
+        (ended, *_), _ = ray.wait(list(running))
+        job = running.pop(ended)
+        try:
+            outcome = ray.get(ended)
+        except ray.exceptions.RayError as error:
+            outcome = _failed(job, _death(error), time.monotonic())
+        schedule.done(job, made=outcome.failure is None)
+        yield job, outcome
+
+
+def make_artifact(job: Job, out: Path) -> Outcome:
+    """Makes one artifact, and tells what came of it; whatever goes wrong is told too."""
+    from kvslim import pipeline
+
+    start = time.monotonic()
+    try:
+        manifest = pipeline.compress(job.model, job.recipe, out, overwrite=True)
+    except KvslimError as error:
+        failure = Failure(message=error.message, where=error.where, fix=error.fix, exit_code=error.exit_code)
+    except Exception as error:
+        fix = f"report it with what `KVSLIM_DEBUG=1 kvslim compress {job.model}` prints"
+        failure = Failure(message=f"{type(error).__name__}: {error}", where=job.name, fix=fix, exit_code=BUG)
+    else:
+        return Outcome(key=key_of(job), passed=manifest.passed, seconds=time.monotonic() - start)
+    return _failed(job, failure, start)
+
+
+def _failed(job: Job, failure: Failure, start: float) -> Outcome:
+    return Outcome(key=key_of(job), seconds=time.monotonic() - start, failure=failure)
+
+
+def _death(error: Exception) -> Failure:
+    fix = "take fewer workers: the system may have killed it for its memory"
+    message = f"its process died {RETRIES + 1} times: {str(error).splitlines()[0]}"
+    return Failure(message=message, where="--workers", fix=fix, exit_code=4)

@@ -1,0 +1,171 @@
+"""Workers as actors of Ray: each opens the model once, and does piece after piece."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from kvslim.errors import KvslimError, ModelError, UnsupportedError
+from kvslim.progress import Silent
+from kvslim.workers.base import Item, Result, Task, Workers
+from kvslim.workers.cluster import RETRIES, Cluster, settle
+
+if TYPE_CHECKING:
+    from kvslim.prepared.decoder import PreparedDecoder
+    from kvslim.recipe import Recipe
+
+_names = count()
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The model that a worker opens.
+
+    Attributes:
+        model: Its path, or its id on the hub.
+        digest: SHA-256 of its files.
+        recipe: As the process that hires has it; it says how the weights are stored.
+    """
+
+    model: str
+    digest: str
+    recipe: Recipe
+
+
+class Worker:
+    """One worker: opens the model once, and does pieces of one task after another.
+
+    Args:
+        folder: As for `settle`.
+        threads: As for `settle`.
+    """
+
+    def __init__(self, folder: str, threads: int) -> None:
+        settle(folder, threads)
+        self._opening: Opening | None = None
+        self._task = ""
+
+    def process(self) -> int:
+        """The id of the worker's process."""
+        return os.getpid()
+
+    def do(self, opening: Opening, name: str, task: Task[Any, Any], item: Any) -> Any:
+        """One piece.
+
+        Args:
+            opening: The model.
+            name: Of the task, another one for each.
+            task: What to do.
+            item: With what.
+
+        Raises:
+            KvslimError: The model cannot be opened here, or is another one.
+        """
+        if self._opening != opening:
+            vars(self).pop("_prepared", None)  # there may be no room for two
+            self._prepared = _opened(opening)
+            self._opening = opening
+        if self._task != name:
+            self._do = task.open(self._prepared)
+            self._task = name
+        return self._do(item)
+
+
+class RayWorkers(Workers):
+    """Workers on a cluster.
+
+    Args:
+        cluster: What they run on.
+    """
+
+    are_apart = True
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._actors = cluster.actors(Worker)
+
+    @property
+    def processes(self) -> list[int]:
+        """The ids of the workers' processes."""
+        import ray
+
+        found: list[int] = ray.get([actor.process.remote() for actor in self._actors])
+        return found
+
+    def map(
+        self,
+        prepared: PreparedDecoder,
+        task: Task[Item, Result],
+        items: Sequence[Item],
+        label: str,
+        here: Callable[[Item], Result] | None = None,
+    ) -> Iterator[Result]:
+        """Yields the results of all items, in their order; arguments as for `Workers.map`.
+
+        Raises:
+            KvslimError: What a worker could not do, as it would be raised here; or workers keep dying.
+        """
+        import ray
+
+        free = deque(self._actors)
+        early: dict[int, Result] = {}  # before others of earlier items
+        following = 0
+        opening = Opening(_reference(prepared), prepared.digest, prepared.recipe)
+        common = ray.put(opening), f"{os.getpid()}-{next(_names)}", ray.put(task)
+        try:
+            for place, result in prepared.progress.track(self._done(free, common, items), label, len(items)):
+                early[place] = result
+                while following in early:
+                    yield early.pop(following)
+                    following += 1
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, KvslimError):
+                raise error.cause from None
+            raise
+        except ray.exceptions.RayActorError as error:
+            raise UnsupportedError(
+                f"a worker died {RETRIES + 1} times over one piece",
+                where=label,
+                fix="take fewer workers: each holds the model in memory, and the system may have killed one for that",
+            ) from error
+
+    @staticmethod
+    def _done(free: deque[Any], common: tuple[Any, ...], items: Sequence[Item]) -> Iterator[tuple[int, Any]]:
+        """Places of items and their results as they come; a worker gets its next piece when it has done one."""
+        import ray
+
+        waiting, busy = deque(enumerate(items)), dict[Any, tuple[Any, int]]()
+        while waiting or busy:
+            while waiting and free:
+                actor, (place, item) = free.popleft(), waiting.popleft()
+                busy[actor.do.remote(*common, item)] = actor, place
+            (done, *_), _ = ray.wait(list(busy))
+            actor, place = busy.pop(done)
+            yield place, ray.get(done)
+            free.append(actor)
+
+
+def _opened(opening: Opening) -> PreparedDecoder:
+    from kvslim.loading.source import read_spec, resolve
+    from kvslim.prepared.decoder import PreparedDecoder
+
+    snapshot, recipe = resolve(opening.model), opening.recipe
+    if snapshot.sha256 != opening.digest:
+        raise ModelError(
+            "a worker finds another model", where=opening.model, fix="put the same files there on every machine"
+        )
+    spec = recipe.fitted(read_spec(snapshot, recipe.calibration.context))
+    return PreparedDecoder(snapshot, spec, recipe, Silent())
+
+
+def _reference(prepared: PreparedDecoder) -> str:
+    """What another process finds the model by."""
+    snapshot = prepared.snapshot
+    if snapshot.is_demo:
+        return "demo"
+    if snapshot.repository is None:
+        return str(snapshot.path)
+    return snapshot.model if snapshot.revision is None else f"{snapshot.model}@{snapshot.revision}"

@@ -1,0 +1,136 @@
+"""Pieces of work by workers of Ray: the same to the last bit as alone, also where a worker dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.models import open_prepared, recipe_of
+
+from kvslim.errors import ModelError, NotFoundError, UnsupportedError, UsageError
+from kvslim.methods.kv_quant import KvQuant
+from kvslim.planning.budget import choose_within
+from kvslim.prepared.decoder import PreparedDecoder
+from kvslim.recipe import Budget
+from kvslim.workers.cluster import RETRIES, Cluster
+from kvslim.workers.ray_workers import RayWorkers
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray about itself
+
+RECIPE = recipe_of([KvQuant()])
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with Cluster(2) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def workers(cluster: Cluster) -> RayWorkers:
+    return RayWorkers(cluster)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As many threads as each worker has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts the cache elsewhere, so that everything is measured again."""
+    return lambda name: monkeypatch.setenv("KVSLIM_CACHE", str(tmp_path / name))
+
+
+@dataclass(frozen=True)
+class Deadly:
+    """Doubles numbers; the process that gets the number 3 kills itself, `times` times over all."""
+
+    folder: Path
+    times: int
+
+    def open(self, prepared: PreparedDecoder) -> Callable[[int], int]:
+        def doubled(number: int) -> int:
+            died = len(list(self.folder.iterdir()))
+            if number == 3 and died < self.times:
+                (self.folder / str(died)).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return 2 * number
+
+        return doubled
+
+
+@dataclass(frozen=True)
+class Refusing:
+    """Refuses all work."""
+
+    def open(self, prepared: PreparedDecoder) -> Callable[[int], int]:
+        raise UsageError("no", where="here", fix="ask another")
+
+
+def test_statistics_and_plan_are_the_same_to_the_last_bit(
+    tiny_llama: Path, workers: RayWorkers, no_cache: Callable[[str], None]
+) -> None:
+    no_cache("alone")
+    alone = open_prepared(tiny_llama, RECIPE)
+    plan = choose_within(Budget(kv_ratio=8), alone.trials())
+    no_cache("together")
+    together = open_prepared(tiny_llama, RECIPE)
+    together.workers = workers
+    assert choose_within(Budget(kv_ratio=8), together.trials()) == plan
+    for name, array in alone.statistics.arrays().items():
+        np.testing.assert_array_equal(getattr(together.statistics, name), array, err_msg=name)
+
+
+def test_worker_that_dies_is_replaced_and_its_piece_done_again(
+    tiny_llama: Path, workers: RayWorkers, tmp_path: Path
+) -> None:
+    before = set(workers.processes)
+    found = list(workers.map(open_prepared(tiny_llama, RECIPE), Deadly(tmp_path, 1), range(8), "numbers"))
+    assert found == [2 * number for number in range(8)]
+    after = set(workers.processes)
+    assert len(after) == 2
+    assert len(after - before) == 1
+
+
+def test_piece_that_kills_every_worker_is_given_up(tiny_llama: Path, workers: RayWorkers, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=f"a worker died {RETRIES + 1} times"):
+        list(workers.map(open_prepared(tiny_llama, RECIPE), Deadly(tmp_path, RETRIES + 1), range(4), "numbers"))
+    assert list(workers.map(open_prepared(tiny_llama, RECIPE), Deadly(tmp_path, 0), [1], "numbers")) == [2]
+
+
+def test_error_of_a_worker_is_raised_here(tiny_llama: Path, workers: RayWorkers) -> None:
+    with pytest.raises(UsageError, match="no") as caught:
+        list(workers.map(open_prepared(tiny_llama, RECIPE), Refusing(), [1, 2], "numbers"))
+    assert (caught.value.where, caught.value.fix) == ("here", "ask another")
+
+
+def test_worker_that_finds_another_model_says_so(tiny_llama: Path, workers: RayWorkers, tmp_path: Path) -> None:
+    prepared = open_prepared(tiny_llama, RECIPE)
+    prepared.digest = "0" * 64
+    with pytest.raises(ModelError, match="a worker finds another model"):
+        list(workers.map(prepared, Deadly(tmp_path, 0), [1], "numbers"))
+
+
+def test_cluster_that_is_not_there_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    """In a process of its own: Ray is in use in this one."""
+    code = (
+        "import sys; from kvslim.cli.app import run; "
+        f"sys.exit(run(['plan', {str(tiny_llama)!r}, '-r', 'lossless', '--ray', '127.0.0.1:1']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == NotFoundError.exit_code
+    assert "error: no Ray cluster" in done.stderr
+    assert "--ray 127.0.0.1:1" in done.stderr
