@@ -96,8 +96,8 @@ def test_graph_of_a_file_loses_nothing(
         DecodeSession(graph, capacity=48, all_positions=True, float_activations=True)
         for graph in (prepared.original, folder)
     )
-    # Offsets are rounded to 8 bits.
-    most = {"Q4_0": 1e-7, "Q8_0": 1e-7}.get(kind, 1e-4)
+    # What is left of a minimum is rounded to 8 bits. Those of random blocks of Q4_K are many steps from their range.
+    most = {"Q4_0": 1e-7, "Q8_0": 1e-7, "Q4_K": 1e-3}.get(kind, 1e-4)
     assert measure_quality(original, stored, prepared.text.held_out_windows()).kl_mean < most
     assert prepared.weights_like == ("int4" if kind.startswith("Q4") else "int8")
     expected = torch_logits(prepared, tokens)
