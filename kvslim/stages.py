@@ -75,7 +75,7 @@ def expected(verb: str, spec: ModelSpec, recipe: Recipe, *, planned: bool = Fals
 def _seconds(name: str, recipe: Recipe) -> float:
     if name != HEAL or recipe.heal is None:
         return SECONDS[name]
-    return STEP * recipe.heal.steps if recipe.heal.minutes is None else 60 * recipe.heal.minutes
+    return 60 * recipe.heal.minutes if recipe.heal.minutes is not None else STEP * (recipe.heal.steps or 0)
 
 
 def _of_weights(recipe: Recipe) -> tuple[str, ...]:

@@ -152,7 +152,7 @@ class _Training:
         counted = self.counted[rows][:, places]
         if not counted.any():
             return  # prompts alone
-        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
+        with torch.enable_grad():
             loss = self._loss(self.windows[rows], counted, places)
         optimizer.zero_grad()
         loss.backward()
@@ -175,8 +175,3 @@ class _Training:
                 best.copy_(weight.detach())
         reached.seconds += time.monotonic() - start
         reached.watched.append(Watched(step=reached.step, seconds=reached.seconds, kl=kl))
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices several times faster than float32 ones."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))

@@ -114,7 +114,8 @@ def decode_time(prepared: PreparedDecoder, context: int) -> DecodeTime:
     attention = tuple(_matrix_numbers(layer.get_submodule(architecture.attention)) for layer in layers)
     others = tuple(_matrix_numbers(layer) - own for layer, own in zip(layers, attention, strict=True))
     head = spec.vocab_size * spec.hidden_size
-    width = layers[0].get_submodule(architecture.down).weight.shape[1]
+    down: Any = layers[0].get_submodule(architecture.down)
+    width = down.weight.shape[1]
     return DecodeTime(spec, context, prepared.weights_like, attention, others, head, width)
 
 

@@ -10,7 +10,7 @@ from kvslim import stages
 from kvslim.calibrate import cache
 from kvslim.errors import ArtifactError, UsageError
 from kvslim.export.stored import graph_key
-from kvslim.healing.distil import has_fast_bfloat16, healed
+from kvslim.healing.distil import healed
 from kvslim.healing.text import Text, Texts
 from kvslim.transform.edit_file import digest_of, load_fitted, save_fitted
 from kvslim.transform.edits import FittedPlan, LayerEdit
@@ -48,13 +48,7 @@ def heal(prepared: PreparedDecoder, fitted: FittedPlan, settings: Heal) -> tuple
     texts = parts_of(prepared.text.healing_windows(settings.samples))
     prepared.progress.stage(stages.HEAL)
     seed, identity = prepared.recipe.calibration.seed, prepared.text.identity
-    decides = (
-        prepared.made_for,
-        identity,
-        settings.model_dump(mode="json"),
-        digest_of(fitted.codes),
-        has_fast_bfloat16(),
-    )
+    decides = prepared.made_for, identity, settings.model_dump(mode="json"), digest_of(fitted.codes)
     folder = cache.cache_folder() / "healing" / cache.content_key("healing", *decides)
     of = prepared.model, prepared.architecture, fitted.codes
     codes, healing = healed(*of, texts, settings, seed, folder, prepared.progress)
