@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.models import open_prepared, recipe_of
+from support.models import CALIBRATION, open_prepared, recipe_of
 from support.verbs import runner
 
 from kvslim import pipeline
@@ -20,7 +20,7 @@ from kvslim.errors import ArtifactError, UsageError
 from kvslim.export.manifest import read_manifest, verify
 from kvslim.methods import KvHdc, KvPca, PruneHeads
 from kvslim.planning.decide import decide
-from kvslim.recipe import Heal
+from kvslim.recipe import Calibration, Heal
 from kvslim.transform.edit_file import NAME, digest_of, load_fitted, merged, save_fitted
 from kvslim.transform.edits import FittedPlan, LayerEdit
 from kvslim.types import LayerPlan, Plan, WeightFormat
@@ -134,11 +134,18 @@ def test_plans_without_numbers_are_not_merged(tmp_path: Path) -> None:
     assert read_plans(()) is None
 
 
+def refrain(folder: Path) -> Calibration:
+    """A text that says one thing over and over: what a random model learns of a part of it serves for the rest."""
+    path = folder / "refrain.txt"
+    path.write_text("one two three four five six seven eight nine ten " * 800)
+    return CALIBRATION.model_copy(update={"source": str(path), "samples": 8})
+
+
 def test_artifact_with_its_edits_is_made_again_without_text(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = {"heal": Heal(steps=20, rate=1e-3), "keep_edits": True}
-    recipe = recipe_of((KvHdc(bits=4),)).model_copy(update=asked)
+    asked = {"heal": Heal(steps=20, rate=1e-3), "keep_edits": True, "calibration": refrain(tmp_path)}
+    recipe = recipe_of((KvPca(rank=8), KvHdc(bits=4))).model_copy(update=asked)
     manifest = pipeline.compress(str(tiny_llama), recipe, tmp_path / "first")
     assert manifest.healing is not None
     assert manifest.healing.kept
@@ -175,8 +182,9 @@ def test_numbers_for_another_model_are_refused(
 
 
 def test_healed_rows_of_int4_weights_are_stored_in_8_bits(tiny_llama: Path, tmp_path: Path) -> None:
-    prepared = open_prepared(tiny_llama, recipe_of((), WeightFormat(type="int4", method="rtn")))
-    prepared.recipe = prepared.recipe.model_copy(update={"heal": Heal(steps=20, rate=1e-3)})
+    recipe = recipe_of((), WeightFormat(type="int4", method="rtn"))
+    asked = {"heal": Heal(steps=20, rate=1e-3), "calibration": refrain(tmp_path)}
+    prepared = open_prepared(tiny_llama, recipe.model_copy(update=asked))
     plan = Plan(layers=tuple(LayerPlan(layer=layer).with_cache(stored="int4") for layer in range(prepared.spec.layers)))
     fitted, healing = prepared.healed(prepared.fitted(plan))
     assert healing is not None

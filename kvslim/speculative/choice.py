@@ -22,5 +22,5 @@ def draft_of(choice: DraftChoice, layout: KVLayout, context: int) -> Draft | Non
         return None
     draft = Draft(kind="window")
     lends = all(tensor.cache == "full" and tensor.window is None for tensor in layout.tensors)
-    pays = choice == "window" or context >= LONG * (draft.window + draft.sinks)
+    pays = choice == "window" or (choice == "auto" and context >= LONG * (draft.window + draft.sinks))
     return draft if lends and pays else Draft(kind="lookup")
