@@ -25,7 +25,7 @@ from kvslim.progress import Progress, Silent
 from kvslim.recipe import Gates, Recipe, parse_recipe
 from kvslim.report.describe import describe
 from kvslim.types import KVLayout, Manifest, Plan, Report
-from kvslim.validation.bench import BenchResult, Grid, bench_all
+from kvslim.validation.bench import BenchResult, Grid, bench_all, least_target
 from kvslim.workers.base import Workers
 
 if TYPE_CHECKING:
@@ -160,8 +160,7 @@ def bench(artifacts: Sequence[Path], grid: Grid, *, progress: Progress | None = 
     """
     manifests = [read_runnable(artifact) for artifact in artifacts]
     specs = [manifest.spec for manifest in manifests]
-    contexts = [manifest.context for manifest in manifests if not manifest.spec.is_encoder]
-    grid = grid.fitted(specs, min(contexts, default=None))
+    grid = grid.fitted(specs, least_target(manifests))
     checks.check_grid(artifacts, specs, grid)
     return bench_all({str(artifact): artifact for artifact in artifacts}, specs, grid, progress or Silent())
 

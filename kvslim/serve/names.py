@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -26,15 +28,15 @@ class OwnNames:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes a request on, or refuses it as the API refuses all else."""
-        if scope["type"] != "http" or self._is_known(Request(scope)):
+        if scope["type"] != "http" or self._is_known(Headers(scope=scope).get("host", "")):
             await self._app(scope, receive, send)
             return
         error = ApiError("the header Host is no name of this server; call it localhost, or serve with --host 0.0.0.0")
         await (await respond(Request(scope), error))(scope, receive, send)
 
-    def _is_known(self, request: Request) -> bool:
+    def _is_known(self, host: str) -> bool:
         try:
-            name = request.url.hostname or ""
-        except ValueError:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:  # a bracket that is not closed
             return False
         return any(fnmatch(name, pattern) for pattern in self._names)

@@ -15,6 +15,7 @@ from kvslim.progress import Progress
 from kvslim.recipe import shortened
 from kvslim.runtime.encoder import EncoderSession
 from kvslim.runtime.session import DecodeSession
+from kvslim.types import Manifest
 from kvslim.validation.encoder import time_texts
 from kvslim.validation.latency import Times, joules_per_token, quartiles, ratio, time_models
 from kvslim.validation.load import LoadWatch, doubt
@@ -63,6 +64,11 @@ class Grid(Frozen):
     def points(self) -> Iterator[tuple[int | None, int]]:
         """Threads and batches."""
         return product(self.threads, self.batches)
+
+
+def least_target(manifests: Sequence[Manifest]) -> int | None:
+    """The smallest context that an artifact among these was made for; None where all are encoders."""
+    return min((manifest.context for manifest in manifests if not manifest.spec.is_encoder), default=None)
 
 
 class Point(NamedTuple):
