@@ -333,3 +333,10 @@ def branched(model: onnx.ModelProto) -> bytes:
     graph = ir.serde.deserialize_model(model)
     branch_prompts(graph, longest_step=0)
     return ir.to_proto(graph).SerializeToString()
+
+
+def add_speculative_graph(folder: Path) -> None:
+    """Writes the graph that drafts use beside an exported one."""
+    from kvslim.export.speculative import write_speculative_graph
+
+    write_speculative_graph(folder)

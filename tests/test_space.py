@@ -52,8 +52,14 @@ def test_temporary_graphs_are_asked_for_where_weights_are_quantised(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checks, "check_space", check)
-    for weights in ("fp32", "int4"):
+    text = tmp_path / "text.txt"
+    text.write_text("one two three " * 400)
+    for weights, source in (("fp32", str(text)), ("fp32", "self"), ("int4", str(text))):
+        recipe = recipe_of(weights=weights)
+        parts = {
+            name: getattr(recipe, name).model_copy(update={"source": source}) for name in ("calibration", "validation")
+        }
         with pytest.raises(OutputError, match="full"):
-            run(str(tiny_llama), recipe_of(weights=weights))
+            run(str(tiny_llama), recipe.model_copy(update=parts))
     assert asked[0] == 0
-    assert asked[1] > 2 * (tiny_llama / "model.safetensors").stat().st_size
+    assert min(asked[1:]) > 2 * (tiny_llama / "model.safetensors").stat().st_size  # it writes text through a graph

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from benchmarks.models import OpenModel
+from benchmarks.models import OpenModel, add_speculative_graph
 from benchmarks.prompts import KINDS, prompt
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
 from benchmarks.texts import LITTLE
-from kvslim.export.speculative import write_speculative_graph
+from kvslim.demo.world import heldout_text
 from kvslim.prefix import shared_length
 from kvslim.runtime.opening import Logits
 from kvslim.runtime.session import DecodeSession
@@ -65,13 +65,14 @@ def speculative(
     of a run was right, `same tokens` how many tokens of plain decoding the text begins with. A draft keeps what it
     learnt from one text to the next, as in a conversation.
     """
+    story, document = (_file(text, source.folder) for text in (source.validation, source.calibration))
     for cache, folder, tokenizer in _graphs(source, caches, weights):
         for context in contexts:
             session = Timetable(folder / "speculative.onnx", capacity=context + max(tokens, COUNTS[-1]), threads=1)
             session.measure(context, repeats)
             speculators = {name: Speculator(session, draft, clock=session.clock) for name, draft in DRAFTS.items()}
             for kind in kinds:
-                ids = prompt(kind, Path(source.validation), Path(source.calibration), ids_of(tokenizer), context)
+                ids = prompt(kind, story, document, ids_of(tokenizer), context)
                 for name, values in compared(session, tokenizer, ids, speculators, tokens).items():
                     yield {"cache": cache, "context": context, "kind": kind, "draft": name, **values}
 
@@ -101,8 +102,17 @@ def _graphs(source: Source, caches: Sequence[str], weights: str) -> Iterator[tup
     model = OpenModel(source, LITTLE, weights=weights)
     for cache in caches:
         folder = model.export(None if cache == "float32" else model.decided({"kv_quant": {"bits": 8}}))
-        write_speculative_graph(folder)
+        add_speculative_graph(folder)
         yield cache, folder, model.tokenizer
+
+
+def _file(text: str, folder: Path) -> Path:
+    """A text's file; the demo's stories where the model would write the text itself."""
+    if text != "self":
+        return Path(text)
+    path = folder / "stories.txt"
+    path.write_text("\n".join(heldout_text(40, 450)), encoding="utf-8")
+    return path
 
 
 def ids_of(tokenizer: Tokenizer) -> Callable[[str], list[int]]:

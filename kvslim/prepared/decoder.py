@@ -9,7 +9,7 @@ import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,8 @@ class PreparedDecoder(PreparedModel):
         windows = self.text.calibration_windows
         self.progress.stage(stages.CALIBRATE)
         parts = self.workers.map(self, WindowRecording(windows, seed), range(len(windows)), "windows")
-        return finish(reduce(merge, parts), context=context, loss_mask=self.text.calibration_mask())
+        whole = replace(reduce(merge, parts), windows=windows)  # what comes from another process cannot be written to
+        return finish(whole, context=context, loss_mask=self.text.calibration_mask())
 
     def codes(self, plan: Plan) -> tuple[LayerEdit, ...]:
         """What a plan puts into the model; what takes long to fit is taken from the disk when it was fitted before."""
