@@ -87,11 +87,11 @@ class OpenModel:
 
     def calibrate(self, windows: np.ndarray) -> None:
         """Puts token ids [n, length] in the place of the calibration text."""
-        from kvslim.calibrate.recorder import record
+        from kvslim.calibrate.recorder import Recorder
         from kvslim.calibrate.recording import finish
 
-        of = self._prepared.model, self._prepared.architecture, self.spec, windows
-        self._prepared.statistics = finish(record(*of, seed=0, progress=Silent()), context=self.context)
+        recorder = Recorder(self._prepared.model, self._prepared.architecture, self.spec, windows, seed=0)
+        self._prepared.statistics = finish(recorder.record(Silent()), context=self.context)
         vars(self).pop("_trials", None)
 
     @cached_property

@@ -269,16 +269,14 @@ class Recipe(Frozen):
             return self.validation.prompts
         if spec.is_encoder:
             return tuple(length for length in SHORT_PROMPTS if length <= spec.max_context) or (spec.max_context,)
-        target = min(self.calibration.target(spec), spec.max_context)
-        return (*(length for length in SHORT_PROMPTS if length < target), target)
+        return up_to(min(self.calibration.target(spec), spec.max_context), SHORT_PROMPTS)
 
     def timed_contexts(self, spec: ModelSpec) -> tuple[int, ...]:
         """Contexts that a token of a decoder is timed at; all positions mean the last token that fits."""
         last = spec.max_context - 1
         if self.validation.contexts is not None:
             return tuple(last if context == spec.max_context else context for context in self.validation.contexts)
-        target = min(self.calibration.target(spec), last)
-        return (*(context for context in SHORT_CONTEXTS if context < target), target)
+        return up_to(min(self.calibration.target(spec), last), SHORT_CONTEXTS)
 
     def fitted(self, spec: ModelSpec) -> ModelSpec:
         """A decoder's shape with the positions that the artifact is to have; the graph stores RoPE of each."""
@@ -307,6 +305,10 @@ class Recipe(Frozen):
         """
         weights = self.weights.settled(is_encoder=spec.is_encoder, has_blocks=has_blocks and not self.splits_memory)
         return self.model_copy(update={"weights": weights})
+
+    def unsized(self, name: str) -> Recipe:
+        """What this recipe asks of quality, under another name: without gates of sizes."""
+        return self.model_copy(update={"name": name, "gates": self.gates.model_copy(update=dict.fromkeys(SIZES))})
 
     def within(self, budget: Budget) -> Recipe:
         """This recipe with the planner in place of its methods.
@@ -371,6 +373,11 @@ def shortened(settings: Settings, **limits: int) -> Settings:
         if shorter != value:
             found[name] = shorter
     return settings.model_copy(update=found)
+
+
+def up_to(target: int, shorter: Iterable[int]) -> tuple[int, ...]:
+    """A length to measure at, behind those of some others that are shorter."""
+    return (*(length for length in shorter if length < target), target)
 
 
 def recipe_folder() -> Path:

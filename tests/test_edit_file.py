@@ -156,7 +156,7 @@ def test_artifact_with_its_edits_is_made_again_without_text(
     given = read_plan(tmp_path / "first" / NAME)
     again = recipe.model_copy(update={"heal": None, "keep_edits": False})
     with monkeypatch.context() as patch:
-        patch.setattr("kvslim.prepared.decoder.record", None)  # which gathers statistics
+        patch.setattr("kvslim.prepared.decoder.Recorder", None)  # which gathers statistics
         patch.setenv("KVSLIM_CACHE", str(tmp_path / "nothing"))
         second = pipeline.compress(str(tiny_llama), again, tmp_path / "second", plan=given)
     assert second.healing is None

@@ -126,6 +126,8 @@ class Guesser:
     def __init__(self, logits: np.ndarray) -> None:
         self.logits = logits
 
+    def begin(self, _: Any) -> None: ...
+
     def proposals(self, completion: Completion) -> list[int]:
         found = list[int]()
         for _ in range(min(3, completion.left - 1)):
@@ -226,7 +228,6 @@ def test_text_is_that_of_plain_decoding(
     session.rewind(len(ids))
     speculator = eager(Speculator(session, draft))
     speculator._draft_times.append(1e-9)
-    speculator.begin(ids)
     list(write_speculatively(session, drafted, logits, speculator))
     assert drafted.tokens == plain.tokens
     assert any(proposed for proposed, _ in drafted.rounds)

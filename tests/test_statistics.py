@@ -14,7 +14,7 @@ from support.gathering import attention, gather, states, windows_of
 from support.models import open_prepared, recipe_of
 
 from kvslim.calibrate import cache
-from kvslim.calibrate.recorder import record, rope_frequencies
+from kvslim.calibrate.recorder import Recorder, rope_frequencies
 from kvslim.calibrate.recording import SINKS, Recording, finish, merge
 from kvslim.calibrate.rope import rotate
 from kvslim.errors import UsageError
@@ -95,13 +95,13 @@ def test_model_is_left_silent_when_interrupted(prepared: PreparedDecoder) -> Non
 
     with pytest.raises(KeyboardInterrupt):
         of = prepared.model, prepared.architecture, prepared.spec
-        record(*of, windows_of(prepared, 2), seed=0, progress=Interrupted())
+        Recorder(*of, windows_of(prepared, 2), seed=0).record(Interrupted())
     assert all(slim.observer is None for slim in slim_modules(prepared.model, prepared.architecture))
 
 
 def recorded(prepared: PreparedDecoder, windows: np.ndarray, part: range | None = None, seed: int = 0) -> Recording:
     parts = prepared.model, prepared.architecture, prepared.spec
-    return record(*parts, windows, seed=seed, progress=Silent(), part=part)
+    return Recorder(*parts, windows, seed).record(Silent(), part)
 
 
 # What is not a sum over the text: exact. The rest is up to the rounding of float64 sums in another order.
@@ -166,7 +166,7 @@ def test_statistics_come_from_the_disk_when_nothing_changed(
     monkeypatch.setenv("KVSLIM_CACHE", str(tmp_path))
     first = open_prepared(tiny_llama, recipe_of()).statistics
     (stored,) = (tmp_path / "statistics").iterdir()
-    monkeypatch.setattr("kvslim.prepared.decoder.record", None)
+    monkeypatch.setattr("kvslim.prepared.decoder.Recorder", None)
     again = open_prepared(tiny_llama, recipe_of()).statistics
     for name, array in first.arrays().items():
         np.testing.assert_array_equal(getattr(again, name), array)

@@ -13,7 +13,7 @@ from benchmarks.models import OpenModel
 from benchmarks.page_cache import drop
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
-from benchmarks.rows import ROOT, Row
+from benchmarks.rows import ROOT
 from benchmarks.subjects import Source
 from benchmarks.texts import LITTLE
 from kvslim.contract import MIB
@@ -38,14 +38,9 @@ TABLE = Table(
 )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """One line per context, cache and runtime."""
-    return TABLE(rows)
-
-
 @benchmark(
     "smollm2-shape",
-    table=table,
+    table=TABLE,
     quick={"contexts": (32,), "genai_contexts": (), "step_mib": 64, "weights": "fp32"},
 )
 def least_memory(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from benchmarks.memory.changed_session import CHANGES
 from benchmarks.models import OpenModel
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
-from benchmarks.rows import ROOT, Row
+from benchmarks.rows import ROOT
 from benchmarks.subjects import Source
 from benchmarks.texts import LITTLE
 
@@ -24,12 +24,7 @@ TABLE = Table(
 )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """One line per change."""
-    return TABLE(rows)
-
-
-@benchmark("smollm2-shape", table=table, quick={"context": 32, "weights": "fp32"})
+@benchmark("smollm2-shape", table=TABLE, quick={"context": 32, "weights": "fp32"})
 def session_options(source: Source, *, context: int = 1024, weights: str = "int4") -> Iterator[Values]:
     """Memory of a process that answers over a plain cache, by what is changed of its session; int4 weights, one thread.
 

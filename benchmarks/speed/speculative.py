@@ -187,6 +187,5 @@ def _seconds(session: Timetable, completion: Completion, logits: Logits, specula
     if speculator is None:
         list(write(session, [completion], logits[None]))
     else:
-        speculator.begin(completion.ids)
         list(write_speculatively(session, completion, logits, speculator))
     return session.clock() - start

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import kvslim
 from benchmarks.registry import Values, benchmark
@@ -53,7 +52,7 @@ def workers(source: Source, *, samples: int = 8, length: int = 256, count: int =
     recipe = recipe_of(source, text, weights="fp32", budget={"kv_ratio": 8}, compensate=False)
     found = {}
     for name, many in {"alone": None, "together": count}.items():
-        with _own_cache(source.folder / name):
+        with mock.patch.dict(os.environ, {"KVSLIM_CACHE": str(source.folder / name)}):  # where nothing is found
             timed = Timed()
             plan = kvslim.plan(source.model, recipe, workers=many, progress=timed)
         found[name] = plan, timed.seconds
@@ -64,17 +63,3 @@ def workers(source: Source, *, samples: int = 8, length: int = 256, count: int =
     rows.append(("both", *(sum(row[side] for row in rows) for side in (1, 2))))
     for title, one, many in rows:
         yield {"stage": title, "alone": one, "together": many, "speedup": one / many}
-
-
-@contextmanager
-def _own_cache(folder: Path) -> Iterator[None]:
-    """Within the block, nothing that was measured before is found."""
-    before = os.environ.get("KVSLIM_CACHE")
-    os.environ["KVSLIM_CACHE"] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["KVSLIM_CACHE"]
-        else:
-            os.environ["KVSLIM_CACHE"] = before

@@ -27,7 +27,7 @@ class PartsRecorder:
         self.added: dict[str, Tensor] = {}
         self.inner: Tensor | None = None
         self.columns: Tensor | None = None
-        self.sums = {"attention_mean": torch.zeros(1), "mlp_mean": torch.zeros(1), "influence": torch.zeros(3)}
+        self.sums: dict[str, Tensor] = {}
         self.tokens = 0
 
     def hear(self, name: str, output: Tensor) -> None:
@@ -55,15 +55,19 @@ class PartsRecorder:
         )
         pairs = (before, before + self.multiplier * attention), (after - self.multiplier * mlp, after), (before, after)
         cosines = [torch.cosine_similarity(*pair, dim=-1) for pair in pairs]
-        amounts = attention.sum(0), mlp.sum(0), torch.stack([(1 - cosine).sum() for cosine in cosines])
-        names = ("attention_mean", "mlp_mean", "influence")
-        self.sums |= {name: self.sums[name] + amount for name, amount in zip(names, amounts, strict=True)}
         assert self.inner is not None
         assert self.columns is not None
         inner = self.inner.reshape(*self.before.shape[:2], -1)[:, first:].flatten(0, 1).double()
         square = inner.square().sum(0)
-        found = {"inner_mean": inner.sum(0), "inner_square": square, "inner_added": square * self.columns}
-        self.sums |= {name: self.sums.get(name, torch.zeros(1)) + amount for name, amount in found.items()}
+        amounts = {
+            "attention_mean": attention.sum(0),
+            "mlp_mean": mlp.sum(0),
+            "influence": torch.stack([(1 - cosine).sum() for cosine in cosines]),
+            "inner_mean": inner.sum(0),
+            "inner_square": square,
+            "inner_added": square * self.columns,
+        }
+        self.sums = {name: self.sums.get(name, 0) + amount for name, amount in amounts.items()}
         self.tokens += len(after)
 
     def finish(self) -> dict[str, np.ndarray]:

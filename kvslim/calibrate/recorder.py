@@ -91,51 +91,44 @@ class _LayerRecorder:
         )
 
 
-def record(
-    model: Any,
-    architecture: Architecture,
-    spec: ModelSpec,
-    windows: Array,
-    *,
-    seed: int,
-    progress: Progress,
-    part: range | None = None,
-) -> Recording:
-    """Runs windows through a prepared model and adds up what its layers do.
+class Recorder:
+    """Runs windows through a prepared model and adds up what its layers do, one part of the text after another.
 
     Args:
         model: The prepared model, without codes.
         architecture: Where its parts live.
         spec: Its shape.
         windows: [n, length] token ids of the whole text.
-        seed: Seed of sampled tokens.
-        progress: Receives the progress.
-        part: The windows to run, one at least and without gaps; None for all.
+        seed: Of sampled tokens.
     """
-    part = range(len(windows)) if part is None else part
-    picks, _ = sampled_tokens(windows, seed)
-    slims, attentions = slim_modules(model, architecture), attention_modules(model, architecture)
-    recorders = [
-        _LayerRecorder(
-            spec,
-            rope_frequencies(slim),
-            output_gram(attention, architecture, spec),
-            picks[part.start : part.stop],
-            part.start,
-        )
-        for slim, attention in zip(slims, attentions, strict=True)
-    ]
-    for slim, recorder in zip(slims, recorders, strict=True):
-        slim.observer = recorder
-    try:
-        with torch.inference_mode(), parts_recorded(model, architecture) as parts:
-            for window in progress.track(windows[part.start : part.stop], "windows"):
-                model.base_model(input_ids=torch.from_numpy(window[None]), use_cache=False)
-    finally:
-        for slim in slims:
-            slim.observer, slim.hidden = None, None
-    layers = tuple(recorder.recording(hidden.sums) for recorder, hidden in zip(recorders, parts, strict=True))
-    return Recording(windows, seed, part, parts[0].tokens, layers)
+
+    def __init__(self, model: Any, architecture: Architecture, spec: ModelSpec, windows: Array, seed: int) -> None:
+        self.model, self.architecture, self.spec = model, architecture, spec
+        self.windows, self.seed = windows, seed
+        self._picks, _ = sampled_tokens(windows, seed)
+        self._slims = slim_modules(model, architecture)
+        attentions = attention_modules(model, architecture)
+        self._known = [
+            (rope_frequencies(slim), output_gram(attention, architecture, spec))
+            for slim, attention in zip(self._slims, attentions, strict=True)
+        ]
+
+    def record(self, progress: Progress, part: range | None = None) -> Recording:
+        """What the layers do in some windows, one at least and without gaps; None for all."""
+        part = range(len(self.windows)) if part is None else part
+        picks = self._picks[part.start : part.stop]
+        recorders = [_LayerRecorder(self.spec, *known, picks, part.start) for known in self._known]
+        for slim, recorder in zip(self._slims, recorders, strict=True):
+            slim.observer = recorder
+        try:
+            with torch.inference_mode(), parts_recorded(self.model, self.architecture) as parts:
+                for window in progress.track(self.windows[part.start : part.stop], "windows"):
+                    self.model.base_model(input_ids=torch.from_numpy(window[None]), use_cache=False)
+        finally:
+            for slim in self._slims:
+                slim.observer, slim.hidden = None, None
+        layers = tuple(recorder.recording(hidden.sums) for recorder, hidden in zip(recorders, parts, strict=True))
+        return Recording(self.windows, self.seed, part, parts[0].tokens, layers)
 
 
 def rope_frequencies(slim: SlimAttention) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -90,8 +91,13 @@ class CalibrationStatistics(HeadStatistics):
 
     def digest(self) -> str:
         """SHA-256 of all arrays, by name."""
-        found = hashlib.sha256()
-        for name, array in self.arrays().items():
-            found.update(f"{name} {array.dtype.str} {array.shape} ".encode())
-            found.update(np.ascontiguousarray(array).data)
-        return found.hexdigest()
+        return sha256_of(self.arrays())
+
+
+def sha256_of(arrays: Mapping[str, Array], text: str = "") -> str:
+    """SHA-256 of a text and of arrays with their names, in their order."""
+    found = hashlib.sha256(text.encode())
+    for name, array in arrays.items():
+        found.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from kvslim.cli.lengths import read_length
 from kvslim.errors import NotFoundError, OutputError, UsageError, suggestion
-from kvslim.recipe import SIZES, Budget, Gates, Recipe, load_recipe
+from kvslim.recipe import Budget, Gates, Recipe, load_recipe
 from kvslim.types import Plan
 
 if TYPE_CHECKING:
@@ -228,11 +228,5 @@ def read_recipe(
     if budget:
         typed = {override.partition("=")[0].removeprefix("gates.") for override in overrides}
         own = recipe.gates.model_dump(include=typed, exclude_none=True)
-        recipe = (recipe if name else _unnamed(recipe)).within(budget).gated(Gates.model_validate(own))
+        recipe = (recipe if name else recipe.unsized("budget")).within(budget).gated(Gates.model_validate(own))
     return recipe.gated(gates) if gates else recipe
-
-
-def _unnamed(recipe: Recipe) -> Recipe:
-    """A recipe of which the gates of quality alone were asked for."""
-    gates = recipe.gates.model_copy(update=dict.fromkeys(SIZES))
-    return recipe.model_copy(update={"name": "budget", "gates": gates})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvslim.transform.edits import Array
-from kvslim.transform.kl_evaluator import BATCH, SMALL_VOCABULARY, logits_at, predicting
+from kvslim.transform.kl_evaluator import BATCH, SMALL_VOCABULARY, logits_at, predicting, summed_kl
 
 
 class HeldOut:
@@ -33,8 +33,7 @@ class HeldOut:
         """Mean KL(teacher || student), nats per token."""
         total = 0.0
         for (batch, counted), expected in zip(self._batches, self._teacher, strict=True):
-            found = self._log_probabilities(student, batch)
-            total += float(((expected.exp() * (expected - found)).sum(-1).double() * counted).sum())
+            total += summed_kl(expected, self._log_probabilities(student, batch), counted)
         return max(total / self._count, 0.0)
 
     def _log_probabilities(self, model: Any, batch: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kvslim.replacing import replacing
 from kvslim.types import Watched
 
 FILE = "state.safetensors"
@@ -69,13 +71,10 @@ class State:
         """
         if not self.reached.is_over and len(self.optimizer.state) < len(self.weights):
             return  # no step has had any text that counts
-        partial = folder / f"{FILE}.partial"
-        try:
+        with suppress(OSError, SafetensorError):
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(self._tensors(), partial, {"reached": self.reached.model_dump_json()})
-            partial.replace(folder / FILE)
-        except (OSError, SafetensorError):
-            partial.unlink(missing_ok=True)
+            with replacing(folder / FILE) as partial:
+                save_file(self._tensors(), partial, {"reached": self.reached.model_dump_json()})
 
     def load(self, folder: Path) -> bool:
         """Goes on from what was written; False where there is nothing that can be read."""

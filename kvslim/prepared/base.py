@@ -16,7 +16,7 @@ from kvslim.loading.snapshot import Snapshot
 from kvslim.progress import Progress
 from kvslim.recipe import Recipe
 from kvslim.types import Healing, KVLayout, Plan, Report
-from kvslim.workers.base import Alone, Workers
+from kvslim.workers.base import Workers
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
@@ -174,9 +174,8 @@ def prepare(
         ModelError: Weights or tokenizer cannot be read.
         UnsupportedError: There are workers, and the model is an encoder.
     """
-    workers = workers or Alone()
     if spec.is_encoder:
-        if workers.are_apart:
+        if workers is not None and workers.are_apart:
             raise UnsupportedError(
                 f"{spec.model_type} is an encoder, and workers share the work of decoders alone",
                 where="--workers",

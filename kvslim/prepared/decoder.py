@@ -18,7 +18,7 @@ import numpy as np
 
 from kvslim import stages
 from kvslim.calibrate import cache
-from kvslim.calibrate.recorder import record
+from kvslim.calibrate.recorder import Recorder
 from kvslim.calibrate.recording import Recording, finish, merge
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.contract import ModelSpec, WeightType
@@ -44,7 +44,7 @@ from kvslim.transform.surgery import install, prepare
 from kvslim.types import Healing, KVLayout, Plan, WeightFormat
 from kvslim.validation.measure import DecoderEvaluation
 from kvslim.weights.rows import QuantisedRows
-from kvslim.workers.base import Alone, Workers
+from kvslim.workers.base import Workers
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,8 @@ class WindowRecording:
 
     def open(self, prepared: PreparedDecoder) -> Callable[[int], Recording]:
         """What records the window at a place."""
-        of = prepared.model, prepared.architecture, prepared.spec, self.windows
-
-        def recorded(place: int) -> Recording:
-            return record(*of, seed=self.seed, progress=Silent(), part=range(place, place + 1))
-
-        return recorded
+        recorder = Recorder(prepared.model, prepared.architecture, prepared.spec, self.windows, self.seed)
+        return lambda place: recorder.record(Silent(), range(place, place + 1))
 
 
 class PreparedDecoder(PreparedModel):
@@ -90,7 +86,7 @@ class PreparedDecoder(PreparedModel):
         workers: Workers | None = None,
     ) -> None:
         super().__init__(snapshot, spec, recipe, progress)
-        self.workers = workers or Alone()
+        self.workers = workers or Workers()
         self.architecture = architecture_of(spec.model_type)
         self.tokenizer = load_tokenizer(snapshot)
         self.text = TextSource(self, recipe.calibration, recipe.validation)

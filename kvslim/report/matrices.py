@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from kvslim.export.manifest import GRAPH
 from kvslim.onnx_format import read_graph
 
 # What holds a matrix's integers, by operator: the place among the inputs. Tables that are heads too come up in both.
@@ -24,7 +25,7 @@ def matrix_formats(folder: Path) -> dict[str, str] | None:
         ArtifactError: The graph cannot be read.
     """
     found: dict[str, str] = {}
-    for node in read_graph(folder / "model.onnx").node:
+    for node in read_graph(folder / GRAPH).node:
         if node.op_type in OPERATORS:
             sizes = {attribute.name: attribute.i for attribute in node.attribute}
             name = CODES.sub("", node.input[OPERATORS[node.op_type]]).removeprefix("model.")

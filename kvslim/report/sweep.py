@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from kvslim.kv_ratios import times
+from kvslim.report.figure import reports
 from kvslim.report.figures import figures
 from kvslim.report.page import Head, Section, rendered
 from kvslim.report.tables import NONE, Table
@@ -38,7 +39,7 @@ def sweep_table(jobs: Sequence[Job], outcomes: Outcomes, made: Mapping[str, Mani
         outcomes: What came of it.
         made: The manifests of those that made an artifact.
     """
-    best = {name for _, group in _by_model(jobs) for name in front(_reports(group, made))}
+    best = {name for _, group in _by_model(jobs) for name in front(reports(_made_of(group, made)))}
     rows = (_row(job.name, outcomes.jobs[job.name], made.get(job.name), job.name in best) for job in jobs)
     return Table(HEADER, tuple(rows))
 
@@ -52,16 +53,16 @@ def sweep_page(jobs: Sequence[Job], outcomes: Outcomes, made: Mapping[str, Manif
     )
     sections = [Section("All artifacts", FRONT, (sweep_table(jobs, outcomes, made),))]
     for model, group in _by_model(jobs):
-        named = {job.name.partition("/")[2]: made[job.name] for job in group if job.name in made}
-        if named:
+        if of_model := _made_of(group, made):
+            named = {name.partition("/")[2]: manifest for name, manifest in of_model.items()}
             sections.append(Section(model, figures=figures(named)))
     passed = all(outcome.exit_code == 0 for outcome in outcomes.jobs.values())
     return rendered(Head(f"Sweep of {len(jobs)} artifacts", passed=passed, failures=failures), sections)
 
 
-def front(reports: Mapping[str, Report]) -> set[str]:
+def front(measured: Mapping[str, Report]) -> set[str]:
     """The names of those that no other dominates: none is as good in every measure and better in one."""
-    points = {name: _losses(report) for name, report in reports.items()}
+    points = {name: _losses(report) for name, report in measured.items()}
     return {
         name
         for name, mine in points.items()
@@ -111,9 +112,8 @@ def _row(name: str, outcome: Outcome, manifest: Manifest | None, best: bool) -> 
     )
 
 
-def _reports(jobs: Sequence[Job], made: Mapping[str, Manifest]) -> dict[str, Report]:
-    found = {job.name: made[job.name].report for job in jobs if job.name in made}
-    return {name: report for name, report in found.items() if report is not None}
+def _made_of(jobs: Sequence[Job], made: Mapping[str, Manifest]) -> dict[str, Manifest]:
+    return {job.name: made[job.name] for job in jobs if job.name in made}
 
 
 def _by_model(jobs: Sequence[Job]) -> Iterator[tuple[str, list[Job]]]:

@@ -230,7 +230,6 @@ class Completer:
 
     def _written(self, completion: Completion, logits: Logits) -> Iterator[str]:
         if self._speculator is not None:
-            self._speculator.begin(completion.ids)
             yield from write_speculatively(self._session, completion, logits, self._speculator)
             return
         for _, piece in write(self._session, [completion], logits[None]):

@@ -23,7 +23,7 @@ def write_speculatively(
         session: Holds the prompt; its graph gives logits of several positions.
         completion: The text.
         logits: What follows the prompt, float32 [vocab].
-        speculator: Proposes; it has begun the text.
+        speculator: Proposes.
 
     Yields:
         The text that is certain after each run, which may be empty.
@@ -32,6 +32,7 @@ def write_speculatively(
         UsageError: The cache is full.
         ArtifactError: onnxruntime fails on the graph.
     """
+    speculator.begin(completion.ids)
     if completion.finish_reason is None:
         yield completion.add(logits)
         speculator.learn(completion.tokens, 0)

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from kvslim.contract import Frozen
 from kvslim.errors import NotFoundError, UsageError, suggestion
 from kvslim.overrides import one_line
-from kvslim.recipe import SIZES, Budget, Recipe, load_recipe
+from kvslim.recipe import Budget, Recipe, load_recipe
 
 EXAMPLE = "models: [demo]\nrecipes: [lossless]\nbudgets: [{kv_ratio: 8}]\n"
 
@@ -91,11 +91,8 @@ def _recipes(sweep: Sweep) -> Iterator[tuple[str, Recipe]]:
     for name in sweep.recipes:
         yield _slug(name.removesuffix(".yaml")), load_recipe(name, sweep.set)
     for budget in sweep.budgets:
-        small = load_recipe("small", sweep.set)
-        recipe = small.model_copy(update={"gates": small.gates.model_copy(update=dict.fromkeys(SIZES))}).within(budget)
-        limits = budget.model_dump(exclude_none=True)
-        name = "-".join(f"{limit}-{value:g}" for limit, value in limits.items())
-        yield name, recipe.model_copy(update={"name": name})
+        name = "-".join(f"{limit}-{value:g}" for limit, value in budget.model_dump(exclude_none=True).items())
+        yield name, load_recipe("small", sweep.set).unsized(name).within(budget)
 
 
 def _slug(name: str) -> str:

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from kvslim.contract import Frozen
 from kvslim.errors import GateError, OutputError
 from kvslim.export.manifest import MANIFEST
+from kvslim.replacing import replacing
 from kvslim.sweep.asked import Job
 
 FILE = "sweep.json"
@@ -94,8 +95,7 @@ def store_outcomes(folder: Path, outcomes: Outcomes) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{FILE}.partial"
-        partial.write_text(outcomes.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / FILE)
+        with replacing(folder / FILE) as partial:
+            partial.write_text(outcomes.model_dump_json(indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write: {error.strerror}", where=str(folder), fix="give another -o") from error

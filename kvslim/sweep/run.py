@@ -50,7 +50,7 @@ def _ended(jobs: Sequence[Job], folder: Path, cluster: Cluster) -> Iterator[tupl
         try:
             outcome = ray.get(ended)
         except ray.exceptions.RayError as error:
-            outcome = _failed(job, _death(error), time.monotonic())
+            outcome = Outcome(key=key_of(job), failure=_death(error))
         schedule.done(job, made=outcome.failure is None)
         yield job, outcome
 
@@ -69,10 +69,6 @@ def make_artifact(job: Job, out: Path) -> Outcome:
         failure = Failure(message=f"{type(error).__name__}: {error}", where=job.name, fix=fix, exit_code=BUG)
     else:
         return Outcome(key=key_of(job), passed=manifest.passed, seconds=time.monotonic() - start)
-    return _failed(job, failure, start)
-
-
-def _failed(job: Job, failure: Failure, start: float) -> Outcome:
     return Outcome(key=key_of(job), seconds=time.monotonic() - start, failure=failure)
 
 

@@ -7,7 +7,6 @@ around their arrays, what they were made for, and a digest of it all.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -22,7 +21,9 @@ from safetensors.numpy import save_file
 from kvslim.caches import Cache
 from kvslim.caches.base import read_cache
 from kvslim.caches.clustering import Formed
+from kvslim.calibrate.statistics import sha256_of
 from kvslim.errors import ArtifactError, UsageError
+from kvslim.replacing import replacing
 from kvslim.transform.edits import Affine, Array, Channels, FittedPlan, KeptHeads, LayerEdit, LinearCode, Rounding
 from kvslim.types import Plan
 
@@ -40,10 +41,9 @@ def save_fitted(path: Path, fitted: FittedPlan) -> None:
     layers = [_taken_apart(code, f"layers.{index}", arrays) for index, code in enumerate(fitted.codes)]
     told = {"plan": fitted.plan.model_dump(mode="json"), "layers": layers, "made_for": fitted.made_for}
     text = json.dumps({"format": FORMAT, **told}, sort_keys=True)
-    partial = path.with_name(f"{path.name}.partial")
-    # One entry: safetensors writes several in an order of chance.
-    save_file(arrays, partial, {"kvslim": json.dumps([text, _digest(text, arrays)])})
-    partial.replace(path)
+    with replacing(path) as partial:
+        # One entry: safetensors writes several in an order of chance.
+        save_file(arrays, partial, {"kvslim": json.dumps([text, _digest(text, arrays)])})
 
 
 def load_fitted(path: Path) -> FittedPlan:
@@ -152,12 +152,7 @@ def _put_together(value: Any, arrays: Mapping[str, Array]) -> Any:
 
 
 def _digest(text: str, arrays: Mapping[str, Array]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+    return sha256_of({name: arrays[name] for name in sorted(arrays)}, text)
 
 
 def _unreadable(message: str, path: Path) -> ArtifactError:

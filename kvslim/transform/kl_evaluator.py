@@ -89,8 +89,7 @@ class KLEvaluator:
         for batch, weights, outputs, reference in known:
             with replaying(self.layers[:first], outputs):
                 student = self._log_probabilities(batch)
-            divergence = (reference.exp() * (reference - student)).sum(-1)
-            total += float((divergence.double() * weights).sum())
+            total += summed_kl(reference, student, weights)
         return max(total / sum(int(weights.sum()) for weights in self._weights), 0.0)
 
     def recall(self, codes: tuple[LayerEdit, ...], items: Sequence[Question]) -> float:
@@ -127,6 +126,11 @@ def logits_at(model: Any, batch: Tensor, places: Tensor) -> Tensor:
     finally:
         hook.remove()
     return logits
+
+
+def summed_kl(teacher: Tensor, student: Tensor, counted: Tensor) -> float:
+    """KL(teacher || student) of log probabilities [n, places, vocab], over the places [n, places] that count."""
+    return float(((teacher.exp() * (teacher - student)).sum(-1).double() * counted).sum())
 
 
 def predicting(windows: Array, loss_mask: Array | None) -> Array:

@@ -10,7 +10,7 @@ from torch import nn
 from kvslim.loading.architecture import Architecture
 from kvslim.transform.edits import Array, Channels
 from kvslim.transform.projections import as_tensor, parameters, shifted
-from kvslim.transform.trained import put
+from kvslim.transform.trained import mlp_linears, put
 
 
 def narrow(layer: nn.Module, architecture: Architecture, channels: Channels) -> None:
@@ -26,12 +26,11 @@ def narrow(layer: nn.Module, architecture: Architecture, channels: Channels) -> 
     width, kept = weight.shape[1], channels.kept
     gone = np.setdiff1d(np.arange(width), kept)
     _put(layer, architecture.down, weight[:, kept], shifted(bias, weight[:, gone] @ channels.mean[gone]))
-    for path in architecture.mlp:
-        for name, module in list(layer.get_submodule(path).named_modules(prefix=path)):
-            if isinstance(module, nn.Linear) and name != architecture.down:
-                weight, bias = parameters(module)  # one row for each channel, or first all gates and then all others
-                rows = (np.arange(len(weight)).reshape(-1, width)[:, kept]).ravel()
-                _put(layer, name, weight[rows], None if bias is None else bias[rows])
+    for name, module in mlp_linears(layer, architecture):
+        if name != architecture.down:
+            weight, bias = parameters(module)  # one row for each channel, or first all gates and then all others
+            rows = (np.arange(len(weight)).reshape(-1, width)[:, kept]).ravel()
+            _put(layer, name, weight[rows], None if bias is None else bias[rows])
 
 
 def _put(layer: nn.Module, name: str, weight: Array, bias: Array | None) -> None:

@@ -14,14 +14,22 @@ from torch import Tensor, nn
 
 from kvslim.loading.architecture import Architecture
 from kvslim.transform.edits import Array, LayerEdit
+from kvslim.transform.projections import SIDES
 
 PARTS = ("weight", "bias")
-SIDES = ("query", "key", "value")
 
 
 def linears_of(layer: nn.Module) -> list[nn.Linear]:
     """All linear modules of a layer."""
     return [module for module in layer.modules() if isinstance(module, nn.Linear)]
+
+
+def mlp_linears(layer: nn.Module, architecture: Architecture) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear modules of a layer's feed-forward part, by their names in the layer."""
+    for path in architecture.mlp:
+        for name, module in layer.get_submodule(path).named_modules(prefix=path):
+            if isinstance(module, nn.Linear):
+                yield name, module
 
 
 def set_weights(layer: nn.Module, weights: Mapping[str, Array]) -> None:
@@ -51,7 +59,9 @@ def trainable(layer: nn.Module, architecture: Architecture, edit: LayerEdit, *, 
         edit: What was done to it.
         with_mlp: Whether the feed-forward part is trained too; one that is gone has nothing to train.
     """
-    names = [*_of_attention(layer, architecture, edit), *(_of_mlp(layer, architecture) if with_mlp else ())]
+    names = [*_of_attention(layer, architecture, edit)]
+    if with_mlp:
+        names += [f"{name}.{part}" for name, _ in mlp_linears(layer, architecture) for part in PARTS]
     return {name: tensor for name in names if (tensor := _tensor(layer, name)) is not None}
 
 
@@ -64,13 +74,6 @@ def _of_attention(layer: nn.Module, architecture: Architecture, edit: LayerEdit)
         prefix = f"kvslim.{side}_" if own else f"{getattr(architecture, side)}."
         yield from (f"{architecture.attention}.{prefix}{part}" for part in PARTS)
     yield from (f"{architecture.attention}.{architecture.output}.{part}" for part in PARTS)
-
-
-def _of_mlp(layer: nn.Module, architecture: Architecture) -> Iterator[str]:
-    for path in architecture.mlp:
-        for name, module in layer.get_submodule(path).named_modules(prefix=path):
-            if isinstance(module, nn.Linear):
-                yield from (f"{name}.{part}" for part in PARTS)
 
 
 def _tensor(layer: nn.Module, name: str) -> Tensor | None:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from kvslim.contract import Frozen, ModelSpec
 from kvslim.progress import Progress
-from kvslim.recipe import shortened
+from kvslim.recipe import shortened, up_to
 from kvslim.runtime.encoder import EncoderSession
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import Manifest
@@ -56,7 +56,7 @@ class Grid(Frozen):
         lengths = {"prompts": grid.prompts, "contexts": grid.contexts}
         if target is not None:
             for name in lengths.keys() - self.model_fields_set:
-                lengths[name] = (*(length for length in lengths[name] if length < target), min(target, most))
+                lengths[name] = up_to(min(target, most), lengths[name])
         lengths["contexts"] = tuple(most - 1 if context == most else context for context in lengths["contexts"])
         return grid.model_copy(update=lengths)
 

@@ -95,7 +95,6 @@ def _timed(session: DecodeSession, completion: Completion, logits: Logits, specu
     if speculator is None:
         list(write(session, [completion], logits[None]))
     else:
-        speculator.begin(completion.ids)
         list(write_speculatively(session, completion, logits, speculator))
     return _Written(completion, time.perf_counter() - start)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -26,8 +25,8 @@ class Task(Protocol[Item_contra, Result_co]):
         """What does one item with a model in memory."""
 
 
-class Workers(ABC):
-    """Who does the pieces.
+class Workers:
+    """Who does the pieces: here this process, one after another.
 
     Attributes:
         are_apart: Whether other processes do them, each with a copy of the model.
@@ -35,7 +34,6 @@ class Workers(ABC):
 
     are_apart = False
 
-    @abstractmethod
     def map(
         self,
         prepared: PreparedDecoder,
@@ -53,18 +51,4 @@ class Workers(ABC):
             label: What one piece is, in a few words, for the progress.
             here: The same as `task.open(prepared)`, where this process has it open already.
         """
-
-
-class Alone(Workers):
-    """This process does all pieces."""
-
-    def map(
-        self,
-        prepared: PreparedDecoder,
-        task: Task[Item, Result],
-        items: Sequence[Item],
-        label: str,
-        here: Callable[[Item], Result] | None = None,
-    ) -> Iterator[Result]:
-        """Yields the results of all items, in their order; arguments as for `Workers.map`."""
         yield from map(here or task.open(prepared), prepared.progress.track(items, label))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kvslim.workers.base import Alone, Workers
+from kvslim.workers.base import Workers
 from kvslim.workers.cluster import Cluster
 from kvslim.workers.ray_workers import RayWorkers
 
@@ -22,7 +22,7 @@ def hired(count: int | None, address: str | None) -> Iterator[Workers]:
         UnsupportedError, NotFoundError: As for `Cluster`.
     """
     if count is None and address is None:
-        yield Alone()
+        yield Workers()
         return
     with Cluster(count, address) as cluster:
         yield RayWorkers(cluster)

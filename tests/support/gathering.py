@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvslim.calibrate.recorder import record
+from kvslim.calibrate.recorder import Recorder
 from kvslim.calibrate.recording import finish
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.prepared.decoder import PreparedDecoder
@@ -14,8 +14,8 @@ from kvslim.transform.surgery import slim_modules
 
 
 def gather(prepared: PreparedDecoder, windows: np.ndarray, context: int = 200) -> CalibrationStatistics:
-    of = prepared.model, prepared.architecture, prepared.spec, windows
-    return finish(record(*of, seed=0, progress=Silent()), context=context)
+    recorder = Recorder(prepared.model, prepared.architecture, prepared.spec, windows, seed=0)
+    return finish(recorder.record(Silent()), context=context)
 
 
 def windows_of(prepared: PreparedDecoder, count: int, length: int = 40) -> np.ndarray:
