@@ -320,10 +320,11 @@ class Measures(Frozen):
     prompt length (`ttft_ms`), context length (`tpot_ms`) or, for an encoder, text length (`latency_ms`) in tokens;
     `kl_*` are nats per token against the plain export; `recall` and the agreements are shares in 0..1; the rank
     correlation is Spearman's. `kl_by_position` has the mean KL of the tokens from the key before (or the start) up to
-    its key; `recall_by_distance` the recall of what stands at most so many tokens back. Standard errors end in `_se`:
-    of `kl_mean` and `perplexity` over pieces of text, of the recall that is lost to the plain export over the
-    questions. Where weights are quantised, KL and perplexity are measured with activations in float32; `kl_as_run` is
-    the KL with activations rounded as onnxruntime does it, and `kl_to_original` the one to the model in float32.
+    its key, `kl_beyond` that of tokens beyond the target context, which no other number counts; `recall_by_distance`
+    the recall of what stands at most so many tokens back. Standard errors end in `_se`: of `kl_mean` and `perplexity`
+    over pieces of text, of the recall that is lost to the plain export over the questions. Where weights are quantised,
+    KL and perplexity are measured with activations in float32; `kl_as_run` is the KL with activations rounded as
+    onnxruntime does it, and `kl_to_original` the one to the model in float32.
 
     Latencies are medians; `*_quartiles_ms` are the first and third quartile. Tokens per second follow from the medians:
     `tokens_per_second` of one sequence by context length, `prompt_tokens_per_second` by prompt length.
@@ -337,6 +338,7 @@ class Measures(Frozen):
     kl_as_run: float | None = None
     kl_to_original: float | None = None
     kl_by_position: dict[str, float] | None = None
+    kl_beyond: float | None = None
     top1_agreement: float | None = None
     perplexity: float | None = None
     perplexity_se: float | None = None

@@ -16,6 +16,7 @@ from kvslim.errors import UnsupportedError
 from kvslim.progress import Silent
 from kvslim.recipe import Calibration, Validation
 from kvslim.runtime.session import DecodeSession
+from kvslim.validation.measure import DecoderEvaluation
 from kvslim.validation.recall import capacity_for
 
 
@@ -152,6 +153,22 @@ def test_held_out_text_reaches_the_target_context(
     assert len(far) == expected // 64
     assert all(expected / 2 <= item.reach for item in far)
     assert capacity_for(evaluation.items) <= max(expected, 64)
+
+
+def test_held_out_text_goes_on_behind_the_target_context(tiny_llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"word{number}" for number in range(3000)), encoding="utf-8")
+    validation = Validation(source=str(text), samples=6, length=32, recall_items=9, recall_distance=16)
+
+    def evaluation(context: int) -> DecoderEvaluation:
+        update = {"calibration": Calibration(context=context), "validation": validation}
+        return open_prepared(tiny_llama, recipe_of().model_copy(update=update)).evaluation()
+
+    found = evaluation(128)
+    assert len(found.windows[-1]) == 128 + 32
+    assert all(item.reach <= 128 for item in found.items)
+    most = open_prepared(tiny_llama, recipe_of()).spec.max_context
+    assert max(len(window) for window in evaluation(most).windows) <= most
 
 
 def test_digest_follows_the_text_not_the_name(tmp_path: Path) -> None:

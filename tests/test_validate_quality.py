@@ -53,7 +53,8 @@ def test_quality_equals_the_definition_when_the_student_is_perturbed(
     measured, expected = measure_quality(plain, artifact, WINDOWS), reference(plain, artifact)
     assert measured.kl_mean > 1e-3
     for name, value in vars(expected).items():
-        assert getattr(measured, name) == pytest.approx(value, rel=1e-3), name
+        found = getattr(measured, name)
+        assert found == (None if value is None else pytest.approx(value, rel=1e-3)), name
 
 
 def test_quality_is_zero_divergence_when_a_model_meets_itself(plain: DecodeSession, tmp_path: Path) -> None:
@@ -123,6 +124,21 @@ def test_kl_is_told_by_position_when_one_text_is_long(tmp_path: Path, monkeypatc
     assert list(measure_all(plain, artifact, [*short, long]).plain.kl_by_position.values()) == [0.0] * 4
 
 
+def test_what_lies_beyond_the_context_is_told_apart(tmp_path: Path) -> None:
+    graphs = write_tiny(tmp_path / "plain.onnx"), write_tiny(tmp_path / "artifact.onnx", noise=0.05)
+    plain, artifact = (DecodeSession(graph, capacity=60) for graph in graphs)
+    text = np.random.default_rng(1).integers(24, size=60)
+    short = text[:12]
+    found = measure_all(plain, artifact, [short, text], within=48)
+    within, whole = (measure_quality(plain, artifact, [short, each]) for each in (text[:48], text))
+    assert found.artifact.kl_mean == pytest.approx(within.kl_mean)
+    assert found.artifact.kl_beyond == pytest.approx((72 * whole.kl_mean - 60 * within.kl_mean) / 12)
+    assert found.plain.kl_beyond == 0
+    assert found.artifact.top1_agreement == pytest.approx(within.top1_agreement)
+    assert "kl_beyond" in found.artifact.as_measures()
+    assert within.kl_beyond is None
+
+
 def test_a_long_text_counts_as_many_pieces_when_errors_are_told(
     plain: DecodeSession, artifact: DecodeSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +166,7 @@ def test_measures_are_none_when_not_finite() -> None:
         "perplexity": 2.0,
         "perplexity_se": None,
         "kl_by_position": {"512": 0.1},
+        "kl_beyond": None,
     }
 
 

@@ -28,6 +28,7 @@ from kvslim.validation.spans import FAR_SPANS, SPAN
 if TYPE_CHECKING:
     from kvslim.prepared.decoder import PreparedDecoder
 
+BEYOND = 4  # the text goes on by one part in so many behind the target context
 REST = 1 + 2 * SPAN  # tokens of a recall question besides those between its two copies: their own, and a start token
 
 
@@ -102,14 +103,16 @@ class TextSource:
     def long_text(self, windows: np.ndarray) -> np.ndarray | None:
         """[n] token ids of one text up to the target context; None where that is no longer than two of the windows.
 
-        It has at most as many tokens as all windows together, so that to measure it takes about as long. What the model
-        writes itself is put end to end.
+        It has at most as many tokens as all windows together, so that to measure it takes about as long. Where it
+        reaches the target context and the model has more positions, a quarter of it comes on top, to tell what happens
+        beyond. What the model writes itself is put end to end.
 
         Args:
             windows: The held-out windows, [n, length].
         """
         length = windows.shape[1]
-        longest = min(self.prepared.recipe.calibration.target(self.prepared.spec), windows.size)
+        context, spec = self.context, self.prepared.spec
+        longest = windows.size if windows.size < context else min(context + context // BEYOND, spec.max_context)
         if self._is_written(self.validation):
             found = windows.reshape(-1)[:longest]
         else:
@@ -124,14 +127,20 @@ class TextSource:
         near = self._recall_items(windows, settings.recall_items, settings.seed)
         if long_text is None or self.prepared.snapshot.is_demo:
             return near
-        count = min(FAR_SPANS, settings.recall_items, len(long_text) // (4 * SPAN))
-        distance = len(long_text) - REST - (count - 1) * SPAN  # later questions stand behind earlier ones
+        length = min(len(long_text), self.context)
+        count = min(FAR_SPANS, settings.recall_items, length // (4 * SPAN))
+        distance = length - REST - (count - 1) * SPAN  # later questions stand behind earlier ones
         far = repeated_spans(windows, count=count, distance=distance, seed=settings.seed, spans=FAR_SPANS)
         return [*far, *near]
 
     def recall_items(self, windows: np.ndarray, most: int) -> list[RecallItem]:
         """Recall questions other than those of the validation."""
         return self._recall_items(windows, min(self.validation.recall_items, most), self.validation.seed + 1)
+
+    @property
+    def context(self) -> int:
+        """The target context in tokens."""
+        return self.prepared.recipe.calibration.target(self.prepared.spec)
 
     @property
     def _calibration_share(self) -> tuple[float, float]:

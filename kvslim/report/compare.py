@@ -85,6 +85,7 @@ SIGNS = {  # of measures that cannot get worse by themselves
     "kl_as_run": 1,
     "kl_to_original": 1,
     "kl_by_position": 1,
+    "kl_beyond": 1,
     "recall_by_distance": -1,
     "embedding_cosine_min": -1,
 }

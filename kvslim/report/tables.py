@@ -32,6 +32,7 @@ METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
     "kl_as_run": ("KL to plain, activations rounded", lambda value: f"{value:.2g}"),
     "kl_to_original": ("KL to the model in fp32", lambda value: f"{value:.2g}"),
     "kl_by_position": ("KL to plain, mean, up to token {}", lambda value: f"{value:.2g}"),
+    "kl_beyond": ("KL to plain, mean, beyond the target context", lambda value: f"{value:.2g}"),
     "top1_agreement": ("Same most likely token", lambda value: f"{value:.2%}"),
     "perplexity": ("Perplexity", lambda value: f"{value:.3f}"),
     "perplexity_se": ("Perplexity, standard error", lambda value: f"{value:.3f}"),

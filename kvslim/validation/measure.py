@@ -27,7 +27,8 @@ class DecoderEvaluation(NamedTuple):
     """Held-out material of a decoder, and how artifacts are measured on it.
 
     Attributes:
-        windows: Token ids of short texts, and where the target context is long, of one long text behind them.
+        windows: Token ids of short texts, and where the target context is long, of one long text behind them. What
+            of it lies beyond the context is measured apart.
         items: Recall questions.
         settings: What is timed.
         gates: Limits.
@@ -63,7 +64,7 @@ class DecoderEvaluation(NamedTuple):
 def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Report:
     windows, items, settings, gates, context, prompts, timed, original, progress, draft = evaluation
     folders = {"plain": plain, "artifact": artifact}
-    quality = _quality(plain, artifact, windows, original, progress)
+    quality = _quality(plain, artifact, windows, original, context, progress)
     progress.stage(stages.RECALL)
     room = max(map(len, windows)) if not items else capacity_for(items)
     sessions = {name: DecodeSession(path, capacity=room, all_positions=True) for name, path in folders.items()}
@@ -117,7 +118,12 @@ class _Quality(NamedTuple):
 
 
 def _quality(
-    plain: Path, artifact: Path, windows: Sequence[np.ndarray], original: Path | None, progress: Progress
+    plain: Path,
+    artifact: Path,
+    windows: Sequence[np.ndarray],
+    original: Path | None,
+    context: int,
+    progress: Progress,
 ) -> _Quality:
     """What a report tells of quality.
 
@@ -137,6 +143,7 @@ def _quality(
         windows,
         original=None if original is None else opened(original, False),
         progress=progress,
+        within=context,
     )
     as_it_runs = opened(plain, False)
     floor = measure_floor(as_it_runs, windows, progress).as_measures()

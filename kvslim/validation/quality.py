@@ -53,7 +53,7 @@ def measure_quality(teacher: DecodeSession, student: DecodeSession, windows: Win
     Raises:
         UsageError: The windows have another shape or do not fit a cache, or the vocabularies differ.
     """
-    (tally,) = _compared([teacher, student], [(0, 1)], windows, chunk, Silent())
+    (tally,) = _compared([teacher, student], [(0, 1)], windows, chunk, Silent(), None)
     return tally.student()
 
 
@@ -63,6 +63,7 @@ def measure_all(
     windows: Windows,
     original: DecodeSession | None = None,
     progress: Progress | None = None,
+    within: int | None = None,
 ) -> QualityReport:
     """The quality columns of a report but for the floor; each session runs once.
 
@@ -72,6 +73,7 @@ def measure_all(
         windows: As for `measure_quality`.
         original: Session of the model in float32, where the weights of the other two are quantised.
         progress: Receives the progress.
+        within: Tokens of a text that count; the KL of what lies beyond is told apart. None if all do.
 
     Raises:
         UsageError: As for `measure_quality`.
@@ -79,7 +81,7 @@ def measure_all(
     progress = progress or Silent()
     sessions = [plain, artifact, *([] if original is None else [original])]
     pairs = [(0, 1)] if original is None else [(0, 1), (2, 0), (2, 1)]
-    tally, *others = _compared(sessions, pairs, windows, CHUNK, progress)
+    tally, *others = _compared(sessions, pairs, windows, CHUNK, progress, within)
     found = QualityReport(plain=tally.teacher(), artifact=tally.student())
     if not others:
         return found
@@ -115,11 +117,12 @@ def _compared(
     windows: Windows,
     chunk: int,
     progress: Progress,
+    within: int | None,
 ) -> list[Tally]:
     """One tally for each pair of a teacher and a student among sessions, which go through the text side by side."""
     for teacher, student in pairs:
         _check(sessions[teacher], sessions[student], windows)
-    tallies = [Tally(min(map(len, windows))) for _ in pairs]
+    tallies = [Tally(min(map(len, windows)), within) for _ in pairs]
     count = sum(-(-len(window) // chunk) for window in windows)
     steps = _side_by_side(sessions, windows, chunk)
     for window, start, logits in progress.track(steps, "held-out text", count):

@@ -29,6 +29,7 @@ class Quality:
         perplexity: exp of the student's mean negative log-likelihood of the next token.
         perplexity_se: Standard error of that over the pieces of text; NaN for a single one.
         kl_by_position: Mean KL from the bound before (or the start) up to each bound in tokens; empty for short texts.
+        kl_beyond: Mean KL of what lies beyond the tokens that all other numbers are of; None where nothing does.
     """
 
     kl_mean: float
@@ -38,13 +39,14 @@ class Quality:
     perplexity: float
     perplexity_se: float
     kl_by_position: dict[int, float]
+    kl_beyond: float | None = None
 
     def as_measures(self) -> dict[str, float | dict[str, float] | None]:
         """The fields of `types.Measures`; a number that is not finite becomes None."""
         numbers = {name: value for name, value in vars(self).items() if name != "kl_by_position"}
         found = {str(bound): value for bound, value in self.kl_by_position.items() if math.isfinite(value)}
         return {
-            **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
+            **{name: value if value is not None and math.isfinite(value) else None for name, value in numbers.items()},
             "kl_by_position": found or None,
         }
 
@@ -88,12 +90,15 @@ class Tally:
 
     Attributes:
         piece: Tokens of a piece.
+        within: Tokens of a text that count; what lies beyond has a mean of its own. None if all do.
         rows: What was measured of the positions of the window that is not ended yet.
     """
 
     piece: int
+    within: int | None = None
     rows: list[tuple[Floats, npt.NDArray[np.bool_], Floats, Floats]] = field(default_factory=list)
     kl: list[Floats] = field(default_factory=list)
+    beyond: list[Floats] = field(default_factory=list)
     agreement: list[npt.NDArray[np.bool_]] = field(default_factory=list)
     losses: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
 
@@ -107,10 +112,11 @@ class Tally:
         """Sums up what was added since the last window."""
         kl, agreement, *losses = (np.concatenate(parts) for parts in zip(*self.rows, strict=True))
         self.rows.clear()
-        self.kl.append(kl)
-        self.agreement.append(agreement)
+        self.kl.append(kl[: self.within])
+        self.beyond.append(kl[len(self.kl[-1]) :])
+        self.agreement.append(agreement[: self.within])
         for means, values in zip(self.losses, losses, strict=True):
-            means += _means(values, self.piece)
+            means += _means(values[: self.within], self.piece)
 
     def student(self) -> Quality:
         """The student's measures over all windows so far."""
@@ -119,11 +125,14 @@ class Tally:
             mean, error = _mean_and_error([mean for values in self.kl for mean in _means(values, self.piece)])
             tail, agreement = float(np.quantile(kl, 0.99)), float(np.concatenate(self.agreement).mean())
             by_position = {bound: float(np.concatenate(parts).mean()) for bound, parts in self._by_position().items()}
-        return Quality(mean, error, tail, agreement, *_perplexity(self.losses[1]), by_position)
+            beyond = float(further.mean()) if (further := np.concatenate(self.beyond)).size else None
+        return Quality(mean, error, tail, agreement, *_perplexity(self.losses[1]), by_position, beyond)
 
     def teacher(self) -> Quality:
         """The teacher's: it agrees with itself."""
-        return Quality(0.0, 0.0, 0.0, 1.0, *_perplexity(self.losses[0]), dict.fromkeys(self._by_position(), 0.0))
+        by_position = dict.fromkeys(self._by_position(), 0.0)
+        beyond = 0.0 if any(map(len, self.beyond)) else None
+        return Quality(0.0, 0.0, 0.0, 1.0, *_perplexity(self.losses[0]), by_position, beyond)
 
     def _by_position(self) -> dict[int, list[Floats]]:
         """KL of the positions up to each bound; none where no window is longer than the first."""
