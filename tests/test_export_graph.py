@@ -22,6 +22,7 @@ from support.models import (
 from kvslim.methods import KvHdc, KvPca, KvQuant
 from kvslim.runtime.opening import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
+from kvslim.weights.choice import SMALLEST_MATRIX
 
 ModelOf = Callable[[str], Path]
 
@@ -34,7 +35,9 @@ def test_every_large_matrix_is_quantised_when_weights_are(
     prepared = open_prepared(tiny_model(family), recipe_of([KvPca(rank=8)], weights))
     export_slim(prepared, tmp_path / "slim")
     graph = onnx.load(tmp_path / "slim" / "model.onnx", load_external_data=False).graph
-    constants = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
+    constants = {
+        tensor.name for tensor in graph.initializer if len(tensor.dims) == 2 and np.prod(tensor.dims) >= SMALLEST_MATRIX
+    }
     products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm", "FusedMatMul")]
     assert not [node.name for node in products if constants.intersection(node.input)]
     assert Counter(node.op_type for node in graph.node)["MatMulNBits"] >= 4 * prepared.spec.layers + 1
@@ -79,8 +82,9 @@ ONCE = {"MatMulNBits": 1, "GatherBlockQuantized": 1, "SimplifiedLayerNormalizati
 ONCE |= {"Cast": 2, "ReduceSum": 1, "Sub": 1, "Slice": 1}
 # Over an integer cache attention is a branch of an `If`, on one condition for all layers.
 BRANCHED = {"If": 1, "GroupQueryAttention": -1}
-# Codes of q and k work on [batch, heads, length, dim]: rotated, split, coded and merged again, each.
-CODED = {"Split": 1, "RotaryEmbedding": 2, "Reshape": 4, "Transpose": 4, "MatMul": 2, "Sub": 1}
+# Codes of q and k work on [batch, heads, length, dim]: both are rotated and coded as one, taken apart and merged again.
+# Their encoders are joined once, when the graph is opened.
+CODED = {"Split": 2, "RotaryEmbedding": 1, "Reshape": 3, "Transpose": 3, "MatMul": 1, "Sub": 1, "Concat": 1}
 
 
 def count_of(folder: Path) -> Counter[str]:
@@ -116,7 +120,8 @@ def test_slim_graph_adds_codes_alone_and_names_no_path(tiny_llama: Path, tmp_pat
         expected.update(BRANCHED)
     expected.update({"Shape": 1, "Greater": 1})
     expected.update({"Concat": 4, "Shape": 2, "Unsqueeze": 4})  # the shapes that heads are split and merged to
-    assert not count_of(tmp_path / "slim") - expected
+    expected.update({"FusedMatMul": prepared.spec.layers})  # values of rank 8: too few numbers for blocks
+    assert count_of(tmp_path / "slim") - expected == Counter()
 
 
 def test_keys_and_values_are_rounded_with_feedback_at_once(tiny_llama: Path, tmp_path: Path) -> None:
@@ -169,3 +174,12 @@ def test_two_exports_are_equal_to_the_byte(tiny_llama: Path, tmp_path: Path) -> 
         export_slim(open_prepared(tiny_llama, recipe_of([KvPca(rank=8), KvQuant()], "int4")), tmp_path / name)
     for file in ("model.onnx", "model.onnx_data"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+
+
+def test_queries_and_keys_are_rotated_as_one_where_keys_are_centred(tiny_model: ModelOf, tmp_path: Path) -> None:
+    prepared = open_prepared(tiny_model("gpt_neox"), recipe_of([KvQuant()], "int4"))
+    plan = export_slim(prepared, tmp_path / "slim")
+    count = count_of(tmp_path / "slim")
+    assert 0 < sum(layer.cache.centred for layer in plan.layers) == count["RotaryEmbedding"]
+    assert count["Transpose"] == 0
+    assert count["MatMulNBits"] == 4 * prepared.spec.layers + 1

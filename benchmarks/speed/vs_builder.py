@@ -17,7 +17,6 @@ from benchmarks.subjects import Source
 from benchmarks.texts import LITTLE
 from kvslim.contract import ModelSpec
 from kvslim.validation.latency import measure_latency
-from kvslim.validation.measure import file_mib
 
 SCHEMES = {"float32": "none", "int8": "int8_per_channel"}
 STEP = 0.03  # of an integer cache: its size changes no time
@@ -60,7 +59,7 @@ def vs_builder(
             yield values(cache, f"ms per token at {key}", time, own.tpot_ms[key], own.tpot_ratio[key])
         for key, time in theirs.ttft_ms.items():
             yield values(cache, f"ms for a prompt of {key}", time, own.ttft_ms[key], own.ttft_ratio[key])
-        for name, number in {"file MiB": file_mib, "nodes": nodes}.items():
+        for name, number in {"file MiB": files_mib, "nodes": nodes}.items():
             found = {kind: float(number(path)) for kind, path in graphs.items()}
             yield values(cache, name, found["builder"], found["kvslim"], found["kvslim"] / found["builder"])
 
@@ -68,6 +67,11 @@ def vs_builder(
 def values(cache: str, what: str, theirs: float, ours: float, ratio: float) -> Values:
     """One row."""
     return {"cache": cache, "what": what, "builder": theirs, "kvslim": ours, "ratio": ratio}
+
+
+def files_mib(folder: Path) -> float:
+    """Size of a graph and its weights, whatever their file is called."""
+    return sum(path.stat().st_size for path in folder.glob("model.onnx*")) / 2**20
 
 
 def nodes(folder: Path) -> int:

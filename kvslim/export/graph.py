@@ -39,6 +39,7 @@ from kvslim.transform.attention import PassThroughCache, SlimAttention
 from kvslim.transform.operators import ExportStep
 from kvslim.transform.surgery import slim_modules
 from kvslim.types import KVLayout
+from kvslim.weights.rows import QuantisedRows
 
 OPSETS: dict[Layout, int] = {"gqa": 21, "attention24": 24}
 SAMPLE_HEADS = 4  # unlike any other size that is traced, which torch.export could take for the same
@@ -48,9 +49,11 @@ TORCH_TYPES = {"float32": torch.float32, "int8": torch.int8, "int4": torch.uint8
 class _Decoder(nn.Module):
     """The graph: tokens, mask, positions and past cache in; logits of the last position and present cache out."""
 
-    def __init__(self, model: Any, architecture: Architecture, layout: KVLayout) -> None:
+    def __init__(
+        self, model: Any, architecture: Architecture, layout: KVLayout, rows: QuantisedRows | None = None
+    ) -> None:
         super().__init__()
-        self.model, self.layout = model, layout
+        self.model, self.layout, self.rows = model, layout, rows
         self.slims = slim_modules(model, architecture)
 
     def forward(
@@ -106,7 +109,13 @@ class _Decoder(nn.Module):
         ]
 
 
-def build_graph(model: Any, architecture: Architecture, layout: KVLayout, progress: Progress | None = None) -> ir.Model:
+def build_graph(
+    model: Any,
+    architecture: Architecture,
+    layout: KVLayout,
+    progress: Progress | None = None,
+    rows: QuantisedRows | None = None,
+) -> ir.Model:
     """The ONNX graph of a prepared model.
 
     Args:
@@ -114,12 +123,13 @@ def build_graph(model: Any, architecture: Architecture, layout: KVLayout, progre
         architecture: Where its parts live.
         layout: The cache that the codes give.
         progress: Receives the progress.
+        rows: What the rows of its matrices will be stored as, where they are quantised.
 
     Returns:
         A graph with the inputs and outputs that `layout` names; its weights stay where the model has them, and what
         is computed from them (a transposed or packed matrix) is computed when it is read.
     """
-    decoder = _Decoder(model, architecture, layout)
+    decoder = _Decoder(model, architecture, layout, rows)
     try:
         with torch.inference_mode(False), torch.no_grad(), quiet(), quick_lowering(), quick_matching():
             made: Any = decoder
@@ -176,11 +186,11 @@ def _optimised(graph: ir.Model, _: _Decoder) -> ir.Model:
     return graph
 
 
-def _fused(graph: ir.Model, _: _Decoder) -> ir.Model:
+def _fused(graph: ir.Model, decoder: _Decoder) -> ir.Model:
     with hidden_weights(graph):
         fuse_for_onnxruntime(graph, "cpu")
         drop_idle_reshapes(graph)
-    pack_projections(graph)
+    pack_projections(graph, decoder.rows)
     return graph
 
 

@@ -189,7 +189,7 @@ class PreparedDecoder(PreparedModel):
 
     def export(self, plan: Plan, folder: Path) -> tuple[str, ...]:
         """Writes the graph of the model as it is, which `plan` describes; its inputs other than the cache."""
-        graph = build_graph(self.model, self.architecture, KVLayout.of(self.spec, plan), self.progress)
+        graph = build_graph(self.model, self.architecture, KVLayout.of(self.spec, plan), self.progress, self.rows)
         if self.rows is not None:
             quantise_weights(graph, self.rows)
         branch_prompts(graph)

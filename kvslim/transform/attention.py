@@ -20,7 +20,7 @@ from kvslim.caches.attention.base import CacheAttention
 from kvslim.caches.attention.full import FullAttention
 from kvslim.caches.attention.shared import SharedStates
 from kvslim.contract import BITS, CacheType
-from kvslim.transform.operators import ExportStep, Scales, rotary_embedding
+from kvslim.transform.operators import ExportStep, Scales, by_head, merged, rotary_embedding
 from kvslim.transform.rotary import Rotary
 from kvslim.transform.scoring import Scoring
 from kvslim.transform.straight_through import through
@@ -162,9 +162,12 @@ class SlimAttention(nn.Module):
             self.observer(Observed(query, key, value, bare_query, bare_key, scoring))
         return query, key
 
-    def rotated_in_graph(self, step: ExportStep, states: Tensor) -> Tensor:
-        """States after RoPE, by an operator of its own."""
-        return states if self.rotary is None else rotary_embedding(states, step.positions, self.rotary)
+    def rotated_in_graph(self, step: ExportStep, query: Tensor) -> Tensor:
+        """Queries after RoPE, by an operator of its own."""
+        return by_head(self._rotated_flat(step, merged(query), query.shape[1]), query.shape[1])
+
+    def _rotated_flat(self, step: ExportStep, flat: Tensor, heads: int) -> Tensor:
+        return flat if self.rotary is None else rotary_embedding(flat, heads, step.positions, self.rotary)
 
     def coded(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value as the cache knows them."""
@@ -172,12 +175,30 @@ class SlimAttention(nn.Module):
             key = key @ self.key_encoder
         if self.key_offset is not None:
             key = key - self.key_offset
-        key, value = self._with_feedback(key, value)
-        return (
-            self.coded_query(query),
-            self._with_residual(key, self.key_scale, self.residuals[0]),
-            self._with_residual(value, self.value_scale, self.residuals[1]),
-        )
+        return self.coded_query(query), *self._rounded_apart(key, value)
+
+    def coded_in_graph(
+        self, step: ExportStep, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of queries and keys before RoPE: both go through each operator as one, as far as they can.
+
+        At one token per step, an operator costs about as much for twice the numbers.
+        """
+        if self.rotary is None and self.key_encoder is None and self.key_offset is None:
+            return self.coded(query, key, value)
+        heads = query.shape[1], key.shape[1]
+        both = self._rotated_flat(step, torch.cat([merged(query), merged(key)], dim=-1), sum(heads))
+        if self.key_encoder is None and self.query_encoder is None:
+            if self.key_offset is not None:
+                both = both - nn.functional.pad(self.key_offset.flatten(), (heads[0] * query.shape[-1], 0))
+            query, key = _heads_apart(both, heads)
+            return query, *self._rounded_apart(key, value)
+        encoders = [encoder for encoder in (self.query_encoder, self.key_encoder) if encoder is not None]
+        if len({encoder.shape[1:] for encoder in encoders}) != 1 or len(encoders) != 2:
+            query, key = _heads_apart(both, heads)
+            return self.coded(query, key, value)
+        query, key = (by_head(both, sum(heads)) @ torch.cat(encoders)).split(heads, dim=1)
+        return query, *self._rounded_apart(key if self.key_offset is None else key - self.key_offset, value)
 
     def coded_query(self, query: Tensor) -> Tensor:
         """Queries as they meet coded keys."""
@@ -199,6 +220,14 @@ class SlimAttention(nn.Module):
             return self.key_scale.flatten()[:1], self.value_scale.flatten()[:1]
         return self.key_scale[None, :, None, :], self.value_scale[None, :, None, :]
 
+    def _rounded_apart(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values with what the cache holds besides, or in another way, against its own rounding."""
+        key, value = self._with_feedback(key, value)
+        return (
+            self._with_residual(key, self.key_scale, self.residuals[0]),
+            self._with_residual(value, self.value_scale, self.residuals[1]),
+        )
+
     def _with_feedback(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, where they have feedback; both at once where both have, for fewer operators of a graph."""
         scales: Any = (self.key_scale, self.value_scale)
@@ -206,7 +235,7 @@ class SlimAttention(nn.Module):
         if any(part is None for part in (*scales, *feedbacks)) or key.shape[1::2] != value.shape[1::2]:
             return self._fed_back(key, scales[0], feedbacks[0]), self._fed_back(value, scales[1], feedbacks[1])
         both = self._fed_back(torch.cat([key, value], dim=1), *map(torch.cat, (scales, feedbacks)))
-        key, value = both.split(key.shape[1], dim=1)
+        key, value = _heads_apart(merged(both), (key.shape[1], value.shape[1]))
         return key, value
 
     def _fed_back(self, states: Tensor, scale: Tensor | None, feedback: Tensor | None) -> Tensor:
@@ -224,6 +253,17 @@ class SlimAttention(nn.Module):
             return states
         top = states[..., :count]
         return torch.cat([states, top - self.rounded(top, scale[:, :count])], dim=-1)
+
+
+def _heads_apart(flat: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
+    """[batch, length, all heads * dim] as [batch, heads, length, dim] for each count of heads.
+
+    Split in the layout that the operators of a graph read, so that nothing comes between it and them.
+    """
+    dim = flat.shape[-1] // sum(heads)
+    return tuple(
+        by_head(part, count) for part, count in zip(flat.split([n * dim for n in heads], -1), heads, strict=True)
+    )
 
 
 def _slim_attention(

@@ -180,11 +180,9 @@ def standard_shared_attention(
     return _symbolic("Attention", inputs, shape, scale=float(scoring.scale), **options).transpose(1, 2)
 
 
-def rotary_embedding(states: Tensor, positions: Tensor, rotary: Rotary) -> Tensor:
-    """onnxruntime's operator for RoPE on [batch, heads, length, head_dim] at [batch, length] positions."""
-    heads, head_dim = states.shape[1], states.shape[3]
-    partial = {} if rotary.dim == head_dim else {"rotary_embedding_dim": rotary.dim}
-    flat = merged(states)
+def rotary_embedding(flat: Tensor, heads: int, positions: Tensor, rotary: Rotary) -> Tensor:
+    """onnxruntime's operator for RoPE on [batch, length, heads * head_dim] at [batch, length] positions."""
+    partial = {} if rotary.dim * heads == flat.shape[-1] else {"rotary_embedding_dim": rotary.dim}
     rotated: Tensor = torch.onnx.ops.symbolic(
         "com.microsoft::RotaryEmbedding",
         [flat, positions, rotary.cos, rotary.sin],
@@ -193,7 +191,7 @@ def rotary_embedding(states: Tensor, positions: Tensor, rotary: Rotary) -> Tenso
         shape=flat.shape,
         version=1,
     )
-    return rotated.reshape(*flat.shape[:2], heads, head_dim).transpose(1, 2)
+    return rotated
 
 
 def _symbolic(name: str, inputs: list[Tensor], shape: Any, **attributes: Any) -> Tensor:
@@ -205,3 +203,8 @@ def merged(states: Tensor) -> Tensor:
     """[batch, heads, length, dim] as the [batch, length, heads * dim] that onnxruntime's operators read."""
     by_token = states.transpose(1, 2)
     return by_token.reshape(*by_token.shape[:2], -1)
+
+
+def by_head(flat: Tensor, heads: int) -> Tensor:
+    """What `merged` was given."""
+    return flat.reshape(*flat.shape[:2], heads, -1).transpose(1, 2)

@@ -37,9 +37,9 @@ class CacheAttention:
         if slim.step is None:
             query, key = slim.rotated(query, key, value, scoring)
             return self.evaluated(slim, slim.coded(query, key, value), scoring)
-        if not self.rotates_inside(slim, slim.step, query.shape[-1]):
-            query, key = slim.rotated_in_graph(slim.step, query), slim.rotated_in_graph(slim.step, key)
-        return self.exported(slim, slim.step, slim.coded(query, key, value), scoring)
+        if self.rotates_inside(slim, slim.step, query.shape[-1]):
+            return self.exported(slim, slim.step, slim.coded(query, key, value), scoring)
+        return self.exported(slim, slim.step, slim.coded_in_graph(slim.step, query, key, value), scoring)
 
     def evaluated(self, slim: SlimAttention, states: States, scoring: Scoring) -> Tensor:
         """Attention over a whole text, [batch, length, q_heads, dim].
