@@ -30,7 +30,6 @@ SECONDS: Stages = {
     CALIBRATE: 24,
     PLAN: 60,
     ANALYZE: 60,
-    HEAL: 600,
     HELD_OUT: 20,
     SLIM: 26,
     VALIDATE: 100,

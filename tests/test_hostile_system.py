@@ -16,12 +16,12 @@ from support.tiny_artifact import fill
 from support.tiny_writer import writer_artifact
 
 from kvslim.cli import app
-from kvslim.cli.failures import explained
-from kvslim.cli.memory import LEAST_MIB, LEAST_WITH_TORCH_MIB, MemoryLimitError
+from kvslim.cli.memory import LEAST_MIB, LEAST_WITH_TORCH_MIB
 from kvslim.errors import ArtifactError, OutputError, UsageError
 from kvslim.export.manifest import verify
 from kvslim.export.package import staging
 from kvslim.runtime.opening import open_session
+from kvslim.unexpected import MemoryLimitError, explained
 
 COMMAND = [sys.executable, "-m", "kvslim.cli.app"]
 NAMES = ("-rf", "two words", "ünïcode 👩‍👩‍👧 日本", "%s {x} 'q' \"d\"", "line\nfeed", "*?[a]", "demo@1")

@@ -8,15 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from kvslim.calibrate.statistics import CalibrationStatistics
+from kvslim.replacing import replacing
 
 if TYPE_CHECKING:
     from kvslim.planning.matrices import MatrixPrices
@@ -67,20 +68,10 @@ def store_probes(probes: Probes | MatrixPrices) -> None:
 
 
 def _store(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    except OSError:
-        return
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+        with replacing(path) as partial, partial.open("wb") as file:
             write(file)
-        Path(name).replace(path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _path(key: str) -> Path:

@@ -18,7 +18,7 @@ from kvslim.cli.compare import compare
 from kvslim.cli.compress import compress
 from kvslim.cli.doctor import doctor
 from kvslim.cli.eval import evaluate
-from kvslim.cli.failures import READER_GONE, InterruptError, explained, usage_error
+from kvslim.cli.failures import READER_GONE, InterruptError, usage_error
 from kvslim.cli.generate import generate
 from kvslim.cli.inspect import inspect
 from kvslim.cli.memory import check_memory
@@ -31,6 +31,7 @@ from kvslim.cli.sweep import sweep
 from kvslim.cli.validate import validate
 from kvslim.cli.verify import verify
 from kvslim.errors import KvslimError, UsageError
+from kvslim.unexpected import explained
 
 app = typer.Typer(
     name="kvslim",

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from kvslim.errors import KvslimError
+from kvslim.unexpected import MemoryLimitError
 
 LEAST_MIB = 384  # address space of a command that runs graphs; measured: 240 on two cores, 40 more for each further one
 LEAST_WITH_TORCH_MIB = 1536  # of one that opens the model or counts its parameters; measured: 1,300 for `compress`
 WITH_TORCH = {"compress", "plan", "analyze", "validate", "eval", "inspect"}
-
-
-class MemoryLimitError(KvslimError):
-    """The memory of the machine, or the memory limit of the process, is used up (exit code 4)."""
-
-    exit_code = 4
 
 
 def check_memory(command: str) -> None:

@@ -60,7 +60,7 @@ def _tell(usage: Usage) -> None:
 
 
 def _tell_failure(error: BaseException) -> None:
-    from kvslim.cli.failures import explained
+    from kvslim.unexpected import explained
 
     with contextlib.suppress(OSError):
         console.print_error(explained(error))

@@ -6,14 +6,12 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from kvslim.errors import KvslimError
 from kvslim.progress import Progress
 from kvslim.sweep.asked import Job
 from kvslim.sweep.outcomes import Failure, Outcome, Outcomes, key_of, load_outcomes, store_outcomes
 from kvslim.sweep.schedule import Schedule
+from kvslim.unexpected import explained
 from kvslim.workers.cluster import RETRIES, Cluster
-
-BUG = 1
 
 
 def run_sweep(jobs: Sequence[Job], folder: Path, cluster: Cluster, progress: Progress) -> Outcomes:
@@ -62,14 +60,11 @@ def make_artifact(job: Job, out: Path) -> Outcome:
     start = time.monotonic()
     try:
         manifest = pipeline.compress(job.model, job.recipe, out, overwrite=True)
-    except KvslimError as error:
+    except Exception as caught:
+        error = explained(caught)
         failure = Failure(message=error.message, where=error.where, fix=error.fix, exit_code=error.exit_code)
-    except Exception as error:
-        fix = f"report it with what `KVSLIM_DEBUG=1 kvslim compress {job.model}` prints"
-        failure = Failure(message=f"{type(error).__name__}: {error}", where=job.name, fix=fix, exit_code=BUG)
-    else:
-        return Outcome(key=key_of(job), passed=manifest.passed, seconds=time.monotonic() - start)
-    return Outcome(key=key_of(job), seconds=time.monotonic() - start, failure=failure)
+        return Outcome(key=key_of(job), seconds=time.monotonic() - start, failure=failure)
+    return Outcome(key=key_of(job), passed=manifest.passed, seconds=time.monotonic() - start)
 
 
 def _death(error: Exception) -> Failure:
