@@ -79,21 +79,31 @@ def test_best_count_equals_the_best_of_all_counts() -> None:
 
 def test_costs_lie_between_those_that_were_run() -> None:
     costs = RunCosts()
-    assert costs.at(100) is None
+    assert costs.of_one(100) is None
     for seconds in (9.0, 1.0, 1.0):  # one disturbed run changes no median
         costs.add(100, 1, seconds)
-    first = costs.at(100)
-    assert first is not None
-    np.testing.assert_allclose(first, 1 + PRIOR_SLOPE * np.arange(MOST_PROPOSED + 1))
-    costs.add(100, 5, 3.0)
-    known = costs.at(100)
-    assert known is not None
-    np.testing.assert_allclose(known, 1 + 0.5 * np.arange(MOST_PROPOSED + 1))
-    assert costs.at(1000) is None
+    assert costs.of_one(100) == 1.0
+    further = np.arange(MOST_PROPOSED + 1)
+    np.testing.assert_allclose(costs.at(100), 1 + PRIOR_SLOPE * further)
+    costs.add(100, 5, 3.0)  # what several cost more than one is no line
+    np.testing.assert_allclose(costs.at(100)[:5], [1, 1.5, 2, 2.5, 3])
+    np.testing.assert_allclose(costs.at(100)[5:], 3 + PRIOR_SLOPE * further[1:12])
+    costs.add(100, 7, 4.0)
+    np.testing.assert_allclose(costs.at(100)[4:], 3 + 0.5 * further[:12])
+    assert costs.of_one(1000) is None
     costs.add(1000, 1, 2.0)
-    longer = costs.at(1000)  # the ratio of another context, until it was run here
-    assert longer is not None
-    np.testing.assert_allclose(longer, 2 * known)
+    np.testing.assert_allclose(costs.at(1000), 2 * costs.at(100))  # the ratio of another context, until it was run here
+
+
+def test_numbers_that_could_lose_too_much_take_forever() -> None:
+    costs = RunCosts()
+    costs.add(100, 1, 2.0)
+    assert np.isfinite(costs.at(100, may_lose=-1.0)).sum() == 1
+    assert np.isfinite(costs.at(100, may_lose=1.0)).sum() == 2  # two tokens cost two runs at worst
+    costs.add(100, 4, 5.0)  # three further tokens cost one and a half runs more; two and three cost no more than four
+    assert np.isfinite(costs.at(100, may_lose=1.4)).sum() == 1
+    assert np.isfinite(costs.at(100, may_lose=1.5)).sum() == 4
+    assert np.isfinite(costs.at(100, may_lose=2.0)).sum() == 5
 
 
 def test_hit_rates_forget_what_is_long_past() -> None:
@@ -210,7 +220,8 @@ def session_of(tmp_path: Path) -> Callable[..., DecodeSession]:
 def eager(speculator: Speculator) -> Speculator:
     """A speculator that takes runs of several tokens and of its draft to cost next to nothing."""
     speculator._costs.add = lambda *_: None  # type: ignore[method-assign]
-    speculator._costs.at = lambda _: 1 + 1e-6 * np.arange(MOST_PROPOSED + 1)  # type: ignore[method-assign]
+    speculator._costs.of_one = lambda _: 1.0  # type: ignore[method-assign]
+    speculator._costs.at = lambda *_: 1 + 1e-6 * np.arange(MOST_PROPOSED + 1)  # type: ignore[method-assign]
     return speculator
 
 

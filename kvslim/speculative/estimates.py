@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Final
 
@@ -13,6 +14,8 @@ import numpy.typing as npt
 MOST_PROPOSED = 15  # with the token before them 16, up to which attention over integer caches is a step's
 PRIOR_SLOPE: Final = 0.15  # share of a run of one token that each further one is taken to cost until it was tried
 RUNS, FORGETTING, PRIOR_TRIALS = 9, 0.98, 4.0
+GRANT, SHARE, MOST_STOCK = 2.0, 0.02, 5.0  # see `Ledger`: at first, for each token, and at most
+COUNTS = np.arange(1, MOST_PROPOSED + 2)
 Seconds = npt.NDArray[np.float64]
 
 
@@ -40,7 +43,8 @@ class RunCosts:
     """Seconds that runs of 1 to 16 tokens take on this machine, learnt from the runs themselves.
 
     Costs are kept by powers of two of the context. A number of tokens that was not run yet costs what lies between its
-    neighbours, relative to one token; beyond those that were run, a line goes on.
+    neighbours, relative to one token; beyond those that were run, the line through the last two goes on. The step from
+    one token to several is no such line: several may take a slower kernel.
     """
 
     def __init__(self) -> None:
@@ -50,11 +54,20 @@ class RunCosts:
         """Notes a run of `tokens` behind a context."""
         self._runs[context.bit_length(), tokens].append(seconds)
 
-    def at(self, context: int) -> Seconds | None:
-        """Seconds of runs of 1, 2, ... 16 tokens behind a context; None until one token was run there alone."""
+    def of_one(self, context: int) -> float | None:
+        """Seconds of a run of one token behind a context; None where there was none yet."""
+        runs = self._runs.get((context.bit_length(), 1))
+        return median(runs) if runs else None
+
+    def at(self, context: int, may_lose: float = math.inf) -> Seconds:
+        """Seconds of runs of 1, 2, ... 16 tokens behind a context where one token was run already.
+
+        Args:
+            context: Tokens.
+            may_lose: Runs of one token that a run of several may lose, if it keeps one token only. What could lose
+                more takes forever.
+        """
         size = context.bit_length()
-        if (size, 1) not in self._runs:
-            return None
         single = median(self._runs[size, 1])
         ratios = {1: 1.0}
         for tokens in range(2, MOST_PROPOSED + 2):
@@ -62,11 +75,39 @@ class RunCosts:
             if sizes:
                 near = min(sizes, key=lambda other: abs(other - size))
                 ratios[tokens] = max(1.0, median(self._runs[near, tokens]) / median(self._runs[near, 1]))
-        last = max(ratios)
-        slope = (ratios[last] - 1) / (last - 1) if last > 1 else PRIOR_SLOPE
-        counts = np.arange(1, MOST_PROPOSED + 2)
-        known = np.interp(counts, list(ratios), list(ratios.values()))
-        return single * (known + slope * np.maximum(0, counts - last))
+        costs, most = _expected(ratios), _at_most(ratios)
+        return np.where(most - 1 <= max(0.0, may_lose), single * costs, np.inf)
+
+
+def _expected(ratios: Mapping[int, float]) -> Seconds:
+    """What runs of 1, 2, ... tokens are expected to cost, from those that were tried."""
+    *_, before, last = 1, *ratios
+    slope = (ratios[last] - ratios[before]) / (last - before) if before > 1 else PRIOR_SLOPE
+    known = np.interp(COUNTS, list(ratios), list(ratios.values()))
+    return known + slope * np.maximum(0, COUNTS - last)
+
+
+def _at_most(ratios: Mapping[int, float]) -> Seconds:
+    """What they may cost at worst: as much as the next larger one that was tried, or as many runs as further tokens."""
+    last = max(ratios)
+    slope = (ratios[last] - 1) / (last - 1) if last > 1 else 1.0
+    tried = np.array(list(ratios))
+    below = np.array(list(ratios.values()))[np.minimum(np.searchsorted(tried, COUNTS), len(tried) - 1)]
+    return np.where(last < COUNTS, ratios[last] + slope * (COUNTS - last), below)
+
+
+class Ledger:
+    """What runs of several tokens may lose: a stock that losses take from, and that gains and time fill up again.
+
+    It is counted in runs of one token. So a text never takes longer than it would by single tokens and the whole stock.
+    """
+
+    def __init__(self) -> None:
+        self.stock = GRANT
+
+    def add(self, tokens: int, spent: float) -> None:
+        """Notes a round: its tokens, and what they took, in runs of one token."""
+        self.stock = min(MOST_STOCK, self.stock + (1 + SHARE) * tokens - spent)
 
 
 def best_count(chances: Sequence[float], costs: Seconds, each: float = 0.0) -> tuple[int, float]:

@@ -16,7 +16,7 @@ import numpy as np
 from kvslim.runtime.session import DecodeSession
 from kvslim.runtime.writing import Completion
 from kvslim.speculative.choice import LONG
-from kvslim.speculative.estimates import MOST_PROPOSED, RUNS, HitRates, RunCosts, Seconds, best_count
+from kvslim.speculative.estimates import MOST_PROPOSED, RUNS, HitRates, Ledger, RunCosts, Seconds, best_count
 from kvslim.speculative.lookup import Lookup, match_rates
 from kvslim.speculative.window import WindowDraft, confidence
 from kvslim.types import Draft
@@ -47,26 +47,32 @@ class Speculator:
         self._taken = HitRates([0.75])
         self._pause, self._next_pause = 0, FIRST_PAUSE
         self._classes: list[int] = []
+        self._ledger = Ledger()
+        self._began, self._single = clock(), 0.0
 
     def begin(self, ids: Sequence[int]) -> None:
         """Starts a text with a prompt."""
         self._lookup = Lookup(ids, self._matches)
-        self._classes = []
+        self._classes, self._single = [], 0.0
         if self._window is not None:
             self._window.reset()
 
     def proposals(self, completion: Completion) -> list[int]:
         """Tokens that may follow a text, of which all but the last token are in the target's cache; maybe none."""
-        self._classes = []
+        self._began = self.clock()
+        self._classes, self._single = [], 0.0
         length = self._target.length
-        costs, most = self._costs.at(length), self._most(completion)
-        if costs is None or not most:
+        single, most = self._costs.of_one(length), self._most(completion)
+        if single is None or not most:
             return []
+        self._single = single
+        costs = self._costs.at(length, self._ledger.stock)
         tokens, chances = self._lookup.proposals(most)
         count, rate = best_count(chances, costs)
-        if rate * costs[0] < LEAST_GAIN:
-            count, rate = 0, 1 / float(costs[0])
-        if self._window is not None and length >= LONG * self._window.rows and self._promises(costs, most, rate):
+        if rate * single < LEAST_GAIN:
+            count, rate = 0, 1 / single
+        is_long = self._window is not None and length >= LONG * self._window.rows
+        if self._window is not None and is_long and self._promises(costs, most, rate):
             return self._drafted(self._window, completion, costs, most)
         return tokens[:count]
 
@@ -81,13 +87,13 @@ class Speculator:
     def _promises(self, costs: Seconds, most: int, rate: float) -> bool:
         """Whether the window draft is expected to give more tokens per second than `rate`, or is to be tried again."""
         if not self._draft_times:
-            return True
+            return self._ledger.stock > 0
         _, expected = best_count([self._taken[0]] * most, costs, median(self._draft_times))
         if expected > LEAST_GAIN * rate:
             self._next_pause = FIRST_PAUSE
             return True
         self._pause += 1
-        if self._pause < self._next_pause:
+        if self._pause < self._next_pause or self._ledger.stock <= 0:
             return False
         self._pause, self._next_pause = 0, min(2 * self._next_pause, LONGEST_PAUSE)
         return True
@@ -127,6 +133,8 @@ class Speculator:
 
     def learn(self, drawn: Sequence[int], taken: int) -> None:
         """Notes the tokens that were drawn in a round, and how many proposals were right."""
+        if self._single:
+            self._ledger.add(len(drawn), (self.clock() - self._began) / self._single)
         for token in drawn:
             self._lookup.add(token)
         for place, kind in enumerate(self._classes[: taken + 1]):
