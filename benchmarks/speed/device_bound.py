@@ -13,9 +13,10 @@ from benchmarks.render import Column, Table
 from benchmarks.rows import Row
 from benchmarks.subjects import Source
 from benchmarks.texts import LITTLE
-from kvslim.devices.demand import Cache, StageName, decode, memory, prefill
+from kvslim.devices.demand import Cache, StageName, decode, prefill
 from kvslim.devices.limits import bound
 from kvslim.devices.measure import measure_device
+from kvslim.devices.peak import memory
 from kvslim.devices.profile import Device
 from kvslim.devices.stored_weights import artifact_weights
 from kvslim.validation.latency import Times, time_models
