@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from support.models import export_slim, open_prepared, recipe_of
+from support.paths import ROOT
 from support.tiny_artifact import SPEC
 
 from kvslim.caches import FullCache, PackedCache, WindowCache
 from kvslim.cli import app
+from kvslim.contract import MIB
 from kvslim.devices import measure
-from kvslim.devices.demand import (
-    CHUNK,
-    RUNTIME_BYTES,
-    Cache,
-    Demand,
-    StoredWeights,
-    decode,
-    prefill,
-    training,
-)
+from kvslim.devices.demand import Cache, Demand, StoredWeights, decode, prefill, training
 from kvslim.devices.limits import bound, limits, longest_context
+from kvslim.devices.peak import CHUNK, LAYER_BYTES, OPEN_BYTES, memory
 from kvslim.devices.profile import Device, Quantity, Share, device_text, load_device, shipped_devices
+from kvslim.devices.stored_weights import artifact_weights
 from kvslim.errors import NotFoundError, UsageError
 from kvslim.loading.parameters import Parameters
-from kvslim.types import KVLayout, LayerPlan, Plan
+from kvslim.methods import KvQuant, Method
+from kvslim.types import KVLayout, LayerPlan, Plan, Weights
+from kvslim.validation.measure import file_mib
 
 NAMES = {
     "jetson-orin-nano-8gb",
@@ -46,8 +46,10 @@ DEVICE = Device(
     bandwidth_gb_s=Quantity(value=10, source="test"),
     gflops=Quantity(value=100, source="test"),
 )
-WEIGHTS = StoredWeights("fp32", stored=5_000, read=4_000, products=900, head=100)
+WEIGHTS = StoredWeights("fp32", stored=5_000, resident=6_000, read=4_000, products=900, head=100, width=50)
+NOTHING = StoredWeights("none", stored=0, resident=0, read=0, products=0, head=0, width=0)
 PLAIN = Cache.of("plain", SPEC, Plan.identity(SPEC))
+OPEN = OPEN_BYTES + 2 * LAYER_BYTES
 TOKEN = 2 * 2 * 2 * 16 * 4  # layers x sides x kv heads x head_dim x 4
 READ = 2 * 2 * 4 * 16 * 4  # layers x sides x query heads x head_dim x 4
 ATTENTION = 2 * 4 * 16 * 4  # layers x query heads x head_dim x (2 for scores + 2 for values)
@@ -110,7 +112,53 @@ def test_decode_reads_weights_once_and_the_cache_for_each_query_head() -> None:
     demand = decode(WEIGHTS, PLAIN, 300)
     assert demand.bytes_per_token == 4_000 + 300 * READ
     assert demand.flops_per_token == 2 * (900 + 100) + 300 * ATTENTION
-    assert demand.memory_bytes == 5_000 + 300 * TOKEN + RUNTIME_BYTES
+    assert demand.memory_bytes == pytest.approx(6_000 + 300 * TOKEN + OPEN + 2.4 * 4 * 50 * 300, abs=1)
+
+
+def test_memory_grows_by_activations_up_to_a_chunk_and_by_the_cache_beyond() -> None:
+    short, whole, long = (memory(WEIGHTS, PLAIN, tokens) for tokens in (CHUNK - 100, CHUNK, CHUNK + 100))
+    assert whole - short == pytest.approx(100 * (TOKEN + 2.4 * 4 * 50), abs=1)
+    assert long - whole == 100 * TOKEN
+
+
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+def test_a_prompt_over_integers_holds_the_rows_of_one_layer_in_float32(stored: str) -> None:
+    row = TOKEN / 2
+    found = memory(WEIGHTS, in_integers(stored), 2000) - memory(WEIGHTS, PLAIN, 2000)
+    integers = 2000 * TOKEN * (1 if stored == "int8" else 0.5) / 4
+    assert found == pytest.approx(2 * LAYER_BYTES + 2.5 * row * 2000 + integers - 2000 * TOKEN, abs=2)
+    ringed = memory(WEIGHTS, in_integers(stored, 64), 2000) - memory(WEIGHTS, in_integers(stored, 64), 1000)
+    assert ringed == 0
+
+
+def test_a_prompt_over_packed_codes_holds_scores_too() -> None:
+    codes = PackedCache(rank=8, bits=2, window=16, sinks=4)
+    packed = Cache.of("packed", SPEC, Plan(layers=tuple(LayerPlan(layer=at, cache=codes) for at in range(2))))
+    found = (
+        memory(WEIGHTS, packed, 2000) - memory(WEIGHTS, packed, 1000) - (packed.bytes_at(2000) - packed.bytes_at(1000))
+    )
+    assert found == pytest.approx(1000 * (2.5 * 2 * 2 * 8 * 4 + 64 * 4 * 4), rel=0.02)
+
+
+def test_weights_in_memory_have_sums_for_zero_points_and_a_tied_table_twice() -> None:
+    counts = {"products": 3200, "head": 640, "positions": 0, "others": 10, "width": 1}
+    tied, apart = (StoredWeights.of(Parameters(**counts, embedding=size), "int4") for size in (0, 640))
+    packed = (3200 + 640) // 32 * (16 + 4 + 4) + 10 * 4
+    assert tied.resident == apart.resident == packed + 640 // 32 * 20.5
+    assert StoredWeights.of(Parameters(**counts, embedding=640), "fp32").resident == 4 * (3200 + 2 * 640 + 10)
+
+
+@pytest.mark.parametrize(("methods", "weights"), [((), "fp32"), ((KvQuant(),), "int4")])
+def test_peak_of_a_process_is_what_is_predicted(
+    tiny_llama: Path, tmp_path: Path, methods: tuple[Method, ...], weights: Weights
+) -> None:
+    prepared = open_prepared(tiny_llama, recipe_of(methods, weights))
+    plan = export_slim(prepared, tmp_path / "slim")
+    stored = artifact_weights(tmp_path / "slim", prepared.spec, "", int(file_mib(tmp_path / "slim") * MIB))
+    predicted = memory(stored, Cache.of("", prepared.spec, plan), 512) / MIB
+    command = [sys.executable, "-m", "benchmarks.memory.answer", "ours", str(tmp_path / "slim"), "512"]
+    peak = float(subprocess.check_output(command, cwd=ROOT, text=True))
+    assert peak == pytest.approx(predicted, rel=0.2)
 
 
 def test_prefill_reads_the_weights_once_a_chunk_and_attends_to_all_before() -> None:
@@ -123,7 +171,7 @@ def test_prefill_reads_the_weights_once_a_chunk_and_attends_to_all_before() -> N
 
 
 def test_training_holds_four_numbers_a_parameter_and_takes_three_passes() -> None:
-    parameters = Parameters(products=900, head=100, embedding=0, positions=0, others=50)
+    parameters = Parameters(products=900, head=100, embedding=0, positions=0, others=50, width=0)
     demand = training(SPEC, parameters, PLAIN, 200)
     kept = 4 * 200 * (16 * 64 * 2 + 257)
     assert demand.memory_bytes == 16 * 1050 + kept
@@ -165,17 +213,15 @@ def test_a_prompt_over_integers_is_slower_by_what_was_measured(
     stored: str, window: int | None, ratio: float, gflops: float, binds: str
 ) -> None:
     device = DEVICE.model_copy(update={"gflops": Quantity(value=gflops, source="test")})
-    nothing = StoredWeights("none", stored=0, read=0, products=0, head=0)
     plain = Cache.of("plain", SPEC.model_copy(update={"windows": (window,) * SPEC.layers}), Plan.identity(SPEC))
-    before, after = (bound(device, prefill(nothing, cache, 2000)) for cache in (plain, in_integers(stored, window)))
+    before, after = (bound(device, prefill(NOTHING, cache, 2000)) for cache in (plain, in_integers(stored, window)))
     assert (before.binds, after.binds) == (binds, binds)
     assert after.seconds_per_token == pytest.approx(ratio * before.seconds_per_token)
 
 
 def test_no_prompt_is_expected_to_be_faster_than_over_the_plain_cache() -> None:
     rings = Plan(layers=tuple(LayerPlan(layer=layer, cache=WindowCache(window=32, sinks=4)) for layer in range(2)))
-    nothing = StoredWeights("none", stored=0, read=0, products=0, head=0)
-    plain, ringed = limits(DEVICE, nothing, (PLAIN, Cache.of("rings", SPEC, rings)), 4096, (2000,))
+    plain, ringed = limits(DEVICE, NOTHING, (PLAIN, Cache.of("rings", SPEC, rings)), 4096, (2000,))
     speeds = [{each.demand.stage: each.tokens_per_second for each in found.stages} for found in (plain, ringed)]
     assert speeds[0]["prefill"] == speeds[1]["prefill"]
     assert speeds[0]["decode"] < speeds[1]["decode"]
@@ -208,10 +254,10 @@ def test_the_slower_resource_binds(moved: float, flops: float, memory: int, seco
 
 
 def test_longest_context_is_the_last_that_fits() -> None:
-    fits = (DEVICE.usable_bytes - RUNTIME_BYTES - 5_000) // TOKEN
+    fits = int(DEVICE.usable_bytes - OPEN - 6_000 - 2.4 * 4 * 50 * CHUNK) // TOKEN
     assert longest_context(DEVICE, WEIGHTS, PLAIN, 10**9) == fits
     assert longest_context(DEVICE, WEIGHTS, PLAIN, 512) == 512
-    huge = StoredWeights("fp32", stored=2**40, read=2**40, products=2**38, head=0)
+    huge = StoredWeights("fp32", stored=2**40, resident=2**40, read=2**40, products=2**38, head=0, width=1)
     assert longest_context(DEVICE, huge, PLAIN, 512) == 0
 
 

@@ -215,7 +215,7 @@ def test_parameters_are_those_of_the_published_model(name: str, tmp_path: Path) 
 
 
 def test_rows_that_are_looked_up_are_stored_but_not_read() -> None:
-    parameters = Parameters(products=3200, head=320, embedding=640, positions=10, others=5)
+    parameters = Parameters(products=3200, head=320, embedding=640, positions=10, others=5, width=1)
     weights = StoredWeights.of(parameters, "int4")
     assert weights.read == (3200 + 320) // 32 * 20.5 + 5 * 4
     assert weights.stored == weights.read + 640 // 32 * 20.5 + 10 * 4
@@ -227,8 +227,9 @@ def test_config_and_graph_agree_on_int4_weights(tiny_llama: Path, tmp_path: Path
     export_slim(prepared, tmp_path / "plain")
     expected = StoredWeights.of(count_parameters(prepared.snapshot, prepared.spec), "int4")
     found = artifact_weights(tmp_path / "plain", prepared.spec, "int4", expected.stored)
-    assert (found.products, found.head) == (expected.products, expected.head)
+    assert (found.products, found.head, found.width) == (expected.products, expected.head, expected.width)
     assert found.read == pytest.approx(expected.read, rel=0.02)  # equal norms are stored once
+    assert found.resident == pytest.approx(expected.resident + prepared.spec.rope_bytes, rel=0.02)
 
 
 def test_cache_of_an_artifact_has_the_bytes_of_its_graph(tiny_llama: Path, tmp_path: Path) -> None:
@@ -339,9 +340,10 @@ def test_last_lines_answer_for_each_device_and_context(tmp_path: Path, capsys: p
         for device in ("Raspberry Pi 4, 4 GB", "laptop, 16 GB")
         for tokens in ("16,384", "65,536")
     ]
-    # 0.77 GiB of weights, 0.125 of the runtime, and a cache of 64 KiB a token; read for 32 heads, not 8
-    assert "plain 1.9 GiB, up to 2.52 tokens/s; balanced and lossless 1.1 GiB, up to 3.85 tokens/s" in lines[0]
-    assert "plain does not fit (4.9 GiB)" in lines[1]
+    # 0.86 GiB of packed weights, 0.16 of the table, 0.09 of the runtime, 0.14 of activations, and a cache of 64 KiB a
+    # token, read for 32 heads, not 8; with int8 a quarter of it and 0.16 GiB for a layer's rows in float32
+    assert "plain 2.2 GiB, up to 2.52 tokens/s; balanced and lossless 1.7 GiB, up to 3.85 tokens/s" in lines[0]
+    assert "plain does not fit (5.2 GiB)" in lines[1]
     assert app.run([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["recipes"] == {"balanced": "int8", "lossless": "int8", "small": "int4"}

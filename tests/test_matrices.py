@@ -13,7 +13,7 @@ import torch
 from support.models import CALIBRATION, VALIDATION, open_prepared, recipe_of, tokens_of, torch_logits
 
 from kvslim.contract import MIB
-from kvslim.devices.demand import RUNTIME_BYTES
+from kvslim.devices.peak import RUNTIME_BYTES
 from kvslim.errors import GateError, UsageError
 from kvslim.methods import KvHdc, KvQuant, Method
 from kvslim.pipeline import compress

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from support.tiny_gguf import write_gguf
 
 from kvslim.cli import app
 from kvslim.cli.schemas import output_type
-from kvslim.devices.demand import RUNTIME_BYTES, Cache, decode
+from kvslim.devices import peak
+from kvslim.devices.demand import Cache, decode
 from kvslim.devices.limits import bound, longest_context
+from kvslim.devices.peak import RUNTIME_BYTES, beside_cache, memory
 from kvslim.devices.profile import Device, Quantity, Share, device_text, load_device
 from kvslim.devices.room import Room, room_on
 from kvslim.errors import GateError, UnsupportedError, UsageError
@@ -29,13 +32,19 @@ TINY += ["validation.prompts=[16]", "validation.contexts=[32]", f"calibration.co
 SETTINGS = [word for setting in (*TINY, "weights=fp32") for word in ("--set", setting)]
 
 
-def device_of(free_mib: float, bandwidth: float = 17.0) -> Device:
-    """A device that leaves so much for weights and cache."""
-    memory = (free_mib * MIB + RUNTIME_BYTES) / 2**30
+@pytest.fixture(autouse=True)
+def as_of_many_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two layers, one in float32 and the branches for prompts take more than integers save."""
+    monkeypatch.setattr(peak, "FLOAT_ROWS", 0.5)
+    monkeypatch.setattr(peak, "LAYER_BYTES", 0)
+
+
+def device_of(mib: float, bandwidth: float = 17.0) -> Device:
+    """A device with so much memory."""
     return load_device("raspberry-pi-5-8gb").model_copy(
         update={
             "name": "box",
-            "ram_gib": Quantity(value=memory, source="test"),
+            "ram_gib": Quantity(value=mib / 2**10, source="test"),
             "usable_share": Share(value=1, source="test"),
             "bandwidth_gb_s": Quantity(value=bandwidth, source="test"),
         }
@@ -46,11 +55,10 @@ def recipe_at(context: int, weights: str = "fp32") -> Recipe:
     return load_recipe("balanced", [f"calibration.context={context}", f"weights={weights}"])
 
 
-def weights_mib(model: Path, capsys: pytest.CaptureFixture[str], kind: str = "fp32") -> float:
-    """What `inspect` says, and RoPE's tables: a float32 for each position and dimension."""
-    assert app.run(["inspect", str(model), "--weights", kind, "--json"]) == 0
-    size: float = json.loads(capsys.readouterr().out)["weights_mib"]
-    return size + CONTEXT * 16 * 4 / MIB
+def beside_mib(model: Path, kind: str = "fp32", bits: int = 8, context: int = CONTEXT) -> float:
+    """What a process holds beside a cache of so many bits."""
+    room = room_on(device_of(10_000), str(model), recipe_at(context, kind))
+    return beside_cache(room.weights, replace(room.plain, bits=bits), context) / MIB
 
 
 @pytest.fixture
@@ -65,45 +73,53 @@ def written(profile: Path, device: Device) -> str:
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int4"])
-def test_room_is_the_memory_that_weights_and_runtime_leave(
-    tiny_llama: Path, capsys: pytest.CaptureFixture[str], kind: str
-) -> None:
-    stored = weights_mib(tiny_llama, capsys, kind)
-    room = room_on(device_of(stored + 0.5), str(tiny_llama), recipe_at(CONTEXT, kind))
+def test_room_is_the_memory_that_weights_and_runtime_leave(tiny_llama: Path, kind: str) -> None:
+    room = room_on(device_of(beside_mib(tiny_llama, kind) + 0.5), str(tiny_llama), recipe_at(CONTEXT, kind))
     assert room.cache_mib == pytest.approx(0.5, abs=0.01)
     assert room.context == CONTEXT
-    assert longest_context(room.device, room.weights, room.plain, CONTEXT) == room.cache_bytes // 512
+    integers = replace(room.plain, bits=8)
+    held = longest_context(room.device, room.weights, integers, 10 * CONTEXT)
+    assert memory(room.weights, integers, held) <= room.device.usable_bytes < memory(room.weights, integers, held + 1)
 
 
-def test_room_for_int8_leaves_the_recipe_alone_and_less_is_a_budget(
-    tiny_llama: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    stored, plain = weights_mib(tiny_llama, capsys), 512 * CONTEXT / MIB
-    ample = room_on(device_of(stored + plain / 3.9), str(tiny_llama), recipe_at(CONTEXT))
+def test_a_plain_cache_that_fits_needs_no_room_for_rows_in_float32(tiny_llama: Path) -> None:
+    plain = 512 * CONTEXT / MIB
+    room = room_on(device_of(beside_mib(tiny_llama, bits=32) + plain + 0.1), str(tiny_llama), recipe_at(CONTEXT))
+    assert room.cache_mib == pytest.approx(plain + 0.1, abs=0.01)
+    rows = beside_mib(tiny_llama) - beside_mib(tiny_llama, bits=32)
+    less = room_on(device_of(beside_mib(tiny_llama, bits=32) + plain - 0.1), str(tiny_llama), recipe_at(CONTEXT))
+    assert less.cache_mib == pytest.approx(plain - 0.1 - rows, abs=0.01)
+
+
+def test_room_for_int8_leaves_the_recipe_alone_and_less_is_a_budget(tiny_llama: Path) -> None:
+    beside, plain = beside_mib(tiny_llama), 512 * CONTEXT / MIB
+    ample = room_on(device_of(beside + plain / 3.9), str(tiny_llama), recipe_at(CONTEXT))
     asked = Budget(max_kl=0.02)
     assert (ample.budget(None), ample.budget(asked)) == (None, asked)
-    small = room_on(device_of(stored + plain / 4.1), str(tiny_llama), recipe_at(CONTEXT))
+    small = room_on(device_of(beside + plain / 4.1), str(tiny_llama), recipe_at(CONTEXT))
     assert small.budget(None) == Budget(kv_mib=small.cache_mib, context=CONTEXT)
     assert small.budget(asked) == Budget(kv_mib=small.cache_mib, context=CONTEXT, max_kl=0.02)
 
 
 def test_weights_of_no_format_in_particular_share_the_memory_with_the_cache(tiny_llama: Path) -> None:
-    room = room_on(device_of(0.4), str(tiny_llama), recipe_at(CONTEXT, "auto"))
+    device = device_of(beside_mib(tiny_llama, "int4") + 0.1)
+    room = room_on(device, str(tiny_llama), recipe_at(CONTEXT, "auto"))
     assert room.weights.name == "int4"
-    assert room.budget(None) == Budget(memory_mib=room.device.usable_bytes / MIB, context=CONTEXT)
+    assert room.cache_mib == pytest.approx(0.1, abs=0.01)
+    decoding = room.cache_mib + (room.weights.stored + RUNTIME_BYTES) / MIB
+    assert room.budget(None) == Budget(memory_mib=decoding, context=CONTEXT)
     ample = room_on(device_of(1000), str(tiny_llama), recipe_at(CONTEXT, "auto"))
     assert ample.budget(None) is None
 
 
-def test_weights_that_fit_with_fewer_bits_alone_leave_the_split_to_measurement(
-    tiny_llama: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    device = device_of(weights_mib(tiny_llama, capsys, "int4") - 0.001)
+def test_weights_that_fit_with_fewer_bits_alone_leave_the_split_to_measurement(tiny_llama: Path) -> None:
+    device = device_of(beside_mib(tiny_llama, "int4", bits=32, context=8) - 0.001)
     with pytest.raises(GateError, match="weights in int4 take"):
         room_on(device, str(tiny_llama), recipe_at(8, "int4"))
     room = room_on(device, str(tiny_llama), recipe_at(8, "auto"))
     assert room.is_tight
-    assert room.budget(None) == Budget(memory_mib=device.usable_bytes / MIB, context=8)
+    decoding = room.cache_mib + (room.weights.stored + RUNTIME_BYTES) / MIB
+    assert room.budget(None) == Budget(memory_mib=decoding, context=8)
 
 
 def test_blocks_of_a_file_take_the_bits_that_they_have(tiny_llama: Path, tmp_path: Path) -> None:
@@ -143,10 +159,8 @@ def test_what_no_cache_can_reach_is_refused_with_the_most_that_one_can(tiny_llam
     assert room_on(device, model, recipe, most * 0.99).time_ratio is not None
 
 
-def test_weights_that_do_not_fit_name_the_format_that_does(
-    tiny_llama: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    between = (weights_mib(tiny_llama, capsys) + weights_mib(tiny_llama, capsys, "int8")) / 2
+def test_weights_that_do_not_fit_name_the_format_that_does(tiny_llama: Path) -> None:
+    between = (beside_mib(tiny_llama) + beside_mib(tiny_llama, "int8")) / 2
     with pytest.raises(GateError, match="weights in fp32 take") as caught:
         room_on(device_of(between), str(tiny_llama), recipe_at(CONTEXT))
     assert "--weights int8" in caught.value.fix
@@ -165,7 +179,7 @@ def test_compress_keeps_to_a_device_and_tells_what_is_reached(
     tiny_llama: Path, tmp_path: Path, profile: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     room = 0.15
-    name = written(profile, device_of(weights_mib(tiny_llama, capsys) + room))
+    name = written(profile, device_of(beside_mib(tiny_llama) + room))
     out = str(tmp_path / "out")
     command = ["compress", str(tiny_llama), "-o", out, "--device", name, "--gate", "max_kl=9", *SETTINGS]
     assert app.run(command) == 0
@@ -176,7 +190,7 @@ def test_compress_keeps_to_a_device_and_tells_what_is_reached(
     assert gates["max_kv_mib"].limit == pytest.approx(room, abs=0.01)
     assert gates["max_kv_mib"].value == manifest.kv_layout.bytes_at(CONTEXT) / MIB <= gates["max_kv_mib"].limit
     assert manifest.context == CONTEXT
-    told = r"2,048 tokens on box \(0\.126 GiB\): plain does not fit \(129 MiB\); this one 129 MiB, up to \S+ tokens/s; "
+    told = r"2,048 tokens on box \(0\.0831 GiB\): plain does not fit \(86 MiB\); this one 85 MiB, up to \S+ tokens/s; "
     assert re.search(told + r"longest context 2,048 tokens \(positions\)\n", captured.err), captured.err
     assert app.run(["plan", str(tiny_llama), "--device", name, "--json", *SETTINGS]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -17,14 +17,14 @@ CHUNK = 512
 NEW_TOKENS = 8
 
 
-def answer(graph: Path, context: int) -> None:
-    """Answers at a context by our runtime."""
+def answer(graph: Path, context: int, chunk: int = CHUNK) -> None:
+    """Answers at a context by our runtime, which reads the last tokens in chunks."""
     from kvslim.runtime.session import DecodeSession
 
     session = DecodeSession(graph, capacity=context + NEW_TOKENS, threads=1)
     prompt = np.random.default_rng(0).integers(0, session.vocab, min(CHUNK, context))
     session.fill(context - len(prompt))
-    token = int(session.prefill(prompt).argmax())
+    token = int(session.prefill(prompt, chunk).argmax())
     for _ in range(NEW_TOKENS):
         token = int(session.step([token], last=1)[-1].argmax())
 

@@ -1,4 +1,4 @@
-"""Answers once with a session that is not quite ours, and prints MiB: its own once open, at the end, and the peak.
+"""Answers once in a way that is not quite ours, and prints MiB: its own once open, at the end, and the peak.
 
 python -m benchmarks.memory.changed_session CHANGE FOLDER CONTEXT
 """
@@ -12,15 +12,20 @@ from typing import Any
 
 import onnxruntime as ort
 
-from benchmarks.memory.answer import answer
+from benchmarks.memory.answer import CHUNK, answer
 from kvslim.validation.rss import own_peak_mib
 
+AS_REQUESTED = "an arena that grows by what is asked for"
 CHANGES = {
     "nothing": {},
     "no arena": {"enable_cpu_mem_arena": False},
     "no arena, no memory pattern": {"enable_cpu_mem_arena": False, "enable_mem_pattern": False},
     "weights outside the arena": {"session.use_device_allocator_for_initializers": "1"},
+    AS_REQUESTED: {"session.use_env_allocators": "1"},
     "weights not packed": {"session.disable_prepacking": "1"},
+    "chunks of 256": {},
+    "chunks of 128": {},
+    "chunks of 64": {},
 }
 
 
@@ -46,8 +51,11 @@ def main(change: str, folder: str, context: str) -> None:
         opened.append(own_mib())
         return made
 
+    if change == AS_REQUESTED:
+        place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+        ort.create_and_register_allocator(place, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
     ort.InferenceSession = session
-    answer(Path(folder), int(context))
+    answer(Path(folder), int(context), int(change.split()[-1]) if change.startswith("chunks") else CHUNK)
     print(opened[0], own_mib(), own_peak_mib())
 
 

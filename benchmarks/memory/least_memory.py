@@ -17,7 +17,8 @@ from benchmarks.rows import ROOT
 from benchmarks.subjects import Source
 from benchmarks.texts import LITTLE
 from kvslim.contract import MIB
-from kvslim.devices.demand import Cache, memory
+from kvslim.devices.demand import Cache
+from kvslim.devices.peak import memory
 from kvslim.devices.stored_weights import artifact_weights
 from kvslim.validation.measure import file_mib
 
@@ -31,9 +32,10 @@ TABLE = Table(
         Column("cache_mib", "cache MiB", ".1f"),
         Column("limit_mib", "least limit MiB", ".0f"),
         Column("ratio", "ratio", ".2f"),
-        Column("predicted_mib", "predicted MiB", ".0f"),
         Column("peak_mib", "peak MiB without a limit", ".0f"),
-        Column("beyond_mib", "of it beside file and cache", ".0f"),
+        Column("predicted_mib", "predicted", ".0f"),
+        Column("error", "predicted / peak", ".2f"),
+        Column("beyond_mib", "of the peak, beside file and cache", ".0f"),
     )
 )
 
@@ -81,8 +83,9 @@ def least_memory(
             "cache_mib": cache,
             "limit_mib": limit,
             "ratio": limit / plain.setdefault(context, limit),
-            "predicted_mib": predicted if runtime == OURS else None,
             "peak_mib": peak,
+            "predicted_mib": predicted if runtime == OURS else None,
+            "error": predicted / peak if runtime == OURS else None,
             "beyond_mib": peak - cache - files[name],
         }
 

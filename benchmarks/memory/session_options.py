@@ -1,4 +1,4 @@
-"""What onnxruntime's options do to the memory of a session."""
+"""What onnxruntime's options, and smaller chunks of a prompt, do to the memory of a session."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
 from benchmarks.texts import LITTLE
 from kvslim.contract import MIB, WeightType
-from kvslim.devices.demand import RUNTIME_BYTES
+from kvslim.devices.peak import RUNTIME_BYTES
 from kvslim.errors import GateError
 from kvslim.pipeline import compress
 from kvslim.recipe import Budget, load_recipe

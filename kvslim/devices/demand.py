@@ -5,6 +5,7 @@ per query head. Decoding reads each matrix once per token; a prompt reads it onc
 each query head: onnxruntime's kernel reads the rows of a kv head again for every query head of the group, so its time
 grows with the query heads. Activations of inference stay in the processor's caches and are not counted. Attention over
 integers takes longer than its bytes say: bounds use the bytes and FLOPs that take as long in float32 (`kernels.py`).
+What is in memory at once is in `peak.py`.
 docs/devices.md has the formulas and the measurements.
 """
 
@@ -16,21 +17,26 @@ from typing import Literal
 
 from kvslim.contract import CacheType, Frozen, KVTensor, ModelSpec, WeightType
 from kvslim.devices.kernels import Step, kernel_ratio
+from kvslim.devices.peak import CHUNK, FLOAT, memory
 from kvslim.loading.parameters import Parameters
 from kvslim.types import KVLayout, Plan
 
 StageName = Literal["training", "prefill", "decode"]
 
-CHUNK = 512  # tokens of a prompt that run at once, as in `kvslim.runtime`
-RUNTIME_BYTES = 128 * 2**20  # peak memory apart from weights and cache: interpreter, onnxruntime, activations
-FLOAT = 4
 BLOCK = 32
 BLOCK_BYTES: dict[WeightType, float] = {  # codes, a float32 scale and a zero point
     "fp32": BLOCK * FLOAT,
     "int8": BLOCK + (FLOAT + 1) / 4,  # for 128 numbers
     "int4": BLOCK / 2 + FLOAT + 0.5,
 }
-LEAST_BYTES = (64 + FLOAT + 0.5) / 128  # of a number whose bits and blocks are picked: four bits in blocks of 128
+# The same in memory: codes, a scale and the block's sum.
+PACKED_BYTES: dict[WeightType, float] = {
+    "fp32": BLOCK * FLOAT,
+    "int8": BLOCK + 2 * FLOAT / 4,
+    "int4": BLOCK / 2 + 2 * FLOAT,
+}
+# Of a number whose bits and blocks are picked: four bits in blocks of 128.
+LEAST_BYTES, LEAST_PACKED = (64 + FLOAT + 0.5) / 128, (64 + 2 * FLOAT) / 128
 STATES = 4  # numbers that training with Adam holds per parameter: itself, its gradient and two moments
 MOVES = (
     10  # numbers moved per step: read forward and back, gradient written, all four read, all but the gradient written
@@ -71,30 +77,36 @@ class StoredWeights:
 
     Attributes:
         name: Their name in tables.
-        stored: Bytes in memory.
+        stored: Bytes in files.
+        resident: Bytes in memory once a graph is open: matrices as kernels read them, and tables.
         read: Bytes that a token reads.
         products: Numbers in matrices that every token is multiplied with.
         head: Numbers in the matrix that gives logits, which a prompt needs once per chunk.
+        width: Numbers that a layer's products make of a token.
     """
 
     name: str
     stored: int
+    resident: int
     read: int
     products: int
     head: int
+    width: float
 
     @classmethod
     def of(cls, parameters: Parameters, kind: WeightType) -> StoredWeights:
         """A model's matrices in this type, everything else in float32."""
-        return cls.in_bytes(parameters, kind, BLOCK_BYTES[kind] / BLOCK)
+        return cls.in_bytes(parameters, kind, BLOCK_BYTES[kind] / BLOCK, PACKED_BYTES[kind] / BLOCK)
 
     @classmethod
-    def in_bytes(cls, parameters: Parameters, name: str, number: float) -> StoredWeights:
-        """A model's matrices with so many bytes a number, everything else in float32."""
+    def in_bytes(cls, parameters: Parameters, name: str, number: float, packed: float) -> StoredWeights:
+        """A model's matrices with so many bytes a number in files and in memory, everything else in float32."""
         products = parameters.products + parameters.head
         read = int(products * number) + parameters.others * FLOAT
         stored = read + int(parameters.embedding * number) + parameters.positions * FLOAT
-        return cls(name, stored, read, parameters.products, parameters.head)
+        is_tied = not parameters.embedding
+        resident = stored + int(products * (packed - number)) + (int(parameters.head * number) if is_tied else 0)
+        return cls(name, stored, resident, read, parameters.products, parameters.head, parameters.width)
 
 
 @dataclass(frozen=True)
@@ -145,12 +157,30 @@ class Cache:
         """FLOPs that attention over float32 does in that time, or its own if these are more."""
         return sum(2 * self._numbers(each, context) * max(1, self._ratio(step, each)) for each in self.layout.tensors)
 
+    @property
+    def integer_layers(self) -> tuple[int, ...]:
+        """Layers whose rows are integers, for the operator or packed."""
+        return tuple(sorted({each.layer for each in self.layout.tensors if self._stored(each) != "float32"}))
+
+    def float_rows_at(self, context: int, layer: int) -> int:
+        """Bytes of a layer's rows in float32."""
+        tensors = [each for each in self.layout.tensors if each.layer == layer]
+        return sum(FLOAT * each.heads * each.dim * _held(each, context) for each in tensors)
+
+    def has_codes(self, layer: int) -> bool:
+        """Whether a layer's rows are packed codes."""
+        return any(each.layer == layer and each.kind.endswith("_codes") for each in self.layout.tensors)
+
     def _numbers(self, tensor: KVTensor, context: int) -> int:
         """Numbers that all query heads together read."""
         return self.q_heads[tensor.layer] * tensor.dim * _held(tensor, context)
 
     def _ratio(self, step: Step, tensor: KVTensor) -> float:
-        return kernel_ratio(step, tensor.dtype if self.bits is None else KERNELS[self.bits])
+        return kernel_ratio(step, self._stored(tensor))
+
+    def _stored(self, tensor: KVTensor) -> CacheType:
+        """What the operator reads."""
+        return tensor.dtype if self.bits is None else KERNELS[self.bits]
 
 
 def query_heads(spec: ModelSpec, plan: Plan) -> tuple[int, ...]:
@@ -206,11 +236,6 @@ def training(spec: ModelSpec, parameters: Parameters, cache: Cache, context: int
         timed_bytes_per_token=moved,
         timed_flops_per_token=computed,
     )
-
-
-def memory(weights: StoredWeights, cache: Cache, context: int) -> int:
-    """Memory that inference needs at a context."""
-    return weights.stored + cache.bytes_at(context) + RUNTIME_BYTES
 
 
 def _held(tensor: KVTensor, context: int) -> int:

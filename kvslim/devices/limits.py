@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from kvslim.contract import Frozen
-from kvslim.devices.demand import Cache, Demand, StoredWeights, decode, memory, prefill
+from kvslim.devices.demand import Cache, Demand, StoredWeights, decode, prefill
+from kvslim.devices.peak import memory
 from kvslim.devices.profile import Device
 
 Resource = Literal["memory", "bandwidth", "compute"]

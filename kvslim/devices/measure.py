@@ -26,8 +26,7 @@ def measure_device() -> Device:
     """
     import psutil
 
-    memory = psutil.virtual_memory()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory, cores = psutil.virtual_memory(), usable_cores()
     return Device(
         name=f"{platform.machine()}, {cores} cores",
         ram_gib=Quantity(value=_rounded(memory.total / 2**30), source="psutil"),
@@ -41,6 +40,11 @@ def measure_device() -> Device:
             source=f"measured: onnxruntime, product of float32 matrices of {SIDE} x {SIDE}",
         ),
     )
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_bandwidth(threads: int) -> float:

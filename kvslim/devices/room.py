@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from kvslim.contract import MIB, ModelSpec, WeightType
-from kvslim.devices.demand import LEAST_BYTES, RUNTIME_BYTES, Cache, StoredWeights, decode
+from kvslim.devices.demand import BLOCK, LEAST_BYTES, LEAST_PACKED, Cache, StoredWeights, decode
 from kvslim.devices.limits import Limits, bound, limits
+from kvslim.devices.peak import FLOAT, RUNTIME_BYTES, beside_cache
 from kvslim.devices.profile import Device
 from kvslim.errors import GateError, UnsupportedError
 from kvslim.loading.parameters import Parameters
@@ -59,7 +60,8 @@ class Room:
         if self.time_ratio is not None:
             limits["time_ratio"] = min(self.time_ratio, limits.get("time_ratio", 1.0))
         if self.is_tight or self.cache_bytes * INT8_RATIO < self.plain.bytes_at(self.context):
-            size = {"memory_mib": self.device.usable_bytes / MIB} if self.shares else {"kv_mib": self.cache_mib}
+            files = self.weights.stored + self.cache_bytes
+            size = {"memory_mib": (files + RUNTIME_BYTES) / MIB} if self.shares else {"kv_mib": self.cache_mib}
             limits |= {**size, "context": self.context}
         return Budget.model_validate(limits) if limits else None
 
@@ -96,14 +98,23 @@ def room_on(device: Device, model: str, recipe: Recipe, tokens_per_second: float
     parameters, context = count_parameters(snapshot, spec), recipe.calibration.target(spec)
     weights = _with_rope(planned_weights(snapshot, parameters, recipe.weights, is_encoder=False), spec)
     plain = Cache.of("plain", spec, Plan.identity(spec, recipe.layout, recipe.window_cache))
-    most = device.usable_bytes - RUNTIME_BYTES
     shares = recipe.weights.type == "auto" and recipe.weights.is_open
-    if is_tight := shares and weights.stored >= most:
-        weights = _with_rope(StoredWeights.in_bytes(parameters, "int4", LEAST_BYTES), spec)
-    if weights.stored >= most:
-        raise _too_large(device, parameters, weights)
+    left = _left(device, weights, plain, context)
+    if is_tight := shares and left <= 0:
+        weights = _with_rope(StoredWeights.in_bytes(parameters, "int4", LEAST_BYTES, LEAST_PACKED), spec)
+        left = _left(device, weights, plain, context)
+    if left <= 0:
+        raise _too_large(device, parameters, weights, plain, context)
     ratio = None if tokens_per_second is None else _time_ratio(device, weights, plain, context, tokens_per_second)
-    return Room(device, spec, weights, plain, context, most - weights.stored, ratio, shares=shares, is_tight=is_tight)
+    return Room(device, spec, weights, plain, context, left, ratio, shares=shares, is_tight=is_tight)
+
+
+def _left(device: Device, weights: StoredWeights, plain: Cache, context: int) -> int:
+    """Bytes that a cache may take: one of integers, which needs more beside it, unless the plain one fits."""
+    free = device.usable_bytes - beside_cache(weights, plain, context)
+    if free >= plain.bytes_at(context):
+        return free
+    return device.usable_bytes - beside_cache(weights, replace(plain, bits=8), context)
 
 
 def planned_weights(
@@ -112,13 +123,14 @@ def planned_weights(
     """A model's weights as a format would store them."""
     settled = weights.settled(is_encoder=is_encoder, has_blocks=snapshot.has_blocks)
     if settled.type == "stored" and snapshot.has_blocks:
-        return StoredWeights.in_bytes(parameters, settled.type, snapshot.bytes_per_number)
+        number = snapshot.bytes_per_number
+        return StoredWeights.in_bytes(parameters, settled.type, number, number + FLOAT / BLOCK)
     return StoredWeights.of(parameters, settled.like)
 
 
 def _with_rope(weights: StoredWeights, spec: ModelSpec) -> StoredWeights:
     """The weights of a graph, which holds RoPE's sines and cosines too."""
-    return replace(weights, stored=weights.stored + spec.rope_bytes)
+    return replace(weights, stored=weights.stored + spec.rope_bytes, resident=weights.resident + spec.rope_bytes)
 
 
 def _time_ratio(
@@ -138,9 +150,10 @@ def _time_ratio(
     return reached / tokens_per_second if reached < tokens_per_second else None
 
 
-def _too_large(device: Device, parameters: Parameters, weights: StoredWeights) -> GateError:
-    most = device.usable_bytes - RUNTIME_BYTES
-    fitting = [other for other in get_args(WeightType) if StoredWeights.of(parameters, other).stored < most]
+def _too_large(device: Device, parameters: Parameters, weights: StoredWeights, plain: Cache, context: int) -> GateError:
+    most = weights.stored + _left(device, weights, plain, context)
+    kinds: tuple[WeightType, ...] = get_args(WeightType)
+    fitting = [kind for kind in kinds if _left(device, StoredWeights.of(parameters, kind), plain, context) > 0]
     mended = f"store them smaller, with --weights {fitting[0]}" if fitting else "take a smaller model"
     return GateError(
         f"{_words(weights)} take {weights.stored / MIB:,.0f} MiB, and {device.name} leaves "

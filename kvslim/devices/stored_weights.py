@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvslim.contract import ModelSpec
 from kvslim.devices.demand import StoredWeights
+from kvslim.devices.peak import FLOAT
 from kvslim.onnx_format import ITEM_BYTES, read_graph
 
 PRODUCTS = ("FusedMatMul", "Gemm", "MatMul")
@@ -31,16 +32,35 @@ def artifact_weights(folder: Path, spec: ModelSpec, name: str, stored: int) -> S
     graph = read_graph(folder / "model.onnx")
     constants = {tensor.name: tensor for tensor in graph.initializer}
     read: dict[str, int] = {}
+    tables: dict[str, int] = {}
     sizes: list[tuple[int, int]] = []
+    packing = 0
     for node in graph.node:
         found = [constants[value] for value in node.input if value in constants]
-        if node.op_type not in LOOKUPS:
-            read |= {tensor.name: _bytes(tensor) for tensor in found}
+        (tables if node.op_type in LOOKUPS else read).update({tensor.name: _bytes(tensor) for tensor in found})
         if (size := _product(node, found)) is not None:
             sizes.append(size)
+        packing += _packing(node, constants)
     head = sum(inputs * outputs for inputs, outputs in sizes if outputs == spec.vocab_size)
     products = sum(inputs * outputs for inputs, outputs in sizes) - head
-    return StoredWeights(name, stored, sum(read.values()), products, head)
+    return StoredWeights(
+        name=name,
+        stored=stored,
+        resident=sum(read.values()) + sum(tables.values()) + packing,
+        read=sum(read.values()),
+        products=products,
+        head=head,
+        width=products / (spec.layers * spec.hidden_size),
+    )
+
+
+def _packing(node: Any, constants: Mapping[str, Any]) -> int:
+    """Bytes that blocks take in memory beyond those in the file: a sum of each in place of its zero point."""
+    if node.op_type != "MatMulNBits":
+        return 0
+    _, _, scales, *others = node.input
+    zero_points = _bytes(constants[others[0]]) if others and others[0] in constants else 0
+    return math.prod(constants[scales].dims) * FLOAT - zero_points
 
 
 def _product(node: Any, constants: Sequence[Any]) -> tuple[int, int] | None:

@@ -6,6 +6,8 @@ from kvslim.contract import Frozen, ModelSpec
 from kvslim.loading.model import empty_model, encoder_class
 from kvslim.loading.snapshot import Snapshot
 
+KINDS = ("products", "head", "embedding", "positions", "others")
+
 
 class Parameters(Frozen):
     """Parameters, grouped by how a token uses them.
@@ -16,6 +18,7 @@ class Parameters(Frozen):
         embedding: In a token embedding that is not the head; a token reads one row of it.
         positions: In tables of learned positions or segments; a token reads one row of each.
         others: In norms and biases.
+        width: Numbers that a layer's matrices make of a token: those of a layer over the hidden size.
     """
 
     products: int
@@ -23,6 +26,7 @@ class Parameters(Frozen):
     embedding: int
     positions: int
     others: int
+    width: float
 
     @property
     def total(self) -> int:
@@ -44,7 +48,7 @@ def count_parameters(snapshot: Snapshot, spec: ModelSpec) -> Parameters:
     model = empty_model(classes, snapshot, **options)
     tables = {id(part.weight) for part in model.modules() if isinstance(part, Embedding)}
     head = getattr(model.get_output_embeddings(), "weight", None)
-    counts = dict.fromkeys(Parameters.model_fields, 0)
+    counts = dict.fromkeys(KINDS, 0)
 
     def kind(parameter: torch.Tensor) -> str:
         if parameter is head:
@@ -57,4 +61,4 @@ def count_parameters(snapshot: Snapshot, spec: ModelSpec) -> Parameters:
 
     for parameter in model.parameters():
         counts[kind(parameter)] += parameter.numel()
-    return Parameters(**counts)
+    return Parameters(**counts, width=counts["products"] / (spec.layers * spec.hidden_size))

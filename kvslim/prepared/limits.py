@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvslim import stages
 from kvslim.contract import MIB
-from kvslim.devices.demand import RUNTIME_BYTES
+from kvslim.devices.peak import RUNTIME_BYTES
 from kvslim.errors import GateError
 from kvslim.planning.budget import planner_of
 from kvslim.planning.choose import check_time
