@@ -253,6 +253,7 @@ def demo_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # thousands of steps, on a busy machine
 @pytest.mark.parametrize("cache", ["float32", "int8"])
 def test_greedy_text_of_2000_tokens_is_that_of_plain_decoding(demo_graphs: Path, cache: str) -> None:
     """A trained model, with weights in float32."""
