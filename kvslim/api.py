@@ -166,6 +166,8 @@ def bench(
     threads: Sequence[int] | None = None,
     batches: Sequence[int] = (1,),
     repeats: int = 16,
+    speculative: Speculative = "auto",
+    text: AnyPath = "self",
     progress: Progress | None = None,
 ) -> dict[str, BenchResult]:
     """Times artifacts against each other; they take turns in one run, so that a busy machine slows all of them alike.
@@ -178,10 +180,13 @@ def bench(
         threads: Thread counts; None leaves the choice to onnxruntime.
         batches: Numbers of sequences side by side.
         repeats: Timings per combination, at least 2.
+        speculative: `auto` also measures what drafts gain at the contexts; `none` does not.
+        text: What that is measured on: `self` for what the artifacts write themselves, a .txt or .jsonl file, or
+            `hub:DATASET`.
         progress: Receives the progress.
 
     Returns:
-        Timings, memory and energy, by the path given.
+        Timings, memory, energy and what drafts gain, by the path given.
 
     Raises:
         KvslimError: An artifact cannot be opened, or a length does not fit it.
@@ -196,6 +201,8 @@ def bench(
         threads=(None,) if threads is None else tuple(threads),
         batches=tuple(batches),
         repeats=repeats,
+        speculative=speculative,
+        text=str(text),
     )
     return pipeline.bench([Path(folder) for folder in folders], grid, progress=progress)
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from kvslim.caches import ClusteredCache
+from kvslim.calibrate.corpus import check_source
 from kvslim.contract import ModelSpec
 from kvslim.errors import UnsupportedError, UsageError
 from kvslim.export.space import check_space
@@ -18,7 +19,8 @@ from kvslim.methods.prune_heads import check_heads
 from kvslim.methods.sources import check_sources
 from kvslim.recipe import Budget, Recipe
 from kvslim.runtime.opening import check_threads
-from kvslim.types import LayerPlan, Plan
+from kvslim.runtime.text import used_draft
+from kvslim.types import LayerPlan, Manifest, Plan
 from kvslim.validation.bench import Grid
 from kvslim.validation.spans import LEAST_DISTANCE, longest_distance, positions_of
 
@@ -185,8 +187,8 @@ def check_cache(spec: ModelSpec, lack: str) -> None:
         )
 
 
-def check_grid(artifacts: Sequence[Path], specs: Sequence[ModelSpec], grid: Grid) -> None:
-    """Refuses to time decoders among encoders, lengths beyond a model's positions, and threads beyond reason.
+def check_grid(artifacts: Sequence[Path], manifests: Sequence[Manifest], grid: Grid) -> None:
+    """Refuses to time decoders among encoders, lengths beyond positions, threads beyond reason, and texts of no use.
 
     Raises:
         UsageError: Naming the option or the artifact.
@@ -194,10 +196,23 @@ def check_grid(artifacts: Sequence[Path], specs: Sequence[ModelSpec], grid: Grid
     for threads in grid.threads:
         if threads is not None:
             check_threads(threads)
+    _check_text(grid.text, has_drafts=any(used_draft(manifest, grid.speculative) for manifest in manifests))
+    specs = [manifest.spec for manifest in manifests]
     if any(spec.is_encoder for spec in specs):
         _check_encoders(specs, grid.prompts)
     else:
         _check_context(artifacts, specs, max([*grid.prompts, *(context + 1 for context in grid.contexts)]))
+
+
+def _check_text(source: str, *, has_drafts: bool) -> None:
+    """Refuses a text for drafts that cannot be read, or that no draft would use.
+
+    Raises:
+        KvslimError: As `check_source`, or naming the option.
+    """
+    if source != "self" and not has_drafts:
+        raise UsageError("no artifact has a draft to use the text", where="--text", fix="leave --text out")
+    check_source(source, "--text")
 
 
 def _check_encoders(specs: Sequence[ModelSpec], lengths: Sequence[int]) -> None:

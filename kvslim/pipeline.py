@@ -153,16 +153,16 @@ def validate(
 
 
 def bench(artifacts: Sequence[Path], grid: Grid, *, progress: Progress | None = None) -> dict[str, BenchResult]:
-    """Latency, energy and memory of artifacts over a grid, interleaved in one run; by the path given.
+    """Latency, energy and memory of artifacts over a grid, interleaved in one run, and drafts; by the path given.
 
     Raises:
         KvslimError: An artifact cannot be opened, or a length is not positive or beyond a model's positions.
     """
-    manifests = [read_runnable(artifact) for artifact in artifacts]
-    specs = [manifest.spec for manifest in manifests]
-    grid = grid.fitted(specs, least_target(manifests))
-    checks.check_grid(artifacts, specs, grid)
-    return bench_all({str(artifact): artifact for artifact in artifacts}, specs, grid, progress or Silent())
+    folders = {str(artifact): artifact for artifact in artifacts}
+    manifests = [read_runnable(folder) for folder in folders.values()]
+    grid = grid.fitted([manifest.spec for manifest in manifests], least_target(manifests))
+    checks.check_grid(list(folders.values()), manifests, grid)
+    return bench_all(folders, manifests, grid, progress or Silent())
 
 
 def _checked(snapshot: Snapshot, recipe: Recipe, lack: str | None = None) -> tuple[ModelSpec, Recipe]:

@@ -16,6 +16,7 @@ LOAD, QUANTISE, PLAIN = "load", "quantise the weights", "export the plain baseli
 PROBE_WEIGHTS, PROBE_CACHE = "probe the weights", "probe the cache"
 TEXT, CALIBRATE, PLAN, ANALYZE = "calibration text", "calibrate", "plan", "analyze"
 HEAL = "heal"
+DRAFTS = "texts with and without drafts"
 HELD_OUT, SLIM = "held-out text", "export the slim graph"
 VALIDATE, RECALL, TIME = "validate", "validate: recall", "validate: time and memory"
 
@@ -44,6 +45,7 @@ PARTS: Mapping[str, Stages] = {
     PLAN: {"layers probed": 6, "sizes planned": 3, "(recall)": 2, "layers refitted": 2, "(loss)": 1},
     SLIM: {"steps of the export": 4, "(files)": 1},
     VALIDATE: {"held-out text": 6, "numerical floor": 1},
+    DRAFTS: {"the model's own text": 1, "contexts with a draft": 4},
     TIME: {"prompts timed": 3, "contexts timed": 3, "(memory)": 1},
 }
 

@@ -8,24 +8,31 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from support.tiny_artifact import fill
+from support.tiny_chat import write_chat
 from support.tiny_graph import write_tiny
 from support.tiny_report import SPEC
+from support.tiny_tokenizer import byte_tokenizer
 
 from kvslim.caches.packed import PackedTensor
 from kvslim.cli import app
 from kvslim.cli.schemas import output_type
 from kvslim.errors import UsageError
-from kvslim.report.bench import bench_csv, timings_table
+from kvslim.progress import Silent
+from kvslim.report.bench import bench_csv, drafts_table, timings_table, uncertain_timings
 from kvslim.runtime.session import DecodeSession
-from kvslim.types import KVLayout
-from kvslim.validation import bench, energy
+from kvslim.types import Draft, KVLayout
+from kvslim.validation import bench, drafts, energy
 from kvslim.validation.bench import BenchResult, Grid, Timing
+from kvslim.validation.drafts import DraftGain
 from kvslim.validation.latency import joules_per_token, time_models
+from kvslim.validation.speculation import Pair
 
+TITLE = "first, second, ... right"
 TOKENS = np.random.default_rng(0).integers(24, size=(3, 12))
 Zones = Callable[..., Path]
 
@@ -147,6 +154,126 @@ def test_bench_takes_turns_between_artifacts_at_each_point(
     turns = 2 * ["int8", "float32", "float32", "int8"]
     assert [dtype for batch, dtype in order[::2] if batch == 1] == turns
     assert [dtype for batch, dtype in order[::2] if batch == 2] == turns
+
+
+DRAFTED = Draft(kind="window", window=4, sinks=1)
+BRIEF = ("--context", "24,40", "--prompt", "4", "--repeats", "3")
+
+
+@pytest.fixture
+def drafting(tmp_path: Path) -> Path:
+    """An artifact with a draft."""
+    return write_chat(tmp_path / "drafting", draft=DRAFTED)
+
+
+def test_bench_writes_texts_with_and_without_a_draft(
+    drafting: Path, artifacts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out.md"
+    options = [*BRIEF, "--threads", "1,2", "--markdown", str(path), "--json"]
+    assert app.run(["bench", str(artifacts[0]), str(drafting), *options]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert output_type("bench").model_validate(printed)
+    plain, drafted = printed["artifacts"].values()
+    assert plain["drafts"] == []
+    assert [(gain["threads"], gain["context"]) for gain in drafted["drafts"]] == [(1, 24), (1, 40), (2, 24), (2, 40)]
+    for gain in drafted["drafts"]:
+        assert gain["tokens"] == 4 * gain["context"] // 2
+        assert 1 <= gain["tokens_per_round"] <= 16
+        assert all(0 <= share <= 1 for share in gain["acceptance"])
+        assert gain["speed_ratio"] > 0
+        assert min(gain["plain_tokens_per_second"], gain["tokens_per_second"]) > 0
+    assert path.read_text().count("\n| Text up to a context of ") == 4
+
+
+def test_draft_is_timed_on_a_text_that_is_given(
+    drafting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, prompts = tmp_path / "text.txt", list[list[int]]()
+    text.write_text("".join(chr(97 + place % 26) for place in range(100)))
+    written = drafts.written_in_turns
+
+    def recording(*arguments: Any) -> Iterator[Pair]:
+        prompts.extend(arguments[3])
+        return written(*arguments)
+
+    monkeypatch.setattr(drafts, "written_in_turns", recording)
+    assert app.run(["bench", str(drafting), *BRIEF, "--text", str(text), "--json"]) == 0
+    ids = byte_tokenizer().encode(text.read_text()).ids
+    assert prompts == [ids[at : at + size] for size in (12, 20) for at in np.linspace(0, 100 - size, 4).astype(int)]
+    assert len(json.loads(capsys.readouterr().out)["artifacts"][str(drafting)]["drafts"]) == 2
+
+
+@pytest.mark.parametrize(("own_runtime", "batch"), [(False, 8), (True, 1)])
+def test_text_is_written_alone_where_a_cache_holds_one_sequence(
+    drafting: Path, monkeypatch: pytest.MonkeyPatch, own_runtime: bool, batch: int
+) -> None:
+    monkeypatch.setattr(KVLayout, "needs_own_runtime", own_runtime)
+    asked = list[int]()
+    made = DecodeSession.__init__
+
+    def recording(self: DecodeSession, *arguments: Any, **options: Any) -> None:
+        asked.append(options.get("batch", 1))
+        made(self, *arguments, **options)
+
+    monkeypatch.setattr(DecodeSession, "__init__", recording)
+    found = drafts.bench_drafts(
+        {"a": drafting, "b": drafting}, {"a": DRAFTED, "b": DRAFTED}, (20,), (1,), "self", Silent()
+    )
+    assert asked == [min(batch, 4), 1, 1]  # four texts, written once for both
+    assert found["a"][0].context == found["b"][0].context == 20
+
+
+def test_long_prompts_are_beginnings_of_one_text() -> None:
+    text = list(range(3000))
+    assert drafts.prompts_before(text, 2000, 64) == [text[: 2000 - 64 * place] for place in (3, 2, 1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--text", "nowhere.txt"], "no text file"),
+        (["--text", "short.txt"], "5 tokens, less than a context of 40"),
+        (["--text", "short.txt", "--speculative", "none"], "no artifact has a draft"),
+    ],
+)
+def test_text_of_drafts_is_refused_when_it_is_of_no_use(
+    drafting: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    word: str,
+) -> None:
+    monkeypatch.chdir(drafting)
+    Path("short.txt").write_text("hello")
+    assert app.run(["bench", str(drafting), *BRIEF, *options]) in (2, 5)
+    assert word in capsys.readouterr().err
+
+
+def test_bench_leaves_drafts_out_when_told(drafting: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["bench", str(drafting), *BRIEF, "--speculative", "none", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["artifacts"][str(drafting)]["drafts"] == []
+
+
+def test_table_of_drafts_shows_speeds_and_what_was_right() -> None:
+    gain = DraftGain(
+        context=2048,
+        threads=None,
+        tokens=256,
+        plain_tokens_per_second=20,
+        tokens_per_second=25,
+        speed_ratio=1.25,
+        tokens_per_round=1.5,
+        acceptance=(0.625, 0.5, 0.25, 0.125, 0.0625),
+        uncertain="the machine was busy",
+    )
+    result = BenchResult(kv_bytes_per_token=8, file_mib=1, peak_rss_mib=2, timings=(), drafts=(gain,))
+    table = drafts_table({"a": result, "b": result.model_copy(update={"drafts": ()})})
+    assert table.header == ("text", "threads", "a, tokens/s", "with draft", "ratio", "tokens a run", TITLE)
+    assert table.rows == (("Text up to a context of 2048", "-", "20", "25", "1.25", "1.50", "62%, 50%, 25%, 12%"),)
+    assert uncertain_timings({"a": result}) == (
+        "timings uncertain: the machine was busy (Text up to a context of 2048)",
+    )
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ BRIEF = (
     "validation.contexts=[16]",
     "validation.repeats=3",
 )
-KEPT = ("--set", "keep_edits=true")
+KEPT = ("--set", "keep_edits=true", "--draft", "lookup")
 ARTIFACTS = ("artifacts/mine", "artifacts/demo", "artifacts/a", "artifacts/b", "artifacts/c", "slim")
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 HARNESS_TASK = """

@@ -9,14 +9,18 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from support.models import export_slim, open_prepared, recipe_of
 from support.tiny_graph import write_tiny
 from support.tiny_tokenizer import byte_tokenizer
 from support.tiny_writer import write_writer
 
 from kvslim.contract import Kind, KVTensor
+from kvslim.export.manifest import SPECULATIVE_GRAPH
 from kvslim.export.speculative import write_speculative_graph
+from kvslim.loading.source import resolve
+from kvslim.methods.kv_quant import KvQuant
 from kvslim.runtime.completion import Completer
-from kvslim.runtime.generate import GREEDY, Sampling
+from kvslim.runtime.generate import GREEDY, Sampling, load_tokenizer
 from kvslim.runtime.session import DecodeSession
 from kvslim.runtime.writing import Completion, write
 from kvslim.speculative.choice import draft_of
@@ -244,6 +248,41 @@ def test_text_is_that_of_plain_decoding(
     assert any(proposed for proposed, _ in drafted.rounds)
     assert any(taken for _, taken in drafted.rounds)
     assert session.length == len(ids) + len(drafted.tokens) - 1
+
+
+@pytest.fixture(scope="module")
+def demo_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model over a cache of float32 and over one of int8, each in a folder of that name."""
+    folder = tmp_path_factory.mktemp("demo")
+    prepared = open_prepared("demo", recipe_of([KvQuant(bits=8)]))
+    (folder / "float32").mkdir()
+    prepared.build_plain(folder / "float32")
+    export_slim(prepared, folder / "int8")
+    for cache in ("float32", "int8"):
+        write_speculative_graph(folder / cache)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # thousands of steps, on a busy machine
+@pytest.mark.parametrize("cache", ["float32", "int8"])
+def test_greedy_text_of_2000_tokens_is_that_of_plain_decoding(demo_graphs: Path, cache: str) -> None:
+    """A trained model, with weights in float32."""
+    session = DecodeSession(demo_graphs / cache / SPECULATIVE_GRAPH, capacity=2048)
+    tokenizer = load_tokenizer(resolve("demo").path)
+    ids = tokenizer.encode("Once upon a time there was a lamp").ids
+    logits = session.prefill(ids)
+    plain = Completion(tokenizer, ids, 2000)
+    list(write(session, [plain], logits[None]))
+    for draft in (LOOKUP, Draft(kind="window", window=32, sinks=4)):
+        session.rewind(len(ids))
+        drafted, speculator = Completion(tokenizer, ids, 2000), eager(Speculator(session, draft))
+        speculator._draft_times.append(1e-9)
+        list(write_speculatively(session, drafted, logits, speculator))
+        assert drafted.tokens == plain.tokens
+        assert len(drafted.tokens) == 2000
+        assert (tokens_per_round(drafted.rounds) or 0) > 1.5
+        assert (len(speculator._draft_times) > 1) == (draft.kind == "window")
 
 
 @pytest.fixture

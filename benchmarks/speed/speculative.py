@@ -65,7 +65,7 @@ def speculative(
     of a run was right, `same tokens` how many tokens of plain decoding the text begins with. A draft keeps what it
     learnt from one text to the next, as in a conversation.
     """
-    story, document = (_file(text, source.folder) for text in (source.validation, source.calibration))
+    story, document = (text_file(text, source.folder) for text in (source.validation, source.calibration))
     for cache, folder, tokenizer in _graphs(source, caches, weights):
         for context in contexts:
             session = Timetable(folder / "speculative.onnx", capacity=context + max(tokens, COUNTS[-1]), threads=1)
@@ -106,7 +106,7 @@ def _graphs(source: Source, caches: Sequence[str], weights: str) -> Iterator[tup
         yield cache, folder, model.tokenizer
 
 
-def _file(text: str, folder: Path) -> Path:
+def text_file(text: str, folder: Path) -> Path:
     """A text's file; the demo's stories where the model would write the text itself."""
     if text != "self":
         return Path(text)

@@ -150,21 +150,31 @@ def loss_mask(source: str, tokenizer: Any, *, samples: int, length: int, share: 
     return _spread(counted[first:last], np.zeros(len(_prefix(tokenizer)), bool), samples, length)
 
 
-def self_windows(graph: Path, start: int, *, samples: int, length: int, seed: int, progress: Progress) -> Array:
+def self_windows(
+    graph: Path,
+    start: int,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    progress: Progress,
+    batch: int = SELF_BATCH,
+) -> Array:
     """Windows that the model wrote itself: sampled from its own distribution, so no text is needed.
 
     Args:
-        graph: Folder of the model's plain export: onnxruntime decodes several times faster than torch.
+        graph: Folder of an export, mostly the model's plain one: onnxruntime decodes several times faster than torch.
         start: The token that starts every window.
         samples: Windows.
         length: Tokens per window, the first one included.
         seed: Seed of the samples.
         progress: Receives the progress.
+        batch: Windows that are written side by side at most.
 
     Returns:
         [samples, length] token ids.
     """
-    rounds = -(-samples // SELF_BATCH)
+    rounds = -(-samples // batch)
     batch = -(-samples // rounds)
     session = DecodeSession(graph, capacity=length, batch=batch)
     generator = np.random.default_rng(seed)

@@ -10,6 +10,7 @@ import typer
 from kvslim.cli import console
 from kvslim.cli.options import Json
 from kvslim.cli.progress import Terminal
+from kvslim.cli.writing import Speculative
 
 
 def bench(
@@ -31,13 +32,21 @@ def bench(
     ] = None,
     batches: Annotated[str, typer.Option("--batch", metavar="N,...", help="sequences per batch")] = "1",
     repeats: Annotated[int, typer.Option(min=3, help="timings per combination")] = 16,
+    speculative: Speculative = "auto",
+    text: Annotated[
+        str,
+        typer.Option(
+            metavar="SOURCE", help="what drafts are timed on: self (what the artifacts write) or a .txt or .jsonl file"
+        ),
+    ] = "self",
     csv: Annotated[Path | None, typer.Option(help="write one row per timing to this file")] = None,
     markdown: Annotated[Path | None, typer.Option(help="write the tables to this file")] = None,
     as_json: Json = False,
 ) -> None:
     """Time artifacts against each other, over a grid of lengths, threads and batches.
 
-    They take turns in one run, so that load on the machine slows all of them alike.
+    They take turns in one run, so that load on the machine slows all of them alike. Of an artifact with a draft, texts
+    are written with and without it.
     """
     from kvslim.cli.inputs import check_target, write_text
     from kvslim.cli.lengths import read_counts, read_lengths
@@ -49,7 +58,7 @@ def bench(
     thread_counts = None if threads is None else read_counts(threads, "--threads")
     batch_sizes = read_counts(batches, "--batch")
     from kvslim import api
-    from kvslim.report.bench import bench_csv, costs_table, timings_table, uncertain_timings
+    from kvslim.report.bench import bench_csv, tables_of, uncertain_timings
 
     with console.libraries_apart(), Terminal(quiet=True) as progress:
         results = api.bench(
@@ -59,9 +68,11 @@ def bench(
             threads=thread_counts,
             batches=batch_sizes,
             repeats=repeats,
+            speculative=speculative,
+            text=text,
             progress=progress,
         )
-    tables, doubts = (costs_table(results), timings_table(results)), uncertain_timings(results)
+    tables, doubts = tables_of(results), uncertain_timings(results)
     if csv:
         write_text(csv, bench_csv(results), "--csv")
     if markdown:

@@ -47,7 +47,7 @@ class Compared(Comparison):
 
 
 class Benched(Frozen):
-    """Timings, energy, bytes and memory, by path."""
+    """Timings, energy, bytes, memory and what drafts gain, by path."""
 
     artifacts: dict[str, BenchResult]
 

@@ -9,9 +9,17 @@ from collections.abc import Callable, Mapping
 from kvslim.report.tables import METRICS, NONE, UNCERTAIN, Table, measures_table, rate, with_quartiles
 from kvslim.types import Measures
 from kvslim.validation.bench import BenchResult, Timing
+from kvslim.validation.drafts import DraftGain
 
 Results = Mapping[str, BenchResult]
 COSTS = ("kv_bytes_per_token", "file_mib", "peak_rss_mib")
+SHOWN = 4  # places of proposals
+
+
+def tables_of(results: Results) -> tuple[Table, ...]:
+    """Bytes and memory, timings, and what drafts gain where an artifact has one."""
+    drafts = (drafts_table(results),) if any(result.drafts for result in results.values()) else ()
+    return costs_table(results), timings_table(results), *drafts
 
 
 def costs_table(results: Results) -> Table:
@@ -44,13 +52,46 @@ def timings_table(results: Results) -> Table:
     return Table(("median (quartiles)", "threads", "batch", *(title for title, _, _ in columns)), rows)
 
 
+def drafts_table(results: Results) -> Table:
+    """Texts with and without drafts: speed, tokens of a run, and how often the first few proposals were right."""
+    drafted = {name: result.drafts for name, result in results.items() if result.drafts}
+    header = [
+        (f"{name}, tokens/s", "with draft", "ratio", "tokens a run", "first, second, ... right") for name in drafted
+    ]
+    rows = tuple(
+        (
+            _draft_label(gains[0]),
+            NONE if gains[0].threads is None else str(gains[0].threads),
+            *(cell for gain in gains for cell in _draft_cells(gain)),
+        )
+        for gains in zip(*drafted.values(), strict=True)
+    )
+    return Table(("text", "threads", *(title for titles in header for title in titles)), rows)
+
+
+def _draft_cells(gain: DraftGain) -> tuple[str, ...]:
+    return (
+        rate(gain.plain_tokens_per_second),
+        rate(gain.tokens_per_second),
+        f"{gain.speed_ratio:.2f}",
+        f"{gain.tokens_per_round:.2f}",
+        ", ".join(f"{share:.0%}" for share in gain.acceptance[:SHOWN]) or NONE,
+    )
+
+
+def _draft_label(gain: DraftGain) -> str:
+    return f"Text up to a context of {gain.context}"
+
+
 def uncertain_timings(results: Results) -> tuple[str, ...]:
     """Which timings say little, and why; a line for each reason."""
     first = next(iter(results.values()))
+    found = [(timing.uncertain, METRICS[timing.metric][0].format(timing.tokens)) for timing in first.timings]
+    found += [(gain.uncertain, _draft_label(gain)) for result in results.values() for gain in result.drafts]
     points: dict[str, list[str]] = {}
-    for timing in first.timings:
-        if timing.uncertain is not None:
-            points.setdefault(timing.uncertain, []).append(METRICS[timing.metric][0].format(timing.tokens))
+    for reason, label in found:
+        if reason is not None:
+            points.setdefault(reason, []).append(label)
     return tuple(f"{UNCERTAIN}: {reason} ({'; '.join(dict.fromkeys(rows))})" for reason, rows in points.items())
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from kvslim.errors import UnsupportedError, UsageError
 from kvslim.export.manifest import read_runnable
-from kvslim.runtime.completion import Completer, PromptEncoder
+from kvslim.runtime.completion import Completer, PromptEncoder, Usage
 from kvslim.runtime.generate import Sampling
 from kvslim.types import Draft, Manifest
 
@@ -50,6 +50,11 @@ class TextGenerator:
         self._encoder = PromptEncoder(folder, manifest.spec.vocab_size)
         draft = used_draft(manifest, speculative)
         self._completer = Completer(folder, self._encoder.tokenizer, capacity=capacity, threads=threads, draft=draft)
+
+    @property
+    def usage(self) -> Usage | None:
+        """What the last text of `generate` took, once it was read to its end; None before."""
+        return self._completer.usage
 
     def generate(
         self,

@@ -15,7 +15,10 @@ from kvslim.progress import Progress
 from kvslim.recipe import shortened, up_to
 from kvslim.runtime.encoder import EncoderSession
 from kvslim.runtime.session import DecodeSession
+from kvslim.runtime.text import Speculative, used_draft
+from kvslim.stages import DRAFTS
 from kvslim.types import Manifest
+from kvslim.validation.drafts import DraftGain, bench_drafts
 from kvslim.validation.encoder import time_texts
 from kvslim.validation.latency import Times, joules_per_token, quartiles, ratio, time_models
 from kvslim.validation.load import LoadWatch, doubt
@@ -34,6 +37,8 @@ class Grid(Frozen):
         threads: Threads of one operator; None leaves the choice to onnxruntime.
         batches: Sequences per batch.
         repeats: Timed turns per point.
+        speculative: Whether to write texts with and without the drafts that artifacts have, too.
+        text: What these are written behind; as for `bench_drafts`.
     """
 
     prompts: tuple[int, ...] = (128, 512)
@@ -41,6 +46,8 @@ class Grid(Frozen):
     threads: tuple[int | None, ...] = (None,)
     batches: tuple[int, ...] = (1,)
     repeats: int = Field(16, ge=2)
+    speculative: Speculative = "auto"
+    text: str = "self"
 
     def fitted(self, specs: Sequence[ModelSpec], target: int | None = None) -> Grid:
         """This grid with lengths that all models have positions for; a longer one that somebody set stays as it is.
@@ -109,21 +116,35 @@ class Timing(Frozen):
 
 
 class BenchResult(Frozen):
-    """Timings and sizes of one artifact. Memory: a fresh process at the largest length and batch of the grid."""
+    """Timings and sizes of one artifact, and what its draft gains.
+
+    Memory: a fresh process at the largest length and batch of the grid, without the draft.
+    """
 
     kv_bytes_per_token: float | None
     file_mib: float
     peak_rss_mib: float
     timings: tuple[Timing, ...]
+    drafts: tuple[DraftGain, ...] = ()
 
 
 def bench_all(
-    artifacts: Mapping[str, Path], specs: Sequence[ModelSpec], grid: Grid, progress: Progress
+    artifacts: Mapping[str, Path],
+    manifests: Sequence[Manifest],
+    grid: Grid,
+    progress: Progress,
 ) -> dict[str, BenchResult]:
     """Times artifacts of models that are all decoders or all encoders."""
-    progress.expect({_name_of(*point): 1.0 for point in grid.points})
-    timed = bench_encoders if any(spec.is_encoder for spec in specs) else bench_decoders
-    return timed(artifacts, grid, progress)
+    used = {name: used_draft(manifest, grid.speculative) for name, manifest in zip(artifacts, manifests, strict=True)}
+    drafts = {name: draft for name, draft in used.items() if draft is not None}
+    progress.expect({**({DRAFTS: 1.0} if drafts else {}), **{_name_of(*point): 1.0 for point in grid.points}})
+    gains: Mapping[str, tuple[DraftGain, ...]] = {}
+    if drafts:
+        progress.stage(DRAFTS)
+        gains = bench_drafts(artifacts, drafts, grid.contexts, grid.threads, grid.text, progress)
+    timed = bench_encoders if any(manifest.spec.is_encoder for manifest in manifests) else bench_decoders
+    found = timed(artifacts, grid, progress)
+    return {name: result.model_copy(update={"drafts": gains.get(name, ())}) for name, result in found.items()}
 
 
 def bench_decoders(artifacts: Mapping[str, Path], grid: Grid, progress: Progress) -> dict[str, BenchResult]:

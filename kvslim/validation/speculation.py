@@ -26,9 +26,19 @@ TEXTS, MOST = 4, 64  # texts to write, and tokens of each at most
 TIE = 1e-3  # logits as close as this may be taken in either order: sums of floats depend on how many rows they are of
 
 
-class _Written(NamedTuple):
+class Written(NamedTuple):
+    """A text, and how long it took to write."""
+
     completion: Completion
     seconds: float
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second."""
+        return len(self.completion.tokens) / self.seconds
+
+
+Pair = tuple[Written, Written]  # a text without and with a draft
 
 
 def measure_speculation(
@@ -56,51 +66,72 @@ def measure_speculation(
     session = DecodeSession(graph, capacity=capacity)
     draft = draft_of(choice, session.layout, context)
     assert draft is not None
-    pairs = list(_written(session, tokenizer, draft, prompts, most, progress))
+    pairs = list(written_in_turns(session, tokenizer, draft, prompts, most, progress))
     del session
     exact = DecodeSession(graph, capacity=capacity, float_activations=True)
-    texts = list(_written(exact, tokenizer, draft, prompts, most, progress))
-    rounds = [each for _, with_draft in pairs for each in with_draft.completion.rounds]
+    texts = list(written_in_turns(exact, tokenizer, draft, prompts, most, progress))
     return Speculation(
         context=max(map(len, prompts)),
-        tokens=sum(len(plain.completion.tokens) for plain, _ in pairs),
         differing=sum(_differs(exact, plain.completion, drafted.completion) for plain, drafted in texts),
-        tokens_per_round=tokens_per_round(rounds) or 1.0,
-        acceptance=acceptance(rounds),
-        speed_ratio=float(np.median([_speed(drafted) / _speed(plain) for plain, drafted in pairs])),
+        **gain(pairs)._asdict(),
     )
 
 
-def _written(
+class Gain(NamedTuple):
+    """What a draft gains on some texts; the fields are those of `Speculation`."""
+
+    tokens: int
+    tokens_per_round: float
+    acceptance: tuple[float, ...]
+    speed_ratio: float
+
+
+def gain(pairs: Sequence[Pair]) -> Gain:
+    """What a draft gains on some texts."""
+    rounds = [each for _, drafted in pairs for each in drafted.completion.rounds]
+    return Gain(
+        tokens=sum(len(plain.completion.tokens) for plain, _ in pairs),
+        tokens_per_round=tokens_per_round(rounds) or 1.0,
+        acceptance=acceptance(rounds),
+        speed_ratio=float(np.median([drafted.speed / plain.speed for plain, drafted in pairs])),
+    )
+
+
+def written_in_turns(
     session: DecodeSession,
     tokenizer: Tokenizer,
     draft: Draft,
     prompts: Sequence[list[int]],
     most: int,
     progress: Progress,
-) -> Iterator[tuple[_Written, _Written]]:
-    """Each text without and with the draft."""
-    speculator = Speculator(session, draft)
+) -> Iterator[Pair]:
+    """Each text without and with the draft, which keeps what it learns from one text to the next.
+
+    Args:
+        session: Of the graph for speculation, with room for the longest prompt and its text.
+        tokenizer: The model's.
+        draft: What proposes.
+        prompts: Tokens before each text; those that begin like the ones before are not run again.
+        most: Tokens to write of each.
+        progress: Receives the progress.
+    """
+    speculator, held = Speculator(session, draft), list[int]()
     for ids in progress.track(prompts, "texts with a draft"):
-        session.reset()
-        logits = session.prefill(ids)
+        logits = session.prefill(ids[session.keep_shared(held, ids[:-1]) :])
         plain = _timed(session, Completion(tokenizer, ids, most), logits, None)
         if session.keep_shared(ids, ids) < len(ids):  # a ring has moved on
             logits = session.prefill(ids)
         yield plain, _timed(session, Completion(tokenizer, ids, most), logits, speculator)
+        held = ids
 
 
-def _timed(session: DecodeSession, completion: Completion, logits: Logits, speculator: Speculator | None) -> _Written:
+def _timed(session: DecodeSession, completion: Completion, logits: Logits, speculator: Speculator | None) -> Written:
     start = time.perf_counter()
     if speculator is None:
         list(write(session, [completion], logits[None]))
     else:
         list(write_speculatively(session, completion, logits, speculator))
-    return _Written(completion, time.perf_counter() - start)
-
-
-def _speed(written: _Written) -> float:
-    return len(written.completion.tokens) / written.seconds
+    return Written(completion, time.perf_counter() - start)
 
 
 def _differs(session: DecodeSession, plain: Completion, drafted: Completion) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from kvslim.caches import FullCache
 from kvslim.contract import ModelSpec
 from kvslim.export.manifest import hash_files, write_manifest
-from kvslim.types import KVLayout, LayerPlan, Manifest, Plan, Report, Source
+from kvslim.types import Draft, KVLayout, LayerPlan, Manifest, Plan, Report, Source
 
 SPEC = ModelSpec(
     model_type="llama",
@@ -29,7 +29,7 @@ def fill(folder: Path, text: str = "weights", report: Report | None = None) -> N
     describe(folder, report)
 
 
-def describe(folder: Path, report: Report | None = None) -> None:
+def describe(folder: Path, report: Report | None = None, draft: Draft | None = None) -> None:
     """Writes a manifest for the files that are in `folder`."""
     plan = Plan(layers=(LayerPlan(layer=0, cache=FullCache(rank=8, stored="int8")), LayerPlan(layer=1)))
     manifest = Manifest(
@@ -42,6 +42,7 @@ def describe(folder: Path, report: Report | None = None) -> None:
         weights="fp32",
         inputs=("input_ids", "attention_mask"),
         versions={"kvslim": "0.1.0"},
+        draft=draft,
         files=hash_files(folder),
         report=report,
         passed=report.passed if report else None,

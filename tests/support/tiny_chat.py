@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from kvslim.export.speculative import write_speculative_graph
 from kvslim.runtime.completion import Completer, PromptEncoder
 from kvslim.runtime.generate import GREEDY, Sampling
+from kvslim.types import Draft
 from support.tiny_artifact import describe
 from support.tiny_writer import write_writer
 
@@ -16,12 +18,14 @@ TEMPLATE = (
 )
 
 
-def write_chat(folder: Path, template: str | None = TEMPLATE) -> Path:
+def write_chat(folder: Path, template: str | None = TEMPLATE, draft: Draft | None = None) -> Path:
     """Writes the artifact to a new folder, which comes back; it takes 512 tokens, and 64 unless it is told."""
     folder.mkdir()
     write_writer(folder)
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template} if template else {}))
-    describe(folder)
+    if draft is not None:
+        write_speculative_graph(folder)
+    describe(folder, draft=draft)
     return folder
 
 

@@ -1,0 +1,165 @@
+"""Drafts from end to end: what `compress` makes of them, and who uses them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.server import Server
+from support.tiny_chat import completed, write_chat
+from support.verbs import Run, give_stdin, runner
+
+import kvslim
+from kvslim.cli import app
+from kvslim.errors import NotFoundError
+from kvslim.export.manifest import SPECULATIVE_GRAPH, read_manifest
+from kvslim.speculative.estimates import MOST_PROPOSED, RunCosts
+from kvslim.types import Draft
+
+LOOKUP = Draft(kind="lookup")
+BRIEF = (
+    "calibration.samples=4",
+    "calibration.length=48",
+    "validation.samples=2",
+    "validation.length=64",
+    "validation.recall_items=2",
+    "validation.recall_distance=16",
+    "validation.prompts=[16]",
+    "validation.contexts=[16]",
+    "validation.repeats=3",
+    "weights=fp32",
+)
+PROMPT, TOKENS = "abcab" * 6, "40"
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    return runner(capsys)
+
+
+@pytest.fixture
+def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An artifact with a draft, on a machine where runs of several tokens cost next to nothing."""
+    monkeypatch.setattr(RunCosts, "at", lambda *_: 1 + 1e-6 * np.arange(MOST_PROPOSED + 1))
+    return write_chat(tmp_path / "artifact", draft=LOOKUP)
+
+
+def compress(model: Path, out: Path, *options: str) -> int:
+    changes = [part for change in BRIEF for part in ("--set", change)]
+    return app.run(["compress", str(model), "-r", "lossless", "-o", str(out), *changes, *options])
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        (["--draft", "lookup"], "lookup"),
+        (["--draft", "auto", "--context", "1k"], "window"),
+        (["--draft", "none"], None),
+    ],
+    ids=["lookup", "auto", "none"],
+)
+def test_compress_makes_the_draft_that_is_asked_for(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], kind: str | None
+) -> None:
+    assert compress(tiny_llama, tmp_path / "out", *options) == 0
+    manifest, said = read_manifest(tmp_path / "out"), capsys.readouterr().err
+    assert manifest.report is not None
+    assert (manifest.draft and manifest.draft.kind) == kind
+    assert (
+        (tmp_path / "out" / SPECULATIVE_GRAPH).exists() == (SPECULATIVE_GRAPH in manifest.files) == (kind is not None)
+    )
+    assert (manifest.report.speculation is not None) == ("the texts are the model's own" in said) == (kind is not None)
+    if manifest.report.speculation is not None:
+        assert manifest.report.speculation.differing == 0
+        assert manifest.report.speculation.tokens == 2 * 32
+
+
+def test_artifact_fails_when_a_text_is_not_the_models(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvslim.validation.speculation._differs", lambda *_: True)
+    assert compress(tiny_llama, tmp_path / "out", "--draft", "window") == 3
+    assert "2 texts are not those that the model writes without it" in capsys.readouterr().err
+    draft = read_manifest(tmp_path / "out").draft
+    assert draft is not None
+    assert draft.kind == "window"
+
+
+def generated(run: Run, artifact: Path, *options: str) -> dict[str, Any]:
+    code, out, _ = run("generate", artifact, "-p", PROMPT, "-n", TOKENS, "--json", *options)
+    assert code == 0
+    return dict(json.loads(out))
+
+
+def check_rounds(drafted: dict[str, Any], plain: dict[str, Any]) -> None:
+    """What is told of a text with a draft, and of the same one without."""
+    assert drafted["completion"] == plain["completion"]
+    assert 0 < drafted["accepted_tokens"] <= drafted["proposed_tokens"]
+    assert drafted["tokens_per_round"] > 1
+    assert drafted["acceptance"][0] > 0
+    assert (plain["proposed_tokens"], plain["tokens_per_round"], plain["acceptance"]) == (0, None, [])
+
+
+def test_generate_uses_the_draft_unless_told_not_to(run: Run, artifact: Path) -> None:
+    check_rounds(generated(run, artifact), generated(run, artifact, "--speculative", "none"))
+    _, _, err = run("generate", artifact, "-p", PROMPT, "-n", TOKENS)
+    assert " a run, first after " in err
+
+
+def test_graph_of_the_draft_is_not_opened_when_it_is_not_used(run: Run, artifact: Path) -> None:
+    (artifact / SPECULATIVE_GRAPH).unlink()
+    text = completed(artifact, PROMPT, int(TOKENS))
+    assert generated(run, artifact, "--speculative", "none")["completion"] == text
+    assert "".join(kvslim.load(artifact, speculative="none").generate(PROMPT, max_new_tokens=8)) == text[:8]
+    assert run("generate", artifact, "-p", PROMPT)[0] == 5
+    with pytest.raises(NotFoundError):
+        kvslim.load(artifact)
+
+
+def test_lines_side_by_side_do_without_the_draft(run: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = "\n".join([json.dumps({"prompt": PROMPT})] * 2)
+    give_stdin(monkeypatch, rows)
+    _, out, _ = run("generate", artifact, "--file", "-", "-n", "6", "--batch", "2")
+    assert [json.loads(line)["tokens_per_round"] for line in out.splitlines()] == [None, None]
+
+
+def test_chat_uses_the_draft_unless_told_not_to(run: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = []
+    for options in ((), ("--speculative", "none")):
+        give_stdin(monkeypatch, PROMPT)
+        code, out, _ = run("chat", artifact, "-n", TOKENS, "--context", "200", "--json", *options)
+        assert code == 0
+        answers.append(json.loads(out))
+    check_rounds(*answers)
+
+
+def test_loaded_artifact_tells_what_its_draft_did(artifact: Path) -> None:
+    drafted, plain = kvslim.load(artifact), kvslim.load(artifact, speculative="none")
+    assert drafted.usage is None
+    texts = ["".join(text.generate(PROMPT, max_new_tokens=30)) for text in (drafted, plain)]
+    assert texts[0] == texts[1]
+    assert drafted.usage is not None
+    assert plain.usage is not None
+    assert drafted.usage.accepted_tokens > 0
+    assert (drafted.usage.new_tokens, plain.usage.tokens_per_round) == (30, None)
+
+
+@pytest.mark.parametrize("options", [(), ("--speculative", "none")], ids=["auto", "none"])
+def test_server_counts_predictions(tmp_path: Path, options: tuple[str, ...]) -> None:
+    artifact = write_chat(tmp_path / "artifact", draft=LOOKUP)
+    if options:
+        (artifact / SPECULATIVE_GRAPH).unlink()
+    with Server(artifact, tmp_path / "stderr", *options) as server:
+        answer = server.client().completions.create(model=artifact.name, prompt=PROMPT, max_tokens=30, temperature=0)
+    assert answer.choices[0].text == completed(artifact, PROMPT, 30)
+    assert answer.usage is not None
+    details = answer.usage.completion_tokens_details
+    assert details is not None
+    assert details.accepted_prediction_tokens is not None
+    assert details.rejected_prediction_tokens is not None
+    assert details.accepted_prediction_tokens + details.rejected_prediction_tokens >= 0
+    if options:
+        assert details.accepted_prediction_tokens == details.rejected_prediction_tokens == 0
