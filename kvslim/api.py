@@ -15,12 +15,14 @@ from kvslim.errors import UsageError
 from kvslim.progress import Progress
 
 if TYPE_CHECKING:
+    from kvslim.measures import Report
     from kvslim.planning.analyze import Analysis
     from kvslim.planning.decide import PlanSummary
-    from kvslim.recipe import Gates, Recipe
+    from kvslim.recipe import Recipe
     from kvslim.runtime.text import Speculative, TextGenerator
+    from kvslim.settings import Gates
     from kvslim.transform.edits import FittedPlan
-    from kvslim.types import Manifest, Plan, Report
+    from kvslim.types import Manifest, Plan
     from kvslim.validation.bench import BenchResult
 
 AnyPath: TypeAlias = "str | PathLike[str]"
@@ -238,7 +240,7 @@ def _recipe(recipe: RecipeLike) -> Recipe:
 def _gates(gates: Gates | Mapping[str, float] | None) -> Gates | None:
     from pydantic import ValidationError
 
-    from kvslim.recipe import Gates
+    from kvslim.settings import Gates
 
     if gates is None or isinstance(gates, Gates):
         return gates

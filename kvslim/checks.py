@@ -17,9 +17,10 @@ from kvslim.export.space import check_space
 from kvslim.loading.snapshot import Snapshot
 from kvslim.methods.prune_heads import check_heads
 from kvslim.methods.sources import check_sources
-from kvslim.recipe import Budget, Recipe
+from kvslim.recipe import Recipe
 from kvslim.runtime.opening import check_threads
 from kvslim.runtime.text import used_draft
+from kvslim.settings import Budget
 from kvslim.types import LayerPlan, Manifest, Plan
 from kvslim.validation.bench import Grid
 from kvslim.validation.spans import LEAST_DISTANCE, longest_distance, positions_of

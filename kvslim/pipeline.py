@@ -16,15 +16,17 @@ from kvslim.export.manifest import read_runnable
 from kvslim.export.package import check_output, staging
 from kvslim.loading.snapshot import Snapshot
 from kvslim.loading.source import origin, read_spec, resolve
+from kvslim.measures import Report
 from kvslim.overrides import overridden
 from kvslim.planning.analyze import Analysis
 from kvslim.planning.analyze import analyze as analyze_layers
 from kvslim.planning.decide import PlanSummary, decided, planned
 from kvslim.prepared.base import PreparedModel, prepare
 from kvslim.progress import Progress, Silent
-from kvslim.recipe import Gates, Recipe, parse_recipe
+from kvslim.recipe import Recipe, parse_recipe
 from kvslim.report.describe import describe
-from kvslim.types import KVLayout, Manifest, Plan, Report
+from kvslim.settings import Gates
+from kvslim.types import KVLayout, Manifest, Plan
 from kvslim.validation.bench import BenchResult, Grid, bench_all, least_target
 from kvslim.workers.base import Workers
 

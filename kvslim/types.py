@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, SerializeAsAny
 from pydantic_core import CoreSchema
 
 from kvslim.caches import CACHES, Cache, FullCache, Place, SharedCache
@@ -17,9 +17,9 @@ from kvslim.contract import (
     KVTensor,
     Layout,
     ModelSpec,
-    WeightMethod,
-    WeightType,
 )
+from kvslim.measures import Report
+from kvslim.weight_format import Weights
 
 DraftChoice = Literal["auto", "lookup", "window", "none"]
 
@@ -32,99 +32,6 @@ class Draft(Frozen):
     )
     window: int = Field(256, ge=1, description="recent tokens that the window draft reads")
     sinks: int = Field(4, ge=0, description="first tokens that it reads")
-
-
-class WeightFormat(Frozen):
-    """How a graph stores its large matrices and its embedding table."""
-
-    type: Literal[WeightType, "stored", "auto"] = Field(
-        "fp32",
-        description="of all matrices; int8 and int4 in blocks; stored: the blocks of a GGUF as they are; "
-        "auto: stored where that can be, else int4 for decoders and fp32 for encoders",
-    )
-    method: WeightMethod = Field(
-        "k_quant",
-        description="rtn rounds; k_quant searches scales and zero points; gptq (decoders) uses calibration text",
-    )
-    block: Literal[32, 64, 128] | None = Field(
-        None, description="numbers that share a scale, at most; default: 32 of 4 bits or of an encoder, 128 of 8"
-    )
-    mixed: bool = Field(False, description="with int4: the most sensitive matrices in int8")
-    file_mib: float | None = Field(
-        None, gt=0, description="with int4 (decoders): size of the file within which bits and blocks are picked"
-    )
-    file_ratio: float | None = Field(
-        None, gt=1, description="the same, as how many times smaller than the export in float32"
-    )
-
-    @model_validator(mode="after")
-    def _check_parts(self) -> WeightFormat:
-        if self.file_mib is not None and self.file_ratio is not None:
-            raise ValueError("give file_mib or file_ratio, not both")
-        is_int4 = self.type in ("int4", "auto")
-        if self.picks and (not is_int4 or self._is_said):
-            raise ValueError(
-                "a limit of the file picks bits and blocks: give type int4 and method gptq or k_quant alone"
-            )
-        if self.mixed and not is_int4:
-            raise ValueError(f"mixed goes with type int4, not {self.type}")
-        if self.method == "gptq" and not is_int4 and self.type != "int8":
-            raise ValueError(f"method gptq goes with type int8 or int4, not {self.type}")
-        return self
-
-    @property
-    def is_quantised(self) -> bool:
-        """Whether matrices are stored in blocks."""
-        return self.type in ("int8", "int4", "stored")
-
-    def settled(self, *, is_encoder: bool, has_blocks: bool) -> WeightFormat:
-        """The format with `auto` decided; where more is asked of it, that is int4."""
-        if self.type != "auto":
-            return self
-        if is_encoder:
-            return WeightFormat()
-        keeps = has_blocks and self == WeightFormat(type="auto")
-        return self.model_copy(update={"type": "stored" if keeps else "int4"})
-
-    @property
-    def needs_text(self) -> bool:
-        """Whether calibration text decides how matrices are stored."""
-        return self.method == "gptq" or self.picks
-
-    @property
-    def is_open(self) -> bool:
-        """Whether bits and blocks of each matrix can still be picked."""
-        return self.type in ("int4", "auto") and not self.picks and not self._is_said
-
-    @property
-    def _is_said(self) -> bool:
-        """Whether the recipe says bits or blocks of matrices itself, beyond a type."""
-        return self.mixed or self.block is not None or self.method == "rtn"
-
-    @property
-    def picks(self) -> bool:
-        """Whether bits and blocks of each matrix are picked within a limit of the file."""
-        return self.file_mib is not None or self.file_ratio is not None
-
-    @property
-    def like(self) -> WeightType:
-        """The format that costs about as much time."""
-        return self.type if self.type in ("fp32", "int8") else "int4"
-
-    def __str__(self) -> str:
-        rounded = self.type in ("int8", "int4")
-        words = [self.method, *["mixed"] * self.mixed, *[f"blocks of {self.block}"] * (self.block is not None)]
-        words += [] if self.file_mib is None else [f"4 to 8 bits within {self.file_mib:g} MiB"]
-        words += [] if self.file_ratio is None else [f"4 to 8 bits, {self.file_ratio:g} times smaller"]
-        return f"{self.type} ({', '.join(words)})" if rounded else self.type
-
-
-def _weight_format(value: object) -> object:
-    """A plain word is a format's type."""
-    return {"type": value} if isinstance(value, str) else value
-
-
-Weights = Annotated[WeightFormat, BeforeValidator(_weight_format)]
 
 
 class _OneOfCaches:
@@ -311,108 +218,6 @@ class KVLayout(Frozen):
         places = ((layer, layer.place(spec, windows[layer.layer])) for layer in cached)
         tensors = (tensor for layer, place in places for tensor in layer.cache.tensors(spec, place))
         return cls(layout=plan.layout, tensors=tuple(tensors))
-
-
-class Measures(Frozen):
-    """One column of the report. What was not measured is None.
-
-    `kv_bytes_per_token` is the cache at the target context over that context. Latencies are milliseconds, keyed by
-    prompt length (`ttft_ms`), context length (`tpot_ms`) or, for an encoder, text length (`latency_ms`) in tokens;
-    `kl_*` are nats per token against the plain export; `recall` and the agreements are shares in 0..1; the rank
-    correlation is Spearman's. `kl_by_position` has the mean KL of the tokens from the key before (or the start) up to
-    its key, `kl_beyond` that of tokens beyond the target context, which no other number counts; `recall_by_distance`
-    the recall of what stands at most so many tokens back. Standard errors end in `_se`: of `kl_mean` and `perplexity`
-    over pieces of text, of the recall that is lost to the plain export over the questions. Where weights are quantised,
-    KL and perplexity are measured with activations in float32; `kl_as_run` is the KL with activations rounded as
-    onnxruntime does it, and `kl_to_original` the one to the model in float32.
-
-    Latencies are medians; `*_quartiles_ms` are the first and third quartile. Tokens per second follow from the medians:
-    `tokens_per_second` of one sequence by context length, `prompt_tokens_per_second` by prompt length.
-    """
-
-    kv_bytes_per_token: float | None = None
-    file_mib: float | None = None
-    kl_mean: float | None = None
-    kl_se: float | None = None
-    kl_p99: float | None = None
-    kl_as_run: float | None = None
-    kl_to_original: float | None = None
-    kl_by_position: dict[str, float] | None = None
-    kl_beyond: float | None = None
-    top1_agreement: float | None = None
-    perplexity: float | None = None
-    perplexity_se: float | None = None
-    recall: float | None = None
-    recall_questions: int | None = None
-    recall_drop_se: float | None = None
-    recall_by_distance: dict[str, float] | None = None
-    embedding_cosine_mean: float | None = None
-    embedding_cosine_min: float | None = None
-    retrieval_rank_correlation: float | None = None
-    masked_top1_agreement: float | None = None
-    ttft_ms: dict[str, float] | None = None
-    tpot_ms: dict[str, float] | None = None
-    latency_ms: dict[str, float] | None = None
-    ttft_quartiles_ms: dict[str, tuple[float, float]] | None = None
-    tpot_quartiles_ms: dict[str, tuple[float, float]] | None = None
-    latency_quartiles_ms: dict[str, tuple[float, float]] | None = None
-    prompt_tokens_per_second: dict[str, float] | None = None
-    tokens_per_second: dict[str, float] | None = None
-    peak_rss_mib: float | None = None
-
-
-class GateResult(Frozen):
-    """One gate: the measured value against its limit."""
-
-    name: str
-    value: float | None
-    limit: float
-    passed: bool
-    note: str | None = Field(None, description="why the verdict says little, if it does")
-
-
-class SampleAnswer(Frozen):
-    """What the plain export and the artifact write after the same prompt, greedily."""
-
-    prompt: str
-    plain: str
-    artifact: str
-
-
-class Speculation(Frozen):
-    """What a draft gains on held-out text, written greedily behind a context, with and without it in turns."""
-
-    context: int = Field(description="tokens before the texts that are written")
-    tokens: int = Field(description="tokens that are written")
-    differing: int = Field(
-        description="texts that are not the model's own, with activations in float32; must be 0 for the gates to pass"
-    )
-    tokens_per_round: float = Field(description="of a run of the graph")
-    acceptance: tuple[float, ...] = Field(description="how often the first proposal of a run was right, the second ...")
-    speed_ratio: float = Field(description="tokens per second over those without the draft, median over the texts")
-
-
-class Report(Frozen):
-    """What an artifact costs and saves, next to the plain export of the same model.
-
-    Latencies in `ratio` are medians over pairs of neighbouring turns: load on the machine slows both sides alike.
-    """
-
-    passed: bool
-    gates: tuple[GateResult, ...]
-    plain: Measures
-    floor: Measures
-    artifact: Measures
-    ratio: Measures
-    original: Measures | None = Field(None, description="the model in float32, where the weights are quantised")
-    smaller_than: dict[str, float] | None = Field(
-        None, description="how many times smaller the cache is than the same model's in fp32, fp16 and q8_0"
-    )
-    timings_uncertain: str | None = Field(None, description="why the timings say little, if they do")
-    samples: tuple[SampleAnswer, ...] = Field((), description="answers to compare by eye")
-    speculation: Speculation | None = Field(
-        None, exclude_if=lambda found: found is None, description="what the artifact's draft gains, if it has one"
-    )
 
 
 def _known(description: str) -> Any:

@@ -19,7 +19,8 @@ from support.tiny_writer import write_writer
 import kvslim
 from kvslim.errors import NotFoundError, UnsupportedError, UsageError
 from kvslim.export.manifest import read_manifest, write_manifest
-from kvslim.recipe import Gates, Recipe, load_recipe
+from kvslim.recipe import Recipe, load_recipe
+from kvslim.settings import Gates
 from kvslim.types import Plan
 
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "pydantic", "numpy"}

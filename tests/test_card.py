@@ -19,8 +19,9 @@ from kvslim.export.manifest import read_manifest
 from kvslim.loading.origin import of_gguf, source_of
 from kvslim.loading.snapshot import Snapshot
 from kvslim.loading.source import resolve
+from kvslim.measures import Measures
 from kvslim.report.card import model_card
-from kvslim.types import LayerPlan, Manifest, Measures, Plan, Source
+from kvslim.types import LayerPlan, Manifest, Plan, Source
 
 ID = "someone/model"
 CONFIG = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from kvslim.cli.console import schema_id
+from kvslim.measures import Measures
 from kvslim.report.compare import Column, Comparison
-from kvslim.types import Measures
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "ci.md").read_text()

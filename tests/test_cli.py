@@ -23,9 +23,11 @@ from kvslim.cli.lengths import read_lengths
 from kvslim.errors import GateError, OutputError, UsageError
 from kvslim.export.manifest import read_manifest, verify
 from kvslim.export.package import check_output, staging
-from kvslim.recipe import Gates, Recipe, shipped_recipes
+from kvslim.measures import GateResult, Measures, Report
+from kvslim.recipe import Recipe, shipped_recipes
 from kvslim.report.card import write_card
-from kvslim.types import GateResult, Measures, Plan, Report
+from kvslim.settings import Gates
+from kvslim.types import Plan
 
 ROOT = Path(__file__).parent.parent
 VERBS = (

@@ -14,8 +14,8 @@ from support.tiny_graph import write_tiny
 from kvslim.calibrate.corpus import check_source, loss_mask, self_windows, source_digest, text_windows
 from kvslim.errors import UnsupportedError
 from kvslim.progress import Silent
-from kvslim.recipe import Calibration, Validation
 from kvslim.runtime.session import DecodeSession
+from kvslim.settings import Calibration, Validation
 from kvslim.validation.measure import DecoderEvaluation
 from kvslim.validation.recall import capacity_for
 

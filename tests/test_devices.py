@@ -26,8 +26,9 @@ from kvslim.devices.stored_weights import artifact_weights
 from kvslim.errors import NotFoundError, UsageError
 from kvslim.loading.parameters import Parameters
 from kvslim.methods import KvQuant, Method
-from kvslim.types import KVLayout, LayerPlan, Plan, Weights
+from kvslim.types import KVLayout, LayerPlan, Plan
 from kvslim.validation.measure import file_mib
+from kvslim.weight_format import Weights
 
 NAMES = {
     "jetson-orin-nano-8gb",

@@ -20,10 +20,11 @@ from kvslim.errors import ArtifactError, UsageError
 from kvslim.export.manifest import read_manifest, verify
 from kvslim.methods import KvHdc, KvPca, PruneHeads
 from kvslim.planning.decide import decide
-from kvslim.recipe import Calibration, Heal
+from kvslim.settings import Calibration, Heal
 from kvslim.transform.edit_file import NAME, digest_of, load_fitted, merged, save_fitted
 from kvslim.transform.edits import FittedPlan, LayerEdit
-from kvslim.types import LayerPlan, Plan, WeightFormat
+from kvslim.types import LayerPlan, Plan
+from kvslim.weight_format import WeightFormat
 
 METHODS = (KvPca(rank=8), KvHdc(bits=4), PruneHeads(groups=1))
 REFIT = {"refit": True}

@@ -16,7 +16,8 @@ from kvslim.prepared.encoder import PreparedEncoder
 from kvslim.progress import Silent
 from kvslim.recipe import Recipe
 from kvslim.runtime.encoder import EncoderSession, mean_pool, pad
-from kvslim.types import Plan, Weights
+from kvslim.types import Plan
+from kvslim.weight_format import Weights
 
 TEXTS = [[2, 40, 50, 60, 3], [2, 9, 3], [2, *range(30, 55), 3]]
 

@@ -22,7 +22,8 @@ from kvslim.cli import app
 from kvslim.devices.profile import load_device
 from kvslim.errors import KvslimError, UsageError
 from kvslim.loading.tokenizer import folder_tokenizer
-from kvslim.recipe import Gates, load_recipe
+from kvslim.recipe import load_recipe
+from kvslim.settings import Gates
 
 READY = 77
 

@@ -20,8 +20,9 @@ from kvslim.loading.gguf_blocks import LEVELS, bytes_in_graph, stored_rows
 from kvslim.loading.source import read_spec, resolve
 from kvslim.report.matrices import formats_line, matrix_formats
 from kvslim.runtime.session import DecodeSession
-from kvslim.types import Plan, WeightFormat
+from kvslim.types import Plan
 from kvslim.validation.quality import measure_quality
+from kvslim.weight_format import WeightFormat
 
 RANDOM = np.random.default_rng(0)
 STORED = WeightFormat(type="stored")

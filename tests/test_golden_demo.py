@@ -15,13 +15,14 @@ from support.models import cached_logits, export_slim, open_prepared
 
 from kvslim.demo.world import heldout_text, recall_questions
 from kvslim.export.manifest import read_manifest
+from kvslim.measures import Report
 from kvslim.methods import KvPca
 from kvslim.recipe import Recipe, load_recipe, parse_recipe
 from kvslim.report.tables import plan_table
 from kvslim.runtime.generate import load_tokenizer
 from kvslim.runtime.session import DecodeSession
 from kvslim.transform.kl_evaluator import KLEvaluator
-from kvslim.types import KVLayout, Plan, Report
+from kvslim.types import KVLayout, Plan
 from kvslim.validation.quality import measure_quality
 
 pytestmark = [pytest.mark.golden, pytest.mark.timeout(900)]  # planning takes minutes on a busy machine

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT
 
+from kvslim.measures import Report
 from kvslim.pipeline import compress
 from kvslim.recipe import parse_recipe
-from kvslim.types import Report
 
 pytestmark = [pytest.mark.golden, pytest.mark.timeout(900)]
 MODEL = ROOT / "build" / "real" / "smollm2.gguf"

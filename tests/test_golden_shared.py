@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from kvslim.measures import Report
 from kvslim.pipeline import compress
 from kvslim.recipe import load_recipe
-from kvslim.types import Report
 
 pytestmark = pytest.mark.golden
 

@@ -24,7 +24,7 @@ from kvslim.planning.decide import decide
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.prepared.fitted import parts_of
 from kvslim.progress import Silent
-from kvslim.recipe import Heal
+from kvslim.settings import Heal
 from kvslim.transform.edits import LayerEdit
 from kvslim.transform.straight_through import through
 from kvslim.transform.surgery import trial

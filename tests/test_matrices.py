@@ -21,10 +21,12 @@ from kvslim.planning import matrices
 from kvslim.planning.matrices import FORMATS, MatrixPrice, MatrixPrices, StoredAs
 from kvslim.planning.split import split
 from kvslim.prepared.weights import matrix_picking
-from kvslim.recipe import Budget, Recipe, parse_recipe
+from kvslim.recipe import Recipe, parse_recipe
+from kvslim.settings import Budget
 from kvslim.transform.kl_evaluator import KLEvaluator, probe_windows
-from kvslim.types import PlanPoint, WeightFormat
+from kvslim.types import PlanPoint
 from kvslim.validation.measure import file_mib
+from kvslim.weight_format import WeightFormat
 from kvslim.weights.blocks import BlockFormat, quantise
 
 

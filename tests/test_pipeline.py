@@ -14,8 +14,9 @@ from kvslim.devices.profile import device_memory
 from kvslim.errors import NotFoundError, UsageError
 from kvslim.export.manifest import read_manifest, verify, write_manifest
 from kvslim.methods import KvHdc, KvPca, KvQuant
-from kvslim.recipe import Gates, Recipe, Validation
+from kvslim.recipe import Recipe
 from kvslim.report.page import artifact_page
+from kvslim.settings import Gates, Validation
 from kvslim.types import Manifest, Plan
 from kvslim.validation.bench import Grid
 from kvslim.validation.samples import SAMPLES

@@ -19,7 +19,7 @@ from kvslim.planning.prices import Price
 from kvslim.planning.probes import FORMAT, Probes
 from kvslim.planning.probing import Prober
 from kvslim.prepared.decoder import PreparedDecoder
-from kvslim.recipe import Budget
+from kvslim.settings import Budget
 from kvslim.types import LayerPlan, Plan
 
 CONTEXT = 128

@@ -24,7 +24,7 @@ from kvslim.planning.removals import removals, removals_keeping_recall, spare_la
 from kvslim.planning.sharing import nearest_sources, sharing, sharing_keeping_recall
 from kvslim.planning.trials import PlanTrials
 from kvslim.prepared.decoder import PreparedDecoder
-from kvslim.recipe import Budget
+from kvslim.settings import Budget
 from kvslim.types import KVLayout, LayerPlan, Plan
 
 CONTEXT = 2048

@@ -23,8 +23,9 @@ from kvslim.export.manifest import read_manifest
 from kvslim.planning.choose import Chosen, choose
 from kvslim.planning.planner import MARGIN, Planned, Planner
 from kvslim.prepared.decoder import PreparedDecoder
-from kvslim.recipe import Budget, Recipe, load_recipe, parse_recipe
+from kvslim.recipe import Recipe, load_recipe, parse_recipe
 from kvslim.runtime.opening import layout_of, open_session
+from kvslim.settings import Budget
 from kvslim.types import KVLayout, Plan, PlanPoint
 
 CONTEXT = 2048

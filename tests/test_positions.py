@@ -21,7 +21,8 @@ from kvslim.export.manifest import read_manifest, write_manifest
 from kvslim.loading.source import read_spec, resolve
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Silent
-from kvslim.recipe import Calibration, Recipe, parse_recipe
+from kvslim.recipe import Recipe, parse_recipe
+from kvslim.settings import Calibration
 from kvslim.types import Plan
 
 MILLION = 1_024_000

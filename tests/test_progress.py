@@ -18,8 +18,8 @@ from kvslim import pipeline, stages
 from kvslim.cli.pace import Pace, done, left_in_words, minutes
 from kvslim.cli.progress import Terminal
 from kvslim.methods import KvQuant
-from kvslim.recipe import Budget
-from kvslim.types import WeightFormat
+from kvslim.settings import Budget
+from kvslim.weight_format import WeightFormat
 
 T = TypeVar("T")
 SHARES = {"load": 1.0, "other": 2.0, "last": 7.0}

@@ -14,8 +14,10 @@ from kvslim.checks import check_plan
 from kvslim.contract import BITS, ModelSpec
 from kvslim.errors import KvslimError, UsageError
 from kvslim.methods import KvHdc, KvPca, KvQuant, KvWindow
-from kvslim.recipe import Budget, Calibration, Gates, Recipe, Validation, parse_recipe
-from kvslim.types import KVLayout, LayerPlan, Plan, WeightFormat
+from kvslim.recipe import Recipe, parse_recipe
+from kvslim.settings import Budget, Calibration, Gates, Validation
+from kvslim.types import KVLayout, LayerPlan, Plan
+from kvslim.weight_format import WeightFormat
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 SHARES = st.none() | st.floats(0, 1, exclude_min=True)

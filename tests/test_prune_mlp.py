@@ -24,7 +24,8 @@ from kvslim.planning.budget import decode_time
 from kvslim.planning.decide import decide
 from kvslim.report.decisions import decisions
 from kvslim.transform.kl_evaluator import KLEvaluator
-from kvslim.types import LayerPlan, Plan, WeightFormat
+from kvslim.types import LayerPlan, Plan
+from kvslim.weight_format import WeightFormat
 
 ModelOf = Callable[[str], Path]
 

@@ -10,7 +10,7 @@ from support.tiny_artifact import SPEC
 from kvslim.errors import KvslimError, NotFoundError, UsageError
 from kvslim.methods import KvPca, KvQuant
 from kvslim.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
-from kvslim.types import WeightFormat
+from kvslim.weight_format import WeightFormat
 
 
 @pytest.mark.parametrize("name", ["lossless", "balanced", "small", "encoder"])

@@ -10,7 +10,7 @@ import pytest
 from support.tiny_report import PLAIN, PLAN, SPEC, manifest
 
 from kvslim.caches import FullCache, SharedCache, WindowCache
-from kvslim.recipe import Gates
+from kvslim.measures import GateResult, Measures, SampleAnswer
 from kvslim.report.advice import expected_gates, nearest_budget, passing_budget
 from kvslim.report.answers import compared_answer
 from kvslim.report.chart import LEFT, RIGHT, Axis, Rule, Series, chart
@@ -20,7 +20,8 @@ from kvslim.report.junit import junit_xml
 from kvslim.report.layer_map import layer_map
 from kvslim.report.page import artifact_page
 from kvslim.report.tiles import tiles
-from kvslim.types import GateResult, KVLayout, LayerPlan, Manifest, Measures, Plan, PlanPoint, SampleAnswer
+from kvslim.settings import Gates
+from kvslim.types import KVLayout, LayerPlan, Manifest, Plan, PlanPoint
 
 TOKENS, MILLISECONDS = Axis("tokens", base=2), Axis("ms")
 

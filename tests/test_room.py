@@ -21,7 +21,8 @@ from kvslim.devices.profile import Device, Quantity, Share, device_text, load_de
 from kvslim.devices.room import Room, room_on
 from kvslim.errors import GateError, UnsupportedError, UsageError
 from kvslim.export.manifest import read_manifest
-from kvslim.recipe import Budget, Recipe, load_recipe
+from kvslim.recipe import Recipe, load_recipe
+from kvslim.settings import Budget
 from kvslim.types import KVLayout
 
 MIB = 2**20

@@ -19,7 +19,7 @@ from kvslim.errors import UsageError
 from kvslim.loading.source import read_spec, resolve
 from kvslim.prepared.encoder import PreparedEncoder
 from kvslim.progress import Silent
-from kvslim.recipe import Calibration, Validation
+from kvslim.settings import Calibration, Validation
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if messages[0].role == 'user' %}<|answer|>{% endif %}"
 PLAIN = "some words that any model knows. " * 20

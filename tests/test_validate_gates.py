@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from kvslim.recipe import Gates
-from kvslim.types import Measures
+from kvslim.measures import Measures
+from kvslim.settings import Gates
 from kvslim.validation.gates import Timed, check_gates, ratio, report
 
 CONTEXT = 4096

@@ -12,9 +12,9 @@ from support.tiny_graph import write_tiny
 from support.tiny_tokenizer import byte_tokenizer
 from support.tiny_writer import write_writer
 
+from kvslim.measures import SampleAnswer
 from kvslim.progress import Silent
 from kvslim.runtime.session import DecodeSession
-from kvslim.types import SampleAnswer
 from kvslim.validation.samples import ANSWER, PROMPT, SAMPLES, sample_answers
 
 WINDOWS = np.random.default_rng(0).integers(32, 127, (5, 160))

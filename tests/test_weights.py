@@ -20,7 +20,8 @@ from kvslim.export import weights as export_weights
 from kvslim.export.storage import share_storage
 from kvslim.export.weights import quantise_weights
 from kvslim.recipe import load_recipe, parse_recipe
-from kvslim.types import Plan, WeightFormat
+from kvslim.types import Plan
+from kvslim.weight_format import WeightFormat
 from kvslim.weights.blocks import BlockFormat, Quantised, quantise
 from kvslim.weights.rows import QuantisedRows
 

@@ -21,8 +21,9 @@ from kvslim.planning.decide import decide
 from kvslim.prepared import weights as prepared_weights
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.runtime.session import DecodeSession
-from kvslim.types import Plan, WeightFormat
+from kvslim.types import Plan
 from kvslim.validation.quality import measure_quality
+from kvslim.weight_format import WeightFormat
 from kvslim.weights.blocks import BlockFormat, quantise
 from kvslim.weights.gptq import gptq
 from kvslim.weights.rows import QuantisedRows

@@ -19,7 +19,7 @@ from kvslim.errors import ModelError, NotFoundError, UnsupportedError, UsageErro
 from kvslim.methods.kv_quant import KvQuant
 from kvslim.planning.budget import choose_within
 from kvslim.prepared.decoder import PreparedDecoder
-from kvslim.recipe import Budget
+from kvslim.settings import Budget
 from kvslim.workers.cluster import RETRIES, Cluster
 from kvslim.workers.ray_workers import RayWorkers
 

@@ -16,9 +16,11 @@ from kvslim.contract import MIB, WeightType
 from kvslim.devices.peak import RUNTIME_BYTES
 from kvslim.errors import GateError
 from kvslim.pipeline import compress
-from kvslim.recipe import Budget, load_recipe
-from kvslim.types import KVLayout, Manifest, Plan, WeightFormat
+from kvslim.recipe import load_recipe
+from kvslim.settings import Budget
+from kvslim.types import KVLayout, Manifest, Plan
 from kvslim.validation.measure import file_mib
+from kvslim.weight_format import WeightFormat
 
 # What is told of time and recall is not looked at.
 BRIEF = (

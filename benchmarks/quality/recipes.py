@@ -8,10 +8,10 @@ from typing import Any
 from benchmarks.registry import Values, benchmark
 from benchmarks.rows import Row
 from benchmarks.subjects import Source
+from kvslim.measures import Measures
 from kvslim.pipeline import compress
 from kvslim.recipe import load_recipe
 from kvslim.report.tables import RATIO, measures_table
-from kvslim.types import Measures
 
 SHORT = (
     "validation.prompts=[16]",

@@ -14,9 +14,9 @@ from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
 from benchmarks.texts import BRIEF, LENGTH
 from kvslim.runtime.session import DecodeSession
-from kvslim.types import WeightFormat
 from kvslim.validation.measure import file_mib
 from kvslim.validation.quality import measure_all, measure_floor, measure_quality
+from kvslim.weight_format import WeightFormat
 
 FORMATS: dict[str, WeightFormat] = {
     str(format_): format_

@@ -12,8 +12,8 @@ from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
 from benchmarks.texts import LITTLE
 from kvslim.contract import WeightType
-from kvslim.types import WeightFormat
 from kvslim.validation.latency import measure_latency
+from kvslim.weight_format import WeightFormat
 
 FORMATS: dict[str, WeightFormat] = {
     str(format_): format_

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvslim.errors import UsageError
-from kvslim.recipe import Budget, Gates, Recipe
+from kvslim.recipe import Recipe
+from kvslim.settings import Budget, Gates
 
 if TYPE_CHECKING:
     from kvslim.devices.limits import Limits

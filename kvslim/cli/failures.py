@@ -13,7 +13,7 @@ from kvslim.errors import GateError, KvslimError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvslim.types import GateResult
+    from kvslim.measures import GateResult
 
 
 READER_GONE = 141  # what shells report for a process that SIGPIPE ended

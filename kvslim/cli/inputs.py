@@ -11,12 +11,13 @@ from pydantic import ValidationError
 
 from kvslim.cli.lengths import read_length
 from kvslim.errors import NotFoundError, OutputError, UsageError, suggestion
-from kvslim.recipe import Budget, Gates, Recipe, load_recipe
+from kvslim.recipe import Recipe, load_recipe
+from kvslim.settings import Budget, Gates
 from kvslim.types import Plan
 
 if TYPE_CHECKING:
+    from kvslim.measures import Report
     from kvslim.transform.edits import FittedPlan
-    from kvslim.types import Report
 
 
 def read_plans(paths: Sequence[Path]) -> Plan | FittedPlan | None:

@@ -24,7 +24,7 @@ def _devices(typed: str) -> list[str]:
 
 def _gates(typed: str) -> list[str]:
     """The gates, for shell completion."""
-    from kvslim.recipe import Gates
+    from kvslim.settings import Gates
 
     return [f"{name}=" for name in Gates.model_fields if name.startswith(typed)]
 

@@ -11,8 +11,9 @@ import typer
 
 from kvslim.cli.pace import minutes
 from kvslim.kv_ratios import smaller
+from kvslim.measures import Report
 from kvslim.report.advice import expected_gates, nearest_budget, passing_budget
-from kvslim.types import Manifest, Report
+from kvslim.types import Manifest
 
 if TYPE_CHECKING:
     from kvslim.devices.limits import Limits

@@ -13,6 +13,7 @@ from kvslim.contract import Frozen
 from kvslim.devices.limits import Limits
 from kvslim.devices.profile import Device
 from kvslim.errors import NotFoundError, suggestion
+from kvslim.measures import GateResult, Report
 from kvslim.planning.analyze import Analysis
 from kvslim.planning.decide import PlanSummary
 from kvslim.recipe import Recipe
@@ -20,7 +21,6 @@ from kvslim.report.compare import Comparison, Regression
 from kvslim.report.memory import CacheMemory
 from kvslim.runtime.completion import Usage
 from kvslim.sweep.outcomes import Outcomes
-from kvslim.types import GateResult, Report
 from kvslim.validation.bench import BenchResult
 from kvslim.validation.tasks import TaskScores
 

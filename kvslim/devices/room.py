@@ -13,8 +13,10 @@ from kvslim.devices.profile import Device
 from kvslim.errors import GateError, UnsupportedError
 from kvslim.loading.parameters import Parameters
 from kvslim.loading.snapshot import Snapshot
-from kvslim.recipe import Budget, Recipe
-from kvslim.types import KVLayout, Plan, WeightFormat
+from kvslim.recipe import Recipe
+from kvslim.settings import Budget
+from kvslim.types import KVLayout, Plan
+from kvslim.weight_format import WeightFormat
 
 INT8_RATIO = 4  # times smaller than the plain cache: what nearly every model takes without a loss
 

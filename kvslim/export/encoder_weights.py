@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from kvslim.export.quiet import quiet
 from kvslim.export.weights import quantise_weights
-from kvslim.types import WeightFormat
+from kvslim.weight_format import WeightFormat
 from kvslim.weights.rows import QuantisedRows
 
 SMOOTH = {"LayerNormalization", "SkipLayerNormalization", "Attention"}  # their outputs have no far outliers

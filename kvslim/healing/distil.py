@@ -23,7 +23,7 @@ from kvslim.healing.student import Codes, Student
 from kvslim.healing.text import Texts
 from kvslim.loading.architecture import Architecture
 from kvslim.progress import Progress
-from kvslim.recipe import Heal
+from kvslim.settings import Heal
 from kvslim.transform.kl_evaluator import logits_at, predicting
 from kvslim.types import Healing, Watched
 

@@ -17,7 +17,7 @@ from kvslim.planning.probes import Probes
 from kvslim.planning.probing import Prober
 from kvslim.planning.trials import PlanTrials
 from kvslim.planning.windows import WindowTrials
-from kvslim.recipe import Budget
+from kvslim.settings import Budget
 from kvslim.transform.surgery import layer_modules
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from kvslim.errors import GateError
 from kvslim.kv_ratios import smaller
 from kvslim.planning.planner import MARGIN, Planned, Planner
 from kvslim.progress import Progress
-from kvslim.recipe import Budget
+from kvslim.settings import Budget
 from kvslim.types import PlanPoint
 
 

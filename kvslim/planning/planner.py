@@ -18,7 +18,7 @@ from kvslim.planning.decode_time import DecodeTime
 from kvslim.planning.prices import Divergence
 from kvslim.planning.probes import BITS, FIX, Probes
 from kvslim.progress import Progress, Silent
-from kvslim.recipe import Budget
+from kvslim.settings import Budget
 from kvslim.transform.edits import LayerEdit
 from kvslim.types import KVLayout, LayerPlan, Plan, PlanPoint
 

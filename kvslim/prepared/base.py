@@ -13,9 +13,10 @@ from kvslim.contract import ModelSpec
 from kvslim.errors import UnsupportedError, UsageError
 from kvslim.loading.architecture import Architecture
 from kvslim.loading.snapshot import Snapshot
+from kvslim.measures import Report
 from kvslim.progress import Progress
 from kvslim.recipe import Recipe
-from kvslim.types import Healing, KVLayout, Plan, Report
+from kvslim.types import Healing, KVLayout, Plan
 from kvslim.workers.base import Workers
 
 if TYPE_CHECKING:

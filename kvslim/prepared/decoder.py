@@ -41,8 +41,9 @@ from kvslim.progress import Progress, Silent
 from kvslim.recipe import Recipe
 from kvslim.transform.edits import FittedPlan, LayerEdit
 from kvslim.transform.surgery import install, prepare
-from kvslim.types import Healing, KVLayout, Plan, WeightFormat
+from kvslim.types import Healing, KVLayout, Plan
 from kvslim.validation.measure import DecoderEvaluation
+from kvslim.weight_format import WeightFormat
 from kvslim.weights.rows import QuantisedRows
 from kvslim.workers.base import Workers
 

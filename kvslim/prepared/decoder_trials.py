@@ -14,7 +14,7 @@ from kvslim.planning.choose import Chosen
 from kvslim.planning.survey import surveyed
 from kvslim.prepared.text import split
 from kvslim.prepared.trials import Codes, Trials
-from kvslim.recipe import Budget
+from kvslim.settings import Budget
 from kvslim.transform.compensate import refitted
 from kvslim.transform.kl_evaluator import KLEvaluator, RecallTrials, held_out_windows, probe_windows
 from kvslim.types import Plan, PlanPoint, Survey

@@ -18,7 +18,7 @@ from kvslim.types import Healing, Plan
 
 if TYPE_CHECKING:
     from kvslim.prepared.decoder import PreparedDecoder
-    from kvslim.recipe import Heal
+    from kvslim.settings import Heal
 
 Codes = tuple[LayerEdit, ...]
 WATCHED, JUDGED = 2048, 8192  # tokens of the held-out text, at most

@@ -14,7 +14,8 @@ from kvslim.planning.choose import check_time
 from kvslim.planning.split import split
 from kvslim.prepared.weights import MatrixPicking, file_limit, matrix_picking
 from kvslim.progress import WithinStage
-from kvslim.recipe import Budget, Gates, Recipe
+from kvslim.recipe import Recipe
+from kvslim.settings import Budget, Gates
 from kvslim.types import PlanPoint
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from kvslim.calibrate.corpus import CALIBRATION_SHARE, VALIDATION_SHARE, WHOLE
 from kvslim.calibrate.sentences import Sentences, mask_tokens, sentences, tokenised
 from kvslim.contract import ModelSpec
 from kvslim.errors import ModelError, UsageError
-from kvslim.recipe import Calibration, Validation
+from kvslim.settings import Calibration, Validation
 from kvslim.token_ids import check_ids, knows_more
 
 LEAST_SENTENCES = 8  # of calibration: three quarters to fit on, one to choose by

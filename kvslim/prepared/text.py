@@ -21,7 +21,7 @@ from kvslim.calibrate.corpus import (
 )
 from kvslim.demo.world import recall_questions
 from kvslim.healing.text import Text
-from kvslim.recipe import Calibration, Validation
+from kvslim.settings import Calibration, Validation
 from kvslim.validation.recall import RecallItem, repeated_spans
 from kvslim.validation.spans import FAR_SPANS, SPAN
 

@@ -13,7 +13,7 @@ from kvslim.methods.base import Method
 from kvslim.methods.fitting import fit
 from kvslim.planning.refit import refit_as_planned
 from kvslim.progress import Progress
-from kvslim.recipe import Budget
+from kvslim.settings import Budget
 from kvslim.transform.edits import LayerEdit
 from kvslim.types import Plan, PlanPoint, Survey
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from kvslim.recipe import Gates
-from kvslim.types import GateResult, Manifest, PlanPoint
+from kvslim.measures import GateResult
+from kvslim.settings import Gates
+from kvslim.types import Manifest, PlanPoint
 
 Expected = Callable[[PlanPoint], float | None]
 

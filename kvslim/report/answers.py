@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import NamedTuple
 
-from kvslim.types import SampleAnswer
+from kvslim.measures import SampleAnswer
 
 WORDS = re.compile(r"\S+\s*|^\s+")
 

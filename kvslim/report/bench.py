@@ -6,8 +6,8 @@ import csv
 import io
 from collections.abc import Callable, Mapping
 
+from kvslim.measures import Measures
 from kvslim.report.tables import METRICS, NONE, UNCERTAIN, Table, measures_table, rate, with_quartiles
-from kvslim.types import Measures
 from kvslim.validation.bench import BenchResult, Timing
 from kvslim.validation.drafts import DraftGain
 

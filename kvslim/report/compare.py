@@ -11,9 +11,10 @@ from pydantic import Field
 from kvslim.contract import Frozen
 from kvslim.errors import UsageError
 from kvslim.kv_ratios import TYPES, smaller_than, times
+from kvslim.measures import GateResult, Measures
 from kvslim.report.card import name_of
 from kvslim.report.tables import METRICS, NONE, SMALLER, Table, metric_rows
-from kvslim.types import GateResult, Manifest, Measures
+from kvslim.types import Manifest
 
 
 class Column(Frozen):

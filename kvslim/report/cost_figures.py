@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from kvslim.measures import Measures
 from kvslim.report.chart import Axis, Rule, Series, chart
 from kvslim.report.figure import Figure, Limits, Named, in_thousands, reports, styled
 from kvslim.report.tables import quartiles_of
-from kvslim.types import KVLayout, Manifest, Measures, Plan
+from kvslim.types import KVLayout, Manifest, Plan
 
 MIB_PER_GIB = 1024
 MOST_LIMITS = 4  # devices that are too small for the longest context

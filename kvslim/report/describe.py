@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 from kvslim.devices.profile import device_memory
 from kvslim.export.manifest import LEAST_ONNXRUNTIME, hash_files, write_manifest
 from kvslim.loading.origin import source_of
+from kvslim.measures import Report
 from kvslim.report.card import write_card
 from kvslim.report.matrices import matrix_formats
 from kvslim.report.page import write_report
 from kvslim.speculative.choice import draft_of
-from kvslim.types import Healing, KVLayout, Manifest, Plan, Report, Survey
+from kvslim.types import Healing, KVLayout, Manifest, Plan, Survey
 
 if TYPE_CHECKING:
     from kvslim.prepared.base import PreparedModel

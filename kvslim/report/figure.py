@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from kvslim.types import Manifest, Report
+from kvslim.measures import Report
+from kvslim.types import Manifest
 
 COLOURS = 6
 

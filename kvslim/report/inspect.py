@@ -21,7 +21,7 @@ from kvslim.report.memory import (
     model_caches,
     recipe_precisions,
 )
-from kvslim.types import WeightFormat
+from kvslim.weight_format import WeightFormat
 
 CONTEXTS = (4096, 16384)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from kvslim.types import GateResult, Report
+from kvslim.measures import GateResult, Report
 
 
 def junit_xml(report: Report, artifact: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from kvslim.measures import Report
 from kvslim.report.advice import passing_budget
 from kvslim.report.answers import Answer, compared_answer, differing
 from kvslim.report.card import name_of
@@ -32,7 +33,7 @@ from kvslim.report.tables import (
     timing_note,
 )
 from kvslim.report.tiles import Tile, failed_gates, tiles
-from kvslim.types import KVLayout, Manifest, Plan, Report
+from kvslim.types import KVLayout, Manifest, Plan
 
 REPORT = "report.html"
 TEMPLATE = "report.html.j2"

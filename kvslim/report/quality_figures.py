@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import floor, log10
 
 from kvslim.kv_ratios import TYPES
+from kvslim.measures import Measures, Report
 from kvslim.report.chart import Axis, Rule, Series, chart
 from kvslim.report.figure import Figure, Named, in_thousands, reports, styled
-from kvslim.types import Manifest, Measures, PlanPoint, Report
+from kvslim.types import Manifest, PlanPoint
 
 LEAST_KL = 1e-7  # where a KL of zero is drawn on the logarithmic axis
 TOOLS = {"genai": "s1", "llama.cpp": "s2"}  # colours of other tools on the page of one artifact

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from kvslim.kv_ratios import times
+from kvslim.measures import Report
 from kvslim.report.figure import reports
 from kvslim.report.figures import figures
 from kvslim.report.page import Head, Section, rendered
 from kvslim.report.tables import NONE, Table
 from kvslim.sweep.asked import Job
 from kvslim.sweep.outcomes import Outcome, Outcomes
-from kvslim.types import Manifest, Report
+from kvslim.types import Manifest
 
 HEADER = (
     "artifact",

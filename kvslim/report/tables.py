@@ -12,8 +12,9 @@ from rich.text import Text
 
 from kvslim.caches import CodedCache
 from kvslim.kv_ratios import TYPES, smaller_than, times
+from kvslim.measures import GateResult, Measures, Report
 from kvslim.report.memory import CacheMemory
-from kvslim.types import GateResult, Measures, PeerPoint, Plan, PlanPoint, Report
+from kvslim.types import PeerPoint, Plan, PlanPoint
 
 if TYPE_CHECKING:
     from kvslim.validation.tasks import TaskScores

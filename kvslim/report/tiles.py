@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvslim.kv_ratios import TYPES, smaller
+from kvslim.measures import GateResult, Report
 from kvslim.report.tables import rate
-from kvslim.types import GateResult, Manifest, Report
+from kvslim.types import Manifest
 
 GATES = {
     "max_kl": "mean KL to plain",

@@ -13,7 +13,8 @@ from pydantic import Field, ValidationError, model_validator
 from kvslim.contract import Frozen
 from kvslim.errors import NotFoundError, UsageError, suggestion
 from kvslim.overrides import one_line
-from kvslim.recipe import Budget, Recipe, load_recipe
+from kvslim.recipe import Recipe, load_recipe
+from kvslim.settings import Budget
 
 EXAMPLE = "models: [demo]\nrecipes: [lossless]\nbudgets: [{kv_ratio: 8}]\n"
 

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from kvslim.calibrate.sentences import Sentences
 from kvslim.contract import ModelSpec
-from kvslim.recipe import Gates
+from kvslim.measures import Measures, Report
 from kvslim.runtime.encoder import EncoderSession, pad
-from kvslim.types import Measures, Report
+from kvslim.settings import Gates
 from kvslim.validation.gates import Timed, report
 from kvslim.validation.latency import Cost, Times, cost, in_turns, quartiles, ratio
 from kvslim.validation.load import LoadWatch, doubt

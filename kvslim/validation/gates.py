@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from kvslim.contract import MIB
 from kvslim.kv_ratios import smaller_than
-from kvslim.recipe import Gates
-from kvslim.types import GateResult, Measures, Report, SampleAnswer, Speculation
+from kvslim.measures import GateResult, Measures, Report, SampleAnswer, Speculation
+from kvslim.settings import Gates
 
 # Limits are decimal fractions; a difference of shares can miss one by a rounding error (1 - 0.95 > 0.05).
 _TOLERANCE = 1e-9

@@ -10,10 +10,11 @@ import numpy as np
 
 from kvslim import stages
 from kvslim.export.manifest import GRAPH, WEIGHTS
+from kvslim.measures import Measures, Report
 from kvslim.progress import Progress
-from kvslim.recipe import Gates, Validation
 from kvslim.runtime.session import DecodeSession
-from kvslim.types import DraftChoice, Measures, Report
+from kvslim.settings import Gates, Validation
+from kvslim.types import DraftChoice
 from kvslim.validation.gates import Timed, report
 from kvslim.validation.latency import Latency, measure_latency
 from kvslim.validation.quality import FLOOR_WINDOWS, measure_all, measure_floor

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from kvslim.measures import SampleAnswer
 from kvslim.progress import Progress
 from kvslim.runtime.generate import eos_ids, load_tokenizer
 from kvslim.runtime.session import DecodeSession
 from kvslim.runtime.writing import Completion, write
-from kvslim.types import SampleAnswer
 
 SAMPLES, PROMPT, ANSWER = 3, 64, 48  # texts, and tokens of each at most
 

@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from kvslim.export.manifest import SPECULATIVE_GRAPH
+from kvslim.measures import Speculation
 from kvslim.prefix import shared_length
 from kvslim.progress import Progress
 from kvslim.runtime.generate import load_tokenizer
@@ -20,7 +21,7 @@ from kvslim.runtime.writing import Completion, write
 from kvslim.speculative.choice import draft_of
 from kvslim.speculative.loop import acceptance, tokens_per_round, write_speculatively
 from kvslim.speculative.speculator import Speculator
-from kvslim.types import Draft, DraftChoice, Speculation
+from kvslim.types import Draft, DraftChoice
 
 TEXTS, MOST = 4, 64  # texts to write, and tokens of each at most
 TIE = 1e-3  # logits as close as this may be taken in either order: sums of floats depend on how many rows they are of

@@ -18,8 +18,8 @@ from kvslim.contract import Frozen
 from kvslim.errors import NotFoundError, UnsupportedError, UsageError, suggestion
 from kvslim.export.manifest import read_runnable
 from kvslim.json_lines import is_json_lines, read_objects
+from kvslim.measures import GateResult
 from kvslim.progress import Progress, Silent
-from kvslim.types import GateResult
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

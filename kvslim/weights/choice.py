@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from kvslim.loading.architecture import Architecture
-from kvslim.types import WeightFormat
+from kvslim.weight_format import WeightFormat
 from kvslim.weights.blocks import SMALLEST_BLOCK, BlockFormat
 
 BLOCKS = {4: 32, 8: 128}  # by bits; 8 bits lose nothing to speak of by larger blocks, and are read faster

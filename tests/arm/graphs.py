@@ -19,7 +19,8 @@ from kvslim.prepared.encoder import PreparedEncoder
 from kvslim.progress import Silent
 from kvslim.recipe import Recipe
 from kvslim.runtime.evaluation import changed_graph
-from kvslim.types import Plan, Weights
+from kvslim.types import Plan
+from kvslim.weight_format import Weights
 
 ROUNDED, FLOAT = "rounded.onnx", "float.onnx"  # the same, with products' inputs rounded or not
 TOKENS = np.random.default_rng(0).integers(0, 256, 72)  # every tiny tokenizer has all bytes

@@ -11,7 +11,8 @@ from kvslim.caches import FullCache
 from kvslim.contract import Layout, ModelSpec
 from kvslim.methods import KvHdc, KvPca, KvQuant, KvWindow, Method, PruneHeads, ShareKv
 from kvslim.planning.decide import decide
-from kvslim.types import KVLayout, LayerPlan, Plan, Weights
+from kvslim.types import KVLayout, LayerPlan, Plan
+from kvslim.weight_format import Weights
 
 
 @dataclass(frozen=True)

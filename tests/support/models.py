@@ -13,10 +13,12 @@ from kvslim.methods import Method
 from kvslim.planning.decide import decide
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Silent
-from kvslim.recipe import Calibration, Recipe, Validation
+from kvslim.recipe import Recipe
 from kvslim.runtime.opening import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
-from kvslim.types import KVLayout, Plan, WeightFormat
+from kvslim.settings import Calibration, Validation
+from kvslim.types import KVLayout, Plan
+from kvslim.weight_format import WeightFormat
 
 CALIBRATION = Calibration(samples=4, length=48)
 VALIDATION = Validation(

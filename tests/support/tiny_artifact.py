@@ -7,7 +7,8 @@ from pathlib import Path
 from kvslim.caches import FullCache
 from kvslim.contract import ModelSpec
 from kvslim.export.manifest import hash_files, write_manifest
-from kvslim.types import Draft, KVLayout, LayerPlan, Manifest, Plan, Report, Source
+from kvslim.measures import Report
+from kvslim.types import Draft, KVLayout, LayerPlan, Manifest, Plan, Source
 
 SPEC = ModelSpec(
     model_type="llama",

@@ -5,19 +5,8 @@ from __future__ import annotations
 from kvslim.caches import FullCache, PackedCache
 from kvslim.contract import ModelSpec
 from kvslim.kv_ratios import smaller_than
-from kvslim.types import (
-    GateResult,
-    KVLayout,
-    LayerPlan,
-    Manifest,
-    Measures,
-    PeerPoint,
-    Plan,
-    PlanPoint,
-    Report,
-    SampleAnswer,
-    Source,
-)
+from kvslim.measures import GateResult, Measures, Report, SampleAnswer
+from kvslim.types import KVLayout, LayerPlan, Manifest, PeerPoint, Plan, PlanPoint, Source
 from kvslim.validation.gates import ratio
 
 SPEC = ModelSpec(
