@@ -160,11 +160,10 @@ def bench(artifacts: Sequence[Path], grid: Grid, *, progress: Progress | None = 
     Raises:
         KvslimError: An artifact cannot be opened, or a length is not positive or beyond a model's positions.
     """
-    folders = {str(artifact): artifact for artifact in artifacts}
-    manifests = [read_runnable(folder) for folder in folders.values()]
+    manifests = [read_runnable(artifact) for artifact in artifacts]
     grid = grid.fitted([manifest.spec for manifest in manifests], least_target(manifests))
-    checks.check_grid(list(folders.values()), manifests, grid)
-    return bench_all(folders, manifests, grid, progress or Silent())
+    checks.check_grid(artifacts, manifests, grid)
+    return bench_all(artifacts, manifests, grid, progress or Silent())
 
 
 def _checked(snapshot: Snapshot, recipe: Recipe, lack: str | None = None) -> tuple[ModelSpec, Recipe]:

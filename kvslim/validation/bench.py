@@ -129,14 +129,14 @@ class BenchResult(Frozen):
 
 
 def bench_all(
-    artifacts: Mapping[str, Path],
-    manifests: Sequence[Manifest],
-    grid: Grid,
-    progress: Progress,
+    folders: Sequence[Path], manifests: Sequence[Manifest], grid: Grid, progress: Progress
 ) -> dict[str, BenchResult]:
-    """Times artifacts of models that are all decoders or all encoders."""
-    used = {name: used_draft(manifest, grid.speculative) for name, manifest in zip(artifacts, manifests, strict=True)}
-    drafts = {name: draft for name, draft in used.items() if draft is not None}
+    """Times artifacts of models that are all decoders or all encoders; by the path given."""
+    artifacts = {str(folder): folder for folder in folders}
+    drafted = (
+        (str(folder), used_draft(each, grid.speculative)) for folder, each in zip(folders, manifests, strict=True)
+    )
+    drafts = {name: draft for name, draft in drafted if draft is not None}
     progress.expect({**({DRAFTS: 1.0} if drafts else {}), **{_name_of(*point): 1.0 for point in grid.points}})
     gains: Mapping[str, tuple[DraftGain, ...]] = {}
     if drafts:
