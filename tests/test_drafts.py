@@ -44,6 +44,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An artifact with a draft, on a machine where runs of several tokens cost next to nothing."""
     monkeypatch.setattr(RunCosts, "at", lambda *_: 1 + 1e-6 * np.arange(MOST_PROPOSED + 1))
+    monkeypatch.setattr(RunCosts, "of_one", lambda *_: 1.0)
     return write_chat(tmp_path / "artifact", draft=LOOKUP)
 
 

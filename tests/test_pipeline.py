@@ -64,6 +64,7 @@ def test_report_is_complete_and_its_ratios_are_of_its_columns(made: tuple[Path, 
             "latency_ms",
             "latency_quartiles_ms",
             "kl_by_position",  # no text is long enough
+            "kl_beyond",
             "kl_as_run",  # the weights are not quantised
             "kl_to_original",
         }

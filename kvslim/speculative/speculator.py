@@ -48,24 +48,22 @@ class Speculator:
         self._pause, self._next_pause = 0, FIRST_PAUSE
         self._classes: list[int] = []
         self._ledger = Ledger()
-        self._began, self._single = clock(), 0.0
+        self._drafting, self._spent = 0.0, 1.0
 
     def begin(self, ids: Sequence[int]) -> None:
         """Starts a text with a prompt."""
         self._lookup = Lookup(ids, self._matches)
-        self._classes, self._single = [], 0.0
+        self._classes = []
         if self._window is not None:
             self._window.reset()
 
     def proposals(self, completion: Completion) -> list[int]:
         """Tokens that may follow a text, of which all but the last token are in the target's cache; maybe none."""
-        self._began = self.clock()
-        self._classes, self._single = [], 0.0
+        self._classes, self._drafting = [], 0.0
         length = self._target.length
         single, most = self._costs.of_one(length), self._most(completion)
         if single is None or not most:
             return []
-        self._single = single
         costs = self._costs.at(length, self._ledger.stock)
         tokens, chances = self._lookup.proposals(most)
         count, rate = best_count(chances, costs)
@@ -100,6 +98,7 @@ class Speculator:
 
     def _drafted(self, draft: WindowDraft, completion: Completion, costs: Seconds, most: int) -> list[int]:
         """Tokens of the window draft, as long as one more is expected to pay."""
+        began = self.clock()
         draft.follow()
         tokens, chances = list[int](), list[float]()
         token = completion.tokens[-1]
@@ -113,6 +112,7 @@ class Speculator:
             chances.append(self._trusted[self._classes[-1]])
             if not self._goes_on(chances, costs, most):
                 break
+        self._drafting = self.clock() - began
         count, _ = best_count(chances, costs)  # drafts that are made cost nothing any more
         self._classes = self._classes[:count]
         return tokens[:count]
@@ -130,11 +130,15 @@ class Speculator:
     def ran(self, length: int, tokens: int, seconds: float) -> None:
         """Notes what a run of the target took behind a context."""
         self._costs.add(length, tokens, seconds)
+        single = self._costs.of_one(length)
+        if single is None or (tokens == 1 and not self._drafting):
+            self._spent = 1.0
+        else:
+            self._spent = (seconds + self._drafting) / single
 
     def learn(self, drawn: Sequence[int], taken: int) -> None:
         """Notes the tokens that were drawn in a round, and how many proposals were right."""
-        if self._single:
-            self._ledger.add(len(drawn), (self.clock() - self._began) / self._single)
+        self._ledger.add(len(drawn), self._spent)
         for token in drawn:
             self._lookup.add(token)
         for place, kind in enumerate(self._classes[: taken + 1]):
