@@ -65,7 +65,8 @@ def check_task(recipe: Recipe, spec: ModelSpec) -> None:
         asked += [f"weights in {recipe.weights}"] * recipe.weights.needs_text
         asked += ["healing"] * (recipe.heal is not None)
         misfits = asked + sorted(gates - ENCODER_GATES - SIZE_GATES)
-        kind, lack, fix = "an encoder", "which has no KV cache", "use `-r encoder`"
+        fix = "leave that out" if recipe.name == "encoder" else "use `-r encoder`"
+        kind, lack = "an encoder", "which has no KV cache"
     else:
         misfits = sorted(gates & ENCODER_GATES)
         kind, lack, fix = "a decoder", "which has no embeddings", "use `-r balanced`"
@@ -197,7 +198,7 @@ def check_grid(artifacts: Sequence[Path], manifests: Sequence[Manifest], grid: G
     for threads in grid.threads:
         if threads is not None:
             check_threads(threads)
-    _check_text(grid.text, has_drafts=any(used_draft(manifest, grid.speculative) for manifest in manifests))
+    _check_text(grid, manifests)
     specs = [manifest.spec for manifest in manifests]
     if any(spec.is_encoder for spec in specs):
         _check_encoders(specs, grid.prompts)
@@ -205,15 +206,20 @@ def check_grid(artifacts: Sequence[Path], manifests: Sequence[Manifest], grid: G
         _check_context(artifacts, specs, max([*grid.prompts, *(context + 1 for context in grid.contexts)]))
 
 
-def _check_text(source: str, *, has_drafts: bool) -> None:
+def _check_text(grid: Grid, manifests: Sequence[Manifest]) -> None:
     """Refuses a text for drafts that cannot be read, or that no draft would use.
 
     Raises:
         KvslimError: As `check_source`, or naming the option.
     """
-    if source != "self" and not has_drafts:
-        raise UsageError("no artifact has a draft to use the text", where="--text", fix="leave --text out")
-    check_source(source, "--text")
+    check_source(grid.text, "--text")
+    if grid.text == "self" or any(used_draft(manifest, grid.speculative) for manifest in manifests):
+        return
+    if any(manifest.draft for manifest in manifests):
+        fix = "leave out --text, or --speculative none"
+    else:
+        fix = "leave out --text, or make the artifact with --draft"
+    raise UsageError("no artifact has a draft that would use the text", where="--text", fix=fix)
 
 
 def _check_encoders(specs: Sequence[ModelSpec], lengths: Sequence[int]) -> None:

@@ -115,9 +115,19 @@ def test_graph_of_the_draft_is_not_opened_when_it_is_not_used(run: Run, artifact
     text = completed(artifact, PROMPT, int(TOKENS))
     assert generated(run, artifact, "--speculative", "none")["completion"] == text
     assert "".join(kvslim.load(artifact, speculative="none").generate(PROMPT, max_new_tokens=8)) == text[:8]
-    assert run("generate", artifact, "-p", PROMPT)[0] == 5
+    code, _, err = run("generate", artifact, "-p", PROMPT)
+    assert (code, "--speculative none" in err) == (5, True)
     with pytest.raises(NotFoundError):
         kvslim.load(artifact)
+
+
+def test_lines_of_a_file_use_the_draft_one_by_one(run: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    give_stdin(monkeypatch, "\n".join([json.dumps({"prompt": PROMPT})] * 2))
+    _, out, _ = run("generate", artifact, "--file", "-", "-n", TOKENS)
+    lines, alone = [json.loads(line) for line in out.splitlines()], generated(run, artifact)
+    assert len(lines) == 2
+    assert all(alone["completion"].startswith(line["completion"]) for line in lines)  # the cache of a file is smaller
+    assert all(line["accepted_tokens"] > 0 for line in lines)
 
 
 def test_lines_side_by_side_do_without_the_draft(run: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

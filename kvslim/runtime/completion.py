@@ -203,9 +203,12 @@ class Completer:
         self._last, start = None, time.perf_counter()
         if len(completions) > self._session.batch:
             self._session.allocate(len(completions))
-        texts = [""] * len(completions)
-        for place, piece in write(self._session, completions, self._session.prefill_each(prompts)):
-            texts[place] += piece
+        logits, texts = self._session.prefill_each(prompts), [""] * len(completions)
+        if self._session.batch == 1:
+            texts = ["".join(self._written(completions[0], logits[0]))]
+        else:
+            for place, piece in write(self._session, completions, logits):
+                texts[place] += piece
         return [(text, self._used(completion, 0, start)) for text, completion in zip(texts, completions, strict=True)]
 
     def _completion(self, ids: Sequence[int], most: int, sampling: Sampling, stops: Sequence[str]) -> Completion:

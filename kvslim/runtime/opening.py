@@ -19,6 +19,7 @@ from kvslim.caches.buffers import LayerBuffers
 from kvslim.caches.shared import SHARED
 from kvslim.contract import INPUTS, KVTensor
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
+from kvslim.export.manifest import SPECULATIVE_GRAPH
 from kvslim.types import KVLayout
 
 Logits = npt.NDArray[np.float32]
@@ -63,7 +64,10 @@ def open_session(
     """
     path = model / "model.onnx" if model.is_dir() else model
     if not path.is_file():
-        raise NotFoundError("no ONNX graph", where=str(path), fix="name a folder that `kvslim compress` wrote")
+        fix = "name a folder that `kvslim compress` wrote"
+        if path.name == SPECULATIVE_GRAPH:
+            fix = "do without the draft (--speculative none), or compress again"
+        raise NotFoundError("no ONNX graph", where=str(path), fix=fix)
     if os.fsencode(path).decode(errors="replace") != str(path):
         raise UsageError("onnxruntime opens no path that is not UTF-8", where=str(path), fix="rename the folder")
     options = ort.SessionOptions()

@@ -64,14 +64,16 @@ class Speculator:
         single, most = self._costs.of_one(length), self._most(completion)
         if single is None or not most:
             return []
-        costs = self._costs.at(length, self._ledger.stock)
         tokens, chances = self._lookup.proposals(most)
+        window = self._window if self._window is not None and length >= LONG * self._window.rows else None
+        if not tokens and window is None:
+            return []
+        costs = self._costs.at(length, self._ledger.stock)
         count, rate = best_count(chances, costs)
         if rate * single < LEAST_GAIN:
             count, rate = 0, 1 / single
-        is_long = self._window is not None and length >= LONG * self._window.rows
-        if self._window is not None and is_long and self._promises(costs, most, rate):
-            return self._drafted(self._window, completion, costs, most)
+        if window is not None and self._promises(costs, most, rate):
+            return self._drafted(window, completion, costs, most)
         return tokens[:count]
 
     def _most(self, completion: Completion) -> int:
