@@ -184,7 +184,7 @@ class SlimAttention(nn.Module):
 
         At one token per step, an operator costs about as much for twice the numbers.
         """
-        if self.rotary is None and self.key_encoder is None and self.key_offset is None:
+        if self.rotary is None:  # codes are folded into the projections, which may have different widths
             return self.coded(query, key, value)
         heads = query.shape[1], key.shape[1]
         both = self._rotated_flat(step, torch.cat([merged(query), merged(key)], dim=-1), sum(heads))
