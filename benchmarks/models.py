@@ -109,7 +109,7 @@ class OpenModel:
     @property
     def context(self) -> int:
         """The target context in tokens."""
-        return self.recipe.calibration.target(self.spec)
+        return int(self._prepared.context)
 
     @cached_property
     def _evaluation(self) -> Any:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from support.cheap_runs import CHEAP_RUNS
 from support.server import Server
 from support.tiny_chat import completed, write_chat
 from support.verbs import Run, give_stdin, runner
@@ -16,7 +16,7 @@ import kvslim
 from kvslim.cli import app
 from kvslim.errors import NotFoundError
 from kvslim.export.manifest import SPECULATIVE_GRAPH, read_manifest
-from kvslim.speculative.estimates import MOST_PROPOSED, RunCosts
+from kvslim.speculative.estimates import RunCosts
 from kvslim.types import Draft
 
 LOOKUP = Draft(kind="lookup")
@@ -43,8 +43,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.fixture
 def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An artifact with a draft, on a machine where runs of several tokens cost next to nothing."""
-    monkeypatch.setattr(RunCosts, "at", lambda *_: 1 + 1e-6 * np.arange(MOST_PROPOSED + 1))
-    monkeypatch.setattr(RunCosts, "of_one", lambda *_: 1.0)
+    for name, cheap in CHEAP_RUNS.items():
+        monkeypatch.setattr(RunCosts, name, cheap)
     return write_chat(tmp_path / "artifact", draft=LOOKUP)
 
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from support.cheap_runs import CHEAP_RUNS
 from support.models import export_slim, open_prepared, recipe_of
 from support.tiny_graph import write_tiny
 from support.tiny_tokenizer import byte_tokenizer
@@ -224,8 +225,7 @@ def session_of(tmp_path: Path) -> Callable[..., DecodeSession]:
 def eager(speculator: Speculator) -> Speculator:
     """A speculator that takes runs of several tokens and of its draft to cost next to nothing."""
     speculator._costs.add = lambda *_: None  # type: ignore[method-assign]
-    speculator._costs.of_one = lambda _: 1.0  # type: ignore[method-assign]
-    speculator._costs.at = lambda *_: 1 + 1e-6 * np.arange(MOST_PROPOSED + 1)  # type: ignore[method-assign]
+    vars(speculator._costs).update(CHEAP_RUNS)
     return speculator
 
 

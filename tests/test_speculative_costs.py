@@ -78,3 +78,16 @@ def test_losses_take_from_a_stock_that_gains_and_time_fill_up() -> None:
     assert ledger.stock == pytest.approx(11 * SHARE)
     ledger.add(10, 1)
     assert ledger.stock == MOST_STOCK
+
+
+def test_a_text_does_not_pay_for_the_last_run_of_the_one_before() -> None:
+    session = TimedChain(np.zeros((8, 8), np.float32), STEEP)
+    speculator = Speculator(cast("DecodeSession", session), Draft(kind="lookup"), clock=session.clock)
+    speculator.ran(1, 1, 1.0)
+    speculator.ran(1, 3, 3.0)
+    speculator.learn([1], 0)
+    left = speculator._ledger.stock
+    speculator.begin([0])
+    speculator.learn([1], 0)
+    assert left == pytest.approx(GRANT + 1 + SHARE - 3)
+    assert speculator._ledger.stock == pytest.approx(left + SHARE)

@@ -21,10 +21,8 @@ from benchmarks.texts import LITTLE
 from kvslim.loading.model import load_model
 from kvslim.loading.source import resolve
 
-PIECE, RIDGE = (
-    256,
-    1e-3,
-)  # tokens of a piece of text that heads are fitted to; added to each feature's power, as a share
+PIECE = 256  # tokens of a piece of text that heads are fitted to
+RIDGE = 1e-3  # added to each feature's power, as a share
 Texts = Sequence[Sequence[int]]
 TABLE = Table(
     (

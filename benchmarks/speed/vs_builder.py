@@ -15,7 +15,7 @@ from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
 from benchmarks.texts import LITTLE
-from kvslim.contract import ModelSpec
+from kvslim.contract import MIB, ModelSpec
 from kvslim.validation.latency import measure_latency
 
 SCHEMES = {"float32": "none", "int8": "int8_per_channel"}
@@ -71,7 +71,7 @@ def values(cache: str, what: str, theirs: float, ours: float, ratio: float) -> V
 
 def files_mib(folder: Path) -> float:
     """Size of a graph and its weights, whatever their file is called."""
-    return sum(path.stat().st_size for path in folder.glob("model.onnx*")) / 2**20
+    return sum(path.stat().st_size for path in folder.glob("model.onnx*")) / MIB
 
 
 def nodes(folder: Path) -> int:

@@ -38,15 +38,12 @@ def pack_projections(model: ir.Model, rows: QuantisedRows | None = None) -> None
     graph = model.graph
     order = {node: index for index, node in enumerate(graph)}
     values = [output for node in graph for output in node.outputs]
-    splits: list[ir.Node] = []
     for value in values:
         found = [_projection(user) for user, index in value.uses() if index == 0]
         projections = sorted((p for p in found if p is not None), key=lambda p: order[p.product])
         for siblings in _alike(projections, rows):
             if len(siblings) > 1:
-                splits.append(_pack(graph, value, siblings))
-    for split in splits:
-        _split_less(graph, split)
+                _pack(graph, value, siblings)
     for node in graph:
         if node.op_type == "GroupQueryAttention":
             _read_packed(node)
@@ -83,8 +80,7 @@ def _feeds_attention(value: ir.Value) -> bool:
     )
 
 
-def _pack(graph: ir.Graph, value: ir.Value, siblings: list[_Projection]) -> ir.Node:
-    """Replaces projections by one; the node that splits what it gives."""
+def _pack(graph: ir.Graph, value: ir.Value, siblings: list[_Projection]) -> None:
     first = siblings[0].product
     name = f"{siblings[0].weight.name}.packed"
     weight = _concatenated(graph, name, [sibling.weight for sibling in siblings])
@@ -93,24 +89,34 @@ def _pack(graph: ir.Graph, value: ir.Value, siblings: list[_Projection]) -> ir.N
     if any(sibling.bias is not None for sibling in siblings):
         bias = _concatenated(graph, f"{siblings[0].product.name}.bias", [_bias_or_zeros(one) for one in siblings])
         nodes.append(ir.node("Add", [nodes[0].outputs[0], bias], name=f"{name}.add"))
+    parts = _parts(siblings)
+    outputs = nodes[-1].outputs
+    if len(parts) > 1:
+        sizes = ir.Value(name=f"{name}.sizes", const_value=ir.tensor(np.array([*parts.values()], dtype=np.int64)))
+        graph.register_initializer(sizes)
+        operands = [outputs[0], sizes]
+        nodes.append(ir.node("Split", operands, {"axis": -1}, num_outputs=len(parts), name=f"{name}.split"))
+        outputs = nodes[-1].outputs
     for node in nodes:
-        node.outputs[0].name, node.outputs[0].dtype = f"{node.name}.0", ir.DataType.FLOAT
-    split = _split(graph, nodes[-1].outputs[0], [sibling.size for sibling in siblings], name)
-    graph.insert_before(first, [*nodes, split])
-    for sibling, output in zip(siblings, split.outputs, strict=True):
-        output.shape = sibling.output.shape
-        sibling.output.replace_all_uses_with(output)
-    return split
+        for index, output in enumerate(node.outputs):
+            output.name, output.dtype = f"{node.name}.{index}", ir.DataType.FLOAT
+    graph.insert_before(first, nodes)
+    for part, output in zip(parts, outputs, strict=True):
+        output.shape = part.shape
+        part.replace_all_uses_with(output)
 
 
-def _split(graph: ir.Graph, value: ir.Value, sizes: list[int], name: str) -> ir.Node:
-    """A node that cuts the last axis of a value into parts."""
-    constant = ir.Value(name=f"{name}.sizes", const_value=ir.tensor(np.array(sizes, dtype=np.int64)))
-    graph.register_initializer(constant)
-    node = ir.node("Split", [value, constant], {"axis": -1}, num_outputs=len(sizes), name=f"{name}.split")
-    for index, output in enumerate(node.outputs):
-        output.name, output.dtype = f"{node.name}.{index}", ir.DataType.FLOAT
-    return node
+def _parts(siblings: list[_Projection]) -> dict[ir.Value, int]:
+    """What is read of the packed product, with its size: first ones that are only read joined again are one part."""
+    outputs, sizes = [sibling.output for sibling in siblings], [sibling.size for sibling in siblings]
+    users = [user for user, place in outputs[0].uses() if user.op_type == "Concat" and place == 0]
+    joined = users[0] if len(users) == 1 else None
+    count = 0 if joined is None else len(joined.inputs)
+    if joined is None or joined.attributes.get_int("axis", 0) not in (-1, 2) or list(joined.inputs) != outputs[:count]:
+        return dict(zip(outputs, sizes, strict=True))
+    if any(len(part.uses()) > 1 for part in outputs[:count]):
+        return dict(zip(outputs, sizes, strict=True))
+    return {joined.outputs[0]: sum(sizes[:count]), **dict(zip(outputs[count:], sizes[count:], strict=True))}
 
 
 def _bias_or_zeros(projection: _Projection) -> ir.Value:
@@ -133,33 +139,6 @@ def _concatenated(graph: ir.Graph, name: str, parts: list[ir.Value]) -> ir.Value
     value = ir.Value(name=name, const_value=lazy, shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
     graph.register_initializer(value)
     return value
-
-
-def _split_less(graph: ir.Graph, split: ir.Node) -> None:
-    """Where neighbours among the parts are joined again, takes them out whole."""
-    outputs, whole = list(split.outputs), split.inputs[0]
-    found = [user for user, index in outputs[0].uses() if user.op_type == "Concat" and index == 0]
-    joined = found[0] if len(found) == 1 else None
-    if whole is None or joined is None or joined.attributes.get_int("axis", 0) not in (-1, 2):
-        return
-    count = len(joined.inputs)
-    if list(joined.inputs) != outputs[:count] or any(len(part.uses()) > 1 for part in outputs[:count]):
-        return
-    if count == len(outputs):
-        joined.outputs[0].replace_all_uses_with(whole)
-        return
-    sizes = [int(size) for size in tensor_of(_sizes(split)).numpy()]
-    fewer = _split(graph, whole, [sum(sizes[:count]), *sizes[count:]], f"{split.name}.fewer")
-    graph.insert_before(split, fewer)
-    for old, new in zip([joined.outputs[0], *outputs[count:]], fewer.outputs, strict=True):
-        new.shape = old.shape
-        old.replace_all_uses_with(new)
-
-
-def _sizes(split: ir.Node) -> ir.Value:
-    sizes = split.inputs[1]
-    assert sizes is not None
-    return sizes
 
 
 def _read_packed(attention: ir.Node) -> None:

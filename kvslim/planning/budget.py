@@ -39,7 +39,7 @@ def choose_within(budget: Budget, trials: DecoderTrials) -> Chosen:
 
 def planner_of(trials: DecoderTrials, context: int | None = None, time_ratio: float | None = None) -> Planner:
     """A planner of what was probed; bytes and time count at a context, by default the target."""
-    context = context or trials.prepared.recipe.calibration.target(trials.spec)
+    context = context or trials.prepared.context
     probes = probes_of(trials, context, timed=time_ratio is not None)
     time = decode_time(trials.prepared, context)
     return Planner(trials.spec, trials.statistics, trials.identity, time, probes, trials.held_out.kl, time_ratio)

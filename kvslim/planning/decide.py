@@ -90,7 +90,7 @@ def resolved(recipe: Recipe, trials: Trials) -> Recipe:
 
 
 def _summary(prepared: PreparedModel, plan: Plan, kl: float, around: Survey | None = None) -> PlanSummary:
-    spec, context = prepared.spec, prepared.recipe.calibration.target(prepared.spec)
+    spec, context = prepared.spec, prepared.context
     slim, plain = (KVLayout.of(spec, each).bytes_per_token(context) for each in (plan, Plan.identity(spec)))
     return PlanSummary(
         plan=plan,

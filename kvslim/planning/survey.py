@@ -49,7 +49,7 @@ def _priced(trials: DecoderTrials, methods: Sequence[Method]) -> Iterator[PlanPo
     plan = _decided(trials, methods)
     if plan is None:
         return
-    context = trials.prepared.recipe.calibration.target(trials.spec)
+    context = trials.prepared.context
     size, plain = (KVLayout.of(trials.spec, each).bytes_at(context) for each in (plan, trials.identity))
     time = decode_time(trials.prepared, context)
     yield PlanPoint(
@@ -93,4 +93,4 @@ def _decided(trials: DecoderTrials, methods: Sequence[Method]) -> Plan | None:
 
 def _bytes(trials: DecoderTrials, plan: Plan) -> float:
     """Of a token, at the target context."""
-    return KVLayout.of(trials.spec, plan).bytes_per_token(trials.prepared.recipe.calibration.target(trials.spec))
+    return KVLayout.of(trials.spec, plan).bytes_per_token(trials.prepared.context)

@@ -70,6 +70,11 @@ class PreparedModel(ABC):
         return self.trials().codes(plan)
 
     @property
+    def context(self) -> int:
+        """The target context in tokens."""
+        return self.recipe.calibration.target(self.spec)
+
+    @property
     def made_for(self) -> str:
         """SHA-256 of the model's files and of how its weights are stored: what fitted numbers go with."""
         from kvslim.calibrate.cache import content_key

@@ -165,14 +165,14 @@ class PreparedDecoder(PreparedModel):
 
     def evaluation(self) -> DecoderEvaluation:
         """Held-out windows and recall questions."""
-        windows, context = self.text.held_out_windows(), self.recipe.calibration.target(self.spec)
+        windows = self.text.held_out_windows()
         long_text = self.text.long_text(windows)
         return DecoderEvaluation(
             [*windows, *([] if long_text is None else [long_text])],
             self.text.held_out_items(windows, long_text),
             self.recipe.validation,
             self.recipe.gates,
-            context,
+            self.context,
             self.recipe.timed_prompts(self.spec),
             self.recipe.timed_contexts(self.spec),
             self.original if self.is_quantised else None,

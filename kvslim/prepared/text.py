@@ -111,7 +111,7 @@ class TextSource:
             windows: The held-out windows, [n, length].
         """
         length = windows.shape[1]
-        context, spec = self.context, self.prepared.spec
+        context, spec = self.prepared.context, self.prepared.spec
         longest = windows.size if windows.size < context else min(context + context // BEYOND, spec.max_context)
         if self._is_written(self.validation):
             found = windows.reshape(-1)[:longest]
@@ -127,7 +127,7 @@ class TextSource:
         near = self._recall_items(windows, settings.recall_items, settings.seed)
         if long_text is None or self.prepared.snapshot.is_demo:
             return near
-        length = min(len(long_text), self.context)
+        length = min(len(long_text), self.prepared.context)
         count = min(FAR_SPANS, settings.recall_items, length // (4 * SPAN))
         distance = length - REST - (count - 1) * SPAN  # later questions stand behind earlier ones
         far = repeated_spans(windows, count=count, distance=distance, seed=settings.seed, spans=FAR_SPANS)
@@ -136,11 +136,6 @@ class TextSource:
     def recall_items(self, windows: np.ndarray, most: int) -> list[RecallItem]:
         """Recall questions other than those of the validation."""
         return self._recall_items(windows, min(self.validation.recall_items, most), self.validation.seed + 1)
-
-    @property
-    def context(self) -> int:
-        """The target context in tokens."""
-        return self.prepared.recipe.calibration.target(self.prepared.spec)
 
     @property
     def _calibration_share(self) -> tuple[float, float]:

@@ -53,7 +53,7 @@ class Speculator:
     def begin(self, ids: Sequence[int]) -> None:
         """Starts a text with a prompt."""
         self._lookup = Lookup(ids, self._matches)
-        self._classes = []
+        self._classes, self._drafting, self._spent = [], 0.0, 1.0
         if self._window is not None:
             self._window.reset()
 
@@ -132,10 +132,10 @@ class Speculator:
     def ran(self, length: int, tokens: int, seconds: float) -> None:
         """Notes what a run of the target took behind a context."""
         self._costs.add(length, tokens, seconds)
-        single = self._costs.of_one(length)
-        if single is None or (tokens == 1 and not self._drafting):
-            self._spent = 1.0
-        else:
+        self._spent = 1.0
+        if tokens > 1 or self._drafting:
+            single = self._costs.of_one(length)
+            assert single is not None  # else nothing is proposed
             self._spent = (seconds + self._drafting) / single
 
     def learn(self, drawn: Sequence[int], taken: int) -> None:

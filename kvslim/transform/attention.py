@@ -164,10 +164,10 @@ class SlimAttention(nn.Module):
 
     def rotated_in_graph(self, step: ExportStep, query: Tensor) -> Tensor:
         """Queries after RoPE, by an operator of its own."""
-        return by_head(self._rotated_flat(step, merged(query), query.shape[1]), query.shape[1])
-
-    def _rotated_flat(self, step: ExportStep, flat: Tensor, heads: int) -> Tensor:
-        return flat if self.rotary is None else rotary_embedding(flat, heads, step.positions, self.rotary)
+        if self.rotary is None:
+            return query
+        heads = query.shape[1]
+        return by_head(rotary_embedding(merged(query), heads, step.positions, self.rotary), heads)
 
     def coded(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value as the cache knows them."""
@@ -187,7 +187,8 @@ class SlimAttention(nn.Module):
         if self.rotary is None:  # codes are folded into the projections, which may have different widths
             return self.coded(query, key, value)
         heads = query.shape[1], key.shape[1]
-        both = self._rotated_flat(step, torch.cat([merged(query), merged(key)], dim=-1), sum(heads))
+        flat = torch.cat([merged(query), merged(key)], dim=-1)
+        both = rotary_embedding(flat, sum(heads), step.positions, self.rotary)
         if self.key_encoder is None and self.query_encoder is None:
             if self.key_offset is not None:
                 both = both - nn.functional.pad(self.key_offset.flatten(), (heads[0] * query.shape[-1], 0))

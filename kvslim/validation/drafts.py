@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from kvslim.calibrate.corpus import SELF_BATCH, self_windows, source_text, start_token
 from kvslim.contract import Frozen
@@ -77,9 +78,17 @@ def bench_drafts(
     """
     texts = _texts(folders, drafts, source, max(contexts), progress)
     found: dict[str, list[DraftGain]] = {name: [] for name in drafts}
-    points = list(product(drafts, threads, contexts))
-    for name, count, context in progress.track(points, "contexts with a draft"):
-        found[name].append(_measured(folders[name], drafts[name], texts[name], context, count))
+
+    def measured() -> Iterator[tuple[str, DraftGain]]:
+        for name, count in product(drafts, threads):
+            session = DecodeSession(folders[name] / SPECULATIVE_GRAPH, capacity=max(contexts) + 1, threads=count)
+            tokenizer = load_tokenizer(folders[name])
+            for context in contexts:
+                yield name, _measured(session, tokenizer, drafts[name], texts[name], context, count)
+
+    points = len(drafts) * len(threads) * len(contexts)
+    for name, gained in progress.track(measured(), "contexts with a draft", points):
+        found[name].append(gained)
     return {name: tuple(gains) for name, gains in found.items()}
 
 
@@ -128,12 +137,13 @@ def _own(folder: Path, longest: int, progress: Progress) -> list[int]:
     return tokens
 
 
-def _measured(folder: Path, draft: Draft, text: Sequence[int], context: int, threads: int | None) -> DraftGain:
+def _measured(
+    session: DecodeSession, tokenizer: Tokenizer, draft: Draft, text: Sequence[int], context: int, threads: int | None
+) -> DraftGain:
     """What a draft gains at one point."""
     most, watch = max(1, min(MOST, context // 2)), LoadWatch()
-    session = DecodeSession(folder / SPECULATIVE_GRAPH, capacity=context + 1, threads=threads)
     prompts = prompts_before(text, max(1, context - most), most)
-    pairs = list(written_in_turns(session, load_tokenizer(folder), draft, prompts, most, Silent()))
+    pairs = list(written_in_turns(session, tokenizer, draft, prompts, most, Silent()))
     plain, drafted = ([written.speed for written in side] for side in zip(*pairs, strict=True))
     where = f"behind {context:,} tokens, without the draft"
     return DraftGain(
