@@ -13,24 +13,13 @@ from typing import Any
 
 import pytest
 import yaml
+from support.models import SHORT
 from support.paths import ROOT
 
 from kvslim.errors import GateError, NotFoundError, OutputError, UsageError
 from kvslim.sweep.asked import Job, Sweep, jobs_of, read_sweep
 from kvslim.sweep.outcomes import Outcome, Outcomes, key_of, load_outcomes, store_outcomes
 from kvslim.sweep.schedule import Schedule
-
-SHORT = (
-    *("calibration.samples=4", "calibration.length=48", "validation.samples=2", "validation.length=48"),
-    *("validation.recall_items=2", "validation.recall_distance=16", "validation.prompts=[16]"),
-    *(
-        "validation.contexts=[32]",
-        "validation.repeats=3",
-        "weights=fp32",
-        "gates.max_kl=null",
-        "gates.max_recall_drop=null",
-    ),
-)
 
 
 def sweep_of(**asked: Any) -> Sweep:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -134,17 +134,34 @@ class RayWorkers(Workers):
 
     @staticmethod
     def _done(free: deque[Any], common: tuple[Any, ...], items: Sequence[Item]) -> Iterator[tuple[int, Any]]:
-        """Places of items and their results as they come; a worker gets its next piece when it has done one."""
+        """Places of items and their results as they come; a worker gets its next piece when it has done one.
+
+        A worker that dies is started again where there is room. Another one does its piece: with its machine the room
+        may be gone too.
+        """
         import ray
 
         waiting, busy = deque(enumerate(items)), dict[Any, tuple[Any, int]]()
+        starting, deaths = dict[Any, Any](), Counter[int]()
         while waiting or busy:
             while waiting and free:
                 actor, (place, item) = free.popleft(), waiting.popleft()
-                busy[actor.do.remote(*common, item)] = actor, place
-            (done, *_), _ = ray.wait(list(busy))
+                busy[actor.do.options(max_task_retries=0).remote(*common, item)] = actor, place
+            (done, *_), _ = ray.wait([*busy, *starting])
+            if done in starting:
+                free.append(starting.pop(done))
+                continue
             actor, place = busy.pop(done)
-            yield place, ray.get(done)
+            try:
+                result = ray.get(done)
+            except ray.exceptions.RayActorError:
+                deaths[place] += 1
+                if deaths[place] > RETRIES:
+                    raise
+                waiting.appendleft((place, items[place]))
+                starting[actor.process.remote()] = actor
+                continue
+            yield place, result
             free.append(actor)
 
 

@@ -25,6 +25,19 @@ VALIDATION = Validation(
     samples=2, length=48, recall_items=2, recall_distance=16, prompts=(16,), contexts=(32,), repeats=3
 )
 
+# Settings that make a whole run of a tiny model take seconds.
+SHORT = (
+    *("calibration.samples=4", "calibration.length=48", "validation.samples=2", "validation.length=48"),
+    *("validation.recall_items=2", "validation.recall_distance=16", "validation.prompts=[16]"),
+    *(
+        "validation.contexts=[32]",
+        "validation.repeats=3",
+        "weights=fp32",
+        "gates.max_kl=null",
+        "gates.max_recall_drop=null",
+    ),
+)
+
 
 def recipe_of(methods: Sequence[Method] = (), weights: str | WeightFormat = "fp32") -> Recipe:
     return Recipe(name="test", methods=tuple(methods), weights=weights, calibration=CALIBRATION, validation=VALIDATION)
