@@ -21,7 +21,7 @@ from kvslim.overrides import overridden
 from kvslim.planning.analyze import Analysis
 from kvslim.planning.analyze import analyze as analyze_layers
 from kvslim.planning.decide import PlanSummary, decided, planned
-from kvslim.prepared.base import PreparedModel, prepare
+from kvslim.prepared.base import PreparedModel, prepare, texts_for
 from kvslim.progress import Progress, Silent
 from kvslim.recipe import Recipe, parse_recipe
 from kvslim.report.describe import describe
@@ -69,7 +69,7 @@ def compress(
     snapshot, recipe = _fetched(model, spec, recipe, {out: 2})
     with staging(out, overwrite) as folder:
         stages.begin("compress", spec, recipe, progress, planned=plan is not None)
-        prepared = prepare(snapshot, spec, recipe, progress, workers)
+        prepared = prepare(snapshot, spec, recipe, progress, workers, texts_for(plan))
         prepared.check_given(plan)
         progress.stage(stages.PLAIN)
         (plain := folder / "plain").mkdir()
@@ -143,7 +143,7 @@ def validate(
     spec, recipe = _checked(snapshot, recipe)
     checks.check_files(snapshot, spec, recipe, {Path(tempfile.gettempdir()): 1})
     stages.begin("validate", spec, recipe, progress)
-    prepared = prepare(snapshot, spec, recipe, progress)
+    prepared = prepare(snapshot, spec, recipe, progress, texts=("validation",))
     with tempfile.TemporaryDirectory(prefix="kvslim-") as folder:
         progress.stage(stages.PLAIN)
         prepared.export_plain(Path(folder))
@@ -196,4 +196,4 @@ def _opened(model: str, recipe: Recipe, verb: str, progress: Progress, workers: 
     spec, recipe = _checked(resolve(model, weights=False), recipe, f"nothing to {verb}")
     snapshot, recipe = _fetched(model, spec, recipe)
     stages.begin(verb, spec, recipe, progress)
-    return prepare(snapshot, spec, recipe, progress, workers)
+    return prepare(snapshot, spec, recipe, progress, workers, ("calibration",))

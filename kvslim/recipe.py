@@ -92,6 +92,11 @@ class Recipe(Frozen):
         return self.budget is not None and self.budget.memory_mib is not None
 
     @property
+    def is_calibrated(self) -> bool:
+        """Whether anything is fitted to the calibration text."""
+        return self.budget is not None or bool(self.methods) or self.weights.needs_text
+
+    @property
     def ordered_methods(self) -> list[Method]:
         """The methods in the order they run."""
         return sorted(self.methods, key=lambda method: method.order)

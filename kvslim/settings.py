@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -10,6 +10,7 @@ from kvslim.contract import Frozen, ModelSpec
 from kvslim.validation.spans import LEAST_DISTANCE
 
 DEFAULT_CONTEXT = 4096
+TextUse = Literal["calibration", "validation"]
 MINUTES = {"s": 1 / 60, "m": 1.0, "h": 60.0}
 
 

@@ -14,7 +14,7 @@ Stages = Mapping[str, float]
 
 LOAD, QUANTISE, PLAIN = "load", "quantise the weights", "export the plain baseline"
 PROBE_WEIGHTS, PROBE_CACHE = "probe the weights", "probe the cache"
-TEXT, CALIBRATE, PLAN, ANALYZE = "calibration text", "calibrate", "plan", "analyze"
+TEXT, CALIBRATE, PLAN, ANALYZE = "write text", "calibrate", "plan", "analyze"
 HEAL = "heal"
 DRAFTS = "texts with and without drafts"
 HELD_OUT, SLIM = "held-out text", "export the slim graph"
@@ -58,19 +58,27 @@ def begin(verb: str, spec: ModelSpec, recipe: Recipe, progress: Progress, *, pla
 
 def expected(verb: str, spec: ModelSpec, recipe: Recipe, *, planned: bool = False) -> Stages:
     """The stages of `compress`, `plan`, `analyze` or `validate`; `planned` says that the plan is given."""
-    loading = (LOAD, *_of_weights(recipe)) if recipe.weights.is_quantised and not spec.is_encoder else (LOAD,)
-    reading = (CALIBRATE,) if spec.is_encoder else (TEXT, CALIBRATE)
+    writing = (TEXT,) if not spec.is_encoder and _writes(verb, recipe) else ()
+    rounding = _of_weights(recipe) if recipe.weights.is_quantised and not spec.is_encoder else ()
+    loading = (LOAD, *writing, *rounding)
     validating = (VALIDATE,) if spec.is_encoder else (VALIDATE, RECALL, TIME)
     decides = recipe.budget is not None or bool(recipe.methods)
-    deciding = (*reading, *(() if planned else (PLAN,))) if decides or planned else ()
+    deciding = (CALIBRATE, *(() if planned else (PLAN,))) if decides or planned else ()
     healing = (HEAL,) if deciding and recipe.heal is not None else ()
     names = {
         "compress": (PLAIN, *deciding, *healing, HELD_OUT, SLIM, *validating),
         "plan": deciding,
-        "analyze": (*reading, ANALYZE),
+        "analyze": (CALIBRATE, ANALYZE),
         "validate": (PLAIN, HELD_OUT, *validating),
     }
     return {name: _seconds(name, recipe) for name in (*loading, *names[verb])}
+
+
+def _writes(verb: str, recipe: Recipe) -> bool:
+    """Whether the model itself is a source of text."""
+    sources = [recipe.calibration.source] if recipe.is_calibrated and verb != "validate" else []
+    sources += [recipe.validation.source] if verb in {"compress", "validate"} else []
+    return "self" in sources
 
 
 def _seconds(name: str, recipe: Recipe) -> float:

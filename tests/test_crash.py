@@ -42,7 +42,8 @@ class Killer:
 brief = ["weights=fp32"]
 brief += ["validation.recall_items=2", "validation.samples=2", "calibration.samples=2", "calibration.length=32"]
 for at in range(1, int(sys.argv[4]) + 1):
-    shutil.rmtree(Path(os.environ["KVSLIM_CACHE"], "statistics"), ignore_errors=True)
+    for kept in ("statistics", "texts"):
+        shutil.rmtree(Path(os.environ["KVSLIM_CACHE"], kept), ignore_errors=True)
     child = os.fork()
     if child == 0:
         try:

@@ -36,7 +36,7 @@ class ReadyError(KvslimError):
 
 @pytest.fixture(autouse=True)
 def no_loading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def load(*_: object) -> None:
+    def load(*_: object, **__: object) -> None:
         raise ReadyError("ready", where="here", fix="none")
 
     monkeypatch.setattr(pipeline, "prepare", load)

@@ -68,7 +68,7 @@ class LoadedError(Exception):
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
     """Runs `kvslim validate` up to where the model would be loaded; returns exit code and stderr."""
 
-    def load(*_: object) -> None:
+    def load(*_: object, **__: object) -> None:
         raise LoadedError
 
     def call(*arguments: object) -> tuple[int, str]:

@@ -254,5 +254,5 @@ def test_stages_come_as_they_are_expected(
     assert heard.entered == heard.expected
     again = Listening()
     pipeline.validate(tmp_path / "out", progress=again)
-    known = {stages.PROBE_WEIGHTS, stages.PROBE_CACHE}  # from the first run
+    known = {stages.TEXT, stages.PROBE_WEIGHTS, stages.PROBE_CACHE}  # from the first run
     assert again.entered == [stage for stage in again.expected if stage not in known]

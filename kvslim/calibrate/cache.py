@@ -67,6 +67,20 @@ def store_probes(probes: Probes | MatrixPrices) -> None:
     _store(_probes_path(probes.key), lambda file: file.write(probes.model_dump_json().encode()))
 
 
+def load_windows(key: str) -> np.ndarray | None:
+    """Stored token ids [n, length], or None when there are none or they cannot be read."""
+    try:
+        windows: np.ndarray = np.load(_windows_path(key), allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return windows
+
+
+def store_windows(key: str, windows: np.ndarray) -> None:
+    """Stores token ids, whole or not at all; a cache that cannot be written is no reason to fail."""
+    _store(_windows_path(key), lambda file: np.save(file, windows, allow_pickle=False))
+
+
 def _store(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,3 +94,7 @@ def _path(key: str) -> Path:
 
 def _probes_path(key: str) -> Path:
     return cache_folder() / "probes" / f"{key}.json"
+
+
+def _windows_path(key: str) -> Path:
+    return cache_folder() / "texts" / f"{key}.npy"

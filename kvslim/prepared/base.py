@@ -16,6 +16,7 @@ from kvslim.loading.snapshot import Snapshot
 from kvslim.measures import Report
 from kvslim.progress import Progress
 from kvslim.recipe import Recipe
+from kvslim.settings import TextUse
 from kvslim.types import Healing, KVLayout, Plan
 from kvslim.workers.base import Workers
 
@@ -155,17 +156,36 @@ class PreparedModel(ABC):
 
     def release(self) -> None:
         """Frees the model's memory; nothing more can be made from it."""
-        del self.model
         vars(self).pop("statistics", None)
-        gc.collect()  # modules and the hooks on them refer to each other
-        # glibc keeps what is freed for itself, here some hundred MiB; other systems give it back.
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+        self.free()
+
+    def free(self) -> None:
+        """Gives the memory of the model's weights back to the system."""
+        vars(self).pop("model", None)
+        give_back()
+
+
+def give_back() -> None:
+    """Gives memory that is free back to the system."""
+    gc.collect()  # modules and the hooks on them refer to each other
+    # glibc keeps what is freed for itself, here some hundred MiB; other systems give it back.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def texts_for(plan: Plan | FittedPlan | None) -> tuple[TextUse, ...]:
+    """The texts that an artifact needs: none to fit numbers to where they are given."""
+    return ("calibration", "validation") if plan is None or isinstance(plan, Plan) else ("validation",)
 
 
 def prepare(
-    snapshot: Snapshot, spec: ModelSpec, recipe: Recipe, progress: Progress, workers: Workers | None = None
+    snapshot: Snapshot,
+    spec: ModelSpec,
+    recipe: Recipe,
+    progress: Progress,
+    workers: Workers | None = None,
+    texts: tuple[TextUse, ...] = (),
 ) -> PreparedModel:
     """The model in memory, of the kind that its spec says.
 
@@ -175,6 +195,7 @@ def prepare(
         recipe: What is to be made.
         progress: Receives the progress.
         workers: Who does what can be done in pieces; None for this process.
+        texts: Which texts a decoder shall write now, where it is their source.
 
     Raises:
         ModelError: Weights or tokenizer cannot be read.
@@ -192,4 +213,4 @@ def prepare(
         return PreparedEncoder(snapshot, spec, recipe, progress)
     from kvslim.prepared.decoder import PreparedDecoder
 
-    return PreparedDecoder(snapshot, spec, recipe, progress, workers)
+    return PreparedDecoder(snapshot, spec, recipe, progress, workers, texts)

@@ -31,7 +31,7 @@ from kvslim.export.weights import quantise_weights
 from kvslim.loading.architecture import architecture_of
 from kvslim.loading.model import load_model, load_tokenizer
 from kvslim.loading.snapshot import Snapshot
-from kvslim.prepared.base import PreparedModel
+from kvslim.prepared.base import PreparedModel, give_back
 from kvslim.prepared.decoder_trials import DecoderTrials
 from kvslim.prepared.fitted import heal, refitted_before
 from kvslim.prepared.limits import with_limits
@@ -39,6 +39,7 @@ from kvslim.prepared.text import TextSource
 from kvslim.prepared.weights import keeps_weights, quantise
 from kvslim.progress import Progress, Silent
 from kvslim.recipe import Recipe
+from kvslim.settings import TextUse
 from kvslim.transform.edits import FittedPlan, LayerEdit
 from kvslim.transform.surgery import install, prepare
 from kvslim.types import Healing, KVLayout, Plan
@@ -85,6 +86,7 @@ class PreparedDecoder(PreparedModel):
         recipe: Recipe,
         progress: Progress,
         workers: Workers | None = None,
+        texts: tuple[TextUse, ...] = (),
     ) -> None:
         super().__init__(snapshot, spec, recipe, progress)
         self.workers = workers or Workers()
@@ -92,15 +94,26 @@ class PreparedDecoder(PreparedModel):
         self.tokenizer = load_tokenizer(snapshot)
         self.text = TextSource(self, recipe.calibration, recipe.validation)
         self.text.check()
-        self.model = load_model(snapshot)
-        prepare(self.model, self.architecture, spec)
         self.rows: QuantisedRows | None = None
         self.is_quantised = False
+        if self.text.is_missing(texts):
+            _ = self.original
+            progress.stage(stages.TEXT)
+            self.free()  # onnxruntime has a copy of its own, and memory shall not hold two
+            self.text.write(texts)
         if recipe.weights.is_quantised:
             _ = self.original  # while the model still is what its files say
             self.recipe = with_limits(self)
             self.rows = quantise(self)
             self.is_quantised = True
+            give_back()
+
+    @cached_property
+    def model(self) -> Any:
+        """The model in torch, loaded when it is first needed."""
+        model = load_model(self.snapshot)
+        prepare(model, self.architecture, self.spec)
+        return model
 
     @cached_property
     def original(self) -> Path:
@@ -140,7 +153,6 @@ class PreparedDecoder(PreparedModel):
         return statistics
 
     def _gathered(self, context: int, seed: int) -> CalibrationStatistics:
-        self.progress.stage(stages.TEXT)
         windows = self.text.calibration_windows
         self.progress.stage(stages.CALIBRATE)
         parts = self.workers.map(self, WindowRecording(windows, seed), range(len(windows)), "windows")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvslim.calibrate import cache
 from kvslim.calibrate.corpus import (
     CALIBRATION_SHARE,
     VALIDATION_SHARE,
@@ -21,7 +23,8 @@ from kvslim.calibrate.corpus import (
 )
 from kvslim.demo.world import recall_questions
 from kvslim.healing.text import Text
-from kvslim.settings import Calibration, Validation
+from kvslim.loading.config import model_config
+from kvslim.settings import Calibration, TextUse, Validation
 from kvslim.validation.recall import RecallItem, repeated_spans
 from kvslim.validation.spans import FAR_SPANS, SPAN
 
@@ -45,6 +48,7 @@ class TextSource:
         self.prepared, self.calibration, self.validation = prepared, calibration, validation
         # One text that serves both is split.
         self.is_shared = calibration.source != "self" and calibration.source == validation.source
+        self._own: dict[str, np.ndarray] = {}
 
     def check(self) -> None:
         """Refuses text with tokens that the model does not know; needs no weights.
@@ -54,6 +58,15 @@ class TextSource:
         """
         for source in dict.fromkeys((self.calibration.source, self.validation.source)):
             check_tokens(source, self.prepared.tokenizer, self.prepared.spec.vocab_size)
+
+    def is_missing(self, uses: Collection[TextUse]) -> bool:
+        """Whether the model must still write one of these texts."""
+        return any(self._stored(settings) is None for settings in self._to_write(uses))
+
+    def write(self, uses: Collection[TextUse]) -> None:
+        """Has the model write those of these texts that it is the source of. They are kept on the disk."""
+        for settings in self._to_write(uses):
+            self._own_windows(settings)
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -157,10 +170,38 @@ class TextSource:
             return text_windows(
                 settings.source, prepared.tokenizer, samples=samples, length=length, share=share, key=key
             )
-        start, progress = start_token(prepared.model.config), prepared.progress
-        return self_windows(
-            prepared.original, start, samples=samples, length=length, seed=settings.seed, progress=progress
-        )
+        return self._own_windows(settings)
+
+    def _to_write(self, uses: Collection[TextUse]) -> list[Calibration | Validation]:
+        needed = {"calibration": self.prepared.recipe.is_calibrated, "validation": True}
+        found = [getattr(self, use) for use in uses if needed[use]]
+        return [settings for settings in found if self._is_written(settings)]
+
+    def _own_windows(self, settings: Calibration | Validation) -> np.ndarray:
+        """[n, length] token ids that the model writes, or has written in an earlier run."""
+        windows = self._stored(settings)
+        if windows is None:
+            prepared, snapshot = self.prepared, self.prepared.snapshot
+            windows = self_windows(
+                prepared.original,
+                start_token(model_config(snapshot.config(), str(snapshot.config_file))),
+                samples=settings.samples,
+                length=settings.length,
+                seed=settings.seed,
+                progress=prepared.progress,
+            )
+            self._own[self._key(settings)] = windows
+            cache.store_windows(self._key(settings), windows)
+        return windows
+
+    def _stored(self, settings: Calibration | Validation) -> np.ndarray | None:
+        key = self._key(settings)
+        if key not in self._own and (found := cache.load_windows(key)) is not None:
+            self._own[key] = found
+        return self._own.get(key)
+
+    def _key(self, settings: Calibration | Validation) -> str:
+        return cache.content_key("text", self.prepared.digest, settings.samples, settings.length, settings.seed)
 
     def _recall_items(self, windows: np.ndarray, count: int, seed: int) -> list[RecallItem]:
         distance = self.validation.recall_distance

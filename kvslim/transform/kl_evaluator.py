@@ -18,6 +18,7 @@ from kvslim.transform.surgery import layer_modules, trial
 
 BATCH = 1024  # tokens of a forward pass
 SMALL_VOCABULARY = 2**14
+PLACES = 64  # compared at a time, so that what is in between takes little memory
 
 
 class Question(Protocol):
@@ -130,7 +131,8 @@ def logits_at(model: Any, batch: Tensor, places: Tensor) -> Tensor:
 
 def summed_kl(teacher: Tensor, student: Tensor, counted: Tensor) -> float:
     """KL(teacher || student) of log probabilities [n, places, vocab], over the places [n, places] that count."""
-    return float(((teacher.exp() * (teacher - student)).sum(-1).double() * counted).sum())
+    places = zip(*(each.flatten(0, 1).split(PLACES) for each in (teacher, student, counted)), strict=True)
+    return sum(float(((of.exp() * (of - by)).sum(-1).double() * counts).sum()) for of, by, counts in places)
 
 
 def predicting(windows: Array, loss_mask: Array | None) -> Array:

@@ -1,0 +1,74 @@
+"""Text that the model writes itself: with one copy of it in memory, once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.models import recipe_of
+
+from kvslim.loading.source import read_spec, resolve
+from kvslim.methods.kv_quant import KvQuant
+from kvslim.prepared import text
+from kvslim.prepared.decoder import PreparedDecoder
+from kvslim.progress import Silent
+from kvslim.settings import TextUse
+
+RECIPE = recipe_of([KvQuant()], "int8")
+
+
+def opened(model: Path, *texts: TextUse) -> PreparedDecoder:
+    snapshot = resolve(str(model))
+    return PreparedDecoder(snapshot, read_spec(snapshot), RECIPE, Silent(), texts=texts)
+
+
+@pytest.fixture
+def writers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bool]:
+    """For each text that a model writes, whether it is in torch's memory as well."""
+    monkeypatch.setenv("KVSLIM_CACHE", str(tmp_path / "cache"))
+    found: list[bool] = []
+    free, write = PreparedDecoder.free, text.self_windows
+    is_freed: list[bool] = []
+
+    def freeing(prepared: PreparedDecoder) -> None:
+        free(prepared)
+        is_freed.append("model" not in vars(prepared))
+
+    def writing(*arguments: Any, **options: Any) -> np.ndarray:
+        found.append(not is_freed or not is_freed[-1])
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(PreparedDecoder, "free", freeing)
+    monkeypatch.setattr(text, "self_windows", writing)
+    return found
+
+
+def test_texts_are_written_before_the_model_is_in_memory_and_once(tiny_llama: Path, writers: list[bool]) -> None:
+    first = opened(tiny_llama, "calibration", "validation")
+    windows = first.text.calibration_windows, first.text.held_out_windows()
+    assert writers == [False, False]
+    again = opened(tiny_llama, "calibration", "validation")
+    found = again.text.calibration_windows, again.text.held_out_windows()
+    assert writers == [False, False]
+    for before, after in zip(windows, found, strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_text_that_nobody_asked_for_is_written_when_it_is_needed(tiny_llama: Path, writers: list[bool]) -> None:
+    """By the model as its files say it, though its weights are rounded by then."""
+    late = opened(tiny_llama)
+    assert writers == []
+    windows = late.text.calibration_windows
+    assert writers == [True]
+    early = opened(tiny_llama, "calibration")
+    np.testing.assert_array_equal(early.text.calibration_windows, windows)
+
+
+def test_damaged_text_on_the_disk_is_written_again(tiny_llama: Path, writers: list[bool], tmp_path: Path) -> None:
+    windows = opened(tiny_llama, "calibration").text.calibration_windows
+    (stored,) = (tmp_path / "cache" / "texts").iterdir()
+    stored.write_bytes(stored.read_bytes()[:40])
+    np.testing.assert_array_equal(opened(tiny_llama, "calibration").text.calibration_windows, windows)
+    assert writers == [False, False]
