@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from kvslim.errors import ArtifactError
 
-FLOAT, INT8, INT32 = 1, 3, 6
+FLOAT, UINT8, INT8, INT32 = 1, 2, 3, 6
 # Bytes of an element by the number of its type. Those of less than a byte are not packed in memory.
 ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 14: 8, 15: 16, 16: 2}
 INTEGER, TEXT = 2, 3  # of an attribute
@@ -94,6 +95,11 @@ def node(op_type: str, inputs: Sequence[str], outputs: Sequence[str], domain: st
         else:
             found.attribute.add(name=name, type=TEXT, s=setting.encode())
     return found
+
+
+def constant(name: str, dtype: int, numbers: np.ndarray) -> Any:
+    """Numbers that stand in the file."""
+    return CLASSES["Tensor"](name=name, dims=numbers.shape, data_type=dtype, raw_data=numbers.tobytes())
 
 
 def model_bytes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from support.tiny_artifact import SPEC
 from kvslim.caches import FullCache, PackedCache, WindowCache
 from kvslim.cli import app
 from kvslim.contract import MIB
-from kvslim.devices import measure
+from kvslim.devices import kernel_timing, measure, timing
 from kvslim.devices.demand import Cache, Demand, StoredWeights, decode, prefill, training
 from kvslim.devices.limits import bound, limits, longest_context
 from kvslim.devices.peak import CHUNK, LAYER_BYTES, OPEN_BYTES, memory
@@ -262,6 +263,39 @@ def test_longest_context_is_the_last_that_fits() -> None:
     assert longest_context(DEVICE, huge, PLAIN, 512) == 0
 
 
+PACKED = Plan(
+    layers=tuple(LayerPlan(layer=layer, cache=PackedCache(rank=8, bits=2, window=16)) for layer in range(SPEC.layers))
+)
+KERNELS = {
+    "fp32 product": 0.001,
+    "fp32 matrix": 1e-5,
+    "float32 attention": 0.002,
+    "layer": 1e-4,
+    "int8 attention": 0.004,
+}
+TIMED = DEVICE.model_copy(
+    update={"kernels": {name: Quantity(value=value, source="test") for name, value in KERNELS.items()}}
+)
+
+
+def test_timed_kernels_forecast_a_token_and_leave_a_prompt_to_its_bound() -> None:
+    """By hand: two layers of four matrices each; keys and values of four query heads of 16 numbers."""
+    weights = replace(WEIGHTS, kinds={"fp32": 1_000})
+    token = decode(weights, PLAIN, 100)
+    seconds = 1_000 / 1e6 + 2 * 4 / 1e4 + 2 * 2 * 4 * 16 * 100 / 2e6 + 2 / 1e5
+    found = bound(TIMED, token)
+    assert (found.is_forecast, found.seconds_per_token) == (True, pytest.approx(seconds))
+    assert not bound(DEVICE, token).is_forecast
+    prompt = prefill(weights, PLAIN, 100)
+    assert bound(TIMED, prompt) == bound(DEVICE, prompt)
+
+
+@pytest.mark.parametrize("other", [in_integers("int4"), Cache.of("packed", SPEC, PACKED)])
+def test_what_was_not_timed_has_its_bound(other: Cache) -> None:
+    weights = replace(WEIGHTS, kinds={"fp32": 1_000})
+    assert bound(TIMED, decode(weights, other, 100)) == bound(DEVICE, decode(weights, other, 100))
+
+
 def test_limits_tell_what_ends_the_context() -> None:
     slim = Cache("nothing", KVLayout(tensors=()), ())
     long, short = limits(DEVICE, WEIGHTS, [PLAIN, slim], 10**7, [64])
@@ -274,12 +308,18 @@ def test_measured_profile_is_read_back(
 ) -> None:
     monkeypatch.setattr(measure, "PART_BYTES", 2**22)
     monkeypatch.setattr(measure, "SIDE", 64)
+    for name, small in {"SIDES": (32, 64), "CONTEXT": 64, "LAYERS": 2}.items():
+        monkeypatch.setattr(kernel_timing, name, small)
+    monkeypatch.setattr(timing, "REPEATS", 2)
     path = tmp_path / "this.yaml"
     assert app.run(["doctor", "--measure", str(path), "--json"]) in {0, 4}  # 4: the disk here is full, say
     device = load_device(str(path))
     assert json.loads(capsys.readouterr().out)["device"] == device.model_dump(mode="json")
     assert 0.1 < device.bandwidth_gb_s.value < 10_000
     assert 0.01 < device.gflops.value < 100_000
+    kinds, caches = ("fp32", "int8", "int4"), ("float32", "int8", "int4")
+    timed = {f"{kind} {what}" for kind in kinds for what in ("product", "matrix")}
+    assert device.kernels.keys() == timed | {f"{cache} attention" for cache in caches} | {"layer"}
 
 
 @pytest.mark.parametrize(("name", "code"), [("this.txt", 2), ("nowhere/this.yaml", 2)])

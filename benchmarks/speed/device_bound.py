@@ -17,9 +17,10 @@ from benchmarks.texts import LITTLE
 from kvslim.contract import MIB
 from kvslim.devices.demand import Cache, StageName, decode, prefill
 from kvslim.devices.limits import bound
-from kvslim.devices.measure import measure_device, usable_cores
+from kvslim.devices.measure import measure_device
 from kvslim.devices.profile import Device
 from kvslim.devices.stored_weights import artifact_weights
+from kvslim.devices.timing import usable_cores
 from kvslim.validation.latency import Times, time_models
 from kvslim.validation.measure import file_mib
 
@@ -31,9 +32,11 @@ TIMES = Table(
         Column("cache", "cache"),
         Column("bound_ms", "bound ms", ".1f"),
         Column("binds", "binds"),
+        Column("forecast_ms", "forecast ms", ".1f"),
         Column("fastest_ms", "fastest ms", ".1f"),
         Column("median_ms", "median ms", ".1f"),
         Column("ratio", "fastest / bound", ".2f"),
+        Column("forecast_ratio", "fastest / forecast", ".2f"),
     )
 )
 
@@ -60,25 +63,30 @@ def device_bound(
     rounds: int = 5,
     weights: str = "int4",
 ) -> Iterator[Values]:
-    """The bound that `kvslim inspect` sets, against the time measured here, with int4 weights.
+    """The bound that `kvslim inspect` sets, and its forecast of timed kernels, against the time measured here.
 
-    Every round measures this machine as `kvslim doctor --measure` does, and then the graphs, on the cores that this
-    process may use. Like with like: the bound is that of the best round, and is held against the fastest run; the
-    median is for comparison.
+    With int4 weights. Every round measures this machine as `kvslim doctor --measure` does, and then the graphs, on the
+    cores that this process may use. Like with like: bound and forecast are those of the best round, and are held
+    against the fastest run; the median is for comparison.
     """
     model = OpenModel(source, LITTLE, weights={"type": weights, "method": "rtn"} if weights == "int4" else weights)
     plans = {name: model.decided(*METHODS[name]) for name in caches}
     graphs = {name: model.export(plan) for name, plan in plans.items()}
     model.release()
     device, times = measured(graphs, contexts, prompt, rounds)
+    without_kernels = device.model_copy(update={"kernels": {}})
     for name, graph in graphs.items():
         stored = artifact_weights(graph, model.spec, weights, int(file_mib(graph) * MIB))
         cache = Cache.of(name, model.spec, plans[name])
         for demand in [*(decode(stored, cache, context) for context in contexts), prefill(stored, cache, prompt)]:
-            found, taken = bound(device, demand), times[name, demand.stage, demand.context]
+            found, expected = bound(without_kernels, demand), bound(device, demand)
+            taken = times[name, demand.stage, demand.context]
             least = found.seconds_per_token * 1e3 * (demand.context if demand.stage == "prefill" else 1)
             fastest = {"fastest_ms": float(taken.min()), "median_ms": float(np.median(taken))}
             values = {"bound_ms": least, "binds": found.binds, **fastest, "ratio": float(taken.min()) / least}
+            if expected.is_forecast:
+                forecast = expected.seconds_per_token * 1e3
+                values |= {"forecast_ms": forecast, "forecast_ratio": float(taken.min()) / forecast}
             yield {"stage": f"{demand.stage} at {demand.context:,}", "cache": name, **values}
     speed = {"bandwidth_gb_s": device.bandwidth_gb_s.value, "gflops": device.gflops.value}
     yield {"cores": usable_cores(), **speed}
@@ -92,9 +100,13 @@ def measured(
     for _ in range(rounds):
         devices.append(measure_device())
         runs.append(time_models(graphs, [prompt], contexts, REPEATS, usable_cores()))
-    best = {
+    best: dict[str, Any] = {
         field: max((getattr(device, field) for device in devices), key=lambda quantity: quantity.value)
         for field in ("bandwidth_gb_s", "gflops")
+    }
+    best["kernels"] = {
+        name: max((device.kernels[name] for device in devices), key=lambda quantity: quantity.value)
+        for name in devices[0].kernels
     }
     times: dict[tuple[str, StageName, int], Times] = {}
     for stage, tables in (("prefill", [run.ttft for run in runs]), ("decode", [run.tpot for run in runs])):

@@ -77,5 +77,6 @@ def _device_table(device: Device) -> Table:
     """A device's numbers with their sources."""
     from kvslim.report.tables import Table
 
-    rows = tuple((name, f"{value.value:g}", value.source) for name, value in device if name != "name")
+    numbers = {name: value for name, value in device if name not in {"name", "kernels"}} | device.kernels
+    rows = tuple((name, f"{value.value:g}", value.source) for name, value in numbers.items())
     return Table((device.name, "", "source"), rows, words=True)

@@ -90,8 +90,4 @@ def _cache(name: str, stored: int, length: str) -> Any:
 
 def _scales() -> list[Any]:
     steps = np.full((1, HEADS, 1, DIM), SCALE, np.float32)
-    tensor = onnx.CLASSES["Tensor"]
-    return [
-        tensor(name=name, dims=steps.shape, data_type=onnx.FLOAT, raw_data=steps.tobytes())
-        for name in ("k_scale", "v_scale")
-    ]
+    return [onnx.constant(name, onnx.FLOAT, steps) for name in ("k_scale", "v_scale")]

@@ -5,15 +5,18 @@ per query head. Decoding reads each matrix once per token; a prompt reads it onc
 each query head: onnxruntime's kernel reads the rows of a kv head again for every query head of the group, so its time
 grows with the query heads. Activations of inference stay in the processor's caches and are not counted. Attention over
 integers takes longer than its bytes say: bounds use the bytes and FLOPs that take as long in float32 (`kernels.py`).
-What is in memory at once is in `peak.py`.
+What is in memory at once is in `peak.py`; how long kernels take that were timed on a machine, in `limits.py`.
 docs/devices.md has the formulas and the measurements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
+
+from pydantic import Field
 
 from kvslim.contract import CacheType, Frozen, KVTensor, ModelSpec, WeightType
 from kvslim.devices.kernels import Step, kernel_ratio
@@ -43,6 +46,7 @@ MOVES = (
 )
 PASSES = 3  # the backward pass computes two products for each of the forward pass
 # What reads numbers of so many bits; onnxruntime's float16 on CPUs was not measured, and counts as float32.
+MATRICES = 4  # of a layer of a graph: those that read one input are one
 KERNELS: dict[int, CacheType] = {32: "float32", 16: "float32", 8: "int8", 4: "int4"}
 # Numbers of the hidden size that a layer keeps of a token for the backward pass: equation 2 of Korthikanti et al.
 # (2022), "Reducing activation recomputation in large transformer models", without dropout, with attention's scores
@@ -60,6 +64,8 @@ class Demand(Frozen):
         bytes_per_token: Memory traffic.
         flops_per_token: Products and sums.
         timed_bytes_per_token, timed_flops_per_token: The same, but of a float32 cache whose attention takes as long.
+        kernels: What a token of decoding asks of each kernel, by its name in a profile: numbers of weights, numbers of
+            the cache that query heads read, matrices and layers. Empty for other stages.
     """
 
     stage: StageName
@@ -69,6 +75,7 @@ class Demand(Frozen):
     flops_per_token: float
     timed_bytes_per_token: float
     timed_flops_per_token: float
+    kernels: dict[str, float] = Field({})
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ class StoredWeights:
         products: Numbers in matrices that every token is multiplied with.
         head: Numbers in the matrix that gives logits, which a prompt needs once per chunk.
         width: Numbers that a layer's products make of a token.
+        kinds: Numbers in matrices by how they are stored.
     """
 
     name: str
@@ -92,6 +100,7 @@ class StoredWeights:
     products: int
     head: int
     width: float
+    kinds: Mapping[WeightType, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, parameters: Parameters, kind: WeightType) -> StoredWeights:
@@ -106,7 +115,10 @@ class StoredWeights:
         stored = read + int(parameters.embedding * number) + parameters.positions * FLOAT
         is_tied = not parameters.embedding
         resident = stored + int(products * (packed - number)) + (int(parameters.head * number) if is_tied else 0)
-        return cls(name, stored, resident, read, parameters.products, parameters.head, parameters.width)
+        kind = min(BLOCK_BYTES, key=lambda kind: abs(BLOCK_BYTES[kind] / BLOCK - number))
+        return cls(
+            name, stored, resident, read, parameters.products, parameters.head, parameters.width, {kind: products}
+        )
 
 
 @dataclass(frozen=True)
@@ -157,6 +169,13 @@ class Cache:
         """FLOPs that attention over float32 does in that time, or its own if these are more."""
         return sum(2 * self._numbers(each, context) * max(1, self._ratio(step, each)) for each in self.layout.tensors)
 
+    def attention_at(self, context: int) -> dict[str, float]:
+        """Numbers that all query heads together read, by kernel."""
+        found = Counter[str]()
+        for each in self.layout.tensors:
+            found[f"{self._stored(each)} attention"] += self._numbers(each, context)
+        return dict(found)
+
     @property
     def integer_layers(self) -> tuple[int, ...]:
         """Layers whose rows are integers, for the operator or packed."""
@@ -183,6 +202,11 @@ class Cache:
         return tensor.dtype if self.bits is None else KERNELS[self.bits]
 
 
+def _most(kinds: Mapping[WeightType, int]) -> list[WeightType]:
+    """How most numbers are stored, if there are any."""
+    return sorted(kinds, key=lambda kind: kinds[kind])[-1:]
+
+
 def query_heads(spec: ModelSpec, plan: Plan) -> tuple[int, ...]:
     """Query heads that each layer keeps under a plan."""
     return tuple(spec.q_heads if layer.heads is None else len(layer.heads) for layer in plan.layers)
@@ -199,6 +223,12 @@ def decode(weights: StoredWeights, cache: Cache, context: int) -> Demand:
         flops_per_token=products + cache.flops_at(context),
         timed_bytes_per_token=weights.read + cache.timed_read_at(context, "decode"),
         timed_flops_per_token=products + cache.timed_flops_at(context, "decode"),
+        kernels={
+            **{f"{kind} product": numbers for kind, numbers in weights.kinds.items()},
+            **{f"{kind} matrix": MATRICES * len(cache.q_heads) for kind in _most(weights.kinds)},
+            **cache.attention_at(context),
+            "layer": len(cache.q_heads),
+        },
     )
 
 

@@ -3,6 +3,9 @@
 A stage takes at least the time of its memory traffic at full bandwidth and at least that of its FLOPs at full rate: the
 roofline of Williams et al. (2009). The larger of the two is the limit, unless the memory is too small anyway. Attention
 over integers counts as the traffic and FLOPs that take as long in float32, as measured.
+
+Where a profile has the kernels of its machine timed, decoding is what they take together, one after the other, as a
+processor runs them: a forecast in place of a limit.
 """
 
 from __future__ import annotations
@@ -23,17 +26,19 @@ class Bound(Frozen):
 
     Attributes:
         demand: What the stage needs.
-        seconds_per_token: The least time it can take.
+        seconds_per_token: The least time it can take, or what it is expected to take.
         binds: What limits it; memory if it does not fit at all.
+        is_forecast: Whether the time is that of kernels which were timed on the device.
     """
 
     demand: Demand
     seconds_per_token: float
     binds: Resource
+    is_forecast: bool = False
 
     @property
     def tokens_per_second(self) -> float:
-        """The most tokens per second that are possible."""
+        """The most tokens per second that are possible, or those that are expected."""
         return 1 / self.seconds_per_token
 
 
@@ -103,12 +108,22 @@ def _with_slow_prompt(found: Bound, plain: Bound) -> Bound:
 
 
 def bound(device: Device, demand: Demand) -> Bound:
-    """The roofline of one stage, with attention as slow as it was measured."""
+    """The roofline of one stage, with attention as slow as it was measured; or what its kernels take together."""
     moving = demand.timed_bytes_per_token / (device.bandwidth_gb_s.value * 1e9)
     computing = demand.timed_flops_per_token / (device.gflops.value * 1e9)
     slower: Resource = "bandwidth" if moving > computing else "compute"
     binds: Resource = "memory" if demand.memory_bytes > device.usable_bytes else slower
-    return Bound(demand=demand, seconds_per_token=max(moving, computing), binds=binds)
+    least, expected = max(moving, computing), _expected(device, demand)
+    if expected is None:
+        return Bound(demand=demand, seconds_per_token=least, binds=binds)
+    return Bound(demand=demand, seconds_per_token=expected, binds=binds, is_forecast=True)
+
+
+def _expected(device: Device, demand: Demand) -> float | None:
+    """Seconds that the kernels of a token take; None where one of them was not timed."""
+    if not demand.kernels or not demand.kernels.keys() <= device.kernels.keys():
+        return None
+    return sum(numbers / (device.kernels[kernel].value * 1e9) for kernel, numbers in demand.kernels.items())
 
 
 def longest_context(device: Device, weights: StoredWeights, cache: Cache, positions: int) -> int:

@@ -1,26 +1,23 @@
-"""Measures the profile of this machine, in a few seconds."""
+"""Measures the profile of this machine, in some ten seconds."""
 
 from __future__ import annotations
 
-import os
 import platform
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import onnxruntime
 
 from kvslim import onnx_format as onnx
+from kvslim.devices.kernel_timing import kernel_rates
 from kvslim.devices.profile import Device, Quantity, Share
+from kvslim.devices.timing import best_seconds, session_of, usable_cores
 
 PART_BYTES = 256 * 2**20  # per thread: much larger than a processor's caches
 SIDE = 1024
-REPEATS = 7
 
 
 def measure_device() -> Device:
-    """Memory as the system reports it; bandwidth and FLOP/s as the best of several runs on all cores.
+    """Memory as the system reports it; bandwidth, FLOP/s and kernels as the best of several runs on all cores.
 
     The best, not the median, because a limit must not be below what an idle machine can do.
     """
@@ -39,12 +36,11 @@ def measure_device() -> Device:
             value=_rounded(matmul_rate() / 1e9),
             source=f"measured: onnxruntime, product of float32 matrices of {SIDE} x {SIDE}",
         ),
+        kernels={
+            timed.kernel: Quantity(value=_rounded(timed.rate), source=f"measured: {timed.source}")
+            for timed in kernel_rates()
+        },
     )
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_bandwidth(threads: int) -> float:
@@ -55,27 +51,16 @@ def read_bandwidth(threads: int) -> float:
     """
     parts = [np.ones(PART_BYTES // 4, np.float32) for _ in range(threads)]
     with ThreadPoolExecutor(threads) as pool:
-        seconds = _best(lambda: list(pool.map(lambda part: np.dot(part, part), parts)))
+        seconds = best_seconds(lambda: list(pool.map(lambda part: np.dot(part, part), parts)))
     return threads * PART_BYTES / seconds
 
 
 def matmul_rate() -> float:
-    """FLOPs per second of onnxruntime's float32 product, on as many threads as it chooses."""
-    session = onnxruntime.InferenceSession(_product(), providers=["CPUExecutionProvider"])
+    """FLOPs per second of onnxruntime's float32 product."""
+    session = session_of(_product())
     matrix = np.random.default_rng(0).standard_normal((SIDE, SIDE), np.float32)
-    seconds = _best(lambda: session.run(None, {"left": matrix, "right": matrix}))
+    seconds = best_seconds(lambda: session.run(None, {"left": matrix, "right": matrix}))
     return 2 * SIDE**3 / seconds
-
-
-def _best(action: Callable[[], object]) -> float:
-    """Seconds of the fastest of several runs, after one to warm up."""
-    action()
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def _product() -> bytes:

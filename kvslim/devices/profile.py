@@ -39,6 +39,9 @@ class Device(Frozen):
         description="bandwidth of reading memory, all cores together, 1e9 bytes per second"
     )
     gflops: Quantity = Field(description="float32 multiplications and additions, all cores together, 1e9 per second")
+    kernels: dict[str, Quantity] = Field(
+        {}, description="kernels that decode a token, where they were timed: numbers that each takes, 1e9 per second"
+    )
 
     @property
     def usable_bytes(self) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvslim.contract import ModelSpec
+from kvslim.contract import ModelSpec, WeightType
 from kvslim.devices.demand import StoredWeights
 from kvslim.devices.peak import FLOAT
 from kvslim.onnx_format import ITEM_BYTES, read_graph
@@ -34,12 +35,13 @@ def artifact_weights(folder: Path, spec: ModelSpec, name: str, stored: int) -> S
     read: dict[str, int] = {}
     tables: dict[str, int] = {}
     sizes: list[tuple[int, int]] = []
-    packing = 0
+    packing, kinds = 0, Counter[WeightType]()
     for node in graph.node:
         found = [constants[value] for value in node.input if value in constants]
         (tables if node.op_type in LOOKUPS else read).update({tensor.name: _bytes(tensor) for tensor in found})
         if (size := _product(node, found)) is not None:
             sizes.append(size)
+            kinds[_kind(node)] += math.prod(size)
         packing += _packing(node, constants)
     head = sum(inputs * outputs for inputs, outputs in sizes if outputs == spec.vocab_size)
     products = sum(inputs * outputs for inputs, outputs in sizes) - head
@@ -51,7 +53,14 @@ def artifact_weights(folder: Path, spec: ModelSpec, name: str, stored: int) -> S
         products=products,
         head=head,
         width=products / (spec.layers * spec.hidden_size),
+        kinds=kinds,
     )
+
+
+def _kind(node: Any) -> WeightType:
+    """How the numbers of a product are stored; those of fewer than eight bits count as four."""
+    bits = next((attribute.i for attribute in node.attribute if attribute.name == "bits"), 32)
+    return "fp32" if bits == 32 else "int8" if bits == 8 else "int4"
 
 
 def _packing(node: Any, constants: Mapping[str, Any]) -> int:

@@ -10,7 +10,7 @@ from kvslim.report.tables import NONE, Table
 
 
 def answers(memory: CacheMemory) -> Iterator[str]:
-    """One line for each device and context: the memory that each cache needs, and the speed of decoding at best."""
+    """One line for each device and context: the memory that each cache needs, and the speed of decoding."""
     for device in dict.fromkeys(entry.device for entry in memory.devices):
         entries = [entry for entry in memory.devices if entry.device == device]
         for tokens in memory.mib:
@@ -52,16 +52,19 @@ def _decode(entry: Limits, context: int) -> Bound:
 
 
 def need(bound: Bound) -> str:
-    """The memory that a stage needs, and its speed at best."""
+    """The memory that a stage needs, and its speed: at best, or as timed kernels let expect."""
     mib = bound.demand.memory_bytes / 2**20
     memory = f"{mib / 2**10:.1f} GiB" if mib >= 2**10 else f"{mib:.0f} MiB"
     if bound.binds == "memory":
         return f"does not fit ({memory})"
-    return f"{memory}, up to {_figure(bound.tokens_per_second)} tokens/s"
+    word = "about" if bound.is_forecast else "up to"
+    return f"{memory}, {word} {_figure(bound.tokens_per_second)} tokens/s"
 
 
 def _rate(bound: Bound) -> str:
-    return "does not fit" if bound.binds == "memory" else f"{_figure(bound.tokens_per_second)} ({bound.binds})"
+    if bound.binds == "memory":
+        return "does not fit"
+    return f"{_figure(bound.tokens_per_second)} ({'timed kernels' if bound.is_forecast else bound.binds})"
 
 
 def _stage_row(memory: CacheMemory, entry: Limits, bound: Bound) -> tuple[str, ...]:
@@ -77,7 +80,7 @@ def _stage_row(memory: CacheMemory, entry: Limits, bound: Bound) -> tuple[str, .
         _figure(demand.flops_per_token / 1e6),
         _figure(demand.flops_per_token / demand.bytes_per_token),
         _figure(bound.seconds_per_token * 1e3),
-        bound.binds,
+        "timed kernels" if bound.is_forecast else bound.binds,
     )
 
 
