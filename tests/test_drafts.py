@@ -76,6 +76,26 @@ def test_compress_makes_the_draft_that_is_asked_for(
     if manifest.report.speculation is not None:
         assert manifest.report.speculation.differing == 0
         assert manifest.report.speculation.tokens == 2 * 32
+        assert f"draft: {kind}, " in said
+    assert "warning" not in said
+    capsys.readouterr()
+    assert app.run(["inspect", str(tmp_path / "out")]) == 0
+    assert (f"draft: {kind}, " in capsys.readouterr().out) == (kind is not None)
+    assert app.run(["inspect", str(tmp_path / "out"), "--json"]) == 0
+    inspected = json.loads(capsys.readouterr().out)
+    assert (inspected["draft"] and inspected["draft"]["kind"]) == kind
+    assert (inspected["speculation"] is None) == (kind is None)
+
+
+def test_compress_says_why_there_is_no_window_draft(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    windowed = 'methods=[{"kv_window": {"window": 32, "sinks": 4}}]'
+    assert compress(tiny_llama, tmp_path / "out", "--draft", "window", "--set", windowed) in (0, 3)
+    said = capsys.readouterr().err
+    reason = "warning: the draft is lookup, not window: it reads rows of full caches, and layer 0 keeps a cache of kind"
+    assert f"{reason} window" in said
+    assert "draft: lookup, " in said
 
 
 def test_artifact_fails_when_a_text_is_not_the_models(

@@ -24,7 +24,7 @@ from kvslim.runtime.completion import Completer
 from kvslim.runtime.generate import GREEDY, Sampling, load_tokenizer
 from kvslim.runtime.session import DecodeSession
 from kvslim.runtime.writing import Completion, write
-from kvslim.speculative.choice import draft_of
+from kvslim.speculative.choice import draft_of, window_refusal
 from kvslim.speculative.estimates import MOST_PROPOSED, PRIOR_SLOPE, HitRates, RunCosts, best_count
 from kvslim.speculative.lookup import Lookup, match_rates
 from kvslim.speculative.loop import acceptance, tokens_per_round, write_speculatively
@@ -353,3 +353,13 @@ def test_draft_follows_from_the_caches_and_the_context(
     tensors = (KVTensor(layer=0, kind=side, heads=1, dim=8, dtype="int8", window=window) for side in SIDES)
     draft = draft_of(choice, KVLayout(tensors=tuple(tensors)), context)
     assert (draft and draft.kind) == kind
+
+
+def test_layer_that_lets_no_window_draft_read_it_is_named() -> None:
+    own, ring, full = (
+        KVTensor(layer=layer, kind="key", heads=1, dim=8, dtype="int8", window=window, cache=cache)
+        for layer, window, cache in ((3, 64, "full"), (2, 64, "window"), (1, None, "full"))
+    )
+    assert window_refusal(KVLayout(tensors=(full,))) is None
+    assert "layer 2 keeps a cache of kind window" in str(window_refusal(KVLayout(tensors=(full, ring))))
+    assert "layer 3 has the model's own sliding window" in str(window_refusal(KVLayout(tensors=(full, own, ring))))

@@ -7,13 +7,13 @@ import io
 from collections.abc import Callable, Mapping
 
 from kvslim.measures import Measures
+from kvslim.report.draft import shares
 from kvslim.report.tables import METRICS, NONE, UNCERTAIN, Table, measures_table, rate, with_quartiles
 from kvslim.validation.bench import BenchResult, Timing
 from kvslim.validation.drafts import DraftGain
 
 Results = Mapping[str, BenchResult]
 COSTS = ("kv_bytes_per_token", "file_mib", "peak_rss_mib")
-SHOWN = 4  # places of proposals
 
 
 def tables_of(results: Results) -> tuple[Table, ...]:
@@ -75,7 +75,7 @@ def _draft_cells(gain: DraftGain) -> tuple[str, ...]:
         rate(gain.tokens_per_second),
         f"{gain.speed_ratio:.2f}",
         f"{gain.tokens_per_round:.2f}",
-        ", ".join(f"{share:.0%}" for share in gain.acceptance[:SHOWN]) or NONE,
+        shares(gain.acceptance),
     )
 
 
