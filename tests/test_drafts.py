@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,23 @@ def check_rounds(drafted: dict[str, Any], plain: dict[str, Any]) -> None:
 def test_generate_uses_the_draft_unless_told_not_to(run: Run, artifact: Path) -> None:
     check_rounds(generated(run, artifact), generated(run, artifact, "--speculative", "none"))
     _, _, err = run("generate", artifact, "-p", PROMPT, "-n", TOKENS)
-    assert " a run, first after " in err
+    assert re.search(r"[1-9]\.\d\d a run, \d+ of \d+ proposals right \(\d+%\), first after ", err)
+    _, _, err = run("generate", artifact, "-p", PROMPT, "-n", "2")
+    assert ", nothing proposed, first after " in err  # the last token needs no run that verifies more
+    _, _, err = run("generate", artifact, "-p", PROMPT, "-n", TOKENS, "--speculative", "none")
+    assert not re.search("propos| a run", err)
+
+
+def test_validate_misses_the_graph_of_the_draft_before_it_measures(
+    run: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvslim.pipeline.origin", lambda *_: pytest.fail("the model is looked for"))
+    (artifact / SPECULATIVE_GRAPH).unlink()
+    code, _, err = run("validate", artifact)
+    assert code == NotFoundError.exit_code
+    assert f"the artifact lacks {SPECULATIVE_GRAPH}" in err
+    assert f"where: {artifact / SPECULATIVE_GRAPH}" in err
+    assert "fix: compress again" in err
 
 
 def test_graph_of_the_draft_is_not_opened_when_it_is_not_used(run: Run, artifact: Path) -> None:
