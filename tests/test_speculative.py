@@ -24,7 +24,7 @@ from kvslim.runtime.completion import Completer
 from kvslim.runtime.generate import GREEDY, Sampling, load_tokenizer
 from kvslim.runtime.session import DecodeSession
 from kvslim.runtime.writing import Completion, write
-from kvslim.speculative.choice import draft_of, window_refusal
+from kvslim.speculative.choice import draft_of, kind_at, window_refusal
 from kvslim.speculative.estimates import MOST_PROPOSED, PRIOR_SLOPE, HitRates, RunCosts, best_count
 from kvslim.speculative.lookup import Lookup, match_rates
 from kvslim.speculative.loop import acceptance, tokens_per_round, write_speculatively
@@ -353,6 +353,11 @@ def test_draft_follows_from_the_caches_and_the_context(
     tensors = (KVTensor(layer=0, kind=side, heads=1, dim=8, dtype="int8", window=window) for side in SIDES)
     draft = draft_of(choice, KVLayout(tensors=tuple(tensors)), context)
     assert (draft and draft.kind) == kind
+
+
+def test_window_draft_leaves_short_texts_to_the_lookup() -> None:
+    assert [kind_at(Draft(kind="window"), context) for context in (779, 780)] == ["lookup", "window"]
+    assert kind_at(LOOKUP, 8192) == "lookup"
 
 
 def test_layer_that_lets_no_window_draft_read_it_is_named() -> None:

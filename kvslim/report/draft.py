@@ -47,7 +47,7 @@ def shares(acceptance: Sequence[float]) -> str:
 
 def _measured(found: Speculation) -> tuple[tuple[str, str], ...]:
     return (
-        ("speed over that without it", f"{found.speed_ratio:.2f}"),
+        ("times the speed without it", f"{found.speed_ratio:.2f}"),
         ("tokens a run of the graph", f"{found.tokens_per_round:.2f}"),
         ("first, second, ... proposal right", shares(found.acceptance)),
         ("texts that are not the model's own", f"{found.differing}"),
