@@ -28,7 +28,7 @@ from kvslim.speculative.choice import draft_of, kind_at, window_refusal
 from kvslim.speculative.estimates import MOST_PROPOSED, PRIOR_SLOPE, HitRates, RunCosts, best_count
 from kvslim.speculative.lookup import Lookup, match_rates
 from kvslim.speculative.loop import acceptance, tokens_per_round, write_speculatively
-from kvslim.speculative.speculator import Speculator
+from kvslim.speculative.speculator import FIRST_PAUSE, Speculator
 from kvslim.types import Draft, DraftChoice, KVLayout
 
 LOOKUP, WINDOW = Draft(kind="lookup"), Draft(kind="window", window=12, sinks=2)
@@ -332,8 +332,13 @@ def test_nothing_is_proposed_where_the_cache_cannot_go_back(session_of: Callable
     speculator.learn(completion.tokens, 0)
     speculator._lookup = Lookup([1, 2, 3, 4] * 4, match_rates())
     assert speculator.proposals(completion, session.length)
-    session.refusal = lambda *_: "a ring has moved on"  # type: ignore[method-assign]
-    assert not speculator.proposals(completion, session.length)
+    asked = list[int]()
+    session.refusal = lambda *_: asked.append(1) or "a ring has moved on"  # type: ignore
+    for _ in range(1 + FIRST_PAUSE):  # nor is it asked for some rounds
+        assert not speculator.proposals(completion, session.length)
+    assert len(asked) == MOST_PROPOSED.bit_length()
+    session.refusal = lambda *_: None  # type: ignore[method-assign]
+    assert speculator.proposals(completion, session.length)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from kvslim.types import Draft
 
 LEAST_GAIN = 1.03  # what a speculation must promise over plain decoding
 CONFIDENCES = 10  # classes of equal width
-FIRST_PAUSE, LONGEST_PAUSE = 16, 256  # rounds after which a draft that did not pay is tried again
+FIRST_PAUSE, LONGEST_PAUSE = 16, 256  # rounds after which what did not pay, or could not go back, is tried again
 
 
 class Speculator:
@@ -45,7 +45,7 @@ class Speculator:
         self._draft_times = deque[float](maxlen=RUNS)
         self._trusted = HitRates([(place + 0.5) / CONFIDENCES for place in range(CONFIDENCES)])
         self._taken = HitRates([0.75])
-        self._pause, self._next_pause = 0, FIRST_PAUSE
+        self._pause, self._next_pause, self._shut = 0, FIRST_PAUSE, 0
         self._classes: list[int] = []
         self._ledger = Ledger()
         self._drafting, self._spent = 0.0, 1.0
@@ -53,7 +53,7 @@ class Speculator:
     def begin(self, ids: Sequence[int]) -> None:
         """Starts a text with a prompt."""
         self._lookup = Lookup(ids, self._matches)
-        self._classes, self._drafting, self._spent = [], 0.0, 1.0
+        self._classes, self._drafting, self._spent, self._shut = [], 0.0, 1.0, 0
         if self._window is not None:
             self._window.reset()
 
@@ -65,6 +65,9 @@ class Speculator:
             length: Tokens in the target's cache: all but the last one.
         """
         self._classes, self._drafting = [], 0.0
+        if self._shut:
+            self._shut -= 1
+            return []
         most = min(MOST_PROPOSED, completion.left - 1, self._target.capacity - length - 1)
         tokens, chances = self._lookup.proposals(most)
         window = self._window if self._window is not None and length >= LONG * self._window.rows else None
@@ -77,12 +80,13 @@ class Speculator:
             count, rate = 0, 1 / single
         if window is not None and self._promises(costs, most, rate):
             return self._drafted(window, completion, costs, most)
-        return tokens[: self._droppable(length, count)]
+        return tokens[: self._droppable(length, count)] if count else []
 
     def _droppable(self, length: int, count: int) -> int:
-        """How many of so many tokens the cache can drop again."""
+        """How many of so many tokens the cache can drop again; where none, it is not asked for some rounds."""
         while count and self._target.refusal(length + 1, length + 1 + count):
             count //= 2
+        self._shut = 0 if count else FIRST_PAUSE
         return count
 
     def _promises(self, costs: Seconds, most: int, rate: float) -> bool:
