@@ -109,7 +109,7 @@ def analyze(
     Args:
         model: `demo`, a folder, a .gguf file, a hub id or `id:FILE.gguf`, both also with `@revision`.
         recipe: Sets the calibration text and how weights are stored; its methods are not used.
-        data: The task's text, in place of the recipe's: `self`, a .txt or .jsonl file, or `hub:DATASET`.
+        data: The task's text, in place of the recipe's: `self`, a .txt or .jsonl file, or `hub:DATASET[:SPLIT]`.
         progress: Receives the progress.
         workers: As for `compress`.
         ray: As for `compress`.
@@ -184,7 +184,7 @@ def bench(
         repeats: Timings per combination, at least 2.
         speculative: `auto` also measures what drafts gain at the contexts; `none` does not.
         text: What that is measured on: `self` for what the artifacts write themselves, a .txt or .jsonl file, or
-            `hub:DATASET`.
+            `hub:DATASET[:SPLIT]`.
         progress: Receives the progress.
 
     Returns:

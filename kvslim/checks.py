@@ -23,6 +23,7 @@ from kvslim.runtime.text import used_draft
 from kvslim.settings import Budget
 from kvslim.types import LayerPlan, Manifest, Plan
 from kvslim.validation.bench import Grid
+from kvslim.validation.drafts import SHORTEST
 from kvslim.validation.spans import LEAST_DISTANCE, longest_distance, positions_of
 
 LEAST_TEXT, LEAST_RECALL = 32, positions_of(LEAST_DISTANCE)  # positions, to measure an encoder or a decoder
@@ -203,7 +204,8 @@ def check_grid(artifacts: Sequence[Path], manifests: Sequence[Manifest], grid: G
     if any(spec.is_encoder for spec in specs):
         _check_encoders(specs, grid.prompts)
     else:
-        _check_context(artifacts, specs, max([*grid.prompts, *(context + 1 for context in grid.contexts)]))
+        _check_positions(artifacts, specs, "--prompt", max(grid.prompts))
+        _check_positions(artifacts, specs, "--context", max(grid.contexts))
 
 
 def _check_text(grid: Grid, manifests: Sequence[Manifest]) -> None:
@@ -213,7 +215,12 @@ def _check_text(grid: Grid, manifests: Sequence[Manifest]) -> None:
         KvslimError: As `check_source`, or naming the option.
     """
     check_source(grid.text, "--text")
-    if grid.text == "self" or any(used_draft(manifest, grid.speculative) for manifest in manifests):
+    if grid.text == "self":
+        return
+    if max(grid.contexts) < SHORTEST:
+        message = f"drafts, which would use --text, are timed from {SHORTEST} tokens on"
+        raise UsageError(message, where="--context", fix=f"--context {SHORTEST}, or leave out --text")
+    if any(used_draft(manifest, grid.speculative) for manifest in manifests):
         return
     if any(manifest.draft for manifest in manifests):
         fix = "leave out --text, or --speculative none"
@@ -237,19 +244,17 @@ def _check_encoders(specs: Sequence[ModelSpec], lengths: Sequence[int]) -> None:
         )
 
 
-def _check_context(artifacts: Sequence[Path], specs: Sequence[ModelSpec], longest: int) -> None:
-    """Refuses a length beyond the positions of an artifact's model.
+def _check_positions(artifacts: Sequence[Path], specs: Sequence[ModelSpec], option: str, longest: int) -> None:
+    """Refuses a length of an option beyond the positions of an artifact's model.
 
     Raises:
-        UsageError: Naming the artifact and its positions.
+        UsageError: Naming the option, the artifact and its positions.
     """
-    for artifact, spec in zip(artifacts, specs, strict=True):
-        if longest > spec.max_context:
-            raise UsageError(
-                f"{longest} tokens are more than the model's {spec.max_context} positions",
-                where=str(artifact),
-                fix="give shorter lengths",
-            )
+    artifact, most = min(zip(artifacts, (spec.max_context for spec in specs), strict=True), key=lambda found: found[1])
+    if longest > most:
+        raise UsageError(
+            f"{longest} tokens are more than the {most} positions of {artifact}", where=option, fix=f"{option} {most}"
+        )
 
 
 def check_plan(plan: Plan, spec: ModelSpec) -> None:

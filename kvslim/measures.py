@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from kvslim.contract import Frozen
+
+DraftKind = Literal["lookup", "window"]
 
 
 class Measures(Frozen):
@@ -76,6 +80,7 @@ class SampleAnswer(Frozen):
 class Speculation(Frozen):
     """What a draft gains on held-out text, written greedily behind a context, with and without it in turns."""
 
+    kind: DraftKind = Field(description="the draft that wrote them")
     context: int = Field(description="tokens before the texts that are written")
     tokens: int = Field(description="tokens that are written")
     differing: int = Field(

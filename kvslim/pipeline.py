@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from kvslim import checks, stages
 from kvslim.calibrate.corpus import check_source
 from kvslim.contract import ModelSpec
-from kvslim.export.manifest import read_runnable
+from kvslim.export.manifest import read_runnable, read_whole
 from kvslim.export.package import check_output, staging
 from kvslim.loading.snapshot import Snapshot
 from kvslim.loading.source import origin, read_spec, resolve
@@ -135,7 +135,7 @@ def validate(
         KvslimError: The artifact or the model cannot be read, or the artifact was made from another one.
     """
     progress = progress or Silent()
-    manifest = read_runnable(artifact)
+    manifest = read_whole(artifact)
     recipe = parse_recipe(overridden(manifest.recipe, changes), where=", ".join(changes) or str(artifact))
     kept = {"weights": manifest.weights, "positions": manifest.spec.max_context}
     recipe = recipe.gated(gates or Gates()).model_copy(update=kept)

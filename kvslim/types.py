@@ -18,7 +18,7 @@ from kvslim.contract import (
     Layout,
     ModelSpec,
 )
-from kvslim.measures import Report
+from kvslim.measures import DraftKind, Report
 from kvslim.weight_format import Weights
 
 DraftChoice = Literal["auto", "lookup", "window", "none"]
@@ -27,7 +27,7 @@ DraftChoice = Literal["auto", "lookup", "window", "none"]
 class Draft(Frozen):
     """What proposes tokens for the model to verify."""
 
-    kind: Literal["lookup", "window"] = Field(
+    kind: DraftKind = Field(
         description="lookup: n-grams of the text so far; window: also the model itself over sinks and recent tokens"
     )
     window: int = Field(256, ge=1, description="recent tokens that the window draft reads")

@@ -544,6 +544,11 @@ CASES: dict[str, tuple[Case, int, str]] = {
         "JSON",
     ),
     "bench_missing": (lambda i: ["bench", i.root / "nowhere"], MISSING, "nowhere"),
+    "speculative_unknown": (
+        lambda i: ["bench", i.artifact(), "--speculative", "foo"],
+        USAGE,
+        "'--speculative': 'foo' is not one of 'auto', 'none'",
+    ),
     "bench_context_negative": (lambda i: ["bench", i.artifact(), "--context=-4"], USAGE, "'-4'"),
     "inspect_context_no_number": (lambda i: ["inspect", i.tiny, "--context", "4q"], USAGE, "'4q'"),
     "inspect_nothing": (lambda i: ["inspect", i.root / "nowhere"], MISSING, "nowhere"),

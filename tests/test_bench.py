@@ -32,7 +32,7 @@ from kvslim.validation.drafts import DraftGain
 from kvslim.validation.latency import joules_per_token, time_models
 from kvslim.validation.speculation import Pair
 
-TITLE = "first, second, ... right"
+TITLE, FASTER = "first, second, ... right", "times the speed"
 TOKENS = np.random.default_rng(0).integers(24, size=(3, 12))
 Zones = Callable[..., Path]
 
@@ -157,7 +157,7 @@ def test_bench_takes_turns_between_artifacts_at_each_point(
 
 
 DRAFTED = Draft(kind="window", window=4, sinks=1)
-BRIEF = ("--context", "24,40", "--prompt", "4", "--repeats", "3")
+BRIEF = ("--context", "24,128,160", "--prompt", "4", "--repeats", "3")
 
 
 @pytest.fixture
@@ -176,9 +176,11 @@ def test_bench_writes_texts_with_and_without_a_draft(
     assert output_type("bench").model_validate(printed)
     plain, drafted = printed["artifacts"].values()
     assert plain["drafts"] == []
-    assert [(gain["threads"], gain["context"]) for gain in drafted["drafts"]] == [(1, 24), (1, 40), (2, 24), (2, 40)]
+    points = [(1, 128), (1, 160), (2, 128), (2, 160)]  # 24 are too few to write a text behind
+    assert [(gain["threads"], gain["context"]) for gain in drafted["drafts"]] == points
     for gain in drafted["drafts"]:
-        assert gain["tokens"] == 4 * gain["context"] // 2
+        assert gain["kind"] == "window"
+        assert gain["tokens"] == 4 * 64
         assert 1 <= gain["tokens_per_round"] <= 16
         assert all(0 <= share <= 1 for share in gain["acceptance"])
         assert gain["speed_ratio"] > 0
@@ -190,7 +192,7 @@ def test_draft_is_timed_on_a_text_that_is_given(
     drafting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, prompts = tmp_path / "text.txt", list[list[int]]()
-    text.write_text("".join(chr(97 + place % 26) for place in range(100)))
+    text.write_text("".join(chr(97 + place % 26) for place in range(200)))
     written = drafts.written_in_turns
 
     def recording(*arguments: Any) -> Iterator[Pair]:
@@ -200,7 +202,7 @@ def test_draft_is_timed_on_a_text_that_is_given(
     monkeypatch.setattr(drafts, "written_in_turns", recording)
     assert app.run(["bench", str(drafting), *BRIEF, "--text", str(text), "--json"]) == 0
     ids = byte_tokenizer().encode(text.read_text()).ids
-    assert prompts == [ids[at : at + size] for size in (12, 20) for at in np.linspace(0, 100 - size, 4).astype(int)]
+    assert prompts == [ids[at : at + size] for size in (64, 96) for at in np.linspace(0, 200 - size, 4).astype(int)]
     assert len(json.loads(capsys.readouterr().out)["artifacts"][str(drafting)]["drafts"]) == 2
 
 
@@ -218,10 +220,10 @@ def test_text_is_written_alone_where_a_cache_holds_one_sequence(
 
     monkeypatch.setattr(DecodeSession, "__init__", recording)
     found = drafts.bench_drafts(
-        {"a": drafting, "b": drafting}, {"a": DRAFTED, "b": DRAFTED}, (20,), (1,), "self", Silent()
+        {"a": drafting, "b": drafting}, {"a": DRAFTED, "b": DRAFTED}, (128,), (1,), "self", Silent()
     )
     assert asked == [min(batch, 4), 1, 1]  # four texts, written once for both
-    assert found["a"][0].context == found["b"][0].context == 20
+    assert found["a"][0].context == found["b"][0].context == 128
 
 
 def test_long_prompts_are_beginnings_of_one_text() -> None:
@@ -233,8 +235,9 @@ def test_long_prompts_are_beginnings_of_one_text() -> None:
     ("options", "word"),
     [
         (["--text", "nowhere.txt"], "no text file"),
-        (["--text", "short.txt"], "5 tokens, less than a context of 40"),
+        (["--text", "short.txt"], "5 tokens, less than a context of 160"),
         (["--text", "short.txt", "--speculative", "none"], "no artifact has a draft"),
+        (["--text", "short.txt", "--context", "24,127"], "timed from 128 tokens on"),
     ],
 )
 def test_text_of_drafts_is_refused_when_it_is_of_no_use(
@@ -258,6 +261,7 @@ def test_bench_leaves_drafts_out_when_told(drafting: Path, capsys: pytest.Captur
 def test_table_of_drafts_shows_speeds_and_what_was_right() -> None:
     gain = DraftGain(
         context=2048,
+        kind="lookup",
         threads=None,
         tokens=256,
         plain_tokens_per_second=20,
@@ -269,8 +273,15 @@ def test_table_of_drafts_shows_speeds_and_what_was_right() -> None:
     )
     result = BenchResult(kv_bytes_per_token=8, file_mib=1, peak_rss_mib=2, timings=(), drafts=(gain,))
     table = drafts_table({"a": result, "b": result.model_copy(update={"drafts": ()})})
-    assert table.header == ("text", "threads", "a, tokens/s", "with draft", "ratio", "tokens a run", TITLE)
-    assert table.rows == (("Text up to a context of 2048", "-", "20", "25", "1.25", "1.50", "62%, 50%, 25%, 12%"),)
+    assert table.header == ("text", "threads", "a, tokens/s", "draft", "with draft", FASTER, "tokens a run", TITLE)
+    assert table.rows == (
+        ("Text up to a context of 2048", "-", "20", "lookup", "25", "1.25", "1.50", "62%, 50%, 25%, 12%"),
+    )
+    (cells,) = csv.DictReader(io.StringIO(bench_csv({"a": result})))
+    assert (cells["metric"], cells["tokens"], cells["batch"], cells["kind"]) == ("draft", "2048", "1", "lookup")
+    assert (cells["acceptance"], cells["median_ms"]) == ("0.625 0.500 0.250 0.125 0.062", "")
+    assert [float(cells[name]) for name in ("plain_tokens_per_second", "tokens_per_second")] == [20, 25]
+    assert [float(cells[name]) for name in ("speed_ratio", "tokens_per_round", "peak_rss_mib")] == [1.25, 1.5, 2]
     assert uncertain_timings({"a": result}) == (
         "timings uncertain: the machine was busy (Text up to a context of 2048)",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -93,6 +94,15 @@ def test_help_of_a_verb_tells_its_options(run: Run, verb: str) -> None:
     code, out, _ = run(verb, "--help")
     assert code == 0
     assert "--json" in out
+
+
+@pytest.mark.parametrize(
+    ("verb", "count"), [("compress", 2), ("plan", 1), ("analyze", 1), ("validate", 1), ("bench", 1)]
+)
+def test_help_tells_of_the_same_texts_as_errors(run: Run, verb: str, count: int) -> None:
+    _, _, err = run("analyze", "demo", "--calibration", "nowhere.txt")
+    (forms,) = re.findall("fix: give self, (.+)", err)
+    assert " ".join(run(verb, "--help")[1].split()).count(forms) == count
 
 
 def test_help_lists_every_verb(run: Run) -> None:

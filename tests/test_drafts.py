@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,26 @@ def test_compress_makes_the_draft_that_is_asked_for(
     if manifest.report.speculation is not None:
         assert manifest.report.speculation.differing == 0
         assert manifest.report.speculation.tokens == 2 * 32
+        assert f"draft: {kind}, " in said
+    assert "warning" not in said
+    capsys.readouterr()
+    assert app.run(["inspect", str(tmp_path / "out")]) == 0
+    assert (f"draft: {kind}, " in capsys.readouterr().out) == (kind is not None)
+    assert app.run(["inspect", str(tmp_path / "out"), "--json"]) == 0
+    inspected = json.loads(capsys.readouterr().out)
+    assert (inspected["draft"] and inspected["draft"]["kind"]) == kind
+    assert (inspected["speculation"] is None) == (kind is None)
+
+
+def test_compress_says_why_there_is_no_window_draft(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    windowed = 'methods=[{"kv_window": {"window": 32, "sinks": 4}}]'
+    assert compress(tiny_llama, tmp_path / "out", "--draft", "window", "--set", windowed) in (0, 3)
+    said = capsys.readouterr().err
+    reason = "warning: the draft is lookup, not window: it reads rows of full caches, and layer 0 keeps a cache of kind"
+    assert f"{reason} window" in said
+    assert "draft: lookup, " in said
 
 
 def test_artifact_fails_when_a_text_is_not_the_models(
@@ -107,7 +128,23 @@ def check_rounds(drafted: dict[str, Any], plain: dict[str, Any]) -> None:
 def test_generate_uses_the_draft_unless_told_not_to(run: Run, artifact: Path) -> None:
     check_rounds(generated(run, artifact), generated(run, artifact, "--speculative", "none"))
     _, _, err = run("generate", artifact, "-p", PROMPT, "-n", TOKENS)
-    assert " a run, first after " in err
+    assert re.search(r"[1-9]\.\d\d a run, \d+ of \d+ proposals right \(\d+%\), first after ", err)
+    _, _, err = run("generate", artifact, "-p", PROMPT, "-n", "2")
+    assert ", nothing proposed, first after " in err  # the last token needs no run that verifies more
+    _, _, err = run("generate", artifact, "-p", PROMPT, "-n", TOKENS, "--speculative", "none")
+    assert not re.search("propos| a run", err)
+
+
+def test_validate_misses_the_graph_of_the_draft_before_it_measures(
+    run: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvslim.pipeline.origin", lambda *_: pytest.fail("the model is looked for"))
+    (artifact / SPECULATIVE_GRAPH).unlink()
+    code, _, err = run("validate", artifact)
+    assert code == NotFoundError.exit_code
+    assert f"the artifact lacks {SPECULATIVE_GRAPH}" in err
+    assert f"where: {artifact / SPECULATIVE_GRAPH}" in err
+    assert "fix: compress again" in err
 
 
 def test_graph_of_the_draft_is_not_opened_when_it_is_not_used(run: Run, artifact: Path) -> None:

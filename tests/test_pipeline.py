@@ -138,6 +138,7 @@ def test_validate_asks_for_the_model_when_it_is_gone(made: tuple[Path, Manifest]
     _, manifest = made
     moved = manifest.model_copy(update={"source": manifest.source.model_copy(update={"model": str(tmp_path / "gone")})})
     write_manifest(tmp_path, moved)
+    (tmp_path / "model.onnx").touch()
     with pytest.raises(NotFoundError) as error:
         pipeline.validate(tmp_path)
     assert "--against" in error.value.fix
@@ -152,8 +153,12 @@ def test_bench_measures_each_artifact(made: tuple[Path, Manifest]) -> None:
 
 
 def test_bench_refuses_contexts_beyond_the_positions(made: tuple[Path, Manifest]) -> None:
-    with pytest.raises(UsageError, match="2050 tokens are more than the model's 2048 positions"):
+    with pytest.raises(UsageError, match="2049 tokens are more than the 2048 positions of") as caught:
         pipeline.bench([made[0]], Grid(prompts=(8,), contexts=(2049,), threads=(1,), repeats=3))
+    assert (caught.value.where, caught.value.fix) == ("--context", "--context 2048")
+    with pytest.raises(UsageError, match="2049 tokens") as caught:
+        pipeline.bench([made[0]], Grid(prompts=(2049,), contexts=(8,), threads=(1,), repeats=3))
+    assert (caught.value.where, caught.value.fix) == ("--prompt", "--prompt 2048")
 
 
 def test_bench_times_the_last_token_that_fits(made: tuple[Path, Manifest]) -> None:

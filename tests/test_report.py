@@ -10,7 +10,7 @@ import pytest
 from support.tiny_report import PLAIN, PLAN, SPEC, manifest
 
 from kvslim.caches import FullCache, SharedCache, WindowCache
-from kvslim.measures import GateResult, Measures, SampleAnswer
+from kvslim.measures import GateResult, Measures, SampleAnswer, Speculation
 from kvslim.report.advice import expected_gates, nearest_budget, passing_budget
 from kvslim.report.answers import compared_answer
 from kvslim.report.chart import LEFT, RIGHT, Axis, Rule, Series, chart
@@ -21,7 +21,7 @@ from kvslim.report.layer_map import layer_map
 from kvslim.report.page import artifact_page
 from kvslim.report.tiles import tiles
 from kvslim.settings import Gates
-from kvslim.types import KVLayout, LayerPlan, Manifest, Plan, PlanPoint
+from kvslim.types import Draft, KVLayout, LayerPlan, Manifest, Plan, PlanPoint
 
 TOKENS, MILLISECONDS = Axis("tokens", base=2), Axis("ms")
 
@@ -51,6 +51,26 @@ def test_page_tells_decisions_with_reasons_and_escapes_them() -> None:
     assert "rank 8 of 16; &lt;int8&gt; &amp; more" in html
     assert "<int8>" not in html
     assert "attention removed" in html
+
+
+def test_page_tells_what_the_draft_is_and_gains() -> None:
+    made = manifest()
+    assert "<h2>Draft</h2>" not in artifact_page(made)
+    assert made.report is not None
+    found = Speculation(
+        kind="window",
+        context=900,
+        tokens=256,
+        differing=0,
+        tokens_per_round=2.345,
+        acceptance=(0.876, 0.5),
+        speed_ratio=1.234,
+    )
+    report = made.report.model_copy(update={"speculation": found})
+    html = artifact_page(made.model_copy(update={"draft": Draft(kind="window"), "report": report}))
+    _, _, shown = html.partition("<h2>Draft</h2>")
+    for told in ("4 sinks and 256 recent tokens", "2.35", "88%, 50%", "1.23", "256 behind 900"):
+        assert told in shown
 
 
 def test_page_tells_the_verdict() -> None:

@@ -24,11 +24,11 @@ from kvslim.runtime.completion import Completer
 from kvslim.runtime.generate import GREEDY, Sampling, load_tokenizer
 from kvslim.runtime.session import DecodeSession
 from kvslim.runtime.writing import Completion, write
-from kvslim.speculative.choice import draft_of
+from kvslim.speculative.choice import draft_of, kind_at, window_refusal
 from kvslim.speculative.estimates import MOST_PROPOSED, PRIOR_SLOPE, HitRates, RunCosts, best_count
 from kvslim.speculative.lookup import Lookup, match_rates
 from kvslim.speculative.loop import acceptance, tokens_per_round, write_speculatively
-from kvslim.speculative.speculator import Speculator
+from kvslim.speculative.speculator import FIRST_PAUSE, Speculator
 from kvslim.types import Draft, DraftChoice, KVLayout
 
 LOOKUP, WINDOW = Draft(kind="lookup"), Draft(kind="window", window=12, sinks=2)
@@ -58,11 +58,11 @@ def test_lookup_proposes_what_followed_the_longest_match_last() -> None:
 def test_lookup_learns_from_every_token_what_a_match_is_worth() -> None:
     rates = match_rates()
     lookup = Lookup([1, 2, 3, 1, 2], rates)
-    before = rates[2]
+    before = rates.shares[2]
     lookup.add(3)
-    assert rates[2] > before
+    assert rates.shares[2] > before
     lookup.add(9)
-    assert rates[3] < match_rates()[3]
+    assert rates.shares[3] < match_rates().shares[3]
 
 
 def test_lookup_has_nothing_to_propose_when_the_last_token_is_new() -> None:
@@ -97,7 +97,9 @@ def test_costs_lie_between_those_that_were_run() -> None:
     np.testing.assert_allclose(costs.at(100)[4:], 3 + 0.5 * further[:12])
     assert costs.of_one(1000) is None
     costs.add(1000, 1, 2.0)
-    np.testing.assert_allclose(costs.at(1000), 2 * costs.at(100))  # the ratio of another context, until it was run here
+    np.testing.assert_allclose(
+        costs.at(1000), 2 * np.array(costs.at(100))
+    )  # the ratio of another context, until it was run here
 
 
 def test_numbers_that_could_lose_too_much_take_forever() -> None:
@@ -115,7 +117,7 @@ def test_hit_rates_forget_what_is_long_past() -> None:
     rates = HitRates([0.5])
     for hit in [True] * 200 + [False] * 200:
         rates.add(0, hit)
-    assert rates[0] < 0.05
+    assert rates.shares[0] < 0.05
 
 
 class Chain:
@@ -143,7 +145,7 @@ class Guesser:
 
     def begin(self, _: Any) -> None: ...
 
-    def proposals(self, completion: Completion) -> list[int]:
+    def proposals(self, completion: Completion, _: int) -> list[int]:
         found = list[int]()
         for _ in range(min(3, completion.left - 1)):
             last = found[-1] if found else completion.tokens[-1]
@@ -329,9 +331,14 @@ def test_nothing_is_proposed_where_the_cache_cannot_go_back(session_of: Callable
     completion.add(session.prefill(ids))
     speculator.learn(completion.tokens, 0)
     speculator._lookup = Lookup([1, 2, 3, 4] * 4, match_rates())
-    assert speculator.proposals(completion)
-    session.refusal = lambda *_: "a ring has moved on"  # type: ignore[method-assign]
-    assert not speculator.proposals(completion)
+    assert speculator.proposals(completion, session.length)
+    asked = list[int]()
+    session.refusal = lambda *_: asked.append(1) or "a ring has moved on"  # type: ignore
+    for _ in range(1 + FIRST_PAUSE):  # nor is it asked for some rounds
+        assert not speculator.proposals(completion, session.length)
+    assert len(asked) == MOST_PROPOSED.bit_length()
+    session.refusal = lambda *_: None  # type: ignore[method-assign]
+    assert speculator.proposals(completion, session.length)
 
 
 @pytest.mark.parametrize(
@@ -351,3 +358,18 @@ def test_draft_follows_from_the_caches_and_the_context(
     tensors = (KVTensor(layer=0, kind=side, heads=1, dim=8, dtype="int8", window=window) for side in SIDES)
     draft = draft_of(choice, KVLayout(tensors=tuple(tensors)), context)
     assert (draft and draft.kind) == kind
+
+
+def test_window_draft_leaves_short_texts_to_the_lookup() -> None:
+    assert [kind_at(Draft(kind="window"), context) for context in (779, 780)] == ["lookup", "window"]
+    assert kind_at(LOOKUP, 8192) == "lookup"
+
+
+def test_layer_that_lets_no_window_draft_read_it_is_named() -> None:
+    own, ring, full = (
+        KVTensor(layer=layer, kind="key", heads=1, dim=8, dtype="int8", window=window, cache=cache)
+        for layer, window, cache in ((3, 64, "full"), (2, 64, "window"), (1, None, "full"))
+    )
+    assert window_refusal(KVLayout(tensors=(full,))) is None
+    assert "layer 2 keeps a cache of kind window" in str(window_refusal(KVLayout(tensors=(full, ring))))
+    assert "layer 3 has the model's own sliding window" in str(window_refusal(KVLayout(tensors=(full, own, ring))))

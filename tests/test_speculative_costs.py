@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import cast
 
@@ -11,7 +12,7 @@ from support.tiny_tokenizer import byte_tokenizer
 
 from kvslim.runtime.generate import Sampling
 from kvslim.runtime.session import DecodeSession
-from kvslim.runtime.writing import Completion
+from kvslim.runtime.writing import Completion, write
 from kvslim.speculative.estimates import GRANT, MOST_PROPOSED, MOST_STOCK, SHARE, Ledger
 from kvslim.speculative.loop import write_speculatively
 from kvslim.speculative.speculator import Speculator
@@ -33,10 +34,11 @@ class TimedChain:
     def clock(self) -> float:
         return self.now
 
-    def step(self, tokens: Sequence[int]) -> np.ndarray:
-        self.length += len(tokens)
-        self.now += self.costs[len(tokens) - 1]
-        found: np.ndarray = self.logits[list(tokens)]
+    def step(self, tokens: Sequence[int] | Sequence[Sequence[int]]) -> np.ndarray:
+        ids = np.asarray(tokens)
+        self.length += ids.size
+        self.now += self.costs[ids.size - 1]
+        found: np.ndarray = self.logits[ids]
         return found
 
     def rewind(self, length: int) -> None:
@@ -67,6 +69,25 @@ def test_trials_cost_little_where_runs_of_several_tokens_do_not_pay(costs: np.nd
 def test_speculation_goes_on_where_it_pays() -> None:
     assert np.median([speed(FLAT, 2.0, 256, seed) for seed in range(8)]) > 1.3
     assert np.median([speed(STEP, 6.0, 512, seed) for seed in range(8)]) > 1.1
+
+
+def loop_time(drafted: bool, seed: int) -> float:
+    """CPU seconds that a text of a session takes that computes nothing; no runs of several tokens pay."""
+    logits = np.random.default_rng(seed).standard_normal((8, 8)).astype(np.float32)
+    session = TimedChain(logits, STEEP)
+    speculator = Speculator(cast("DecodeSession", session), Draft(kind="lookup"), clock=session.clock)
+    completion = Completion(byte_tokenizer(), [0], 500, sampling=Sampling(1.0, seed=seed))
+    start = time.process_time()
+    if drafted:
+        list(write_speculatively(cast("DecodeSession", session), completion, logits[0], speculator))
+    else:
+        list(write(cast("DecodeSession", session), [completion], logits[:1]))
+    return time.process_time() - start
+
+
+def test_a_draft_that_proposes_nothing_costs_little_beside_drawing_a_token() -> None:
+    drafted, plain = (min(loop_time(drafted, seed) for seed in range(5)) for drafted in (True, False))
+    assert drafted < 2.3 * plain
 
 
 def test_losses_take_from_a_stock_that_gains_and_time_fill_up() -> None:

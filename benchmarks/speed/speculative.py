@@ -66,7 +66,7 @@ def speculative(
     learnt from one text to the next, as in a conversation.
     """
     story, document = (text_file(text, source.folder) for text in (source.validation, source.calibration))
-    for cache, folder, tokenizer in _graphs(source, caches, weights):
+    for cache, folder, tokenizer in graphs(source, caches, weights):
         for context in contexts:
             session = Timetable(folder / "speculative.onnx", capacity=context + max(tokens, COUNTS[-1]), threads=1)
             session.measure(context, repeats)
@@ -90,14 +90,14 @@ def verify_cost(
 
     CPU time of one thread, the least of the repeats, which go through all numbers of tokens in turn.
     """
-    for cache, folder, _ in _graphs(source, caches, weights):
+    for cache, folder, _ in graphs(source, caches, weights):
         for context in contexts:
             session = Timetable(folder / "speculative.onnx", capacity=context + COUNTS[-1], threads=1)
             for count, seconds in session.measure(context, repeats).items():
                 yield {"cache": cache, "context": context, "tokens": count, "ms": 1000 * seconds}
 
 
-def _graphs(source: Source, caches: Sequence[str], weights: str) -> Iterator[tuple[str, Path, Tokenizer]]:
+def graphs(source: Source, caches: Sequence[str], weights: str) -> Iterator[tuple[str, Path, Tokenizer]]:
     """The graph of each kind of cache."""
     model = OpenModel(source, LITTLE, weights=weights)
     for cache in caches:

@@ -42,7 +42,7 @@ def check_source(source: str, where: str) -> None:
         _datasets(where)
         return
     if not Path(source).is_file():
-        fix = "give self, a .txt or .jsonl file, or hub:DATASET"
+        fix = "give self, a .txt or .jsonl file, or hub:DATASET[:SPLIT]"
         raise NotFoundError(f"no text file {source!r}", where=where, fix=fix)
     _read_file(Path(source))
 

@@ -22,7 +22,11 @@ def analyze(
     data: Annotated[
         str,
         typer.Option(
-            "--calibration", "--data", "-d", metavar="FILE", help="text of your task: self, .txt, .jsonl or hub:DATASET"
+            "--calibration",
+            "--data",
+            "-d",
+            metavar="SOURCE",
+            help="text of your task: self, a .txt or .jsonl file, or hub:DATASET[:SPLIT]",
         ),
     ] = "self",
     svg: Annotated[

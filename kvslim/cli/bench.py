@@ -36,17 +36,19 @@ def bench(
     text: Annotated[
         str,
         typer.Option(
-            metavar="SOURCE", help="what drafts are timed on: self (what the artifacts write) or a .txt or .jsonl file"
+            metavar="SOURCE",
+            help="what drafts are timed on: self (what the artifacts write), a .txt or .jsonl file, or "
+            "hub:DATASET[:SPLIT]",
         ),
     ] = "self",
-    csv: Annotated[Path | None, typer.Option(help="write one row per timing to this file")] = None,
+    csv: Annotated[Path | None, typer.Option(help="write one row per timing and draft to this file")] = None,
     markdown: Annotated[Path | None, typer.Option(help="write the tables to this file")] = None,
     as_json: Json = False,
 ) -> None:
     """Time artifacts against each other, over a grid of lengths, threads and batches.
 
     They take turns in one run, so that load on the machine slows all of them alike. Of an artifact with a draft, texts
-    are written with and without it.
+    are written with and without it, up to each context of 128 tokens or more.
     """
     from kvslim.cli.inputs import check_target, write_text
     from kvslim.cli.lengths import read_counts, read_lengths

@@ -146,11 +146,21 @@ def usage_of(completer: Completer) -> Usage:
 def usage_line(usage: Usage) -> str:
     """Counts, speed and memory of a completion in one line."""
     speed = "" if usage.tokens_per_second is None else f" at {usage.tokens_per_second:.1f} per second"
-    rounds = "" if usage.tokens_per_round is None else f", {usage.tokens_per_round:.2f} a run"
     cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
     end = ", interrupted" if usage.finish_reason == "interrupted" else ""
     return (
-        f"{usage.prompt_tokens} prompt tokens{cached}, {usage.new_tokens} new{speed}{rounds}{end}, "
+        f"{usage.prompt_tokens} prompt tokens{cached}, {usage.new_tokens} new{speed}{_rounds(usage)}{end}, "
         f"first after {usage.ttft_ms:.3g} ms; context {usage.context_tokens} of {usage.context_capacity}, "
         f"KV cache {usage.kv_mib:.3g} MiB"
     )
+
+
+def _rounds(usage: Usage) -> str:
+    """What a draft did, beginning with a comma; nothing without one."""
+    if usage.tokens_per_round is None:
+        return ""
+    if not usage.proposed_tokens:
+        return ", nothing proposed"
+    share = usage.accepted_tokens / usage.proposed_tokens
+    right = f"{usage.accepted_tokens} of {usage.proposed_tokens} proposals right ({share:.0%})"
+    return f", {usage.tokens_per_round:.2f} a run, {right}"

@@ -99,7 +99,8 @@ def compress(
     read = partial(read_recipe, recipe, overrides or (), gates=limits, words=words)
     asked = asked_for(model, read, budget, device, tokens_per_second)
     from kvslim import api
-    from kvslim.report.tables import draft_note, gates_table, report_table, timing_note
+    from kvslim.report.draft import draft_note, fallback_note
+    from kvslim.report.tables import gates_table, report_table, timing_note
 
     with console.libraries_apart(), Terminal() as progress:
         manifest = api.compress(
@@ -121,7 +122,8 @@ def compress(
         console.print_json("compress", {"artifact_folder": str(out), **block, "devices": devices})
     elif report:
         console.print_tables(report_table(report), gates_table(report.gates))
-    for note in filter(None, (timing_note(report), draft_note(report)) if report else ()):
+    notes = (timing_note(report), draft_note(report.speculation)) if report else ()
+    for note in filter(None, (fallback_note(manifest), *notes)):
         console.hint(note)
     for line in outcome(manifest, out, progress.seconds, asked.room, reached):
         console.hint(line)

@@ -51,6 +51,7 @@ def usage_error(caught: typer.TyperException) -> UsageError:
     context: Any = getattr(caught, "ctx", None)
     command = context.command_path if context else "kvslim"
     message = caught.format_message() if hasattr(caught, "format_message") else str(caught)
+    message = message.replace("Value error, ", "")  # typer's parser lets pydantic say what kind of error it is
     return UsageError(message, where=command, fix=hint(message) or f"see `{command} --help`")
 
 

@@ -33,6 +33,7 @@ def inspect(
     """
     from kvslim.cli.lengths import read_lengths
     from kvslim.devices.profile import load_device, shipped_devices
+    from kvslim.report.draft import draft_note
     from kvslim.report.inspect import inspect as memory_of
     from kvslim.report.limits import answers, limits_table, stages_table
     from kvslim.report.matrices import formats_line
@@ -48,6 +49,8 @@ def inspect(
     console.print_text(f"weights: {memory.weights_mib:,.1f} MiB, {memory.weights}{promise}\n")
     if memory.matrices:
         console.print_text(f"stored as: {formats_line(memory.matrices)}\n")
+    if memory.draft:
+        console.print_text(f"{draft_note(memory.speculation) or f'draft: {memory.draft.kind}'}\n")
     console.print_tables(stages_table(memory), limits_table(memory))
     console.print_text("".join(f"{line}\n" for line in answers(memory)))
     if memory.layers and not devices:

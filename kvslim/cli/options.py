@@ -85,14 +85,22 @@ MemoryAt = Annotated[
 ]
 Calibration = Annotated[
     str | None,
-    typer.Option("--calibration", metavar="FILE", help="text of your task: .txt, .jsonl or hub:DATASET"),
+    typer.Option(
+        "--calibration",
+        metavar="SOURCE",
+        help="text of your task: self, a .txt or .jsonl file, or hub:DATASET[:SPLIT]",
+    ),
 ]
 TargetContext = Annotated[
     str | None, typer.Option("--context", metavar="TOKENS", help="the context that it is for, such as 16k")
 ]
 HeldOut = Annotated[
     str | None,
-    typer.Option("--validation", metavar="FILE", help="text to measure on: .txt, .jsonl or hub:DATASET"),
+    typer.Option(
+        "--validation",
+        metavar="SOURCE",
+        help="text to measure on: self, a .txt or .jsonl file, or hub:DATASET[:SPLIT]",
+    ),
 ]
 DeviceName = Annotated[
     str | None,

@@ -33,7 +33,8 @@ def validate(
     limits = read_gates(gates or ())
     tokens = None if context is None else read_length(context, "--context")
     from kvslim import api
-    from kvslim.report.tables import draft_note, gates_table, report_table, timing_note
+    from kvslim.report.draft import draft_note
+    from kvslim.report.tables import gates_table, report_table, timing_note
 
     with console.libraries_apart(), Terminal() as progress:
         report = api.validate(
@@ -44,6 +45,6 @@ def validate(
         console.print_json("validate", report.model_dump(mode="json"))
     else:
         console.print_tables(report_table(report), gates_table(report.gates))
-    for note in filter(None, (timing_note(report), draft_note(report))):
+    for note in filter(None, (timing_note(report), draft_note(report.speculation))):
         console.hint(note)
     return verdict(report.passed, report.gates, str(artifact))

@@ -66,6 +66,20 @@ def read_runnable(folder: Path) -> Manifest:
     return manifest
 
 
+def read_whole(folder: Path) -> Manifest:
+    """The manifest of an artifact that has all graphs that it should have, before any of them is measured.
+
+    Raises:
+        KvslimError: As `read_runnable`.
+        NotFoundError: A graph is missing.
+    """
+    manifest = read_runnable(folder)
+    for name in (GRAPH, *((SPECULATIVE_GRAPH,) if manifest.draft else ())):
+        if not (folder / name).is_file():
+            raise NotFoundError(f"the artifact lacks {name}", where=str(folder / name), fix="compress again")
+    return manifest
+
+
 def hash_files(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below `folder` but the manifest, by relative name with forward slashes."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from kvslim.measures import Measures
+from kvslim.report.draft import shares
 from kvslim.report.tables import METRICS, NONE, UNCERTAIN, Table, measures_table, rate, with_quartiles
 from kvslim.validation.bench import BenchResult, Timing
 from kvslim.validation.drafts import DraftGain
 
 Results = Mapping[str, BenchResult]
+DRAFT_FIELDS = ("kind", "plain_tokens_per_second", "speed_ratio", "tokens_per_round", "acceptance")
 COSTS = ("kv_bytes_per_token", "file_mib", "peak_rss_mib")
-SHOWN = 4  # places of proposals
 
 
 def tables_of(results: Results) -> tuple[Table, ...]:
@@ -56,7 +58,8 @@ def drafts_table(results: Results) -> Table:
     """Texts with and without drafts: speed, tokens of a run, and how often the first few proposals were right."""
     drafted = {name: result.drafts for name, result in results.items() if result.drafts}
     header = [
-        (f"{name}, tokens/s", "with draft", "ratio", "tokens a run", "first, second, ... right") for name in drafted
+        (f"{name}, tokens/s", "draft", "with draft", "times the speed", "tokens a run", "first, second, ... right")
+        for name in drafted
     ]
     rows = tuple(
         (
@@ -72,10 +75,11 @@ def drafts_table(results: Results) -> Table:
 def _draft_cells(gain: DraftGain) -> tuple[str, ...]:
     return (
         rate(gain.plain_tokens_per_second),
+        gain.kind,
         rate(gain.tokens_per_second),
         f"{gain.speed_ratio:.2f}",
         f"{gain.tokens_per_round:.2f}",
-        ", ".join(f"{share:.0%}" for share in gain.acceptance[:SHOWN]) or NONE,
+        shares(gain.acceptance),
     )
 
 
@@ -96,14 +100,25 @@ def uncertain_timings(results: Results) -> tuple[str, ...]:
 
 
 def bench_csv(results: Results) -> str:
-    """One row per timing, each with the artifact's bytes and memory; values that were not measured are empty."""
+    """One row per timing, then those of drafts, each with the artifact's bytes and memory.
+
+    Values that were not measured are empty.
+    """
     file = io.StringIO()
-    writer = csv.DictWriter(file, ("artifact", *Timing.model_fields, *COSTS), lineterminator="\n")
+    writer = csv.DictWriter(file, ("artifact", *Timing.model_fields, *DRAFT_FIELDS, *COSTS), lineterminator="\n")
     writer.writeheader()
     for name, result in results.items():
+        rows = [*(timing.model_dump() for timing in result.timings), *map(_draft_row, result.drafts)]
         costs = {cost: getattr(result, cost) for cost in COSTS}
-        writer.writerows({"artifact": name, **timing.model_dump(), **costs} for timing in result.timings)
+        writer.writerows({"artifact": name, **row, **costs} for row in rows)
     return file.getvalue()
+
+
+def _draft_row(gain: DraftGain) -> dict[str, Any]:
+    """A row of a draft, whose tokens per second are those with it."""
+    shares = " ".join(f"{share:.3f}" for share in gain.acceptance)
+    row = gain.model_dump(exclude={"context", "tokens"})
+    return {**row, "metric": "draft", "tokens": gain.context, "batch": 1, "acceptance": shares}
 
 
 def _time(timing: Timing) -> str:

@@ -10,8 +10,9 @@ from jinja2 import Environment, StrictUndefined
 
 from kvslim.kv_ratios import smaller
 from kvslim.report.decisions import decisions
+from kvslim.report.draft import draft_note
 from kvslim.report.matrices import formats_line
-from kvslim.report.tables import draft_note, gates_table, removals_table, report_table, timing_note
+from kvslim.report.tables import gates_table, removals_table, report_table, timing_note
 from kvslim.types import KVLayout, Manifest, Plan
 
 CARD = "README.md"
@@ -170,7 +171,7 @@ def model_card(manifest: Manifest) -> str:
         slim=slim,
         smaller="" if spec.is_encoder else smaller(slim, plain),
         timings=(timing_note(report) if report else None) or "",
-        draft=(draft_note(report) if report else None) or "",
+        draft=(draft_note(report.speculation) if report else None) or "",
         report=report_table(report).markdown() if report else "",
         gates=gates_table(report.gates).markdown() if report else "",
         shared=shared,

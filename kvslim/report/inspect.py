@@ -84,7 +84,9 @@ def _inspect_artifact(folder: Path, asked: Sequence[int] | None, devices: Sequen
         for device in devices:
             found += limits(device, weights, caches, spec.max_context, contexts)
     memory = cache_memory(spec, caches, name, stored, contexts, devices=found)
-    return memory.model_copy(update={"matrices": manifest.matrices or {}})
+    speculation = manifest.report.speculation if manifest.report else None
+    made = {"matrices": manifest.matrices or {}, "draft": manifest.draft, "speculation": speculation}
+    return memory.model_copy(update=made)
 
 
 def _default_contexts(spec: ModelSpec) -> tuple[int, ...]:

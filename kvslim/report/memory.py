@@ -9,8 +9,9 @@ from pydantic import Field
 from kvslim.contract import Frozen, ModelSpec
 from kvslim.devices.demand import Cache, query_heads
 from kvslim.devices.limits import Limits
+from kvslim.measures import Speculation
 from kvslim.recipe import load_recipe, shipped_recipes
-from kvslim.types import Manifest, Plan
+from kvslim.types import Draft, Manifest, Plan
 
 PRECISIONS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
 PLAIN_PRECISION = "fp32"
@@ -52,6 +53,8 @@ class CacheMemory(Frozen):
     weights: str
     weights_mib: float
     matrices: dict[str, str] = Field({}, description="of an artifact: how each matrix in blocks is stored")
+    draft: Draft | None = Field(None, description="of an artifact: what proposes tokens, if it has one")
+    speculation: Speculation | None = Field(None, description="what that draft gains, if it was measured")
     share: dict[str, dict[str, float]]
     recipes: dict[str, str] = Field(
         description="the precision whose bytes a recipe takes at most; none for an artifact"

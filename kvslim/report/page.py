@@ -19,6 +19,7 @@ from kvslim.report.answers import Answer, compared_answer, differing
 from kvslim.report.card import name_of
 from kvslim.report.compare import Comparison, Regression, comparison_table, regressions_table, short_names
 from kvslim.report.decisions import decisions
+from kvslim.report.draft import draft_table
 from kvslim.report.figure import Figure, Limits
 from kvslim.report.figures import figures
 from kvslim.report.matrices import formats_line
@@ -128,6 +129,7 @@ def artifact_page(manifest: Manifest, limits: Limits = ()) -> str:
         Section("Before and after", _baseline(manifest.spec.is_encoder, report), (report_table(report),))
         if report
         else Section("Before and after"),
+        Section("Draft", DRAFT, (draft_table(manifest.draft, report.speculation if report else None),)),
         Section("Other sizes", PLANNED, (_others(manifest),)),
         _decisions("Decisions", manifest),
         Section(
@@ -213,6 +215,10 @@ def comparison_page(
 
 
 NOTHING = Table((), ())
+DRAFT = (
+    "It proposes tokens, and the model keeps those that it would have written itself. Texts were written with and "
+    "without it in turns, greedily, on the machine that made the artifact."
+)
 PLANNED = "Other sizes of the same model and cache types of other tools, priced on calibration text in torch."
 ANSWERS = "Both continue the beginnings of held-out texts with their most likely tokens. Words that differ are marked."
 COMPARED = (

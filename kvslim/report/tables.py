@@ -122,20 +122,6 @@ def timing_note(report: Report) -> str | None:
     return None if report.timings_uncertain is None else f"{UNCERTAIN}: {report.timings_uncertain}"
 
 
-def draft_note(report: Report) -> str | None:
-    """What the draft gains, and whether the texts are the model's; None where there is none."""
-    found = report.speculation
-    if found is None:
-        return None
-    if found.differing:
-        return f"draft: {found.differing} texts are not those that the model writes without it"
-    advice = "" if found.speed_ratio >= 1 else "; it does not pay here: do without it (--draft none)"
-    return (
-        f"draft: {found.tokens_per_round:.2f} tokens a run and {found.speed_ratio:.2f} times the speed without it, "
-        f"behind {found.context:,} tokens of held-out text; the texts are the model's own{advice}"
-    )
-
-
 def gates_table(gates: Sequence[GateResult]) -> Table:
     """Each gate with its value, limit and verdict."""
     rows = tuple(

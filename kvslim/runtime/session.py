@@ -67,7 +67,7 @@ class DecodeSession:
         self.vocab = self._vocab()
         self._last_only = next(node.shape[1] for node in self._session.get_outputs() if node.name == "logits") == 1
         self._has_choice = any(node.name == FIRST_LOGITS for node in self._session.get_overridable_initializers())
-        self._inputs = {node.name for node in self._session.get_inputs()}
+        self._inputs = {node.name for node in self._session.get_inputs()} | {FIRST_LOGITS}
         self._binding = self._session.io_binding()
         self.allocate(batch)
 
@@ -284,6 +284,7 @@ class DecodeSession:
         return logits
 
     def _bind_tokens(self, ids: npt.NDArray[np.int64], rows: int) -> None:
+        """Binds all inputs but the cache; memory that is bound already takes values of the same shape."""
         rows_of = self.lengths[self._rows, None] + np.arange(ids.shape[1])
         totals = rows_of[:, -1:] + 1
         inputs = {
@@ -293,17 +294,22 @@ class DecodeSession:
         }
         if self._has_choice:
             inputs[FIRST_LOGITS] = np.array([-rows], dtype=np.int64)
-        for name in (self._inputs | {FIRST_LOGITS}) & inputs.keys():
-            self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(inputs[name]))
+        for name, value in inputs.items():
+            held = self._bound.get(name)
+            if held is not None and held.shape == value.shape:
+                held[:] = value
+            elif name in self._inputs:
+                self._bound[name] = value.copy()  # of tokens that are the caller's
+                self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(self._bound[name]))
 
     def _rebind(self, changed: Sequence[bool]) -> None:
         """Binds the buffers again where any of them is another now."""
         if any(changed):
-            bind_all(self._binding, self._layers, self._rows)
+            self._take_part(self._rows)
 
     def _take_part(self, rows: slice) -> None:
         """Lets the next runs be of these sequences alone."""
-        self._rows = rows
+        self._rows, self._bound = rows, dict[str, npt.NDArray[np.int64]]()
         bind_all(self._binding, self._layers, rows)
 
     def _require(self, length: int) -> None:

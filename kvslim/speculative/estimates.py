@@ -14,29 +14,32 @@ import numpy.typing as npt
 MOST_PROPOSED = 15  # with the token before them 16, up to which attention over integer caches is a step's
 PRIOR_SLOPE: Final = 0.15  # share of a run of one token that each further one is taken to cost until it was tried
 RUNS, FORGETTING, PRIOR_TRIALS = 9, 0.98, 4.0
+LEARNT: Final = 64  # runs of one token after which ratios are taken anew
 GRANT, SHARE, MOST_STOCK = 2.0, 0.02, 5.0  # see `Ledger`: at first, for each token, and at most
 COUNTS = np.arange(1, MOST_PROPOSED + 2)
-Seconds = npt.NDArray[np.float64]
+Seconds = Sequence[float]
+Relative = Sequence[tuple[float, float]]  # expected, and at worst
+Costs = npt.NDArray[np.float64]
 
 
 class HitRates:
     """Shares of proposals that were right, by class; what is long past counts less and less.
+
+    Attributes:
+        shares: Of each class.
 
     Args:
         priors: What is taken for the share of each class before anything was seen.
     """
 
     def __init__(self, priors: Sequence[float]) -> None:
-        self._trials = np.full(len(priors), PRIOR_TRIALS)
-        self._hits = np.array(priors) * PRIOR_TRIALS
-
-    def __getitem__(self, kind: int) -> float:
-        return float(self._hits[kind] / self._trials[kind])
+        self.shares, self._trials = list(priors), [PRIOR_TRIALS] * len(priors)
 
     def add(self, kind: int, hit: bool) -> None:
         """Counts a proposal of a class."""
-        self._trials[kind] = FORGETTING * self._trials[kind] + 1
-        self._hits[kind] = FORGETTING * self._hits[kind] + hit
+        kept = FORGETTING * self._trials[kind]
+        self._trials[kind] = kept + 1
+        self.shares[kind] = (kept * self.shares[kind] + hit) / (kept + 1)
 
 
 class RunCosts:
@@ -49,10 +52,14 @@ class RunCosts:
 
     def __init__(self) -> None:
         self._runs: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=RUNS))
+        self._relative, self._singles = dict[int, Relative](), 0  # runs of one since these were learnt
 
     def add(self, context: int, tokens: int, seconds: float) -> None:
         """Notes a run of `tokens` behind a context."""
         self._runs[context.bit_length(), tokens].append(seconds)
+        self._singles += tokens == 1
+        if tokens > 1 or self._singles == LEARNT:
+            self._relative, self._singles = {}, 0
 
     def of_one(self, context: int) -> float | None:
         """Seconds of a run of one token behind a context; None where there was none yet."""
@@ -69,17 +76,23 @@ class RunCosts:
         """
         size = context.bit_length()
         single = median(self._runs[size, 1])
+        if size not in self._relative:
+            self._relative[size] = self._learnt(size)
+        worst = 1 + max(0.0, may_lose)
+        return [single * cost if most <= worst else math.inf for cost, most in self._relative[size]]
+
+    def _learnt(self, size: int) -> Relative:
+        """What runs of 1, 2, ... tokens cost, in runs of one, at contexts of so many bits."""
         ratios = {1: 1.0}
         for tokens in range(2, MOST_PROPOSED + 2):
             sizes = [other for other, count in self._runs if count == tokens and (other, 1) in self._runs]
             if sizes:
                 near = min(sizes, key=lambda other: abs(other - size))
                 ratios[tokens] = max(1.0, median(self._runs[near, tokens]) / median(self._runs[near, 1]))
-        costs, most = _expected(ratios), _at_most(ratios)
-        return np.where(most - 1 <= max(0.0, may_lose), single * costs, np.inf)
+        return list(zip(_expected(ratios).tolist(), _at_most(ratios).tolist(), strict=True))
 
 
-def _expected(ratios: Mapping[int, float]) -> Seconds:
+def _expected(ratios: Mapping[int, float]) -> Costs:
     """What runs of 1, 2, ... tokens are expected to cost, from those that were tried."""
     *_, before, last = 1, *ratios
     slope = (ratios[last] - ratios[before]) / (last - before) if before > 1 else PRIOR_SLOPE
@@ -87,7 +100,7 @@ def _expected(ratios: Mapping[int, float]) -> Seconds:
     return known + slope * np.maximum(0, COUNTS - last)
 
 
-def _at_most(ratios: Mapping[int, float]) -> Seconds:
+def _at_most(ratios: Mapping[int, float]) -> Costs:
     """What they may cost at worst: as much as the next larger one that was tried, or as many runs as further tokens."""
     last = max(ratios)
     slope = (ratios[last] - 1) / (last - 1) if last > 1 else 1.0
@@ -118,7 +131,12 @@ def best_count(chances: Sequence[float], costs: Seconds, each: float = 0.0) -> t
         costs: Seconds of a run of 1, 2, ... tokens.
         each: Seconds that a proposal takes to make.
     """
-    expected = 1 + np.concatenate([[0.0], np.cumsum(np.cumprod(chances))])
-    rates = expected / (costs[: len(expected)] + each * np.arange(len(expected)))
-    best = int(rates.argmax())
-    return best, float(rates[best])
+    best, rate = 0, 1 / costs[0]
+    chance, expected = 1.0, 1.0
+    for count, right in enumerate(chances, start=1):
+        chance *= right
+        expected += chance
+        seconds = costs[count] + each * count
+        if expected > rate * seconds:
+            best, rate = count, expected / seconds
+    return best, rate

@@ -64,9 +64,8 @@ class Lookup:
         """Tokens that may come next, and the chance of each that it is right where those before it are."""
         if not self._length:
             return [], []
-        found = list[int]()
-        for place in range(self._match, self._match + most):
-            beyond = place - len(self._text)  # a text that repeats itself goes on repeating
-            found.append(self._text[place] if beyond < 0 else found[beyond])
-        lengths = range(self._length, self._length + most)
-        return found, [self.rates[min(length, LONGEST_MATCH)] for length in lengths]
+        found, shares = self._text[self._match : self._match + most], self.rates.shares
+        while len(found) < most:  # a text that repeats itself goes on repeating
+            found += found[: most - len(found)]
+        chances = shares[self._length : self._length + most]
+        return found, chances + [shares[-1]] * (most - len(chances))

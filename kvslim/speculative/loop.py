@@ -36,15 +36,19 @@ def write_speculatively(
     if completion.finish_reason is None:
         yield completion.add(logits)
         speculator.learn(completion.tokens, 0)
+    length = session.length
     while completion.finish_reason is None:
-        proposals, length, before = speculator.proposals(completion), session.length, len(completion.tokens)
+        before = len(completion.tokens)
+        proposals = speculator.proposals(completion, length)
         fed = [completion.tokens[-1], *proposals]
         start = speculator.clock()
         found = session.step(fed)
         speculator.ran(length, len(fed), speculator.clock() - start)
         text = taken_text(completion, found, proposals)
         taken = completion.rounds[-1][1]
-        session.rewind(length + 1 + taken)
+        length += 1 + taken
+        if proposals:
+            session.rewind(length)
         speculator.learn(completion.tokens[before:], taken)
         yield text
 

@@ -23,7 +23,7 @@ from kvslim.types import Draft
 
 LEAST_GAIN = 1.03  # what a speculation must promise over plain decoding
 CONFIDENCES = 10  # classes of equal width
-FIRST_PAUSE, LONGEST_PAUSE = 16, 256  # rounds after which a draft that did not pay is tried again
+FIRST_PAUSE, LONGEST_PAUSE = 16, 256  # rounds after which what did not pay, or could not go back, is tried again
 
 
 class Speculator:
@@ -45,7 +45,7 @@ class Speculator:
         self._draft_times = deque[float](maxlen=RUNS)
         self._trusted = HitRates([(place + 0.5) / CONFIDENCES for place in range(CONFIDENCES)])
         self._taken = HitRates([0.75])
-        self._pause, self._next_pause = 0, FIRST_PAUSE
+        self._pause, self._next_pause, self._shut = 0, FIRST_PAUSE, 0
         self._classes: list[int] = []
         self._ledger = Ledger()
         self._drafting, self._spent = 0.0, 1.0
@@ -53,20 +53,26 @@ class Speculator:
     def begin(self, ids: Sequence[int]) -> None:
         """Starts a text with a prompt."""
         self._lookup = Lookup(ids, self._matches)
-        self._classes, self._drafting, self._spent = [], 0.0, 1.0
+        self._classes, self._drafting, self._spent, self._shut = [], 0.0, 1.0, 0
         if self._window is not None:
             self._window.reset()
 
-    def proposals(self, completion: Completion) -> list[int]:
-        """Tokens that may follow a text, of which all but the last token are in the target's cache; maybe none."""
+    def proposals(self, completion: Completion, length: int) -> list[int]:
+        """Tokens that may follow a text; maybe none.
+
+        Args:
+            completion: The text.
+            length: Tokens in the target's cache: all but the last one.
+        """
         self._classes, self._drafting = [], 0.0
-        length = self._target.length
-        single, most = self._costs.of_one(length), self._most(completion)
-        if single is None or not most:
+        if self._shut:
+            self._shut -= 1
             return []
+        most = min(MOST_PROPOSED, completion.left - 1, self._target.capacity - length - 1)
         tokens, chances = self._lookup.proposals(most)
         window = self._window if self._window is not None and length >= LONG * self._window.rows else None
-        if not tokens and window is None:
+        single = self._costs.of_one(length) if most > 0 and (tokens or window) else None
+        if single is None:
             return []
         costs = self._costs.at(length, self._ledger.stock)
         count, rate = best_count(chances, costs)
@@ -74,21 +80,20 @@ class Speculator:
             count, rate = 0, 1 / single
         if window is not None and self._promises(costs, most, rate):
             return self._drafted(window, completion, costs, most)
-        return tokens[:count]
+        return tokens[: self._droppable(length, count)] if count else []
 
-    def _most(self, completion: Completion) -> int:
-        """Tokens that can be proposed: there is room for them, and the cache can drop them again."""
-        length = self._target.length
-        most = min(MOST_PROPOSED, completion.left - 1, self._target.capacity - length - 1)
-        while most > 0 and self._target.refusal(length + 1, length + 1 + most):
-            most //= 2
-        return max(0, most)
+    def _droppable(self, length: int, count: int) -> int:
+        """How many of so many tokens the cache can drop again; where none, it is not asked for some rounds."""
+        while count and self._target.refusal(length + 1, length + 1 + count):
+            count //= 2
+        self._shut = 0 if count else FIRST_PAUSE
+        return count
 
     def _promises(self, costs: Seconds, most: int, rate: float) -> bool:
         """Whether the window draft is expected to give more tokens per second than `rate`, or is to be tried again."""
         if not self._draft_times:
             return self._ledger.stock > 0
-        _, expected = best_count([self._taken[0]] * most, costs, median(self._draft_times))
+        _, expected = best_count(self._taken.shares * most, costs, median(self._draft_times))
         if expected > LEAST_GAIN * rate:
             self._next_pause = FIRST_PAUSE
             return True
@@ -111,7 +116,7 @@ class Speculator:
             token = completion.foreseen(logits, tokens)
             self._classes.append(min(CONFIDENCES - 1, int(CONFIDENCES * confidence(logits))))
             tokens.append(token)
-            chances.append(self._trusted[self._classes[-1]])
+            chances.append(self._trusted.shares[self._classes[-1]])
             if not self._goes_on(chances, costs, most):
                 break
         self._drafting = self.clock() - began
@@ -122,10 +127,10 @@ class Speculator:
     def _goes_on(self, chances: Sequence[float], costs: Seconds, most: int) -> bool:
         """Whether some more proposals, taken as often as in the mean, bring more tokens per second than these alone."""
         each = median(self._draft_times)
-        more = [*chances, *[self._taken[0]] * (most - len(chances))]
+        more = [*chances, *self._taken.shares * (most - len(chances))]
         expected = 1 + np.cumsum(np.cumprod(more))
         counts = np.arange(1, most + 1)
-        rates = expected / (costs[1 : most + 1] + each * counts)
+        rates = expected / (np.array(costs[1 : most + 1]) + each * counts)
         made = len(chances)
         return bool((rates[made:] > rates[made - 1]).any())
 

@@ -18,7 +18,7 @@ from kvslim.runtime.session import DecodeSession
 from kvslim.runtime.text import Speculative, used_draft
 from kvslim.stages import DRAFTS
 from kvslim.types import Manifest
-from kvslim.validation.drafts import DraftGain, bench_drafts
+from kvslim.validation.drafts import SHORTEST, DraftGain, bench_drafts
 from kvslim.validation.encoder import time_texts
 from kvslim.validation.latency import Times, joules_per_token, quartiles, ratio, time_models
 from kvslim.validation.load import LoadWatch, doubt
@@ -37,7 +37,8 @@ class Grid(Frozen):
         threads: Threads of one operator; None leaves the choice to onnxruntime.
         batches: Sequences per batch.
         repeats: Timed turns per point.
-        speculative: Whether to write texts with and without the drafts that artifacts have, too.
+        speculative: Whether to write texts with and without the drafts that artifacts have, too, up to each context
+            that is long enough.
         text: What these are written behind; as for `bench_drafts`.
     """
 
@@ -136,12 +137,13 @@ def bench_all(
     drafted = (
         (str(folder), used_draft(each, grid.speculative)) for folder, each in zip(folders, manifests, strict=True)
     )
-    drafts = {name: draft for name, draft in drafted if draft is not None}
+    contexts = tuple(context for context in grid.contexts if context >= SHORTEST)
+    drafts = {name: draft for name, draft in drafted if draft is not None and contexts}
     progress.expect({**({DRAFTS: 1.0} if drafts else {}), **{_name_of(*point): 1.0 for point in grid.points}})
     gains: Mapping[str, tuple[DraftGain, ...]] = {}
     if drafts:
         progress.stage(DRAFTS)
-        gains = bench_drafts(artifacts, drafts, grid.contexts, grid.threads, grid.text, progress)
+        gains = bench_drafts(artifacts, drafts, contexts, grid.threads, grid.text, progress)
     timed = bench_encoders if any(manifest.spec.is_encoder for manifest in manifests) else bench_decoders
     found = timed(artifacts, grid, progress)
     return {name: result.model_copy(update={"drafts": gains.get(name, ())}) for name, result in found.items()}

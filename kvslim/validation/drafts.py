@@ -15,15 +15,18 @@ from kvslim.calibrate.corpus import SELF_BATCH, self_windows, source_text, start
 from kvslim.contract import Frozen
 from kvslim.errors import UsageError
 from kvslim.export.manifest import SPECULATIVE_GRAPH, read_manifest
+from kvslim.measures import DraftKind
 from kvslim.progress import Progress, Silent
 from kvslim.runtime.generate import load_tokenizer
 from kvslim.runtime.session import DecodeSession
+from kvslim.speculative.choice import kind_at
 from kvslim.types import Draft
 from kvslim.validation.latency import LONG_PROMPT
 from kvslim.validation.load import LoadWatch, doubt
 from kvslim.validation.speculation import MOST, TEXTS, gain, written_in_turns
 
 OWN_LENGTH, SEED = 512, 1  # tokens of each piece that an artifact writes itself
+SHORTEST = 2 * MOST  # context: as many tokens before a text as it has itself
 
 
 class DraftGain(Frozen):
@@ -31,6 +34,7 @@ class DraftGain(Frozen):
 
     Attributes:
         context: Tokens of the cache at the end of a text.
+        kind: What proposes tokens there.
         threads: Threads of one operator; None if onnxruntime chose.
         tokens: Tokens that were written without the draft.
         plain_tokens_per_second: Without the draft, median over the texts.
@@ -42,6 +46,7 @@ class DraftGain(Frozen):
     """
 
     context: int
+    kind: DraftKind
     threads: int | None
     tokens: int
     plain_tokens_per_second: float
@@ -68,9 +73,10 @@ def bench_drafts(
     Args:
         folders: Artifacts by name.
         drafts: Their drafts, where they have one.
-        contexts: Tokens of the cache at the end of a text.
+        contexts: Tokens of the cache at the end of a text, `SHORTEST` or more.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
-        source: What prompts are taken from: `self` for what artifacts write, a .txt or .jsonl file, or `hub:DATASET`.
+        source: What prompts are taken from: `self` for what artifacts write, a .txt or .jsonl file, or
+            `hub:DATASET[:SPLIT]`.
         progress: Receives the progress.
 
     Raises:
@@ -141,13 +147,14 @@ def _measured(
     session: DecodeSession, tokenizer: Tokenizer, draft: Draft, text: Sequence[int], context: int, threads: int | None
 ) -> DraftGain:
     """What a draft gains at one point."""
-    most, watch = max(1, min(MOST, context // 2)), LoadWatch()
-    prompts = prompts_before(text, max(1, context - most), most)
-    pairs = list(written_in_turns(session, tokenizer, draft, prompts, most, Silent()))
+    watch = LoadWatch()
+    prompts = prompts_before(text, context - MOST, MOST)
+    pairs = list(written_in_turns(session, tokenizer, draft, prompts, MOST, Silent()))
     plain, drafted = ([written.speed for written in side] for side in zip(*pairs, strict=True))
     where = f"behind {context:,} tokens, without the draft"
     return DraftGain(
         context=context,
+        kind=kind_at(draft, context),
         threads=threads,
         plain_tokens_per_second=float(np.median(plain)),
         tokens_per_second=float(np.median(drafted)),

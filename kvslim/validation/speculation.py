@@ -72,6 +72,7 @@ def measure_speculation(
     exact = DecodeSession(graph, capacity=capacity, float_activations=True)
     texts = list(written_in_turns(exact, tokenizer, draft, prompts, most, progress))
     return Speculation(
+        kind=draft.kind,
         context=max(map(len, prompts)),
         differing=sum(_differs(exact, plain.completion, drafted.completion) for plain, drafted in texts),
         **gain(pairs)._asdict(),
