@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import ModelError
+from kvslim.loading.mapped import let_go
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +87,7 @@ def check_trained(model: PreTrainedModel, where: str) -> None:
             raise ModelError(f"weights are not finite, first {name!r}", where=where, fix=fix)
         if fault := _untrained(weight.detach()):
             raise ModelError(f"nobody trained {name!r}: {fault}", where=where, fix=TRAINED_FIX)
+        let_go()
     if name := next(_dead_norms(model), None):
         raise ModelError(f"nobody trained {name!r}: it makes all zeros of any input", where=where, fix=TRAINED_FIX)
 
