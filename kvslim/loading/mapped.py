@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import OutputError
-from kvslim.memory import usable_memory
+from kvslim.memory import give_back, usable_memory
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,8 @@ class MappedWeights:
         for name, unread in stored.items():
             tensor = unread[...]
             found[name] = self.put(tensor) if tensor.is_floating_point() else tensor
+            del tensor
+            give_back()
         return found
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
