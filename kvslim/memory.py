@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 OWN = Path("/proc/self/cgroup")
 GROUPS = Path("/sys/fs/cgroup")
+SHARE = 0.5  # of the memory, for weights; the rest is for what is computed with them
 
 
 class _Files(NamedTuple):
@@ -32,6 +33,11 @@ def usable_memory() -> int:
     import psutil
 
     return max(0, min([int(psutil.virtual_memory().available), *_left_in_groups()]))
+
+
+def is_too_large(weights: int) -> bool:
+    """Whether so many bytes of weights leave too little memory for what is computed with them."""
+    return weights > SHARE * usable_memory()
 
 
 def give_back() -> None:

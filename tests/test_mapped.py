@@ -16,17 +16,17 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
-from support.models import open_prepared, recipe_of
+from support.models import in_chunks, open_prepared, recipe_of, tokens_of
 from support.paths import ROOT
 from support.tiny_decoders import save_decoder
 from support.tiny_gguf import write_gguf
 from test_adapter import MATRIX, quiet_peft, save_adapter
 
-from kvslim import checks
+from kvslim import checks, memory
 from kvslim.errors import ModelError, OutputError
-from kvslim.loading import mapped
 from kvslim.loading.mapped import MappedWeights, let_go
 from kvslim.loading.model import load_model
 from kvslim.loading.source import read_spec, resolve
@@ -34,6 +34,8 @@ from kvslim.methods import KvPca
 from kvslim.pipeline import compress
 from kvslim.planning.decide import decide
 from kvslim.recipe import Recipe
+from kvslim.runtime.session import DecodeSession
+from kvslim.types import Plan
 from kvslim.weight_format import WeightFormat
 
 ModelOf = Callable[[str], Path]
@@ -46,7 +48,7 @@ RANK = KvPca(rank=8)
 def memory_of(size: int, cache: Path) -> Iterator[None]:
     """Within the block the machine has so many bytes left, and nothing is known from earlier runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mapped, "usable_memory", lambda: size)
+        patch.setattr(memory, "usable_memory", lambda: size)
         patch.setenv("KVSLIM_CACHE", str(cache))
         yield
 
@@ -199,15 +201,15 @@ def test_layers_let_go_of_their_weights(tiny_llama: Path, tmp_path: Path, tempor
 CHILD = """
 import sys
 import numpy
+from kvslim import memory
 from kvslim.calibrate.recorder import Recorder
-from kvslim.loading import mapped
 from kvslim.progress import Silent
 from kvslim.validation.rss import own_peak_mib
 sys.path.insert(0, "tests")
 from support.models import open_prepared, recipe_of
 tiny, model = sys.argv[1:]
 for folder, room in ((tiny, 0), (model, 0), (model, 2**40)):
-    mapped.usable_memory = lambda: room
+    memory.usable_memory = lambda: room
     before = own_peak_mib()
     prepared = open_prepared(folder, recipe_of())
     windows = numpy.random.default_rng(0).integers(0, 100, (2, 48))
@@ -227,6 +229,28 @@ def test_memory_holds_a_part_of_the_weights(tiny_llama: Path, tmp_path: Path) ->
     assert weights > 180
     assert held < 0.5 * weights
     assert whole > 0.8 * weights
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int4"])
+def test_sessions_make_no_copy_of_float_weights(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    prepared = open_prepared(tiny_llama, recipe_of(weights=weights))
+    prepared.export(Plan.identity(prepared.spec), tmp_path)
+    tokens, entry = tokens_of(prepared), "session.disable_prepacking"
+    plain, found, logits = onnxruntime.InferenceSession, [], []
+
+    def opened(graph: Any, options: Any, **others: Any) -> Any:
+        found.append(options.has_session_config_entry(entry) and options.get_session_config_entry(entry) == "1")
+        return plain(graph, options, **others)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
+    for room in (LARGE, 0):
+        with memory_of(room, tmp_path / "cache"):
+            session = DecodeSession(tmp_path, capacity=len(tokens), all_positions=True)
+        logits.append(in_chunks(session, tokens, [8, 1]))
+    assert found == [False, weights == "fp32"]
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("limit", [0, 20_000])

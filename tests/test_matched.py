@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from support.tiny_codes import fp8_whole, write_codes
 from support.tiny_encoders import save_encoder
 
+from kvslim import memory
 from kvslim.errors import ModelError
-from kvslim.loading import mapped
 from kvslim.loading.model import load_encoder, load_model
 from kvslim.loading.source import read_spec, resolve
 
@@ -100,7 +100,7 @@ BROKEN: dict[str, tuple[Edit, dict[str, Any], str, str]] = {
 def test_weights_that_are_not_the_models_are_refused(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, room: int
 ) -> None:
-    monkeypatch.setattr(mapped, "usable_memory", lambda: room)
+    monkeypatch.setattr(memory, "usable_memory", lambda: room)
     edit, config, message, fix = BROKEN[name]
     snapshot = resolve(str(edited(tiny_llama, tmp_path / "model", edit, **config)))
     with pytest.raises(ModelError, match=message) as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import OutputError
-from kvslim.memory import give_back, usable_memory
+from kvslim.memory import give_back, is_too_large
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from kvslim.loading.snapshot import Unread
 
 FLOAT = 4  # bytes
-SHARE = 0.5  # of the memory, for all weights; the rest is for what is computed with them
 PART = 2**24  # numbers that are converted at a time
 IN_MEMORY = {"tmpfs", "ramfs"}
 FIX = "set TMPDIR to a folder on a disk with more space"
@@ -100,7 +99,7 @@ def mapped_bytes(model: Any) -> int:
         model: The model on torch's meta device.
     """
     size = FLOAT * sum(weight.numel() for weight in model.parameters())
-    return size if size > SHARE * usable_memory() else 0
+    return size if is_too_large(size) else 0
 
 
 def check_folder() -> None:
