@@ -153,10 +153,11 @@ def test_all_weights_are_in_files_that_end_with_the_model(
     tables = [part.weight.data_ptr() for part in (model.get_input_embeddings(), model.get_output_embeddings())]
     assert tables[0] == tables[1]  # tied
     lines = maps_of(temporary)
-    assert len(lines) == len(list(model.parameters()))
     assert all(line.endswith("(deleted)") for line in lines)
     places = {int(line.partition("-")[0], 16) for line in lines}
-    assert {weight.data_ptr() for weight in model.parameters()} == places
+    others = places - {weight.data_ptr() for weight in model.parameters()}
+    assert len(places) - len(others) == len(list(model.parameters()))
+    assert bool(others) == (weights != "fp32")  # blocks
     del model
     prepared.release()
     assert not maps_of(temporary)
@@ -200,22 +201,20 @@ def test_layers_let_go_of_their_weights(tiny_llama: Path, tmp_path: Path, tempor
 
 CHILD = """
 import sys
-import numpy
+import torch
 from kvslim import memory
-from kvslim.calibrate.recorder import Recorder
-from kvslim.progress import Silent
+from kvslim.loading.model import load_model
+from kvslim.loading.source import resolve
 from kvslim.validation.rss import own_peak_mib
-sys.path.insert(0, "tests")
-from support.models import open_prepared, recipe_of
 tiny, model = sys.argv[1:]
 for folder, room in ((tiny, 0), (model, 0), (model, 2**40)):
     memory.usable_memory = lambda: room
     before = own_peak_mib()
-    prepared = open_prepared(folder, recipe_of())
-    windows = numpy.random.default_rng(0).integers(0, 100, (2, 48))
-    Recorder(prepared.model, prepared.architecture, prepared.spec, windows, 0).record(Silent())
+    loaded = load_model(resolve(folder))
+    with torch.inference_mode():
+        loaded(input_ids=torch.arange(100)[None])
     print(own_peak_mib() - before)
-    prepared.release()
+    del loaded
 """
 
 
@@ -227,7 +226,7 @@ def test_memory_holds_a_part_of_the_weights(tiny_llama: Path, tmp_path: Path) ->
     command = [sys.executable, "-c", CHILD, str(tiny_llama), str(model)]
     _, held, whole = map(float, subprocess.check_output(command, cwd=ROOT, text=True).split())
     assert weights > 180
-    assert held < 0.5 * weights
+    assert held < 0.25 * weights
     assert whole > 0.8 * weights
 
 
@@ -241,7 +240,10 @@ def test_sessions_make_no_copy_of_float_weights(
     plain, found, logits = onnxruntime.InferenceSession, [], []
 
     def opened(graph: Any, options: Any, **others: Any) -> Any:
-        found.append(options.has_session_config_entry(entry) and options.get_session_config_entry(entry) == "1")
+        try:
+            found.append(options.get_session_config_entry(entry) == "1")
+        except RuntimeError:  # it is not set
+            found.append(False)
         return plain(graph, options, **others)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
@@ -250,7 +252,7 @@ def test_sessions_make_no_copy_of_float_weights(
             session = DecodeSession(tmp_path, capacity=len(tokens), all_positions=True)
         logits.append(in_chunks(session, tokens, [8, 1]))
     assert found == [False, weights == "fp32"]
-    np.testing.assert_allclose(logits[1], logits[0], atol=1e-6)
+    np.testing.assert_allclose(logits[1], logits[0], rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("limit", [0, 20_000])

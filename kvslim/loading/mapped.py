@@ -11,9 +11,12 @@ import ctypes
 import mmap
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from kvslim.errors import OutputError
 from kvslim.memory import give_back, is_too_large
@@ -23,8 +26,10 @@ if TYPE_CHECKING:
 
     from kvslim.loading.snapshot import Unread
 
+Array = npt.NDArray[Any]
 FLOAT = 4  # bytes
 PART = 2**24  # numbers that are converted at a time
+SMALL = 2**12  # bytes that are not worth a file
 IN_MEMORY = {"tmpfs", "ramfs"}
 FIX = "set TMPDIR to a folder on a disk with more space"
 _ALIVE: weakref.WeakSet[MappedWeights] = weakref.WeakSet()
@@ -59,15 +64,8 @@ class MappedWeights:
         """
         import torch
 
-        try:
-            with tempfile.NamedTemporaryFile(prefix="kvslim-") as file:
-                for part in tensor.reshape(-1).split(PART):
-                    file.write(part.to(torch.float32).numpy().data)
-                file.flush()
-                mapped = torch.from_file(file.name, shared=True, size=tensor.numel()).view(tensor.shape)
-        except OSError as error:
-            message = f"the weights are larger than memory, and a file cannot take them: {error.strerror}"
-            raise OutputError(message, where=tempfile.gettempdir(), fix=FIX) from error
+        parts = (part.to(torch.float32).numpy() for part in tensor.reshape(-1).split(PART))
+        mapped = _mapped(parts, FLOAT * tensor.numel()).view(torch.float32).view(tensor.shape)
         self._tensors.append(mapped)
         return mapped
 
@@ -81,15 +79,47 @@ class MappedWeights:
 
     def let_go(self) -> None:
         """Drops all their pages from this process; the files keep what was written to them."""
+        advise = ctypes.CDLL(None).madvise
         for tensor in self._tensors:
             place, size = ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(FLOAT * tensor.numel())
-            ctypes.CDLL(None).madvise(place, size, mmap.MADV_DONTNEED)
+            advise(place, size, mmap.MADV_DONTNEED)
+
+
+def beside_weights(array: Array) -> Array:
+    """An array as it is; mapped from a file like the weights, where there are weights in files.
+
+    Raises:
+        OutputError: The disk is full.
+    """
+    if not _ALIVE or array.nbytes < SMALL:
+        return array
+    whole = np.ascontiguousarray(array)
+    found: Array = _mapped([whole], whole.nbytes).numpy().view(array.dtype).reshape(array.shape)
+    return found
+
+
+def _mapped(parts: Iterable[Array], size: int) -> torch.Tensor:
+    """The bytes of arrays one after another, `size` in all, mapped from a file that has no name any more."""
+    import torch
+
+    try:
+        with tempfile.NamedTemporaryFile(prefix="kvslim-") as file:
+            for part in parts:
+                file.write(part.data)
+            file.flush()
+            return torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
+    except OSError as error:
+        message = f"the weights are larger than memory, and a file cannot take them: {error.strerror}"
+        raise OutputError(message, where=tempfile.gettempdir(), fix=FIX) from error
 
 
 def let_go() -> None:
-    """Drops the pages of all mapped weights from this process: for loops over matrices, which no layer ends."""
-    for weights in list(_ALIVE):
+    """Drops the pages of all mapped weights from this process, and what is free: for loops over matrices."""
+    alive = list(_ALIVE)
+    for weights in alive:
         weights.let_go()
+    if alive:
+        give_back()
 
 
 def mapped_bytes(model: Any) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 
 from kvslim.contract import ModelSpec, WeightMethod
 from kvslim.loading.architecture import Architecture
-from kvslim.loading.mapped import let_go
+from kvslim.loading.mapped import beside_weights, let_go
 from kvslim.progress import Progress
 from kvslim.transform.surgery import layer_modules, project_directly
 from kvslim.weights.blocks import Quantised, quantise
@@ -52,8 +52,8 @@ def quantise_model(
     found, rows = dict[str, Quantised](), QuantisedRows()
 
     def put(name: str, quantised: Quantised) -> None:
-        found[name] = quantised
-        install_quantised(model, architecture, spec, {name: quantised}, rows)
+        found[name] = quantised.kept(beside_weights)
+        install_quantised(model, architecture, spec, {name: found[name]}, rows)
 
     if windows is not None:
         quantise_on_text(model, layer_modules(model, architecture), chosen, windows, put, progress)
