@@ -51,6 +51,18 @@ LLAMA_1B_SHAPE = {
     "tie_word_embeddings": True,
     **TOKENS,
 }
+LLAMA_3B_SHAPE = {
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    **TOKENS,
+}
 
 
 class Source(NamedTuple):
@@ -136,10 +148,24 @@ def _other_domains() -> tuple[str, str]:
 
 def _mha(folder: Path) -> Source:
     """A model that was trained like the demo: stories are its texts."""
+    return Source(str(ROOT / "tests" / "mha_model"), folder, *_stories(folder), recall="stories")
+
+
+def _read(shape: Mapping[str, Any], dtype: str, folder: Path) -> Source:
+    """A random model that reads stories byte by byte: it is too large to write a text itself."""
+    from tests.support.tiny_decoders import byte_tokenizer
+
+    save_random_model(folder / "model", shape, dtype)
+    byte_tokenizer().save_pretrained(folder / "model")
+    return Source(str(folder / "model"), folder, *_stories(folder), recall=None)
+
+
+def _stories(folder: Path) -> tuple[str, str]:
+    """Calibration and held-out stories, written into a folder."""
     paths = folder / "calibration.txt", folder / "heldout.txt"
     for path, stories in zip(paths, (calibration_text(90, 450), heldout_text(40, 450)), strict=True):
         path.write_text("\n\n".join(stories), encoding="utf-8")
-    return Source(str(ROOT / "tests" / "mha_model"), folder, str(paths[0]), str(paths[1]), recall="stories")
+    return str(paths[0]), str(paths[1])
 
 
 def _encoder(folder: Path) -> Source:
@@ -175,6 +201,7 @@ SUBJECTS: dict[str, Subject] = {
         Subject("smollm2-shape", "SmolLM2-135M's shape", partial(_random, SMOLLM2_SHAPE, "float32")),
         Subject("mha-shape", "12 layers of 16 heads", partial(_random, MHA_SHAPE, "float32")),
         Subject("llama-1b-shape", "Llama-3.2-1B's shape", partial(_random, LLAMA_1B_SHAPE, "bfloat16")),
+        Subject("llama-3b-shape", "Llama-3.2-3B's shape", partial(_read, LLAMA_3B_SHAPE, "bfloat16")),
         Subject(
             "minilm",
             "all-MiniLM-L6-v2",

@@ -14,6 +14,7 @@ from kvslim.calibrate.corpus import check_source
 from kvslim.contract import ModelSpec
 from kvslim.errors import UnsupportedError, UsageError
 from kvslim.export.space import check_space
+from kvslim.loading.model import check_room
 from kvslim.loading.snapshot import Snapshot
 from kvslim.methods.prune_heads import check_heads
 from kvslim.methods.sources import check_sources
@@ -89,7 +90,8 @@ def check_files(
         spec: Its shape.
         recipe: What is to be made.
         graphs: How many graphs in float32, at most, are to be written into each folder. While weights are quantised or
-            the model writes its own text, one more lies with the temporary files.
+            the model writes its own text, one more lies with the temporary files; and the weights, where they are
+            larger than memory.
 
     Raises:
         KvslimError: Naming the file or the folder.
@@ -101,12 +103,14 @@ def check_files(
             where=str(snapshot.path),
             fix="give a file in Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K or Q8_0, or write --set weights=int4",
         )
-    counts = Counter(graphs)
+    counts, temporary = Counter(graphs), Path(tempfile.gettempdir())
     sources = {recipe.calibration.source, recipe.validation.source}
     writes_text = "self" in sources and not spec.is_encoder and not snapshot.is_demo
-    counts[Path(tempfile.gettempdir())] += int(recipe.weights.is_quantised or writes_text)
+    counts[temporary] += int(recipe.weights.is_quantised or writes_text)
     graph_bytes = 2 * snapshot.stored_bytes + spec.rope_bytes
-    check_space({folder: count * graph_bytes for folder, count in counts.items()})
+    needed = {folder: count * graph_bytes for folder, count in counts.items()}
+    needed[temporary] += 0 if spec.is_encoder else check_room(snapshot)
+    check_space(needed)
 
 
 def check_methods(recipe: Recipe) -> None:

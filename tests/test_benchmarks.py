@@ -24,7 +24,8 @@ from kvslim.types import Plan
 BENCHMARKS = registry.load()
 SHARING = BENCHMARKS.keys() - {"families"}  # its graphs must be those of its own plans
 LONG = {"recipes", "real", "encoder", "encoder-heads", "device-bound", "vs-builder"}
-LONG |= {"cache-memory", "export-memory", "least-memory", "session-options"}
+LONG |= {"beyond-memory", "cache-memory", "export-memory", "least-memory", "session-options"}
+LIMITED = {"beyond-memory", "least-memory"}
 MODULES = sorted((ROOT / "benchmarks").rglob("*.py"))
 ADAPTERS = {"models.py", "encoders.py", "planners.py", "plans.py"}
 INNER = ("kvslim.caches", "kvslim.prepared", "kvslim.planning", "kvslim.transform", "kvslim.export")
@@ -85,7 +86,7 @@ def quick_rows(models: dict[str, Path], tmp_path: Path) -> Callable[[str], list[
 def test_quick_run_leaves_rows_and_a_table(
     name: str, quick_rows: Callable[[str], list[rows.Row]], tmp_path: Path
 ) -> None:
-    if name == "least-memory" and (reason := missing()):
+    if name in LIMITED and (reason := missing()):
         pytest.skip(reason)
     found = quick_rows(name)
     _check(name, found)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.tiny_codes import fp8_whole, write_codes
 from support.tiny_encoders import save_encoder
 
+from kvslim import memory
 from kvslim.errors import ModelError
 from kvslim.loading.model import load_encoder, load_model
 from kvslim.loading.source import read_spec, resolve
@@ -94,8 +95,12 @@ BROKEN: dict[str, tuple[Edit, dict[str, Any], str, str]] = {
 }
 
 
+@pytest.mark.parametrize("room", [2**40, 0], ids=["in memory", "mapped"])
 @pytest.mark.parametrize("name", BROKEN)
-def test_weights_that_are_not_the_models_are_refused(tiny_llama: Path, tmp_path: Path, name: str) -> None:
+def test_weights_that_are_not_the_models_are_refused(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, room: int
+) -> None:
+    monkeypatch.setattr(memory, "usable_memory", lambda: room)
     edit, config, message, fix = BROKEN[name]
     snapshot = resolve(str(edited(tiny_llama, tmp_path / "model", edit, **config)))
     with pytest.raises(ModelError, match=message) as error:

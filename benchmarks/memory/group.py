@@ -27,16 +27,21 @@ def answers_within(mib: float, command: Sequence[str], seconds: float) -> bool:
 
     Memory that is full of what cannot be given up ends it. One that must read its files again and again ends by time.
     """
+    found = run_within(mib, command, seconds)
+    return found is not None and found.returncode == 0
+
+
+def run_within(mib: float, command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str] | None:
+    """What a command printed with so much memory, as for `answers_within`; None if it took longer."""
     with _group() as group:
         for name in ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes"):
             if (group / name).exists():
                 (group / name).write_text(str(int(mib * 2**20)))
         inside = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group / "cgroup.procs"), *command]
         try:
-            found = subprocess.run(inside, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+            return subprocess.run(inside, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
         except subprocess.TimeoutExpired:
-            return False
-    return found.returncode == 0
+            return None
 
 
 @contextmanager

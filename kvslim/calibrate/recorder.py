@@ -21,6 +21,7 @@ from kvslim.calibrate.parts import parts_recorded
 from kvslim.calibrate.recording import SAMPLES, SINKS, LayerRecording, Recording, sampled_tokens
 from kvslim.contract import ModelSpec
 from kvslim.loading.architecture import Architecture
+from kvslim.memory import give_back
 from kvslim.progress import Progress
 from kvslim.transform.attention import Observed, SlimAttention
 from kvslim.transform.projections import projection
@@ -124,6 +125,7 @@ class Recorder:
             with torch.inference_mode(), parts_recorded(self.model, self.architecture) as parts:
                 for window in progress.track(self.windows[part.start : part.stop], "windows"):
                     self.model.base_model(input_ids=torch.from_numpy(window[None]), use_cache=False)
+                    give_back()  # or what windows leave behind adds up, to gigabytes in a large model
         finally:
             for slim in self._slims:
                 slim.observer, slim.hidden = None, None

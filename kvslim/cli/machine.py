@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvslim.contract import Frozen
+from kvslim.memory import usable_memory
 from kvslim.packages import beyond_small, is_installed, required
 
 if TYPE_CHECKING:
@@ -116,9 +117,7 @@ def _l2() -> Check:
 
 
 def _memory() -> Check:
-    import psutil
-
-    free = psutil.virtual_memory().available / 2**30
+    free = usable_memory() / 2**30
     return _check("memory", free >= MIN_MEMORY_GIB, f"{free:.1f} GiB free", f"free {MIN_MEMORY_GIB} GiB")
 
 

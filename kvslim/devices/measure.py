@@ -11,6 +11,7 @@ from kvslim import onnx_format as onnx
 from kvslim.devices.kernel_timing import kernel_rates
 from kvslim.devices.profile import Device, Quantity, Share
 from kvslim.devices.timing import best_seconds, session_of, usable_cores
+from kvslim.memory import usable_memory
 
 PART_BYTES = 256 * 2**20  # per thread: much larger than a processor's caches
 SIDE = 1024
@@ -27,7 +28,7 @@ def measure_device() -> Device:
     return Device(
         name=f"{platform.machine()}, {cores} cores",
         ram_gib=Quantity(value=_rounded(memory.total / 2**30), source="psutil"),
-        usable_share=Share(value=_rounded(memory.available / memory.total), source="psutil: available when measured"),
+        usable_share=Share(value=_rounded(usable_memory() / memory.total), source="measured: left to this process"),
         bandwidth_gb_s=Quantity(
             value=_rounded(read_bandwidth(cores) / 1e9),
             source=f"measured: {cores} threads, each a numpy dot product of {PART_BYTES // 2**20} MiB with itself",

@@ -34,6 +34,7 @@ from kvslim.export.passes import (
 from kvslim.export.quiet import quiet
 from kvslim.export.storage import share_storage
 from kvslim.loading.architecture import Architecture
+from kvslim.loading.mapped import let_go
 from kvslim.progress import Progress, Silent
 from kvslim.transform.attention import PassThroughCache, SlimAttention
 from kvslim.transform.operators import ExportStep
@@ -262,5 +263,5 @@ def token_inputs(graph: ir.Model) -> tuple[str, ...]:
 def save_graph(model: ir.Model, folder: Path) -> None:
     """Writes model.onnx and model.onnx_data; equal models give equal bytes."""
     path = folder / "model.onnx"
-    ir.save(model, path, external_data="model.onnx_data")
+    ir.save(model, path, external_data="model.onnx_data", callback=lambda *_: let_go())
     share_storage(path)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import ModelError
+from kvslim.loading.mapped import let_go
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +19,7 @@ SCALES = re.compile(r"scale|zero_point|zeros|absmax", re.IGNORECASE)
 LAYER = re.compile(r"\.(?:layers?|h)\.(\d+)\.")
 # Trained matrices of language models spread by 1e-3 to 1; codes without their scale, by more than the most.
 LEAST_SPREAD, MOST_SPREAD = 1e-8, 10.0
+PART = 2**20  # numbers that are looked at together
 LARGEST = 1e6  # Norms and biases of released models reach a thousand.
 HEAD = "lm_head.weight"
 CONFIG_FIX = "use the config.json that was saved with these weights"
@@ -80,12 +82,13 @@ def check_trained(model: PreTrainedModel, where: str) -> None:
     import torch
 
     for name, weight in model.named_parameters():
-        # A sum makes no copy of the weights, and in float64 it cannot overflow.
-        if not weight.sum(dtype=torch.float64).isfinite():
+        # In float64 a sum cannot overflow; it copies what it adds up, so part by part.
+        if not all(part.sum(dtype=torch.float64).isfinite() for part in weight.detach().flatten().split(PART)):
             fix = "download the model again; if it is your own, its training diverged"
             raise ModelError(f"weights are not finite, first {name!r}", where=where, fix=fix)
         if fault := _untrained(weight.detach()):
             raise ModelError(f"nobody trained {name!r}: {fault}", where=where, fix=TRAINED_FIX)
+        let_go()
     if name := next(_dead_norms(model), None):
         raise ModelError(f"nobody trained {name!r}: it makes all zeros of any input", where=where, fix=TRAINED_FIX)
 

@@ -9,6 +9,7 @@ from kvslim.contract import ModelSpec
 from kvslim.errors import KvslimError, ModelError
 from kvslim.loading.config import FIX, model_config
 from kvslim.loading.encoders import ENCODERS, HEADS
+from kvslim.loading.mapped import MappedWeights, check_folder, mapped_bytes
 from kvslim.loading.matched import check_matched, check_shapes, check_trained
 from kvslim.loading.snapshot import Snapshot
 
@@ -21,9 +22,11 @@ def load_model(snapshot: Snapshot) -> PreTrainedModel:
     """The causal language model in float32, in evaluation mode.
 
     Weights in another type or in codes are read and converted one by one, so that memory never holds a second copy.
+    Where it is too small even for one, they are mapped from files (`loading/mapped.py`).
 
     Raises:
         ModelError: The weights are corrupt, or not all and only those of the config, or nobody trained them.
+        OutputError: They are larger than memory, and the disk is full.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -67,15 +70,35 @@ def empty_model(classes: Any, snapshot: Snapshot, **options: Any) -> PreTrainedM
         raise ModelError(f"no model can be built from its config: {reason}", where=where, fix=FIX) from error
 
 
+def check_room(snapshot: Snapshot) -> int:
+    """Bytes of temporary files that a decoder's weights take while it is open: 0 where they fit into memory.
+
+    Raises:
+        ModelError: They would be large because config.json is that of another model.
+        OutputError: They do not fit, and temporary files lie in memory too.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    empty = empty_model(MODEL_FOR_CAUSAL_LM_MAPPING, snapshot)
+    size = mapped_bytes(empty)
+    if size:
+        check_shapes(snapshot.tensors(), empty, str(snapshot.path))
+        check_folder()
+    return size
+
+
 def _load(classes: Any, snapshot: Snapshot, idle: re.Pattern[str] | None = None, **options: Any) -> PreTrainedModel:
     """The model of a task's class for its config; `idle` are names of weights that it may leave unused."""
     where = str(snapshot.path)
     empty = empty_model(classes, snapshot, **options)  # whatever fails later is the fault of the weights
     try:
         check_shapes(snapshot.tensors(), empty, where)
-        model, info = _read(classes, snapshot, **options)
+        mapped = MappedWeights() if mapped_bytes(empty) else None
+        model, info = _read(classes, snapshot, mapped, **options)
         check_matched(info, model.config, where, idle)
         model = snapshot.adapted(model)
+        if mapped is not None:
+            mapped.follow(model)
     except KvslimError:
         raise
     except Exception as error:  # safetensors, torch and transformers each raise their own exception types
@@ -86,8 +109,10 @@ def _load(classes: Any, snapshot: Snapshot, idle: re.Pattern[str] | None = None,
     return model.eval()
 
 
-def _read(classes: Any, snapshot: Snapshot, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model as it is stored, and what transformers tells of loading it."""
+def _read(
+    classes: Any, snapshot: Snapshot, mapped: MappedWeights | None, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model as it is stored, and what transformers tells of loading it; its weights in memory, or mapped."""
     import torch
     from transformers.utils import logging
 
@@ -97,7 +122,7 @@ def _read(classes: Any, snapshot: Snapshot, **options: Any) -> tuple[PreTrainedM
     model, info = classes[type(config)].from_pretrained(
         None,
         config=config,
-        state_dict=snapshot.tensors(),
+        state_dict=snapshot.tensors() if mapped is None else mapped.read(snapshot.tensors()),
         dtype=torch.float32,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # `check_matched` refuses them by name

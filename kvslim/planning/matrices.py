@@ -18,6 +18,7 @@ from torch import nn
 
 from kvslim.contract import Frozen, ModelSpec
 from kvslim.loading.architecture import Architecture
+from kvslim.loading.mapped import let_go
 from kvslim.planning.allocate import Option, allocate
 from kvslim.progress import Progress
 from kvslim.transform.surgery import attention_modules, layer_modules, project_directly
@@ -115,15 +116,11 @@ class MatrixPricing(NamedTuple):
 
     def _ways(self, group: Sequence[Any]) -> Iterator[StoredAs]:
         matrices = [module.weight.detach().numpy() for module in group]
-        rounded = [[_rounded(matrix, to) for matrix in matrices] for to in FORMATS]
-        noises = [
-            sum(
-                float(np.square(near - matrix, dtype=np.float64).sum())
-                for near, matrix in zip(each, matrices, strict=True)
-            )
-            for each in rounded
-        ]
-        loss = self._loss(group, rounded[0])
+        coarse = [_rounded(matrix, FORMATS[0]) for matrix in matrices]
+        loss, noises = self._loss(group, coarse), [sum(map(_noise, matrices, coarse))]
+        del coarse  # one rounded copy of a large table is enough
+        noises += [sum(_noise(matrix, _rounded(matrix, to)) for matrix in matrices) for to in FORMATS[1:]]
+        let_go()
         for to, noise in zip(FORMATS, noises, strict=True):
             share = noise / noises[0] if noises[0] else 0.0
             size = sum(_size(matrix, to) for matrix in matrices)
@@ -139,6 +136,11 @@ class MatrixPricing(NamedTuple):
     @property
     def _is_tied(self) -> bool:
         return self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
+
+
+def _noise(matrix: Floats, rounded: Floats) -> float:
+    """The energy of the error of a rounded matrix, added up row by row."""
+    return sum(float(np.square(near - row, dtype=np.float64).sum()) for near, row in zip(rounded, matrix, strict=True))
 
 
 def _size(matrix: Floats, to: BlockFormat) -> float:

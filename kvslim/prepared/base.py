@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from abc import ABC, abstractmethod
 from functools import cached_property
@@ -14,6 +13,7 @@ from kvslim.errors import UnsupportedError, UsageError
 from kvslim.loading.architecture import Architecture
 from kvslim.loading.snapshot import Snapshot
 from kvslim.measures import Report
+from kvslim.memory import give_back
 from kvslim.progress import Progress
 from kvslim.recipe import Recipe
 from kvslim.settings import TextUse
@@ -162,16 +162,8 @@ class PreparedModel(ABC):
     def free(self) -> None:
         """Gives the memory of the model's weights back to the system."""
         vars(self).pop("model", None)
+        gc.collect()  # modules and the hooks on them refer to each other
         give_back()
-
-
-def give_back() -> None:
-    """Gives memory that is free back to the system."""
-    gc.collect()  # modules and the hooks on them refer to each other
-    # glibc keeps what is freed for itself, here some hundred MiB; other systems give it back.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def texts_for(plan: Plan | FittedPlan | None) -> tuple[TextUse, ...]:

@@ -31,7 +31,8 @@ from kvslim.export.weights import quantise_weights
 from kvslim.loading.architecture import architecture_of
 from kvslim.loading.model import load_model, load_tokenizer
 from kvslim.loading.snapshot import Snapshot
-from kvslim.prepared.base import PreparedModel, give_back
+from kvslim.memory import give_back
+from kvslim.prepared.base import PreparedModel
 from kvslim.prepared.decoder_trials import DecoderTrials
 from kvslim.prepared.fitted import heal, refitted_before
 from kvslim.prepared.limits import with_limits

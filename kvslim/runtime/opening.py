@@ -19,15 +19,17 @@ from kvslim.caches.buffers import LayerBuffers
 from kvslim.caches.shared import SHARED
 from kvslim.contract import INPUTS, KVTensor
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
-from kvslim.export.manifest import SPECULATIVE_GRAPH
+from kvslim.export.manifest import SPECULATIVE_GRAPH, WEIGHTS
+from kvslim.memory import is_too_large
 from kvslim.types import KVLayout
 
 Logits = npt.NDArray[np.float32]
 
 _PAST = re.compile(r"past_key_values\.(\d+)\.[a-z_]+")
+MOST_THREADS = 1024
+QUANTISED = b"MatMulNBits"  # a graph whose weights are quantised names it
 # onnxruntime derives each of its errors from Exception itself, so there is no common base to catch; a run through an
 # IOBinding raises RuntimeError instead, and a message that quotes a broken name fails on its way to Python.
-MOST_THREADS = 1024
 ORT_ERRORS = (
     RuntimeError,
     UnicodeDecodeError,
@@ -74,6 +76,8 @@ def open_session(
     options.log_severity_level = 4
     # Worker threads would spin for some 50 ms after a run, and keep a core from whoever runs next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if _stays_in_file(path):
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if threads is not None:
         check_threads(threads)
         options.intra_op_num_threads = threads
@@ -84,6 +88,17 @@ def open_session(
         return session
     except ORT_ERRORS as error:
         raise artifact_error("onnxruntime cannot load the graph", error, str(path)) from error
+
+
+def _stays_in_file(path: Path) -> bool:
+    """Whether a graph's weights are to be read from their file again and again, as memory is too small for a copy.
+
+    onnxruntime maps them from the file, and its products make copies in an order that suits them. Without these they
+    read float32 where it is. Products with quantised weights have no fast way to do that, and need less memory.
+    """
+    weights = path.parent / WEIGHTS
+    large = weights.is_file() and is_too_large(weights.stat().st_size)
+    return large and QUANTISED not in path.read_bytes()
 
 
 def check_threads(threads: int) -> None:

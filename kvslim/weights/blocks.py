@@ -9,10 +9,10 @@ integer, so it is rounded within the search and not after it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -121,6 +121,11 @@ class Quantised:
         zeros = None if self.zero_points is None else self.zero_points[picked]
         offsets = None if self.offsets is None else self.offsets.rows(picked)
         return Quantised(self.codes[picked], self.scales[picked], zeros, self.bits, offsets)
+
+    def kept(self, keep: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Quantised:
+        """The same with each large array as a function keeps it."""
+        zeros = None if self.zero_points is None else keep(self.zero_points)
+        return replace(self, codes=keep(self.codes), scales=keep(self.scales), zero_points=zeros)
 
     def _zeros(self) -> Bytes:
         """The zero points, [n, b]."""

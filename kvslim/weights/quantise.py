@@ -14,6 +14,7 @@ from torch import nn
 
 from kvslim.contract import ModelSpec, WeightMethod
 from kvslim.loading.architecture import Architecture
+from kvslim.loading.mapped import beside_weights, let_go
 from kvslim.progress import Progress
 from kvslim.transform.surgery import layer_modules, project_directly
 from kvslim.weights.blocks import Quantised, quantise
@@ -51,8 +52,8 @@ def quantise_model(
     found, rows = dict[str, Quantised](), QuantisedRows()
 
     def put(name: str, quantised: Quantised) -> None:
-        found[name] = quantised
-        install_quantised(model, architecture, spec, {name: quantised}, rows)
+        found[name] = quantised.kept(beside_weights)
+        install_quantised(model, architecture, spec, {name: found[name]}, rows)
 
     if windows is not None:
         quantise_on_text(model, layer_modules(model, architecture), chosen, windows, put, progress)
@@ -81,8 +82,10 @@ def install_quantised(
     """
     for name, blocks in quantised.items():
         weight: Any = model.get_submodule(name).weight
-        weight.data = torch.from_numpy(np.ascontiguousarray(blocks.numbers(weight.shape[1])))
+        # In place: a weight that is mapped from a file stays there, and rows of it that others have change with it.
+        weight.data.copy_(torch.from_numpy(blocks.numbers(weight.shape[1])))
         rows.add(weight.detach().numpy(), blocks)
         holder = model.get_submodule(name.rpartition(".")[0])
         if hasattr(holder, "kvslim"):  # an attention, which may have rows of the matrix as its own
             project_directly(holder, architecture, spec)
+        let_go()
