@@ -309,6 +309,11 @@ class OpenModel:
         recall = measure_recall(session, self.items) if self.items else None
         return Measured(quality.kl_mean, quality.top1_agreement, recall, file_mib(folder))
 
+    def measured_in_pieces(self, plan: Plan, pieces: Sequence[int]) -> dict[int, float]:
+        """Mean KL of the exported graph, by how many tokens it and the plain one read at once."""
+        session = self._session(self.export(plan))
+        return {count: measure_quality(self.plain, session, self.windows, count).kl_mean for count in pieces}
+
     def _session(self, folder: Path) -> DecodeSession:
         longest = max(self.windows.shape[1], capacity_for(self.items))
         return DecodeSession(folder, capacity=longest, threads=1, all_positions=True)

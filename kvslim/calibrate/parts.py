@@ -69,6 +69,7 @@ class PartsRecorder:
         }
         self.sums = {name: self.sums.get(name, 0) + amount for name, amount in amounts.items()}
         self.tokens += len(after)
+        self.before, self.added, self.inner = None, {}, None  # of all layers together they are large
 
     def finish(self) -> dict[str, np.ndarray]:
         """Means by field of the statistics."""
