@@ -110,13 +110,12 @@ class RayWorkers(Workers):
         """
         import ray
 
-        free = deque(self._actors)
         early: dict[int, Result] = {}  # before others of earlier items
         following = 0
         opening = Opening(_reference(prepared), prepared.digest, prepared.recipe)
         common = ray.put(opening), f"{os.getpid()}-{next(_names)}", ray.put(task)
         try:
-            for place, result in prepared.progress.track(self._done(free, common, items), label, len(items)):
+            for place, result in prepared.progress.track(self._done(common, items), label, len(items)):
                 early[place] = result
                 while following in early:
                     yield early.pop(following)
@@ -132,26 +131,26 @@ class RayWorkers(Workers):
                 fix="take fewer workers: each holds the model in memory, and the system may have killed one for that",
             ) from error
 
-    @staticmethod
-    def _done(free: deque[Any], common: tuple[Any, ...], items: Sequence[Item]) -> Iterator[tuple[int, Any]]:
-        """Places of items and their results as they come; a worker gets its next piece when it has done one.
+    def _done(self, common: tuple[Any, ...], items: Sequence[Item]) -> Iterator[tuple[int, Any]]:
+        """Places of items and their results as they come; a worker gets a piece whenever it answers.
 
-        A worker that dies is started again where there is room. Another one does its piece: with its machine the room
-        may be gone too.
+        One that dies is started again where there is room, and answers then. Another one does its piece: with its
+        machine the room may be gone too, and it never answers.
         """
         import ray
 
-        waiting, busy = deque(enumerate(items)), dict[Any, tuple[Any, int]]()
-        starting, deaths = dict[Any, Any](), Counter[int]()
+        waiting, free, deaths = deque(enumerate(items)), deque[Any](), Counter[int]()
+        busy, asked = dict[Any, tuple[Any, int]](), {actor.process.remote(): actor for actor in self._actors}
         while waiting or busy:
             while waiting and free:
                 actor, (place, item) = free.popleft(), waiting.popleft()
                 busy[actor.do.options(max_task_retries=0).remote(*common, item)] = actor, place
-            (done, *_), _ = ray.wait([*busy, *starting])
-            if done in starting:
-                free.append(starting.pop(done))
+            (done, *_), _ = ray.wait([*busy, *asked])
+            if done in asked:
+                free.append(asked.pop(done))
                 continue
             actor, place = busy.pop(done)
+            asked[actor.process.remote()] = actor
             try:
                 result = ray.get(done)
             except ray.exceptions.RayActorError:
@@ -159,10 +158,8 @@ class RayWorkers(Workers):
                 if deaths[place] > RETRIES:
                     raise
                 waiting.appendleft((place, items[place]))
-                starting[actor.process.remote()] = actor
                 continue
             yield place, result
-            free.append(actor)
 
 
 def _opened(opening: Opening) -> PreparedDecoder:
