@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import tiny_hub
+from support.adapters import MATRIX, RANK, quiet_peft, save_adapter
 
 from kvslim.cli import app
 from kvslim.errors import ModelError, NotFoundError, UnsupportedError
@@ -19,10 +20,7 @@ from kvslim.loading import adapter
 from kvslim.loading.model import load_model, load_tokenizer
 from kvslim.loading.source import read_spec, resolve
 
-# peft asks transformers by a name that is on its way out.
-quiet_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-RANK, ALPHA = 4, 6
-MATRIX = "model.layers.1.self_attn.q_proj"
+ALPHA = 6
 
 
 @pytest.fixture
@@ -39,18 +37,6 @@ def lora(tiny_llama: Path, tmp_path: Path) -> Path:
         "layers_to_transform": [1],
     }
     return save_adapter(tmp_path / "lora", config, f"base_model.model.{MATRIX}")
-
-
-def save_adapter(folder: Path, config: dict[str, Any], matrix: str) -> Path:
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    generator = torch.Generator().manual_seed(0)
-    matrices = {
-        f"{matrix}.lora_A.weight": torch.randn(RANK, 64, generator=generator),
-        f"{matrix}.lora_B.weight": torch.randn(64, RANK, generator=generator),
-    }
-    save_file(matrices, folder / "adapter_model.safetensors")
-    return folder
 
 
 def rewrite(folder: Path, **changes: Any) -> None:

@@ -19,11 +19,11 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from support.adapters import MATRIX, quiet_peft, save_adapter
 from support.models import in_chunks, open_prepared, recipe_of, tokens_of
 from support.paths import ROOT
 from support.tiny_decoders import save_decoder
 from support.tiny_gguf import write_gguf
-from test_adapter import MATRIX, quiet_peft, save_adapter
 
 from kvslim import checks, memory
 from kvslim.errors import ModelError, OutputError
@@ -149,7 +149,7 @@ def test_all_weights_are_in_files_that_end_with_the_model(
 ) -> None:
     with memory_of(0, tmp_path / "cache"):
         prepared = open_prepared(tiny_model("qwen3"), recipe_of([RANK], weights))
-    model = prepared.model
+        model = prepared.model
     tables = [part.weight.data_ptr() for part in (model.get_input_embeddings(), model.get_output_embeddings())]
     assert tables[0] == tables[1]  # tied
     lines = maps_of(temporary)

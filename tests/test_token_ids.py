@@ -65,7 +65,7 @@ def test_decoders_text_is_refused_before_weights_are_read(
     kind = {"calibration": Calibration, "validation": Validation}[part]
     good, bad = (source(tmp_path, f"{index}-{name}", text) for index, text in enumerate((PLAIN, PLAIN + "A wizard.")))
     with pytest.raises(WeightsReadError):
-        open_prepared(model, recipe_of().model_copy(update={part: kind(source=good)}))
+        _ = open_prepared(model, recipe_of().model_copy(update={part: kind(source=good)})).model
     with pytest.raises(UsageError, match=r"'wizard' is token 258, but .* tokens 0 to 256 only") as caught:
         open_prepared(model, recipe_of().model_copy(update={part: kind(source=bad)}))
     assert caught.value.where == bad
