@@ -30,9 +30,9 @@ def prompt_quality(
     *,
     text: Mapping[str, Any] = TEXT,
     names: tuple[str, ...] = tuple(CACHES),
-    pieces: tuple[int, ...] = (1, 16, 64, LENGTH),
+    pieces: tuple[int, ...] = (16, 64, LENGTH),
 ) -> Iterator[Values]:
-    """KL to the plain graph, both reading held-out text so many tokens at once: decoding, and one whole prompt.
+    """KL to the plain graph, both reading held-out text so many tokens at once; the last column is one whole prompt.
 
     Up to 16 new tokens go to onnxruntime's operator over integers, more to the branch for prompts.
     """
