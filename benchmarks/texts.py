@@ -14,6 +14,10 @@ FULL = {
     "calibration": {"samples": 64, "length": LENGTH, "context": LENGTH},
     "validation": {"samples": 24, "length": LENGTH, "recall_items": 100, "recall_distance": 320},
 }
+USUAL = {
+    "calibration": {"samples": 16, "length": LENGTH, "context": LENGTH},
+    "validation": {"samples": 8, "length": LENGTH},
+}  # as much as a recipe takes by default
 BRIEF = {
     "calibration": {"samples": 4, "length": 48, "context": 48},
     "validation": {"samples": 2, "length": 48, "recall_items": 2, "recall_distance": 16},

@@ -92,9 +92,14 @@ class Recipe(Frozen):
         return self.budget is not None and self.budget.memory_mib is not None
 
     @property
+    def decides(self) -> bool:
+        """Whether its methods or its budget decide anything about the cache."""
+        return self.budget is not None or bool(self.methods)
+
+    @property
     def is_calibrated(self) -> bool:
         """Whether anything is fitted to the calibration text."""
-        return self.budget is not None or bool(self.methods) or self.weights.needs_text
+        return self.decides or self.weights.needs_text
 
     @property
     def ordered_methods(self) -> list[Method]:
@@ -258,7 +263,7 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
         where = " ".join(f"--set {override}" for override in blamed)
         raise UsageError(error.message, where=where, fix=error.fix) from error
     changed = {change.partition("=")[0].partition(".")[0] for change in changes}
-    told = {"methods", "budget"} if recipe.methods or recipe.budget else {"methods", "budget", "weights"}
+    told = {"methods", "budget"} if recipe.decides else {"methods", "budget", "weights"}
     return recipe.described() if changed & told and "description" not in changed else recipe
 
 

@@ -62,8 +62,7 @@ def expected(verb: str, spec: ModelSpec, recipe: Recipe, *, planned: bool = Fals
     rounding = _of_weights(recipe) if recipe.weights.is_quantised and not spec.is_encoder else ()
     loading = (LOAD, *writing, *rounding)
     validating = (VALIDATE,) if spec.is_encoder else (VALIDATE, RECALL, TIME)
-    decides = recipe.budget is not None or bool(recipe.methods)
-    deciding = (CALIBRATE, *(() if planned else (PLAN,))) if decides or planned else ()
+    deciding = (CALIBRATE, *(() if planned else (PLAN,))) if recipe.decides or planned else ()
     healing = (HEAL,) if deciding and recipe.heal is not None else ()
     names = {
         "compress": (PLAIN, *deciding, *healing, HELD_OUT, SLIM, *validating),

@@ -7,21 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.models import recipe_of
+from support.models import open_prepared, recipe_of
 
-from kvslim.loading.source import read_spec, resolve
 from kvslim.methods.kv_quant import KvQuant
 from kvslim.prepared import text
 from kvslim.prepared.decoder import PreparedDecoder
-from kvslim.progress import Silent
 from kvslim.settings import TextUse
 
 RECIPE = recipe_of([KvQuant()], "int8")
 
 
 def opened(model: Path, *texts: TextUse) -> PreparedDecoder:
-    snapshot = resolve(str(model))
-    return PreparedDecoder(snapshot, read_spec(snapshot), RECIPE, Silent(), texts=texts)
+    return open_prepared(model, RECIPE, *texts)
 
 
 @pytest.fixture

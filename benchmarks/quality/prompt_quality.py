@@ -10,12 +10,8 @@ from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.speed.first_token import CACHES
 from benchmarks.subjects import Source
-from benchmarks.texts import BRIEF, LENGTH
+from benchmarks.texts import BRIEF, LENGTH, USUAL
 
-TEXT = {
-    "calibration": {"samples": 16, "length": LENGTH, "context": LENGTH},
-    "validation": {"samples": 8, "length": LENGTH},
-}
 TABLE = Table(
     (Column("cache", "cache"),),
     pivot="at_once",
@@ -28,7 +24,7 @@ TABLE = Table(
 def prompt_quality(
     source: Source,
     *,
-    text: Mapping[str, Any] = TEXT,
+    text: Mapping[str, Any] = USUAL,
     names: tuple[str, ...] = tuple(CACHES),
     pieces: tuple[int, ...] = (16, 64, LENGTH),
 ) -> Iterator[Values]:

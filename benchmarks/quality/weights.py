@@ -12,7 +12,7 @@ from benchmarks.models import OpenModel
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
-from benchmarks.texts import BRIEF, LENGTH
+from benchmarks.texts import BRIEF, USUAL
 from kvslim.runtime.session import DecodeSession
 from kvslim.validation.measure import file_mib
 from kvslim.validation.quality import measure_all, measure_floor, measure_quality
@@ -34,10 +34,6 @@ FORMATS: dict[str, WeightFormat] = {
     )
 }
 PICKED = ("int4 (k_quant)", "int4 (gptq, mixed)")  # whose sizes are limits
-TEXT = {
-    "calibration": {"samples": 16, "length": LENGTH, "context": LENGTH},
-    "validation": {"samples": 8, "length": LENGTH},
-}  # as much as a recipe takes by default
 TABLE = Table(
     (
         Column("weights", "weights"),
@@ -69,7 +65,7 @@ CACHE_TABLE = Table(
 def weights(
     source: Source,
     *,
-    text: Mapping[str, Any] = TEXT,
+    text: Mapping[str, Any] = USUAL,
     formats: tuple[str, ...] = tuple(FORMATS),
     picked: tuple[str, ...] = PICKED,
 ) -> Iterator[Values]:
@@ -115,7 +111,7 @@ def _cost(source: Source, text: Mapping[str, Any], weights: WeightFormat, origin
 def weights_and_cache(
     source: Source,
     *,
-    text: Mapping[str, Any] = TEXT,
+    text: Mapping[str, Any] = USUAL,
     formats: tuple[str, ...] = ("fp32", "int4 (k_quant)", "int4 (gptq)", "stored"),
     methods: tuple[str, ...] = ("kv_quant", "kv_hdc"),
 ) -> Iterator[Values]:

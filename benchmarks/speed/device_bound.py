@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from kvslim.contract import MIB
 from kvslim.devices.demand import Cache, StageName, decode, prefill
 from kvslim.devices.limits import bound
 from kvslim.devices.measure import measure_device
-from kvslim.devices.profile import Device
+from kvslim.devices.profile import Device, Quantity
 from kvslim.devices.stored_weights import artifact_weights
 from kvslim.devices.timing import usable_cores
 from kvslim.validation.latency import Times, time_models
@@ -101,16 +101,16 @@ def measured(
         devices.append(measure_device())
         runs.append(time_models(graphs, [prompt], contexts, REPEATS, usable_cores()))
     best: dict[str, Any] = {
-        field: max((getattr(device, field) for device in devices), key=lambda quantity: quantity.value)
-        for field in ("bandwidth_gb_s", "gflops")
+        field: _fastest(getattr(device, field) for device in devices) for field in ("bandwidth_gb_s", "gflops")
     }
-    best["kernels"] = {
-        name: max((device.kernels[name] for device in devices), key=lambda quantity: quantity.value)
-        for name in devices[0].kernels
-    }
+    best["kernels"] = {name: _fastest(device.kernels[name] for device in devices) for name in devices[0].kernels}
     times: dict[tuple[str, StageName, int], Times] = {}
     for stage, tables in (("prefill", [run.ttft for run in runs]), ("decode", [run.tpot for run in runs])):
         for length in tables[0]:
             for name in graphs:
                 times[name, stage, int(length)] = np.concatenate([table[length][name][:, 0] for table in tables])
     return devices[0].model_copy(update=best), times
+
+
+def _fastest(measured: Iterable[Quantity]) -> Quantity:
+    return max(measured, key=lambda quantity: quantity.value)

@@ -42,7 +42,7 @@ def content_key(*parts: Any) -> str:
 def load_statistics(key: str) -> CalibrationStatistics | None:
     """The stored statistics, or None when there are none or they cannot be read."""
     try:
-        with _path(key).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with _path("statistics", f"{key}.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return CalibrationStatistics(**dict(arrays))
     except (OSError, ValueError, TypeError, zipfile.BadZipFile):
         return None
@@ -50,13 +50,13 @@ def load_statistics(key: str) -> CalibrationStatistics | None:
 
 def store_statistics(key: str, statistics: CalibrationStatistics) -> None:
     """Stores statistics whole or not at all; a cache that cannot be written is no reason to fail."""
-    _store(_path(key), lambda file: np.savez(file, allow_pickle=False, **statistics.arrays()))
+    _store(_path("statistics", f"{key}.npz"), lambda file: np.savez(file, allow_pickle=False, **statistics.arrays()))
 
 
 def load_probes(key: str, kind: type[Probed]) -> Probed | None:
     """What was probed and stored under a key, or None when there is nothing or it cannot be read."""
     try:
-        probes = kind.model_validate_json(_probes_path(key).read_bytes())
+        probes = kind.model_validate_json(_path("probes", f"{key}.json").read_bytes())
     except (OSError, ValueError):
         return None
     return probes if probes.key == key else None
@@ -64,13 +64,13 @@ def load_probes(key: str, kind: type[Probed]) -> Probed | None:
 
 def store_probes(probes: Probes | MatrixPrices) -> None:
     """Stores them under their key, whole or not at all; a cache that cannot be written is no reason to fail."""
-    _store(_probes_path(probes.key), lambda file: file.write(probes.model_dump_json().encode()))
+    _store(_path("probes", f"{probes.key}.json"), lambda file: file.write(probes.model_dump_json().encode()))
 
 
 def load_windows(key: str) -> np.ndarray | None:
     """Stored token ids [n, length], or None when there are none or they cannot be read."""
     try:
-        windows: np.ndarray = np.load(_windows_path(key), allow_pickle=False)
+        windows: np.ndarray = np.load(_path("texts", f"{key}.npy"), allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
     return windows
@@ -78,7 +78,7 @@ def load_windows(key: str) -> np.ndarray | None:
 
 def store_windows(key: str, windows: np.ndarray) -> None:
     """Stores token ids, whole or not at all; a cache that cannot be written is no reason to fail."""
-    _store(_windows_path(key), lambda file: np.save(file, windows, allow_pickle=False))
+    _store(_path("texts", f"{key}.npy"), lambda file: np.save(file, windows, allow_pickle=False))
 
 
 def _store(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -88,13 +88,5 @@ def _store(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             write(file)
 
 
-def _path(key: str) -> Path:
-    return cache_folder() / "statistics" / f"{key}.npz"
-
-
-def _probes_path(key: str) -> Path:
-    return cache_folder() / "probes" / f"{key}.json"
-
-
-def _windows_path(key: str) -> Path:
-    return cache_folder() / "texts" / f"{key}.npy"
+def _path(kind: str, name: str) -> Path:
+    return cache_folder() / kind / name

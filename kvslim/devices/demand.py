@@ -45,8 +45,8 @@ MOVES = (
     10  # numbers moved per step: read forward and back, gradient written, all four read, all but the gradient written
 )
 PASSES = 3  # the backward pass computes two products for each of the forward pass
-# What reads numbers of so many bits; onnxruntime's float16 on CPUs was not measured, and counts as float32.
 MATRICES = 4  # of a layer of a graph: those that read one input are one
+# What reads numbers of so many bits; onnxruntime's float16 on CPUs was not measured, and counts as float32.
 KERNELS: dict[int, CacheType] = {32: "float32", 16: "float32", 8: "int8", 4: "int4"}
 # Numbers of the hidden size that a layer keeps of a token for the backward pass: equation 2 of Korthikanti et al.
 # (2022), "Reducing activation recomputation in large transformer models", without dropout, with attention's scores

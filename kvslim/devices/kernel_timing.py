@@ -21,6 +21,11 @@ LARGE: dict[WeightType, int] = {"fp32": 6, "int8": 16, "int4": 28}  # so many, a
 Q_HEADS, KV_HEADS, HEAD_DIM = 8, 4, 64
 CONTEXT = 8192
 CACHES: dict[CacheType, int] = {"float32": 6, "int8": 12, "int4": 20}
+STORED: dict[CacheType, tuple[int, int, type]] = {  # bits of a number, and what holds one, or two of four bits
+    "float32": (32, onnx.FLOAT, np.float32),
+    "int8": (8, onnx.INT8, np.int8),
+    "int4": (4, onnx.UINT8, np.uint8),
+}
 LAYERS, SHORT = 60, 16
 MICROSOFT = "com.microsoft"
 BLOCK = 32
@@ -80,16 +85,20 @@ def _products(kind: WeightType, count: int, side: int) -> tuple[bytes, dict[str,
         codes = random.integers(0, 256, (side, side // BLOCK, BLOCK * bits // 8), np.uint8)
         scales = np.full((side, side // BLOCK), 2.0**-bits / side**0.5, np.float32)
         weights += [onnx.constant(into[1], onnx.UINT8, codes), onnx.constant(into[2], onnx.FLOAT, scales)]
-        sizes = {"K": side, "N": side, "bits": bits, "block_size": BLOCK, "accuracy_level": ACCURACY_LEVEL}
-        nodes.append(onnx.node("MatMulNBits", into, [f"x{index + 1}"], MICROSOFT, **sizes))
+        nodes.append(_product(into, f"x{index + 1}", side, side, bits))
     ends = [onnx.value(name, onnx.FLOAT, [1, 1, side]) for name in ("x0", f"x{count}")]
     return onnx.model_bytes(nodes, ends[:1], ends[1:], weights), {"x0": np.ones((1, 1, side), np.float32)}
 
 
+def _product(read: list[str], out: str, inputs: int, outputs: int, bits: int) -> Any:
+    """The product of a vector with a matrix in blocks: `read` are the vector, codes and scales."""
+    sizes = {"K": inputs, "N": outputs, "bits": bits, "block_size": BLOCK, "accuracy_level": ACCURACY_LEVEL}
+    return onnx.node("MatMulNBits", read, [out], MICROSOFT, **sizes)
+
+
 def _attentions(cache: CacheType, count: int) -> tuple[bytes, dict[str, np.ndarray]]:
     """One token's attention, layer after layer, each with a cache of its own."""
-    bits = {"float32": 32, "int8": 8, "int4": 4}[cache]
-    dtype = {32: onnx.FLOAT, 8: onnx.INT8, 4: onnx.UINT8}[bits]
+    bits, dtype, item = STORED[cache]
     columns = HEAD_DIM // 2 if bits == 4 else HEAD_DIM
     shape = [1, KV_HEADS, CONTEXT, columns]
     state, row = ([1, 1, heads * HEAD_DIM] for heads in (Q_HEADS, KV_HEADS))
@@ -110,7 +119,6 @@ def _attentions(cache: CacheType, count: int) -> tuple[bytes, dict[str, np.ndarr
         read = [f"x{index}", "key", "value", *past, "seqlens", "total", *names]
         sizes = {"num_heads": Q_HEADS, "kv_num_heads": KV_HEADS, **attributes}
         nodes.append(onnx.node("GroupQueryAttention", read, [f"x{index + 1}", *present], MICROSOFT, **sizes))
-        item = np.float32 if bits == 32 else np.int8 if bits == 8 else np.uint8
         feeds |= {name: np.ones(shape, item) for name in past}
     return onnx.model_bytes(nodes, inputs, outputs, scales), feeds
 
@@ -150,9 +158,8 @@ def _layer(index: int) -> Iterator[Any]:
         return [f"{part}.{index}" for part in parts]
 
     def product(into: str, out: str, outputs: int) -> Any:
-        sizes = {"K": HEAD_DIM, "N": outputs, "bits": 4, "block_size": BLOCK, "accuracy_level": ACCURACY_LEVEL}
         read = [f"{into}.{index}", f"codes{outputs}", f"scales{outputs}"]
-        return onnx.node("MatMulNBits", read, names(out), MICROSOFT, **sizes)
+        return _product(read, f"{out}.{index}", HEAD_DIM, outputs, 4)
 
     yield onnx.node("SimplifiedLayerNormalization", [f"x{index}", "norm"], names("normed"))
     yield product("normed", "projected", 3 * HEAD_DIM)

@@ -113,10 +113,9 @@ def bound(device: Device, demand: Demand) -> Bound:
     computing = demand.timed_flops_per_token / (device.gflops.value * 1e9)
     slower: Resource = "bandwidth" if moving > computing else "compute"
     binds: Resource = "memory" if demand.memory_bytes > device.usable_bytes else slower
-    least, expected = max(moving, computing), _expected(device, demand)
-    if expected is None:
-        return Bound(demand=demand, seconds_per_token=least, binds=binds)
-    return Bound(demand=demand, seconds_per_token=expected, binds=binds, is_forecast=True)
+    expected = _expected(device, demand)
+    seconds = max(moving, computing) if expected is None else expected
+    return Bound(demand=demand, seconds_per_token=seconds, binds=binds, is_forecast=expected is not None)
 
 
 def _expected(device: Device, demand: Demand) -> float | None:

@@ -97,8 +97,16 @@ def _stays_in_file(path: Path) -> bool:
     read float32 where it is. Products with quantised weights have no fast way to do that, and need less memory.
     """
     weights = path.parent / WEIGHTS
-    large = weights.is_file() and is_too_large(weights.stat().st_size)
-    return large and QUANTISED not in path.read_bytes()
+    if not weights.is_file() or _is_quantised(path):  # first: to ask for the memory takes longer than to read a graph
+        return False
+    return is_too_large(weights.stat().st_size)
+
+
+def _is_quantised(path: Path) -> bool:
+    try:
+        return QUANTISED in path.read_bytes()
+    except OSError:
+        return False  # onnxruntime says what is wrong with it
 
 
 def check_threads(threads: int) -> None:

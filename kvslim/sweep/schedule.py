@@ -15,7 +15,7 @@ def shares(job: Job) -> frozenset[str]:
     model = {"model": job.model, "weights": recipe.weights.model_dump(mode="json")}
     text = {**model, "text": recipe.calibration.model_dump(mode="json"), "is": "statistics"}
     found: list[dict[str, Any]] = [{**model, "is": "plain"}]
-    if recipe.methods or recipe.budget:
+    if recipe.decides:
         found.append(text)
     if (budget := recipe.budget) is not None:
         found.append({**text, "is": "probes", "context": budget.context, "timed": budget.time_ratio is not None})

@@ -16,7 +16,7 @@ from kvslim.progress import Silent
 from kvslim.recipe import Recipe
 from kvslim.runtime.opening import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
-from kvslim.settings import Calibration, Validation
+from kvslim.settings import Calibration, TextUse, Validation
 from kvslim.types import KVLayout, Plan
 from kvslim.weight_format import WeightFormat
 
@@ -43,9 +43,9 @@ def recipe_of(methods: Sequence[Method] = (), weights: str | WeightFormat = "fp3
     return Recipe(name="test", methods=tuple(methods), weights=weights, calibration=CALIBRATION, validation=VALIDATION)
 
 
-def open_prepared(model: Path | str, recipe: Recipe) -> PreparedDecoder:
+def open_prepared(model: Path | str, recipe: Recipe, *texts: TextUse) -> PreparedDecoder:
     snapshot = resolve(str(model))
-    return PreparedDecoder(snapshot, read_spec(snapshot), recipe, Silent())
+    return PreparedDecoder(snapshot, read_spec(snapshot), recipe, Silent(), texts=texts)
 
 
 def export_slim(prepared: PreparedDecoder, folder: Path) -> Plan:
