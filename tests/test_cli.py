@@ -19,6 +19,7 @@ import yaml
 from support.tiny_artifact import SPEC, fill
 from support.verbs import Run, runner
 
+from kvslim.cli import keyboard
 from kvslim.cli.inputs import read_plan, write_text
 from kvslim.cli.lengths import read_lengths
 from kvslim.errors import GateError, OutputError, UsageError
@@ -410,6 +411,18 @@ def test_kvslim_passes_its_exit_code_on() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
+
+
+def test_ctrl_c_inside_a_finalizer_is_heard_once_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dying:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    keyboard.hear_every_interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        Dying()
+        time.sleep(10)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from kvslim import __version__
-from kvslim.cli import console
+from kvslim.cli import console, keyboard
 from kvslim.cli.analyze import analyze
 from kvslim.cli.bench import bench
 from kvslim.cli.bundle import bundle
@@ -47,6 +47,7 @@ def main() -> NoReturn:
     if not console.debugging():
         warnings.simplefilter("ignore")
     console.accept_any_text()
+    keyboard.hear_every_interrupt()
     sys.exit(run(sys.argv[1:]))
 
 

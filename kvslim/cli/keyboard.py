@@ -1,16 +1,22 @@
-"""Lines that a user types or a pipe brings, and Ctrl-C that stops no more than what is being printed."""
+"""Lines that a user types or a pipe brings, and Ctrl-C: heard always, and where asked for, only between two tokens."""
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from threading import Event
+from threading import Event, Timer
+from typing import TYPE_CHECKING
 
 from kvslim.cli import console
 
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
 PROMPT = "> "
+AGAIN = 0.01  # s; by then the callback that a signal fell into is over
 
 
 def piped_lines() -> Iterator[str]:
@@ -48,6 +54,21 @@ def _typed_line() -> str:
     if line := sys.stdin.readline():
         return line.rstrip("\r\n")
     raise EOFError
+
+
+def hear_every_interrupt() -> None:
+    """Sends Ctrl-C again where it fell into a finalizer: Python prints and drops what is raised in one."""
+    others = sys.unraisablehook
+
+    def dropped(raised: UnraisableHookArgs) -> None:
+        if issubclass(raised.exc_type, KeyboardInterrupt):
+            again = Timer(AGAIN, _thread.interrupt_main)
+            again.daemon = True
+            again.start()
+        else:
+            others(raised)
+
+    sys.unraisablehook = dropped
 
 
 @contextlib.contextmanager
