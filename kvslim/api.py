@@ -9,12 +9,13 @@ import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from kvslim.errors import UsageError
 from kvslim.progress import Progress
 
 if TYPE_CHECKING:
+    from kvslim.contract import Frozen
     from kvslim.measures import Report
     from kvslim.planning.analyze import Analysis
     from kvslim.planning.decide import PlanSummary
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 AnyPath: TypeAlias = "str | PathLike[str]"
 RecipeLike: TypeAlias = "Recipe | str | PathLike[str]"
+Checked = TypeVar("Checked", bound="Frozen")
 
 
 def compress(
@@ -198,14 +200,15 @@ def bench(
 
     folders = [artifacts] if isinstance(artifacts, str | PathLike) else artifacts
     lengths = {"prompts": prompts, "contexts": contexts}
-    grid = Grid(
+    wanted = {
         **{name: tuple(given) for name, given in lengths.items() if given is not None},
-        threads=(None,) if threads is None else tuple(threads),
-        batches=tuple(batches),
-        repeats=repeats,
-        speculative=speculative,
-        text=str(text),
-    )
+        "threads": (None,) if threads is None else tuple(threads),
+        "batches": tuple(batches),
+        "repeats": repeats,
+        "speculative": speculative,
+        "text": str(text),
+    }
+    grid = _checked(Grid, wanted, "`kvslim bench --help`")
     return pipeline.bench([Path(folder) for folder in folders], grid, progress=progress)
 
 
@@ -238,15 +241,19 @@ def _recipe(recipe: RecipeLike) -> Recipe:
 
 
 def _gates(gates: Gates | Mapping[str, float] | None) -> Gates | None:
-    from pydantic import ValidationError
-
     from kvslim.settings import Gates
 
-    if gates is None or isinstance(gates, Gates):
-        return gates
+    return gates if gates is None or isinstance(gates, Gates) else _checked(Gates, gates, "gates in docs/recipes.md")
+
+
+def _checked(kind: type[Checked], values: Mapping[str, Any], told: str) -> Checked:
+    """Plain values as what they describe; the first that does not fit is named, with where to read about it."""
+    from pydantic import ValidationError
+
     try:
-        return Gates.model_validate(gates)
+        return kind.model_validate(values)
     except ValidationError as error:
         fault = error.errors()[0]
         name = ".".join(str(part) for part in fault["loc"])
-        raise UsageError(f"{name}: {fault['msg']}", where="gates", fix="see gates in docs/recipes.md") from error
+        message = f"{name}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
+        raise UsageError(message, where=kind.__name__.lower(), fix=f"see {told}") from error

@@ -134,6 +134,13 @@ def test_validate_takes_gates_as_a_mapping(calls: list[Call]) -> None:
         kvslim.validate("a", gates={"max_kll": 0.5})
 
 
+@pytest.mark.parametrize("wrong", [{"speculative": "often"}, {"repeats": 1}, {"contexts": ["long"]}])
+def test_bench_names_the_argument_that_does_not_fit(calls: list[Call], wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=rf"{next(iter(wrong))}.*: input should be .*"):
+        kvslim.bench("a", **wrong)
+    assert not calls
+
+
 def test_bench_takes_one_artifact_or_several(calls: list[Call]) -> None:
     kvslim.bench("a")
     kvslim.bench(["a", Path("b")], prompts=[16], contexts=[32], threads=[1, 2], batches=[4], repeats=3)
