@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir import convenience
 
 from kvslim.export.products import Matrix, bias_of, constant_products, embedding_lookups, factor_of, tensor_of
-from kvslim.loading.mapped import beside_weights, let_go
+from kvslim.loading.mapped import in_file, let_go
 from kvslim.weights.blocks import SMALLEST_BLOCK, BlockFormat
 from kvslim.weights.offsets import GROUP
 from kvslim.weights.rows import QuantisedRows
@@ -152,7 +152,7 @@ class _Quantiser:
         return self.stored[matrix]
 
     def _constant(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
-        value = ir.val(name, const_value=ir.tensor(beside_weights(array), name=name))
+        value = ir.val(name, const_value=ir.tensor(in_file(array), name=name))
         self.graph.register_initializer(value)
         return value
 

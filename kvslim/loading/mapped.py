@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 FLOAT = 4  # bytes
 PART = 2**24  # numbers that are converted at a time
-SMALL = 2**12  # bytes that are not worth a file
+SMALL, LARGE = 2**12, 2**20  # bytes that are not worth a file, and bytes that always are
 IN_MEMORY = {"tmpfs", "ramfs"}
 FIX = "set TMPDIR to a folder on a disk with more space"
 _ALIVE: weakref.WeakSet[MappedWeights] = weakref.WeakSet()
@@ -85,16 +85,23 @@ class MappedWeights:
             advise(place, size, mmap.MADV_DONTNEED)
 
 
-def beside_weights(array: Array) -> Array:
-    """An array as it is; mapped from a file like the weights, where there are weights in files.
+def in_file(array: Array) -> Array:
+    """The same numbers, mapped from a file where they are many or where weights lie in files.
+
+    What is only needed again when a graph is written does not take memory until then.
 
     Raises:
-        OutputError: The disk is full.
+        OutputError: The disk is full, and the weights are larger than memory.
     """
-    if not _ALIVE or array.nbytes < SMALL:
+    if array.nbytes < (SMALL if _ALIVE else LARGE):
         return array
     whole = np.ascontiguousarray(array)
-    found: Array = _mapped([whole], whole.nbytes).numpy().view(array.dtype).reshape(array.shape)
+    try:
+        found: Array = _mapped([whole], whole.nbytes).numpy().view(array.dtype).reshape(array.shape)
+    except OutputError:
+        if _ALIVE:
+            raise
+        return array
     return found
 
 

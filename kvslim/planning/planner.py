@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvslim.contract import ModelSpec
 from kvslim.errors import GateError, UsageError
+from kvslim.memory import give_back
 from kvslim.methods.fitting import fit
 from kvslim.methods.kv_quant import with_integers
 from kvslim.methods.share_kv import ShareKv
@@ -193,6 +194,7 @@ class Planner:
         fitted = [self._fit(layer) for layer in layers]
         plan = self._plan_of(_with_reason(layer, how + layer.reason) for layer, _ in fitted)
         if plan.layers not in self._divergences:
+            give_back()  # codes of all layers and what is computed with them come on top of what is in memory
             codes = ShareKv().apply(self.spec, self.statistics, plan, tuple(code for _, code in fitted))
             self._divergences[plan.layers] = self.divergence(codes)
         size = KVLayout.of(self.spec, plan).bytes_at(self.context)

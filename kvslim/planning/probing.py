@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kvslim.contract import ModelSpec
+from kvslim.memory import give_back
 from kvslim.planning.candidates import Alteration, CandidateMaker
 from kvslim.planning.cost import SideCosts, side_costs
 from kvslim.planning.decode_time import DecodeTime
@@ -47,6 +48,7 @@ class Prober:
 
     def probe_layer(self, layer: int) -> Probes:
         """Probes one layer alone."""
+        give_back()  # what probes of other layers left behind adds up
         return Probes(key=self.key, context=self.time.context, timed=self.timed, layers=(self._layer(layer),))
 
     def with_recall(self, probes: Probes) -> Probes:

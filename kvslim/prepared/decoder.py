@@ -150,6 +150,7 @@ class PreparedDecoder(PreparedModel):
         statistics = cache.load_statistics(key)
         if statistics is None:
             statistics = self._gathered(context, settings.seed)
+            give_back()
             cache.store_statistics(key, statistics)
         return statistics
 

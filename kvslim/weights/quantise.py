@@ -14,7 +14,7 @@ from torch import nn
 
 from kvslim.contract import ModelSpec, WeightMethod
 from kvslim.loading.architecture import Architecture
-from kvslim.loading.mapped import beside_weights, let_go
+from kvslim.loading.mapped import in_file, let_go
 from kvslim.progress import Progress
 from kvslim.transform.surgery import layer_modules, project_directly
 from kvslim.weights.blocks import Quantised, quantise
@@ -52,7 +52,7 @@ def quantise_model(
     found, rows = dict[str, Quantised](), QuantisedRows()
 
     def put(name: str, quantised: Quantised) -> None:
-        found[name] = quantised.kept(beside_weights)
+        found[name] = quantised.kept(in_file)
         install_quantised(model, architecture, spec, {name: found[name]}, rows)
 
     if windows is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kvslim.loading.mapped import beside_weights
+from kvslim.loading.mapped import in_file
 from kvslim.weights.blocks import Quantised
 
 
@@ -28,4 +28,4 @@ def load_blocks(path: Path) -> dict[str, Quantised]:
 
 def _blocks(arrays: Mapping[str, np.ndarray], number: int) -> Quantised:
     codes, scales, bits = (arrays[f"{number}.{part}"] for part in ("codes", "scales", "bits"))
-    return Quantised(codes, scales, arrays.get(f"{number}.zero_points"), int(bits)).kept(beside_weights)
+    return Quantised(codes, scales, arrays.get(f"{number}.zero_points"), int(bits)).kept(in_file)
