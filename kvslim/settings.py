@@ -127,7 +127,7 @@ class Heal(Frozen):
 
     minutes: Number | None = Field(None, gt=0, description="budget of time; counted in steps after the first of them")
     steps: int | None = Field(None, ge=1, description="the same in steps of 1,024 tokens")
-    rate: Number = Field(2e-4, gt=0, description="learning rate at its highest")
+    rate: Number = Field(1e-3, gt=0, description="learning rate at its highest, as a share of a weight's usual size")
     samples: int = Field(
         1024, ge=3, description="windows of text at most; the model's own are those of the calibration"
     )

@@ -14,6 +14,7 @@ from support.models import cached_logits, open_prepared, recipe_of, tokens_of, t
 from kvslim.caches import SharedCache, WindowCache
 from kvslim.errors import UsageError
 from kvslim.healing import distil
+from kvslim.healing.changes import Changes
 from kvslim.healing.distil import healed
 from kvslim.healing.held_out import HeldOut
 from kvslim.healing.schedule import LAST, LEAST_STEPS, WARM_UP, batch_of, is_evaluated, rate_of, steps_within
@@ -49,7 +50,7 @@ def planned(prepared: PreparedDecoder) -> tuple[Plan, Codes]:
 def heal(
     prepared: PreparedDecoder, codes: Codes, folder: Path, texts: Texts | None = None, **settings: Any
 ) -> tuple[Codes, Healing]:
-    wanted = Heal.model_validate({"steps": STEPS, "rate": 1e-3, **settings})
+    wanted = Heal.model_validate({"steps": STEPS, "rate": 2e-2, **settings})
     of = prepared.model, prepared.architecture, codes
     return healed(*of, texts or texts_of(prepared), wanted, 0, folder, Silent())
 
@@ -206,6 +207,39 @@ def test_training_stops_early_when_it_gets_no_better(tiny_llama: Path, tmp_path:
     assert len(found.watched) == distil.PATIENCE + 1
 
 
+def test_steps_are_the_same_share_of_a_weight_however_codes_scale_it() -> None:
+    rng = np.random.default_rng(0)
+    plain = torch.from_numpy(rng.choice([-1.0, 1.0], (6, 4)))
+    rows, columns = (torch.from_numpy(10 ** rng.uniform(-3, 3, count)) for count in plain.shape)
+    scale = torch.outer(rows, columns)
+    found = []
+    for by, by_rows in (
+        (torch.ones_like(scale), torch.ones_like(rows)),
+        (scale, rows * columns.square().mean().sqrt()),
+    ):
+        weights = {(0, "v.weight"): plain * by, (0, "v.bias"): by_rows.clone()}
+        changes = Changes(weights)
+        for weight, size in zip(weights.values(), (by, by_rows), strict=True):
+            weight.grad = 1 / size
+        changes.take_gradients()
+        for value in changes.values:
+            assert value.grad is not None
+            value.data -= 0.1 * value.grad
+        changes.apply()
+        found.append([weight / size for weight, size in zip(weights.values(), (by, by_rows), strict=True)])
+    for weight, scaled in zip(*found, strict=True):
+        torch.testing.assert_close(scaled, weight)
+    torch.testing.assert_close(found[0][0], plain - 0.1)
+
+
+def test_steps_that_make_it_worse_are_taken_back_and_made_smaller(tiny_llama: Path, tmp_path: Path) -> None:
+    prepared = open_prepared(tiny_llama, recipe_of((KvQuant(bits=4),)))
+    _, codes = planned(prepared)
+    _, found = heal(prepared, codes, tmp_path, rate=0.2, steps=48)
+    kls = [look.kl for look in found.watched]
+    assert kls[1] > kls[0] > min(kls)  # too large at first, and still of use
+
+
 def test_completions_alone_are_learnt_where_text_has_prompts(tiny_llama: Path, tmp_path: Path) -> None:
     prepared = open_prepared(tiny_llama, recipe_of((KvQuant(bits=4),)))
     _, codes = planned(prepared)
@@ -248,7 +282,7 @@ def test_time_budget_heals(tiny_llama: Path, tmp_path: Path) -> None:
 def test_text_is_parted_without_overlap() -> None:
     windows = np.arange(64 * 512).reshape(64, 512)
     parts = parts_of(Text(windows, None))
-    assert [len(part.windows) for part in parts] == [52, 4, 8]
+    assert [len(part.windows) for part in parts] == [48, 8, 8]
     assert np.array_equal(np.concatenate([part.windows for part in parts]), windows)
     with pytest.raises(UsageError, match="three windows"):
         parts_of(Text(windows[:2], None))

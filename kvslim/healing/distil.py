@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvslim.healing.changes import Changes
 from kvslim.healing.held_out import HeldOut
 from kvslim.healing.schedule import TIMED, batch_of, is_evaluated, rate_of, steps_within
 from kvslim.healing.state import Reached, State
@@ -31,6 +32,7 @@ TOKENS = 1024  # of a step
 BETAS = 0.9, 0.99  # for trainings of tens or hundreds of steps
 MOST_GRADIENT = 1.0  # norm
 PATIENCE = 4  # evaluations without a better one
+CUT = 1 / 3  # of the rate, after one
 
 
 def healed(
@@ -90,11 +92,13 @@ class _Training:
         self.counted = torch.from_numpy(predicting(*texts.trained))
         self.watched = HeldOut(teacher, *texts.watched)
         self.size = max(1, min(TOKENS // self.windows.shape[1], len(self.windows)))
-        weights = list(student.weights.values())
-        optimizer = torch.optim.AdamW(weights, lr=settings.rate, betas=BETAS)
-        best = [weight.detach().clone() for weight in weights]
-        self.state = State(weights, best, optimizer, Reached(steps=settings.steps))
-        if not self.state.load(folder):
+        self.changes = Changes(student.weights)
+        optimizer = torch.optim.AdamW(self.changes.values, lr=settings.rate, betas=BETAS)
+        best = [torch.zeros_like(change) for change in self.changes.values]
+        self.state = State(self.changes.values, best, optimizer, Reached(steps=settings.steps))
+        if self.state.load(folder):
+            self.changes.apply()
+        else:
             self._watch()
 
     def run(self, progress: Progress) -> None:
@@ -121,10 +125,8 @@ class _Training:
         if not self.state.reached.is_over:
             self.state.reached.is_over = True
             self.state.save(self.folder)
-        with torch.no_grad():
-            for weight, best in zip(self.state.weights, self.state.best, strict=True):
-                weight.copy_(best)
-        return self.student.trained(self.state.best)
+        self.changes.apply(self.state.best)
+        return self.student.trained()
 
     def _steps(self, known: int | None) -> Iterator[int]:
         """The steps to take, as long as no more is known of how many there are."""
@@ -146,7 +148,7 @@ class _Training:
     def _step(self, step: int) -> None:
         optimizer = self.state.optimizer
         for group in optimizer.param_groups:
-            group["lr"] = self.settings.rate * rate_of(step, self.state.reached.steps)
+            group["lr"] = self.settings.rate * CUT**self.state.reached.cuts * rate_of(step, self.state.reached.steps)
         rows = torch.from_numpy(batch_of(step, len(self.windows), self.size, self.seed))
         places = torch.arange(step % 2, self.windows.shape[1], 2)
         counted = self.counted[rows][:, places]
@@ -154,10 +156,11 @@ class _Training:
             return  # prompts alone
         with torch.enable_grad():
             loss = self._loss(self.windows[rows], counted, places)
-        optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.state.weights, MOST_GRADIENT)
+        self.changes.take_gradients()
+        torch.nn.utils.clip_grad_norm_(self.changes.values, MOST_GRADIENT)
         optimizer.step()
+        self.changes.apply()
 
     def _loss(self, tokens: Tensor, counted: Tensor, places: Tensor) -> Tensor:
         """Cross entropy to what the teacher says, whose gradient is that of the KL."""
@@ -167,11 +170,13 @@ class _Training:
         return torch.nn.functional.cross_entropy(found, expected)
 
     def _watch(self) -> None:
-        """Measures the held-out text, and keeps the weights if they are the best so far."""
+        """Measures the held-out text; keeps the weights if they are the best so far, else goes back to those."""
         start, reached = time.monotonic(), self.state.reached
         kl = self.watched.kl(self.student.model)
         if not reached.watched or kl < reached.least:
-            for best, weight in zip(self.state.best, self.state.weights, strict=True):
-                best.copy_(weight.detach())
+            self.state.keep()
+        else:
+            self.state.go_back()
+            self.changes.apply()
         reached.seconds += time.monotonic() - start
         reached.watched.append(Watched(step=reached.step, seconds=reached.seconds, kl=kl))

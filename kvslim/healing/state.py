@@ -17,9 +17,9 @@ from kvslim.replacing import replacing
 from kvslim.types import Watched
 
 FILE = "state.safetensors"
-OPTIMIZER = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of a weight
+OPTIMIZER = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each
 BEST = ("best",)
-KINDS = (*BEST, "weight", *OPTIMIZER)
+KINDS = (*BEST, "change", *OPTIMIZER)
 
 
 class Reached(BaseModel):
@@ -28,13 +28,15 @@ class Reached(BaseModel):
     Attributes:
         step: Steps taken.
         steps: Steps in all; None while a budget of time is not counted in steps yet.
+        cuts: How often there was no better evaluation, and the rate was cut.
         seconds: Time that they took, evaluations included.
-        is_over: Whether it is finished, and the best weights alone are kept.
+        is_over: Whether it is finished, and the best changes alone are kept.
         watched: Looks at the held-out text.
     """
 
     step: int = 0
     steps: int | None = None
+    cuts: int = 0
     seconds: float = 0.0
     is_over: bool = False
     watched: list[Watched] = []
@@ -50,26 +52,41 @@ class State:
     """A training in memory.
 
     Attributes:
-        weights: What is trained.
+        changes: What is trained.
         best: What it was when the KL was least.
-        optimizer: AdamW over the weights.
+        optimizer: AdamW over the changes.
         reached: How far it is.
     """
 
-    weights: list[Tensor]
+    changes: list[Tensor]
     best: list[Tensor]
     optimizer: torch.optim.AdamW
     reached: Reached
 
+    def keep(self) -> None:
+        """Keeps the changes as the best."""
+        for best, change in zip(self.best, self.changes, strict=True):
+            best.copy_(change.detach())
+
+    def go_back(self) -> None:
+        """Takes up the best changes again, with nothing that the optimizer remembers of the way from there."""
+        self.reached.cuts += 1
+        with torch.no_grad():
+            for best, change in zip(self.best, self.changes, strict=True):
+                change.copy_(best)
+        for kept in self.optimizer.state.values():
+            for tensor in kept.values():
+                tensor.zero_()
+
     def save(self, folder: Path) -> None:
-        """Writes it, whole or not at all; of one that is over, the best weights alone.
+        """Writes it, whole or not at all; of one that is over, the best changes alone.
 
         A disk that is full is no reason to lose what took minutes.
 
         Args:
             folder: Where; it is made.
         """
-        if not self.reached.is_over and len(self.optimizer.state) < len(self.weights):
+        if not self.reached.is_over and len(self.optimizer.state) < len(self.changes):
             return  # no step has had any text that counts
         with suppress(OSError, SafetensorError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -85,22 +102,22 @@ class State:
         except (OSError, SafetensorError, KeyError, ValueError):
             return False
         kinds = BEST if reached.is_over else KINDS
-        if tensors.keys() != {f"{kind}.{number}" for kind in kinds for number in range(len(self.weights))}:
+        if tensors.keys() != {f"{kind}.{number}" for kind in kinds for number in range(len(self.changes))}:
             return False
         self.reached = reached
         with torch.no_grad():
-            for number, (weight, best) in enumerate(zip(self.weights, self.best, strict=True)):
+            for number, (change, best) in enumerate(zip(self.changes, self.best, strict=True)):
                 best.copy_(tensors[f"best.{number}"])
                 if not reached.is_over:
-                    weight.copy_(tensors[f"weight.{number}"])
-                    self.optimizer.state[weight] = {kind: tensors[f"{kind}.{number}"] for kind in OPTIMIZER}
+                    change.copy_(tensors[f"change.{number}"])
+                    self.optimizer.state[change] = {kind: tensors[f"{kind}.{number}"] for kind in OPTIMIZER}
         return True
 
     def _tensors(self) -> dict[str, Tensor]:
         found: dict[str, Sequence[Tensor]] = {"best": self.best}
         if not self.reached.is_over:
-            found["weight"] = [weight.detach() for weight in self.weights]
-            found |= {kind: [self.optimizer.state[weight][kind] for weight in self.weights] for kind in OPTIMIZER}
+            found["change"] = [change.detach() for change in self.changes]
+            found |= {kind: [self.optimizer.state[change][kind] for change in self.changes] for kind in OPTIMIZER}
         return {
             f"{kind}.{number}": each.contiguous() for kind, some in found.items() for number, each in enumerate(some)
         }

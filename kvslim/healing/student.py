@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -41,11 +41,11 @@ class Student:
                 own = tensor.detach().clone().requires_grad_()
                 self.weights[index, name] = put(layer, name, own)
 
-    def trained(self, values: Sequence[Tensor]) -> Codes:
-        """The codes with these values, in the order of `weights`, as the trained weights."""
+    def trained(self) -> Codes:
+        """The codes with the weights as they are now."""
         found: list[dict[str, Array]] = [{} for _ in self.codes]
-        for (layer, name), value in zip(self.weights, values, strict=True):
-            found[layer][name] = value.detach().numpy().copy()
+        for (layer, name), weight in self.weights.items():
+            found[layer][name] = weight.detach().numpy().copy()
         return tuple(
             with_weights(code, weights) if weights else code for code, weights in zip(self.codes, found, strict=True)
         )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvslim.settings import Heal
 
 Codes = tuple[LayerEdit, ...]
-WATCHED, JUDGED = 2048, 8192  # tokens of the held-out text, at most
+WATCHED, JUDGED = 4096, 8192  # tokens of the held-out text, at most
 SHARE = 8  # of the windows, one part of so many is watched and one judged
 
 
