@@ -79,7 +79,7 @@ def heal(
     source: Source,
     *,
     text: Mapping[str, Any] = TEXT,
-    steps: int = 96,
+    steps: int = 64,
     names: tuple[str, ...] = PLANS,
     exported: tuple[str, ...] = PLANS,
 ) -> Iterator[Values]:
