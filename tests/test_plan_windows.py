@@ -82,6 +82,17 @@ def test_layers_that_recall_needs_keep_all_tokens(forgetful: set[int]) -> None:
     assert set(keeping_recall([4, 2, 0, 1, 3], drop)) == set(range(5)) - forgetful
 
 
+def test_long_rows_are_taken_apart_down_to_an_eighth() -> None:
+    asked: list[Sequence[int]] = []
+
+    def drop(layers: Sequence[int]) -> float:
+        asked.append(layers)
+        return 0.5 * (5 in layers)
+
+    assert keeping_recall(range(16), drop) == [*range(4), *range(6, 16)]
+    assert len(asked) == 7
+
+
 def test_windows_that_cost_recall_only_together_are_not_all_taken() -> None:
     assert keeping_recall([5, 3, 1, 0, 2, 4], lambda layers: 0.1 * (len(layers) > 4)) == [5, 3, 1, 0]
 

@@ -79,7 +79,7 @@ def heal(
     source: Source,
     *,
     text: Mapping[str, Any] = TEXT,
-    steps: int = 64,
+    steps: int = 40,
     names: tuple[str, ...] = PLANS,
     exported: tuple[str, ...] = PLANS,
 ) -> Iterator[Values]:

@@ -32,7 +32,8 @@ TOKENS = 1024  # of a step
 BETAS = 0.9, 0.99  # for trainings of tens or hundreds of steps
 MOST_GRADIENT = 1.0  # norm
 PATIENCE = 4  # evaluations without a better one
-CUT = 1 / 3  # of the rate, after one
+WORSE = 1.03  # times the least KL is more than chance
+CUT = 1 / 3  # of the rate, after so bad a one
 
 
 def healed(
@@ -170,12 +171,12 @@ class _Training:
         return torch.nn.functional.cross_entropy(found, expected)
 
     def _watch(self) -> None:
-        """Measures the held-out text; keeps the weights if they are the best so far, else goes back to those."""
+        """Measures the held-out text; keeps the weights if they are the best so far, goes back if much worse."""
         start, reached = time.monotonic(), self.state.reached
         kl = self.watched.kl(self.student.model)
         if not reached.watched or kl < reached.least:
             self.state.keep()
-        else:
+        elif kl > WORSE * reached.least:
             self.state.go_back()
             self.changes.apply()
         reached.seconds += time.monotonic() - start

@@ -90,7 +90,7 @@ def probes_key(trials: DecoderTrials, context: int, *, timed: bool) -> str:
 
 def _prober(trials: DecoderTrials, context: int, key: str, *, timed: bool) -> Prober:
     spec, statistics = trials.spec, trials.statistics
-    seen = min(trials.held_out.length, 2 * (trials.prepared.recipe.validation.recall_distance - SINKS))
+    seen = min(trials.held_out.length, 2 * (trials.recall_distance - SINKS))
     return Prober(
         spec,
         statistics,

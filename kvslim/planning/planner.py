@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Layers = Sequence[Sequence[Candidate]]
 Alterations = Mapping[int, Sequence[Alteration]]
 RATIOS = (4, 16 / 3, 8, 32 / 3, 16, 64 / 3)  # of the frontier, against the plain fp32 cache
-LARGEST_INT8 = 6  # times smaller than plain; beyond, int8 would cost too much rank
+LARGEST_INT8 = 6  # times smaller than plain; beyond, int8 would cost too much rank where there are no windows
 FASTER = 1.1  # an int8 cache is read faster than int4: it may lose this much more
 MARGIN = 2.5  # other text, and longer text, may lose so much more than calibration text
 SEARCHES = 4
@@ -81,6 +81,7 @@ class Planner:
         self.plain_time = time.of_plan(base.layers)
         self._maker = CandidateMaker(spec, base, time, timed=probes.timed)
         self.whole = {bits: [layer.candidates[bits] for layer in probes.layers] for bits in BITS}
+        self._has_windows = bool(probes.windowed)
         self.offered = {bits: list(self._offered(whole, probes)) for bits, whole in self.whole.items()}
         self._fitted: dict[LayerPlan, tuple[LayerPlan, LayerEdit]] = {}
         self._divergences: dict[tuple[LayerPlan, ...], float] = {}
@@ -100,7 +101,7 @@ class Planner:
 
     def allocated(self, budget: float) -> Planned | None:
         """The plan of least divergence within a budget in bytes at the target context; None if none fits."""
-        kinds = BITS if budget * LARGEST_INT8 >= self.plain_bytes else BITS[1:]
+        kinds = BITS if self._has_windows or budget * LARGEST_INT8 >= self.plain_bytes else BITS[1:]
         found = [planned for bits in kinds if (planned := self._allocated(budget, bits)) is not None]
         if len(found) == 2 and found[0].point.kl <= FASTER * found[1].point.kl:
             return found[0]

@@ -9,6 +9,7 @@ from kvslim.methods.kv_window import MOST_RECALL
 from kvslim.planning.candidates import Alteration, altered
 from kvslim.types import Plan
 
+PARTS = 8  # of a row of layers; to take them further apart would take minutes
 Measure = Callable[[Plan], float]
 Pays = Callable[[Alteration], bool]
 
@@ -47,7 +48,7 @@ class PlanTrials:
 def keeping_recall(wanted: Sequence[int], recall_drop: Callable[[Sequence[int]], float]) -> list[int]:
     """As many of the layers as can be altered together at no cost of recall.
 
-    Halves of the row are tried as one, and only those that fail are taken apart.
+    Halves of the row are tried as one, and only those that fail are taken apart, down to an eighth of it.
 
     Args:
         wanted: Layers, those that lose least first.
@@ -58,7 +59,7 @@ def keeping_recall(wanted: Sequence[int], recall_drop: Callable[[Sequence[int]],
         together = [*taken, *more]
         if not more or recall_drop(together) <= MOST_RECALL:
             return together
-        if len(more) == 1:
+        if len(more) <= max(1, len(wanted) // PARTS):
             return taken
         middle = len(more) // 2
         return kept(kept(taken, more[:middle]), more[middle:])

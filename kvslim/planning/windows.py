@@ -7,6 +7,7 @@ context: what a layer would lose further back than anything was measured, nobody
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from kvslim.caches import WindowCache
@@ -48,13 +49,16 @@ class WindowTrials(NamedTuple):
 def window_alterations(
     layer: int, spec: ModelSpec, trials: WindowTrials, pays: Pays, context: int
 ) -> tuple[Alteration, ...]:
-    """The windows that could be worth it in a layer, each with what it loses at a target context, the longest first."""
+    """The windows that could be worth it in a layer, each with what it loses at a target context, the longest first.
+
+    Where one is not worth it, shorter ones, which lose more, are not tried.
+    """
     tried = (
         Alteration(window=length, loss=trials.loss(layer, length, spec.layers, context))
         for length in trials.lengths(context)
         if layer in KvWindow(window=length).able(spec)
     )
-    return tuple(alteration for alteration in tried if pays(alteration))
+    return tuple(takewhile(pays, tried))
 
 
 def windows_keeping_recall(

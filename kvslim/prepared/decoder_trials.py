@@ -12,7 +12,7 @@ from kvslim.methods.base import Method
 from kvslim.planning.budget import choose_within
 from kvslim.planning.choose import Chosen
 from kvslim.planning.survey import surveyed
-from kvslim.prepared.text import split
+from kvslim.prepared.text import joined, split
 from kvslim.prepared.trials import Codes, Trials
 from kvslim.settings import Budget
 from kvslim.transform.compensate import refitted
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 REFIT_TOKENS = 4_096, 12_288  # for many layers, for few
 TAYLOR_TOKENS = 8_192
 RECALL_ITEMS, LAZY_ITEMS = 50, 8
+JOINED = 4  # text is put end to end up to one part in so many of the target context
 
 
 class DecoderTrials(Trials):
@@ -42,18 +43,29 @@ class DecoderTrials(Trials):
 
     @cached_property
     def held_out(self) -> KLEvaluator:
-        """The divergence on that part of the calibration text which nothing is fitted to."""
+        """The divergence on that part of the calibration text which nothing is fitted to.
+
+        Its windows are put end to end up to a quarter of the target context, as far as there are tokens: what a cache
+        forgets does not show on shorter text.
+        """
         windows, mask = (
-            held_out_windows(split(array)[1], self.spec.vocab_size)
+            held_out_windows(joined(split(array)[1], self.prepared.context // JOINED), self.spec.vocab_size)
             for array in (self.statistics.windows, self.statistics.loss_mask)
         )
         return KLEvaluator(self.model, self.architecture, windows, mask, probing=True)
+
+    @property
+    def recall_distance(self) -> int:
+        """Tokens between a recall question and its answer, at most: as many as a text that was put end to end has."""
+        asked = self.prepared.recipe.validation.recall_distance
+        is_joined = self.held_out.length > self.statistics.windows.shape[1]
+        return max(asked, self.held_out.length) if is_joined else asked
 
     @cached_property
     def probe(self) -> KLEvaluator:
         """The divergence on a little of the text that serves for fitting, for many quick probes."""
         windows, mask = (
-            probe_windows(split(array)[0], self.spec.layers)
+            probe_windows(split(array)[0], self.spec.layers, self.model.num_parameters())
             for array in (self.statistics.windows, self.statistics.loss_mask)
         )
         return KLEvaluator(self.model, self.architecture, windows, mask, probing=True)
@@ -61,12 +73,16 @@ class DecoderTrials(Trials):
     @cached_property
     def recall(self) -> RecallTrials:
         """Some recall questions, to be asked often."""
-        return RecallTrials(self.held_out, self.prepared.text.recall_items(self.statistics.windows, LAZY_ITEMS))
+        return self._recall(LAZY_ITEMS)
 
     @cached_property
     def more_recall(self) -> RecallTrials:
         """More of them, to be asked of a few plans."""
-        return RecallTrials(self.held_out, self.prepared.text.recall_items(self.statistics.windows, RECALL_ITEMS))
+        return self._recall(RECALL_ITEMS)
+
+    def _recall(self, most: int) -> RecallTrials:
+        items = self.prepared.text.recall_items(self.statistics.windows, most, self.recall_distance)
+        return RecallTrials(self.held_out, items)
 
     @cached_property
     def taylor(self) -> np.ndarray:

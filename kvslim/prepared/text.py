@@ -137,7 +137,7 @@ class TextSource:
     def held_out_items(self, windows: np.ndarray, long_text: np.ndarray | None) -> list[RecallItem]:
         """The recall questions of the validation; those of a model other than the demo are made of the text."""
         settings = self.validation
-        near = self._recall_items(windows, settings.recall_items, settings.seed)
+        near = self._recall_items(windows, settings.recall_items, settings.recall_distance, settings.seed)
         if long_text is None or self.prepared.snapshot.is_demo:
             return near
         length = min(len(long_text), self.prepared.context)
@@ -146,9 +146,9 @@ class TextSource:
         far = repeated_spans(windows, count=count, distance=distance, seed=settings.seed, spans=FAR_SPANS)
         return [*far, *near]
 
-    def recall_items(self, windows: np.ndarray, most: int) -> list[RecallItem]:
+    def recall_items(self, windows: np.ndarray, most: int, distance: int) -> list[RecallItem]:
         """Recall questions other than those of the validation."""
-        return self._recall_items(windows, min(self.validation.recall_items, most), self.validation.seed + 1)
+        return self._recall_items(windows, min(self.validation.recall_items, most), distance, self.validation.seed + 1)
 
     @property
     def _calibration_share(self) -> tuple[float, float]:
@@ -203,8 +203,7 @@ class TextSource:
     def _key(self, settings: Calibration | Validation) -> str:
         return cache.content_key("text", self.prepared.digest, settings.samples, settings.length, settings.seed)
 
-    def _recall_items(self, windows: np.ndarray, count: int, seed: int) -> list[RecallItem]:
-        distance = self.validation.recall_distance
+    def _recall_items(self, windows: np.ndarray, count: int, distance: int, seed: int) -> list[RecallItem]:
         if not self.prepared.snapshot.is_demo:
             return list(repeated_spans(windows, count=count, distance=distance, seed=seed))
         questions = recall_questions(count, distance, lambda text: len(self._ids(text)), seed)
@@ -219,3 +218,12 @@ def split(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Calibration text to fit on, and the last quarter to measure on; one window serves both."""
     held_out = max(1, len(windows) // 4)
     return windows[: max(1, len(windows) - held_out)], windows[-held_out:]
+
+
+def joined(windows: np.ndarray, length: int) -> np.ndarray:
+    """Windows put end to end, to rows of so many tokens or of all there are; as they are where they are as long."""
+    longest = min(length, windows.size)
+    if longest <= windows.shape[1]:
+        return windows
+    rows = windows.size // longest
+    return windows.reshape(-1)[: rows * longest].reshape(rows, longest)

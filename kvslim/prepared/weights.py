@@ -143,8 +143,9 @@ def _prices(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> MatrixPr
     prices = cache.load_probes(key, MatrixPrices)
     if prices is None:
         prepared.progress.stage(stages.PROBE_WEIGHTS)
-        windows, mask = probe_windows(prepared.text.calibration_windows, spec.layers), prepared.text.calibration_mask()
-        mask = None if mask is None else probe_windows(mask, spec.layers)
+        size = spec.layers, prepared.model.num_parameters()
+        windows, mask = probe_windows(prepared.text.calibration_windows, *size), prepared.text.calibration_mask()
+        mask = None if mask is None else probe_windows(mask, *size)
         evaluator = KLEvaluator(prepared.model, prepared.architecture, windows, mask, probing=True)
         pricing = MatrixPricing(prepared.model, prepared.architecture, spec, evaluator)
         prices = MatrixPrices(key=key, groups=pricing.of(chosen, prepared.progress))
