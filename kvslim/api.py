@@ -208,7 +208,7 @@ def bench(
         "speculative": speculative,
         "text": str(text),
     }
-    grid = _checked(Grid, wanted, "`kvslim bench --help`")
+    grid = _checked(Grid, wanted, "bench in docs/api.md")
     return pipeline.bench([Path(folder) for folder in folders], grid, progress=progress)
 
 

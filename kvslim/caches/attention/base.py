@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from kvslim.transform.operators import ExportStep
@@ -70,9 +71,17 @@ class CacheAttention:
 
 def attended(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
     """Causal attention in torch, [batch, length, q_heads, dim]."""
-    if scoring.window is None and scoring.softcap is None and scoring.recent is None:
+    if scoring.softcap is None:
+        is_whole = scoring.window is None and scoring.recent is None
+        places = torch.arange(query.shape[-2])
         found = nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scoring.scale, enable_gqa=True
+            query,
+            key,
+            value,
+            attn_mask=None if is_whole else ~scoring.hidden(places, places),
+            is_causal=is_whole,
+            scale=scoring.scale,
+            enable_gqa=True,
         )
     else:
         group = query.shape[1] // key.shape[1]
