@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 REFIT_TOKENS = 4_096, 12_288  # for many layers, for few
 TAYLOR_TOKENS = 8_192
-RECALL_ITEMS, LAZY_ITEMS = 50, 8
+RECALL_ITEMS, LAZY_ITEMS = 50, 12
 JOINED = 4  # text is put end to end up to one part in so many of the target context
 
 
