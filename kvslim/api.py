@@ -208,7 +208,7 @@ def bench(
         "speculative": speculative,
         "text": str(text),
     }
-    grid = _checked(Grid, wanted, "bench in docs/api.md")
+    grid = _checked(Grid, wanted, "bench", "docs/api.md")
     return pipeline.bench([Path(folder) for folder in folders], grid, progress=progress)
 
 
@@ -243,10 +243,12 @@ def _recipe(recipe: RecipeLike) -> Recipe:
 def _gates(gates: Gates | Mapping[str, float] | None) -> Gates | None:
     from kvslim.settings import Gates
 
-    return gates if gates is None or isinstance(gates, Gates) else _checked(Gates, gates, "gates in docs/recipes.md")
+    if gates is None or isinstance(gates, Gates):
+        return gates
+    return _checked(Gates, gates, "gates", "gates in docs/recipes.md")
 
 
-def _checked(kind: type[Checked], values: Mapping[str, Any], told: str) -> Checked:
+def _checked(kind: type[Checked], values: Mapping[str, Any], where: str, told: str) -> Checked:
     """Plain values as what they describe; the first that does not fit is named, with where to read about it."""
     from pydantic import ValidationError
 
@@ -256,4 +258,4 @@ def _checked(kind: type[Checked], values: Mapping[str, Any], told: str) -> Check
         fault = error.errors()[0]
         name = ".".join(str(part) for part in fault["loc"])
         message = f"{name}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
-        raise UsageError(message, where=kind.__name__.lower(), fix=f"see {told}") from error
+        raise UsageError(message, where=where, fix=f"see {told}") from error

@@ -28,7 +28,7 @@ class Reached(BaseModel):
     Attributes:
         step: Steps taken.
         steps: Steps in all; None while a budget of time is not counted in steps yet.
-        cuts: How often there was no better evaluation, and the rate was cut.
+        cuts: How often it went back to the best weights, with a smaller rate.
         seconds: Time that they took, evaluations included.
         is_over: Whether it is finished, and the best changes alone are kept.
         watched: Looks at the held-out text.
