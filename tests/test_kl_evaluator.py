@@ -134,8 +134,8 @@ def test_questions_of_one_text_are_asked_in_one_run() -> None:
 
 def test_probe_windows_are_fewer_when_the_model_is_larger() -> None:
     windows = np.zeros((500, 600), np.int64)
-    models = (2, 2**20), (6, 2**20), (32, 2**25), (6, 2**30), (22, 2**30)
-    assert [probe_windows(windows, *size).shape for size in models] == [
+    models = (2, False), (6, False), (32, False), (6, True), (22, True)
+    assert [probe_windows(windows, layers, large=large).shape for layers, large in models] == [
         (64, 512),
         (7, 512),
         (2, 256),

@@ -61,7 +61,7 @@ def test_matrices_that_read_one_input_are_priced_together_and_the_model_stays(ti
 def test_price_is_the_divergence_of_the_model_with_that_group_rounded(tiny_llama: Path, group: int) -> None:
     prepared = open_prepared(tiny_llama, recipe_of())
     price = matrix_picking(prepared).prices.groups[group]
-    windows = probe_windows(prepared.text.calibration_windows, prepared.spec.layers, prepared.model.num_parameters())
+    windows = probe_windows(prepared.text.calibration_windows, prepared.spec.layers, large=False)
     evaluator = KLEvaluator(prepared.model, prepared.architecture, windows)
     for name in price.names:
         weight = prepared.model.get_submodule(name).weight

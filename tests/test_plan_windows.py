@@ -63,6 +63,12 @@ def test_loss_grows_with_the_share_of_tokens_beyond_the_window() -> None:
     assert asked == [{1: 128}] * 2
 
 
+def test_of_a_large_model_the_longest_window_alone_is_tried() -> None:
+    trials = WindowTrials(1024, lambda _: 0.0, lambda _: 0.0)
+    assert trials.lengths(4096) == [512, 256]
+    assert trials._replace(most=1).lengths(4096) == [512]
+
+
 def test_windows_that_keep_recall_are_taken_at_once() -> None:
     asked: list[list[int]] = []
 

@@ -16,8 +16,9 @@ from kvslim.planning.probes import FORMAT as PROBES_FORMAT
 from kvslim.planning.probes import Probes
 from kvslim.planning.probing import Prober
 from kvslim.planning.trials import PlanTrials
-from kvslim.planning.windows import WindowTrials
+from kvslim.planning.windows import SHARES, WindowTrials
 from kvslim.settings import Budget
+from kvslim.transform.kl_evaluator import is_large
 from kvslim.transform.surgery import layer_modules
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _prober(trials: DecoderTrials, context: int, key: str, *, timed: bool) -> Pr
         statistics,
         decode_time(trials.prepared, context),
         trials.probe.kl,
-        WindowTrials(seen, trials.held_out.kl, trials.recall.drop),
+        WindowTrials(seen, trials.held_out.kl, trials.recall.drop, 1 if is_large(trials.model) else len(SHARES)),
         PlanTrials(
             trials.identity,
             lambda plan: trials.probe.kl(fit(spec, statistics, plan)),

@@ -101,8 +101,7 @@ class Planner:
 
     def allocated(self, budget: float) -> Planned | None:
         """The plan of least divergence within a budget in bytes at the target context; None if none fits."""
-        kinds = BITS if self._has_windows or budget * LARGEST_INT8 >= self.plain_bytes else BITS[1:]
-        found = [planned for bits in kinds if (planned := self._allocated(budget, bits)) is not None]
+        found = self._by_bits(budget)
         if len(found) == 2 and found[0].point.kl <= FASTER * found[1].point.kl:
             return found[0]
         return min(found, key=_divergence, default=None)
@@ -140,11 +139,11 @@ class Planner:
         low = max((size for size in sizes if size < best.point.kv_bytes_per_token), default=0.0)
         for _ in range(SEARCHES):
             middle = (low + best.point.kv_bytes_per_token) / 2
-            tried = self.allocated(middle * self.context)
-            if tried is None or not _is_within(tried, max_kl):
-                low = middle
+            found = [planned for planned in self._by_bits(middle * self.context) if _is_within(planned, max_kl)]
+            if found:
+                best = min(found, key=_divergence)
             else:
-                best = tried
+                low = middle
         return best
 
     def _offered(self, whole: Layers, probes: Probes) -> Iterator[Layers]:
@@ -162,6 +161,11 @@ class Planner:
 
     def _altered(self, layers: Layers, alterations: Alterations) -> Layers:
         return [self._maker.altered(layer, alterations.get(index, ())) for index, layer in enumerate(layers)]
+
+    def _by_bits(self, budget: float) -> list[Planned]:
+        """The best plans within a budget, one in int8 where that could be best, and one in int4."""
+        kinds = BITS if self._has_windows or budget * LARGEST_INT8 >= self.plain_bytes else BITS[1:]
+        return [planned for bits in kinds if (planned := self._allocated(budget, bits)) is not None]
 
     def _allocated(self, budget: float, bits: int) -> Planned | None:
         """The best plan within a budget: of codes alone, or of the candidates that are expected to lose least."""

@@ -29,16 +29,18 @@ class WindowTrials(NamedTuple):
         seen: Tokens of the text that they are tried on, and at most twice the distance that its questions reach back.
         divergence: Of the model with codes on that text.
         recall_drop: Share of recall that the model loses with codes.
+        most: How many lengths are tried.
     """
 
     seen: int
     divergence: Measure
     recall_drop: Measure
+    most: int = len(SHARES)
 
     def lengths(self, context: int) -> list[int]:
         """The windows to try for a target context, the longest first."""
         windows = [int(context * share) for share in SHARES if context <= 4 * self.seen]
-        return [window for window in windows if window >= LEAST and 2 * window <= self.seen]
+        return [window for window in windows if window >= LEAST and 2 * window <= self.seen][: self.most]
 
     def loss(self, layer: int, window: int, layers: int, context: int) -> float:
         """What a window in one of the layers loses at a target context, for the tokens that lie beyond the window."""

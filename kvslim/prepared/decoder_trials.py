@@ -16,7 +16,7 @@ from kvslim.prepared.text import joined, split
 from kvslim.prepared.trials import Codes, Trials
 from kvslim.settings import Budget
 from kvslim.transform.compensate import refitted
-from kvslim.transform.kl_evaluator import KLEvaluator, RecallTrials, held_out_windows, probe_windows
+from kvslim.transform.kl_evaluator import KLEvaluator, RecallTrials, held_out_windows, is_large, probe_windows
 from kvslim.types import Plan, PlanPoint, Survey
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class DecoderTrials(Trials):
     def probe(self) -> KLEvaluator:
         """The divergence on a little of the text that serves for fitting, for many quick probes."""
         windows, mask = (
-            probe_windows(split(array)[0], self.spec.layers, self.model.num_parameters())
+            probe_windows(split(array)[0], self.spec.layers, large=is_large(self.model))
             for array in (self.statistics.windows, self.statistics.loss_mask)
         )
         return KLEvaluator(self.model, self.architecture, windows, mask, probing=True)

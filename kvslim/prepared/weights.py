@@ -16,7 +16,7 @@ from kvslim.contract import MIB
 from kvslim.errors import GateError
 from kvslim.export.stored import fetch_graph, graph_key, store_graph
 from kvslim.planning.matrices import FLOAT, FORMATS, MatrixPrices, MatrixPricing
-from kvslim.transform.kl_evaluator import KLEvaluator, probe_windows
+from kvslim.transform.kl_evaluator import KLEvaluator, is_large, probe_windows
 from kvslim.transform.surgery import layer_modules
 from kvslim.validation.measure import file_mib
 from kvslim.weights.blocks import BlockFormat
@@ -143,9 +143,9 @@ def _prices(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> MatrixPr
     prices = cache.load_probes(key, MatrixPrices)
     if prices is None:
         prepared.progress.stage(stages.PROBE_WEIGHTS)
-        size = spec.layers, prepared.model.num_parameters()
-        windows, mask = probe_windows(prepared.text.calibration_windows, *size), prepared.text.calibration_mask()
-        mask = None if mask is None else probe_windows(mask, *size)
+        large, mask = is_large(prepared.model), prepared.text.calibration_mask()
+        windows = probe_windows(prepared.text.calibration_windows, spec.layers, large=large)
+        mask = None if mask is None else probe_windows(mask, spec.layers, large=large)
         evaluator = KLEvaluator(prepared.model, prepared.architecture, windows, mask, probing=True)
         pricing = MatrixPricing(prepared.model, prepared.architecture, spec, evaluator)
         prices = MatrixPrices(key=key, groups=pricing.of(chosen, prepared.progress))

@@ -214,18 +214,23 @@ class RecallTrials:
         return self.plain - self.evaluator.recall(codes, self.items)
 
 
-def probe_windows(windows: Array, layers: int, parameters: int) -> Array:
+def is_large(model: Any) -> bool:
+    """Whether a pass of a model over some hundred tokens takes a second or more, so that probes must be few."""
+    return bool(model.num_parameters() >= LARGE)
+
+
+def probe_windows(windows: Array, layers: int, *, large: bool) -> Array:
     """So much of the windows that many probes stay quick: the deeper the model the less, at least two of 256 tokens.
 
-    Of a model of 64 million parameters and more it is one: such passes take seconds, and with half of the text plans
-    lose 0 to 5 % more (SmolLM2-135M, 4 to 16 times smaller).
+    Of a large model it is one at least: with half of the text plans lose 0 to 5 % more (SmolLM2-135M, 4 to 16 times
+    smaller).
 
     Args:
         windows: [n, length] token ids.
         layers: Of the model; each is probed several times.
-        parameters: Of the model.
+        large: Whether the model is; see `is_large`.
     """
-    least = 2 if parameters < LARGE else 1
+    least = 1 if large else 2
     tokens = max(least * 256, 2**17 // layers**2)
     length = min(windows.shape[1], 512, max(256, tokens // 2))
     return np.ascontiguousarray(windows[: max(least, tokens // length), :length])
