@@ -268,11 +268,11 @@ def test_smallest_plan_within_a_divergence_is_no_slower_than_plain() -> None:
     planner = object.__new__(Planner)
     planner.context = 8
     slower = _found(4.5, 0.001, 1.2)
-    planner.allocated = lambda _: slower
+    planner._by_bits = lambda _: [slower]
     frontier = [_found(4, 0.0005, 0.8), _found(5, 0.005, 1.1), _found(8, 0.05, 0.9)]
     assert planner.smallest(0.01, frontier) is frontier[0]
     assert planner.smallest(0.13, frontier) is frontier[2]
-    planner.allocated = lambda _: _found(4.5, 0.001, 1.0)
+    planner._by_bits = lambda _: [_found(4.5, 0.001, 1.0), _found(4.5, 0.0005, 1.2)]
     assert planner.smallest(0.01, frontier).point.kv_ratio == 4.5
     with pytest.raises(GateError, match="no plan is sure") as refused:
         planner.smallest(0.0001, frontier)
