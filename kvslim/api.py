@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from kvslim.errors import UsageError
+from kvslim.errors import UsageError, fault_of
 from kvslim.progress import Progress
 
 if TYPE_CHECKING:
@@ -255,7 +255,4 @@ def _checked(kind: type[Checked], values: Mapping[str, Any], where: str, told: s
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        fault = error.errors()[0]
-        name = ".".join(str(part) for part in fault["loc"])
-        message = f"{name}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
-        raise UsageError(message, where=where, fix=f"see {told}") from error
+        raise UsageError(fault_of(error.errors()[0], where), where=where, fix=f"see {told}") from error

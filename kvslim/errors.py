@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -77,3 +77,9 @@ def suggestion(name: str, known: Iterable[str], otherwise: str | None = None) ->
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {close[0]!r}?" if close else otherwise or f"known: {', '.join(names)}"
+
+
+def fault_of(fault: Mapping[str, Any], whole: str) -> str:
+    """What pydantic finds wrong with plain data, behind its place there, or behind `whole` where that is all of it."""
+    place = ".".join(str(part) for part in fault["loc"]) or whole
+    return f"{place}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from kvslim.contract import Frozen
-from kvslim.errors import NotFoundError, UsageError, suggestion
+from kvslim.errors import NotFoundError, UsageError, fault_of, suggestion
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -93,11 +92,6 @@ def _parse(data: Any, path: Path) -> Device:
     try:
         return Device.model_validate(data)
     except ValidationError as error:
-        faults = "; ".join(_fault(fault) for fault in error.errors())
+        faults = "; ".join(fault_of(fault, "profile") for fault in error.errors())
         fix = "see docs/devices.md, or write one with `kvslim doctor --measure FILE.yaml`"
         raise UsageError(faults, where=str(path), fix=fix) from error
-
-
-def _fault(fault: Mapping[str, Any]) -> str:
-    key = ".".join(str(part) for part in fault["loc"]) or "profile"
-    return f"{key}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
