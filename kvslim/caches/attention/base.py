@@ -72,16 +72,12 @@ class CacheAttention:
 def attended(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
     """Causal attention in torch, [batch, length, q_heads, dim]."""
     if scoring.softcap is None:
-        is_whole = scoring.window is None and scoring.recent is None
-        places = torch.arange(query.shape[-2])
+        mask = None
+        if scoring.window is not None or scoring.recent is not None:
+            places = torch.arange(query.shape[-2])
+            mask = ~scoring.hidden(places, places)
         found = nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=None if is_whole else ~scoring.hidden(places, places),
-            is_causal=is_whole,
-            scale=scoring.scale,
-            enable_gqa=True,
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scoring.scale, enable_gqa=True
         )
     else:
         group = query.shape[1] // key.shape[1]
