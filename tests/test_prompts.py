@@ -10,7 +10,7 @@ import onnx
 import pytest
 from support.models import exported, in_chunks, open_prepared, recipe_of
 
-from kvslim.caches import FullCache, SharedCache
+from kvslim.caches import FullCache, SharedCache, WindowCache
 from kvslim.contract import WINDOW_SLACK
 from kvslim.export.prompts import LONGEST_STEP
 from kvslim.runtime.opening import layout_of, open_session
@@ -28,6 +28,8 @@ CACHES = {
     "int4, no code": FullCache(stored="int4"),
     "residual": FullCache(rank=8, residual=8, value_rank=16, value_residual=0, rotation=0, stored="int4", centred=True),
     "shared": INT4,
+    "ring": WindowCache(window=24, sinks=3, stored="int8"),
+    "ring in int4": WindowCache(window=24, sinks=3, rank=8, rotation=0, stored="int4", centred=True),
 }
 CASES = [("llama", cache) for cache in CACHES] + [("gpt2", "int8"), ("phi3-partial", "int8"), ("gemma2", "int8")]
 

@@ -82,7 +82,7 @@ class WindowCache(RingCache, IntegerCache):
         self.check_storage(spec, layer, where)
 
     def check_storage(self, spec: ModelSpec, layer: int, where: str) -> None:
-        """A ring is read by stock operators, which take any width that the ranks allow."""
+        """A ring takes any width that the ranks allow."""
         check_widths(self, spec, layer, rank_step(spec.windows[layer]), where)
 
     def describe(self, spec: ModelSpec) -> str:
@@ -94,7 +94,7 @@ class WindowCache(RingCache, IntegerCache):
         return ring_tensors("window", place, self.widths(spec.head_dim), self.window, self.sinks, stored=self.stored)
 
     def attention(self, edit: LayerEdit) -> CacheAttention:
-        """Stock operators over the ring and the new tokens."""
+        """One fused operator over the ring and the new tokens."""
         from kvslim.caches.attention.window import Ring, WindowAttention
 
         return WindowAttention(Ring(self.window, self.sinks))

@@ -5,7 +5,8 @@ two to five times as long for hundreds. So each such operator becomes one branch
 branch turns the rows so far, of this layer alone, into float32, attends to them by the same operator over float32, and
 writes the new rows into the cache, rounded as the integer operator rounds them. It attends to its new tokens as the
 cache holds them too, so that both branches give the same, whatever the pieces that a text comes in. With a sliding
-window of the model it drops the rows that the operator drops.
+window of the model it drops the rows that the operator drops. Of a ring both read a copy of its rows, and the graph
+writes the new ones.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from kvslim.export.subgraphs import Constants, Nodes, Subgraph
 from kvslim.transform.storage import numbers_of_bytes, packing
 
 LONGEST_STEP = 16  # new tokens up to which the integer operator is as fast: `benchmarks prompt-attention`
-PAST, SEQUENCE_ENDS, TOTAL, ROTARY, SCALES = 3, 5, 6, 7, 12  # places of its inputs
+PAST, SEQUENCE_ENDS, TOTAL, ROTARY, MASK, SCALES = 3, 5, 6, 7, 10, 12  # places of its inputs
 MICROSOFT = "com.microsoft"
 INT4_OF_BYTES = np.array(numbers_of_bytes(4), dtype=np.float32) - 8  # each is stored plus 8
 
@@ -53,7 +54,7 @@ def branch_prompts(model: ir.Model, longest_step: int = LONGEST_STEP) -> None:
     for index, node in enumerate(found):
         name = f"{node.name or index}.prompt"
         outputs = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in node.outputs]
-        prompt = _WindowBranch if _has_window(node) else _PromptBranch
+        prompt = _WindowBranch if _has_window(node) else _RingBranch if _has_mask(node) else _PromptBranch
         attributes = {"then_branch": prompt(name, shared, node).graph(), "else_branch": _kept(name, shared, node)}
         condition = is_window_prompt if _has_window(node) else is_prompt
         branched = ir.node("If", [condition], attributes=attributes, outputs=outputs, name=name)
@@ -68,6 +69,11 @@ def branch_prompts(model: ir.Model, longest_step: int = LONGEST_STEP) -> None:
 def _has_window(node: ir.Node) -> bool:
     """Whether an attention keeps a window of the model in its cache, and drops the rows that leave it."""
     return bool(node.attributes.get_int("sliding_window_cache", 0))
+
+
+def _has_mask(node: ir.Node) -> bool:
+    """Whether an attention reads a mask, as over the rows of a ring."""
+    return len(node.inputs) > MASK and node.inputs[MASK] is not None
 
 
 def _kept(name: str, shared: Constants, node: ir.Node) -> ir.Graph:
@@ -98,8 +104,8 @@ class _PromptBranch(Subgraph):
         self.q_heads, self.kv_heads = options["num_heads"], options["kv_num_heads"]
         self.caches: list[Any] = list(node.inputs[PAST : PAST + 2])
         self.scales: list[Any] = list(node.inputs[SCALES : SCALES + 2])
-        self.is_shared = not self.caches[0].is_graph_input()
-        self.dim = self.caches[0].shape[3] * 8 // self.bits
+        self.is_shared = self.caches[0].is_graph_output()
+        self.dim = self._stored(self.caches[0]).shape[3] * 8 // self.bits
 
     def graph(self) -> ir.Graph:
         """Its outputs are those of the operator: what is attended to, then the caches."""
@@ -126,6 +132,10 @@ class _PromptBranch(Subgraph):
         else:
             outputs = [attended, *self._written(past, rows, before, total)]
         return self.closed(outputs, self.node.outputs)
+
+    def _stored(self, cache: Any) -> Any:
+        """What the rows that the operator reads are of."""
+        return cache
 
     def _held(self, tokens: ir.Value) -> ir.Value:
         """Rows that the cache has after so many tokens."""
@@ -247,3 +257,17 @@ class _WindowBranch(_PromptBranch):
             last = self.op("Slice", both, self.op("Neg", held), end, second)
             written.append(self.op("Concat", last, self.op("Slice", cache, held, end, second), axis=2))
         return written
+
+
+class _RingBranch(_PromptBranch):
+    """The branch over rows of a ring, which the graph writes by itself."""
+
+    def _stored(self, cache: Any) -> Any:
+        """The ring that they were taken from."""
+        return cache.producer().inputs[0]
+
+    def _written(
+        self, past: Sequence[ir.Value], rows: Sequence[ir.Value], before: ir.Value, total: ir.Value
+    ) -> Sequence[ir.Value]:
+        """The new rows behind those so far."""
+        return [self.op("Concat", cache, new, axis=2) for cache, new in zip(self.caches, rows, strict=True)]

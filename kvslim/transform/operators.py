@@ -7,7 +7,7 @@ under a mask (ONNX operator set 24). It is slower, and takes keys and values of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -71,26 +71,49 @@ def group_query_attention(
     Returns:
         [batch, length, q_heads, dim].
     """
-    (batch, q_heads, length, dim), kv_heads = states[0].shape, states[1].shape[1]
-    attributes, past_key = _attributes(states[0], kv_heads, scoring, cache, scales), step.past[0]
+    attributes, past_key = _attributes(states[0], states[1].shape[1], scoring, cache, scales), step.past[0]
     attributes |= {"do_rotary": int(rotary is not None)}
-    rows = past_key.shape[2] + length
+    rows = past_key.shape[2] + states[0].shape[2]
     if scoring.window is not None and step.window_cache:
         attributes["sliding_window_cache"] = 1
         rows = past_key.shape[2]
     inputs: list[Tensor | None] = [*map(merged, states), *step.past, *_lengths(step)]
     inputs += [None, None] if rotary is None else [rotary.cos, rotary.sin]
     inputs += [] if scales is None else [None] * 3 + list(scales)
-    attended, *present = torch.onnx.ops.symbolic_multi_out(
-        "com.microsoft::GroupQueryAttention",
-        inputs,
-        attrs=attributes,
-        dtypes=[states[0].dtype, past_key.dtype, past_key.dtype],
-        shapes=[(batch, length, q_heads * dim), *[(batch, kv_heads, rows, past_key.shape[3])] * 2],
-        version=1,
-    )
-    step.present = (present[0], present[1])
-    return attended.reshape(batch, length, q_heads, dim)
+    attended, step.present = _fused(states[0], inputs, attributes, rows)
+    return attended
+
+
+def masked_attention(
+    states: tuple[Tensor, Tensor, Tensor],
+    past: tuple[Tensor, Tensor],
+    hidden: Tensor,
+    scoring: Scoring,
+    *,
+    cache: CacheType,
+    scales: Scales,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Attention over rows in any order by the same operator, which a mask tells what each query sees.
+
+    The operator reads a mask as fast as none. Without rows it takes a batch; with rows, of a batch one token at a time.
+
+    Args:
+        states: Query, key and value, [batch, heads, length, dim] each, after RoPE.
+        past: Keys and values so far, [batch, kv_heads, rows, columns].
+        hidden: What to add to the scores, [batch, 1, length, rows + length]: 0, or -inf where a query does not see.
+        scoring: How scores become weights, but for what the mask hides.
+        cache: How keys and values are stored.
+        scales: Their steps.
+
+    Returns:
+        [batch, length, q_heads, dim], and the rows so far with the new ones behind them.
+    """
+    query, rows = states[0], hidden.shape[3]
+    attributes = _attributes(query, states[1].shape[1], replace(scoring, window=None), cache, scales)
+    last = torch.tensor(rows - 1, dtype=torch.int32).expand(query.shape[0])
+    inputs: list[Tensor | None] = [*map(merged, states), *past, last, torch.tensor(rows, dtype=torch.int32)]
+    inputs += [None, None, None, hidden, *([] if scales is None else (None, *scales))]
+    return _fused(query, inputs, attributes, rows)
 
 
 def shared_attention(
@@ -118,21 +141,31 @@ def shared_attention(
     Returns:
         [batch, length, q_heads, dim].
     """
-    (batch, q_heads, length, dim), (kv_heads, rows, columns) = query.shape, source[0].shape[1:]
+    kv_heads, rows = source[0].shape[1:3]
     flat = merged(query)
-    nothing = flat[:, :0, : kv_heads * dim]
+    nothing = flat[:, :0, : kv_heads * query.shape[3]]
     inputs: list[Tensor | None] = [flat, nothing, nothing, *source, *_lengths(step)]
     inputs += [] if scales is None else [None] * 5 + list(scales)
-    attended, *present = torch.onnx.ops.symbolic_multi_out(
+    attended, step.present = _fused(query, inputs, _attributes(query, kv_heads, scoring, cache, scales), rows)
+    return attended
+
+
+def _fused(
+    query: Tensor, inputs: list[Tensor | None], attributes: dict[str, Any], rows: Any
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The operator: [batch, length, q_heads, dim], and key and value of so many rows, as its fourth input has them."""
+    (batch, q_heads, length, dim), past = query.shape, inputs[3]
+    assert past is not None  # every call has a past
+    present = (batch, past.shape[1], rows, past.shape[3])
+    attended, key, value = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
         inputs,
-        attrs=_attributes(query, kv_heads, scoring, cache, scales),
-        dtypes=[query.dtype, source[0].dtype, source[1].dtype],
-        shapes=[(batch, length, q_heads * dim), *[(batch, kv_heads, rows, columns)] * 2],
+        attrs=attributes,
+        dtypes=[query.dtype, past.dtype, past.dtype],
+        shapes=[(batch, length, q_heads * dim), present, present],
         version=1,
     )
-    step.present = (present[0], present[1])
-    return attended.reshape(batch, length, q_heads, dim)
+    return attended.reshape(batch, length, q_heads, dim), (key, value)
 
 
 def _attributes(query: Tensor, kv_heads: int, scoring: Scoring, cache: CacheType, scales: Scales) -> dict[str, Any]:
@@ -192,6 +225,16 @@ def rotary_embedding(flat: Tensor, heads: int, positions: Tensor, rotary: Rotary
         version=1,
     )
     return rotated
+
+
+def gathered(source: Tensor, places: Tensor) -> Tensor:
+    """The rows of [batch, heads, rows, columns] at [batch, heads, n, 3] places: batch, head and row."""
+    return _symbolic("GatherND", [source, places], (*places.shape[:3], source.shape[3]))
+
+
+def scattered(cache: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+    """A cache with rows written at such places; in its own memory, where that is the output's too."""
+    return _symbolic("ScatterND", [cache, places, rows], cache.shape)
 
 
 def _symbolic(name: str, inputs: list[Tensor], shape: Any, **attributes: Any) -> Tensor:

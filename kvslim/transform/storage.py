@@ -1,4 +1,4 @@
-"""How a ring and its packed codes store numbers, in operations that torch evaluates and ONNX has.
+"""How packed codes store numbers, in operations that torch evaluates and ONNX has.
 
 Bytes are read by table: one look-up of a byte gives all the numbers that lie in it. They are packed by one product
 with powers of two, which is exact in float32.
@@ -11,33 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-from kvslim.contract import BITS, CacheType
-
-_STORED = {"int8": torch.int8, "int4": torch.uint8}
-
-
-@dataclass(frozen=True)
-class Integers:
-    """Keys or values of a ring as symmetric integers, as onnxruntime's GroupQueryAttention stores them.
-
-    Attributes:
-        cache: int8, or int4 as two numbers a byte, the low half first, each plus 8.
-        step: [heads, dim] size of one.
-    """
-
-    cache: CacheType
-    step: Tensor
-
-    def stored(self, states: Tensor) -> Tensor:
-        """[batch, heads, rows, dim] as the ring holds them; halves are rounded to even."""
-        most = 1 << (BITS[self.cache] - 1)
-        numbers = (states / self.step[:, None]).round().clamp(-most, most - 1)
-        return numbers.to(torch.int8) if self.cache == "int8" else _packed(numbers + most, 4)
-
-    def read(self, stored: Tensor) -> Tensor:
-        """[batch, heads, rows, dim] integers as float32: the states over the step."""
-        return stored.float() if self.cache == "int8" else _looked_up(stored, torch.arange(-8.0, 8.0), 4)
 
 
 @dataclass(frozen=True)

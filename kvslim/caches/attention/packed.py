@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvslim.caches.attention.base import CacheAttention, States
-from kvslim.caches.attention.window import (
-    Ring,
-    Span,
-    attend_blocks,
-    by_group,
-    by_kv_head,
-    by_query_head,
-    hidden_rows,
-    span_of,
-    write_rows,
-)
+from kvslim.caches.attention.window import Ring, Span, span_of, write_rows
 from kvslim.transform.operators import ExportStep
 from kvslim.transform.scoring import Scoring
 from kvslim.transform.storage import Levels
@@ -61,18 +52,21 @@ class PackedAttention(CacheAttention):
         books, ring = _codebooks(slim), self.ring
         query, key, value = states
         past, codes = step.past[:2], step.past[2:]
-        span, grouped = span_of(step, query), by_kv_head(query, key.shape[1]) * scoring.scale
-        if ring not in step.shared:  # its length is unknown before it runs, and costly to trace in every layer
-            step.shared[ring] = _leaving(ring, span, query.shape[2])
-        left = [_left(ring, span, step.shared[ring], held, new) for held, new in zip(past, (key, value), strict=True)]
+        span, grouped = span_of(step, query), _by_kv_head(query, key.shape[1]) * scoring.scale
+        leaving = ("leaving", ring)
+        if leaving not in step.shared:  # its length is unknown before it runs, and costly to trace in every layer
+            step.shared[leaving] = _leaving(ring, span, query.shape[2])
+        left = [
+            _left(ring, span, step.shared[leaving], held, new) for held, new in zip(past, (key, value), strict=True)
+        ]
         read = [book.read(rows.transpose(1, 2)) for book, rows in zip(books, codes, strict=True)]
         coded = _hidden_codes(ring, span, scoring, query, key, codes[0])
-        hidden = [coded, *hidden_rows(ring, span, scoring, query, key)]
+        hidden = [coded, *_hidden_rows(ring, span, scoring, query, key)]
         queries = [grouped * books[0].scale[:, None], grouped, grouped]
-        blocks = attend_blocks(scoring, queries, [read[0], past[0], key], [read[1], past[1], value], hidden)
-        rings = write_rows(ring, span, past, (key, value), after=[blocks[1], *left])
+        blocks = _attend_blocks(scoring, queries, [read[0], past[0], key], [read[1], past[1], value], hidden)
+        rings = write_rows(step, ring, span, (key, value), query.shape[2], _nothing([blocks[1], *left]))
         step.present = (*rings, *(book.stored(rows) for book, rows in zip(books, left, strict=True)))
-        return by_query_head(blocks[0] * books[1].scale[:, None] + blocks[1] + blocks[2], query)
+        return _by_query_head(blocks[0] * books[1].scale[:, None] + blocks[1] + blocks[2], query)
 
 
 def _codebooks(slim: SlimAttention) -> tuple[Levels, Levels]:
@@ -88,7 +82,7 @@ def _hidden_codes(ring: Ring, span: Span, scoring: Scoring, query: Tensor, key: 
         return None
     new = span[0][:, None] + torch.arange(query.shape[2])
     tokens = ring.sinks + torch.arange(codes.shape[1])
-    return by_group(scoring.hidden(new, tokens[None]), query.shape[1] // key.shape[1])
+    return _by_group(scoring.hidden(new, tokens[None]), query.shape[1] // key.shape[1])
 
 
 def _leaving(ring: Ring, span: Span, length: int) -> Tensor:
@@ -103,3 +97,54 @@ def _left(ring: Ring, span: Span, tokens: Tensor, held: Tensor, new: Tensor) -> 
     arrived = torch.index_select(new, 2, (tokens - start).clamp(min=0))
     rows = torch.where((tokens < start)[:, None], torch.index_select(held, 2, ring.row(tokens)), arrived)
     return rows.transpose(1, 2)
+
+
+def _by_kv_head(query: Tensor, kv_heads: int) -> Tensor:
+    """[batch, q_heads, length, dim] as [batch, kv_heads, group * length, dim]: keys and values are not repeated."""
+    batch, q_heads, length, dim = query.shape
+    return query.reshape(batch, kv_heads, q_heads // kv_heads * length, dim)
+
+
+def _by_query_head(attended: Tensor, query: Tensor) -> Tensor:
+    """[batch, kv_heads, group * length, dim] as [batch, length, q_heads, dim]."""
+    batch, q_heads, length, _ = query.shape
+    return attended.reshape(batch, q_heads, length, attended.shape[-1]).transpose(1, 2)
+
+
+def _attend_blocks(
+    scoring: Scoring, queries: list[Tensor], keys: list[Tensor], values: list[Tensor], hidden: list[Tensor | None]
+) -> list[Tensor]:
+    """What one softmax over blocks of rows gives of each block: weights times values, to be scaled and summed.
+
+    The scores are put together and not the rows: they are fewer numbers. Hidden rows are not added to the scores as a
+    bias, which the exporter would take for another operator's attention.
+    """
+    scores = [scoring.capped(query @ rows.transpose(-1, -2)) for query, rows in zip(queries, keys, strict=True)]
+    seen = [
+        block if mask is None else block.masked_fill(mask, -torch.inf)
+        for block, mask in zip(scores, hidden, strict=True)
+    ]
+    weights = torch.cat(seen, dim=-1).softmax(-1).split([rows.shape[2] for rows in keys], dim=-1)
+    return [weight @ rows for weight, rows in zip(weights, values, strict=True)]
+
+
+def _hidden_rows(ring: Ring, span: Span, scoring: Scoring, query: Tensor, key: Tensor) -> list[Tensor | None]:
+    """Rows of the ring, and new tokens, that a query is not to see: bool [batch, 1, group * length, rows] each."""
+    new = span[0][:, None] + torch.arange(query.shape[2])
+    group = query.shape[1] // key.shape[1]
+    return [_by_group(scoring.hidden(new, tokens), group) for tokens in (ring.positions(span[0]), new)]
+
+
+def _by_group(hidden: Tensor, group: int) -> Tensor:
+    """The same rows hidden from every query head of a kv head."""
+    return hidden[:, None].repeat(1, 1, group, 1)
+
+
+def _nothing(after: Sequence[Tensor]) -> Tensor:
+    """Zero, [1], that cannot be had before the tensors `after`, the first of which is not empty.
+
+    It makes a write wait for every read of the ring, since onnxruntime writes into the ring's own memory. Shapes would
+    not do: exporter and runtime know them beforehand.
+    """
+    first = torch.cat([tensor.reshape(-1) for tensor in after])[:1]
+    return (first > torch.inf).long()

@@ -1,17 +1,17 @@
 """Attention over a ring of attention sinks and recent tokens.
 
-Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023, section 3.2, in ONNX's own operators. A
-ring has rows for S sinks and W recent tokens: token p < S lies in row p, a later one in row S + (p - S) mod W. Keys are
-cached after RoPE, so the order of the rows does not matter; which token a row holds follows from the number of tokens
-so far.
+Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023, section 3.2. A ring has rows for S sinks
+and W recent tokens: token p < S lies in row p, a later one in row S + (p - S) mod W. Keys are cached after RoPE, so the
+order of the rows does not matter; which token a row holds follows from the number of tokens so far.
 
-New tokens are written into the ring's own rows. Where past and present lie in one memory, onnxruntime writes these rows
-and copies nothing; so the write must come after every read of the ring, and says so by taking a nothing from each.
+onnxruntime's fused operator attends to a copy of the rows that hold a token, under a mask, and puts the new tokens
+behind them. From there they go into the ring's own rows. Where past and present lie in one memory, onnxruntime writes
+these rows and copies nothing else; so the write must come after every read of the ring, as it does, since it takes what
+the operator gives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from kvslim.caches.attention.base import CacheAttention, States, attended
-from kvslim.transform.operators import ExportStep
+from kvslim.transform.operators import ExportStep, gathered, masked_attention, scattered
 from kvslim.transform.scoring import Scoring
-from kvslim.transform.storage import Integers
 
 if TYPE_CHECKING:
     from kvslim.transform.attention import SlimAttention
@@ -71,7 +70,7 @@ class Ring:
 
 
 class WindowAttention(CacheAttention):
-    """Attention over the ring and the new tokens, by stock operators."""
+    """Attention over the ring and the new tokens, by one fused operator."""
 
     def __init__(self, ring: Ring) -> None:
         self.ring = ring
@@ -87,29 +86,28 @@ class WindowAttention(CacheAttention):
         return attended(query, key, value, scoring)
 
     def exported(self, slim: SlimAttention, step: ExportStep, states: States, scoring: Scoring) -> Tensor:
-        """Reads the ring, then writes the new tokens into its rows."""
-        ring, stores = self.ring, _stores(slim)
-        query, key, value = states
-        span, grouped = span_of(step, query), by_kv_head(query, key.shape[1]) * scoring.scale
-        hidden = hidden_rows(ring, span, scoring, query, key)
-        if stores is None:
-            blocks = attend_blocks(scoring, [grouped] * 2, [step.past[0], key], [step.past[1], value], hidden)
-            step.present = write_rows(ring, span, step.past, (key, value), after=blocks[:1])
-            return by_query_head(blocks[0] + blocks[1], query)
-        new = stores[0].stored(key), stores[1].stored(value)
-        keys, values = (
-            [store.read(rows) for rows in pair] for store, *pair in zip(stores, step.past, new, strict=True)
-        )
-        blocks = attend_blocks(scoring, [grouped * stores[0].step[:, None]] * 2, keys, values, hidden)
-        step.present = write_rows(ring, span, step.past, new, after=blocks[:1])
-        return by_query_head((blocks[0] + blocks[1]) * stores[1].step[:, None], query)
+        """Reads the rows that hold a token, then writes the new ones into the ring's own rows."""
+        span, length = span_of(step, states[0]), states[0].shape[2]
+        rows, hidden = self._seen(step, span, length, scoring)
+        past = step.past[0].index_select(2, rows), step.past[1].index_select(2, rows)
+        scales = slim.kernel_scales()
+        attended, present = masked_attention(states, past, hidden, scoring, cache=slim.stored, scales=scales)
+        step.present = write_rows(step, self.ring, span, present, length)
+        return attended
 
-
-def _stores(slim: SlimAttention) -> tuple[Integers, Integers] | None:
-    """How the ring stores keys and values; None for float32."""
-    if slim.key_scale is None or slim.value_scale is None:
-        return None
-    return Integers(slim.stored, slim.key_scale), Integers(slim.stored, slim.value_scale)
+    def _seen(self, step: ExportStep, span: Span, length: int, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        """Rows of the ring that hold a token, and the mask over them and the new tokens: the same in many layers."""
+        ring, shared = self.ring, step.shared
+        rows, mask = ("rows", ring), ("mask", ring, scoring.window)
+        if rows not in shared:
+            every = torch.arange(ring.sinks + ring.window)
+            shared[rows] = every[every < span[0].max()]
+        if mask not in shared:
+            new = span[0][:, None] + torch.arange(length)
+            held = ring.positions(span[0]).index_select(1, shared[rows])
+            hidden = torch.cat([scoring.hidden(new, tokens) for tokens in (held, new)], dim=-1)
+            shared[mask] = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)[:, None]
+        return shared[rows], shared[mask]
 
 
 def span_of(step: ExportStep, query: Tensor) -> Span:
@@ -118,66 +116,38 @@ def span_of(step: ExportStep, query: Tensor) -> Span:
     return (total - query.shape[2]).clamp(min=0), total
 
 
-def by_kv_head(query: Tensor, kv_heads: int) -> Tensor:
-    """[batch, q_heads, length, dim] as [batch, kv_heads, group * length, dim]: keys and values are not repeated."""
-    batch, q_heads, length, dim = query.shape
-    return query.reshape(batch, kv_heads, q_heads // kv_heads * length, dim)
-
-
-def by_query_head(attended: Tensor, query: Tensor) -> Tensor:
-    """[batch, kv_heads, group * length, dim] as [batch, length, q_heads, dim]."""
-    batch, q_heads, length, _ = query.shape
-    return attended.reshape(batch, q_heads, length, attended.shape[-1]).transpose(1, 2)
-
-
-def attend_blocks(
-    scoring: Scoring, queries: list[Tensor], keys: list[Tensor], values: list[Tensor], hidden: list[Tensor | None]
-) -> list[Tensor]:
-    """What one softmax over blocks of rows gives of each block: weights times values, to be scaled and summed.
-
-    The scores are put together and not the rows: they are fewer numbers. Hidden rows are not added to the scores as a
-    bias, which the exporter would take for another operator's attention.
-    """
-    scores = [scoring.capped(query @ rows.transpose(-1, -2)) for query, rows in zip(queries, keys, strict=True)]
-    seen = [
-        block if mask is None else block.masked_fill(mask, -torch.inf)
-        for block, mask in zip(scores, hidden, strict=True)
-    ]
-    weights = torch.cat(seen, dim=-1).softmax(-1).split([rows.shape[2] for rows in keys], dim=-1)
-    return [weight @ rows for weight, rows in zip(weights, values, strict=True)]
-
-
-def hidden_rows(ring: Ring, span: Span, scoring: Scoring, query: Tensor, key: Tensor) -> list[Tensor | None]:
-    """Rows of the ring, and new tokens, that a query is not to see: bool [batch, 1, group * length, rows] each."""
-    new = span[0][:, None] + torch.arange(query.shape[2])
-    group = query.shape[1] // key.shape[1]
-    return [by_group(scoring.hidden(new, tokens), group) for tokens in (ring.positions(span[0]), new)]
-
-
-def by_group(hidden: Tensor, group: int) -> Tensor:
-    """The same rows hidden from every query head of a kv head."""
-    return hidden[:, None].repeat(1, 1, group, 1)
-
-
 def write_rows(
-    ring: Ring, span: Span, past: Sequence[Tensor], new: tuple[Tensor, Tensor], after: Sequence[Tensor]
+    step: ExportStep,
+    ring: Ring,
+    span: Span,
+    new: tuple[Tensor, Tensor],
+    length: int,
+    after: Tensor | int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The rings with the new tokens in their rows, written once the tensors `after` are there."""
-    length, columns = new[0].shape[2:]
-    survivors = ring.survivors(*span, length)
-    rows = ring.row(span[0][:, None] + survivors) + _nothing(after)
-    rows, chosen = (index[:, None, :, None].expand(-1, past[0].shape[1], -1, columns) for index in (rows, survivors))
+    """The rings with the new tokens in their rows.
+
+    Args:
+        step: Where the layer stands in the graph.
+        ring: Which of its first two tensors so far are.
+        span: Tokens before it and after it.
+        new: Keys and values [batch, heads, any, columns], the last `length` of which are of new tokens.
+        length: New tokens.
+        after: A zero, [1]; the rows are written once it is known.
+    """
+    heads, shared = new[0].shape[1], step.shared
+    taken, written = ("taken", ring, heads), ("written", ring, heads)
+    if taken not in shared:
+        survivors = ring.survivors(*span, length)
+        shared[taken] = _places(survivors - length, heads)
+        shared[written] = _places(ring.row(span[0][:, None] + survivors), heads)
     key, value = (
-        torch.scatter(held, 2, rows, torch.gather(rows_new, 2, chosen))
-        for held, rows_new in zip(past, new, strict=True)
+        scattered(held, shared[written] + after, gathered(rows, shared[taken]))
+        for held, rows in zip(step.past, new, strict=False)  # codes may follow the ring
     )
     return key, value
 
 
-def _nothing(after: Sequence[Tensor]) -> Tensor:
-    """Zero, [1], that cannot be had before the tensors `after`, the first of which is not empty.
-
-    Their shapes would not do: exporter and runtime know them beforehand.
-    """
-    first = torch.cat([tensor.reshape(-1) for tensor in after])[:1]
-    return (first > torch.inf).long()
+def _places(rows: Tensor, heads: int) -> Tensor:
+    """Batch, head and row [batch, heads, length, 3] of rows [batch, length] of every head."""
+    batch, by_head = torch.arange(rows.shape[0])[:, None, None], torch.arange(heads)[None, :, None]
+    return torch.stack(torch.broadcast_tensors(batch, by_head, rows[:, None]), dim=-1)
