@@ -101,7 +101,7 @@ class Planner:
 
     def allocated(self, budget: float) -> Planned | None:
         """The plan of least divergence within a budget in bytes at the target context; None if none fits."""
-        found = self._by_bits(budget)
+        found = list(self._by_bits(budget))
         if len(found) == 2 and found[0].point.kl <= FASTER * found[1].point.kl:
             return found[0]
         return min(found, key=_divergence, default=None)
@@ -139,11 +139,11 @@ class Planner:
         low = max((size for size in sizes if size < best.point.kv_bytes_per_token), default=0.0)
         for _ in range(SEARCHES):
             middle = (low + best.point.kv_bytes_per_token) / 2
-            found = [planned for planned in self._by_bits(middle * self.context) if _is_within(planned, max_kl)]
-            if found:
-                best = min(found, key=_divergence)
-            else:
+            found = (planned for planned in self._by_bits(middle * self.context) if _is_within(planned, max_kl))
+            if (first := next(found, None)) is None:
                 low = middle
+            else:
+                best = first
         return best
 
     def _offered(self, whole: Layers, probes: Probes) -> Iterator[Layers]:
@@ -162,10 +162,12 @@ class Planner:
     def _altered(self, layers: Layers, alterations: Alterations) -> Layers:
         return [self._maker.altered(layer, alterations.get(index, ())) for index, layer in enumerate(layers)]
 
-    def _by_bits(self, budget: float) -> list[Planned]:
-        """The best plans within a budget, one in int8 where that could be best, and one in int4."""
+    def _by_bits(self, budget: float) -> Iterator[Planned]:
+        """The best plans within a budget: first one in int8, where that could be best, then one in int4."""
         kinds = BITS if self._has_windows or budget * LARGEST_INT8 >= self.plain_bytes else BITS[1:]
-        return [planned for bits in kinds if (planned := self._allocated(budget, bits)) is not None]
+        for bits in kinds:
+            if (planned := self._allocated(budget, bits)) is not None:
+                yield planned
 
     def _allocated(self, budget: float, bits: int) -> Planned | None:
         """The best plan within a budget: of codes alone, or of the candidates that are expected to lose least."""
@@ -174,7 +176,9 @@ class Planner:
             return None
         # Alterations do more together than each alone, so the best of them must beat the first, which has none.
         likely = dict.fromkeys((found[0], min(found, key=_expected)))
-        return min(map(self._planned, likely), key=_divergence)
+        if bits == 8 and budget * LARGEST_INT8 < self.plain_bytes:
+            del likely[found[0]]
+        return min(map(self._planned, likely), key=_divergence, default=None)
 
     def _filled(self, budget: float, offered: Layers) -> tuple[LayerPlan, ...] | None:
         """The best candidate of each layer within a budget; None if none fits."""
