@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kvslim.recipe import Recipe
     from kvslim.transform.edits import Array
 
-MOST_RECALL = 0.01  # share of recall that a window in one layer may cost
+MOST_RECALL = 0.01  # of the probability of recalled answers; what windows in all layers together may cost
 
 
 def kept_attention(statistics: CalibrationStatistics, window: int) -> Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -96,14 +95,25 @@ class KLEvaluator:
 
     def recall(self, codes: tuple[LayerEdit, ...], items: Sequence[Question]) -> float:
         """Share of answer tokens that the model finds most likely, with codes if there are any."""
-        hits = count = 0
+        found = [logits.argmax(-1) == torch.cat(answers) for logits, answers in self._answered(codes, items)]
+        return float(torch.cat(found).double().mean())
+
+    def answer_probabilities(self, codes: tuple[LayerEdit, ...], items: Sequence[Question]) -> list[float]:
+        """Mean probability of the tokens of each answer, with codes if there are any."""
+        found: list[float] = []
+        for logits, answers in self._answered(codes, items):
+            likely = logits.float().softmax(-1).gather(-1, torch.cat(answers)[:, None])[:, 0]
+            found += [float(part.mean()) for part in likely.split([len(answer) for answer in answers])]
+        return found
+
+    def _answered(
+        self, codes: tuple[LayerEdit, ...], items: Sequence[Question]
+    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """For each text the logits [n, vocab] of its answers' tokens, one answer after the other, and these tokens."""
         codes = codes or tuple(LayerEdit() for _ in self.layers)
         with trial(self.model, self.architecture, codes):
             for tokens, places in chained(items):
-                guesses = self._logits(tokens[None], places - 1)[0].argmax(-1)
-                hits += int((guesses == tokens[places]).sum())
-                count += len(places)
-        return hits / count
+                yield self._logits(tokens[None], torch.cat(places) - 1)[0], [tokens[each] for each in places]
 
     def _log_probabilities(self, batch: Tensor) -> Tensor:
         places = torch.arange(self.stride - 1, batch.shape[1], self.stride)
@@ -149,24 +159,24 @@ def predicting(windows: Array, loss_mask: Array | None) -> Array:
     return following
 
 
-def chained(items: Sequence[Question]) -> Iterator[tuple[Tensor, Tensor]]:
+def chained(items: Sequence[Question]) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Texts with all questions that are asked of them behind them, one after the other: token ids, and answers' places.
 
     What questions share is run once. Questions belong to one text where they share more than half of their prompts.
     """
     tokens: list[int] = []
-    places: list[int] = []
+    places: list[Tensor] = []
     text: tuple[int, ...] = ()
     for item in items:
         shared = shared_length(text, item.prompt)
         if 2 * shared <= len(item.prompt):
             if tokens:
-                yield torch.tensor(tokens), torch.tensor(places)
+                yield torch.tensor(tokens), places
             tokens, places, text, shared = [], [], tuple(item.prompt), 0
         tokens += item.prompt[shared:]
-        places += range(len(tokens), len(tokens) + len(item.answer))
+        places.append(torch.arange(len(tokens), len(tokens) + len(item.answer)))
         tokens += item.answer
-    yield torch.tensor(tokens), torch.tensor(places)
+    yield torch.tensor(tokens), places
 
 
 @contextmanager
@@ -191,27 +201,6 @@ def replaying(layers: Sequence[Any], outputs: Sequence[Any]) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
-
-
-class RecallTrials:
-    """Recall questions put to a model again and again.
-
-    Args:
-        evaluator: Runs the model on them.
-        items: The questions.
-    """
-
-    def __init__(self, evaluator: KLEvaluator, items: Sequence[Question]) -> None:
-        self.evaluator, self.items = evaluator, items
-
-    @cached_property
-    def plain(self) -> float:
-        """Recall of the model without codes."""
-        return self.evaluator.recall((), self.items)
-
-    def drop(self, codes: tuple[LayerEdit, ...]) -> float:
-        """Share of recall that the model loses with codes."""
-        return self.plain - self.evaluator.recall(codes, self.items)
 
 
 def is_large(model: Any) -> bool:

@@ -1,0 +1,58 @@
+"""Recall questions that are put to a model again and again, each time with other codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from statistics import mean, stdev
+
+from kvslim.transform.edits import LayerEdit
+from kvslim.transform.kl_evaluator import KLEvaluator, Question
+
+
+class RecallTrials:
+    """Recall as it is measured of an artifact: the share of answer tokens that the model finds most likely.
+
+    Args:
+        evaluator: Runs the model on the questions.
+        items: The questions.
+    """
+
+    def __init__(self, evaluator: KLEvaluator, items: Sequence[Question]) -> None:
+        self.evaluator, self.items = evaluator, items
+
+    @cached_property
+    def plain(self) -> float:
+        """Recall of the model without codes."""
+        return self.evaluator.recall((), self.items)
+
+    def drop(self, codes: tuple[LayerEdit, ...]) -> float:
+        """Share of recall that the model loses with codes."""
+        return self.plain - self.evaluator.recall(codes, self.items)
+
+
+class AnswerTrials:
+    """The probability of answers: it falls about as recall does, but by little where a model loses little.
+
+    Args:
+        evaluator: Runs the model on the questions.
+        items: The questions.
+    """
+
+    def __init__(self, evaluator: KLEvaluator, items: Sequence[Question]) -> None:
+        self.evaluator, self.items = evaluator, items
+
+    @cached_property
+    def plain(self) -> list[float]:
+        """The probability of each answer without codes."""
+        return self.evaluator.answer_probabilities((), self.items)
+
+    def drop(self, codes: tuple[LayerEdit, ...]) -> float:
+        """Probability that answers may lose with codes: the mean loss, if it is one, and its standard error.
+
+        Where some answers gain and others lose, their mean says nothing, and the questions of another text lose.
+        """
+        found = self.evaluator.answer_probabilities(codes, self.items)
+        lost = [before - after for before, after in zip(self.plain, found, strict=True)]
+        error = stdev(lost) / len(lost) ** 0.5 if len(lost) > 1 else 0.0
+        return max(mean(lost), 0.0) + error
