@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from kvslim.progress import Silent
 from kvslim.transform import compensate, kl_evaluator
 from kvslim.transform.edits import LayerEdit
 from kvslim.transform.kl_evaluator import KLEvaluator, chained, held_out_windows, probe_windows
+from kvslim.transform.recall_trials import AnswerTrials
 from kvslim.transform.surgery import trial
 from kvslim.types import LayerPlan, Plan
 from kvslim.validation.recall import RecallItem
@@ -121,6 +123,31 @@ def test_recall_is_whole_when_answers_are_what_the_model_says(prepared: Prepared
     right = [RecallItem(prompt, (answer,)) for prompt, answer in zip(prompts, said, strict=True)]
     wrong = [RecallItem(prompt, ((answer + 1) % 200,)) for prompt, answer in zip(prompts, said, strict=True)]
     assert (evaluator.recall((), right), evaluator.recall((), wrong)) == (1.0, 0.0)
+
+
+def test_answers_have_the_probability_that_the_model_gives_them(prepared: PreparedDecoder) -> None:
+    evaluator = evaluator_of(prepared, windows_of(prepared))
+    first, second = (tuple(window) for window in windows_of(prepared)[:2].tolist())
+    items = [RecallItem(first[:10], first[10:12]), RecallItem(second[:10], second[10:11])]
+    said = [torch.from_numpy(torch_logits(prepared, np.array(text))).softmax(-1) for text in (first, second)]
+    expected = [(said[0][9, first[10]] + said[0][10, first[11]]) / 2, said[1][9, second[10]]]
+    np.testing.assert_allclose(evaluator.answer_probabilities((), items), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("after", "lost"),
+    [
+        ([0.5, 0.5, 0.5, 0.5], 0.0),
+        ([0.4, 0.4, 0.4, 0.4], 0.1),
+        ([0.9, 0.1, 0.9, 0.3], 0.2061),
+        ([0.6, 0.6, 0.6, 0.6], 0.0),
+    ],
+)
+def test_answers_that_differ_count_as_a_possible_loss(after: list[float], lost: float) -> None:
+    """In the third case they gain, by 0.05 in the mean, and nobody knows of other questions."""
+    found = iter([[0.5] * 4, after])
+    evaluator = cast("KLEvaluator", SimpleNamespace(answer_probabilities=lambda *_: next(found)))
+    assert AnswerTrials(evaluator, ()).drop(()) == pytest.approx(lost, abs=1e-4)
 
 
 def test_questions_of_one_text_are_asked_in_one_run() -> None:

@@ -77,7 +77,7 @@ def _codebooks(slim: SlimAttention) -> tuple[Levels, Levels]:
 
 
 def _hidden_codes(ring: Ring, span: Span, scoring: Scoring, query: Tensor, key: Tensor, codes: Tensor) -> Tensor | None:
-    """The same for packed codes, whose tokens are S, S + 1 and so on; None where every query sees all."""
+    """Packed codes that a query is not to see, of tokens S, S + 1 and so on; None where every query sees all."""
     if scoring.window is None:
         return None
     new = span[0][:, None] + torch.arange(query.shape[2])

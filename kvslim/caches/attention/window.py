@@ -91,9 +91,9 @@ class WindowAttention(CacheAttention):
         rows, hidden = self._seen(step, span, length, scoring)
         past = step.past[0].index_select(2, rows), step.past[1].index_select(2, rows)
         scales = slim.kernel_scales()
-        attended, present = masked_attention(states, past, hidden, scoring, cache=slim.stored, scales=scales)
+        found, present = masked_attention(states, past, hidden, scoring, cache=slim.stored, scales=scales)
         step.present = write_rows(step, self.ring, span, present, length)
-        return attended
+        return found
 
     def _seen(self, step: ExportStep, span: Span, length: int, scoring: Scoring) -> tuple[Tensor, Tensor]:
         """Rows of the ring that hold a token, and the mask over them and the new tokens: the same in many layers."""
