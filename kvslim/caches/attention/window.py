@@ -149,5 +149,6 @@ def write_rows(
 
 def _places(rows: Tensor, heads: int) -> Tensor:
     """Batch, head and row [batch, heads, length, 3] of rows [batch, length] of every head."""
-    batch, by_head = torch.arange(rows.shape[0])[:, None, None], torch.arange(heads)[None, :, None]
-    return torch.stack(torch.broadcast_tensors(batch, by_head, rows[:, None]), dim=-1)
+    shape = rows.shape[0], heads, rows.shape[1]
+    batch, by_head = torch.arange(shape[0])[:, None, None], torch.arange(heads)[None, :, None]
+    return torch.stack([part.expand(shape) for part in (batch, by_head, rows[:, None])], dim=-1)
