@@ -21,7 +21,7 @@ class PlanTrials:
     Attributes:
         base: The plan that changes nothing.
         divergence: From the model as it is.
-        recall_drop: Share of recall that it loses.
+        recall_drop: Probability that recalled answers may lose.
     """
 
     base: Plan
@@ -52,7 +52,7 @@ def keeping_recall(wanted: Sequence[int], recall_drop: Callable[[Sequence[int]],
 
     Args:
         wanted: Layers, those that lose least first.
-        recall_drop: Share of recall that the model loses by an alteration of some layers.
+        recall_drop: Probability that recalled answers may lose by an alteration of some layers.
     """
 
     def kept(taken: list[int], more: Sequence[int]) -> list[int]:

@@ -28,7 +28,7 @@ class WindowTrials(NamedTuple):
     Attributes:
         seen: Tokens of the text that they are tried on, and at most twice the distance that its questions reach back.
         divergence: Of the model with codes on that text.
-        recall_drop: Share of recall that the model loses with codes.
+        recall_drop: Probability that recalled answers may lose with codes.
         most: How many lengths are tried.
     """
 

@@ -102,7 +102,7 @@ class DecoderTrials(Trials):
         return self.held_out.kl(codes)
 
     def recall_drop(self, change: Plan | Method) -> float:
-        """Share of recall that the model loses by a change."""
+        """Probability that recalled answers may lose by a change."""
         return self.recall.drop(self.codes_of(change))
 
     def refitted(self, codes: Codes) -> Codes:

@@ -63,7 +63,7 @@ class Trials(ABC):
         """The codes with projections fitted to them, on text that serves for fitting."""
 
     def recall_drop(self, change: Plan | Method) -> float:
-        """Share of recall that the model loses by a change.
+        """Probability that recalled answers may lose by a change.
 
         Raises:
             UnsupportedError: The model writes no text.

@@ -7,6 +7,7 @@ under a mask (ONNX operator set 24). It is slower, and takes keys and values of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,6 +48,12 @@ class ExportStep:
     shared: dict[object, Tensor]
     present: tuple[Tensor, ...] | None = field(default=None, init=False)
     extra_outputs: tuple[Tensor, ...] = field(default=(), init=False)
+
+    def once(self, name: object, make: Callable[[], Tensor]) -> Tensor:
+        """What is the same in all layers, made by the first that asks for it."""
+        if name not in self.shared:
+            self.shared[name] = make()
+        return self.shared[name]
 
 
 def group_query_attention(

@@ -10,8 +10,8 @@ from kvslim.transform.edits import LayerEdit
 from kvslim.transform.kl_evaluator import KLEvaluator, Question
 
 
-class RecallTrials:
-    """Recall as it is measured of an artifact: the share of answer tokens that the model finds most likely.
+class _Asked:
+    """Questions, and the model that they are put to.
 
     Args:
         evaluator: Runs the model on the questions.
@@ -20,6 +20,10 @@ class RecallTrials:
 
     def __init__(self, evaluator: KLEvaluator, items: Sequence[Question]) -> None:
         self.evaluator, self.items = evaluator, items
+
+
+class RecallTrials(_Asked):
+    """Recall as it is measured of an artifact: the share of answer tokens that the model finds most likely."""
 
     @cached_property
     def plain(self) -> float:
@@ -31,16 +35,8 @@ class RecallTrials:
         return self.plain - self.evaluator.recall(codes, self.items)
 
 
-class AnswerTrials:
-    """The probability of answers: it falls about as recall does, but by little where a model loses little.
-
-    Args:
-        evaluator: Runs the model on the questions.
-        items: The questions.
-    """
-
-    def __init__(self, evaluator: KLEvaluator, items: Sequence[Question]) -> None:
-        self.evaluator, self.items = evaluator, items
+class AnswerTrials(_Asked):
+    """The probability of answers: it falls about as recall does, but by little where a model loses little."""
 
     @cached_property
     def plain(self) -> list[float]:

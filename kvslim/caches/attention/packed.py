@@ -53,12 +53,9 @@ class PackedAttention(CacheAttention):
         query, key, value = states
         past, codes = step.past[:2], step.past[2:]
         span, grouped = span_of(step, query), _by_kv_head(query, key.shape[1]) * scoring.scale
-        leaving = ("leaving", ring)
-        if leaving not in step.shared:  # its length is unknown before it runs, and costly to trace in every layer
-            step.shared[leaving] = _leaving(ring, span, query.shape[2])
-        left = [
-            _left(ring, span, step.shared[leaving], held, new) for held, new in zip(past, (key, value), strict=True)
-        ]
+        # Its length is unknown before it runs, and costly to trace in every layer.
+        leaving = step.once(("leaving", ring), lambda: _leaving(ring, span, query.shape[2]))
+        left = [_left(ring, span, leaving, held, new) for held, new in zip(past, (key, value), strict=True)]
         read = [book.read(rows.transpose(1, 2)) for book, rows in zip(books, codes, strict=True)]
         coded = _hidden_codes(ring, span, scoring, query, key, codes[0])
         hidden = [coded, *_hidden_rows(ring, span, scoring, query, key)]

@@ -97,17 +97,23 @@ class WindowAttention(CacheAttention):
 
     def _seen(self, step: ExportStep, span: Span, length: int, scoring: Scoring) -> tuple[Tensor, Tensor]:
         """Rows of the ring that hold a token, and the mask over them and the new tokens: the same in many layers."""
-        ring, shared = self.ring, step.shared
-        rows, mask = ("rows", ring), ("mask", ring, scoring.window)
-        if rows not in shared:
-            every = torch.arange(ring.sinks + ring.window)
-            shared[rows] = every[every < span[0].max()]
-        if mask not in shared:
-            new = span[0][:, None] + torch.arange(length)
-            held = ring.positions(span[0]).index_select(1, shared[rows])
-            hidden = torch.cat([scoring.hidden(new, tokens) for tokens in (held, new)], dim=-1)
-            shared[mask] = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)[:, None]
-        return shared[rows], shared[mask]
+        ring = self.ring
+        rows = step.once(("rows", ring), lambda: _held(ring, span))
+        return rows, step.once(("mask", ring, scoring.window), lambda: _mask(ring, span, length, scoring, rows))
+
+
+def _held(ring: Ring, span: Span) -> Tensor:
+    """Rows that hold a token of any sequence."""
+    every = torch.arange(ring.sinks + ring.window)
+    return every[every < span[0].max()]
+
+
+def _mask(ring: Ring, span: Span, length: int, scoring: Scoring, rows: Tensor) -> Tensor:
+    """[batch, 1, length, rows + length]: 0, or -inf where a new token does not see a row or another new token."""
+    new = span[0][:, None] + torch.arange(length)
+    held = ring.positions(span[0]).index_select(1, rows)
+    hidden = torch.cat([scoring.hidden(new, tokens) for tokens in (held, new)], dim=-1)
+    return torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)[:, None]
 
 
 def span_of(step: ExportStep, query: Tensor) -> Span:
@@ -134,14 +140,12 @@ def write_rows(
         length: New tokens.
         after: A zero, [1]; the rows are written once it is known.
     """
-    heads, shared = new[0].shape[1], step.shared
-    taken, written = ("taken", ring, heads), ("written", ring, heads)
-    if taken not in shared:
-        survivors = ring.survivors(*span, length)
-        shared[taken] = _places(survivors - length, heads)
-        shared[written] = _places(ring.row(span[0][:, None] + survivors), heads)
+    heads = new[0].shape[1]
+    survivors = step.once(("survivors", ring), lambda: ring.survivors(*span, length))
+    taken = step.once(("taken", ring, heads), lambda: _places(survivors - length, heads))
+    written = step.once(("written", ring, heads), lambda: _places(ring.row(span[0][:, None] + survivors), heads))
     key, value = (
-        scattered(held, shared[written] + after, gathered(rows, shared[taken]))
+        scattered(held, written + after, gathered(rows, taken))
         for held, rows in zip(step.past, new, strict=False)  # codes may follow the ring
     )
     return key, value
