@@ -16,6 +16,7 @@ from kvslim.errors import UnsupportedError
 from kvslim.progress import Silent
 from kvslim.runtime.session import DecodeSession
 from kvslim.settings import Calibration, Validation
+from kvslim.transform.kl_evaluator import chained
 from kvslim.validation.measure import DecoderEvaluation
 from kvslim.validation.recall import capacity_for
 
@@ -153,6 +154,29 @@ def test_held_out_text_reaches_the_target_context(
     assert len(far) == expected // 64
     assert all(expected / 2 <= item.reach for item in far)
     assert capacity_for(evaluation.items) <= max(expected, 64)
+
+
+@pytest.mark.parametrize(("context", "count"), [(120, 1), (256, 4), (48, 9)])
+def test_windows_are_judged_by_questions_over_the_target_context(tiny_llama: Path, context: int, count: int) -> None:
+    """Where the context is too short for such a text, by those that all else is judged by."""
+    validation = Validation(samples=2, length=48, recall_items=9, recall_distance=16)
+    update = {"calibration": Calibration(samples=4, length=48, context=context), "validation": validation}
+    trials = open_prepared(tiny_llama, recipe_of().model_copy(update=update)).trials()
+    items = trials.far_items
+    assert len(items) == count
+    if context < 64:
+        assert items == trials.recall.items
+        return
+    (tokens, places), *others = chained(items)
+    assert not others
+    assert len(tokens) <= context
+    assert items[0].reach > 0.6 * context
+    assert all(tokens[answer].tolist() == list(item.answer) for answer, item in zip(places, items, strict=True))
+    text = tokens.tolist()
+    for answer, item in zip(places, items, strict=True):
+        first, second = (at for at in range(len(text)) if tuple(text[at : at + len(item.answer)]) == item.answer)
+        assert second == int(answer[0])
+        assert second - first >= context / 4
 
 
 def test_held_out_text_goes_on_behind_the_target_context(tiny_llama: Path, tmp_path: Path) -> None:

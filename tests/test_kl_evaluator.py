@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.models import open_prepared, recipe_of, tokens_of, torch_logits
 
-from kvslim.caches import FullCache
+from kvslim.caches import FullCache, WindowCache
 from kvslim.methods import KvHdc, KvPca
 from kvslim.methods.fitting import fit
 from kvslim.planning.decide import planned
@@ -148,6 +148,30 @@ def test_answers_that_differ_count_as_a_possible_loss(after: list[float], lost: 
     found = SimpleNamespace(answer_probabilities=lambda codes, _: after if codes else [0.5] * 4)
     trials = AnswerTrials(cast("KLEvaluator", found), ())
     assert trials.drop((LayerEdit(),)) == pytest.approx(lost, abs=1e-4)
+
+
+def test_a_layer_moves_answers_as_far_as_what_it_forgets(prepared: PreparedDecoder) -> None:
+    """Where the window holds all that an answer is predicted from, nothing moves."""
+    text = tuple(windows_of(prepared, count=1).ravel().tolist())
+    items = [RecallItem(text[:length], (1, 2)) for length in (6, 28)]
+    trials = AnswerTrials(evaluator_of(prepared, windows_of(prepared)), items)
+    edit = LayerEdit(cache=WindowCache(window=8, sinks=2))
+    shifts = trials.shifts(edit, [1])
+    assert list(shifts) == [1]
+    codes = tuple(edit if layer == 1 else LayerEdit() for layer in range(prepared.spec.layers))
+    states = []
+    for each in ((), codes):
+        kept: list[Any] = []
+        hook = trials.evaluator.layers[1].register_forward_hook(lambda *call, kept=kept: kept.append(call[2]))
+        trials.evaluator.answer_probabilities(each, items)
+        hook.remove()
+        near, far = (each[0] if isinstance(each, tuple) else each for each in kept)
+        states.append(torch.cat([near[0, 5:7], far[0, 27:29]]))
+    plain, changed = states
+    moved = (changed - plain).norm(dim=-1) / plain.norm(dim=-1)
+    assert moved[:2].max() < 1e-5
+    assert moved[2:].min() > 1e-4
+    assert shifts[1] == pytest.approx(float(moved.mean()), rel=1e-4)
 
 
 def test_questions_of_one_text_are_asked_in_one_run() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from kvslim.planning.decode_time import OF_CACHE, OF_SCORE, OF_WEIGHTS, DecodeTi
 from kvslim.planning.planner import Planner
 from kvslim.planning.removals import removals, removals_keeping_recall, spare_layers
 from kvslim.planning.sharing import nearest_sources, sharing, sharing_keeping_recall
-from kvslim.planning.trials import PlanTrials
+from kvslim.planning.trials import PlanTrials, keeping_recall
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.settings import Budget
 from kvslim.types import KVLayout, LayerPlan, Plan
@@ -207,3 +207,37 @@ def test_shared_caches_form_no_chain_and_keep_recall(
     kept = offered(lambda plan: 0.5 * (plan.layers[-1].source is not None), pays=True)
     assert set(kept) == set(found) - {spec.layers - 1}
     assert offered(nothing, pays=False) == {}
+
+
+def test_changes_that_keep_recall_are_taken_at_once() -> None:
+    asked: list[list[int]] = []
+
+    def drop(layers: Sequence[int]) -> float:
+        asked.append(list(layers))
+        return 0.0
+
+    assert keeping_recall(range(5), drop) == [0, 1, 2, 3, 4]
+    assert asked == [[0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("forgetful", [{0}, {3}, {1, 4}, set(range(5))])
+def test_layers_that_recall_needs_stay_as_they_are(forgetful: set[int]) -> None:
+    def drop(layers: Sequence[int]) -> float:
+        return 0.5 * bool(forgetful & set(layers))
+
+    assert set(keeping_recall([4, 2, 0, 1, 3], drop)) == set(range(5)) - forgetful
+
+
+def test_long_rows_are_taken_apart_down_to_an_eighth() -> None:
+    asked: list[Sequence[int]] = []
+
+    def drop(layers: Sequence[int]) -> float:
+        asked.append(layers)
+        return 0.5 * (5 in layers)
+
+    assert keeping_recall(range(16), drop) == [*range(4), *range(6, 16)]
+    assert len(asked) == 7
+
+
+def test_changes_that_cost_recall_only_together_are_not_all_taken() -> None:
+    assert keeping_recall([5, 3, 1, 0, 2, 4], lambda layers: 0.1 * (len(layers) > 4)) == [5, 3, 1, 0]

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 from support.models import VALIDATION, open_prepared, recipe_of
-from support.planning import Codes, much, nothing, planner_of
+from support.planning import Codes, alike, much, nothing, planner_of
 
 from kvslim.caches import WindowCache
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.planning.budget import planner_of as planner_of_model
 from kvslim.planning.candidates import SINKS, Candidate
 from kvslim.planning.planner import Planner
-from kvslim.planning.trials import keeping_recall
-from kvslim.planning.windows import WindowTrials
+from kvslim.planning.windows import WindowTrials, windows_keeping_recall
 from kvslim.prepared.decoder import PreparedDecoder
+from kvslim.transform.edits import LayerEdit
 from kvslim.transform.kl_evaluator import KLEvaluator
 from kvslim.types import KVLayout
 
@@ -46,7 +46,7 @@ def windows_among(candidates: Sequence[Candidate]) -> set[int | None]:
 def test_windows_are_tried_on_text_twice_as_long_and_a_quarter_of_the_context(
     seen: int, context: int, lengths: list[int]
 ) -> None:
-    assert WindowTrials(seen, nothing, nothing).lengths(context) == lengths
+    assert WindowTrials(seen, nothing, alike, nothing).lengths(context) == lengths
 
 
 def test_loss_grows_with_the_share_of_tokens_beyond_the_window() -> None:
@@ -56,7 +56,7 @@ def test_loss_grows_with_the_share_of_tokens_beyond_the_window() -> None:
         asked.append(windows_in(codes))
         return 0.75
 
-    trials = WindowTrials(512, divergence, nothing)
+    trials = WindowTrials(512, divergence, alike, nothing)
     assert trials.loss(1, 128, 4, context=512) == pytest.approx(0.75)
     # Three quarters of the text lie beyond 128 tokens, 15 of 16 parts of a context of 2,048.
     assert trials.loss(1, 128, 4, context=2048) == pytest.approx(15 / 16)
@@ -64,43 +64,32 @@ def test_loss_grows_with_the_share_of_tokens_beyond_the_window() -> None:
 
 
 def test_of_a_large_model_the_longest_window_alone_is_tried() -> None:
-    trials = WindowTrials(1024, lambda _: 0.0, lambda _: 0.0)
+    trials = WindowTrials(1024, nothing, alike, nothing)
     assert trials.lengths(4096) == [512, 256]
     assert trials._replace(most=1).lengths(4096) == [512]
 
 
-def test_windows_that_keep_recall_are_taken_at_once() -> None:
-    asked: list[list[int]] = []
+def test_layers_that_move_answers_least_get_windows_as_many_as_keep_recall() -> None:
+    asked: list[dict[int, int]] = []
 
-    def drop(layers: Sequence[int]) -> float:
-        asked.append(list(layers))
-        return 0.0
+    def drop(codes: Codes) -> float:
+        asked.append(windows_in(codes))
+        return 0.5 * (len(asked[-1]) > 3)
 
-    assert keeping_recall(range(5), drop) == [0, 1, 2, 3, 4]
-    assert asked == [[0, 1, 2, 3, 4]]
+    def shifts(edit: LayerEdit, layers: Sequence[int]) -> dict[int, float]:
+        assert isinstance(edit.cache, WindowCache)
+        return {layer: abs(layer - 2.4) for layer in layers}
 
-
-@pytest.mark.parametrize("forgetful", [{0}, {3}, {1, 4}, set(range(5))])
-def test_layers_that_recall_needs_keep_all_tokens(forgetful: set[int]) -> None:
-    def drop(layers: Sequence[int]) -> float:
-        return 0.5 * bool(forgetful & set(layers))
-
-    assert set(keeping_recall([4, 2, 0, 1, 3], drop)) == set(range(5)) - forgetful
-
-
-def test_long_rows_are_taken_apart_down_to_an_eighth() -> None:
-    asked: list[Sequence[int]] = []
-
-    def drop(layers: Sequence[int]) -> float:
-        asked.append(layers)
-        return 0.5 * (5 in layers)
-
-    assert keeping_recall(range(16), drop) == [*range(4), *range(6, 16)]
-    assert len(asked) == 7
+    trials = WindowTrials(512, nothing, shifts, drop)
+    losses = dict.fromkeys((0, 1, 2, 3, 4, 5, 7), 0.1)
+    kept = windows_keeping_recall({64: losses, 128: losses}, 8, trials)
+    # What 128 tokens take recall from is not tried with 64.
+    assert kept == {128: (2, 3, 1), 64: (2, 3, 1)}
+    assert [len(each) for each in asked] == [4, 2, 3, 2, 3]
 
 
-def test_windows_that_cost_recall_only_together_are_not_all_taken() -> None:
-    assert keeping_recall([5, 3, 1, 0, 2, 4], lambda layers: 0.1 * (len(layers) > 4)) == [5, 3, 1, 0]
+def test_no_layer_gets_a_window_where_each_costs_recall() -> None:
+    assert windows_keeping_recall({64: {0: 0.1, 1: 0.2}}, 2, WindowTrials(512, nothing, alike, much)) == {}
 
 
 @pytest.fixture(scope="module")

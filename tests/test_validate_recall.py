@@ -60,10 +60,11 @@ def _distance(item: RecallItem) -> int:
     return len(text) - start - SPAN
 
 
-def test_repeated_spans_repeat_at_distances_from_half_to_all_when_made() -> None:
-    items = repeated_spans(TEXT, count=12, distance=400)
+@pytest.mark.parametrize("spread", [0.5, 0.75])
+def test_repeated_spans_repeat_at_distances_from_all_to_the_rest_of_the_spread(spread: float) -> None:
+    items = repeated_spans(TEXT, count=12, distance=400, spread=spread)
     distances = [_distance(item) for item in items]
-    assert (distances[0], distances[-1]) == (400, 200)
+    assert (distances[0], distances[-1]) == (400, 400 - 400 * spread)
     assert distances == sorted(distances, reverse=True)
     assert all(len(set(item.answer)) == SPAN - CUE for item in items)
 

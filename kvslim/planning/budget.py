@@ -54,7 +54,7 @@ def probes_of(trials: DecoderTrials, context: int, *, timed: bool) -> Probes:
         prober, prepared = _prober(trials, context, key, timed=timed), trials.prepared
         task = LayerProbing(trials.statistics, context, key, timed)
         parts = prepared.workers.map(prepared, task, range(trials.spec.layers), "layers probed", prober.probe_layer)
-        probes = prober.with_recall(Probes.merge(*parts))
+        probes = prober.with_recall(Probes.merge(*parts), trials.progress)
         cache.store_probes(probes)
     return probes
 
@@ -91,15 +91,20 @@ def probes_key(trials: DecoderTrials, context: int, *, timed: bool) -> str:
 
 def _prober(trials: DecoderTrials, context: int, key: str, *, timed: bool) -> Prober:
     spec, statistics = trials.spec, trials.statistics
-    # Text that was put end to end does not count: nothing in it leads back from one piece to another, and windows that
-    # lost nothing there took a quarter of the recall from SmolLM2 at 4,096 tokens.
-    seen = min(statistics.windows.shape[1], 2 * (trials.recall_distance - SINKS))
+    reach = max(item.reach for item in trials.far_items)
+    windows = WindowTrials(
+        min(trials.held_out.length, 2 * (reach - SINKS)),
+        trials.held_out.kl,
+        trials.far_recall.shifts,
+        trials.far_recall.drop,
+        1 if is_large(trials.model) else len(SHARES),
+    )
     return Prober(
         spec,
         statistics,
         decode_time(trials.prepared, context),
         trials.probe.kl,
-        WindowTrials(seen, trials.held_out.kl, trials.recall.drop, 1 if is_large(trials.model) else len(SHARES)),
+        windows,
         PlanTrials(
             trials.identity,
             lambda plan: trials.probe.kl(fit(spec, statistics, plan)),

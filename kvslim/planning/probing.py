@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvslim.contract import ModelSpec
 from kvslim.memory import give_back
@@ -17,6 +18,7 @@ from kvslim.planning.removals import removals, removals_keeping_recall, spare_la
 from kvslim.planning.sharing import nearest_sources, sharing, sharing_keeping_recall
 from kvslim.planning.trials import Pays, PlanTrials
 from kvslim.planning.windows import WindowTrials, window_alterations, windows_keeping_recall
+from kvslim.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
@@ -51,8 +53,12 @@ class Prober:
         give_back()  # what probes of other layers left behind adds up
         return Probes(key=self.key, context=self.time.context, timed=self.timed, layers=(self._layer(layer),))
 
-    def with_recall(self, probes: Probes) -> Probes:
+    def with_recall(self, probes: Probes, progress: Progress | None = None) -> Probes:
         """Probes of all layers, with what keeps recall.
+
+        Args:
+            probes: Of all layers.
+            progress: Receives the progress.
 
         Raises:
             UsageError: A layer is not probed.
@@ -60,12 +66,13 @@ class Prober:
         probes.check_layers(self.spec.layers)
         removed = {layer.layer: layer.removals for layer in probes.layers}
         shared = {layer.layer: layer.sharing for layer in probes.layers}
-        recall = RecallKept(
-            windows=windows_keeping_recall(_by_length(probes), self.spec.layers, self.windows),
-            removals=removals_keeping_recall(removed, self._spare, self.plans),
-            sharing=sharing_keeping_recall(shared, self._sources, self.plans),
-        )
-        return probes.model_copy(update={"recall": recall})
+        kept: dict[str, Callable[[], Any]] = {
+            "windows": lambda: windows_keeping_recall(_by_length(probes), self.spec.layers, self.windows),
+            "removals": lambda: removals_keeping_recall(removed, self._spare, self.plans),
+            "sharing": lambda: sharing_keeping_recall(shared, self._sources, self.plans),
+        }
+        kinds = (progress or Silent()).track(kept, "kinds of changes asked for recall")
+        return probes.model_copy(update={"recall": RecallKept(**{kind: kept[kind]() for kind in kinds})})
 
     def _layer(self, layer: int) -> LayerProbe:
         costs, base = self._costs[layer], self.plans.base.layers[layer]

@@ -1,23 +1,25 @@
 """Windows that a planner may give to layers: those that it has seen lose little, and no recall.
 
-A window is a share of the target context. The text that it is tried on is at least twice as long, and a quarter of that
-context: what a layer would lose further back than anything was measured, nobody knows.
+A window is a share of the target context. The text that its divergence is measured on is at least twice as long, and a
+quarter of that context; recall is asked over all of it, as what a layer remembers of far back shows nowhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
 from kvslim.caches import WindowCache
 from kvslim.contract import ModelSpec
-from kvslim.methods.kv_window import KvWindow
+from kvslim.methods.kv_window import MOST_RECALL, KvWindow
 from kvslim.planning.candidates import SINKS, Alteration
-from kvslim.planning.trials import Pays, keeping_recall
+from kvslim.planning.trials import Pays
 from kvslim.transform.edits import LayerEdit
 
 Measure = Callable[[tuple[LayerEdit, ...]], float]
+Shifts = Callable[[LayerEdit, Sequence[int]], Mapping[int, float]]
 SHARES = (1 / 4, 1 / 8, 1 / 16)  # of the target context, the largest first
 LEAST = 16  # tokens; onnxruntime-genai takes no shorter ring beside full caches
 
@@ -28,12 +30,14 @@ class WindowTrials(NamedTuple):
     Attributes:
         seen: Tokens of the text that they are tried on, and at most twice the distance that its questions reach back.
         divergence: Of the model with codes on that text.
+        shifts: How far layers, each alone, move what they give where recalled answers are predicted.
         recall_drop: Probability that recalled answers may lose with codes.
         most: How many lengths are tried.
     """
 
     seen: int
     divergence: Measure
+    shifts: Shifts
     recall_drop: Measure
     most: int = len(SHARES)
 
@@ -68,8 +72,9 @@ def windows_keeping_recall(
 ) -> dict[int, tuple[int, ...]]:
     """Of each window the layers that may have it at no cost of recall, together; windows that no layer may have go.
 
-    In one plan all windows are of one length, as onnxruntime-genai needs it. A layer that a longer window takes recall
-    from is not asked again.
+    Layers that move what the model gives at answers least are taken first, as many as keep recall. In one plan all
+    windows are of one length, as onnxruntime-genai needs it. A layer that a longer window takes recall from is not
+    asked again.
 
     Args:
         windows: What each window loses in each layer where it could be worth it, by length and layer.
@@ -79,10 +84,11 @@ def windows_keeping_recall(
     kept: dict[int, tuple[int, ...]] = {}
     refused: set[int] = set()
     for length in sorted(windows, reverse=True):
-        losses = {layer: loss for layer, loss in windows[length].items() if layer not in refused}
-        drop = lambda some, length=length: trials.recall_drop(windowed(some, length, layers))  # noqa: E731
-        together = keeping_recall(sorted(losses, key=losses.__getitem__), drop)
-        refused |= losses.keys() - together
+        shifts = trials.shifts(_edit(length), sorted(windows[length].keys() - refused))
+        row = sorted(shifts, key=shifts.__getitem__)
+        drop = lambda count, row=row, length=length: trials.recall_drop(windowed(row[:count], length, layers))  # noqa: E731
+        together = row[: bisect_right(range(1, len(row) + 1), MOST_RECALL, key=drop)]
+        refused.update(row[len(together) :])
         if together:
             kept[length] = tuple(together)
     return kept
@@ -90,5 +96,8 @@ def windows_keeping_recall(
 
 def windowed(chosen: Sequence[int], window: int, layers: int) -> tuple[LayerEdit, ...]:
     """Codes of a model with a window in some layers and nothing else."""
-    edit = LayerEdit(cache=WindowCache(window=window, sinks=SINKS))
-    return tuple(edit if layer in chosen else LayerEdit() for layer in range(layers))
+    return tuple(_edit(window) if layer in chosen else LayerEdit() for layer in range(layers))
+
+
+def _edit(window: int) -> LayerEdit:
+    return LayerEdit(cache=WindowCache(window=window, sinks=SINKS))

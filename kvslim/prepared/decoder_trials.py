@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from kvslim.methods.base import Method
 from kvslim.planning.budget import choose_within
 from kvslim.planning.choose import Chosen
 from kvslim.planning.survey import surveyed
+from kvslim.planning.windows import SHARES
 from kvslim.prepared.text import joined, split
 from kvslim.prepared.trials import Codes, Trials
 from kvslim.settings import Budget
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 REFIT_TOKENS = 4_096, 12_288  # for many layers, for few
 TAYLOR_TOKENS = 8_192
-RECALL_ITEMS, LAZY_ITEMS = 50, 12
+RECALL_ITEMS, LAZY_ITEMS, FAR_ITEMS = 50, 12, 32
 JOINED = 4  # text is put end to end up to one part in so many of the target context
 
 
@@ -57,13 +57,6 @@ class DecoderTrials(Trials):
         )
         return KLEvaluator(self.model, self.architecture, windows, mask, probing=True)
 
-    @property
-    def recall_distance(self) -> int:
-        """Tokens between a recall question and its answer, at most: as many as a text that was put end to end has."""
-        asked = self.prepared.recipe.validation.recall_distance
-        is_joined = self.held_out.length > self.statistics.windows.shape[1]
-        return max(asked, self.held_out.length) if is_joined else asked
-
     @cached_property
     def probe(self) -> KLEvaluator:
         """The divergence on a little of the text that serves for fitting, for many quick probes."""
@@ -83,12 +76,30 @@ class DecoderTrials(Trials):
         return AnswerTrials(self.held_out, self._recall_items(LAZY_ITEMS))
 
     @cached_property
-    def more_recall(self) -> RecallTrials:
-        """More of them, to be asked of a few plans; what counts are right answers, as when an artifact is measured."""
-        return RecallTrials(self.held_out, self._recall_items(RECALL_ITEMS))
+    def far_recall(self) -> AnswerTrials:
+        """The same over the whole target context, by which windows are judged.
 
-    def _recall_items(self, most: int) -> Sequence[RecallItem]:
-        return self.prepared.text.recall_items(self.statistics.windows, most, self.recall_distance)
+        At 4,096 tokens SmolLM2-135M lost a quarter of its recall with windows of 512 that lost nothing up to 1,024.
+        """
+        return AnswerTrials(self.held_out, self.far_items)
+
+    @cached_property
+    def far_items(self) -> list[RecallItem]:
+        """Questions of one text as long as the target context, at all distances that the longest window leaves out.
+
+        Where there is no such text, near ones.
+        """
+        far = self.prepared.text.far_items(self.statistics.windows, FAR_ITEMS, 1 - SHARES[0])
+        return far or self._recall_items(LAZY_ITEMS)
+
+    @cached_property
+    def more_recall(self) -> RecallTrials:
+        """More of both, to be asked of a few plans; what counts are right answers, as when an artifact is measured."""
+        far = self.prepared.text.far_items(self.statistics.windows, FAR_ITEMS, 0.5)
+        return RecallTrials(self.held_out, [*far, *self._recall_items(RECALL_ITEMS)])
+
+    def _recall_items(self, most: int) -> list[RecallItem]:
+        return self.prepared.text.recall_items(self.statistics.windows, most)
 
     @cached_property
     def taylor(self) -> np.ndarray:

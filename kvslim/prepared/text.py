@@ -138,17 +138,25 @@ class TextSource:
         """The recall questions of the validation; those of a model other than the demo are made of the text."""
         settings = self.validation
         near = self._recall_items(windows, settings.recall_items, settings.recall_distance, settings.seed)
-        if long_text is None or self.prepared.snapshot.is_demo:
+        if long_text is None:
             return near
-        length = min(len(long_text), self.prepared.context)
-        count = min(FAR_SPANS, settings.recall_items, length // (4 * SPAN))
-        distance = length - REST - (count - 1) * SPAN  # later questions stand behind earlier ones
-        far = repeated_spans(windows, count=count, distance=distance, seed=settings.seed, spans=FAR_SPANS)
-        return [*far, *near]
+        return [*self._far_items(windows, FAR_SPANS, min(len(long_text), self.prepared.context), settings.seed), *near]
 
-    def recall_items(self, windows: np.ndarray, most: int, distance: int) -> list[RecallItem]:
+    def recall_items(self, windows: np.ndarray, most: int) -> list[RecallItem]:
         """Recall questions other than those of the validation."""
-        return self._recall_items(windows, min(self.validation.recall_items, most), distance, self.validation.seed + 1)
+        settings = self.validation
+        count = min(settings.recall_items, most)
+        return self._recall_items(windows, count, settings.recall_distance, settings.seed + 1)
+
+    def far_items(self, windows: np.ndarray, most: int, spread: float) -> list[RecallItem]:
+        """Recall questions other than those of the validation, of one text as long as the target context.
+
+        Args:
+            windows: Text to make them of, [n, length] token ids.
+            most: Questions at most.
+            spread: Share of the text that what they ask for is spread over.
+        """
+        return self._far_items(windows, most, self.prepared.context, self.validation.seed + 1, spread)
 
     @property
     def _calibration_share(self) -> tuple[float, float]:
@@ -208,6 +216,16 @@ class TextSource:
             return list(repeated_spans(windows, count=count, distance=distance, seed=seed))
         questions = recall_questions(count, distance, lambda text: len(self._ids(text)), seed)
         return [RecallItem(self._ids(item.prompt), self._ids(item.answer, start=False), distance) for item in questions]
+
+    def _far_items(
+        self, windows: np.ndarray, most: int, length: int, seed: int, spread: float = 0.5
+    ) -> list[RecallItem]:
+        """Questions of one text of so many tokens; none where that is too short. The demo knows only its stories."""
+        count = min(most, self.validation.recall_items, length // (4 * SPAN))
+        if not count or self.prepared.snapshot.is_demo:
+            return []
+        distance = length - REST - (count - 1) * SPAN  # later questions stand behind earlier ones
+        return list(repeated_spans(windows, count=count, distance=distance, seed=seed, spans=most, spread=spread))
 
     def _ids(self, text: str, start: bool = True) -> tuple[int, ...]:
         encoded: Any = self.prepared.tokenizer(text, add_special_tokens=start, verbose=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -106,6 +107,30 @@ class KLEvaluator:
             found += [float(part.mean()) for part in likely.split([len(answer) for answer in answers])]
         return found
 
+    def shifts(self, edit: LayerEdit, layers: Sequence[int], items: Sequence[Question]) -> dict[int, float]:
+        """Mean |change| / |output| of each of the layers where answers are predicted, when it alone has an edit."""
+        found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        for tokens, answers in chained(items):
+            places = torch.cat(answers) - 1
+
+            def compare(layer: int, places: Tensor, module: Any, inputs: Any, named: Any, output: Any) -> None:
+                codes = tuple(edit if index == layer else LayerEdit() for index in range(len(self.layers)))
+                with trial(self.model, self.architecture, codes):
+                    changed = _states(module.forward(*inputs, **named))[0, places]
+                states = _states(output)[0, places]
+                found[layer].append((changed - states).norm(dim=-1) / states.norm(dim=-1))
+
+            hooks = [
+                self.layers[layer].register_forward_hook(partial(compare, layer, places), with_kwargs=True)
+                for layer in layers
+            ]
+            try:
+                self._logits(tokens[None], places)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return {layer: float(torch.cat(each).double().mean()) for layer, each in found.items()}
+
     def _answered(
         self, codes: tuple[LayerEdit, ...], items: Sequence[Question]
     ) -> Iterator[tuple[Tensor, list[Tensor]]]:
@@ -122,6 +147,12 @@ class KLEvaluator:
     def _logits(self, batch: Tensor, places: Tensor) -> Tensor:
         with torch.inference_mode():
             return logits_at(self.model, batch, places)
+
+
+def _states(output: Any) -> Tensor:
+    """The hidden states [n, length, hidden] among what a layer gives."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
 
 
 def logits_at(model: Any, batch: Tensor, places: Tensor) -> Tensor:

@@ -201,11 +201,17 @@ def _check(items: Sequence[RecallItem]) -> None:
 
 
 def repeated_spans(
-    windows: npt.NDArray[np.int64], *, count: int, distance: int, seed: int = 0, spans: int = SPANS
+    windows: npt.NDArray[np.int64],
+    *,
+    count: int,
+    distance: int,
+    seed: int = 0,
+    spans: int = SPANS,
+    spread: float = 0.5,
 ) -> tuple[RecallItem, ...]:
     """Recall items for any model: random tokens hidden in ordinary text, and at its end the same random tokens again.
 
-    A text hides a number of spans, spread over its first half, and each of them makes an item. So the items of a
+    A text hides a number of spans, spread over its first part, and each of them makes an item. So the items of a
     text share all of the prompt but its end, and the text is read only once. The first `CUE` tokens of the second copy
     belong to the prompt and show where to look; the other `SPAN - CUE` are the answer. A span is drawn evenly from the
     distinct tokens of the text, so that word frequencies do not help. A token that starts every window (a BOS) starts
@@ -214,9 +220,11 @@ def repeated_spans(
     Args:
         windows: Ordinary text, token ids [n, length], from which spans and filler are taken.
         count: Items to make.
-        distance: Tokens between the two copies of the first span of a text; of the last span about half as many.
+        distance: Tokens between the two copies of the first span of a text.
         seed: Seed of the draws; the same arguments give the same items.
         spans: In one text at most; a short one has room for fewer.
+        spread: Share of a text that they are spread over: the last lies about this share of the distance behind the
+            first.
 
     Returns:
         Items with prompts of at most `1 + SPAN + distance + CUE` tokens and answers of `SPAN - CUE`.
@@ -232,18 +240,23 @@ def repeated_spans(
     generator = np.random.default_rng(seed)
     items: list[RecallItem] = []
     while len(items) < count:
-        items.extend(_items_of_a_text(text, start, distance, generator, spans))
+        items.extend(_items_of_a_text(text, start, distance, generator, spans, spread))
     return tuple(items[:count])
 
 
 def _items_of_a_text(
-    text: npt.NDArray[np.int64], start: tuple[int, ...], distance: int, generator: np.random.Generator, most: int
+    text: npt.NDArray[np.int64],
+    start: tuple[int, ...],
+    distance: int,
+    generator: np.random.Generator,
+    most: int,
+    spread: float,
 ) -> list[RecallItem]:
     tokens = np.unique(text)
     count = spans_of(distance, most)
     spans = [generator.choice(tokens, size=SPAN, replace=len(tokens) < SPAN) for _ in range(count)]
     filler = np.resize(np.roll(text, -int(generator.integers(len(text)))), distance - (count - 1) * SPAN)
-    places = np.linspace(0, max(0, distance // 2 - (count - 1) * SPAN), count).astype(int)
+    places = np.linspace(0, max(0, int(distance * spread) - (count - 1) * SPAN), count).astype(int)
     pieces = np.split(filler, places[1:])
     hidden = np.concatenate([part for pair in zip(spans, pieces, strict=True) for part in pair])
     prompt = (*start, *hidden.tolist())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.planning.budget import decode_time
@@ -25,6 +25,10 @@ def nothing(_: object) -> float:
 
 def much(_: object) -> float:
     return 1e9
+
+
+def alike(_: object, layers: Sequence[int]) -> dict[int, float]:
+    return dict.fromkeys(layers, 0.0)
 
 
 def prober_of(
@@ -51,12 +55,13 @@ def prober_of(
         key: What the probes are stored under.
     """
     measured = divergence or evaluator_of(prepared, statistics).kl
+    lost, forgotten = windows or (much, nothing)
     return Prober(
         prepared.spec,
         statistics,
         decode_time(prepared, context),
         measured,
-        WindowTrials(context if windows else 0, *(windows or (much, nothing))),
+        WindowTrials(context if windows else 0, lost, alike, forgotten),
         PlanTrials(Plan.identity(prepared.spec), *plans),
         timed,
         key,
