@@ -248,7 +248,11 @@ class OpenModel:
 
     def recall(self, codes: Codes) -> float | None:
         """Recall, as a share."""
-        return self._evaluator.recall(codes, self.items) if self.items else None
+        from kvslim.transform.recall_trials import RecallTrials
+
+        if not self.items:
+            return None
+        return RecallTrials(self._prepared.model, self._prepared.architecture, self.items).recall(codes)
 
     def kl_on(self, codes: Codes, source: Path, samples: int, length: int) -> float:
         """Mean KL on a text, of which completions alone count where it has prompts."""

@@ -9,7 +9,7 @@ from support.tiny_artifact import SPEC
 from kvslim.checks import check_lengths
 from kvslim.errors import UnsupportedError, UsageError
 from kvslim.recipe import Recipe, load_recipe
-from kvslim.transform.kl_evaluator import chained
+from kvslim.transform.recall_trials import chained
 from kvslim.validation.bench import Grid
 from kvslim.validation.recall import capacity_for, repeated_spans
 from kvslim.validation.spans import longest_distance, positions_of

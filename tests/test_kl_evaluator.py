@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +20,8 @@ from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Silent
 from kvslim.transform import compensate, kl_evaluator
 from kvslim.transform.edits import LayerEdit
-from kvslim.transform.kl_evaluator import KLEvaluator, chained, held_out_windows, probe_windows
-from kvslim.transform.recall_trials import AnswerTrials
+from kvslim.transform.kl_evaluator import KLEvaluator, held_out_windows, probe_windows
+from kvslim.transform.recall_trials import AnswerTrials, RecallTrials, chained
 from kvslim.transform.surgery import trial
 from kvslim.types import LayerPlan, Plan
 from kvslim.validation.recall import RecallItem
@@ -44,6 +43,26 @@ def codes_of(prepared: PreparedDecoder, **changes: object) -> Codes:
     cache = FullCache.model_validate({"rank": 8, **changes})
     layers = tuple(LayerPlan(layer=layer, cache=cache) for layer in range(prepared.spec.layers))
     return fit(prepared.spec, prepared.statistics, Plan(layers=layers))
+
+
+def answers_of(prepared: PreparedDecoder, items: Sequence[RecallItem]) -> AnswerTrials:
+    return AnswerTrials(prepared.model, prepared.architecture, items)
+
+
+def short_answers(prepared: PreparedDecoder) -> list[RecallItem]:
+    """Of two texts, one answer of two tokens and one of one."""
+    first, second = (tuple(window) for window in windows_of(prepared)[:2].tolist())
+    return [RecallItem(first[:10], first[10:12]), RecallItem(second[:10], second[10:11])]
+
+
+def probabilities_of(prepared: PreparedDecoder, items: Sequence[RecallItem]) -> list[float]:
+    """What a whole pass over each text says of its answer."""
+    found = []
+    for item in items:
+        said = torch.from_numpy(torch_logits(prepared, np.array(item.prompt + item.answer))).softmax(-1)
+        places = range(len(item.prompt) - 1, len(item.prompt) + len(item.answer) - 1)
+        found.append(float(np.mean([said[place, token] for place, token in zip(places, item.answer, strict=True)])))
+    return found
 
 
 def evaluator_of(prepared: PreparedDecoder, windows: np.ndarray) -> KLEvaluator:
@@ -117,21 +136,29 @@ def test_model_is_as_before_when_a_trial_or_its_installation_fails(prepared: Pre
 
 
 def test_recall_is_whole_when_answers_are_what_the_model_says(prepared: PreparedDecoder) -> None:
-    evaluator = evaluator_of(prepared, windows_of(prepared))
     prompts = [tuple(window) for window in windows_of(prepared).tolist()]
     said = [int(torch_logits(prepared, np.array(prompt))[-1].argmax()) for prompt in prompts]
     right = [RecallItem(prompt, (answer,)) for prompt, answer in zip(prompts, said, strict=True)]
     wrong = [RecallItem(prompt, ((answer + 1) % 200,)) for prompt, answer in zip(prompts, said, strict=True)]
-    assert (evaluator.recall((), right), evaluator.recall((), wrong)) == (1.0, 0.0)
+    found = [RecallTrials(prepared.model, prepared.architecture, items).plain for items in (right, wrong)]
+    assert found == [1.0, 0.0]
 
 
 def test_answers_have_the_probability_that_the_model_gives_them(prepared: PreparedDecoder) -> None:
-    evaluator = evaluator_of(prepared, windows_of(prepared))
-    first, second = (tuple(window) for window in windows_of(prepared)[:2].tolist())
-    items = [RecallItem(first[:10], first[10:12]), RecallItem(second[:10], second[10:11])]
-    said = [torch.from_numpy(torch_logits(prepared, np.array(text))).softmax(-1) for text in (first, second)]
-    expected = [(said[0][9, first[10]] + said[0][10, first[11]]) / 2, said[1][9, second[10]]]
-    np.testing.assert_allclose(evaluator.answer_probabilities((), items), expected, rtol=1e-4)
+    items = short_answers(prepared)
+    np.testing.assert_allclose(answers_of(prepared, items).plain, probabilities_of(prepared, items), rtol=1e-4)
+
+
+def test_probabilities_with_codes_are_those_of_the_whole_model(prepared: PreparedDecoder) -> None:
+    """What lies before the first changed layer is not run again."""
+    items = short_answers(prepared)
+    trials = answers_of(prepared, items)
+    codes = tuple(code if layer == 1 else LayerEdit() for layer, code in enumerate(codes_of(prepared)))
+    with trial(prepared.model, prepared.architecture, codes):
+        expected = probabilities_of(prepared, items)
+    assert trials.probabilities(codes) == pytest.approx(expected, rel=1e-4)
+    assert trials.probabilities(codes) != pytest.approx(trials.plain, rel=1e-3)
+    assert trials.probabilities(tuple(LayerEdit() for _ in codes)) == trials.plain
 
 
 @pytest.mark.parametrize(
@@ -143,10 +170,14 @@ def test_answers_have_the_probability_that_the_model_gives_them(prepared: Prepar
         ([0.6, 0.6, 0.6, 0.6], 0.0),
     ],
 )
-def test_answers_that_differ_count_as_a_possible_loss(after: list[float], lost: float) -> None:
+def test_answers_that_differ_count_as_a_possible_loss(
+    prepared: PreparedDecoder, monkeypatch: pytest.MonkeyPatch, after: list[float], lost: float
+) -> None:
     """In the third case they gain, by 0.05 in the mean, and nobody knows of other questions."""
-    found = SimpleNamespace(answer_probabilities=lambda codes, _: after if codes else [0.5] * 4)
-    trials = AnswerTrials(cast("KLEvaluator", found), ())
+    items = [RecallItem((1, 2), (3,))] * 4
+    trials = answers_of(prepared, items)
+    monkeypatch.setattr(AnswerTrials, "plain", [0.5] * 4)
+    monkeypatch.setattr(AnswerTrials, "probabilities", lambda *_: after)
     assert trials.drop((LayerEdit(),)) == pytest.approx(lost, abs=1e-4)
 
 
@@ -154,16 +185,18 @@ def test_a_layer_moves_answers_as_far_as_what_it_forgets(prepared: PreparedDecod
     """Where the window holds all that an answer is predicted from, nothing moves."""
     text = tuple(windows_of(prepared, count=1).ravel().tolist())
     items = [RecallItem(text[:length], (1, 2)) for length in (6, 28)]
-    trials = AnswerTrials(evaluator_of(prepared, windows_of(prepared)), items)
+    trials = answers_of(prepared, items)
     edit = LayerEdit(cache=WindowCache(window=8, sinks=2))
     shifts = trials.shifts(edit, [1])
     assert list(shifts) == [1]
     codes = tuple(edit if layer == 1 else LayerEdit() for layer in range(prepared.spec.layers))
     states = []
-    for each in ((), codes):
+    for each in (tuple(LayerEdit() for _ in codes), codes):
         kept: list[Any] = []
-        hook = trials.evaluator.layers[1].register_forward_hook(lambda *call, kept=kept: kept.append(call[2]))
-        trials.evaluator.answer_probabilities(each, items)
+        hook = trials.layers[1].register_forward_hook(lambda *call, kept=kept: kept.append(call[2]))
+        with trial(prepared.model, prepared.architecture, each):
+            for tokens, _ in trials.texts:
+                torch_logits(prepared, tokens.numpy())
         hook.remove()
         near, far = (each[0] if isinstance(each, tuple) else each for each in kept)
         states.append(torch.cat([near[0, 5:7], far[0, 27:29]]))

@@ -17,7 +17,7 @@ from kvslim.planning.planner import Planner
 from kvslim.planning.windows import WindowTrials, windows_keeping_recall
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.transform.edits import LayerEdit
-from kvslim.transform.kl_evaluator import KLEvaluator
+from kvslim.transform.recall_trials import AnswerTrials
 from kvslim.types import KVLayout
 
 CONTEXT = 128
@@ -142,7 +142,7 @@ def test_planner_offers_windows_where_the_text_allows(tiny_llama: Path, monkeypa
 
     A random model recalls by chance, so here no window costs recall.
     """
-    monkeypatch.setattr(KLEvaluator, "recall", lambda *_: 1.0)
+    monkeypatch.setattr(AnswerTrials, "drop", lambda *_: 0.0)
     validation = VALIDATION.model_copy(update={"recall_distance": 32})
     recipe = recipe_of().model_copy(update={"validation": validation})
     planner = planner_of_model(open_prepared(tiny_llama, recipe).trials(), 80)

@@ -73,7 +73,7 @@ class DecoderTrials(Trials):
         Of so few questions no answer may change though a layer loses much. SmolLM2-135M with windows of 512 tokens in
         eight layers lost 0.7 % of the answers of 12 questions, and 4 % of those of 100.
         """
-        return AnswerTrials(self.held_out, self._recall_items(LAZY_ITEMS))
+        return AnswerTrials(self.model, self.architecture, self._recall_items(LAZY_ITEMS))
 
     @cached_property
     def far_recall(self) -> AnswerTrials:
@@ -81,7 +81,7 @@ class DecoderTrials(Trials):
 
         At 4,096 tokens SmolLM2-135M lost a quarter of its recall with windows of 512 that lost nothing up to 1,024.
         """
-        return AnswerTrials(self.held_out, self.far_items)
+        return AnswerTrials(self.model, self.architecture, self.far_items)
 
     @cached_property
     def far_items(self) -> list[RecallItem]:
@@ -96,7 +96,7 @@ class DecoderTrials(Trials):
     def more_recall(self) -> RecallTrials:
         """More of both, to be asked of a few plans; what counts are right answers, as when an artifact is measured."""
         far = self.prepared.text.far_items(self.statistics.windows, FAR_ITEMS, 0.5)
-        return RecallTrials(self.held_out, [*far, *self._recall_items(RECALL_ITEMS)])
+        return RecallTrials(self.model, self.architecture, [*far, *self._recall_items(RECALL_ITEMS)])
 
     def _recall_items(self, most: int) -> list[RecallItem]:
         return self.prepared.text.recall_items(self.statistics.windows, most)

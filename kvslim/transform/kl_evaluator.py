@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvslim.loading.architecture import Architecture
-from kvslim.prefix import shared_length
 from kvslim.transform.edits import Array, LayerEdit
 from kvslim.transform.surgery import layer_modules, trial
 
@@ -20,18 +18,6 @@ BATCH = 1024  # tokens of a forward pass
 SMALL_VOCABULARY = 2**14
 LARGE = 2**26  # parameters
 PLACES = 64  # compared at a time, so that what is in between takes little memory
-
-
-class Question(Protocol):
-    """A prompt and the answer that stands in it, as token ids."""
-
-    @property
-    def prompt(self) -> Sequence[int]:
-        """Up to the answer."""
-
-    @property
-    def answer(self) -> Sequence[int]:
-        """What must follow."""
 
 
 class KLEvaluator:
@@ -72,13 +58,11 @@ class KLEvaluator:
 
     def kl(self, codes: tuple[LayerEdit, ...]) -> float:
         """Mean KL(model || model with codes), nats per token."""
-        changed = [
-            layer if code.source is None else code.source for layer, code in enumerate(codes) if not code.is_empty
-        ]
-        if not changed:
+        first = first_changed(codes)
+        if first is None:
             return 0.0
         with trial(self.model, self.architecture, codes):
-            return self.kl_from(min(changed))
+            return self.kl_from(first)
 
     def kl_from(self, first: int) -> float:
         """Mean KL(model as it was || as it is now), nats per token.
@@ -94,52 +78,6 @@ class KLEvaluator:
             total += summed_kl(reference, student, weights)
         return max(total / sum(int(weights.sum()) for weights in self._weights), 0.0)
 
-    def recall(self, codes: tuple[LayerEdit, ...], items: Sequence[Question]) -> float:
-        """Share of answer tokens that the model finds most likely, with codes if there are any."""
-        found = [logits.argmax(-1) == torch.cat(answers) for logits, answers in self._answered(codes, items)]
-        return float(torch.cat(found).double().mean())
-
-    def answer_probabilities(self, codes: tuple[LayerEdit, ...], items: Sequence[Question]) -> list[float]:
-        """Mean probability of the tokens of each answer, with codes if there are any."""
-        found: list[float] = []
-        for logits, answers in self._answered(codes, items):
-            likely = logits.float().softmax(-1).gather(-1, torch.cat(answers)[:, None])[:, 0]
-            found += [float(part.mean()) for part in likely.split([len(answer) for answer in answers])]
-        return found
-
-    def shifts(self, edit: LayerEdit, layers: Sequence[int], items: Sequence[Question]) -> dict[int, float]:
-        """Mean |change| / |output| of each of the layers where answers are predicted, when it alone has an edit."""
-        found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-        for tokens, answers in chained(items):
-            places = torch.cat(answers) - 1
-
-            def compare(layer: int, places: Tensor, module: Any, inputs: Any, named: Any, output: Any) -> None:
-                codes = tuple(edit if index == layer else LayerEdit() for index in range(len(self.layers)))
-                with trial(self.model, self.architecture, codes):
-                    changed = _states(module.forward(*inputs, **named))[0, places]
-                states = _states(output)[0, places]
-                found[layer].append((changed - states).norm(dim=-1) / states.norm(dim=-1))
-
-            hooks = [
-                self.layers[layer].register_forward_hook(partial(compare, layer, places), with_kwargs=True)
-                for layer in layers
-            ]
-            try:
-                self._logits(tokens[None], places)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-        return {layer: float(torch.cat(each).double().mean()) for layer, each in found.items()}
-
-    def _answered(
-        self, codes: tuple[LayerEdit, ...], items: Sequence[Question]
-    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """For each text the logits [n, vocab] of its answers' tokens, one answer after the other, and these tokens."""
-        codes = codes or tuple(LayerEdit() for _ in self.layers)
-        with trial(self.model, self.architecture, codes):
-            for tokens, places in chained(items):
-                yield self._logits(tokens[None], torch.cat(places) - 1)[0], [tokens[each] for each in places]
-
     def _log_probabilities(self, batch: Tensor) -> Tensor:
         places = torch.arange(self.stride - 1, batch.shape[1], self.stride)
         return self._logits(batch, places).float().log_softmax(-1)
@@ -149,10 +87,10 @@ class KLEvaluator:
             return logits_at(self.model, batch, places)
 
 
-def _states(output: Any) -> Tensor:
-    """The hidden states [n, length, hidden] among what a layer gives."""
-    states: Tensor = output[0] if isinstance(output, tuple) else output
-    return states
+def first_changed(codes: tuple[LayerEdit, ...]) -> int | None:
+    """The first layer that computes otherwise with codes; None where none does."""
+    changed = (layer if code.source is None else code.source for layer, code in enumerate(codes) if not code.is_empty)
+    return min(changed, default=None)
 
 
 def logits_at(model: Any, batch: Tensor, places: Tensor) -> Tensor:
@@ -188,26 +126,6 @@ def predicting(windows: Array, loss_mask: Array | None) -> Array:
     if loss_mask is not None and loss_mask[:, 1:].any() and not loss_mask.all():
         following[:, :-1], following[:, -1] = loss_mask[:, 1:], False
     return following
-
-
-def chained(items: Sequence[Question]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Texts with all questions that are asked of them behind them, one after the other: token ids, and answers' places.
-
-    What questions share is run once. Questions belong to one text where they share more than half of their prompts.
-    """
-    tokens: list[int] = []
-    places: list[Tensor] = []
-    text: tuple[int, ...] = ()
-    for item in items:
-        shared = shared_length(text, item.prompt)
-        if 2 * shared <= len(item.prompt):
-            if tokens:
-                yield torch.tensor(tokens), places
-            tokens, places, text, shared = [], [], tuple(item.prompt), 0
-        tokens += item.prompt[shared:]
-        places.append(torch.arange(len(tokens), len(tokens) + len(item.answer)))
-        tokens += item.answer
-    yield torch.tensor(tokens), places
 
 
 @contextmanager

@@ -2,24 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
 from statistics import mean, stdev
+from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
+from kvslim.loading.architecture import Architecture
+from kvslim.prefix import shared_length
 from kvslim.transform.edits import LayerEdit
-from kvslim.transform.kl_evaluator import KLEvaluator, Question
+from kvslim.transform.kl_evaluator import first_changed, logits_at, remembering, replaying
+from kvslim.transform.surgery import layer_modules, trial
+
+Codes = tuple[LayerEdit, ...]
+Places = list[Tensor]
+
+
+class Question(Protocol):
+    """A prompt and the answer that stands in it, as token ids."""
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """Up to the answer."""
+
+    @property
+    def answer(self) -> Sequence[int]:
+        """What must follow."""
 
 
 class _Asked:
     """Questions, and the model that they are put to.
 
     Args:
-        evaluator: Runs the model on the questions.
+        model: The prepared model, without codes.
+        architecture: Where its parts live.
         items: The questions.
     """
 
-    def __init__(self, evaluator: KLEvaluator, items: Sequence[Question]) -> None:
-        self.evaluator, self.items = evaluator, items
+    def __init__(self, model: Any, architecture: Architecture, items: Sequence[Question]) -> None:
+        self.model, self.architecture = model, architecture
+        self.layers = layer_modules(model, architecture)
+        self.texts = list(chained(items))
+
+    def _logits(self, codes: Codes, tokens: Tensor, places: Places, known: Sequence[Any] = ()) -> Tensor:
+        """Logits [n, vocab] at the tokens of a text's answers.
+
+        Args:
+            codes: Empty for none.
+            tokens: Of the text.
+            places: Of the answers in it.
+            known: What the first layers give.
+        """
+        codes, first = codes or self._alone(LayerEdit(), 0), self.layers[: len(known)]
+        with trial(self.model, self.architecture, codes), replaying(first, known), torch.inference_mode():
+            return logits_at(self.model, tokens[None], torch.cat(places) - 1)[0]
+
+    def _alone(self, edit: LayerEdit, layer: int) -> Codes:
+        """Codes that edit one layer."""
+        return tuple(edit if index == layer else LayerEdit() for index in range(len(self.layers)))
 
 
 class RecallTrials(_Asked):
@@ -28,30 +70,47 @@ class RecallTrials(_Asked):
     @cached_property
     def plain(self) -> float:
         """Recall of the model without codes."""
-        return self.evaluator.recall((), self.items)
+        return self.recall(())
 
-    def drop(self, codes: tuple[LayerEdit, ...]) -> float:
+    def drop(self, codes: Codes) -> float:
         """Share of recall that the model loses with codes."""
-        return self.plain - self.evaluator.recall(codes, self.items)
+        return self.plain - self.recall(codes)
+
+    def recall(self, codes: Codes) -> float:
+        """Share of answer tokens that the model finds most likely, with codes if there are any."""
+        found = [
+            self._logits(codes, tokens, places).argmax(-1) == tokens[torch.cat(places)] for tokens, places in self.texts
+        ]
+        return float(torch.cat(found).double().mean())
 
 
 class AnswerTrials(_Asked):
-    """The probability of answers: it falls about as recall does, but by little where a model loses little."""
+    """The probability of answers: it falls about as recall does, but by little where a model loses little.
+
+    What the layers give without codes is remembered, so that a trial costs only the layers from the first changed one.
+    """
 
     @cached_property
     def plain(self) -> list[float]:
-        """The probability of each answer without codes."""
-        return self.evaluator.answer_probabilities((), self.items)
+        """Mean probability of the tokens of each answer without codes."""
+        return [each for probabilities, _ in self._remembered for each in probabilities]
 
-    def drop(self, codes: tuple[LayerEdit, ...]) -> float:
+    def drop(self, codes: Codes) -> float:
         """Probability that answers may lose with codes: the mean loss, if it is one, and its standard error.
 
         Where some answers gain and others lose, their mean says nothing, and the questions of another text lose.
         """
-        found = self.evaluator.answer_probabilities(codes, self.items)
-        lost = [before - after for before, after in zip(self.plain, found, strict=True)]
+        lost = [before - after for before, after in zip(self.plain, self.probabilities(codes), strict=True)]
         error = stdev(lost) / len(lost) ** 0.5 if len(lost) > 1 else 0.0
         return max(mean(lost), 0.0) + error
+
+    def probabilities(self, codes: Codes) -> list[float]:
+        """Mean probability of the tokens of each answer with codes."""
+        first = first_changed(codes)
+        found: list[float] = []
+        for text, (plain, outputs) in zip(self.texts, self._remembered, strict=True):
+            found += plain if first is None else _probabilities(self._logits(codes, *text, outputs[:first]), *text)
+        return found
 
     def shifts(self, edit: LayerEdit, layers: Sequence[int]) -> dict[int, float]:
         """How far each of the layers moves what it gives where answers are predicted, when it alone has an edit.
@@ -62,4 +121,65 @@ class AnswerTrials(_Asked):
         Returns:
             By layer the mean of |change| / |output|.
         """
-        return self.evaluator.shifts(edit, layers, self.items)
+        found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+
+        def compare(layer: int, at: Tensor, module: Any, inputs: Any, named: Any, output: Any) -> None:
+            with trial(self.model, self.architecture, self._alone(edit, layer)):
+                changed = _states(module.forward(*inputs, **named))[0, at]
+            states = _states(output)[0, at]
+            found[layer].append((changed - states).norm(dim=-1) / states.norm(dim=-1))
+
+        for tokens, places in self.texts:
+            at = torch.cat(places) - 1
+            hooks = [
+                self.layers[layer].register_forward_hook(partial(compare, layer, at), with_kwargs=True)
+                for layer in layers
+            ]
+            try:
+                self._logits((), tokens, places)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return {layer: float(torch.cat(each).double().mean()) for layer, each in found.items()}
+
+    @cached_property
+    def _remembered(self) -> list[tuple[list[float], list[Any]]]:
+        """For each text the probabilities of its answers, and what the layers give, without codes."""
+        found = []
+        for text in self.texts:
+            with remembering(self.layers) as outputs:
+                found.append((_probabilities(self._logits((), *text), *text), outputs))
+        return found
+
+
+def chained(items: Sequence[Question]) -> Iterator[tuple[Tensor, Places]]:
+    """Texts with all questions that are asked of them behind them, one after the other: token ids, and answers' places.
+
+    What questions share is run once. Questions belong to one text where they share more than half of their prompts.
+    """
+    tokens: list[int] = []
+    places: Places = []
+    text: tuple[int, ...] = ()
+    for item in items:
+        shared = shared_length(text, item.prompt)
+        if 2 * shared <= len(item.prompt):
+            if tokens:
+                yield torch.tensor(tokens), places
+            tokens, places, text, shared = [], [], tuple(item.prompt), 0
+        tokens += item.prompt[shared:]
+        places.append(torch.arange(len(tokens), len(tokens) + len(item.answer)))
+        tokens += item.answer
+    if tokens:
+        yield torch.tensor(tokens), places
+
+
+def _probabilities(logits: Tensor, tokens: Tensor, places: Places) -> list[float]:
+    """Mean probability of the tokens of each answer, of logits [n, vocab]."""
+    likely = logits.float().softmax(-1).gather(-1, tokens[torch.cat(places)][:, None])[:, 0]
+    return [float(part.mean()) for part in likely.split([len(answer) for answer in places])]
+
+
+def _states(output: Any) -> Tensor:
+    """The hidden states [n, length, hidden] among what a layer gives."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
