@@ -134,7 +134,9 @@ def test_probes_come_from_the_disk_for_any_budget_and_are_made_again_when_damage
     (stored,) = (cache_of_its_own / "probes").iterdir()
     asked: list[Prober] = []
     with_recall = Prober.with_recall
-    monkeypatch.setattr(Prober, "with_recall", lambda prober, found: asked.append(prober) or with_recall(prober, found))
+    monkeypatch.setattr(
+        Prober, "with_recall", lambda prober, *found: asked.append(prober) or with_recall(prober, *found)
+    )
     assert choose_within(Budget(kv_ratio=12), trials).planned.point.kv_ratio >= 12
     assert choose_within(Budget(kv_ratio=8), trials) == first
     assert asked == []
