@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 from support.gathering import attention, gather, states
 from support.gathering import windows_of as texts_of
@@ -16,6 +17,7 @@ from support.numbers_of_a_model import SPEC, statistics_of
 from support.tiny_artifact import fill
 
 from kvslim.caches import Cache, PackedCache, WindowCache
+from kvslim.caches.attention.base import BLOCK, attended
 from kvslim.checks import check_methods, check_plan
 from kvslim.cli.inputs import read_plan
 from kvslim.errors import UsageError
@@ -25,6 +27,7 @@ from kvslim.methods.fitting import fit
 from kvslim.methods.kv_window import kept_attention
 from kvslim.report.memory import artifact_caches, cache_memory
 from kvslim.report.tables import caches_table, layers_table, plan_table
+from kvslim.transform.scoring import Scoring
 from kvslim.types import KVLayout, LayerPlan, Plan
 
 FOUR = SPEC.model_copy(update={"layers": 4, "windows": (None,) * 4})
@@ -49,6 +52,19 @@ def test_lazy_takes_the_layers_whose_worst_head_keeps_most() -> None:
     assert chosen == set(np.argsort(-kept)[:2].tolist())
     for layer in plan.layers:
         assert (f"{kept[layer.layer]:.1%}" in layer.reason) == (layer.layer in chosen)
+
+
+@pytest.mark.parametrize(
+    "scoring", [Scoring(0.5, recent=40, sinks=4), Scoring(0.5, window=40), Scoring(0.5, 90, None, 40, 2)]
+)
+def test_nearby_attention_by_blocks_is_that_under_one_mask(scoring: Scoring) -> None:
+    random = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 2 * BLOCK + 10, 8, generator=random) for heads in (4, 2, 2))
+    key_of_all, value_of_all = (states.repeat_interleave(2, 1) for states in (key, value))
+
+    found = attended(query, key, value, scoring)
+
+    torch.testing.assert_close(found, (scoring.weights(query, key_of_all) @ value_of_all).transpose(1, 2))
 
 
 def test_window_goes_to_the_layers_named_or_to_all() -> None:

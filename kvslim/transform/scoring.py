@@ -49,6 +49,12 @@ class Scoring:
         """Scores within the softcap."""
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
+    def reach(self, start: int, stop: int) -> Tensor:
+        """Positions [keys] of the tokens that any query from `start` to before `stop` may see, in order."""
+        recent = min(age for age in (self.window, self.recent, stop) if age is not None)
+        first = max(start + 1 - recent, 0)
+        return torch.cat([torch.arange(min(self.sinks, first)), torch.arange(first, stop)])
+
     def hidden(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Which keys a query does not see, by positions [..., queries] and [..., keys]: bool [..., queries, keys]."""
         age = queries[..., :, None] - keys[..., None, :]

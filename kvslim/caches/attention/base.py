@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvslim.transform.attention import SlimAttention
 
 States = tuple[Tensor, Tensor, Tensor]
+BLOCK = 256  # queries
 
 
 class CacheAttention:
@@ -71,16 +72,34 @@ class CacheAttention:
 
 def attended(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
     """Causal attention in torch, [batch, length, q_heads, dim]."""
-    if scoring.softcap is None:
-        mask = None
-        if scoring.window is not None or scoring.recent is not None:
-            places = torch.arange(query.shape[-2])
-            mask = ~scoring.hidden(places, places)
-        found = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scoring.scale, enable_gqa=True
-        )
-    else:
+    if scoring.softcap is not None:
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         found = scoring.weights(query, key) @ value
+    elif scoring.window is None and scoring.recent is None:
+        found = nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scoring.scale, enable_gqa=True
+        )
+    else:
+        found = _attended_nearby(query, key, value, scoring)
     return found.transpose(1, 2)
+
+
+def _attended_nearby(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+    """Attention to some tokens alone, by blocks of queries: a mask over a whole text computes all that it hides."""
+    found = []
+    for start in range(0, query.shape[2], BLOCK):
+        stop = min(start + BLOCK, query.shape[2])
+        keys = scoring.reach(start, stop)
+        mask = ~scoring.hidden(torch.arange(start, stop), keys)
+        found.append(
+            nn.functional.scaled_dot_product_attention(
+                query[:, :, start:stop],
+                key[:, :, keys],
+                value[:, :, keys],
+                attn_mask=mask,
+                scale=scoring.scale,
+                enable_gqa=True,
+            )
+        )
+    return torch.cat(found, dim=2)
