@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from statistics import mean, stdev
 from typing import Any, Protocol
 
@@ -115,32 +115,37 @@ class AnswerTrials(_Asked):
     def shifts(self, edit: LayerEdit, layers: Sequence[int]) -> dict[int, float]:
         """How far each of the layers moves what it gives where answers are predicted, when it alone has an edit.
 
-        One pass tells it for all layers, and it orders them nearly as the divergence that each makes at the answers:
-        with windows of 512 tokens in SmolLM2-135M, at a context of 4,096, the rank correlation is 0.97.
+        Each layer is run once more with what is remembered of the layer below it. That orders layers nearly as the
+        divergence that each makes at the answers: with windows of 512 tokens in SmolLM2-135M, at a context of 4,096,
+        the rank correlation is 0.97.
 
         Returns:
             By layer the mean of |change| / |output|.
         """
         found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-
-        def compare(layer: int, at: Tensor, module: Any, inputs: Any, named: Any, output: Any) -> None:
-            with trial(self.model, self.architecture, self._alone(edit, layer)):
-                changed = _states(module.forward(*inputs, **named))[0, at]
-            states = _states(output)[0, at]
-            found[layer].append((changed - states).norm(dim=-1) / states.norm(dim=-1))
-
-        for tokens, places in self.texts:
-            at = torch.cat(places) - 1
-            hooks = [
-                self.layers[layer].register_forward_hook(partial(compare, layer, at), with_kwargs=True)
-                for layer in layers
-            ]
-            try:
-                self._logits((), tokens, places)
-            finally:
-                for hook in hooks:
-                    hook.remove()
+        for (tokens, places), (_, outputs) in zip(self.texts, self._remembered, strict=True):
+            at, calls = torch.cat(places) - 1, self._calls(tokens, places, outputs)
+            for layer in layers:
+                inputs, named = calls[layer]
+                with trial(self.model, self.architecture, self._alone(edit, layer)), torch.inference_mode():
+                    changed = _states(self.layers[layer](*inputs, **named))[0, at]
+                states = _states(outputs[layer])[0, at]
+                found[layer].append((changed - states).norm(dim=-1) / states.norm(dim=-1))
         return {layer: float(torch.cat(each).double().mean()) for layer, each in found.items()}
+
+    def _calls(self, tokens: Tensor, places: Places, outputs: Sequence[Any]) -> list[tuple[Any, Any]]:
+        """The arguments of each layer, in order and by name, where all layers give what they gave before."""
+        calls: list[tuple[Any, Any]] = []
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+            for layer in self.layers
+        ]
+        try:
+            self._logits((), tokens, places, outputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return calls
 
     @cached_property
     def _remembered(self) -> list[tuple[list[float], list[Any]]]:
