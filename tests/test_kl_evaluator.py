@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.models import open_prepared, recipe_of, tokens_of, torch_logits
+from support.trials import refitted
 
 from kvslim.caches import FullCache, WindowCache
 from kvslim.methods import KvHdc, KvPca
@@ -17,7 +18,6 @@ from kvslim.methods.fitting import fit
 from kvslim.planning.decide import planned
 from kvslim.planning.refit import refit_where_it_pays
 from kvslim.prepared.decoder import PreparedDecoder
-from kvslim.progress import Silent
 from kvslim.transform import compensate, kl_evaluator
 from kvslim.transform.edits import LayerEdit
 from kvslim.transform.kl_evaluator import KLEvaluator, held_out_windows, probe_windows
@@ -67,10 +67,6 @@ def probabilities_of(prepared: PreparedDecoder, items: Sequence[RecallItem]) -> 
 
 def evaluator_of(prepared: PreparedDecoder, windows: np.ndarray) -> KLEvaluator:
     return KLEvaluator(prepared.model, prepared.architecture, windows)
-
-
-def refitted_on(prepared: PreparedDecoder, codes: Codes, windows: np.ndarray) -> Codes:
-    return compensate.refitted(prepared.model, prepared.architecture, codes, windows, Silent())
 
 
 def divergence(plain: np.ndarray, slim: np.ndarray) -> float:
@@ -272,7 +268,7 @@ def test_probing_judges_every_other_token_of_a_large_vocabulary(
 
 def test_refitted_outputs_lower_the_kl_on_the_text_they_were_fitted_to(prepared: PreparedDecoder) -> None:
     windows, codes = windows_of(prepared, 16, 64), codes_of(prepared)
-    again = refitted_on(prepared, codes, windows)
+    again = refitted(prepared, codes, windows)
     evaluator = evaluator_of(prepared, windows)
     assert 0 < evaluator.kl(again) < 0.9 * evaluator.kl(codes)
 
@@ -281,9 +277,9 @@ def test_refitting_leaves_layers_without_codes_alone(prepared: PreparedDecoder) 
     windows = windows_of(prepared)
     tokens, before = tokens_of(prepared), torch_logits(prepared, tokens_of(prepared))
     none = (LayerEdit(),) * prepared.spec.layers
-    assert refitted_on(prepared, none, windows) == none
+    assert refitted(prepared, none, windows) == none
     mixed = (LayerEdit(), *codes_of(prepared)[1:])
-    again = refitted_on(prepared, mixed, windows)
+    again = refitted(prepared, mixed, windows)
     assert [code.output is None for code in again] == [True, *[False] * (prepared.spec.layers - 1)]
     np.testing.assert_array_equal(torch_logits(prepared, tokens), before)
 
@@ -291,7 +287,7 @@ def test_refitting_leaves_layers_without_codes_alone(prepared: PreparedDecoder) 
 def test_refitting_changes_nothing_when_the_codes_lose_nothing(prepared: PreparedDecoder) -> None:
     windows, full = windows_of(prepared), codes_of(prepared, rank=16)
     evaluator = evaluator_of(prepared, windows)
-    assert evaluator.kl(refitted_on(prepared, full, windows)) < 1e-7
+    assert evaluator.kl(refitted(prepared, full, windows)) < 1e-7
 
 
 def test_layers_run_one_by_one_give_what_the_model_gives(prepared: PreparedDecoder) -> None:
@@ -317,14 +313,30 @@ def test_compensation_stays_off_when_it_does_not_help(
     plan = KvHdc(bits=4).decide(prepared.spec, statistics, Plan.identity(prepared.spec))
     trials = prepared.trials()
     codes = trials.codes(plan)
-    monkeypatch.setattr(trials, "refitted", lambda _: codes)
+    monkeypatch.setattr(trials, "refitting", lambda _: iter([codes]))
     kept, kl = refit_where_it_pays(trials, plan)
     assert kept == plan
     assert kl > 0
-    monkeypatch.setattr(trials, "refitted", lambda _: tuple(LayerEdit() for _ in codes))
+    monkeypatch.setattr(trials, "refitting", lambda _: iter([tuple(LayerEdit() for _ in codes)]))
     refit, better = refit_where_it_pays(trials, plan)
     assert better == 0.0
     assert all(layer.refit and "100%" in layer.reason for layer in refit.layers)
+
+
+def test_compensation_ends_half_way_where_it_loses(prepared: PreparedDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = tuple(layer.with_cache(stored="int4", rank=16) for layer in Plan.identity(prepared.spec).layers)
+    plan = Plan(layers=layers)
+    trials, done = prepared.trials(), []
+    worse = trials.codes(Plan(layers=tuple(layer.with_cache(stored="int4", rank=8) for layer in layers)))
+
+    def refitting(codes: Any) -> Iterator[Any]:
+        for layer in range(prepared.spec.layers):
+            done.append(layer)
+            yield (*worse[: layer + 1], *codes[layer + 1 :])
+
+    monkeypatch.setattr(trials, "refitting", refitting)
+    assert refit_where_it_pays(trials, plan) == (plan, trials.loss(trials.codes(plan)))
+    assert done == list(range(prepared.spec.layers // 2))
 
 
 @pytest.mark.parametrize(("cache", "tried"), [({"stored": "int8"}, False), ({"stored": "int8", "rank": 8}, True)])
@@ -333,7 +345,7 @@ def test_compensation_is_not_tried_when_whole_caches_are_rounded_to_8_bits(
 ) -> None:
     layers = tuple(layer.with_cache(**cache) for layer in Plan.identity(prepared.spec).layers)
     trials, asked = prepared.trials(), []
-    monkeypatch.setattr(trials, "refitted", lambda codes: asked.append(codes) or codes)
+    monkeypatch.setattr(trials, "refitting", lambda codes: asked.append(codes) or iter([codes]))
     plan, kl = refit_where_it_pays(trials, Plan(layers=layers))
     assert plan.layers == layers
     assert kl > 0

@@ -13,7 +13,7 @@ from support.gathering import gather, windows_of
 from support.models import cached_logits, exported, open_prepared, original_logits, recipe_of, tokens_of, torch_logits
 from support.numbers_of_a_model import SPEC, statistics_of
 from support.tiny_decoders import FAMILIES
-from support.trials import MadeUpTrials
+from support.trials import MadeUpTrials, refitted
 
 from kvslim import pipeline
 from kvslim.caches import FullCache, WindowCache
@@ -22,9 +22,7 @@ from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
 from kvslim.methods import KvHdc, KvPca, KvQuant, KvWindow, Method, PruneHeads
 from kvslim.methods.fitting import fit
-from kvslim.progress import Silent
 from kvslim.runtime.opening import layout_of, open_session
-from kvslim.transform.compensate import refitted
 from kvslim.transform.kl_evaluator import KLEvaluator
 from kvslim.types import KVLayout, LayerPlan, Plan
 
@@ -197,5 +195,5 @@ def test_refit_lowers_the_kl_of_pruned_heads(tiny_model: ModelOf, second: tuple[
     windows = windows_of(prepared, 20)
     codes = prepared.codes(partial_plan(prepared.spec, (0, 1), second))
     evaluator = KLEvaluator(prepared.model, prepared.architecture, windows)
-    again = refitted(prepared.model, prepared.architecture, codes, windows, Silent())
+    again = refitted(prepared, codes, windows)
     assert 0 < evaluator.kl(again) < 0.95 * evaluator.kl(codes)

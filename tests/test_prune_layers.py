@@ -23,7 +23,7 @@ from support.models import (
 )
 from support.numbers_of_a_model import SPEC, statistics_of
 from support.tiny_decoders import FAMILIES
-from support.trials import MadeUpTrials
+from support.trials import MadeUpTrials, refitted
 
 from kvslim import pipeline
 from kvslim.checks import check_methods, check_plan
@@ -35,7 +35,7 @@ from kvslim.planning.decide import decide
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Silent
 from kvslim.runtime.opening import layout_of, open_session
-from kvslim.transform.compensate import RIDGE, refitted, runs_of
+from kvslim.transform.compensate import RIDGE, runs_of
 from kvslim.transform.kl_evaluator import KLEvaluator
 from kvslim.transform.surgery import layer_modules, trial
 from kvslim.types import KVLayout, Plan
@@ -268,7 +268,7 @@ def test_down_projection_before_a_block_that_goes_is_the_ridge_regression_to_wha
     windows = windows_of(prepared, 40)
     prepared.statistics = statistics = gather(prepared, windows)
     codes = prepared.trials().codes_of(PruneLayers(layers={1: "block"}))
-    fitted = refitted(prepared.model, prepared.architecture, codes, windows, Silent())
+    fitted = refitted(prepared, codes, windows)
     down = layer_modules(prepared.model, prepared.architecture)[0].get_submodule(prepared.architecture.down)
     read: list[np.ndarray] = []
     hook = down.register_forward_hook(lambda *call: read.append(call[1][0].double().numpy()))
@@ -313,7 +313,7 @@ def test_norm_behind_the_feed_forward_part_leaves_the_means_alone(tiny_model: Mo
     windows = windows_of(prepared, 4)
     prepared.statistics = gather(prepared, windows)
     codes = prepared.trials().codes_of(PruneLayers(layers={1: "block"}))
-    assert refitted(prepared.model, prepared.architecture, codes, windows, Silent()) == codes
+    assert refitted(prepared, codes, windows) == codes
 
 
 def test_layers_are_refitted_together_with_the_blocks_that_are_gone_behind_them() -> None:

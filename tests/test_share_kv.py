@@ -14,7 +14,7 @@ from support.batches import check_batch
 from support.gathering import gather, windows_of
 from support.models import cached_logits, exported, open_prepared, original_logits, recipe_of, tokens_of, torch_logits
 from support.numbers_of_a_model import SPEC, statistics_of
-from support.trials import MadeUpTrials
+from support.trials import MadeUpTrials, refitted
 
 from kvslim import pipeline
 from kvslim.caches import FullCache, SharedCache, WindowCache
@@ -28,9 +28,7 @@ from kvslim.methods.share_kv import Distance, distances
 from kvslim.methods.sharing import fit_maps
 from kvslim.planning.decide import decide
 from kvslim.prepared.decoder import PreparedDecoder
-from kvslim.progress import Silent
 from kvslim.runtime.opening import layout_of, open_session
-from kvslim.transform.compensate import refitted
 from kvslim.transform.kl_evaluator import KLEvaluator
 from kvslim.transform.surgery import trial
 from kvslim.types import KVLayout, LayerPlan, Plan
@@ -287,6 +285,4 @@ def test_refit_lowers_the_kl_of_shared_layers(demo: PreparedDecoder) -> None:
     windows = statistics.windows
     codes = demo.trials().codes_of(ShareKv(sources={3: 2, 5: 4}))
     evaluator = KLEvaluator(demo.model, demo.architecture, windows)
-    assert (
-        0 < evaluator.kl(refitted(demo.model, demo.architecture, codes, windows, Silent())) < 0.95 * evaluator.kl(codes)
-    )
+    assert 0 < evaluator.kl(refitted(demo, codes, windows)) < 0.95 * evaluator.kl(codes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from kvslim.planning.windows import SHARES
 from kvslim.prepared.text import joined, split
 from kvslim.prepared.trials import Codes, Trials
 from kvslim.settings import Budget
-from kvslim.transform.compensate import refitted
+from kvslim.transform.compensate import refitting
 from kvslim.transform.kl_evaluator import KLEvaluator, held_out_windows, is_large, probe_windows
 from kvslim.transform.recall_trials import AnswerTrials, RecallTrials
 from kvslim.types import Plan, PlanPoint, Survey
@@ -116,12 +117,12 @@ class DecoderTrials(Trials):
         """Probability that recalled answers may lose by a change."""
         return self.recall.drop(self.codes_of(change))
 
-    def refitted(self, codes: Codes) -> Codes:
-        """The codes with projections fitted to them, on some of the text that serves for fitting."""
+    def refitting(self, codes: Codes) -> Iterator[Codes]:
+        """The codes with projections fitted to them, on some of the text that serves for fitting; layer by layer."""
         fitting, _ = split(self.statistics.windows)
         tokens = min(max(REFIT_TOKENS[0], 2**17 // self.spec.layers), REFIT_TOKENS[1])
         count = max(1, tokens // fitting.shape[1])
-        return refitted(self.model, self.architecture, codes, fitting[:count], self.progress)
+        return refitting(self.model, self.architecture, codes, fitting[:count], self.progress)
 
     def within(self, budget: Budget) -> Chosen:
         """The planner's choice for a budget."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvslim.prepared.trials import Codes, Trials
-from kvslim.transform.compensate import refitted
+from kvslim.transform.compensate import refitting
 from kvslim.transform.loss_evaluator import LossEvaluator
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class EncoderTrials(Trials):
         """One minus the cosine of embeddings, or with a masked-token head the KL at masked tokens."""
         return self.held_out.loss(codes)
 
-    def refitted(self, codes: Codes) -> Codes:
-        """The codes with output projections fitted to them."""
+    def refitting(self, codes: Codes) -> Iterator[Codes]:
+        """The codes with output projections fitted to them, layer by layer."""
         windows = [np.asarray(text) for text in self.fitting.masked or self.fitting.texts]
-        return refitted(self.model.base_model, self.architecture, codes, windows, self.progress)
+        return refitting(self.model.base_model, self.architecture, codes, windows, self.progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -59,8 +60,12 @@ class Trials(ABC):
         """How far the model with codes is from itself without."""
 
     @abstractmethod
+    def refitting(self, codes: Codes) -> Iterator[Codes]:
+        """The codes with projections fitted to them, on text that serves for fitting: of one layer more each time."""
+
     def refitted(self, codes: Codes) -> Codes:
-        """The codes with projections fitted to them, on text that serves for fitting."""
+        """The codes with projections of all layers fitted to them."""
+        return [codes, *self.refitting(codes)][-1]
 
     def recall_drop(self, change: Plan | Method) -> float:
         """Probability that recalled answers may lose by a change.

@@ -33,14 +33,16 @@ RIDGE = 0.1  # of the inputs' mean power
 Side = Literal["output", "down"]
 
 
-def refitted(
+def refitting(
     model: Any,
     architecture: Architecture,
     codes: tuple[LayerEdit, ...],
     windows: Iterable[Array],
     progress: Progress,
-) -> tuple[LayerEdit, ...]:
-    """The codes with projections fitted to them; of layers without codes those alone that blocks are gone behind.
+) -> Iterator[tuple[LayerEdit, ...]]:
+    """The codes with projections fitted to them, of one layer more each time, from the first.
+
+    Of layers without codes those alone are fitted that blocks are gone behind.
 
     Args:
         model: The prepared model, without codes.
@@ -68,7 +70,7 @@ def refitted(
         if is_read:
             shared[first] = [run.shared for run in found]
         plain = [run.output for run in wanted]
-    return tuple(fitted)
+        yield tuple(fitted)
 
 
 def runs_of(codes: Sequence[LayerEdit], progress: Progress) -> Iterator[tuple[int, int]]:

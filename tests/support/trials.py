@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from kvslim.contract import ModelSpec
+from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.prepared.trials import Codes, Trials
 from kvslim.progress import Silent
+from kvslim.transform.compensate import refitting
 from kvslim.types import Plan
+
+
+def refitted(prepared: PreparedDecoder, codes: Codes, windows: np.ndarray) -> Codes:
+    """The codes with projections of all layers fitted to them, on some windows."""
+    return [codes, *refitting(prepared.model, prepared.architecture, codes, windows, Silent())][-1]
 
 
 class MadeUpTrials(Trials):
@@ -27,5 +36,5 @@ class MadeUpTrials(Trials):
     def loss(self, codes: Codes) -> float:
         raise NotImplementedError
 
-    def refitted(self, codes: Codes) -> Codes:
+    def refitting(self, codes: Codes) -> Iterator[Codes]:
         raise NotImplementedError
