@@ -47,10 +47,11 @@ def choose(
         GateError: No plan found meets all limits.
     """
     check_time(planner)
-    frontier = planner.frontier(progress)
     limit = budget.bytes_limit(planner.plain_bytes)
     if limit is None and budget.max_kl is None and budget.max_recall_drop is None:
         limit = planner.plain_bytes
+    smaller_than_asked = lambda planned: _is_beyond(planned, planner, limit, budget.max_kl)  # noqa: E731
+    frontier = planner.frontier(progress, smaller_than_asked)
     chosen = _smallest(planner, budget, frontier) if limit is None else _within_bytes(planner, budget, frontier, limit)
     asked = recall_gate if budget.max_recall_drop is None else budget.max_recall_drop
     recalled = [] if asked is None else _recalled(_upwards(chosen, frontier), asked, recall_drop)
@@ -59,6 +60,13 @@ def choose(
     if budget.max_recall_drop is not None:
         _check_recall(chosen, budget.max_recall_drop)
     return Chosen(chosen, _points([chosen, *recalled, *frontier]))
+
+
+def _is_beyond(planned: Planned, planner: Planner, limit: float | None, max_kl: float | None) -> bool:
+    """Whether a plan is smaller than what is asked for, or loses more: each size takes time, and none is needed."""
+    if limit is not None:
+        return planned.point.kv_bytes_per_token * planner.context < limit
+    return max_kl is not None and planned.point.kl * MARGIN > max_kl
 
 
 def _upwards(chosen: Planned, frontier: list[Planned]) -> list[Planned]:

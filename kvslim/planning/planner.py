@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Layers = Sequence[Sequence[Candidate]]
 Alterations = Mapping[int, Sequence[Alteration]]
 RATIOS = (4, 16 / 3, 8, 32 / 3, 16, 64 / 3)  # of the frontier, against the plain fp32 cache
-LARGEST_INT8 = 6  # times smaller than plain; beyond, int8 would cost too much rank where there are no windows
+UNSURE = 3  # a plan that is expected to lose up to so many times more may still lose less
 FASTER = 1.1  # an int8 cache is read faster than int4: it may lose this much more
 MARGIN = 2.5  # other text, and longer text, may lose so much more than calibration text
 SEARCHES = 4
@@ -81,7 +81,6 @@ class Planner:
         self.plain_time = time.of_plan(base.layers)
         self._maker = CandidateMaker(spec, base, time, timed=probes.timed)
         self.whole = {bits: [layer.candidates[bits] for layer in probes.layers] for bits in BITS}
-        self._has_windows = bool(probes.windowed)
         self.offered = {bits: list(self._offered(whole, probes)) for bits, whole in self.whole.items()}
         self._fitted: dict[LayerPlan, tuple[LayerPlan, LayerEdit]] = {}
         self._divergences: dict[tuple[LayerPlan, ...], float] = {}
@@ -93,11 +92,22 @@ class Planner:
         least = min(sum(min(each.time for each in layer) for layer in layers) for layers in kinds)
         return (least + self.time.of_plan(())) / self.plain_time
 
-    def frontier(self, progress: Progress | None = None) -> list[Planned]:
-        """The best plan found at each of a row of sizes, the largest first."""
-        ratios = (progress or Silent()).track(RATIOS, "sizes planned")
-        found = [self.allocated(self.plain_bytes / ratio) for ratio in ratios]
-        return [planned for planned in found if planned is not None]
+    def frontier(
+        self, progress: Progress | None = None, is_enough: Callable[[Planned], bool] | None = None
+    ) -> list[Planned]:
+        """The best plan found at each of a row of sizes, the largest first.
+
+        Args:
+            progress: Receives the progress.
+            is_enough: Whether a plan ends the row; None for the whole.
+        """
+        found: list[Planned] = []
+        for ratio in (progress or Silent()).track(RATIOS, "sizes planned"):
+            if (planned := self.allocated(self.plain_bytes / ratio)) is not None:
+                found.append(planned)
+                if is_enough is not None and is_enough(planned):
+                    break
+        return found
 
     def allocated(self, budget: float) -> Planned | None:
         """The plan of least divergence within a budget in bytes at the target context; None if none fits."""
@@ -163,22 +173,23 @@ class Planner:
         return [self._maker.altered(layer, alterations.get(index, ())) for index, layer in enumerate(layers)]
 
     def _by_bits(self, budget: float) -> Iterator[Planned]:
-        """The best plans within a budget: first one in int8, where that could be best, then one in int4."""
-        kinds = BITS if self._has_windows or budget * LARGEST_INT8 >= self.plain_bytes else BITS[1:]
-        for bits in kinds:
-            if (planned := self._allocated(budget, bits)) is not None:
-                yield planned
+        """The best plans within a budget, where they could be the best of all: first one in int8, then one in int4.
 
-    def _allocated(self, budget: float, bits: int) -> Planned | None:
-        """The best plan within a budget: of codes alone, or of the candidates that are expected to lose least."""
-        found = [layers for offered in self.offered[bits] if (layers := self._filled(budget, offered))]
-        if not found:
-            return None
-        # Alterations do more together than each alone, so the best of them must beat the first, which has none.
-        likely = dict.fromkeys((found[0], min(found, key=_expected)))
-        if bits == 8 and budget * LARGEST_INT8 < self.plain_bytes:
-            del likely[found[0]]
-        return min(map(self._planned, likely), key=_divergence, default=None)
+        In each number of bits they are codes alone, and what is expected to lose least. Alterations do more together
+        than each alone, so these must beat codes alone, which are therefore never left out for their sake.
+        """
+        found = [self._all_filled(budget, bits) for bits in BITS]
+        codes_alone = min((_expected(plans[0]) for plans in found if plans), default=0.0)
+        of_all = min((_expected(plan) for plans in found for plan in plans), default=0.0)
+        for plans in filter(None, found):
+            likely = (plans[0], codes_alone), (min(plans, key=_expected), of_all)
+            worth = dict.fromkeys(plan for plan, least in likely if _expected(plan) <= UNSURE * least)
+            if worth:
+                yield min(map(self._planned, worth), key=_divergence)
+
+    def _all_filled(self, budget: float, bits: int) -> list[tuple[LayerPlan, ...]]:
+        """The best candidates within a budget of all that is offered, codes alone first."""
+        return [layers for offered in self.offered[bits] if (layers := self._filled(budget, offered))]
 
     def _filled(self, budget: float, offered: Layers) -> tuple[LayerPlan, ...] | None:
         """The best candidate of each layer within a budget; None if none fits."""
