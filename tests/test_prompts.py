@@ -12,7 +12,7 @@ from support.models import exported, in_chunks, open_prepared, recipe_of
 
 from kvslim.caches import FullCache, SharedCache, WindowCache
 from kvslim.contract import WINDOW_SLACK
-from kvslim.export.prompts import LONGEST_STEP
+from kvslim.export.prompts import LONGEST_STEP, _sums
 from kvslim.runtime.opening import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
 from kvslim.types import LayerPlan, Plan
@@ -20,6 +20,7 @@ from kvslim.types import LayerPlan, Plan
 TOKENS = np.random.default_rng(0).integers(0, 256, 100)  # every tiny tokenizer has all bytes
 NEVER, ALWAYS = 1 << 30, 1  # new tokens that a step may have at most
 INT4 = FullCache(rank=16, rotation=0, stored="int4", centred=True)
+RESIDUALS = FullCache(rank=16, residual=8, rotation=0, stored="int4", centred=True)
 CACHES = {
     "int8": FullCache(stored="int8"),
     "one step for all": FullCache(stored="int8", granularity="per_tensor"),
@@ -27,8 +28,10 @@ CACHES = {
     "int4": INT4,
     "int4, no code": FullCache(stored="int4"),
     "residual": FullCache(rank=8, residual=8, value_rank=16, value_residual=0, rotation=0, stored="int4", centred=True),
+    "residuals": RESIDUALS,
     "shared": INT4,
     "ring": WindowCache(window=24, sinks=3, stored="int8"),
+    "ring with residuals": WindowCache(window=24, sinks=3, **RESIDUALS.model_dump(exclude={"kind"})),
     "ring in int4": WindowCache(window=24, sinks=3, rank=8, rotation=0, stored="int4", centred=True),
 }
 CASES = [("llama", cache) for cache in CACHES] + [("gpt2", "int8"), ("phi3-partial", "int8"), ("gemma2", "int8")]
@@ -84,6 +87,36 @@ def test_branch_writes_the_rows_of_the_operator(made: Made, family: str, cache: 
         # Later layers read what attention gave, which is equal but for the last bits.
         assert different.max() <= (0 if index < 2 else 1)
         assert (different > 0).mean() < 0.002
+
+
+@pytest.mark.parametrize(
+    ("cache", "expected"),
+    [("residuals", [24, 16]), ("ring with residuals", [24, 16]), ("residual", None), ("int4", None)],
+)
+def test_branch_attends_to_sums_of_what_is_held_twice(made: Made, cache: str, expected: list[int] | None) -> None:
+    model = onnx.load(made("llama", cache)[0] / "model.onnx")
+    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    branches = [
+        attribute.g for node in model.graph.node for attribute in node.attribute if attribute.name == "then_branch"
+    ]
+    assert branches
+    for branch in branches:
+        sums = [shapes[name] for node in branch.node if node.op_type == "Mul" for name in node.input if name in shapes]
+        assert sums == ([] if expected is None else [expected] * 4)
+        assert [node.op_type for node in branch.node].count("Pad") == (expected is not None)
+
+
+@pytest.mark.parametrize("count", [8, 16, 24])
+def test_last_coordinates_are_added_to_those_that_they_refine(count: int) -> None:
+    exact = np.random.default_rng(0).normal(size=(5, 40))
+    coarse = exact.round()
+    stored = np.concatenate([coarse, (exact - coarse)[:, :count]], axis=1)
+    added = stored @ _sums(40 + count, count, 8)
+    np.testing.assert_allclose(added[:, count - 8 : count], exact[:, count - 8 : count])
+    np.testing.assert_array_equal(
+        np.delete(added, range(count - 8, count), axis=1),
+        np.delete(stored, [*range(count - 8, count), *range(32 + count, 40 + count)], axis=1),
+    )
 
 
 @pytest.mark.parametrize("cache", ["int8", "int4, no code"])

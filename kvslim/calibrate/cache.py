@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvslim.planning.matrices import MatrixPrices
     from kvslim.planning.probes import Probes
 
-FORMAT = 10
+FORMAT = 11
 Probed = TypeVar("Probed", "Probes", "MatrixPrices")
 
 

@@ -7,6 +7,9 @@ writes the new rows into the cache, rounded as the integer operator rounds them.
 cache holds them too, so that both branches give the same, whatever the pieces that a text comes in. With a sliding
 window of the model it drops the rows that the operator drops. Of a ring both read a copy of its rows, and the graph
 writes the new ones.
+
+Coordinates that the cache holds twice, rounded and what that leaves, are added up for the float32 operator, whose
+heads are smaller then.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import onnx_ir as ir
 
 from kvslim.contract import WINDOW_SLACK
 from kvslim.export.subgraphs import Constants, Nodes, Subgraph
+from kvslim.transform.operators import RESIDUALS
 from kvslim.transform.storage import numbers_of_bytes, packing
 
 LONGEST_STEP = 16  # new tokens up to which the integer operator is as fast: `benchmarks prompt-attention`
@@ -54,8 +58,12 @@ def branch_prompts(model: ir.Model, longest_step: int = LONGEST_STEP) -> None:
     for index, node in enumerate(found):
         name = f"{node.name or index}.prompt"
         outputs = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in node.outputs]
+        residuals = node.attributes.pop(RESIDUALS, None)
         prompt = _WindowBranch if _has_window(node) else _RingBranch if _has_mask(node) else _PromptBranch
-        attributes = {"then_branch": prompt(name, shared, node).graph(), "else_branch": _kept(name, shared, node)}
+        attributes = {
+            "then_branch": prompt(name, shared, node, (0, 0) if residuals is None else residuals.as_ints()).graph(),
+            "else_branch": _kept(name, shared, node),
+        }
         condition = is_window_prompt if _has_window(node) else is_prompt
         branched = ir.node("If", [condition], attributes=attributes, outputs=outputs, name=name)
         graph.insert_before(node, branched)
@@ -91,9 +99,10 @@ class _PromptBranch(Subgraph):
         name: What its names begin with.
         shared: Constants of the graph.
         node: The operator over integers.
+        residuals: Last coordinates of keys and of values that hold what rounding leaves of the first ones.
     """
 
-    def __init__(self, name: str, shared: Constants, node: ir.Node) -> None:
+    def __init__(self, name: str, shared: Constants, node: ir.Node, residuals: Sequence[int]) -> None:
         super().__init__(name, shared)
         self.node, self.shared = node, shared
         options = {key: value.value for key, value in node.attributes.items()}
@@ -106,6 +115,8 @@ class _PromptBranch(Subgraph):
         self.scales: list[Any] = list(node.inputs[SCALES : SCALES + 2])
         self.is_shared = self.caches[0].is_graph_output()
         self.dim = self._stored(self.caches[0]).shape[3] * 8 // self.bits
+        self.doubled = min(residuals)
+        self.sums = [_sums(self.dim, count, self.doubled) for count in residuals]
 
     def graph(self) -> ir.Graph:
         """Its outputs are those of the operator: what is attended to, then the caches."""
@@ -117,16 +128,16 @@ class _PromptBranch(Subgraph):
         held = self._held(before)
         if self.is_shared:  # the source layer has written the new rows
             rows = [self.op("Slice", cache, before, total, self.ints(2)) for cache in self.caches]
-            new = [self._merged(self._read(stored, scale)) for stored, scale in zip(rows, self.scales, strict=True)]
+            new = [self._merged(each) for each in self._read_both(rows)]
         else:
             numbers = [self._numbers(states, scale) for states, scale in zip((key, value), self.scales, strict=True)]
             rows = [self._rows(each) for each in numbers]
-            new = [self.op("Mul", *pair) for pair in zip(numbers, map(self._flat, self.scales), strict=True)]
+            new = self._given_back(numbers)
         past = [self.op("Slice", cache, self.ints(0), held, self.ints(2)) for cache in self.caches]
-        read = [self._read(stored, scale) for stored, scale in zip(past, self.scales, strict=True)]
         lengths, others = self._lengths(before, held), self.node.inputs[ROTARY + 2 : SCALES]
-        inputs = [query, *new, *read, *lengths, None, None, *others]
+        inputs = [self._undoubled(query), *new, *self._read_both(past), *lengths, None, None, *others]
         attended, _, _ = self.op(self.node.op_type, *inputs, domain=MICROSOFT, count=3, **self.options)
+        attended = self._as_doubled(attended)
         if self.is_shared:
             outputs = [attended, *(self.op("Identity", cache) for cache in self.caches)]
         else:
@@ -186,19 +197,61 @@ class _PromptBranch(Subgraph):
         rows: ir.Value = self.op("Transpose", by_token, perm=[0, 2, 1, 3])
         return rows
 
-    def _read(self, rows: ir.Value, scale: ir.Value | None) -> ir.Value:
-        """Rows of the cache as float32 [batch, kv_heads, rows, dim]."""
+    def _numbers_of(self, rows: ir.Value) -> ir.Value:
+        """Rows of the cache as whole numbers in float32 [batch, kv_heads, rows, dim]."""
         if self.bits == 8:
-            return self.op("Mul", self.op("Cast", rows, to=ir.DataType.FLOAT.value), scale)
-        pairs = self.op(
-            "Gather", self.constants.value(INT4_OF_BYTES), self.op("Cast", rows, to=ir.DataType.INT32.value)
-        )
-        return self.op("Mul", self.op("Reshape", pairs, self.ints(0, 0, 0, self.dim)), scale)
+            numbers: ir.Value = self.op("Cast", rows, to=ir.DataType.FLOAT.value)
+            return numbers
+        places = self.op("Cast", rows, to=ir.DataType.INT32.value)
+        pairs = self.op("Gather", self.constants.value(INT4_OF_BYTES), places)
+        by_row: ir.Value = self.op("Reshape", pairs, self.ints(0, 0, 0, self.dim))
+        return by_row
+
+    def _read_both(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
+        """Rows of both caches as float32, with coordinates held twice added up: [batch, kv_heads, rows, less]."""
+        if not self.doubled:
+            return [
+                self.op("Mul", self._numbers_of(each), scale) for each, scale in zip(rows, self.scales, strict=True)
+            ]
+        return [self._added_up(self._numbers_of(stored), side) for side, stored in enumerate(rows)]
+
+    def _given_back(self, numbers: Sequence[ir.Value]) -> list[ir.Value]:
+        """Whole numbers of new keys and values, [batch, length, kv_heads * dim], as the cache gives them back."""
+        if not self.doubled:
+            return [self.op("Mul", *pair) for pair in zip(numbers, map(self._flat, self.scales), strict=True)]
+        heads = self.ints(0, 0, self.kv_heads, self.dim)
+        by_head = [self.op("Transpose", self.op("Reshape", each, heads), perm=[0, 2, 1, 3]) for each in numbers]
+        return [self._merged(self._added_up(each, side)) for side, each in enumerate(by_head)]
+
+    def _added_up(self, numbers: ir.Value, side: int) -> ir.Value:
+        """Whole numbers [batch, kv_heads, rows, dim] times their steps, with coordinates held twice added up."""
+        steps = self.op("Transpose", self.scales[side], perm=[0, 1, 3, 2])
+        added: ir.Value = self.op("MatMul", numbers, self.op("Mul", steps, self.constants.value(self.sums[side])))
+        return added
+
+    def _undoubled(self, query: ir.Value) -> ir.Value:
+        """Queries without what they hold twice, [batch, length, q_heads * less]."""
+        if not self.doubled:
+            return query
+        less = self.dim - self.doubled
+        by_head = self.op("Reshape", query, self.ints(0, 0, self.q_heads, self.dim))
+        first = self.op("Slice", by_head, self.ints(0), self.ints(less), self.ints(3))
+        undoubled: ir.Value = self.op("Reshape", first, self.ints(0, 0, self.q_heads * less))
+        return undoubled
+
+    def _as_doubled(self, attended: ir.Value) -> ir.Value:
+        """What is attended to as the operator over integers gives it, with nothing where it holds something twice."""
+        if not self.doubled:
+            return attended
+        by_head = self.op("Reshape", attended, self.ints(0, 0, self.q_heads, self.dim - self.doubled))
+        padded = self.op("Pad", by_head, self.ints(*[0] * 7, self.doubled))
+        doubled: ir.Value = self.op("Reshape", padded, self.ints(0, 0, self.q_heads * self.dim))
+        return doubled
 
     def _merged(self, states: ir.Value) -> ir.Value:
-        """[batch, kv_heads, length, dim] as [batch, length, kv_heads * dim]."""
+        """[batch, kv_heads, length, columns] as [batch, length, kv_heads * columns]."""
         by_token = self.op("Transpose", states, perm=[0, 2, 1, 3])
-        return self.op("Reshape", by_token, self.ints(0, 0, self.kv_heads * self.dim))
+        return self.op("Reshape", by_token, self.ints(0, 0, -1))
 
     def _written(
         self, past: Sequence[ir.Value], rows: Sequence[ir.Value], before: ir.Value, total: ir.Value
@@ -227,6 +280,20 @@ class _PromptBranch(Subgraph):
         shape = self.op("Concat", self.op("Shape", rows, start=0, end=3), self.ints(1), axis=0)
         spread = [self.op("Expand", self.op("Unsqueeze", part, self.ints(*axes)), shape) for part, axes in parts]
         return self.op("Concat", *spread, axis=3)
+
+
+def _sums(dim: int, count: int, doubled: int) -> np.ndarray:
+    """[dim, dim - doubled], adds the last coordinates to those whose rounding they make up for.
+
+    Args:
+        dim: Coordinates of a head.
+        count: How many of the first are held twice; what rounding leaves of them comes last, in their order.
+        doubled: How many of the last to add.
+    """
+    sums = np.eye(dim, dim - doubled, dtype=np.float32)
+    for place in range(doubled):
+        sums[dim - doubled + place, count - doubled + place] = 1
+    return sums
 
 
 class _WindowBranch(_PromptBranch):

@@ -20,7 +20,7 @@ from kvslim.caches.attention.base import CacheAttention
 from kvslim.caches.attention.full import FullAttention
 from kvslim.caches.attention.shared import SharedStates
 from kvslim.contract import BITS, CacheType
-from kvslim.transform.operators import ExportStep, Scales, by_head, merged, rotary_embedding
+from kvslim.transform.operators import ExportStep, Residuals, Scales, by_head, merged, rotary_embedding
 from kvslim.transform.rotary import Rotary
 from kvslim.transform.scoring import Scoring
 from kvslim.transform.straight_through import through
@@ -63,6 +63,7 @@ class SlimAttention(nn.Module):
         key_levels, value_levels: [2 ** bits] levels of packed codes in units of the scales, or None.
         key_feedback, value_feedback: [kv_heads, rank / 2, rank / 2], or None; see `Rounding`.
         residuals: Leading coordinates of keys and of values that the cache holds twice.
+        value_sum: [rank + residual, rank], adds what is read of coordinates held twice, or None.
         stored: How keys and values are stored.
         per_tensor: Whether all entries of each scale are equal, and the kernel may use one.
         cache: What attention over this kind of cache is.
@@ -86,13 +87,14 @@ class SlimAttention(nn.Module):
     value_levels: Tensor | None
     key_feedback: Tensor | None
     value_feedback: Tensor | None
+    value_sum: Tensor | None
 
     def __init__(self, rotary: Rotary | None, window: int | None) -> None:
         super().__init__()
         for side in ("query", "key", "value"):
             self.register_buffer(f"{side}_weight", None)
             self.register_buffer(f"{side}_bias", None)
-        for name in ("membership", "query_encoder", "key_encoder", "key_offset"):
+        for name in ("membership", "query_encoder", "key_encoder", "key_offset", "value_sum"):
             self.register_buffer(name, None)
         for name in ("scale", "levels", "feedback"):
             self.register_buffer(f"key_{name}", None)
@@ -123,7 +125,8 @@ class SlimAttention(nn.Module):
         """
         if self.is_dropped:
             return query.new_zeros(query.shape[0], query.shape[2], 1, 1)
-        return self.cache.attend(self, (query, key, value), scoring)
+        attended = self.cache.attend(self, (query, key, value), scoring)
+        return attended if self.value_sum is None else attended @ self.value_sum
 
     @property
     def is_dropped(self) -> bool:
@@ -220,6 +223,13 @@ class SlimAttention(nn.Module):
         if self.per_tensor:
             return self.key_scale.flatten()[:1], self.value_scale.flatten()[:1]
         return self.key_scale[None, :, None, :], self.value_scale[None, :, None, :]
+
+    def kernel_residuals(self) -> Residuals:
+        """What attention may know of coordinates held twice.
+
+        Nothing where rows of the projection of queries read them: once that is trained, it may read both otherwise.
+        """
+        return (0, 0) if self.query_encoder is None else self.residuals
 
     def _rounded_apart(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values with what the cache holds besides, or in another way, against its own rounding."""

@@ -27,7 +27,7 @@ from kvslim.replacing import replacing
 from kvslim.transform.edits import Affine, Array, Channels, FittedPlan, KeptHeads, LayerEdit, LinearCode, Rounding
 from kvslim.types import Plan
 
-FORMAT = 1
+FORMAT = 2
 NAME = "edits.safetensors"
 CLASSES: dict[str, type[Any]] = {
     each.__name__: each for each in (LayerEdit, KeptHeads, LinearCode, Rounding, Channels, Affine, Formed)

@@ -19,6 +19,10 @@ from kvslim.transform.rotary import Rotary
 from kvslim.transform.scoring import Scoring
 
 Scales = tuple[Tensor, Tensor] | None
+# So many last coordinates of keys and of values hold what rounding leaves of the first ones, and queries read both
+# alike. The operator does not know it: an attribute tells it to `export.prompts`, which takes it away.
+Residuals = tuple[int, int]
+RESIDUALS = "residuals"
 
 
 @dataclass
@@ -64,6 +68,7 @@ def group_query_attention(
     rotary: Rotary | None,
     cache: CacheType,
     scales: Scales,
+    residuals: Residuals = (0, 0),
 ) -> Tensor:
     """Attention by onnxruntime's fused operator.
 
@@ -74,11 +79,13 @@ def group_query_attention(
         rotary: RoPE for the operator to apply, or None.
         cache: How it stores keys and values.
         scales: Steps of an integer cache, in the shape that the operator reads, or None.
+        residuals: See `Residuals`.
 
     Returns:
         [batch, length, q_heads, dim].
     """
-    attributes, past_key = _attributes(states[0], states[1].shape[1], scoring, cache, scales), step.past[0]
+    attributes = _attributes(states[0], states[1].shape[1], scoring, cache, scales, residuals)
+    past_key = step.past[0]
     attributes |= {"do_rotary": int(rotary is not None)}
     rows = past_key.shape[2] + states[0].shape[2]
     if scoring.window is not None and step.window_cache:
@@ -99,6 +106,7 @@ def masked_attention(
     *,
     cache: CacheType,
     scales: Scales,
+    residuals: Residuals = (0, 0),
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Attention over rows in any order by the same operator, which a mask tells what each query sees.
 
@@ -111,12 +119,13 @@ def masked_attention(
         scoring: How scores become weights, but for what the mask hides.
         cache: How keys and values are stored.
         scales: Their steps.
+        residuals: See `Residuals`.
 
     Returns:
         [batch, length, q_heads, dim], and the rows so far with the new ones behind them.
     """
     query, rows = states[0], hidden.shape[3]
-    attributes = _attributes(query, states[1].shape[1], replace(scoring, window=None), cache, scales)
+    attributes = _attributes(query, states[1].shape[1], replace(scoring, window=None), cache, scales, residuals)
     last = torch.tensor(rows - 1, dtype=torch.int32).expand(query.shape[0])
     inputs: list[Tensor | None] = [*map(merged, states), *past, last, torch.tensor(rows, dtype=torch.int32)]
     inputs += [None, None, None, hidden, *([] if scales is None else (None, *scales))]
@@ -175,7 +184,14 @@ def _fused(
     return attended.reshape(batch, length, q_heads, dim), (key, value)
 
 
-def _attributes(query: Tensor, kv_heads: int, scoring: Scoring, cache: CacheType, scales: Scales) -> dict[str, Any]:
+def _attributes(
+    query: Tensor,
+    kv_heads: int,
+    scoring: Scoring,
+    cache: CacheType,
+    scales: Scales,
+    residuals: Residuals = (0, 0),
+) -> dict[str, Any]:
     attributes: dict[str, Any] = {"num_heads": query.shape[1], "kv_num_heads": kv_heads, "scale": float(scoring.scale)}
     if scoring.softcap is not None:
         attributes["softcap"] = float(scoring.softcap)
@@ -184,6 +200,8 @@ def _attributes(query: Tensor, kv_heads: int, scoring: Scoring, cache: CacheType
     if scales is not None:
         kind = "PER_TENSOR" if scales[0].ndim == 1 else "PER_CHANNEL"
         attributes |= {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": BITS[cache]}
+    if min(residuals):
+        attributes[RESIDUALS] = list(residuals)
     return attributes
 
 

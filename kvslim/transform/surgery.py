@@ -129,9 +129,9 @@ def _install_attention(attention: nn.Module, slim: SlimAttention, architecture: 
 
 
 def _install_code(attention: nn.Module, slim: SlimAttention, architecture: Architecture, edit: LayerEdit) -> None:
-    code, (key_residual, value_residual) = edit.code, _residuals(edit)
+    code = edit.code
     if code.query_encoder is not None:
-        query_encoder = _with_copies(code.query_encoder, key_residual, axis=2)
+        query_encoder = _with_copies(code.query_encoder, _residuals(edit)[0], axis=2)
         _install_query_code(attention, slim, architecture, query_encoder)
     if code.key_encoder is not None:
         _install_key_code(attention, slim, architecture, code.key_encoder)
@@ -142,8 +142,7 @@ def _install_code(attention: nn.Module, slim: SlimAttention, architecture: Archi
     if code.value_centre is not None:
         _centre_values(attention, slim, architecture, code)
     if code.value_decoder is not None and code.value_offset is not None:
-        decoder = _with_copies(code.value_decoder, value_residual, axis=1)
-        _install_value_decoder(attention, architecture, decoder, code.value_offset)
+        _install_value_decoder(attention, architecture, code.value_decoder, code.value_offset)
     if edit.output is not None:
         set_output(attention, architecture, edit.output.weight, edit.output.bias)
 
@@ -166,6 +165,9 @@ def _install_storage(slim: SlimAttention, edit: LayerEdit) -> None:
         slim.key_scale = as_tensor(_with_finer(rounding.key_scale, slim.residuals[0]))
     if rounding.value_scale is not None:
         slim.value_scale = as_tensor(_with_finer(rounding.value_scale, slim.residuals[1]))
+    if slim.residuals[1] and edit.code.value_decoder is not None:
+        rank = edit.code.value_decoder.shape[1]
+        slim.value_sum = as_tensor(_with_copies(np.eye(rank), slim.residuals[1], axis=0))
     for name in ("key_feedback", "value_feedback"):
         if (feedback := getattr(rounding, name)) is not None:
             setattr(slim, name, as_tensor(feedback))

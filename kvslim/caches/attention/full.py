@@ -34,7 +34,13 @@ class FullAttention(CacheAttention):
         else:
             rotary = slim.rotary if self.rotates_inside(slim, step, states[0].shape[-1]) else None
             result = group_query_attention(
-                step, states, scoring, rotary=rotary, cache=slim.stored, scales=slim.kernel_scales()
+                step,
+                states,
+                scoring,
+                rotary=rotary,
+                cache=slim.stored,
+                scales=slim.kernel_scales(),
+                residuals=slim.kernel_residuals(),
             )
         if slim.shared is not None and step.present is not None:
             slim.shared.states = step.present[0], step.present[1]

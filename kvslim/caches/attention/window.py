@@ -90,8 +90,15 @@ class WindowAttention(CacheAttention):
         span, length = span_of(step, states[0]), states[0].shape[2]
         rows, hidden = self._seen(step, span, length, scoring)
         past = step.past[0].index_select(2, rows), step.past[1].index_select(2, rows)
-        scales = slim.kernel_scales()
-        found, present = masked_attention(states, past, hidden, scoring, cache=slim.stored, scales=scales)
+        found, present = masked_attention(
+            states,
+            past,
+            hidden,
+            scoring,
+            cache=slim.stored,
+            scales=slim.kernel_scales(),
+            residuals=slim.kernel_residuals(),
+        )
         step.present = write_rows(step, self.ring, span, present, length)
         return found
 
