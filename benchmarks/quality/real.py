@@ -20,8 +20,6 @@ LINES = {
     "kv_bytes_per_token": ("KV cache, bytes per token", ",.0f"),
     "mib_at_8k": (f"KV cache at {CONTEXT:,} tokens, MiB", ".1f"),
     "kl_mean": ("KL to plain, mean", ".2g"),
-    "kl_se": ("standard error", ".1g"),
-    "kl_by_position.512": ("KL of the first 512 tokens", ".2g"),
     "kl_by_position.4096": ("KL of tokens 2,049 to 4,096", ".2g"),
     "top1_agreement": ("Same most likely token", ".1%"),
     "perplexity": ("Perplexity", ".2f"),
