@@ -19,6 +19,7 @@ from kvslim.planning.prices import Price
 from kvslim.types import KVLayout, LayerPlan, Plan
 
 SINKS = 4
+DEARER = 2  # several alterations lose more than each alone, and codes are expected to lose twice what they turn out to
 
 
 class Alteration(Frozen):
@@ -115,7 +116,7 @@ class CandidateMaker:
 
     def _altered(self, layer: LayerPlan, alteration: Alteration, loss: float) -> Candidate:
         """An altered layer, where its codes lose so much."""
-        return self._candidate(altered(layer, alteration), loss + alteration.loss)
+        return self._candidate(altered(layer, alteration), loss + DEARER * alteration.loss)
 
     def _candidate(self, layer: LayerPlan, loss: float) -> Candidate:
         tensors = KVLayout.of(self.spec, self.base.model_copy(update={"layers": (layer,)})).tensors

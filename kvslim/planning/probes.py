@@ -16,7 +16,7 @@ from kvslim.errors import UsageError
 from kvslim.planning.candidates import Alteration, Candidate
 from kvslim.planning.prices import Price
 
-FORMAT: Literal[5] = 5  # part of the key too; raised when what is measured or how it is stored changes
+FORMAT: Literal[6] = 6  # part of the key too; raised when what is measured or how it is stored changes
 BITS = (8, 4)
 FIX = "probe the layers again"
 
@@ -43,7 +43,7 @@ class RecallKept(Frozen):
 class Probes(Frozen):
     """What was measured of a model at one target context; no limit of a budget decides it."""
 
-    format: Literal[5] = FORMAT
+    format: Literal[6] = FORMAT
     key: str = Field(description="hash of all that decides it: model, text, settings")
     context: int = Field(description="target context in tokens, at which bytes and time are counted")
     timed: bool = Field(description="whether what saves time alone was probed too")
