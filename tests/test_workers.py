@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from support.models import open_prepared, recipe_of
 
@@ -134,3 +135,14 @@ def test_cluster_that_is_not_there_is_refused(tiny_llama: Path, tmp_path: Path) 
     assert done.returncode == NotFoundError.exit_code
     assert "error: no Ray cluster" in done.stderr
     assert "--ray 127.0.0.1:1" in done.stderr
+
+
+def test_worker_that_is_gone_for_good_gets_no_piece(tiny_llama: Path, tmp_path: Path, workers: RayWorkers) -> None:
+    """The last test here: the workers are shared."""
+    first, second = workers._actors
+    ray.kill(first)
+    prepared = open_prepared(tiny_llama, RECIPE)
+    assert list(workers.map(prepared, Deadly(tmp_path, 0), range(8), "numbers")) == list(range(0, 16, 2))
+    ray.kill(second)
+    with pytest.raises(UnsupportedError, match="all of them are gone"):
+        list(workers.map(prepared, Deadly(tmp_path, 0), range(8), "numbers"))

@@ -67,6 +67,7 @@ class Worker:
         """
         if self._opening != opening:
             vars(self).pop("_prepared", None)  # there may be no room for two
+            self._opening = None  # in case the other can't be opened
             self._prepared = _opened(opening)
             self._opening = opening
         if self._task != name:
@@ -126,7 +127,7 @@ class RayWorkers(Workers):
             raise
         except ray.exceptions.RayActorError as error:
             raise UnsupportedError(
-                f"a worker died {RETRIES + 1} times over one piece",
+                f"a worker died {RETRIES + 1} times over one piece, or all of them are gone",
                 where=label,
                 fix="take fewer workers: each holds the model in memory, and the system may have killed one for that",
             ) from error
@@ -135,7 +136,7 @@ class RayWorkers(Workers):
         """Places of items and their results as they come; a worker gets a piece whenever it answers.
 
         One that dies is started again where there is room, and answers then. Another one does its piece: with its
-        machine the room may be gone too, and it never answers.
+        machine the room may be gone too, and it never answers, or is said to be gone.
         """
         import ray
 
@@ -147,7 +148,14 @@ class RayWorkers(Workers):
                 busy[actor.do.options(max_task_retries=0).remote(*common, item)] = actor, place
             (done, *_), _ = ray.wait([*busy, *asked])
             if done in asked:
-                free.append(asked.pop(done))
+                actor = asked.pop(done)
+                try:
+                    ray.get(done)
+                except ray.exceptions.RayActorError:  # it is gone for good
+                    if not (busy or asked or free):
+                        raise
+                    continue
+                free.append(actor)
                 continue
             actor, place = busy.pop(done)
             asked[actor.process.remote()] = actor
