@@ -197,7 +197,7 @@ class _PromptBranch(Subgraph):
         rows: ir.Value = self.op("Transpose", by_token, perm=[0, 2, 1, 3])
         return rows
 
-    def _numbers_of(self, rows: ir.Value) -> ir.Value:
+    def _unpacked(self, rows: ir.Value) -> ir.Value:
         """Rows of the cache as whole numbers in float32 [batch, kv_heads, rows, dim]."""
         if self.bits == 8:
             numbers: ir.Value = self.op("Cast", rows, to=ir.DataType.FLOAT.value)
@@ -210,10 +210,8 @@ class _PromptBranch(Subgraph):
     def _read_both(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
         """Rows of both caches as float32, with coordinates held twice added up: [batch, kv_heads, rows, less]."""
         if not self.doubled:
-            return [
-                self.op("Mul", self._numbers_of(each), scale) for each, scale in zip(rows, self.scales, strict=True)
-            ]
-        return [self._added_up(self._numbers_of(stored), side) for side, stored in enumerate(rows)]
+            return [self.op("Mul", self._unpacked(each), scale) for each, scale in zip(rows, self.scales, strict=True)]
+        return [self._added_up(self._unpacked(stored), side) for side, stored in enumerate(rows)]
 
     def _given_back(self, numbers: Sequence[ir.Value]) -> list[ir.Value]:
         """Whole numbers of new keys and values, [batch, length, kv_heads * dim], as the cache gives them back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 from kvslim.contract import MIB
@@ -50,8 +51,7 @@ def choose(
     limit = budget.bytes_limit(planner.plain_bytes)
     if limit is None and budget.max_kl is None and budget.max_recall_drop is None:
         limit = planner.plain_bytes
-    smaller_than_asked = lambda planned: _is_beyond(planned, planner, limit, budget.max_kl)  # noqa: E731
-    frontier = planner.frontier(progress, smaller_than_asked)
+    frontier = planner.frontier(progress, partial(_is_beyond, planner, limit, budget.max_kl))
     chosen = _smallest(planner, budget, frontier) if limit is None else _within_bytes(planner, budget, frontier, limit)
     asked = recall_gate if budget.max_recall_drop is None else budget.max_recall_drop
     recalled = [] if asked is None else _recalled(_upwards(chosen, frontier), asked, recall_drop)
@@ -62,7 +62,7 @@ def choose(
     return Chosen(chosen, _points([chosen, *recalled, *frontier]))
 
 
-def _is_beyond(planned: Planned, planner: Planner, limit: float | None, max_kl: float | None) -> bool:
+def _is_beyond(planner: Planner, limit: float | None, max_kl: float | None, planned: Planned) -> bool:
     """Whether a plan is smaller than what is asked for, or loses more: each size takes time, and none is needed."""
     if limit is not None:
         return planned.point.kv_bytes_per_token * planner.context < limit

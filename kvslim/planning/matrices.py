@@ -21,10 +21,10 @@ from kvslim.loading.architecture import Architecture
 from kvslim.loading.mapped import let_go
 from kvslim.planning.allocate import Option, allocate
 from kvslim.progress import Progress
+from kvslim.transform.hooks import hooked
 from kvslim.transform.surgery import attention_modules, layer_modules, project_directly
 from kvslim.weights.blocks import BlockFormat, Floats, quantise
 from kvslim.weights.choice import Chosen
-from kvslim.weights.layerwise import hooked
 
 if TYPE_CHECKING:
     from kvslim.transform.kl_evaluator import KLEvaluator

@@ -68,7 +68,7 @@ def group_query_attention(
     rotary: Rotary | None,
     cache: CacheType,
     scales: Scales,
-    residuals: Residuals = (0, 0),
+    residuals: Residuals,
 ) -> Tensor:
     """Attention by onnxruntime's fused operator.
 
@@ -106,7 +106,7 @@ def masked_attention(
     *,
     cache: CacheType,
     scales: Scales,
-    residuals: Residuals = (0, 0),
+    residuals: Residuals,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Attention over rows in any order by the same operator, which a mask tells what each query sees.
 

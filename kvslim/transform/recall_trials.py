@@ -13,6 +13,7 @@ from torch import Tensor
 from kvslim.loading.architecture import Architecture
 from kvslim.prefix import shared_length
 from kvslim.transform.edits import LayerEdit
+from kvslim.transform.hooks import hooked
 from kvslim.transform.kl_evaluator import first_changed, logits_at, remembering, replaying
 from kvslim.transform.surgery import layer_modules, trial
 
@@ -136,15 +137,8 @@ class AnswerTrials(_Asked):
     def _calls(self, tokens: Tensor, places: Places, outputs: Sequence[Any]) -> list[tuple[Any, Any]]:
         """The arguments of each layer, in order and by name, where all layers give what they gave before."""
         calls: list[tuple[Any, Any]] = []
-        hooks = [
-            layer.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
-            for layer in self.layers
-        ]
-        try:
+        with hooked(self.layers, lambda _, *call: calls.append(call)):
             self._logits((), tokens, places, outputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return calls
 
     @cached_property

@@ -5,7 +5,7 @@ One layer's moments are in memory at a time, and the hidden states of the text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kvslim.progress import Progress
+from kvslim.transform.hooks import hooked
 from kvslim.weights.blocks import Floats, Quantised, quantise
 from kvslim.weights.choice import Chosen
 from kvslim.weights.gptq import gptq
@@ -105,17 +106,6 @@ def _run(model: Any, windows: np.ndarray) -> None:
 
 def _stop(*_: Any) -> None:
     raise _EnoughError
-
-
-@contextmanager
-def hooked(modules: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
-    """Within the block a hook is called before each of the modules, with the module and what it is called with."""
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -154,8 +154,8 @@ class RayWorkers(Workers):
                 except ray.exceptions.RayActorError:  # it is gone for good
                     if not (busy or asked or free):
                         raise
-                    continue
-                free.append(actor)
+                else:
+                    free.append(actor)
                 continue
             actor, place = busy.pop(done)
             asked[actor.process.remote()] = actor
