@@ -57,7 +57,7 @@ def table(rows: Sequence[Row]) -> str:
 def device_bound(
     source: Source,
     *,
-    contexts: tuple[int, ...] = (1024, 8192, 16384),
+    contexts: tuple[int, ...] = (128, 1024, 8192, 16384),
     caches: tuple[str, ...] = ("plain", "int8", "int4"),
     prompt: int = 512,
     rounds: int = 5,
