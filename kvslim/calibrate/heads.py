@@ -15,6 +15,7 @@ from kvslim.calibrate.statistics import HeadStatistics
 from kvslim.contract import ModelSpec
 from kvslim.loading.architecture import Architecture
 from kvslim.progress import Progress
+from kvslim.transform.hooks import attached
 from kvslim.transform.projections import projection
 from kvslim.transform.surgery import attention_modules
 
@@ -39,17 +40,13 @@ def collect_heads(
     """
     attentions = attention_modules(model, architecture)
     sums = [_Sums(spec) for _ in attentions]
-    hooks = [
+    hooks = (
         attention.get_submodule(architecture.output).register_forward_pre_hook(total)
         for attention, total in zip(attentions, sums, strict=True)
-    ]
-    try:
-        with torch.inference_mode(), parts_recorded(model, architecture) as parts:
-            for text in progress.track(texts, "sentences"):
-                model(input_ids=torch.tensor([text]))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    )
+    with attached(hooks), torch.inference_mode(), parts_recorded(model, architecture) as parts:
+        for text in progress.track(texts, "sentences"):
+            model(input_ids=torch.tensor([text]))
     grams = [output_gram(attention, architecture, spec) for attention in attentions]
     added = [part.finish() for part in parts]
     for attention, total, layer in zip(attentions, sums, added, strict=True):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kvslim.loading.architecture import Architecture
+from kvslim.transform.hooks import attached
 from kvslim.transform.surgery import layer_modules
 
 
@@ -84,11 +85,8 @@ def parts_recorded(model: Any, architecture: Architecture) -> Iterator[list[Part
         recorder = PartsRecorder(architecture.multiplier(model.config))
         recorders.append(recorder)
         hooks += _attached(layer, architecture, recorder)
-    try:
+    with attached(hooks):
         yield recorders
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _attached(layer: nn.Module, architecture: Architecture, recorder: PartsRecorder) -> list[Any]:

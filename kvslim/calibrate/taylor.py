@@ -18,6 +18,7 @@ from torch import Tensor
 from kvslim.contract import ModelSpec
 from kvslim.loading.architecture import Architecture
 from kvslim.progress import Progress
+from kvslim.transform.hooks import attached
 from kvslim.transform.surgery import attention_modules, slim_modules
 
 Array = np.ndarray
@@ -69,11 +70,10 @@ def _gated(model: Any, architecture: Architecture, spec: ModelSpec) -> Iterator[
         return lambda _, inputs: ((inputs[0].unflatten(-1, (spec.q_heads, -1)) * gate[:, None]).flatten(-2),)
 
     outputs = [attention.get_submodule(architecture.output) for attention in attention_modules(model, architecture)]
-    hooks = [output.register_forward_pre_hook(multiplied(gate)) for output, gate in zip(outputs, gates, strict=True)]
+    hooks = (output.register_forward_pre_hook(multiplied(gate)) for output, gate in zip(outputs, gates, strict=True))
     try:
-        yield gates
+        with attached(hooks):
+            yield gates
     finally:
-        for hook in hooks:
-            hook.remove()
         for slim in slim_modules(model, architecture):
             slim.hidden = None  # it holds on to the last window's graph

@@ -81,13 +81,10 @@ class _Decoder(nn.Module):
                 extras.get(layer, ()),
                 shared,
             )
-        head = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))
-        try:
+        with self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][:, -1:],)):
             output = self.model(
                 input_ids=input_ids, position_ids=position_ids, past_key_values=PassThroughCache(past), use_cache=True
             )
-        finally:
-            head.remove()
         own, read = (
             [slim.step.present for slim in slims if slim.step and slim.step.present]
             for slims in ([self.slims[layer] for layer in caches], self._readers.values())

@@ -26,6 +26,7 @@ from kvslim.caches.attention.shared import SharedAttention
 from kvslim.loading.architecture import Architecture
 from kvslim.progress import Progress
 from kvslim.transform.edits import Affine, Array, LayerEdit
+from kvslim.transform.hooks import attached
 from kvslim.transform.projections import parameters
 from kvslim.transform.surgery import layer_modules, slim_modules, trial
 
@@ -186,13 +187,11 @@ class _Refit:
         for layer in others:
             layer.forward = lambda *_, **__: given[0] if given else before
         try:
-            with torch.inference_mode():
+            with attached(hooks), torch.inference_mode():
                 self.model.base_model(input_ids=tokens, use_cache=False)
         finally:
             for layer in others:
                 del layer.forward
-            for hook in hooks:
-                hook.remove()
         return _Run(given[0], *(seen[0] if seen else (given[0], given[0])))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvslim.loading.architecture import Architecture
 from kvslim.transform.edits import Array, LayerEdit
+from kvslim.transform.hooks import attached
 from kvslim.transform.surgery import layer_modules, trial
 
 BATCH = 1024  # tokens of a forward pass
@@ -101,11 +102,8 @@ def logits_at(model: Any, batch: Tensor, places: Tensor) -> Tensor:
         batch: Token ids.
         places: Of the positions, in order.
     """
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][:, places],))
-    try:
+    with model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][:, places],)):
         logits: Tensor = model(input_ids=batch, use_cache=False).logits
-    finally:
-        hook.remove()
     return logits
 
 
@@ -132,12 +130,8 @@ def predicting(windows: Array, loss_mask: Array | None) -> Array:
 def remembering(layers: Sequence[Any]) -> Iterator[list[Any]]:
     """Within the block what layers give is noted, in the order that they run."""
     outputs: list[Any] = []
-    hooks = [layer.register_forward_hook(lambda *call: outputs.append(call[2])) for layer in layers]
-    try:
+    with attached(layer.register_forward_hook(lambda *call: outputs.append(call[2])) for layer in layers):
         yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
