@@ -9,7 +9,7 @@ from support.tiny_graph import write_tiny
 
 from kvslim.errors import UsageError
 from kvslim.runtime.session import DecodeSession
-from kvslim.validation.quality import measure_all, measure_floor, measure_quality
+from kvslim.validation.quality import PAIRS, compared, measure_all, measure_floor, measure_quality, summed_up
 from kvslim.validation.tally import Quality
 
 WINDOWS = np.random.default_rng(0).integers(24, size=(5, 37))
@@ -129,7 +129,7 @@ def test_what_lies_beyond_the_context_is_told_apart(tmp_path: Path) -> None:
     plain, artifact = (DecodeSession(graph, capacity=60) for graph in graphs)
     text = np.random.default_rng(1).integers(24, size=60)
     short = text[:12]
-    found = measure_all(plain, artifact, [short, text], within=48)
+    found = summed_up(compared([plain, artifact], PAIRS, [short, text], within=48))
     within, whole = (measure_quality(plain, artifact, [short, each]) for each in (text[:48], text))
     assert found.artifact.kl_mean == pytest.approx(within.kl_mean)
     assert found.artifact.kl_beyond == pytest.approx((72 * whole.kl_mean - 60 * within.kl_mean) / 12)

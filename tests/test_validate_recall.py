@@ -13,6 +13,7 @@ from kvslim.validation.recall import (
     LEAST_ITEMS,
     SPAN,
     RecallItem,
+    both_hits,
     capacity_for,
     compare_recall,
     confidence_factor,
@@ -120,7 +121,7 @@ def test_recall_is_told_by_distance_and_all_distances_are_asked(tmp_path: Path) 
     far, near = repeated_spans(SMALL, count=60, distance=100, spans=60), repeated_spans(SMALL, count=100, distance=32)
     items = [*far, *near]
     plain, same = (DecodeSession(write_tiny(tmp_path / "model.onnx"), capacity=capacity_for(items)) for _ in range(2))
-    found = compare_recall(plain, same, items, 0.01)
+    found = compare_recall(both_hits(plain, same, items), items, 0.01)
     assert found.questions == 72  # clear after 40, but a dozen of each distance is asked
     assert found.by_reach == {100: (pytest.approx(measure_recall(plain, far)),) * 2, 32: found.by_reach[32]}
     assert found.by_reach[32][0] == pytest.approx(measure_recall(plain, near[:12]))
@@ -134,20 +135,20 @@ def test_questions_end_early_when_nothing_is_lost(tmp_path: Path) -> None:
     items = repeated_spans(SMALL, count=100, distance=32)
     plain, same = (DecodeSession(write_tiny(tmp_path / "model.onnx"), capacity=80) for _ in range(2))
     for limit in (0.01, None):
-        found = compare_recall(plain, same, items, limit)
+        found = compare_recall(both_hits(plain, same, items), items, limit)
         assert (found.questions, found.drop, found.drop_se) == (LEAST_ITEMS, 0, 0)
 
 
 def test_questions_end_early_when_the_limit_is_far_away(tmp_path: Path) -> None:
     items = repeated_spans(SMALL, count=100, distance=32)
-    assert compare_recall(*_pair(tmp_path, 0.5), items, 0.9).questions == LEAST_ITEMS
+    assert compare_recall(both_hits(*_pair(tmp_path, 0.5), items), items, 0.9).questions == LEAST_ITEMS
 
 
 def test_all_questions_are_asked_when_the_limit_is_what_is_lost(tmp_path: Path) -> None:
     items = repeated_spans(SMALL, count=100, distance=32)
     plain, slim = _pair(tmp_path, 0.5)
     drop = measure_recall(plain, items) - measure_recall(slim, items)
-    found = compare_recall(plain, slim, items, drop)
+    found = compare_recall(both_hits(plain, slim, items), items, drop)
     assert found.questions == 100
     assert found.drop == pytest.approx(drop)
 
@@ -156,7 +157,7 @@ def test_standard_error_is_that_of_a_mean_when_answers_are_equally_long(tmp_path
     items = repeated_spans(SMALL, count=60, distance=32)
     plain, slim = _pair(tmp_path, 0.5)
     drops = [measure_recall(plain, [item]) - measure_recall(slim, [item]) for item in items]
-    found = compare_recall(plain, slim, items, float(np.mean(drops)))
+    found = compare_recall(both_hits(plain, slim, items), items, float(np.mean(drops)))
     assert 0 < found.drop_se == pytest.approx(np.std(drops, ddof=1) / np.sqrt(60))
 
 

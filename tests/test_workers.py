@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,16 @@ import pytest
 import ray
 import torch
 from support.models import open_prepared, recipe_of
+from support.tiny_graph import write_tiny
 
 from kvslim.errors import ModelError, NotFoundError, UnsupportedError, UsageError
 from kvslim.methods.kv_quant import KvQuant
 from kvslim.planning.budget import choose_within
 from kvslim.prepared.decoder import PreparedDecoder
+from kvslim.progress import Progress, Silent
 from kvslim.settings import Budget
+from kvslim.validation.quality import Comparison, summed_up
+from kvslim.validation.recall import Questions, capacity_for, compare_recall, repeated_spans, texts_of
 from kvslim.workers.cluster import RETRIES, Cluster
 from kvslim.workers.ray_workers import RayWorkers
 
@@ -93,6 +97,44 @@ def test_statistics_and_plan_are_the_same_to_the_last_bit(
     assert choose_within(Budget(kv_ratio=8), together.trials()) == plan
     for name, array in alone.statistics.arrays().items():
         np.testing.assert_array_equal(getattr(together.statistics, name), array, err_msg=name)
+
+
+def test_validation_is_the_same_to_the_last_bit(tmp_path: Path, cluster: Cluster, workers: RayWorkers) -> None:
+    folders = tmp_path / "plain", tmp_path / "artifact"
+    for folder, noise in zip(folders, (0.0, 0.05), strict=True):
+        folder.mkdir()
+        write_tiny(folder / "model.onnx", noise=noise)
+    random = np.random.default_rng(0)
+    windows = [random.integers(24, size=size) for size in (37, 12, 80)]
+    comparison = Comparison(folders, windows, within=50)
+    alone = summed_up(comparison.open(Silent(), cluster.threads)(windows))
+    assert alone.artifact.kl_mean > 1e-3
+    assert alone.artifact.kl_beyond is not None
+    assert summed_up(workers.measure(comparison, windows, Silent())) == alone
+    items = repeated_spans(random.integers(24, size=(2, 60)), count=60, distance=40)
+    questions = Questions(folders, capacity_for(items))
+    recall = compare_recall(questions.open(Silent(), cluster.threads)(texts_of(items)), items)
+    assert 0 < recall.teacher != recall.student
+    assert compare_recall(workers.measure(questions, texts_of(items), Silent()), items) == recall
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Tells who measures graphs that no worker finds."""
+
+    folders: tuple[Path, ...]
+    label: str = "numbers"
+
+    def open(self, progress: Progress, threads: int | None) -> Callable[[Sequence[int]], Iterator[tuple[int, int]]]:
+        return lambda numbers: ((number, os.getpid()) for number in numbers)
+
+
+def test_graphs_that_workers_do_not_find_are_measured_here(tmp_path: Path, workers: RayWorkers) -> None:
+    absent = Elsewhere((tmp_path / "absent",))
+    assert list(workers.measure(absent, [1, 2], Silent())) == [(1, os.getpid()), (2, os.getpid())]
+    there = list(workers.measure(Elsewhere((tmp_path,)), [1, 2, 3], Silent()))
+    assert [number for number, _ in there] == [1, 2, 3]
+    assert {process for _, process in there} <= set(workers.processes)
 
 
 def test_worker_that_dies_is_replaced_and_its_piece_done_again(

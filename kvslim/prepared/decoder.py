@@ -192,6 +192,7 @@ class PreparedDecoder(PreparedModel):
             self.original if self.is_quantised else None,
             self.progress,
             self.recipe.draft,
+            self.workers,
         )
 
     def install(self, codes: tuple[LayerEdit, ...]) -> None:

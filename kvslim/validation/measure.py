@@ -17,11 +17,12 @@ from kvslim.settings import Gates, Validation
 from kvslim.types import DraftChoice
 from kvslim.validation.gates import Timed, report
 from kvslim.validation.latency import Latency, measure_latency
-from kvslim.validation.quality import FLOOR_WINDOWS, measure_all, measure_floor
-from kvslim.validation.recall import RecallItem, capacity_for, compare_recall
+from kvslim.validation.quality import FLOOR_WINDOWS, Comparison, measure_all, measure_floor, summed_up
+from kvslim.validation.recall import Questions, RecallItem, capacity_for, compare_recall, texts_of
 from kvslim.validation.rss import peak_rss
 from kvslim.validation.samples import sample_answers
 from kvslim.validation.speculation import measure_speculation
+from kvslim.workers.base import Workers
 
 
 class DecoderEvaluation(NamedTuple):
@@ -39,6 +40,7 @@ class DecoderEvaluation(NamedTuple):
         original: Folder of the graph in float32 where the weights of plain export and artifact are quantised.
         progress: Receives the progress.
         draft: Which draft the artifact has, as in a recipe.
+        workers: Who compares the two on pieces of the text.
     """
 
     windows: Sequence[np.ndarray]
@@ -51,6 +53,7 @@ class DecoderEvaluation(NamedTuple):
     original: Path | None
     progress: Progress
     draft: DraftChoice = "none"
+    workers: Workers = Workers()
 
     def measure(self, plain: Path, artifact: Path) -> Report:
         """The report of an artifact next to the plain export of its model, gates judged.
@@ -63,13 +66,12 @@ class DecoderEvaluation(NamedTuple):
 
 
 def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Report:
-    windows, items, settings, gates, context, prompts, timed, original, progress, draft = evaluation
+    windows, items, settings, gates, context, prompts, timed, original, progress, draft, workers = evaluation
     folders = {"plain": plain, "artifact": artifact}
-    quality = _quality(plain, artifact, windows, original, context, progress)
+    quality = _quality(plain, artifact, windows, original, context, progress, workers)
     progress.stage(stages.RECALL)
-    room = max(map(len, windows)) if not items else capacity_for(items)
-    sessions = {name: DecodeSession(path, capacity=room, all_positions=True) for name, path in folders.items()}
-    recall = compare_recall(sessions["plain"], sessions["artifact"], items, gates.max_recall_drop, progress)
+    hits = workers.measure(Questions((plain, artifact), capacity_for(items)), texts_of(items), progress)
+    recall = compare_recall(hits, items, gates.max_recall_drop)
     by_distance = [{str(reach): shares[side] for reach, shares in recall.by_reach.items()} for side in (0, 1)]
     found = {
         name: {
@@ -82,8 +84,8 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
             (("plain", recall.teacher, 0.0), ("artifact", recall.student, recall.drop_se))
         )
     }
-    sizes = {name: session.layout.bytes_per_token(context) for name, session in sessions.items()}
-    del sessions
+    layouts = {name: DecodeSession(path, capacity=1).layout for name, path in folders.items()}
+    sizes = {name: layout.bytes_per_token(context) for name, layout in layouts.items()}
     samples = sample_answers(plain, artifact, windows, progress)
     speculation = measure_speculation(artifact, draft, windows, context, progress)
     progress.stage(stages.TIME)
@@ -125,6 +127,7 @@ def _quality(
     original: Path | None,
     context: int,
     progress: Progress,
+    workers: Workers,
 ) -> _Quality:
     """What a report tells of quality.
 
@@ -133,25 +136,15 @@ def _quality(
     with it on a few windows.
     """
     longest = max(map(len, windows))
-
-    def opened(path: Path, float_activations: bool) -> DecodeSession:
-        return DecodeSession(path, capacity=longest, all_positions=True, float_activations=float_activations)
-
-    is_quantised = original is not None
-    found = measure_all(
-        opened(plain, is_quantised),
-        opened(artifact, is_quantised),
-        windows,
-        original=None if original is None else opened(original, False),
-        progress=progress,
-        within=context,
-    )
-    as_it_runs = opened(plain, False)
+    folders = (plain, artifact, *([] if original is None else [original]))
+    found = summed_up(workers.measure(Comparison(folders, windows, context), windows, progress))
+    as_it_runs = DecodeSession(plain, capacity=longest, all_positions=True)
     floor = measure_floor(as_it_runs, windows, progress).as_measures()
     plain_kept, artifact_kept = found.plain.as_measures(), found.artifact.as_measures()
     if found.to_original is None:
         return _Quality(plain_kept, floor, artifact_kept, {})
-    as_run = measure_all(as_it_runs, opened(artifact, False), windows[:FLOOR_WINDOWS], progress=progress)
+    artifact_runs = DecodeSession(artifact, capacity=longest, all_positions=True)
+    as_run = measure_all(as_it_runs, artifact_runs, windows[:FLOOR_WINDOWS], progress)
     of_plain, of_artifact, itself = (column.as_measures() for column in found.to_original)
     noisy = {"kl_as_run": as_run.artifact.as_measures()["kl_mean"], "kl_to_original": of_artifact["kl_mean"]}
     return _Quality(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,8 @@ from kvslim.validation.tally import Quality, Tally, Window
 Windows = Sequence[Window] | npt.NDArray[np.int64]
 CHUNK = 64  # tokens of one step
 FLOOR_WINDOWS, FLOOR_TOKENS = 4, 64  # a floor goes token by token, which takes long
+PAIRS = ((0, 1),)  # teacher and student: plain export and artifact
+PAIRS_TO_ORIGINAL = (*PAIRS, (2, 0), (2, 1))  # and both next to the model in float32
 
 
 @dataclass(frozen=True)
@@ -53,40 +56,69 @@ def measure_quality(teacher: DecodeSession, student: DecodeSession, windows: Win
     Raises:
         UsageError: The windows have another shape or do not fit a cache, or the vocabularies differ.
     """
-    (tally,) = _compared([teacher, student], [(0, 1)], windows, chunk, Silent(), None)
+    (tally,) = _together(compared([teacher, student], [(0, 1)], windows, chunk=chunk))
     return tally.student()
 
 
 def measure_all(
-    plain: DecodeSession,
-    artifact: DecodeSession,
-    windows: Windows,
-    original: DecodeSession | None = None,
-    progress: Progress | None = None,
-    within: int | None = None,
+    plain: DecodeSession, artifact: DecodeSession, windows: Windows, progress: Progress | None = None
 ) -> QualityReport:
-    """The quality columns of a report but for the floor; each session runs once.
+    """The quality columns of a report but for the floor, where weights are not quantised.
 
     Args:
         plain: Session of the plain export.
         artifact: Session of the artifact.
         windows: As for `measure_quality`.
-        original: Session of the model in float32, where the weights of the other two are quantised.
         progress: Receives the progress.
-        within: Tokens of a text that count; the KL of what lies beyond is told apart. None if all do.
 
     Raises:
         UsageError: As for `measure_quality`.
     """
-    progress = progress or Silent()
-    sessions = [plain, artifact, *([] if original is None else [original])]
-    pairs = [(0, 1)] if original is None else [(0, 1), (2, 0), (2, 1)]
-    tally, *others = _compared(sessions, pairs, windows, CHUNK, progress, within)
-    found = QualityReport(plain=tally.teacher(), artifact=tally.student())
+    return summed_up(compared([plain, artifact], PAIRS, windows, progress=progress))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The graphs of a report, which go through held-out text side by side.
+
+    Attributes:
+        folders: The plain export and the artifact, and the model in float32 where the weights of these are quantised.
+        windows: All of the text.
+        within: Tokens of a text that count; the KL of what lies beyond is told apart. None if all do.
+    """
+
+    folders: tuple[Path, ...]
+    windows: Windows
+    within: int | None = None
+    label: str = "held-out text"
+
+    def open(self, progress: Progress, threads: int | None) -> Callable[[Windows], Iterator[list[Tally]]]:
+        """What compares the graphs on windows; where weights are quantised, with activations in float32."""
+        is_quantised = len(self.folders) > len(PAIRS[0])
+        floats = (is_quantised, is_quantised, False)
+        sessions = [
+            DecodeSession(
+                folder,
+                capacity=max(map(len, self.windows)),
+                threads=threads,
+                all_positions=True,
+                float_activations=float_activations,
+            )
+            for folder, float_activations in zip(self.folders, floats, strict=False)
+        ]
+        pairs = PAIRS_TO_ORIGINAL if is_quantised else PAIRS
+        piece = min(map(len, self.windows))
+        return lambda windows: compared(sessions, pairs, windows, piece=piece, within=self.within, progress=progress)
+
+
+def summed_up(found: Iterable[Sequence[Tally]]) -> QualityReport:
+    """The columns of a report, from the tallies of each window."""
+    tally, *others = _together(found)
+    columns = QualityReport(plain=tally.teacher(), artifact=tally.student())
     if not others:
-        return found
+        return columns
     of_plain, of_artifact = others
-    return replace(found, to_original=(of_plain.student(), of_artifact.student(), of_plain.teacher()))
+    return replace(columns, to_original=(of_plain.student(), of_artifact.student(), of_plain.teacher()))
 
 
 def measure_floor(plain: DecodeSession, windows: Windows, progress: Progress | None = None) -> Quality:
@@ -111,27 +143,54 @@ def measure_floor(plain: DecodeSession, windows: Windows, progress: Progress | N
     return replace(tally.student(), perplexity=math.nan, perplexity_se=math.nan, kl_by_position={})
 
 
-def _compared(
+def compared(
     sessions: Sequence[DecodeSession],
     pairs: Sequence[tuple[int, int]],
     windows: Windows,
-    chunk: int,
-    progress: Progress,
-    within: int | None,
-) -> list[Tally]:
-    """One tally for each pair of a teacher and a student among sessions, which go through the text side by side."""
+    *,
+    chunk: int = CHUNK,
+    piece: int | None = None,
+    within: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[list[Tally]]:
+    """For each window one tally for each pair of a teacher and a student among sessions, which go side by side.
+
+    Args:
+        sessions: Of all graphs.
+        pairs: Places of teacher and student.
+        windows: As for `measure_quality`.
+        chunk: Tokens of one step.
+        piece: Tokens of a piece; None for the shortest window.
+        within: Tokens of a text that count; None if all do.
+        progress: Receives the progress.
+
+    Raises:
+        UsageError: As for `measure_quality`.
+    """
     for teacher, student in pairs:
         _check(sessions[teacher], sessions[student], windows)
-    tallies = [Tally(min(map(len, windows)), within) for _ in pairs]
+    size = piece or min(map(len, windows))
     count = sum(-(-len(window) // chunk) for window in windows)
     steps = _side_by_side(sessions, windows, chunk)
-    for window, start, logits in progress.track(steps, "held-out text", count):
+    tallies: list[Tally] = []
+    for window, start, logits in (progress or Silent()).track(steps, "held-out text", count):
+        if start == 0:
+            tallies = [Tally(size, within) for _ in pairs]
         for tally, (teacher, student) in zip(tallies, pairs, strict=True):
             tally.add(logits[teacher], logits[student], window[start + 1 : start + 1 + chunk])
         if start + chunk >= len(window):
             for tally in tallies:
                 tally.end_window()
-    return tallies
+            yield tallies
+
+
+def _together(found: Iterable[Sequence[Tally]]) -> Sequence[Tally]:
+    """One tally for each pair over all windows."""
+    whole, *others = found
+    for tallies in others:
+        for tally, more in zip(whole, tallies, strict=True):
+            tally.extend(more)
+    return whole
 
 
 def _side_by_side(

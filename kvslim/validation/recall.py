@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -76,12 +77,48 @@ def measure_recall(session: DecodeSession, items: Sequence[RecallItem]) -> float
     return sum(_hits(session, items)) / sum(len(item.answer) for item in items)
 
 
+@dataclass(frozen=True)
+class Questions:
+    """The graphs of a report, which are asked the same questions.
+
+    Attributes:
+        folders: The plain export and the artifact.
+        capacity: Tokens that a cache must hold.
+    """
+
+    folders: tuple[Path, Path]
+    capacity: int
+    label: str = "recall questions"
+
+    def open(
+        self, progress: Progress, threads: int | None
+    ) -> Callable[[Sequence[Sequence[RecallItem]]], Iterator[tuple[int, int]]]:
+        """What asks the questions of texts: of each, how many tokens of the answer teacher and student find."""
+        teacher, student = (
+            DecodeSession(folder, capacity=self.capacity, threads=threads, all_positions=True)
+            for folder in self.folders
+        )
+        return lambda texts: both_hits(teacher, student, [item for text in texts for item in text], progress)
+
+
+def both_hits(
+    teacher: DecodeSession, student: DecodeSession, items: Sequence[RecallItem], progress: Progress | None = None
+) -> Iterator[tuple[int, int]]:
+    """Of each question, how many tokens of the answer a model and its teacher find.
+
+    Args:
+        teacher: Session of the plain export.
+        student: Session of the model to measure; its cache must hold a prompt with its answer, as the teacher's.
+        items: Questions.
+        progress: Receives the progress.
+    """
+    asked = (progress or Silent()).track(items, "recall questions")
+    for _, *hits in zip(asked, _hits(teacher, items), _hits(student, items), strict=False):
+        yield hits[0], hits[1]
+
+
 def compare_recall(
-    teacher: DecodeSession,
-    student: DecodeSession,
-    items: Sequence[RecallItem],
-    max_drop: float | None = None,
-    progress: Progress | None = None,
+    hits: Iterable[tuple[int, int]], items: Sequence[RecallItem], max_drop: float | None = None
 ) -> Recall:
     """Recall of a student and its teacher, on so many of the questions as the verdict needs.
 
@@ -91,11 +128,9 @@ def compare_recall(
     side of the limit; without a limit, when the standard error is at most `ERROR`.
 
     Args:
-        teacher: Session of the plain export.
-        student: Session of the model to measure; its cache must hold a prompt with its answer, as the teacher's.
+        hits: Of each question, tokens of the answer that teacher and student find; no more are taken than needed.
         items: Questions, at least one.
         max_drop: Recall that the student may lose, or None.
-        progress: Receives the progress.
 
     Raises:
         UsageError: As for `measure_recall`.
@@ -105,9 +140,8 @@ def compare_recall(
     wanted = Counter(
         {reach: min(LEAST_OF_REACH, count) for reach, count in Counter(each.reach for each in items).items()}
     )
-    asked = (progress or Silent()).track(items, "recall questions")
-    for item, *hits in zip(asked, _hits(teacher, items), _hits(student, items), strict=False):
-        tally.add(item, *hits)
+    for (teacher, student), item in zip(hits, items, strict=False):
+        tally.add(item, teacher, student)
         if tally.count >= LEAST_ITEMS and wanted <= Counter(tally.reaches) and tally.is_clear(max_drop):
             break
     return tally.recall()
@@ -166,6 +200,16 @@ def capacity_for(items: Sequence[RecallItem]) -> int:
         held += len(item.answer)
         longest = max(longest, held)
     return longest
+
+
+def texts_of(items: Sequence[RecallItem]) -> list[list[RecallItem]]:
+    """The questions of each text."""
+    texts: list[list[RecallItem]] = []
+    for item, is_new in _by_text(items):
+        if is_new:
+            texts.append([])
+        texts[-1].append(item)
+    return texts
 
 
 def _by_text(items: Sequence[RecallItem]) -> Iterator[tuple[RecallItem, bool]]:

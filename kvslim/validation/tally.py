@@ -118,6 +118,14 @@ class Tally:
         for means, values in zip(self.losses, losses, strict=True):
             means += _means(values[: self.within], self.piece)
 
+    def extend(self, other: Tally) -> None:
+        """Adds the windows of another tally behind those so far."""
+        self.kl += other.kl
+        self.beyond += other.beyond
+        self.agreement += other.agreement
+        for means, more in zip(self.losses, other.losses, strict=True):
+            means += more
+
     def student(self) -> Quality:
         """The student's measures over all windows so far."""
         kl = np.concatenate(self.kl)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from kvslim.progress import Progress
 
 if TYPE_CHECKING:
     from kvslim.prepared.decoder import PreparedDecoder
@@ -23,6 +26,24 @@ class Task(Protocol[Item_contra, Result_co]):
 
     def open(self, prepared: PreparedDecoder) -> Callable[[Item_contra], Result_co]:
         """What does one item with a model in memory."""
+
+
+class Measurement(Protocol[Item_contra, Result_co]):
+    """What is measured of graphs on many items, as a value that can be sent to another process.
+
+    As of a task, a result may depend on nothing but the measurement and the item.
+    """
+
+    @property
+    def label(self) -> str:
+        """What one item is, in a few words, for the progress."""
+
+    @property
+    def folders(self) -> Sequence[Path]:
+        """Those of the graphs."""
+
+    def open(self, progress: Progress, threads: int | None) -> Callable[[Sequence[Item_contra]], Iterable[Result_co]]:
+        """What measures items one after another; `threads` are those of one operator, None for onnxruntime's choice."""
 
 
 class Workers:
@@ -52,3 +73,15 @@ class Workers:
             here: The same as `task.open(prepared)`, where this process has it open already.
         """
         yield from map(here or task.open(prepared), prepared.progress.track(items, label))
+
+    def measure(
+        self, measurement: Measurement[Item, Result], items: Sequence[Item], progress: Progress
+    ) -> Iterator[Result]:
+        """Yields what is measured on all items, in their order; who takes no more of it ends the work.
+
+        Args:
+            measurement: Of which graphs, and how. Their folders have names that no others have.
+            items: What can be measured apart.
+            progress: Receives the progress.
+        """
+        yield from measurement.open(progress, None)(items)

@@ -6,12 +6,13 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import KvslimError, ModelError, UnsupportedError
-from kvslim.progress import Silent
-from kvslim.workers.base import Item, Result, Task, Workers
+from kvslim.progress import Progress, Silent
+from kvslim.workers.base import Item, Measurement, Result, Task, Workers
 from kvslim.workers.cluster import RETRIES, Cluster, settle
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Worker:
 
     def __init__(self, folder: str, threads: int) -> None:
         settle(folder, threads)
+        self._threads = threads
         self._opening: Opening | None = None
         self._task = ""
 
@@ -66,14 +68,35 @@ class Worker:
             KvslimError: The model cannot be opened here, or is another one.
         """
         if self._opening != opening:
-            vars(self).pop("_prepared", None)  # there may be no room for two
-            self._opening = None  # in case the other can't be opened
+            self._release()
             self._prepared = _opened(opening)
             self._opening = opening
         if self._task != name:
             self._do = task.open(self._prepared)
             self._task = name
         return self._do(item)
+
+    def measure(self, name: str, measurement: Measurement[Any, Any], item: Any) -> list[Any] | None:
+        """What is measured on one item; None where the graphs are not to be found.
+
+        Args:
+            name: Of the measurement, another one for each.
+            measurement: Of which graphs, and how.
+            item: On what.
+        """
+        if not all(folder.is_dir() for folder in measurement.folders):
+            return None
+        if self._task != name:
+            self._release()
+            self._do = measurement.open(Silent(), self._threads)
+            self._task = name
+        return list(self._do([item]))
+
+    def _release(self) -> None:
+        """Frees a model, as there may be no room for it and what comes next."""
+        for held in ("_do", "_prepared"):
+            vars(self).pop(held, None)
+        self._task, self._opening = "", None
 
 
 class RayWorkers(Workers):
@@ -111,12 +134,38 @@ class RayWorkers(Workers):
         """
         import ray
 
-        early: dict[int, Result] = {}  # before others of earlier items
-        following = 0
         opening = Opening(_reference(prepared), prepared.digest, prepared.recipe)
-        common = ray.put(opening), f"{os.getpid()}-{next(_names)}", ray.put(task)
+        common = ray.put(opening), _new_name(), ray.put(task)
+        yield from self._in_order("do", common, items, label, prepared.progress)
+
+    def measure(
+        self, measurement: Measurement[Item, Result], items: Sequence[Item], progress: Progress
+    ) -> Iterator[Result]:
+        """Yields what is measured on all items, in their order; arguments as for `Workers.measure`.
+
+        Workers measure what they find. On machines that do not share the folders of the graphs, this process does.
+
+        Raises:
+            KvslimError: As for `map`.
+        """
+        import ray
+
+        here = cache(lambda: measurement.open(Silent(), None))
+        common = _new_name(), ray.put(measurement)
+        found = self._in_order("measure", common, items, measurement.label, progress)
+        for results, item in zip(found, items, strict=True):
+            yield from here()([item]) if results is None else results
+
+    def _in_order(
+        self, method: str, common: tuple[Any, ...], items: Sequence[Any], label: str, progress: Progress
+    ) -> Iterator[Any]:
+        """What a method of the workers gives for all items, in their order."""
+        import ray
+
+        early: dict[int, Any] = {}  # before others of earlier items
+        following = 0
         try:
-            for place, result in prepared.progress.track(self._done(common, items), label, len(items)):
+            for place, result in progress.track(self._done(method, common, items), label, len(items)):
                 early[place] = result
                 while following in early:
                     yield early.pop(following)
@@ -132,7 +181,7 @@ class RayWorkers(Workers):
                 fix="take fewer workers: each holds the model in memory, and the system may have killed one for that",
             ) from error
 
-    def _done(self, common: tuple[Any, ...], items: Sequence[Item]) -> Iterator[tuple[int, Any]]:
+    def _done(self, method: str, common: tuple[Any, ...], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """Places of items and their results as they come; a worker gets a piece whenever it answers.
 
         One that dies is started again where there is room, and answers then. Another one does its piece: with its
@@ -145,7 +194,8 @@ class RayWorkers(Workers):
         while waiting or busy:
             while waiting and free:
                 actor, (place, item) = free.popleft(), waiting.popleft()
-                busy[actor.do.options(max_task_retries=0).remote(*common, item)] = actor, place
+                called = getattr(actor, method).options(max_task_retries=0)
+                busy[called.remote(*common, item)] = actor, place
             (done, *_), _ = ray.wait([*busy, *asked])
             if done in asked:
                 actor = asked.pop(done)
@@ -168,6 +218,11 @@ class RayWorkers(Workers):
                 waiting.appendleft((place, items[place]))
                 continue
             yield place, result
+
+
+def _new_name() -> str:
+    """Of a task, as no other of any process has it."""
+    return f"{os.getpid()}-{next(_names)}"
 
 
 def _opened(opening: Opening) -> PreparedDecoder:
