@@ -86,6 +86,7 @@ class Speculation(Frozen):
     differing: int = Field(
         description="texts that are not the model's own, with activations in float32; must be 0 for the gates to pass"
     )
+    checked: int = Field(0, description="proposals in these texts, made whether they pay or not")
     tokens_per_round: float = Field(description="of a run of the graph")
     acceptance: tuple[float, ...] = Field(description="how often the first proposal of a run was right, the second ...")
     speed_ratio: float = Field(description="tokens per second over those without the draft, median over the texts")

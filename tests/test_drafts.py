@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cheap_runs import CHEAP_RUNS
+from starlette.testclient import TestClient
 from support.server import Server
 from support.tiny_chat import completed, write_chat
 from support.verbs import Run, give_stdin, runner
@@ -17,7 +17,10 @@ import kvslim
 from kvslim.cli import app
 from kvslim.errors import NotFoundError
 from kvslim.export.manifest import SPECULATIVE_GRAPH, read_manifest
-from kvslim.speculative.estimates import RunCosts
+from kvslim.serve.app import create_app
+from kvslim.serve.engine import Engine
+from kvslim.serve.model import ServedModel
+from kvslim.speculative.estimates import FreeRuns
 from kvslim.types import Draft
 
 LOOKUP = Draft(kind="lookup")
@@ -44,8 +47,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.fixture
 def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An artifact with a draft, on a machine where runs of several tokens cost next to nothing."""
-    for name, cheap in CHEAP_RUNS.items():
-        monkeypatch.setattr(RunCosts, name, cheap)
+    monkeypatch.setattr("kvslim.speculative.speculator.RunCosts", FreeRuns)
     return write_chat(tmp_path / "artifact", draft=LOOKUP)
 
 
@@ -76,6 +78,7 @@ def test_compress_makes_the_draft_that_is_asked_for(
     assert (manifest.report.speculation is not None) == ("the texts are the model's own" in said) == (kind is not None)
     if manifest.report.speculation is not None:
         assert manifest.report.speculation.differing == 0
+        assert manifest.report.speculation.checked > 0
         assert manifest.report.speculation.tokens == 2 * 32
         assert f"draft: {kind}, " in said
     assert "warning" not in said
@@ -195,19 +198,24 @@ def test_loaded_artifact_tells_what_its_draft_did(artifact: Path) -> None:
     assert (drafted.usage.new_tokens, plain.usage.tokens_per_round) == (30, None)
 
 
-@pytest.mark.parametrize("options", [(), ("--speculative", "none")], ids=["auto", "none"])
-def test_server_counts_predictions(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_server_counts_predictions(artifact: Path) -> None:
+    model = ServedModel(artifact, None, None, None)
+    with Engine(model.completer, lambda _: None, lambda _: None) as engine:
+        client = TestClient(create_app(model, engine, ["testserver"]))
+        asked = {"model": artifact.name, "prompt": PROMPT, "max_tokens": 30, "temperature": 0}
+        answer = client.post("/v1/completions", json=asked).json()
+    assert answer["choices"][0]["text"] == completed(artifact, PROMPT, 30)
+    counts = answer["usage"]["completion_tokens_details"]
+    assert counts["accepted_prediction_tokens"] > 0
+
+
+def test_server_does_without_the_draft_when_told(tmp_path: Path) -> None:
     artifact = write_chat(tmp_path / "artifact", draft=LOOKUP)
-    if options:
-        (artifact / SPECULATIVE_GRAPH).unlink()
-    with Server(artifact, tmp_path / "stderr", *options) as server:
+    (artifact / SPECULATIVE_GRAPH).unlink()
+    with Server(artifact, tmp_path / "stderr", "--speculative", "none") as server:
         answer = server.client().completions.create(model=artifact.name, prompt=PROMPT, max_tokens=30, temperature=0)
     assert answer.choices[0].text == completed(artifact, PROMPT, 30)
     assert answer.usage is not None
-    details = answer.usage.completion_tokens_details
-    assert details is not None
-    assert details.accepted_prediction_tokens is not None
-    assert details.rejected_prediction_tokens is not None
-    assert details.accepted_prediction_tokens + details.rejected_prediction_tokens >= 0
-    if options:
-        assert details.accepted_prediction_tokens == details.rejected_prediction_tokens == 0
+    counts = answer.usage.completion_tokens_details
+    assert counts is not None
+    assert counts.accepted_prediction_tokens == counts.rejected_prediction_tokens == 0

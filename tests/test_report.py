@@ -62,6 +62,7 @@ def test_page_tells_what_the_draft_is_and_gains() -> None:
         context=900,
         tokens=256,
         differing=0,
+        checked=311,
         tokens_per_round=2.345,
         acceptance=(0.876, 0.5),
         speed_ratio=1.234,
@@ -69,7 +70,7 @@ def test_page_tells_what_the_draft_is_and_gains() -> None:
     report = made.report.model_copy(update={"speculation": found})
     html = artifact_page(made.model_copy(update={"draft": Draft(kind="window"), "report": report}))
     _, _, shown = html.partition("<h2>Draft</h2>")
-    for told in ("4 sinks and 256 recent tokens", "2.35", "88%, 50%", "1.23", "256 behind 900"):
+    for told in ("4 sinks and 256 recent tokens", "2.35", "88%, 50%", "1.23", "0, 311", "256 behind 900"):
         assert told in shown
 
 

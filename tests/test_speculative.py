@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from support.cheap_runs import CHEAP_RUNS
 from support.models import export_slim, open_prepared, recipe_of
 from support.tiny_graph import write_tiny
 from support.tiny_tokenizer import byte_tokenizer
@@ -25,7 +24,7 @@ from kvslim.runtime.generate import GREEDY, Sampling, load_tokenizer
 from kvslim.runtime.session import DecodeSession
 from kvslim.runtime.writing import Completion, write
 from kvslim.speculative.choice import draft_of, kind_at, window_refusal
-from kvslim.speculative.estimates import MOST_PROPOSED, PRIOR_SLOPE, HitRates, RunCosts, best_count
+from kvslim.speculative.estimates import MOST_PROPOSED, PRIOR_SLOPE, FreeRuns, HitRates, RunCosts, best_count
 from kvslim.speculative.lookup import Lookup, match_rates
 from kvslim.speculative.loop import acceptance, tokens_per_round, write_speculatively
 from kvslim.speculative.speculator import FIRST_PAUSE, Speculator
@@ -224,13 +223,6 @@ def session_of(tmp_path: Path) -> Callable[..., DecodeSession]:
     return made
 
 
-def eager(speculator: Speculator) -> Speculator:
-    """A speculator that takes runs of several tokens and of its draft to cost next to nothing."""
-    speculator._costs.add = lambda *_: None  # type: ignore[method-assign]
-    vars(speculator._costs).update(CHEAP_RUNS)
-    return speculator
-
-
 @pytest.mark.parametrize("draft", [LOOKUP, WINDOW], ids=lambda draft: draft.kind)
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])
 @pytest.mark.parametrize("variant", [{}, {"int8": True}, {"positions": 512}], ids=["fp32", "int8", "positions"])
@@ -243,8 +235,7 @@ def test_text_is_that_of_plain_decoding(
     logits = session.prefill(ids)
     list(write(session, [plain], logits[None]))
     session.rewind(len(ids))
-    speculator = eager(Speculator(session, draft))
-    speculator._draft_times.append(1e-9)
+    speculator = Speculator(session, draft, costs=FreeRuns())
     list(write_speculatively(session, drafted, logits, speculator))
     assert drafted.tokens == plain.tokens
     assert any(proposed for proposed, _ in drafted.rounds)
@@ -278,8 +269,7 @@ def test_greedy_text_of_2000_tokens_is_that_of_plain_decoding(demo_graphs: Path,
     list(write(session, [plain], logits[None]))
     for draft in (LOOKUP, Draft(kind="window", window=32, sinks=4)):
         session.rewind(len(ids))
-        drafted, speculator = Completion(tokenizer, ids, 2000), eager(Speculator(session, draft))
-        speculator._draft_times.append(1e-9)
+        drafted, speculator = Completion(tokenizer, ids, 2000), Speculator(session, draft, costs=FreeRuns())
         list(write_speculatively(session, drafted, logits, speculator))
         assert drafted.tokens == plain.tokens
         assert len(drafted.tokens) == 2000
@@ -297,7 +287,7 @@ def completers(tmp_path: Path) -> Callable[[Draft | None], Completer]:
 def test_completer_counts_rounds_and_keeps_its_cache(completers: Callable[[Draft | None], Completer]) -> None:
     plain, drafted = completers(None), completers(LOOKUP)
     assert drafted._speculator is not None
-    eager(drafted._speculator)
+    drafted._speculator._costs = FreeRuns()
     for ids in ([5, 6, 7, 8] * 4, [5, 6, 7, 8, 9], [5, 6, 7, 8, 9, 10]):
         assert "".join(drafted.stream(ids, 60)) == "".join(plain.stream(ids, 60))
         usage = drafted.usage
@@ -313,7 +303,7 @@ def test_completer_counts_rounds_and_keeps_its_cache(completers: Callable[[Draft
 def test_completer_goes_on_when_a_text_was_closed_halfway(completers: Callable[[Draft | None], Completer]) -> None:
     drafted = completers(LOOKUP)
     assert drafted._speculator is not None
-    eager(drafted._speculator)
+    drafted._speculator._costs = FreeRuns()
     ids = [5, 6, 7, 8] * 4
     pieces = drafted.stream(ids, 100)
     for _ in range(9):
@@ -324,7 +314,7 @@ def test_completer_goes_on_when_a_text_was_closed_halfway(completers: Callable[[
 
 def test_nothing_is_proposed_where_the_cache_cannot_go_back(session_of: Callable[..., DecodeSession]) -> None:
     session = session_of()
-    speculator = eager(Speculator(session, LOOKUP))
+    speculator = Speculator(session, LOOKUP, costs=FreeRuns())
     ids = [1, 2, 3, 4] * 6
     speculator.begin(ids)
     completion = Completion(byte_tokenizer(), ids, 20)
@@ -333,11 +323,11 @@ def test_nothing_is_proposed_where_the_cache_cannot_go_back(session_of: Callable
     speculator._lookup = Lookup([1, 2, 3, 4] * 4, match_rates())
     assert speculator.proposals(completion, session.length)
     asked = list[int]()
-    session.refusal = lambda *_: asked.append(1) or "a ring has moved on"  # type: ignore
+    session.takes_back = lambda _: bool(asked.append(1))  # type: ignore
     for _ in range(1 + FIRST_PAUSE):  # nor is it asked for some rounds
         assert not speculator.proposals(completion, session.length)
     assert len(asked) == MOST_PROPOSED.bit_length()
-    session.refusal = lambda *_: None  # type: ignore[method-assign]
+    session.takes_back = lambda _: True  # type: ignore[method-assign]
     assert speculator.proposals(completion, session.length)
 
 

@@ -44,8 +44,8 @@ class TimedChain:
     def rewind(self, length: int) -> None:
         self.length = length
 
-    def refusal(self, *_: int) -> None:
-        return None
+    def takes_back(self, _: int) -> bool:
+        return True
 
 
 def speed(costs: np.ndarray, sharpness: float, tokens: int, seed: int) -> float:

@@ -13,15 +13,22 @@ import pytest
 from support.batches import check_batch
 from support.models import in_chunks, original_logits, tokens_of, torch_logits
 from support.streaming_codes import SINKS, WINDOW, export_ring, install_ring
+from support.tiny_tokenizer import byte_tokenizer
 
 from kvslim.caches.packed import CODES as BY_BITS
 from kvslim.caches.window import RINGS
 from kvslim.contract import CacheType
 from kvslim.errors import ArtifactError, UsageError
+from kvslim.export.manifest import SPECULATIVE_GRAPH
+from kvslim.export.speculative import write_speculative_graph
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.runtime.opening import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
-from kvslim.types import KVLayout
+from kvslim.runtime.writing import Completion, write
+from kvslim.speculative.estimates import FreeRuns
+from kvslim.speculative.loop import write_speculatively
+from kvslim.speculative.speculator import Speculator
+from kvslim.types import Draft, KVLayout
 
 ModelOf = Callable[[str], Path]
 LENGTH = 80  # many times the window
@@ -257,6 +264,50 @@ def test_rewind_is_refused_when_the_ring_has_moved_on(made: Made, cache: CacheTy
     session.reset()
     session.step(tokens[: WINDOW + SINKS])
     np.testing.assert_allclose(session.step(tokens[WINDOW + SINKS :]), later, atol=1e-5)
+
+
+@pytest.mark.parametrize("cache", RINGS_OF)
+def test_short_run_can_be_taken_back_where_the_ring_is_full(made: Made, cache: CacheType) -> None:
+    """As if it had ended with the last token that stays; what came before the run stays gone."""
+    prepared, folder = made("llama", cache)
+    tokens = tokens_of(prepared, LENGTH)
+    session = DecodeSession(folder, capacity=LENGTH, all_positions=True)
+    session.step(tokens[:8])
+    session.step(tokens[8:11])
+    session.rewind(6)  # nothing is overwritten yet
+    session.step(tokens[6:40])
+    assert session.takes_back(WINDOW)
+    assert not session.takes_back(WINDOW + 1)  # two of its tokens share a row
+    for kept in (1, 3, 5):  # of runs of five
+        length = session.length + kept
+        session.step([*tokens[session.length : length], *tokens[: 5 - kept]])
+        if kept < 5:
+            with pytest.raises(UsageError, match="window has dropped tokens"):
+                session.rewind(length - kept - 1)
+        session.rewind(length)
+    with pytest.raises(UsageError, match="window has dropped tokens"):
+        session.rewind(session.length - 1)
+    found = session.step(tokens[49:])
+    session.reset()
+    for start, stop in ((0, 40), (40, 41), (41, 44), (44, 49)):
+        session.step(tokens[start:stop])
+    np.testing.assert_allclose(found, session.step(tokens[49:]), atol=1e-5)
+
+
+@pytest.mark.parametrize("cache", [*RINGS_OF, "codes2"])
+def test_draft_goes_on_behind_a_full_ring_but_for_packed_codes(made: Made, cache: CacheType) -> None:
+    _, folder = made("llama", cache)
+    write_speculative_graph(folder)
+    session = DecodeSession(folder / SPECULATIVE_GRAPH, capacity=3 * LENGTH)
+    ids = [5, 6, 7, 8] * (LENGTH // 4)
+    plain, drafted = (Completion(byte_tokenizer(), ids, LENGTH) for _ in range(2))
+    list(write(session, [plain], session.prefill(ids)[None]))
+    session.reset()
+    logits = session.prefill(ids)
+    list(write_speculatively(session, drafted, logits, Speculator(session, Draft(kind="lookup"), costs=FreeRuns())))
+    assert drafted.tokens == plain.tokens
+    assert any(taken < proposed for proposed, taken in drafted.rounds) == (cache in RINGS_OF)
+    assert all(proposed < WINDOW for proposed, _ in drafted.rounds)
 
 
 def codes_of(session: DecodeSession) -> list[np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from kvslim.contract import WINDOW_SLACK, KVTensor
 
 Array = npt.NDArray[Any]
 FILL_PERIOD = 256
+TAKEN_BACK = 16  # tokens of a run that rings can drop again: as many as a draft proposes, and the one before them
 NUMPY_TYPES: Mapping[str, Any] = {"float32": np.float32, "int8": np.int8}  # all else is packed in bytes
 
 
@@ -87,6 +88,13 @@ class LayerBuffers:
             return f"a window has dropped tokens that a context of {length} needs"
         return None
 
+    def takes_back(self, length: int, total: int) -> bool:
+        """Whether a run from `length` to `total` tokens can be cut to its first one."""
+        return self.refusal(length + 1, total) is None
+
+    def rewind(self, length: int) -> None:
+        """Drops the tail, so that `length` tokens remain; not refused."""
+
     def has_dropped(self, tensor: KVTensor, length: int, current: int) -> bool:
         """Whether a tensor that holds `current` tokens lacks one that it needs when only `length` remain."""
         if tensor.window is None:
@@ -125,18 +133,80 @@ class LayerBuffers:
         return sequence
 
 
+class Overwritten(NamedTuple):
+    """What a run took the rows of.
+
+    Attributes:
+        start: Tokens before the run.
+        stop: Tokens after it.
+        rows: By tensor, what lay in the row of each of its tokens, [batch, heads, stop - start, columns].
+    """
+
+    start: int
+    stop: int
+    rows: list[Array]
+
+
 class RingBuffers(LayerBuffers):
-    """Rings: what a window has dropped is gone."""
+    """Rings: what a window has dropped is gone, but for that which a short run has dropped last.
+
+    So proposals of a draft can be taken back. A run of one token has none.
+
+    Attributes:
+        runs_are_exact: Whether a run of several tokens computes what single ones do.
+    """
+
+    runs_are_exact: ClassVar[bool] = True
+    _last: Overwritten | None = None
+
+    def bind_step(self, binding: ort.IOBinding, length: int, total: int) -> None:
+        """Keeps what a short run of several tokens will overwrite."""
+        self._last = None
+        if total - length > 1 and self._is_short(length, total):
+            kept = zip(self.tensors, self.arrays, strict=True)
+            rows = [array[:, :, _places(tensor, length, total)] for tensor, array in kept]
+            self._last = Overwritten(length, total, rows)
+
+    def takes_back(self, length: int, total: int) -> bool:
+        """Where the ring is not full yet, or what the run overwrites is kept."""
+        return self._is_short(length, total) or super().takes_back(length, total)
+
+    def rewind(self, length: int) -> None:
+        """Puts back what stood in the rows of the tokens that go."""
+        if self._last is not None:
+            start, stop, kept = self._last
+            first = max(length, start)  # less remains only where nothing was overwritten
+            for tensor, array, rows in zip(self.tensors, self.arrays, kept, strict=True):
+                array[:, :, _places(tensor, first, stop)] = rows[:, :, first - start :]
+            self._last = None
+
+    def reset(self) -> bool:
+        """Forgets the text."""
+        self._last = None
+        return False
+
+    def fill(self, length: int, generator: np.random.Generator) -> bool:
+        """Sets the cache to `length` tokens of pseudo-random content; whether the buffers are others now."""
+        self._last = None
+        return super().fill(length, generator)
 
     def has_dropped(self, tensor: KVTensor, length: int, current: int) -> bool:
         """Once the ring is full, every new token takes the row of an old one."""
-        return current > length and current > (tensor.window or 0) + (tensor.sinks or 0)
+        if current <= length or current <= _rows(tensor):
+            return False
+        return self._last is None or self._last.stop != current or self._last.start > length
+
+    def _is_short(self, length: int, total: int) -> bool:
+        """Whether a run is short enough to be kept, with a row for each of its tokens."""
+        windows = (_rows(tensor) - _sinks(tensor) for tensor in self.tensors)
+        return self.runs_are_exact and total - length <= min(TAKEN_BACK, *windows)
 
 
 class PackedBuffers(RingBuffers):
     """Rings, and codes: the rows so far as past, and the rows behind them for those that a run adds."""
 
     prefill_chunk: ClassVar[int] = 64  # scores of a whole chunk are held in memory
+    runs_are_exact: ClassVar[bool] = False  # they read as it was what single tokens read as codes
     single_sequence = ("packed codes are appended to one sequence", "use a batch of 1")
 
     def allocated(self, tensor: KVTensor) -> Array:
@@ -177,6 +247,21 @@ def bind_all(binding: ort.IOBinding, layers: Iterable[LayerBuffers], rows: slice
 
 def _is_codes(tensor: KVTensor) -> bool:
     return tensor.kind.endswith("_codes")
+
+
+def _sinks(tensor: KVTensor) -> int:
+    return tensor.sinks or 0
+
+
+def _rows(tensor: KVTensor) -> int:
+    """Tokens that a ring holds."""
+    return (tensor.window or 0) + _sinks(tensor)
+
+
+def _places(tensor: KVTensor, length: int, total: int) -> Array:
+    """The rows of a ring that tokens from `length` to `total` take."""
+    tokens, sinks = np.arange(length, total), _sinks(tensor)
+    return np.where(tokens < sinks, tokens, sinks + (tokens - sinks) % (_rows(tensor) - sinks))
 
 
 def _kept(tokens: int, window: int) -> int:

@@ -19,9 +19,11 @@ def draft_note(found: Speculation | None) -> str | None:
     if found.differing:
         return f"draft: {found.kind}, and {found.differing} texts are not those that the model writes without it"
     advice = "" if found.speed_ratio >= 1 else "; it does not pay here: do without it (--draft none)"
+    checked = f"with {found.checked:,} proposals the texts are the model's own"
     return (
         f"draft: {found.kind}, {found.tokens_per_round:.2f} tokens a run and {found.speed_ratio:.2f} times the speed "
-        f"without it, behind {found.context:,} tokens of held-out text; the texts are the model's own{advice}"
+        f"without it, behind {found.context:,} tokens of held-out text; "
+        f"{checked if found.checked else 'it proposed nothing that could be checked'}{advice}"
     )
 
 
@@ -50,7 +52,7 @@ def _measured(found: Speculation) -> tuple[tuple[str, str], ...]:
         ("times the speed without it", f"{found.speed_ratio:.2f}"),
         ("tokens a run of the graph", f"{found.tokens_per_round:.2f}"),
         ("first, second, ... proposal right", shares(found.acceptance)),
-        ("texts that are not the model's own", f"{found.differing}"),
+        ("texts that are not the model's own, and proposals checked", f"{found.differing}, {found.checked:,}"),
         ("tokens written, and tokens before them", f"{found.tokens:,} behind {found.context:,}"),
     )
 

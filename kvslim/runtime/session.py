@@ -136,7 +136,13 @@ class DecodeSession:
             )
         if refusal := self.refusal(length, self.length):
             raise UsageError(refusal, where="rewind", fix="reset instead")
+        for layer in self._layers:
+            layer.rewind(length)
         self.lengths[:] = length
+
+    def takes_back(self, count: int) -> bool:
+        """Whether a run of `count` tokens from here could be cut to its first one."""
+        return all(layer.takes_back(self.length, self.length + count) for layer in self._layers)
 
     def refusal(self, length: int, current: int) -> str | None:
         """Why a cache of `current` tokens could not be cut to `length`, or None if it could."""

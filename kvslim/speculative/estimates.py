@@ -92,6 +92,18 @@ class RunCosts:
         return list(zip(_expected(ratios).tolist(), _at_most(ratios).tolist(), strict=True))
 
 
+class FreeRuns(RunCosts):
+    """Runs of several tokens that take as long as those of one, so that all that a draft has is proposed."""
+
+    def of_one(self, context: int) -> float:
+        """A second, which no run of a draft takes."""
+        return 1.0
+
+    def at(self, context: int, may_lose: float = math.inf) -> Seconds:
+        """The same for all."""
+        return [1.0] * (MOST_PROPOSED + 1)
+
+
 def _expected(ratios: Mapping[int, float]) -> Costs:
     """What runs of 1, 2, ... tokens are expected to cost, from those that were tried."""
     *_, before, last = 1, *ratios

@@ -33,10 +33,17 @@ class Speculator:
         target: The session that verifies.
         draft: What proposes.
         clock: Tells the seconds by which runs are compared.
+        costs: Of runs; None to learn them by the clock.
     """
 
-    def __init__(self, target: DecodeSession, draft: Draft, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.clock, self._target, self._costs = clock, target, RunCosts()
+    def __init__(
+        self,
+        target: DecodeSession,
+        draft: Draft,
+        clock: Callable[[], float] = time.perf_counter,
+        costs: RunCosts | None = None,
+    ) -> None:
+        self.clock, self._target, self._costs = clock, target, costs or RunCosts()
         self._matches = match_rates()
         self._lookup = Lookup((), self._matches)
         self._window: WindowDraft | None = None
@@ -80,11 +87,11 @@ class Speculator:
             count, rate = 0, 1 / single
         if window is not None and self._promises(costs, most, rate):
             return self._drafted(window, completion, costs, most)
-        return tokens[: self._droppable(length, count)] if count else []
+        return tokens[: self._droppable(count)] if count else []
 
-    def _droppable(self, length: int, count: int) -> int:
+    def _droppable(self, count: int) -> int:
         """How many of so many tokens the cache can drop again; where none, it is not asked for some rounds."""
-        while count and self._target.refusal(length + 1, length + 1 + count):
+        while count and not self._target.takes_back(1 + count):
             count //= 2
         self._shut = 0 if count else FIRST_PAUSE
         return count

@@ -19,6 +19,7 @@ from kvslim.runtime.opening import Logits
 from kvslim.runtime.session import DecodeSession
 from kvslim.runtime.writing import Completion, write
 from kvslim.speculative.choice import draft_of
+from kvslim.speculative.estimates import FreeRuns, RunCosts
 from kvslim.speculative.loop import acceptance, tokens_per_round, write_speculatively
 from kvslim.speculative.speculator import Speculator
 from kvslim.types import Draft, DraftChoice
@@ -48,20 +49,19 @@ def measure_speculation(
     """What the artifact's draft gains on held-out text; None where it has no draft.
 
     With quantised weights onnxruntime rounds one row and several rows in other ways. So whether texts are the model's
-    is judged with activations in float32, and the speed is measured as the artifact runs.
+    is judged with activations in float32, where all is proposed that the draft has, and the speed is measured as the
+    artifact runs.
 
     Args:
         artifact: The folder.
         choice: Which draft it has, as in a recipe.
-        windows: Token ids of texts, of which the longest are used.
+        windows: Token ids of texts; of the longest, if it is longer than others, the last places are used.
         context: The target context in tokens; texts may be shorter.
         progress: Receives the progress.
     """
     if choice == "none":
         return None
-    longest = sorted(windows, key=len, reverse=True)[:TEXTS]
-    most = min(MOST, len(longest[-1]) // 2)
-    prompts = [window[: max(1, min(context, len(window)) - most)].tolist() for window in longest]
+    prompts, most = _prompts(windows, context)
     graph, capacity = artifact / SPECULATIVE_GRAPH, max(map(len, prompts)) + most
     tokenizer = load_tokenizer(artifact)
     session = DecodeSession(graph, capacity=capacity)
@@ -70,13 +70,25 @@ def measure_speculation(
     pairs = list(written_in_turns(session, tokenizer, draft, prompts, most, progress))
     del session
     exact = DecodeSession(graph, capacity=capacity, float_activations=True)
-    texts = list(written_in_turns(exact, tokenizer, draft, prompts, most, progress))
+    texts = list(written_in_turns(exact, tokenizer, draft, prompts, most, progress, FreeRuns()))
     return Speculation(
         kind=draft.kind,
         context=max(map(len, prompts)),
         differing=sum(_differs(exact, plain.completion, drafted.completion) for plain, drafted in texts),
+        checked=sum(proposed for _, drafted in texts for proposed, _ in drafted.completion.rounds),
         **gain(pairs)._asdict(),
     )
+
+
+def _prompts(windows: Sequence[np.ndarray], context: int) -> tuple[list[list[int]], int]:
+    """Tokens before the texts to write, which end near the target context, and tokens of such a text."""
+    *others, longest = sorted(windows, key=len)
+    room = min(context, len(longest))
+    if room >= 2 * TEXTS * MOST and all(len(window) < room for window in others):
+        return [longest[: room - place * MOST].tolist() for place in range(TEXTS, 0, -1)], MOST
+    texts = sorted(windows, key=len, reverse=True)[:TEXTS]
+    most = min(MOST, len(texts[-1]) // 2)
+    return [window[: max(1, min(context, len(window)) - most)].tolist() for window in texts], most
 
 
 class Gain(NamedTuple):
@@ -106,6 +118,7 @@ def written_in_turns(
     prompts: Sequence[list[int]],
     most: int,
     progress: Progress,
+    costs: RunCosts | None = None,
 ) -> Iterator[Pair]:
     """Each text without and with the draft, which keeps what it learns from one text to the next.
 
@@ -116,8 +129,9 @@ def written_in_turns(
         prompts: Tokens before each text; those that begin like the ones before are not run again.
         most: Tokens to write of each.
         progress: Receives the progress.
+        costs: Of runs; None to learn them.
     """
-    speculator, held = Speculator(session, draft), list[int]()
+    speculator, held = Speculator(session, draft, costs=costs), list[int]()
     for ids in progress.track(prompts, "texts with a draft"):
         logits = session.prefill(ids[session.keep_shared(held, ids[:-1]) :])
         plain = _timed(session, Completion(tokenizer, ids, most), logits, None)
