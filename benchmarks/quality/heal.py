@@ -86,8 +86,8 @@ def heal(
     """What minutes of training take off the KL of plans, on text of the kind trained on and on another.
 
     Trained on an encyclopedia, 1,024 tokens a step. "Text as trained on" is a part of it that the training never saw;
-    other text is prose. Both are in torch. KL of the graph, and recall, are those of the exported graphs of coded caches
-    on the prose, in chunks of 16. Projections are fitted again before, where that pays. A training that is on
+    other text is prose. Both are in torch. KL of the graph, and recall, are those of the exported graphs of coded
+    caches on the prose, in chunks of 16. Projections are fitted again before, where that pays. A training that is on
     the disk from an earlier run is not repeated.
     """
     model = OpenModel(source, text)
