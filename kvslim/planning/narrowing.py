@@ -1,0 +1,51 @@
+"""Narrower feed-forward parts that a planner may choose, by their measured loss, for the time that they take.
+
+A quarter of a layer's channels is tried first. Another share of them is expected to cost in proportion, and only where
+that could pay is it tried too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from kvslim.methods.prune_mlp import TRIED, stepped
+from kvslim.planning.candidates import Alteration
+from kvslim.planning.trials import Pays, PlanTrials
+
+OTHERS = (1 / 8, 1 / 2)  # shares of the channels
+
+
+def narrowing(layer: int, width: int, trials: PlanTrials, pays: Pays) -> tuple[Alteration, ...]:
+    """The widths that could be worth it in a layer, each with what it loses.
+
+    Args:
+        layer: The layer.
+        width: Channels of its feed-forward part.
+        trials: How the model is tried.
+        pays: Whether an alteration of the layer could be part of a plan.
+    """
+    first = trials.tried(layer, Alteration(width=stepped(width, TRIED)))
+    others = (Alteration(width=stepped(width, share), loss=first.loss * share / TRIED) for share in OTHERS)
+    tried = [first, *(trials.tried(layer, other) for other in others if other.width != width and pays(other))]
+    return tuple(alteration for alteration in tried if pays(alteration))
+
+
+def narrowing_keeping_recall(
+    found: Mapping[int, Sequence[Alteration]], trials: PlanTrials
+) -> dict[int, tuple[int, ...]]:
+    """Of each width the layers that can have it together at no cost of recall; widths that none may have go.
+
+    Args:
+        found: The widths of each layer that could be worth it.
+        trials: How the model is tried.
+    """
+    by_width: dict[int, dict[int, Alteration]] = {}
+    for layer, alterations in found.items():
+        for alteration in alterations:
+            if alteration.width is not None:
+                by_width.setdefault(alteration.width, {})[layer] = alteration
+    kept = {
+        width: trials.keeping_recall(sorted(layers, key=lambda layer: layers[layer].loss), layers)
+        for width, layers in sorted(by_width.items(), reverse=True)
+    }
+    return {width: layers for width, layers in kept.items() if layers}
