@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvslim.planning.planner import MARGIN, UNSURE, Planned, Planner
+from kvslim.planning.planner import MARGIN, UNSURE, Planned, Planner, kind_of
 
 Healed = Callable[[Planned], tuple[Planned, float]]  # the plan as it goes on to be healed, and what it is to lose then
 TRIED = 3  # plans
@@ -20,10 +20,9 @@ def least_healed(planner: Planner, planned: Planned, budget: float, healed: Heal
         budget: Bytes at the target context.
         healed: Trains a plan for a while.
     """
-    likely = (other for other in planner.kinds(budget) if other.point.kl <= UNSURE * planned.point.kl)
-    plans = {each.plan.layers: each for each in (planned, *likely)}
-    tried = list(plans.values())[:TRIED]
-    return min(map(healed, tried), key=lambda found: found[1])
+    own, most = kind_of(planned.plan.layers), UNSURE * planned.point.kl
+    others = [other for kind, other in planner.kinds(budget).items() if kind != own and other.point.kl <= most]
+    return min(map(healed, [planned, *others[: TRIED - 1]]), key=lambda found: found[1])
 
 
 def smallest_healed(planner: Planner, max_kl: float, frontier: list[Planned], healed: Healed) -> Planned:

@@ -24,7 +24,10 @@ def narrowing(layer: int, width: int, trials: PlanTrials, pays: Pays) -> tuple[A
         trials: How the model is tried.
         pays: Whether an alteration of the layer could be part of a plan.
     """
-    first = trials.tried(layer, Alteration(width=stepped(width, TRIED)))
+    first = Alteration(width=stepped(width, TRIED))
+    if first.width == width:
+        return ()
+    first = trials.tried(layer, first)
     others = (Alteration(width=stepped(width, share), loss=first.loss * share / TRIED) for share in OTHERS)
     tried = [first, *(trials.tried(layer, other) for other in others if other.width != width and pays(other))]
     return tuple(alteration for alteration in tried if pays(alteration))

@@ -117,18 +117,15 @@ class Planner:
             return found[0]
         return min(found, key=_divergence, default=None)
 
-    def kinds(self, budget: float) -> list[Planned]:
-        """The best plan of each kind within a budget that could be the best of all, the least divergence first.
-
-        Plans are of one kind where they do the same things to layers besides coding their caches.
-        """
+    def kinds(self, budget: float) -> dict[frozenset[str], Planned]:
+        """By kind the best plan within a budget, where it could be the best of all; the least divergence first."""
         likely: dict[frozenset[str], tuple[LayerPlan, ...]] = {}
         filled = (self._all_filled(budget, kinds).values() for kinds in (self.offered, self.narrower))
         for plan in sorted((plan for found in filled for plans in found for plan in plans), key=_expected):
-            likely.setdefault(_kind(plan), plan)
+            likely.setdefault(kind_of(plan), plan)
         least = min(map(_expected, likely.values()), default=0.0)
-        found = (self._planned(plan) for plan in likely.values() if _expected(plan) <= UNSURE * least)
-        return sorted(found, key=_divergence)
+        found = {kind: self._planned(plan) for kind, plan in likely.items() if _expected(plan) <= UNSURE * least}
+        return dict(sorted(found.items(), key=lambda item: item[1].point.kl))
 
     def never_worse(self, planned: Planned) -> Planned:
         """The plan, or all layers alike in as many bits and at no more bytes, where that loses less."""
@@ -270,6 +267,17 @@ class Planner:
         return self.base.model_copy(update={"layers": tuple(layers)})
 
 
+def kind_of(layers: Sequence[LayerPlan]) -> frozenset[str]:
+    """What is done to layers besides coding their caches."""
+    done = {
+        "windows": any(layer.has_cache and layer.cache.kept is not None for layer in layers),
+        "removals": any(layer.heads is not None or not layer.mlp for layer in layers),
+        "narrower parts": any(layer.mlp_width is not None for layer in layers),
+        "shared caches": any(layer.source is not None for layer in layers),
+    }
+    return frozenset(name for name, is_done in done.items() if is_done)
+
+
 def _is_within(planned: Planned, max_kl: float) -> bool:
     """Whether a plan keeps a margin to a limit of divergence, and is expected to be no slower than plain."""
     return planned.point.kl * MARGIN <= max_kl and planned.point.time_ratio <= 1
@@ -283,17 +291,6 @@ def _check(probes: Probes, spec: ModelSpec, context: int, *, timed: bool) -> Non
         raise UsageError(
             f"the probes are for {probes.context:,} tokens {kind} a limit of time", where="probes", fix=FIX
         )
-
-
-def _kind(layers: Sequence[LayerPlan]) -> frozenset[str]:
-    """What is done to layers besides coding their caches."""
-    done = {
-        "windows": any(layer.has_cache and layer.cache.kept is not None for layer in layers),
-        "removals": any(layer.heads is not None or not layer.mlp for layer in layers),
-        "narrower parts": any(layer.mlp_width is not None for layer in layers),
-        "shared caches": any(layer.source is not None for layer in layers),
-    }
-    return frozenset(name for name, is_done in done.items() if is_done)
 
 
 def _with_reason(layer: LayerPlan, reason: str) -> LayerPlan:
