@@ -8,9 +8,10 @@ from support.planning import nothing, planner_of
 
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.checks import check_plan
+from kvslim.errors import GateError
 from kvslim.planning.candidates import Alteration, altered, reason_of
 from kvslim.planning.choose import choose
-from kvslim.planning.narrowing import narrowing, narrowing_keeping_recall
+from kvslim.planning.narrowing import narrowing
 from kvslim.planning.planner import Planner
 from kvslim.planning.trials import PlanTrials
 from kvslim.prepared.decoder import PreparedDecoder
@@ -41,17 +42,6 @@ def test_a_quarter_is_tried_and_other_shares_where_they_could_pay() -> None:
     assert narrowing(1, 32, trials, lambda _: True) == ()  # a whole step is more than half of it
 
 
-def test_layers_that_recall_needs_keep_their_channels() -> None:
-    def drop(plan: Plan) -> float:
-        return 0.5 * (plan.layers[0].mlp_width == 128)
-
-    found = {layer: (Alteration(width=192), Alteration(width=128)) for layer in range(SPEC.layers)}
-    trials = PlanTrials(BASE, gone, drop)
-    every = tuple(range(SPEC.layers))
-    assert narrowing_keeping_recall(found, trials) == {192: every, 128: every[1:]}
-    assert narrowing_keeping_recall(found, PlanTrials(BASE, gone, lambda _: 0.5)) == {}
-
-
 def test_part_that_is_gone_has_no_width() -> None:
     layer = LayerPlan(layer=0, mlp=False)
     assert altered(layer, Alteration(width=64)) == layer
@@ -59,39 +49,70 @@ def test_part_that_is_gone_has_no_width() -> None:
     assert "1,024 channels" in reason_of(narrow, SPEC)
 
 
+CONTEXT = 512
+
+
 def timed_planner(
-    prepared: PreparedDecoder, statistics: CalibrationStatistics, time_ratio: float, loss: float
+    prepared: PreparedDecoder, statistics: CalibrationStatistics, time_ratio: float, free: tuple[int, ...]
 ) -> Planner:
-    """A planner that expects narrower parts to lose so much, and all else that it could remove to lose far more."""
+    """A planner that expects some layers to lose nothing by narrower parts, and any other removal to lose far more."""
 
     def divergence(plan: Plan) -> float:
         changed = [layer for layer in plan.layers if layer != LayerPlan(layer=layer.layer)]
-        return loss if all(layer.mlp_width for layer in changed) else 1e3
+        return 0.0 if all(layer.mlp_width and layer.layer in free for layer in changed) else 1e3
 
-    return planner_of(prepared, statistics, plans=(divergence, nothing), time_ratio=time_ratio)
+    plans = (divergence, nothing)
+    return planner_of(prepared, statistics, context=CONTEXT, plans=plans, time_ratio=time_ratio)
 
 
-@pytest.mark.parametrize("time_ratio", [0.8, 0.65])
-@pytest.mark.parametrize("loss", [0.0, 0.3])
-def test_narrower_parts_are_chosen_where_they_measure_better_alone(
-    prepared: PreparedDecoder, statistics: CalibrationStatistics, time_ratio: float, loss: float
-) -> None:
-    budget = Budget(time_ratio=time_ratio)
-    planner = timed_planner(prepared, statistics, time_ratio, loss)
-    assert any(planner.narrower.values())
-    found = {planned.point.cache: planned for planned in planner._by_bits(planner.plain_bytes)}
-    chosen = choose(planner, budget, nothing).planned
-    check_plan(chosen.plan, prepared.spec)
-    assert chosen.point.time_ratio <= time_ratio
+def without_narrower(planner: Planner) -> dict[str, float]:
+    """KL by type of the cache of the plans that have all feed-forward parts whole."""
     planner.narrower = {bits: [] for bits in planner.narrower}
-    whole = {planned.point.cache: planned for planned in planner._by_bits(planner.plain_bytes)}
-    assert whole.keys() <= found.keys()
-    for cache, planned in whole.items():
-        assert found[cache].point.kl <= planned.point.kl
+    return kls(planner)
+
+
+def kls(planner: Planner) -> dict[str, float]:
+    return {planned.point.cache: planned.point.kl for planned in planner._by_bits(planner.plain_bytes)}
+
+
+@pytest.mark.parametrize("time_ratio", [0.75, 0.7])
+def test_plan_is_no_worse_than_one_with_whole_parts(
+    prepared: PreparedDecoder, statistics: CalibrationStatistics, time_ratio: float
+) -> None:
+    """It expects half of all channels to be free, which they are not."""
+    planner = timed_planner(prepared, statistics, time_ratio, (0, 1))
+    found = kls(planner)
+    assert any(layer.mlp_width for layers in planner._divergences for layer in layers)
+    whole = without_narrower(planner)
+    assert whole
+    assert all(found[cache] <= kl for cache, kl in whole.items())
+
+
+def test_narrower_part_is_taken_where_it_measures_better(
+    prepared: PreparedDecoder, statistics: CalibrationStatistics
+) -> None:
+    planner = timed_planner(prepared, statistics, 0.75, (1,))
+    chosen = choose(planner, Budget(time_ratio=0.75), nothing).planned
+    check_plan(chosen.plan, prepared.spec)
+    assert [layer.mlp_width is None for layer in chosen.plan.layers] == [True, False]
+    assert "channels of the feed-forward part" in chosen.plan.layers[1].reason
+    assert chosen.point.time_ratio <= 0.75
+    assert chosen.point.kl < min(without_narrower(planner).values())
 
 
 def test_time_that_whole_parts_cannot_keep_is_kept_by_narrower_ones(
     prepared: PreparedDecoder, statistics: CalibrationStatistics
 ) -> None:
-    planner = timed_planner(prepared, statistics, 0.5, 0.01)
-    print(planner.least_time_ratio)
+    planner = timed_planner(prepared, statistics, 0.65, (0, 1))
+    assert planner.least_time_ratio < 0.65
+    assert choose(planner, Budget(time_ratio=0.65), nothing).planned.point.time_ratio <= 0.65
+    assert without_narrower(planner) == {}
+    with pytest.raises(GateError, match=r"no plan takes 0\.65"):
+        choose(planner, Budget(time_ratio=0.65), nothing)
+
+
+def test_widths_are_offered_where_time_is_limited_alone(
+    prepared: PreparedDecoder, statistics: CalibrationStatistics
+) -> None:
+    planner = planner_of(prepared, statistics, plans=(nothing, nothing))
+    assert not any(planner.narrower.values())

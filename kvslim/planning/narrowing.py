@@ -1,12 +1,10 @@
 """Narrower feed-forward parts that a planner may choose, by their measured loss, for the time that they take.
 
 A quarter of a layer's channels is tried first. Another share of them is expected to cost in proportion, and only where
-that could pay is it tried too.
+that could pay is it tried too. Recall is not asked: what is lost here shows in the divergence of any text.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
 
 from kvslim.methods.prune_mlp import TRIED, stepped
 from kvslim.planning.candidates import Alteration
@@ -31,24 +29,3 @@ def narrowing(layer: int, width: int, trials: PlanTrials, pays: Pays) -> tuple[A
     others = (Alteration(width=stepped(width, share), loss=first.loss * share / TRIED) for share in OTHERS)
     tried = [first, *(trials.tried(layer, other) for other in others if other.width != width and pays(other))]
     return tuple(alteration for alteration in tried if pays(alteration))
-
-
-def narrowing_keeping_recall(
-    found: Mapping[int, Sequence[Alteration]], trials: PlanTrials
-) -> dict[int, tuple[int, ...]]:
-    """Of each width the layers that can have it together at no cost of recall; widths that none may have go.
-
-    Args:
-        found: The widths of each layer that could be worth it.
-        trials: How the model is tried.
-    """
-    by_width: dict[int, dict[int, Alteration]] = {}
-    for layer, alterations in found.items():
-        for alteration in alterations:
-            if alteration.width is not None:
-                by_width.setdefault(alteration.width, {})[layer] = alteration
-    kept = {
-        width: trials.keeping_recall(sorted(layers, key=lambda layer: layers[layer].loss), layers)
-        for width, layers in sorted(by_width.items(), reverse=True)
-    }
-    return {width: layers for width, layers in kept.items() if layers}

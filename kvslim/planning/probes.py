@@ -38,7 +38,6 @@ class RecallKept(Frozen):
 
     windows: dict[int, tuple[int, ...]] = Field(description="layers that may have a window, by its length")
     removals: tuple[int, ...] = Field(description="layers whose parts may be removed")
-    narrowing: dict[int, tuple[int, ...]] = Field(description="layers that may be narrower, by what stays of them")
     sharing: tuple[int, ...] = Field(description="layers that may read an earlier layer's cache")
 
 
@@ -85,13 +84,8 @@ class Probes(Frozen):
 
     @property
     def narrowed(self) -> dict[int, tuple[Alteration, ...]]:
-        """The widths that keep recall, by layer."""
-        kept = self._recall.narrowing
-        found = {
-            layer.layer: tuple(each for each in layer.narrowing if layer.layer in kept.get(each.width or 0, ()))
-            for layer in self.layers
-        }
-        return {layer: widths for layer, widths in found.items() if widths}
+        """The widths that could be worth it, by layer."""
+        return {layer.layer: layer.narrowing for layer in self.layers if layer.narrowing}
 
     @property
     def shared(self) -> dict[int, tuple[Alteration, ...]]:

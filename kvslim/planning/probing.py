@@ -12,7 +12,7 @@ from kvslim.memory import give_back
 from kvslim.planning.candidates import Alteration, CandidateMaker
 from kvslim.planning.cost import SideCosts, side_costs
 from kvslim.planning.decode_time import DecodeTime
-from kvslim.planning.narrowing import narrowing, narrowing_keeping_recall
+from kvslim.planning.narrowing import narrowing
 from kvslim.planning.prices import Divergence, Pricing
 from kvslim.planning.probes import BITS, LayerProbe, Probes, RecallKept
 from kvslim.planning.removals import removals, removals_keeping_recall, spare_layers
@@ -66,12 +66,10 @@ class Prober:
         """
         probes.check_layers(self.spec.layers)
         removed = {layer.layer: layer.removals for layer in probes.layers}
-        narrower = {layer.layer: layer.narrowing for layer in probes.layers}
         shared = {layer.layer: layer.sharing for layer in probes.layers}
         kept: dict[str, Callable[[], Any]] = {
             "windows": lambda: windows_keeping_recall(_by_length(probes), self.spec.layers, self.windows),
             "removals": lambda: removals_keeping_recall(removed, self._spare, self.plans),
-            "narrowing": lambda: narrowing_keeping_recall(narrower, self.plans),
             "sharing": lambda: sharing_keeping_recall(shared, self._sources, self.plans),
         }
         kinds = (progress or Silent()).track(kept, "kinds of changes asked for recall")
