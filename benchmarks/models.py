@@ -276,6 +276,10 @@ class OpenModel:
         """The planner of `kvslim compress`; it has probed the layers for all budgets."""
         return OpenPlanner(self._trials)
 
+    def planner_within(self, time_ratio: float) -> OpenPlanner:
+        """The same with a limit of the time of a token."""
+        return OpenPlanner(self._trials, time_ratio)
+
     # Graphs
 
     def export(self, plan: Plan | None = None, codes: Codes | None = None, *, companions: bool = False) -> Path:

@@ -14,16 +14,30 @@ class OpenPlanner:
 
     Args:
         trials: Of the model.
+        time_ratio: Limit of the time of a token, over the plain model's; None for no limit.
     """
 
-    def __init__(self, trials: Any) -> None:
+    def __init__(self, trials: Any, time_ratio: float | None = None) -> None:
         from kvslim.planning.budget import planner_of
 
-        self._planner = planner_of(trials)
+        self._planner = planner_of(trials, None, time_ratio)
 
     def frontier(self) -> Any:
         """The best plans at a row of sizes."""
         return self._planner.frontier()
+
+    def within_time(self, *, narrower: bool = True) -> Any:
+        """The plan of least KL within the limit of time; None if none keeps it.
+
+        Args:
+            narrower: Whether feed-forward parts may be narrower.
+        """
+        every = self._planner.narrower
+        self._planner.narrower = every if narrower else {bits: [] for bits in every}
+        try:
+            return self._planner.allocated(self._planner.plain_bytes)
+        finally:
+            self._planner.narrower = every
 
     def allocated(self, ratio: float) -> Any:
         """The plan of least KL for a cache so many times smaller, with what is expected of it."""

@@ -22,6 +22,7 @@ from kvslim.methods.fitting import fit
 from kvslim.methods.prune_mlp import MOST, shared_out, stepped
 from kvslim.planning.budget import decode_time
 from kvslim.planning.decide import decide
+from kvslim.planning.refit import refit_where_it_pays
 from kvslim.report.decisions import decisions
 from kvslim.transform.kl_evaluator import KLEvaluator
 from kvslim.types import LayerPlan, Plan
@@ -101,6 +102,17 @@ def test_refit_takes_up_what_channels_did(tiny_llama: Path) -> None:
     assert all(code.down is not None and code.down.weight.shape[1] == 64 for code in again)
     evaluator = KLEvaluator(prepared.model, prepared.architecture, prepared.statistics.windows[:3])
     assert evaluator.kl(again) < evaluator.kl(codes)
+
+
+def test_narrow_layers_with_plain_caches_are_refitted_where_that_pays(tiny_llama: Path) -> None:
+    prepared = open_prepared(tiny_llama, recipe_of((PruneMlp(ratio=0.3, score="alike"),)))
+    trials, plan = prepared.trials(), decide(prepared.recipe, prepared.spec, prepared.statistics)
+    # A random model gains on the text that the projections are fitted to alone.
+    trials.held_out = KLEvaluator(prepared.model, prepared.architecture, prepared.statistics.windows[:3])
+    before = trials.loss(prepared.codes(plan))
+    found, after = refit_where_it_pays(trials, plan)
+    assert all(layer.refit for layer in found.layers)
+    assert 0 < after < before
 
 
 def test_shares_make_the_quadratic_loss_least() -> None:

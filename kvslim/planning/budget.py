@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvslim.calibrate import cache
@@ -11,13 +12,13 @@ from kvslim.methods.fitting import fit
 from kvslim.planning.candidates import SINKS
 from kvslim.planning.choose import Chosen, choose
 from kvslim.planning.decode_time import DecodeTime
-from kvslim.planning.planner import Planner
+from kvslim.planning.planner import Planned, Planner
 from kvslim.planning.probes import FORMAT as PROBES_FORMAT
 from kvslim.planning.probes import Probes
 from kvslim.planning.probing import Prober
 from kvslim.planning.trials import PlanTrials
 from kvslim.planning.windows import SHARES, WindowTrials
-from kvslim.settings import Budget
+from kvslim.settings import Budget, Heal
 from kvslim.transform.kl_evaluator import is_large
 from kvslim.transform.surgery import layer_modules
 
@@ -35,7 +36,14 @@ def choose_within(budget: Budget, trials: DecoderTrials) -> Chosen:
     """
     found = planner_of(trials, budget.context, budget.time_ratio)
     recall_drop = lambda planned: trials.more_recall.drop(trials.codes(planned.plan))  # noqa: E731
-    return choose(found, budget, recall_drop, trials.progress, trials.prepared.recipe.gates.max_recall_drop)
+    recipe = trials.prepared.recipe
+    healed = None if recipe.heal is None else partial(_healed, trials, recipe.heal)
+    return choose(found, budget, recall_drop, trials.progress, recipe.gates.max_recall_drop, healed)
+
+
+def _healed(trials: DecoderTrials, settings: Heal, planned: Planned) -> tuple[Planned, float]:
+    plan, kl = trials.healed(planned.plan, settings)
+    return Planned(plan, planned.point), kl
 
 
 def planner_of(trials: DecoderTrials, context: int | None = None, time_ratio: float | None = None) -> Planner:

@@ -28,6 +28,7 @@ class Alteration(Frozen):
     Attributes:
         heads: Query heads that stay, none to remove the attention; None to leave them alone.
         mlp: Whether the feed-forward part stays.
+        width: Channels of it that stay; None for all.
         window: Recent tokens that are kept, beside sinks; None for all.
         source: Earlier layer whose cache is read instead of its own; None to keep its own.
         loss: Divergence that it makes, nats per token.
@@ -38,6 +39,7 @@ class Alteration(Frozen):
 
     heads: tuple[int, ...] | None = None
     mlp: bool = True
+    width: int | None = None
     window: int | None = None
     source: int | None = None
     loss: float = 0.0
@@ -137,6 +139,8 @@ def altered(layer: LayerPlan, alteration: Alteration) -> LayerPlan:
         update["heads"] = alteration.heads
     if not alteration.mlp:
         update["mlp"] = False
+    if alteration.width is not None and layer.mlp:
+        update["mlp_width"] = alteration.width
     if alteration.window is not None and isinstance(layer.cache, FullCache):
         update["cache"] = windowed(layer.cache, alteration.window, SINKS)
     if alteration.source is not None:
@@ -146,11 +150,11 @@ def altered(layer: LayerPlan, alteration: Alteration) -> LayerPlan:
 
 def reason_of(layer: LayerPlan, spec: ModelSpec) -> str:
     """What is done to a layer, in words, and what that is expected to cost."""
-    cost = f"expected to cost {layer.score:.1e} nats"
-    if layer.heads == ():
-        return f"{GONE['attention' if layer.mlp else 'block']}; {cost}"
-    if layer.source is not None:
-        return f"{layer.cache.describe(spec)}; {cost}"
-    heads = "" if layer.heads is None else f", {len(layer.heads)} of {spec.q_heads} heads"
-    mlp = "" if layer.mlp else f"; {GONE['mlp']}"
-    return f"{layer.cache.describe(spec)}{heads}{mlp}; {cost}"
+    parts = [GONE["attention" if layer.mlp else "block"] if layer.heads == () else layer.cache.describe(spec)]
+    if layer.heads and layer.source is None:
+        parts[0] += f", {len(layer.heads)} of {spec.q_heads} heads"
+    if not layer.mlp and layer.heads != ():
+        parts.append(GONE["mlp"])
+    if layer.mlp_width is not None:
+        parts.append(f"{layer.mlp_width:,} channels of the feed-forward part")
+    return "; ".join([*parts, f"expected to cost {layer.score:.1e} nats"])

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from kvslim.contract import MIB
 from kvslim.errors import GateError
 from kvslim.kv_ratios import smaller
+from kvslim.planning.healed import LOOSER, Healed, least_healed, smallest_healed
 from kvslim.planning.planner import MARGIN, Planned, Planner
 from kvslim.progress import Progress
 from kvslim.settings import Budget
@@ -33,6 +34,7 @@ def choose(
     recall_drop: Callable[[Planned], float],
     progress: Progress | None = None,
     recall_gate: float | None = None,
+    healed: Healed | None = None,
 ) -> Chosen:
     """The plan that loses least within bytes and time, or without a limit of bytes the smallest that loses no more.
 
@@ -43,6 +45,7 @@ def choose(
         progress: Receives the progress.
         recall_gate: The share that the artifact may lose. Within bytes it limits no plan, but recall is measured at
             larger sizes too, up to one that keeps to it.
+        healed: Trains a plan for a while; plans are then judged by what they lose behind that.
 
     Raises:
         GateError: No plan found meets all limits.
@@ -51,8 +54,12 @@ def choose(
     limit = budget.bytes_limit(planner.plain_bytes)
     if limit is None and budget.max_kl is None and budget.max_recall_drop is None:
         limit = planner.plain_bytes
-    frontier = planner.frontier(progress, partial(_is_beyond, planner, limit, budget.max_kl))
-    chosen = _smallest(planner, budget, frontier) if limit is None else _within_bytes(planner, budget, frontier, limit)
+    most = budget.max_kl if budget.max_kl is None or healed is None else LOOSER[0] * budget.max_kl
+    frontier = planner.frontier(progress, partial(_is_beyond, planner, limit, most))
+    if limit is None:
+        chosen = _smallest(planner, budget, frontier, healed)
+    else:
+        chosen = _within_bytes(planner, budget, frontier, limit, healed)
     asked = recall_gate if budget.max_recall_drop is None else budget.max_recall_drop
     recalled = [] if asked is None else _recalled(_upwards(chosen, frontier), asked, recall_drop)
     if recalled:
@@ -107,7 +114,9 @@ def check_time(planner: Planner) -> None:
         )
 
 
-def _within_bytes(planner: Planner, budget: Budget, frontier: list[Planned], limit: float) -> Planned:
+def _within_bytes(
+    planner: Planner, budget: Budget, frontier: list[Planned], limit: float, healed: Healed | None
+) -> Planned:
     planned = planner.allocated(limit)
     if planned is None:
         least = frontier[-1].point.kv_ratio if frontier else 1.0
@@ -117,18 +126,25 @@ def _within_bytes(planner: Planner, budget: Budget, frontier: list[Planned], lim
             fix=f"ask for a smaller ratio, such as {least:.3g}",
         )
     planned = planner.never_worse(planned)
-    if budget.max_kl is not None and planned.point.kl > MARGIN * budget.max_kl:
+    kl = planned.point.kl
+    if healed is not None:
+        planned, kl = least_healed(planner, planned, limit, healed)
+    if budget.max_kl is not None and kl > MARGIN * budget.max_kl:
         within = [other.point.kv_ratio for other in frontier if other.point.kl * MARGIN <= budget.max_kl]
         raise GateError(
-            f"KL is about {planned.point.kl:.2g}, not {budget.max_kl:g}, in {_size(planned)}",
+            f"KL is about {kl:.2g}, not {budget.max_kl:g}, in {_size(planned)}",
             where=Budget.place("max_kl"),
             fix=f"ask for a ratio of {within[-1]:.3g}, or allow more" if within else "allow more",
         )
     return planned
 
 
-def _smallest(planner: Planner, budget: Budget, frontier: list[Planned]) -> Planned:
-    return planner.never_worse(frontier[-1] if budget.max_kl is None else planner.smallest(budget.max_kl, frontier))
+def _smallest(planner: Planner, budget: Budget, frontier: list[Planned], healed: Healed | None) -> Planned:
+    if budget.max_kl is None:
+        return planner.never_worse(frontier[-1])
+    if healed is not None:
+        return smallest_healed(planner, budget.max_kl, frontier, healed)
+    return planner.never_worse(planner.smallest(budget.max_kl, frontier))
 
 
 def _check_recall(planned: Planned, limit: float) -> None:

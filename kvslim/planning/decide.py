@@ -61,8 +61,8 @@ def planned(prepared: PreparedModel) -> PlanSummary:
     else:
         chosen, frontier = trials.within(recipe.budget)
         plan, around = chosen.plan, trials.survey(frontier)
-    if not recipe.compensate:
-        return _summary(prepared, plan, trials.loss(trials.codes(plan)), around)
+    if not recipe.compensate or any(layer.refit for layer in plan.layers):
+        return _summary(prepared, plan, trials.loss(prepared.codes(plan)), around)
     return _summary(prepared, *refit_where_it_pays(trials, plan), around)
 
 

@@ -82,13 +82,14 @@ class Planner:
         self._maker = CandidateMaker(spec, base, time, timed=probes.timed)
         self.whole = {bits: [layer.candidates[bits] for layer in probes.layers] for bits in BITS}
         self.offered = {bits: list(self._offered(whole, probes)) for bits, whole in self.whole.items()}
+        self.narrower = {bits: self._narrower(offered, probes) for bits, offered in self.offered.items()}
         self._fitted: dict[LayerPlan, tuple[LayerPlan, LayerEdit]] = {}
         self._divergences: dict[tuple[LayerPlan, ...], float] = {}
 
     @property
     def least_time_ratio(self) -> float:
         """Time of a token over the plain model's that no plan falls below."""
-        kinds = (layers for kinds in self.offered.values() for layers in kinds)
+        kinds = (layers for bits in BITS for layers in (*self.offered[bits], *self.narrower[bits]))
         least = min(sum(min(each.time for each in layer) for layer in layers) for layers in kinds)
         return (least + self.time.of_plan(())) / self.plain_time
 
@@ -115,6 +116,16 @@ class Planner:
         if len(found) == 2 and found[0].point.kl <= FASTER * found[1].point.kl:
             return found[0]
         return min(found, key=_divergence, default=None)
+
+    def kinds(self, budget: float) -> dict[frozenset[str], Planned]:
+        """By kind the best plan within a budget, where it could be the best of all; the least divergence first."""
+        likely: dict[frozenset[str], tuple[LayerPlan, ...]] = {}
+        filled = (self._all_filled(budget, kinds).values() for kinds in (self.offered, self.narrower))
+        for plan in sorted((plan for found in filled for plans in found for plan in plans), key=_expected):
+            likely.setdefault(kind_of(plan), plan)
+        least = min(map(_expected, likely.values()), default=0.0)
+        found = {kind: self._planned(plan) for kind, plan in likely.items() if _expected(plan) <= UNSURE * least}
+        return dict(sorted(found.items(), key=lambda item: item[1].point.kl))
 
     def never_worse(self, planned: Planned) -> Planned:
         """The plan, or all layers alike in as many bits and at no more bytes, where that loses less."""
@@ -169,27 +180,42 @@ class Planner:
             free = {layer: parts for layer, parts in removed.items() if layer not in sources}
             yield self._altered(self._altered(whole, free), shared)
 
+    def _narrower(self, offered: Sequence[Layers], probes: Probes) -> list[Layers]:
+        """The same with narrower feed-forward parts too, where that could be worth it."""
+        narrowed = probes.narrowed
+        return [self._altered(layers, narrowed) for layers in offered if narrowed]
+
     def _altered(self, layers: Layers, alterations: Alterations) -> Layers:
         return [self._maker.altered(layer, alterations.get(index, ())) for index, layer in enumerate(layers)]
 
     def _by_bits(self, budget: float) -> Iterator[Planned]:
         """The best plans within a budget, where they could be the best of all: first one in int8, then one in int4.
 
-        In each number of bits they are codes alone, and what is expected to lose least. Alterations do more together
-        than each alone, so these must beat codes alone, which are therefore never left out for their sake.
+        In each number of bits they are codes alone, what is expected to lose least, and that with narrower feed-forward
+        parts. Alterations do more together than each alone, so these must beat codes alone, which are therefore never
+        left out for their sake; nor are plans without narrower parts for the sake of those.
         """
-        found = [self._all_filled(budget, bits) for bits in BITS]
-        codes_alone = min((_expected(plans[0]) for plans in found if plans), default=0.0)
-        of_all = min((_expected(plan) for plans in found for plan in plans), default=0.0)
-        for plans in filter(None, found):
-            likely = (plans[0], codes_alone), (min(plans, key=_expected), of_all)
-            worth = dict.fromkeys(plan for plan, least in likely if _expected(plan) <= UNSURE * least)
+        found, narrower = (self._all_filled(budget, kinds) for kinds in (self.offered, self.narrower))
+        ways = (
+            {bits: plans[0] for bits, plans in found.items()},
+            *({bits: min(plans, key=_expected) for bits, plans in kind.items()} for kind in (found, narrower)),
+        )
+        least = [min(map(_expected, way.values()), default=0.0) for way in ways]
+        for bits in BITS:
+            likely = ((way[bits], UNSURE * most) for way, most in zip(ways, least, strict=True) if bits in way)
+            worth = dict.fromkeys(plan for plan, most in likely if _expected(plan) <= most)
             if worth:
                 yield min(map(self._planned, worth), key=_divergence)
 
-    def _all_filled(self, budget: float, bits: int) -> list[tuple[LayerPlan, ...]]:
-        """The best candidates within a budget of all that is offered, codes alone first."""
-        return [layers for offered in self.offered[bits] if (layers := self._filled(budget, offered))]
+    def _all_filled(
+        self, budget: float, kinds: Mapping[int, Sequence[Layers]]
+    ) -> dict[int, list[tuple[LayerPlan, ...]]]:
+        """By bits the best candidates within a budget of all that is offered, codes alone first; no bits without."""
+        filled = {
+            bits: [layers for each in offered if (layers := self._filled(budget, each))]
+            for bits, offered in kinds.items()
+        }
+        return {bits: plans for bits, plans in filled.items() if plans}
 
     def _filled(self, budget: float, offered: Layers) -> tuple[LayerPlan, ...] | None:
         """The best candidate of each layer within a budget; None if none fits."""
@@ -233,14 +259,23 @@ class Planner:
             final = self._plan_of([_with_reason(layer, reason_of(layer, self.spec))])
             if layer.has_cache:
                 final = with_integers(self.spec, self.statistics, final, {}, True)
-            own = (
-                LayerEdit(cache=layer.cache) if layer.source is not None else fit(self.spec, self.statistics, final)[0]
-            )
-            self._fitted[layer] = final.layers[0], own
+            own = fit(self.spec, self.statistics, final, before=ShareKv.order)
+            self._fitted[layer] = final.layers[0], own[0]
         return self._fitted[layer]
 
     def _plan_of(self, layers: Iterable[LayerPlan]) -> Plan:
         return self.base.model_copy(update={"layers": tuple(layers)})
+
+
+def kind_of(layers: Sequence[LayerPlan]) -> frozenset[str]:
+    """What is done to layers besides coding their caches."""
+    done = {
+        "windows": any(layer.has_cache and layer.cache.kept is not None for layer in layers),
+        "removals": any(layer.heads is not None or not layer.mlp for layer in layers),
+        "narrower parts": any(layer.mlp_width is not None for layer in layers),
+        "shared caches": any(layer.source is not None for layer in layers),
+    }
+    return frozenset(name for name, is_done in done.items() if is_done)
 
 
 def _is_within(planned: Planned, max_kl: float) -> bool:

@@ -16,7 +16,7 @@ from kvslim.errors import UsageError
 from kvslim.planning.candidates import Alteration, Candidate
 from kvslim.planning.prices import Price
 
-FORMAT: Literal[6] = 6  # part of the key too; raised when what is measured or how it is stored changes
+FORMAT: Literal[7] = 7  # part of the key too; raised when what is measured or how it is stored changes
 BITS = (8, 4)
 FIX = "probe the layers again"
 
@@ -29,6 +29,7 @@ class LayerProbe(Frozen):
     candidates: dict[int, tuple[Candidate, ...]] = Field(description="codes of a whole cache in each size, by bits")
     windows: tuple[Alteration, ...] = Field(description="windows that could be worth it")
     removals: tuple[Alteration, ...] = Field(description="parts that could be worth removing")
+    narrowing: tuple[Alteration, ...] = Field(description="widths of the feed-forward part that could be worth it")
     sharing: Alteration | None = Field(description="the nearest earlier cache, where reading that could be worth it")
 
 
@@ -43,7 +44,7 @@ class RecallKept(Frozen):
 class Probes(Frozen):
     """What was measured of a model at one target context; no limit of a budget decides it."""
 
-    format: Literal[6] = FORMAT
+    format: Literal[7] = FORMAT
     key: str = Field(description="hash of all that decides it: model, text, settings")
     context: int = Field(description="target context in tokens, at which bytes and time are counted")
     timed: bool = Field(description="whether what saves time alone was probed too")
@@ -80,6 +81,11 @@ class Probes(Frozen):
     def removed(self) -> dict[int, tuple[Alteration, ...]]:
         """The removals that keep recall, by layer."""
         return {layer: self.layers[layer].removals for layer in self._recall.removals}
+
+    @property
+    def narrowed(self) -> dict[int, tuple[Alteration, ...]]:
+        """The widths that could be worth it, by layer."""
+        return {layer.layer: layer.narrowing for layer in self.layers if layer.narrowing}
 
     @property
     def shared(self) -> dict[int, tuple[Alteration, ...]]:

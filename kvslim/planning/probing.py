@@ -12,6 +12,7 @@ from kvslim.memory import give_back
 from kvslim.planning.candidates import Alteration, CandidateMaker
 from kvslim.planning.cost import SideCosts, side_costs
 from kvslim.planning.decode_time import DecodeTime
+from kvslim.planning.narrowing import narrowing
 from kvslim.planning.prices import Divergence, Pricing
 from kvslim.planning.probes import BITS, LayerProbe, Probes, RecallKept
 from kvslim.planning.removals import removals, removals_keeping_recall, spare_layers
@@ -89,6 +90,7 @@ class Prober:
             candidates=candidates,
             windows=window_alterations(layer, self.spec, self.windows, pays, self.time.context),
             removals=self._removals(layer, pays),
+            narrowing=narrowing(layer, self.time.width, self.plans, pays) if self.timed else (),
             sharing=None if source is None else sharing(layer, source, self.plans, pays),
         )
 

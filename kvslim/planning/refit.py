@@ -53,6 +53,7 @@ def _rounds_finely(plan: Plan, head_dim: int) -> bool:
     return all(
         layer.heads is None
         and layer.mlp
+        and layer.mlp_width is None
         and isinstance(layer.cache, FullCache)
         and layer.cache.dtype != "int4"
         and layer.cache.ranks(head_dim) == (head_dim, head_dim)

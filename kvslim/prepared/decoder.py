@@ -171,6 +171,7 @@ class PreparedDecoder(PreparedModel):
         """The plan with weights trained to its codes, where the recipe asks for that."""
         if self.recipe.heal is None or all(code.is_empty for code in fitted.codes):
             return fitted, None
+        self.progress.stage(stages.HEAL)
         return heal(self, fitted, self.recipe.heal)
 
     def trials(self) -> DecoderTrials:

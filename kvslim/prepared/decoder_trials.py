@@ -12,11 +12,13 @@ from kvslim.calibrate.taylor import taylor_scores
 from kvslim.methods.base import Method
 from kvslim.planning.budget import choose_within
 from kvslim.planning.choose import Chosen
+from kvslim.planning.refit import refit_where_it_pays
 from kvslim.planning.survey import surveyed
 from kvslim.planning.windows import SHARES
+from kvslim.prepared.fitted import heal, shortened
 from kvslim.prepared.text import joined, split
 from kvslim.prepared.trials import Codes, Trials
-from kvslim.settings import Budget
+from kvslim.settings import Budget, Heal
 from kvslim.transform.compensate import refitting
 from kvslim.transform.kl_evaluator import KLEvaluator, held_out_windows, is_large, probe_windows
 from kvslim.transform.recall_trials import AnswerTrials, RecallTrials
@@ -123,6 +125,21 @@ class DecoderTrials(Trials):
         tokens = min(max(REFIT_TOKENS[0], 2**17 // self.spec.layers), REFIT_TOKENS[1])
         count = max(1, tokens // fitting.shape[1])
         return refitting(self.model, self.architecture, codes, fitting[:count], self.progress)
+
+    def healed(self, plan: Plan, settings: Heal) -> tuple[Plan, float]:
+        """The plan, refitted where that pays, and the KL that it is expected to keep when it is healed.
+
+        That is its KL on this text, which shows windows too, times the share of it that a short training leaves on text
+        that the training never saw.
+
+        Args:
+            plan: Without projections that are fitted again.
+            settings: Of the whole training.
+        """
+        refits = self.prepared.recipe.compensate
+        plan, kl = refit_where_it_pays(self, plan) if refits else (plan, self.loss(self.codes(plan)))
+        _, healing = heal(self.prepared, self.prepared.fitted(plan), shortened(settings))
+        return plan, kl * (healing.kl_after / healing.kl_before if healing.kept else 1)
 
     def within(self, budget: Budget) -> Chosen:
         """The planner's choice for a budget."""

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from kvslim import stages
 from kvslim.calibrate import cache
 from kvslim.errors import ArtifactError, UsageError
 from kvslim.export.stored import graph_key
 from kvslim.healing.distil import healed
+from kvslim.healing.schedule import LEAST_STEPS
 from kvslim.healing.text import Text, Texts
 from kvslim.transform.edit_file import digest_of, load_fitted, save_fitted
 from kvslim.transform.edits import FittedPlan, LayerEdit
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Codes = tuple[LayerEdit, ...]
 WATCHED, JUDGED = 4096, 8192  # tokens of the held-out text, at most
 SHARE = 8  # of the windows, one part of so many is watched and one judged
+TRIAL = 8  # of a training, one part in so many serves to compare plans
 
 
 def refitted_before(prepared: PreparedDecoder, plan: Plan, fit: Callable[[Plan], Codes]) -> Codes:
@@ -46,13 +47,19 @@ def heal(prepared: PreparedDecoder, fitted: FittedPlan, settings: Heal) -> tuple
         UsageError: The text has too few windows.
     """
     texts = parts_of(prepared.text.healing_windows(settings.samples))
-    prepared.progress.stage(stages.HEAL)
     seed, identity = prepared.recipe.calibration.seed, prepared.text.identity
     decides = prepared.made_for, identity, settings.model_dump(mode="json"), digest_of(fitted.codes)
     folder = cache.cache_folder() / "healing" / cache.content_key("healing", *decides)
     of = prepared.model, prepared.architecture, fitted.codes
     codes, healing = healed(*of, texts, settings, seed, folder, prepared.progress)
     return fitted._replace(codes=codes), healing
+
+
+def shortened(settings: Heal) -> Heal:
+    """A training of a share of its length, by which plans are compared."""
+    if settings.minutes is not None:
+        return settings.model_copy(update={"minutes": settings.minutes / TRIAL})
+    return settings.model_copy(update={"steps": max(LEAST_STEPS, (settings.steps or 0) // TRIAL)})
 
 
 def parts_of(windows: Text) -> Texts:
