@@ -133,6 +133,39 @@ class RingBuffers(LayerBuffers):
         return current > length and current > (tensor.window or 0) + (tensor.sinks or 0)
 
 
+class StateBuffers(RingBuffers):
+    """Rings, and a state of what left them: a sum, from which no token can be taken back."""
+
+    prefill_chunk: ClassVar[int] = 64  # scores of a whole chunk are held in memory
+
+    def reset(self) -> bool:
+        """Empties the state; a ring says by the length of the text which rows count."""
+        self.arrays[-1][:] = 0
+        return False
+
+    def refusal(self, length: int, current: int) -> str | None:
+        """A token that left the window is in the state for good."""
+        if any(self.has_dropped(tensor, length, current) for tensor in self.tensors):
+            return f"a state has taken in tokens that a context of {length} holds apart"
+        return None
+
+    def fill(self, length: int, generator: np.random.Generator) -> bool:
+        """Sets the cache to pseudo-random content; weights in the state are positive."""
+        super().fill(length, generator)
+        np.abs(self.arrays[-1], out=self.arrays[-1])
+        return False
+
+    @property
+    def lends_rows(self) -> bool:
+        """A state has no rows of tokens."""
+        return False
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copies a sequence over another one, all of its state."""
+        super().move(source, target, length)
+        self.arrays[-1][target] = self.arrays[-1][source]
+
+
 class PackedBuffers(RingBuffers):
     """Rings, and codes: the rows so far as past, and the rows behind them for those that a run adds."""
 

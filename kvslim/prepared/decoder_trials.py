@@ -14,6 +14,7 @@ from kvslim.planning.budget import choose_within
 from kvslim.planning.choose import Chosen
 from kvslim.planning.survey import surveyed
 from kvslim.planning.windows import SHARES
+from kvslim.prepared.fitted import transferred_before
 from kvslim.prepared.text import joined, split
 from kvslim.prepared.trials import Codes, Trials
 from kvslim.settings import Budget
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 REFIT_TOKENS = 4_096, 12_288  # for many layers, for few
 TAYLOR_TOKENS = 8_192
 RECALL_ITEMS, LAZY_ITEMS, FAR_ITEMS = 50, 12, 32
+LONGEST = 4_096  # tokens of a text that states are trained on
 JOINED = 4  # text is put end to end up to one part in so many of the target context
 
 
@@ -123,6 +125,14 @@ class DecoderTrials(Trials):
         tokens = min(max(REFIT_TOKENS[0], 2**17 // self.spec.layers), REFIT_TOKENS[1])
         count = max(1, tokens // fitting.shape[1])
         return refitting(self.model, self.architecture, codes, fitting[:count], self.progress)
+
+    def transferred(self, plan: Plan, codes: Codes) -> Codes:
+        """The codes with the features of linear caches trained on text that serves for fitting."""
+        if all(code.features is None for code in codes):
+            return codes
+        fitting, _ = split(self.statistics.windows)
+        windows = joined(fitting, min(self.prepared.context, LONGEST))
+        return transferred_before(self.prepared, plan, codes, windows)
 
     def within(self, budget: Budget) -> Chosen:
         """The planner's choice for a budget."""

@@ -130,9 +130,9 @@ def cache_memory(
 
 
 def _layer(caches: Sequence[Cache], index: int) -> LayerMemory:
-    tensors = {cache.name: [each for each in cache.layout.tensors if each.layer == index][-2:] for cache in caches}
+    tensors = {cache.name: cache.layout.sides(index) for cache in caches}
     sizes = {cache.name: sum(cache.row_bytes(tensor) for tensor in tensors[cache.name]) for cache in caches}
-    shown = tensors[caches[-1].name]  # with packed codes, the tensors that hold them
+    shown = tensors[caches[-1].name]
     if not shown:
         numbers = dict.fromkeys(("heads", "value_heads", "key_dim", "value_dim"), 0)
         return LayerMemory(layer=index, bytes_per_token=sizes, dtype="none", window=None, sinks=None, **numbers)
