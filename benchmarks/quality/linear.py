@@ -1,4 +1,4 @@
-"""Layers with a state of what left their window, next to windows of the same bytes."""
+"""Layers with a state of what left their window, next to windows of the same bytes and of more."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def linear_attention(
     window: int = 64,
     features: int = 64,
 ) -> Iterator[Values]:
-    """A window, the same with a state of what left it, before and after training, and windows of as many and more bytes.
+    """A window, the same with a state of what left it, before and after training, and windows of more bytes.
 
     In the layers whose attention is nearest, and farthest: by the least share that any head of them gives to the sinks
     and the window. KL is in torch, on two texts of 4,096 tokens of another kind than the calibration text; output
