@@ -30,6 +30,7 @@ from kvslim.healing.student import Student
 from kvslim.healing.text import Text, Texts
 from kvslim.healing.transfer import transferred
 from kvslim.methods import KvHdc, KvPca, KvQuant, KvWindow, LinearAttention, Method, PruneLayers, ShareKv
+from kvslim.methods.kv_window import kept_attention
 from kvslim.methods.linear_attention import clusters_of_keys
 from kvslim.planning.decide import decide
 from kvslim.prepared.decoder import PreparedDecoder
@@ -256,16 +257,8 @@ def test_state_goes_to_the_layers_named_or_counted_or_to_all() -> None:
 
     assert taken(LinearAttention()) == [0, 2, 3]  # layer 1 has a window of its own
     assert taken(LinearAttention(layers=(3,))) == [3]
-    assert len(taken(LinearAttention(count=2))) == 2
-
-
-def test_count_takes_the_layers_that_lose_least(tiny_llama: Path) -> None:
-    prepared = open_prepared(tiny_llama, recipe_of())
-    trials, method = prepared.trials(), LinearAttention(window=4, sinks=1, features=2, count=1)
-    losses = [trials.divergence(method.model_copy(update={"count": None, "layers": (layer,)})) for layer in range(2)]
-    resolved = method.resolve(trials)
-    assert isinstance(resolved, LinearAttention)
-    assert resolved.layers == (int(np.argmin(losses)),)
+    kept = kept_attention(statistics, 64).min(axis=1)
+    assert taken(LinearAttention(count=1)) == [max((0, 2, 3), key=kept.__getitem__)]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
-    from kvslim.prepared.trials import Trials
     from kvslim.recipe import Recipe
 
 WHERE = "recipe: methods.linear_attention"
@@ -35,7 +34,7 @@ LEAST_SPREAD = 1e-3  # of the mean square of a key's numbers; a cluster of one k
 
 
 class LinearAttention(Method):
-    """Sinks, a window and a state in given layers, in those that lose least, or in all."""
+    """Sinks, a window and a state in given layers, in those whose attention is nearest, or in all."""
 
     name: ClassVar[str] = "linear_attention"
     order: ClassVar[int] = 16
@@ -46,7 +45,7 @@ class LinearAttention(Method):
     sinks: int = Field(4, ge=0, description="first tokens that it keeps exact beside them")
     features: int = Field(64, ge=1, description="rows of the state per kv head, each of head_dim + 1 float32 numbers")
     layers: tuple[int, ...] | None = Field(None, description="indices of the layers; by default all")
-    count: int | None = Field(None, ge=1, description="number of layers, those that lose least KL before training")
+    count: int | None = Field(None, ge=1, description="number of layers, those with the most attention on exact tokens")
 
     @model_validator(mode="after")
     def _one_choice(self) -> LinearAttention:
@@ -96,19 +95,8 @@ class LinearAttention(Method):
                 f"{tokens} tokens of calibration text, and contexts of {text.context or tokens}, hardly leave a window "
                 f"of {kept}",
                 WHERE,
-                "use a shorter window or more text, such as --set calibration.samples=64",
+                "use a shorter window, or raise calibration.samples or calibration.context",
             )
-
-    def resolve(self, trials: Trials) -> LinearAttention:
-        """The method with the `count` layers that lose least, each measured alone and untrained."""
-        if not self.count:
-            return self
-        losses = {
-            layer: trials.divergence(self.model_copy(update={"count": None, "layers": (layer,)}))
-            for layer in trials.progress.track(self.able(trials.spec), "layers tried with a state")
-        }
-        chosen = sorted(sorted(losses, key=losses.__getitem__)[: self.count])
-        return self.model_copy(update={"count": None, "layers": tuple(chosen)})
 
     def able(self, spec: ModelSpec) -> list[int]:
         """The layers that see all tokens."""
