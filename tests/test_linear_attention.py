@@ -176,13 +176,13 @@ def test_training_lowers_the_error_on_other_text_and_repeats_itself(tiny_llama: 
     prepared = open_prepared(tiny_llama, recipe_of([LinearAttention(window=8, sinks=2, features=6)]))
     plan = decide(prepared.recipe, prepared.spec, prepared.statistics)
     untrained = prepared.trials().codes_of(plan)
-    windows = np.random.default_rng(0).integers(0, prepared.spec.vocab_size, (3, 80))
+    windows = np.random.default_rng(0).integers(0, 12, (3, 160))  # of few tokens, whose keys form clusters
     of = prepared.model, prepared.architecture, untrained, windows, Silent()
     trained, again = transferred(*of), transferred(*of)
-    other = np.random.default_rng(1).integers(0, prepared.spec.vocab_size, 80)
+    other = np.random.default_rng(1).integers(0, 12, 160)
     for layer in range(prepared.spec.layers):
         before, after = (error_of(prepared, codes[layer].features, other, layer) for codes in (untrained, trained))
-        assert after < 0.9 * before
+        assert after < 0.85 * before
         for each in fields(Features):
             first, second = (getattr(codes[layer].features, each.name) for codes in (trained, again))
             np.testing.assert_array_equal(first, second)
