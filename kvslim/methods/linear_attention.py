@@ -92,8 +92,8 @@ class LinearAttention(Method):
         tokens = text.samples * text.length
         if 2 * kept > tokens or kept >= (text.context or tokens):
             yield Conflict(
-                f"{tokens} tokens of calibration text, and contexts of {text.context or tokens}, hardly leave a window "
-                f"of {kept}",
+                f"{tokens} tokens of calibration text, and contexts of {text.context or tokens}, "
+                f"hardly leave a window of {kept}",
                 WHERE,
                 "use a shorter window, or raise calibration.samples or calibration.context",
             )
