@@ -258,7 +258,7 @@ def test_state_goes_to_the_layers_named_or_counted_or_to_all() -> None:
     assert taken(LinearAttention()) == [0, 2, 3]  # layer 1 has a window of its own
     assert taken(LinearAttention(layers=(3,))) == [3]
     kept = kept_attention(statistics, 64).min(axis=1)
-    assert taken(LinearAttention(count=1)) == [max((0, 2, 3), key=kept.__getitem__)]
+    assert taken(LinearAttention(count=1)) == [min((0, 2, 3), key=kept.__getitem__)]
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ LEAST_SPREAD = 1e-3  # of the mean square of a key's numbers; a cluster of one k
 
 
 class LinearAttention(Method):
-    """Sinks, a window and a state in given layers, in those whose attention is nearest, or in all."""
+    """Sinks, a window and a state in given layers, in those whose attention reaches farthest, or in all."""
 
     name: ClassVar[str] = "linear_attention"
     order: ClassVar[int] = 16
@@ -45,7 +45,7 @@ class LinearAttention(Method):
     sinks: int = Field(4, ge=0, description="first tokens that it keeps exact beside them")
     features: int = Field(64, ge=1, description="rows of the state per kv head, each of head_dim + 1 float32 numbers")
     layers: tuple[int, ...] | None = Field(None, description="indices of the layers; by default all")
-    count: int | None = Field(None, ge=1, description="number of layers, those with the most attention on exact tokens")
+    count: int | None = Field(None, ge=1, description="number of layers, those whose attention reaches farthest")
 
     @model_validator(mode="after")
     def _one_choice(self) -> LinearAttention:
@@ -119,7 +119,7 @@ class LinearAttention(Method):
             )
         able = set(self.able(spec) if self.layers is None else self.layers).intersection(free)
         if self.count is not None:
-            able = set(sorted(able, key=lambda layer: -kept[layer])[: self.count])
+            able = set(sorted(able, key=lambda layer: kept[layer])[: self.count])
         layers = (self._decided(each, kept[each.layer]) if each.layer in able else each for each in plan.layers)
         return plan.model_copy(update={"layers": tuple(layers)})
 
