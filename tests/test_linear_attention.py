@@ -37,7 +37,7 @@ from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Silent
 from kvslim.report.decisions import decisions
 from kvslim.report.memory import artifact_caches, cache_memory
-from kvslim.report.tables import plan_table
+from kvslim.report.tables import layers_table, plan_table
 from kvslim.runtime.opening import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
 from kvslim.settings import Heal
@@ -390,7 +390,9 @@ def test_plan_manifest_and_inspect_show_window_and_state(tmp_path: Path) -> None
     dim = SPEC.head_dim
     size = SPEC.layers * SPEC.kv_heads * 4 * (2 * dim * 20 + 24 * (dim + 1))
     assert {memory.mib[tokens]["as it is"] * 2**20 for tokens in ("10", "1000")} == {size}
-    assert (memory.layers[0].key_dim, memory.layers[0].window, memory.layers[0].sinks) == (dim, 16, 4)
+    first = memory.layers[0]
+    assert (first.key_dim, first.window, first.sinks, first.features) == (dim, 16, 4, 24)
+    assert "4 + 16, state 24" in layers_table(memory).rows[0]
 
 
 def test_graph_tells_what_its_cache_is(session: DecodeSession, tmp_path: Path) -> None:
