@@ -42,7 +42,14 @@ STEP = 5  # of a step of healing
 # in parentheses stand for what has no steps.
 PARTS: Mapping[str, Stages] = {
     PLAIN: {"steps of the export": 4, "(files)": 1},
-    PLAN: {"layers probed": 6, "sizes planned": 3, "(recall)": 2, "layers refitted": 2, "(loss)": 1},
+    PLAN: {
+        "layers probed": 6,
+        "sizes planned": 3,
+        "passes that train states": 3,
+        "(recall)": 2,
+        "layers refitted": 2,
+        "(loss)": 1,
+    },
     SLIM: {"steps of the export": 4, "(files)": 1},
     VALIDATE: {"held-out text": 6, "numerical floor": 1},
     DRAFTS: {"the model's own text": 1, "contexts with a draft": 4},

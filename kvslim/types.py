@@ -182,6 +182,10 @@ class KVLayout(Frozen):
         """The KV inputs of each layer that has any, in order."""
         return tuple(tuple(tensors) for _, tensors in groupby(self.tensors, key=lambda tensor: tensor.layer))
 
+    def sides(self, layer: int) -> tuple[KVTensor, ...]:
+        """Keys and values of a layer as reports show them: packed codes rather than the ring before them, no state."""
+        return tuple(tensor for tensor in self.tensors if tensor.layer == layer and tensor.kind != "state")[-2:]
+
     @property
     def extra_inputs(self) -> dict[str, Axes]:
         """Integer inputs besides the cache that layers need, by name."""
@@ -194,8 +198,9 @@ class KVLayout(Frozen):
 
     @property
     def needs_own_runtime(self) -> bool:
-        """Whether a layer's cache asks more of a runtime than to hand present on as past; only KVSlim's does that."""
-        return bool(self.extra_inputs) or any(tensor.present.startswith("appended.") for tensor in self.tensors)
+        """Whether a layer's cache asks more of a runtime than to hand on present keys and values, as KVSlim's does."""
+        others = (tensor.present.startswith("appended.") or tensor.kind == "state" for tensor in self.tensors)
+        return bool(self.extra_inputs) or any(others)
 
     @property
     def is_even(self) -> bool:

@@ -4,6 +4,7 @@ from kvslim.caches.base import CACHES, Cache, Place
 from kvslim.caches.clustered import ClusteredCache
 from kvslim.caches.coded import CodedCache, IntegerCache
 from kvslim.caches.full import FullCache
+from kvslim.caches.linear import LinearCache
 from kvslim.caches.packed import PackedCache
 from kvslim.caches.shared import SharedCache
 from kvslim.caches.window import WindowCache
@@ -15,6 +16,7 @@ __all__ = [
     "CodedCache",
     "FullCache",
     "IntegerCache",
+    "LinearCache",
     "PackedCache",
     "Place",
     "SharedCache",

@@ -153,10 +153,10 @@ class RingBuffers(LayerBuffers):
     So proposals of a draft can be taken back. A run of one token has none.
 
     Attributes:
-        runs_are_exact: Whether a run of several tokens computes what single ones do.
+        takes_runs_back: Whether that is so.
     """
 
-    runs_are_exact: ClassVar[bool] = True
+    takes_runs_back: ClassVar[bool] = True
     _last: Overwritten | None = None
 
     def bind_step(self, binding: ort.IOBinding, length: int, total: int) -> None:
@@ -199,14 +199,48 @@ class RingBuffers(LayerBuffers):
     def _is_short(self, length: int, total: int) -> bool:
         """Whether a run is short enough to be kept, with a row for each of its tokens."""
         windows = (_rows(tensor) - _sinks(tensor) for tensor in self.tensors)
-        return self.runs_are_exact and total - length <= min(TAKEN_BACK, *windows)
+        return self.takes_runs_back and total - length <= min(TAKEN_BACK, *windows)
+
+
+class StateBuffers(RingBuffers):
+    """Rings, and a state of what left them: a sum, from which no token can be taken back."""
+
+    prefill_chunk: ClassVar[int] = 64  # scores of a whole chunk are held in memory
+    takes_runs_back: ClassVar[bool] = False
+
+    def reset(self) -> bool:
+        """Empties the state; a ring says by the length of the text which rows count."""
+        self.arrays[-1][:] = 0
+        return False
+
+    def refusal(self, length: int, current: int) -> str | None:
+        """A token that left the window is in the state for good."""
+        if any(self.has_dropped(tensor, length, current) for tensor in self.tensors):
+            return f"a state has taken in tokens that a context of {length} holds apart"
+        return None
+
+    def fill(self, length: int, generator: np.random.Generator) -> bool:
+        """Sets the cache to pseudo-random content; weights in the state are positive."""
+        super().fill(length, generator)
+        np.abs(self.arrays[-1], out=self.arrays[-1])
+        return False
+
+    @property
+    def lends_rows(self) -> bool:
+        """A state has no rows of tokens."""
+        return False
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copies a sequence over another one, all of its state."""
+        super().move(source, target, length)
+        self.arrays[-1][target] = self.arrays[-1][source]
 
 
 class PackedBuffers(RingBuffers):
     """Rings, and codes: the rows so far as past, and the rows behind them for those that a run adds."""
 
     prefill_chunk: ClassVar[int] = 64  # scores of a whole chunk are held in memory
-    runs_are_exact: ClassVar[bool] = False  # they read as it was what single tokens read as codes
+    takes_runs_back: ClassVar[bool] = False  # and reads as it was what single tokens read as codes: other text
     single_sequence = ("packed codes are appended to one sequence", "use a batch of 1")
 
     def allocated(self, tensor: KVTensor) -> Array:

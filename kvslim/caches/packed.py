@@ -112,7 +112,7 @@ class PackedCache(RingCache):
     @classmethod
     def read_tensors(cls, nodes: Sequence[ort.NodeArg], note: RingNote) -> tuple[KVTensor, ...] | None:
         """Two rings, and two tensors of codes behind them."""
-        rings = read_rings("packed", nodes[:2], note)
+        rings = read_rings("packed", nodes[:2], note.sinks)
         if rings is None or len(nodes) != 4:
             return None
         codes = [_read_codes(node, rings[0].window, note) for node in nodes[2:]]

@@ -59,9 +59,7 @@ class RingCache(CodedCache):
     def check(self, spec: ModelSpec, layer: int, layout: Layout, where: str) -> None:
         """Refuses windows without a token."""
         super().check(spec, layer, layout, where)
-        if self.window < 1 or self.sinks < 0:
-            message = f"a window of {self.window} tokens with {self.sinks} sinks"
-            raise UsageError(message, where=where, fix="use window >= 1, sinks >= 0")
+        check_ring(self.window, self.sinks, where)
 
     @classmethod
     def note(cls, tensors: Sequence[KVTensor], attention: CacheAttention) -> object:
@@ -114,7 +112,7 @@ class WindowCache(RingCache, IntegerCache):
         """Key and value with a fixed number of rows, more than there are sinks."""
         if len(nodes) != 2:
             return None
-        return read_rings("window", nodes, note)
+        return read_rings("window", nodes, note.sinks)
 
     @classmethod
     def buffers(cls) -> type[LayerBuffers]:
@@ -122,6 +120,17 @@ class WindowCache(RingCache, IntegerCache):
         from kvslim.caches.buffers import RingBuffers
 
         return RingBuffers
+
+
+def check_ring(window: int, sinks: int, where: str) -> None:
+    """Refuses a ring without recent tokens.
+
+    Raises:
+        UsageError: Naming `where` it was asked for.
+    """
+    if window < 1 or sinks < 0:
+        message = f"a window of {window} tokens with {sinks} sinks"
+        raise UsageError(message, where=where, fix="use window >= 1, sinks >= 0")
 
 
 def ring_tensors(
@@ -136,7 +145,7 @@ def ring_tensors(
     )
 
 
-def read_rings(cache: str, nodes: Sequence[ort.NodeArg], note: RingNote) -> tuple[KVTensor, ...] | None:
+def read_rings(cache: str, nodes: Sequence[ort.NodeArg], sinks: int) -> tuple[KVTensor, ...] | None:
     """The rings that graph inputs are; None where they are none."""
     found = []
     for node in nodes:
@@ -144,7 +153,7 @@ def read_rings(cache: str, nodes: Sequence[ort.NodeArg], note: RingNote) -> tupl
         if node.type not in STORED or len(node.shape) != 4 or kind not in ("key", "value"):
             return None
         _, heads, rows, columns = node.shape
-        if not all(isinstance(length, int) for length in (heads, rows, columns)) or rows <= note.sinks:
+        if not all(isinstance(length, int) for length in (heads, rows, columns)) or rows <= sinks:
             return None
         stored = STORED[node.type]
         found.append(
@@ -155,8 +164,8 @@ def read_rings(cache: str, nodes: Sequence[ort.NodeArg], note: RingNote) -> tupl
                 heads=heads,
                 dim=columns * 2 if stored == "int4" else columns,
                 dtype=stored,
-                window=rows - note.sinks,
-                sinks=note.sinks,
+                window=rows - sinks,
+                sinks=sinks,
             )
         )
     return tuple(found)

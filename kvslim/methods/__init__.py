@@ -6,6 +6,7 @@ from kvslim.methods.kv_hdc import KvHdc
 from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_quant import KvQuant
 from kvslim.methods.kv_window import KvWindow
+from kvslim.methods.linear_attention import LinearAttention
 from kvslim.methods.prune_heads import PruneHeads
 from kvslim.methods.prune_layers import PruneLayers
 from kvslim.methods.prune_mlp import PruneMlp
@@ -18,6 +19,7 @@ __all__ = [
     "KvPca",
     "KvQuant",
     "KvWindow",
+    "LinearAttention",
     "Method",
     "PruneHeads",
     "PruneLayers",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvslim.caches import ClusteredCache, PackedCache, WindowCache
+from kvslim.caches import ClusteredCache
 from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
 from kvslim.transform.edits import Array
@@ -66,7 +66,7 @@ def lack_of(spec: ModelSpec, plan: Plan, layer: LayerPlan, source: LayerPlan) ->
     if clustered is not None:
         return f"layer {clustered} has clusters of heads"
     windowed = plan.layout == "gqa" and plan.window_cache and spec.windows[source.layer] is not None
-    if windowed or isinstance(source.cache, WindowCache | PackedCache):
+    if windowed or source.cache.kept is not None:
         return "it keeps a window of tokens alone"
     queries, kv_heads = len(query_heads(spec, layer)), len(source.kv_heads(spec))
     if queries % kv_heads:

@@ -15,7 +15,7 @@ from kvslim.planning.choose import Chosen
 from kvslim.planning.refit import refit_where_it_pays
 from kvslim.planning.survey import surveyed
 from kvslim.planning.windows import SHARES
-from kvslim.prepared.fitted import heal, shortened
+from kvslim.prepared.fitted import heal, shortened, transferred_before
 from kvslim.prepared.text import joined, split
 from kvslim.prepared.trials import Codes, Trials
 from kvslim.settings import Budget, Heal
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 REFIT_TOKENS = 4_096, 12_288  # for many layers, for few
 TAYLOR_TOKENS = 8_192
 RECALL_ITEMS, LAZY_ITEMS, FAR_ITEMS = 50, 12, 32
+LONGEST = 4_096  # tokens of a text that states are trained on
 JOINED = 4  # text is put end to end up to one part in so many of the target context
 
 
@@ -140,6 +141,14 @@ class DecoderTrials(Trials):
         plan, kl = refit_where_it_pays(self, plan) if refits else (plan, self.loss(self.codes(plan)))
         _, healing = heal(self.prepared, self.prepared.fitted(plan), shortened(settings))
         return plan, kl * (healing.kl_after / healing.kl_before if healing.kept else 1)
+
+    def transferred(self, plan: Plan, codes: Codes) -> Codes:
+        """The codes with the features of linear caches trained on text that serves for fitting."""
+        if all(code.features is None for code in codes):
+            return codes
+        fitting, _ = split(self.statistics.windows)
+        windows = joined(fitting, min(self.prepared.context, LONGEST))
+        return transferred_before(self.prepared, plan, codes, windows)
 
     def within(self, budget: Budget) -> Chosen:
         """The planner's choice for a budget."""

@@ -67,6 +67,10 @@ class Trials(ABC):
         """The codes with projections of all layers fitted to them."""
         return [codes, *self.refitting(codes)][-1]
 
+    def transferred(self, plan: Plan, codes: Codes) -> Codes:
+        """The codes with the features of linear caches trained."""
+        return codes
+
     def recall_drop(self, change: Plan | Method) -> float:
         """Probability that recalled answers may lose by a change.
 
@@ -115,7 +119,7 @@ class Trials(ABC):
 
     def codes(self, plan: Plan) -> Codes:
         """What a plan puts into the model, one entry per layer, with the options of the recipe's methods."""
-        codes = fit(self.spec, self.statistics, plan, self.methods)
+        codes = self.transferred(plan, fit(self.spec, self.statistics, plan, self.methods))
         return refit_as_planned(plan, codes, self.refitted)
 
     def _unsupported(self, what: str) -> UnsupportedError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from kvslim.caches import ClusteredCache, CodedCache, PackedCache
+from kvslim.caches import ClusteredCache, CodedCache, LinearCache, PackedCache
 from kvslim.contract import ModelSpec
 from kvslim.report.tables import NONE, Table, ranges
 from kvslim.types import LayerPlan, Plan
@@ -76,6 +76,9 @@ def _of_cache(spec: ModelSpec, layer: LayerPlan) -> tuple[str, str, str]:
     cache, whole = layer.cache, spec.head_dim
     if isinstance(cache, ClusteredCache):
         return f"all {whole}; keys of {cache.attending} of {spec.q_heads} heads", "none", "all"
+    if isinstance(cache, LinearCache):
+        kept = f"the first {cache.sinks} and the last {cache.window} exact"
+        return f"all {whole}", "none", f"{kept}, all others in a state of {cache.features} features"
     if not isinstance(cache, CodedCache):
         return f"all {whole}", "none", "all"
     dims = f"all {whole}" if set(cache.ranks(whole)) == {whole} else f"{_sides(cache.ranks(whole))} of {whole}"

@@ -26,10 +26,8 @@ def layer_map(manifest: Manifest) -> str:
         f'<text class="label" x="{KEYS}" y="12">keys</text><text class="label" x="{VALUES}" y="12">values</text>',
     ]
     for layer in manifest.plan.layers:
-        tensors = [tensor for tensor in manifest.kv_layout.tensors if tensor.layer == layer.layer]
-        parts.extend(
-            _row(spec, layer, tensors[-2:], TOP + ROW * layer.layer)
-        )  # with packed codes, these are the last two
+        tensors = manifest.kv_layout.sides(layer.layer)
+        parts.extend(_row(spec, layer, tensors, TOP + ROW * layer.layer))
     return "\n".join([*parts, "</svg>"])
 
 

@@ -22,8 +22,9 @@ class LayerMemory(Frozen):
     """The cache of one layer.
 
     `key_dim` and `value_dim` are cached numbers per head and token; `bytes_per_token` is keyed by precision; for
-    packed codes it counts the codes. `window` and `sinks` are the tokens kept, or with packed codes the tokens kept
-    exact. A layer without attention has no heads; keys have fewer `heads` than `value_heads` if heads share attention.
+    packed codes it counts the codes. `window` and `sinks` are the tokens kept, or with packed codes or a state the
+    tokens kept exact; `features` are the rows of a state. A layer without attention has no heads; keys have fewer
+    `heads` than `value_heads` if heads share attention.
     """
 
     layer: int
@@ -34,6 +35,7 @@ class LayerMemory(Frozen):
     dtype: str
     window: int | None
     sinks: int | None
+    features: int | None
     bytes_per_token: dict[str, int]
 
 
@@ -130,13 +132,14 @@ def cache_memory(
 
 
 def _layer(caches: Sequence[Cache], index: int) -> LayerMemory:
-    tensors = {cache.name: [each for each in cache.layout.tensors if each.layer == index][-2:] for cache in caches}
+    tensors = {cache.name: cache.layout.sides(index) for cache in caches}
     sizes = {cache.name: sum(cache.row_bytes(tensor) for tensor in tensors[cache.name]) for cache in caches}
-    shown = tensors[caches[-1].name]  # with packed codes, the tensors that hold them
+    shown = tensors[caches[-1].name]
     if not shown:
         numbers = dict.fromkeys(("heads", "value_heads", "key_dim", "value_dim"), 0)
-        return LayerMemory(layer=index, bytes_per_token=sizes, dtype="none", window=None, sinks=None, **numbers)
-    key, value = shown
+        kept: dict[str, None] = dict.fromkeys(("window", "sinks", "features"))
+        return LayerMemory(layer=index, bytes_per_token=sizes, dtype="none", **kept, **numbers)
+    (key, value), held = shown, caches[-1].layout.tensors
     return LayerMemory(
         layer=index,
         heads=key.heads,
@@ -146,5 +149,6 @@ def _layer(caches: Sequence[Cache], index: int) -> LayerMemory:
         dtype=key.dtype,
         window=key.window,
         sinks=key.sinks,
+        features=next((each.kept for each in held if each.layer == index and each.kind == "state"), None),
         bytes_per_token=sizes,
     )

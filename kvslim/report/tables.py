@@ -196,7 +196,7 @@ def layers_table(memory: CacheMemory) -> Table:
             str(layer.heads) if layer.heads == layer.value_heads else f"{layer.heads} K, {layer.value_heads} V",
             str(layer.key_dim),
             str(layer.value_dim),
-            *([_kept(layer.window, layer.sinks)] if windowed else []),
+            *([_kept(layer.window, layer.sinks, layer.features)] if windowed else []),
             *_sizes(layer.bytes_per_token),
         )
         alike.setdefault(row, []).append(layer.layer)
@@ -273,11 +273,11 @@ def _count(task: TaskScores) -> str:
     return NONE if task.items is None else f"{task.items:,}"
 
 
-def _kept(window: int | None, sinks: int | None) -> str:
-    """The tokens that a layer keeps, as `sinks + window`."""
+def _kept(window: int | None, sinks: int | None, features: int | None = None) -> str:
+    """The tokens that a layer keeps, as `sinks + window`, and behind them the rows of its state."""
     if window is None:
         return "all"
-    return f"{sinks} + {window}" if sinks else str(window)
+    return (f"{sinks} + {window}" if sinks else str(window)) + (f", state {features}" if features else "")
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -233,8 +233,8 @@ class DecodeSession:
 
         Args:
             tokens: Ids of n >= 1 tokens, for all sequences alike.
-            chunk: Tokens of one run; by default 512, and 64 where scores are held in memory: with packed codes and with
-                clusters of heads. Several sequences run in one piece.
+            chunk: Tokens of one run; by default 512, and 64 where scores are held in memory: with packed codes, with
+                states and with clusters of heads. Several sequences run in one piece.
 
         Returns:
             The logits that follow the last token, float32 [vocab].

@@ -26,6 +26,7 @@ from kvslim.transform.scoring import Scoring
 from kvslim.transform.straight_through import through
 
 NAME = "kvslim"
+FEATURE_SIDES = "key", "query"
 
 
 class Observed(NamedTuple):
@@ -62,6 +63,8 @@ class SlimAttention(nn.Module):
         key_scale, value_scale: [kv_heads, rank + residual] steps of an integer cache, or None for a float32 one.
         key_levels, value_levels: [2 ** bits] levels of packed codes in units of the scales, or None.
         key_feedback, value_feedback: [kv_heads, rank / 2, rank / 2], or None; see `Rounding`.
+        key_features_weight, query_features_weight: [kv_heads * features, head_dim], or None; see `Features`.
+        key_features_bias, query_features_bias: [kv_heads * features], or None.
         residuals: Leading coordinates of keys and of values that the cache holds twice.
         value_sum: [rank + residual, rank], adds what is read of coordinates held twice, or None.
         stored: How keys and values are stored.
@@ -88,6 +91,10 @@ class SlimAttention(nn.Module):
     key_feedback: Tensor | None
     value_feedback: Tensor | None
     value_sum: Tensor | None
+    key_features_weight: Tensor | None
+    key_features_bias: Tensor | None
+    query_features_weight: Tensor | None
+    query_features_bias: Tensor | None
 
     def __init__(self, rotary: Rotary | None, window: int | None) -> None:
         super().__init__()
@@ -96,6 +103,9 @@ class SlimAttention(nn.Module):
             self.register_buffer(f"{side}_bias", None)
         for name in ("membership", "query_encoder", "key_encoder", "key_offset", "value_sum"):
             self.register_buffer(name, None)
+        for side in FEATURE_SIDES:
+            self.register_buffer(f"{side}_features_weight", None)
+            self.register_buffer(f"{side}_features_bias", None)
         for name in ("scale", "levels", "feedback"):
             self.register_buffer(f"key_{name}", None)
             self.register_buffer(f"value_{name}", None)

@@ -24,13 +24,23 @@ from kvslim.caches.clustering import Formed
 from kvslim.calibrate.statistics import sha256_of
 from kvslim.errors import ArtifactError, UsageError
 from kvslim.replacing import replacing
-from kvslim.transform.edits import Affine, Array, Channels, FittedPlan, KeptHeads, LayerEdit, LinearCode, Rounding
+from kvslim.transform.edits import (
+    Affine,
+    Array,
+    Channels,
+    Features,
+    FittedPlan,
+    KeptHeads,
+    LayerEdit,
+    LinearCode,
+    Rounding,
+)
 from kvslim.types import Plan
 
 FORMAT = 2
 NAME = "edits.safetensors"
 CLASSES: dict[str, type[Any]] = {
-    each.__name__: each for each in (LayerEdit, KeptHeads, LinearCode, Rounding, Channels, Affine, Formed)
+    each.__name__: each for each in (LayerEdit, KeptHeads, LinearCode, Rounding, Channels, Affine, Formed, Features)
 }
 Codes = tuple[LayerEdit, ...]
 

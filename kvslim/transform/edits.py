@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -76,6 +76,25 @@ class Rounding:
 
 
 @dataclass(frozen=True, eq=False)
+class Features:
+    """Maps from keys and queries to the features of a linear cache: g(k) = softmax(A k + a), f(q) = exp(s B q + b).
+
+    s is the scale of scores, so that row i of B is the key that feature i stands for.
+
+    Attributes:
+        key_weight: [kv_heads, features, head_dim], A.
+        key_bias: [kv_heads, features], a.
+        query_weight: [kv_heads, features, head_dim], B.
+        query_bias: [kv_heads, features], b.
+    """
+
+    key_weight: Array
+    key_bias: Array
+    query_weight: Array
+    query_bias: Array
+
+
+@dataclass(frozen=True, eq=False)
 class KeptHeads:
     """The heads that a layer keeps.
 
@@ -122,6 +141,7 @@ class LayerEdit:
         code: Linear maps around the cache.
         rounding: How cached coordinates are rounded.
         formed: How clusters are formed from each text's first tokens, or None.
+        features: Of a linear cache, or None.
         output: An output projection fitted to the code, decoders included.
         attention_mean: [hidden], added to the hidden states where the layer has no attention.
         mlp_mean: [hidden], added to them in place of what the feed-forward part gives; None: that part stays.
@@ -136,6 +156,7 @@ class LayerEdit:
     code: LinearCode = field(default_factory=LinearCode)
     rounding: Rounding = field(default_factory=Rounding)
     formed: Formed | None = None
+    features: Features | None = None
     output: Affine | None = None
     attention_mean: Array | None = None
     mlp_mean: Array | None = None
@@ -186,7 +207,11 @@ class LayerEdit:
         kept = {**dict.fromkeys(OF_QUERY_HEADS, self.heads.query), **dict.fromkeys(OF_KV_HEADS, self.heads.kv)}
         edit = self.coded(**{name: _of(getattr(self.code, name), heads) for name, heads in kept.items()})
         per_head = {name: _of(getattr(self.rounding, name), self.heads.kv) for name in ROUNDING_OF_KV_HEADS}
-        return edit.rounded(**per_head)
+        edit = edit.rounded(**per_head)
+        if self.features is None:
+            return edit
+        parts = {each.name: getattr(self.features, each.name)[list(self.heads.kv)] for each in fields(Features)}
+        return replace(edit, features=Features(**parts))
 
 
 class FittedPlan(NamedTuple):

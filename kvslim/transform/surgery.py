@@ -15,14 +15,14 @@ from kvslim.caches import ClusteredCache, CodedCache
 from kvslim.caches.attention.shared import SharedAttention
 from kvslim.contract import ModelSpec
 from kvslim.loading.architecture import Architecture
-from kvslim.transform.attention import NAME, SlimAttention, register
-from kvslim.transform.edits import RESIDUAL_STEPS, Array, KeptHeads, LayerEdit, LinearCode
+from kvslim.transform.attention import FEATURE_SIDES, NAME, SlimAttention, register
+from kvslim.transform.edits import RESIDUAL_STEPS, Array, Features, KeptHeads, LayerEdit, LinearCode
 from kvslim.transform.narrowing import narrow
 from kvslim.transform.normal import normalise
 from kvslim.transform.projections import SIDES, as_tensor, fold, linear_of, projection, set_output, set_rows, shifted
 from kvslim.transform.removal import remove_parts
 from kvslim.transform.rotary import take_over
-from kvslim.transform.trained import linears_of, set_weights
+from kvslim.transform.trained import PARTS, linears_of, set_weights
 
 
 def layer_modules(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
@@ -125,6 +125,8 @@ def _install_attention(attention: nn.Module, slim: SlimAttention, architecture: 
     edit = whole.of_kept_heads()
     _install_code(attention, slim, architecture, edit)
     _install_storage(slim, edit)
+    if edit.features is not None:
+        _install_features(slim, edit.features)
     slim.cache = edit.cache.attention(edit)
 
 
@@ -175,6 +177,13 @@ def _install_storage(slim: SlimAttention, edit: LayerEdit) -> None:
     slim.per_tensor = isinstance(edit.stored, CodedCache) and edit.stored.granularity == "per_tensor"
     if rounding.key_levels is not None and rounding.value_levels is not None:
         slim.key_levels, slim.value_levels = as_tensor(rounding.key_levels), as_tensor(rounding.value_levels)
+
+
+def _install_features(slim: SlimAttention, features: Features) -> None:
+    for side in FEATURE_SIDES:
+        for part in PARTS:
+            rows = getattr(features, f"{side}_{part}")
+            setattr(slim, f"{side}_features_{part}", as_tensor(rows.reshape(-1, *rows.shape[2:])))
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Weights of a layer that are trained: which they are, by name, and how they are put back.
 
-A name is that of a parameter from the layer (`self_attn.o_proj.weight`), or of the rows that a slim attention has as
-its own (`self_attn.kvslim.query_weight`).
+A name is that of a parameter from the layer (`self_attn.o_proj.weight`), or of the rows and the feature maps that a
+slim attention has as its own (`self_attn.kvslim.query_weight`).
 """
 
 from __future__ import annotations
@@ -74,6 +74,10 @@ def _of_attention(layer: nn.Module, architecture: Architecture, edit: LayerEdit)
         prefix = f"kvslim.{side}_" if own else f"{getattr(architecture, side)}."
         yield from (f"{architecture.attention}.{prefix}{part}" for part in PARTS)
     yield from (f"{architecture.attention}.{architecture.output}.{part}" for part in PARTS)
+    if edit.features is not None:
+        yield from (
+            f"{architecture.attention}.kvslim.{side}_features_{part}" for side in ("key", "query") for part in PARTS
+        )
 
 
 def _tensor(layer: nn.Module, name: str) -> Tensor | None:

@@ -52,18 +52,18 @@ class PackedAttention(CacheAttention):
         books, ring = _codebooks(slim), self.ring
         query, key, value = states
         past, codes = step.past[:2], step.past[2:]
-        span, grouped = span_of(step, query), _by_kv_head(query, key.shape[1]) * scoring.scale
+        span, grouped = span_of(step, query), by_kv_head(query, key.shape[1]) * scoring.scale
         # Its length is unknown before it runs, and costly to trace in every layer.
         leaving = step.once(("leaving", ring), lambda: _leaving(ring, span, query.shape[2]))
         left = [_left(ring, span, leaving, held, new) for held, new in zip(past, (key, value), strict=True)]
         read = [book.read(rows.transpose(1, 2)) for book, rows in zip(books, codes, strict=True)]
         coded = _hidden_codes(ring, span, scoring, query, key, codes[0])
-        hidden = [coded, *_hidden_rows(ring, span, scoring, query, key)]
+        hidden = [coded, *hidden_rows(ring, span, scoring, query, key)]
         queries = [grouped * books[0].scale[:, None], grouped, grouped]
         blocks = _attend_blocks(scoring, queries, [read[0], past[0], key], [read[1], past[1], value], hidden)
-        rings = write_rows(step, ring, span, (key, value), query.shape[2], _nothing([blocks[1], *left]))
+        rings = write_rows(step, ring, span, (key, value), query.shape[2], nothing([blocks[1], *left]))
         step.present = (*rings, *(book.stored(rows) for book, rows in zip(books, left, strict=True)))
-        return _by_query_head(blocks[0] * books[1].scale[:, None] + blocks[1] + blocks[2], query)
+        return by_query_head(blocks[0] * books[1].scale[:, None] + blocks[1] + blocks[2], query)
 
 
 def _codebooks(slim: SlimAttention) -> tuple[Levels, Levels]:
@@ -79,7 +79,7 @@ def _hidden_codes(ring: Ring, span: Span, scoring: Scoring, query: Tensor, key: 
         return None
     new = span[0][:, None] + torch.arange(query.shape[2])
     tokens = ring.sinks + torch.arange(codes.shape[1])
-    return _by_group(scoring.hidden(new, tokens[None]), query.shape[1] // key.shape[1])
+    return by_group(scoring.hidden(new, tokens[None]), query.shape[1] // key.shape[1])
 
 
 def _leaving(ring: Ring, span: Span, length: int) -> Tensor:
@@ -96,13 +96,13 @@ def _left(ring: Ring, span: Span, tokens: Tensor, held: Tensor, new: Tensor) -> 
     return rows.transpose(1, 2)
 
 
-def _by_kv_head(query: Tensor, kv_heads: int) -> Tensor:
+def by_kv_head(query: Tensor, kv_heads: int) -> Tensor:
     """[batch, q_heads, length, dim] as [batch, kv_heads, group * length, dim]: keys and values are not repeated."""
     batch, q_heads, length, dim = query.shape
     return query.reshape(batch, kv_heads, q_heads // kv_heads * length, dim)
 
 
-def _by_query_head(attended: Tensor, query: Tensor) -> Tensor:
+def by_query_head(attended: Tensor, query: Tensor) -> Tensor:
     """[batch, kv_heads, group * length, dim] as [batch, length, q_heads, dim]."""
     batch, q_heads, length, _ = query.shape
     return attended.reshape(batch, q_heads, length, attended.shape[-1]).transpose(1, 2)
@@ -125,19 +125,19 @@ def _attend_blocks(
     return [weight @ rows for weight, rows in zip(weights, values, strict=True)]
 
 
-def _hidden_rows(ring: Ring, span: Span, scoring: Scoring, query: Tensor, key: Tensor) -> list[Tensor | None]:
+def hidden_rows(ring: Ring, span: Span, scoring: Scoring, query: Tensor, key: Tensor) -> list[Tensor]:
     """Rows of the ring, and new tokens, that a query is not to see: bool [batch, 1, group * length, rows] each."""
     new = span[0][:, None] + torch.arange(query.shape[2])
     group = query.shape[1] // key.shape[1]
-    return [_by_group(scoring.hidden(new, tokens), group) for tokens in (ring.positions(span[0]), new)]
+    return [by_group(scoring.hidden(new, tokens), group) for tokens in (ring.positions(span[0]), new)]
 
 
-def _by_group(hidden: Tensor, group: int) -> Tensor:
+def by_group(hidden: Tensor, group: int) -> Tensor:
     """The same rows hidden from every query head of a kv head."""
     return hidden[:, None].repeat(1, 1, group, 1)
 
 
-def _nothing(after: Sequence[Tensor]) -> Tensor:
+def nothing(after: Sequence[Tensor]) -> Tensor:
     """Zero, [1], that cannot be had before the tensors `after`, the first of which is not empty.
 
     It makes a write wait for every read of the ring, since onnxruntime writes into the ring's own memory. Shapes would

@@ -149,8 +149,8 @@ def write_rows(
     """
     heads = new[0].shape[1]
     survivors = step.once(("survivors", ring), lambda: ring.survivors(*span, length))
-    taken = step.once(("taken", ring, heads), lambda: _places(survivors - length, heads))
-    written = step.once(("written", ring, heads), lambda: _places(ring.row(span[0][:, None] + survivors), heads))
+    taken = step.once(("taken", ring, heads), lambda: places(survivors - length, heads))
+    written = step.once(("written", ring, heads), lambda: places(ring.row(span[0][:, None] + survivors), heads))
     key, value = (
         scattered(held, written + after, gathered(rows, taken))
         for held, rows in zip(step.past, new, strict=False)  # codes may follow the ring
@@ -158,7 +158,7 @@ def write_rows(
     return key, value
 
 
-def _places(rows: Tensor, heads: int) -> Tensor:
+def places(rows: Tensor, heads: int) -> Tensor:
     """Batch, head and row [batch, heads, length, 3] of rows [batch, length] of every head."""
     shape = rows.shape[0], heads, rows.shape[1]
     batch, by_head = torch.arange(shape[0])[:, None, None], torch.arange(heads)[None, :, None]
