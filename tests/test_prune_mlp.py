@@ -17,7 +17,7 @@ from support.trials import MadeUpTrials
 
 from kvslim.checks import check_plan
 from kvslim.errors import UsageError
-from kvslim.methods import PruneMlp
+from kvslim.methods import PruneMlp, ShareKv
 from kvslim.methods.fitting import fit
 from kvslim.methods.prune_mlp import MOST, shared_out, stepped
 from kvslim.planning.budget import decode_time
@@ -158,6 +158,12 @@ def test_plan_for_wider_layers_is_refused() -> None:
         fit(SPEC, statistics_of(SPEC), Plan(layers=layers))
     with pytest.raises(ValidationError, match="multiple"):
         LayerPlan(layer=0, mlp_width=33)
+
+
+def test_narrow_layer_can_read_the_cache_of_another(tiny_llama: Path) -> None:
+    prepared = open_prepared(tiny_llama, recipe_of([PruneMlp(widths={1: 32}), ShareKv(sources={1: 0})]))
+    plan = decide(prepared.recipe, prepared.spec, prepared.statistics)
+    assert (plan.layers[1].mlp_width, plan.layers[1].source) == (32, 0)
 
 
 def test_narrow_layers_take_less_time_and_are_told(tiny_llama: Path) -> None:

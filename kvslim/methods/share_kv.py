@@ -191,7 +191,7 @@ def _without_cache(layer: LayerPlan, source: int | None) -> LayerPlan:
     """The layer as it is, or with what is kept of its parts and the cache of a source alone."""
     if source is None:
         return layer
-    return LayerPlan(layer=layer.layer, heads=layer.heads, mlp=layer.mlp, cache=SharedCache(source=source))
+    return layer.model_copy(update={"cache": SharedCache(source=source)})
 
 
 def _with_reason(layer: LayerPlan, left: Distance) -> LayerPlan:
