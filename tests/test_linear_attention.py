@@ -126,6 +126,10 @@ def test_state_cannot_be_rewound_but_a_window_that_is_not_full_can(session: Deco
     session.step(tokens[9:20])
     with pytest.raises(UsageError, match="a state has taken in tokens that a context of 19 holds apart"):
         session.rewind(19)
+    assert not session.takes_back(2)
+    session.step(tokens[20:22])
+    with pytest.raises(UsageError, match="a state has taken in tokens that a context of 21 holds apart"):
+        session.rewind(21)
     assert session.keep_shared(tokens[:20].tolist(), tokens[:15].tolist()) == 0
     np.testing.assert_allclose(session.step(tokens), _fresh(session, tokens), atol=1e-4)
 
