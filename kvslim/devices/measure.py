@@ -26,7 +26,7 @@ def measure_device() -> Device:
 
     memory, cores = psutil.virtual_memory(), usable_cores()
     return Device(
-        name=f"{platform.machine()}, {cores} cores",
+        name=f"{platform.machine()}, {cores} {'core' if cores == 1 else 'cores'}",
         ram_gib=Quantity(value=_rounded(memory.total / 2**30), source="psutil"),
         usable_share=Share(value=_rounded(usable_memory() / memory.total), source="measured: left to this process"),
         bandwidth_gb_s=Quantity(

@@ -32,7 +32,7 @@ def limits_table(memory: CacheMemory) -> Table:
         )
         for entry in limits
     )
-    return Table(("tokens per second, up to", "cache", "longest context", *titles), rows, words=True)
+    return Table(("tokens per second", "cache", "longest context", *titles), rows, words=True)
 
 
 def stages_table(memory: CacheMemory) -> Table:
@@ -43,7 +43,7 @@ def stages_table(memory: CacheMemory) -> Table:
         for bound in entry.stages
         if bound.demand.context == max(other.demand.context for other in entry.stages)
     ]
-    units = ("memory, MiB", "MB/token", "MFLOP/token", "FLOP/byte", "ms/token at least")
+    units = ("memory, MiB", "MB/token", "MFLOP/token", "FLOP/byte", "ms/token")
     return Table(("device", "stage", "weights", "cache", *units, "binds"), tuple(dict.fromkeys(rows)), words=True)
 
 
@@ -57,14 +57,23 @@ def need(bound: Bound) -> str:
     memory = f"{mib / 2**10:.1f} GiB" if mib >= 2**10 else f"{mib:.0f} MiB"
     if bound.binds == "memory":
         return f"does not fit ({memory})"
-    word = "about" if bound.is_forecast else "up to"
-    return f"{memory}, {word} {_figure(bound.tokens_per_second)} tokens/s"
+    return f"{memory}, {_word(bound)} {_figure(bound.tokens_per_second)} tokens/s"
 
 
 def _rate(bound: Bound) -> str:
     if bound.binds == "memory":
         return "does not fit"
-    return f"{_figure(bound.tokens_per_second)} ({'timed kernels' if bound.is_forecast else bound.binds})"
+    return f"{_word(bound)} {_figure(bound.tokens_per_second)} ({_reason(bound)})"
+
+
+def _word(bound: Bound, limit: str = "up to") -> str:
+    """How sure a number is: a limit, or what is expected."""
+    return "about" if bound.is_forecast else limit
+
+
+def _reason(bound: Bound) -> str:
+    """What the number follows from."""
+    return "timed kernels" if bound.is_forecast else bound.binds
 
 
 def _stage_row(memory: CacheMemory, entry: Limits, bound: Bound) -> tuple[str, ...]:
@@ -79,8 +88,8 @@ def _stage_row(memory: CacheMemory, entry: Limits, bound: Bound) -> tuple[str, .
         _figure(demand.bytes_per_token / 1e6),
         _figure(demand.flops_per_token / 1e6),
         _figure(demand.flops_per_token / demand.bytes_per_token),
-        _figure(bound.seconds_per_token * 1e3),
-        "timed kernels" if bound.is_forecast else bound.binds,
+        f"{_word(bound, 'at least')} {_figure(bound.seconds_per_token * 1e3)}",
+        _reason(bound),
     )
 
 
