@@ -172,7 +172,9 @@ def test_seed_and_temperature_draw_the_text(artifact: Path) -> None:
         return "".join(text.generate("hello", max_new_tokens=16, **options))
 
     assert drawn(temperature=1.5, seed=1) == drawn(temperature=1.5, seed=1) != drawn(temperature=1.5, seed=2)
-    assert drawn() == drawn(seed=3)
+    assert drawn() == drawn(seed=3) == drawn(temperature=1.5, top_k=1) == drawn(temperature=1.5, top_p=1e-6)
+    (batch,) = text.generate_batch(["hello"], max_new_tokens=16, temperature=1.5, top_k=1)
+    assert batch == drawn()
     with pytest.raises(UsageError, match="temperature"):
         text.generate("hello", temperature=-1)
 

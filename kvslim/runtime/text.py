@@ -62,6 +62,8 @@ class TextGenerator:
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
         seed: int = 0,
         stop: str | Sequence[str] = (),
         repetition_penalty: float = 1.0,
@@ -72,6 +74,8 @@ class TextGenerator:
             prompt: A text to continue, or messages with `role` and `content` for the chat template.
             max_new_tokens: Tokens to generate at most; a full cache ends the text too.
             temperature: 0 takes the most likely token; higher values give more varied text.
+            top_k: Tokens to draw from, the most likely ones; 0 for all.
+            top_p: Probability of the smallest set of most likely tokens to draw from, in (0, 1].
             seed: Seed of the sampling.
             stop: Strings that end the text; they are not part of it.
             repetition_penalty: Above 1, tokens that the prompt or the text has already become less likely.
@@ -81,7 +85,7 @@ class TextGenerator:
                 chat template.
             ArtifactError: onnxruntime fails on the graph.
         """
-        sampling = Sampling(temperature=temperature, seed=seed, repetition_penalty=repetition_penalty)
+        sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty)
         return filter(None, self._completer.stream(self._ids(prompt), max_new_tokens, sampling, _strings(stop)))
 
     def generate_batch(
@@ -90,6 +94,8 @@ class TextGenerator:
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
         seed: int = 0,
         stop: str | Sequence[str] = (),
         repetition_penalty: float = 1.0,
@@ -102,6 +108,8 @@ class TextGenerator:
             prompts: Texts to continue, or messages, as for `generate`; the other arguments are as there too.
             max_new_tokens: Tokens to generate for each at most.
             temperature: As for `generate`.
+            top_k: As for `generate`.
+            top_p: As for `generate`.
             seed: As for `generate`, of each text anew.
             stop: As for `generate`.
             repetition_penalty: As for `generate`.
@@ -110,7 +118,7 @@ class TextGenerator:
             UsageError: As `generate`, or the artifact's cache holds one sequence at a time.
             ArtifactError: onnxruntime fails on the graph.
         """
-        sampling = Sampling(temperature=temperature, seed=seed, repetition_penalty=repetition_penalty)
+        sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty)
         ids = [self._ids_of(place, prompt) for place, prompt in enumerate(prompts)]
         return [text for text, _ in self._completer.complete(ids, max_new_tokens, sampling, _strings(stop))]
 
