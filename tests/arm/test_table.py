@@ -13,7 +13,8 @@ OUTCOMES = """<testsuites><testsuite>
 <testcase name="b"/>
 <testcase name="c"><properties>
 <property name="graph" value="plain cache"/><property name="apart" value="1.26e-05"/>
-<property name="cost" value="2e-05"/><property name="exact" value="None"/>
+<property name="noise" value="3e-06"/><property name="cost" value="2e-05"/>
+<property name="cost_there" value="4e-05"/><property name="exact" value="None"/>
 </properties></testcase>
 </testsuite></testsuites>"""
 
@@ -23,7 +24,7 @@ def test_table_has_a_line_for_each_graph(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / "arm_table.py"), str(tmp_path / "outcomes.xml")]
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert table.splitlines()[2:] == [
-        "| plain cache | 1e-05 | 2e-05 | - |",
+        "| plain cache | 1e-05 | 3e-06 | 2e-05 | 4e-05 | - |",
         "",
         "The demo's bundle for linux-aarch64: 53.3 MiB.",
     ]
