@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kvslim.loading.architecture import Architecture
+from kvslim.transform.attention import FEATURE_SIDES
 from kvslim.transform.edits import Array, LayerEdit
 from kvslim.transform.projections import SIDES
 
@@ -76,7 +77,7 @@ def _of_attention(layer: nn.Module, architecture: Architecture, edit: LayerEdit)
     yield from (f"{architecture.attention}.{architecture.output}.{part}" for part in PARTS)
     if edit.features is not None:
         yield from (
-            f"{architecture.attention}.kvslim.{side}_features_{part}" for side in ("key", "query") for part in PARTS
+            f"{architecture.attention}.kvslim.{side}_features_{part}" for side in FEATURE_SIDES for part in PARTS
         )
 
 

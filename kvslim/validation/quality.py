@@ -18,6 +18,7 @@ from kvslim.validation.tally import Quality, Tally, Window
 
 Windows = Sequence[Window] | npt.NDArray[np.int64]
 CHUNK = 64  # tokens of one step
+TEXT = "held-out text"  # for the progress
 FLOOR_WINDOWS, FLOOR_TOKENS = 4, 64  # a floor goes token by token, which takes long
 PAIRS = ((0, 1),)  # teacher and student: plain export and artifact
 PAIRS_TO_ORIGINAL = (*PAIRS, (2, 0), (2, 1))  # and both next to the model in float32
@@ -90,7 +91,7 @@ class Comparison:
     folders: tuple[Path, ...]
     windows: Windows
     within: int | None = None
-    label: str = "held-out text"
+    label: str = TEXT
 
     def open(self, progress: Progress, threads: int | None) -> Callable[[Windows], Iterator[list[Tally]]]:
         """What compares the graphs on windows; where weights are quantised, with activations in float32."""
@@ -173,7 +174,7 @@ def compared(
     count = sum(-(-len(window) // chunk) for window in windows)
     steps = _side_by_side(sessions, windows, chunk)
     tallies: list[Tally] = []
-    for window, start, logits in (progress or Silent()).track(steps, "held-out text", count):
+    for window, start, logits in (progress or Silent()).track(steps, TEXT, count):
         if start == 0:
             tallies = [Tally(size, within) for _ in pairs]
         for tally, (teacher, student) in zip(tallies, pairs, strict=True):

@@ -17,6 +17,7 @@ from kvslim.runtime.session import DecodeSession
 from kvslim.validation.spans import SPAN, SPANS, spans_of
 
 CUE = 4
+QUESTIONS = "recall questions"  # for the progress
 LEAST_ITEMS = 40  # questions before the verdict may be called clear
 LEAST_OF_REACH = 12  # of each distance
 ERROR = 0.01  # without a limit: the standard error that is small enough
@@ -88,7 +89,7 @@ class Questions:
 
     folders: tuple[Path, Path]
     capacity: int
-    label: str = "recall questions"
+    label: str = QUESTIONS
 
     def open(
         self, progress: Progress, threads: int | None
@@ -112,7 +113,7 @@ def both_hits(
         items: Questions.
         progress: Receives the progress.
     """
-    asked = (progress or Silent()).track(items, "recall questions")
+    asked = (progress or Silent()).track(items, QUESTIONS)
     for _, *hits in zip(asked, _hits(teacher, items), _hits(student, items), strict=False):
         yield hits[0], hits[1]
 

@@ -16,15 +16,15 @@ leave the ring within a step are rows of their own, with the score log(f(q).g(k)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kvslim.caches.attention.base import BLOCK, CacheAttention, States
+from kvslim.caches.attention.base import BLOCK, States
 from kvslim.caches.attention.packed import by_group, by_kv_head, by_query_head, hidden_rows, nothing
-from kvslim.caches.attention.window import Ring, Span, places, span_of, write_rows
+from kvslim.caches.attention.window import Ring, RingAttention, Span, places, span_of, write_rows
 from kvslim.transform.operators import ExportStep, gathered
 from kvslim.transform.scoring import Scoring
 
@@ -97,15 +97,8 @@ class Far:
         return self.state[..., -1:].clamp(min=TINY)
 
 
-class StateAttention(CacheAttention):
+class StateAttention(RingAttention):
     """Ring and state, by stock operators."""
-
-    def __init__(self, ring: Ring) -> None:
-        self.ring = ring
-
-    def scoring(self, scoring: Scoring) -> Scoring:
-        """The model's own scoring, with the tokens hidden that are in the state."""
-        return replace(scoring, recent=self.ring.window, sinks=self.ring.sinks)
 
     def evaluated(self, slim: SlimAttention, states: States, scoring: Scoring) -> Tensor:
         """Attention over a whole text, by blocks of queries."""

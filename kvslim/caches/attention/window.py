@@ -69,15 +69,19 @@ class Ring:
         )
 
 
-class WindowAttention(CacheAttention):
-    """Attention over the ring and the new tokens, by one fused operator."""
+class RingAttention(CacheAttention):
+    """Attention whose exact tokens are those of a ring."""
 
     def __init__(self, ring: Ring) -> None:
         self.ring = ring
 
     def scoring(self, scoring: Scoring) -> Scoring:
-        """The model's own scoring, with the tokens hidden that the ring has dropped."""
+        """The model's own scoring, with the tokens hidden that have left the ring."""
         return replace(scoring, recent=self.ring.window, sinks=self.ring.sinks)
+
+
+class WindowAttention(RingAttention):
+    """Attention over the ring and the new tokens, by one fused operator."""
 
     def evaluated(self, slim: SlimAttention, states: States, scoring: Scoring) -> Tensor:
         """Attention over what the ring gives back."""
