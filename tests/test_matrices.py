@@ -15,6 +15,7 @@ from support.models import CALIBRATION, VALIDATION, open_prepared, recipe_of, to
 from kvslim.contract import MIB
 from kvslim.devices.peak import RUNTIME_BYTES
 from kvslim.errors import GateError, UsageError
+from kvslim.export.manifest import SPECULATIVE_GRAPH
 from kvslim.methods import KvHdc, KvQuant, Method
 from kvslim.pipeline import compress
 from kvslim.planning import matrices
@@ -24,7 +25,7 @@ from kvslim.prepared.weights import matrix_picking
 from kvslim.recipe import Recipe, parse_recipe
 from kvslim.settings import Budget
 from kvslim.transform.kl_evaluator import KLEvaluator, probe_windows
-from kvslim.types import PlanPoint
+from kvslim.types import DraftChoice, PlanPoint
 from kvslim.validation.measure import file_mib
 from kvslim.weight_format import WeightFormat
 from kvslim.weights.blocks import BlockFormat, quantise
@@ -118,14 +119,20 @@ def test_least_bits_are_kept_and_what_does_not_fit_is_told() -> None:
 
 
 # Codes of kv_hdc fold into matrices, which then take 8 bits; kv_quant leaves them alone.
-@pytest.mark.parametrize("method", [KvQuant(bits=8), KvHdc(bits=8)])
-def test_artifact_keeps_the_limit_of_its_file_and_uses_it(tiny_llama: Path, tmp_path: Path, method: Method) -> None:
-    prepared = open_prepared(tiny_llama, limited(1000.0, method))
-    picking = matrix_picking(prepared)
+@pytest.mark.parametrize(
+    ("method", "draft"), [(KvQuant(bits=8), "none"), (KvHdc(bits=8), "none"), (KvQuant(), "lookup")]
+)
+def test_artifact_keeps_the_limit_of_its_files_and_uses_it(
+    tiny_llama: Path, tmp_path: Path, method: Method, draft: DraftChoice
+) -> None:
+    recipe = limited(1000.0, method).model_copy(update={"draft": draft})
+    picking = matrix_picking(open_prepared(tiny_llama, recipe))
     most = sum(max(way.size for way in group.ways) for group in picking.prices.groups)
     limit = (picking.others + (picking.least + most) / 2) / MIB
-    manifest = compress(str(tiny_llama), limited(limit, method), tmp_path / "out")
-    assert limit - 0.1 < file_mib(tmp_path / "out") <= limit
+    recipe = recipe.model_copy(update={"weights": WeightFormat(type="int4", file_mib=limit)})
+    manifest = compress(str(tiny_llama), recipe, tmp_path / "out")
+    assert (tmp_path / "out" / SPECULATIVE_GRAPH).exists() == (draft != "none")
+    assert limit - 0.2 < file_mib(tmp_path / "out") <= limit
     assert manifest.report is not None
     gate = next(gate for gate in manifest.report.gates if gate.name == "max_file_mib")
     assert (gate.passed, gate.limit) == (True, limit)

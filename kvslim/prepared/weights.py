@@ -14,6 +14,7 @@ from kvslim import stages
 from kvslim.calibrate import cache
 from kvslim.contract import MIB
 from kvslim.errors import GateError
+from kvslim.export.manifest import GRAPH
 from kvslim.export.stored import fetch_graph, graph_key, store_graph
 from kvslim.planning.matrices import FLOAT, FORMATS, MatrixPrices, MatrixPricing
 from kvslim.transform.kl_evaluator import KLEvaluator, is_large, probe_windows
@@ -157,7 +158,10 @@ def _other_bytes(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> flo
     """Bytes of the artifact's files besides the matrices, with those of the codes that a recipe may put in."""
     spec, numbers = prepared.spec, sum(entry.module.weight.numel() for entry in chosen.values())
     codes = 0 if keeps_weights(prepared.recipe) else (spec.q_heads + spec.kv_heads) * spec.head_dim**2
-    return file_mib(prepared.original) * MIB + spec.layers * (FLOAT * codes + NODES) - FLOAT * numbers
+    drafts = 0 if prepared.recipe.draft == "none" else 1  # the same graph over the same weights
+    graph = (prepared.original / GRAPH).stat().st_size
+    nodes = drafts * graph + (1 + drafts) * spec.layers * NODES
+    return file_mib(prepared.original) * MIB + nodes + spec.layers * FLOAT * codes - FLOAT * numbers
 
 
 def _least_bits(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> dict[str, int]:

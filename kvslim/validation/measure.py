@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvslim import stages
-from kvslim.export.manifest import GRAPH, WEIGHTS
+from kvslim.contract import MIB
+from kvslim.export.manifest import GRAPH, SPECULATIVE_GRAPH, WEIGHTS
 from kvslim.measures import Measures, Report
 from kvslim.progress import Progress
 from kvslim.runtime.session import DecodeSession
@@ -156,8 +157,9 @@ def _quality(
 
 
 def file_mib(folder: Path) -> float:
-    """Size of a graph and its weights."""
-    return sum((folder / name).stat().st_size for name in (GRAPH, WEIGHTS) if (folder / name).is_file()) / 2**20
+    """Size of the graphs in a folder and the weights that they share."""
+    files = (folder / name for name in (GRAPH, SPECULATIVE_GRAPH, WEIGHTS))
+    return sum(file.stat().st_size for file in files if file.is_file()) / MIB
 
 
 def _costs(folder: Path, latency: Latency, contexts: Sequence[int]) -> Measures:
