@@ -99,9 +99,9 @@ def check_files(
     snapshot.check()
     if recipe.weights.type == "stored" and not snapshot.has_blocks:
         raise UsageError(
-            "weights: stored keeps the blocks of a GGUF file, and this model has none that can be kept",
+            "weights: stored keeps the blocks of a GGUF file, and this model has none",
             where=str(snapshot.path),
-            fix="give a file in Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K or Q8_0, or write --set weights=int4",
+            fix="give a GGUF file that is quantised, or write --set weights=int4",
         )
     counts, temporary = Counter(graphs), Path(tempfile.gettempdir())
     sources = {recipe.calibration.source, recipe.validation.source}

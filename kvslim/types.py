@@ -237,6 +237,9 @@ class Source(Frozen):
     revision: str | None
     sha256: str
     base_model: str | None = _known("the hub's id of the model, or of the one that a GGUF file was made from")
+    blocks: tuple[str, ...] = Field(
+        (), description="types of the blocks that a GGUF has its matrices in, what most numbers have first"
+    )
     license: str | None = _known("of the model, as its card or its GGUF file names it; so are the next two")
     license_name: str | None = _known("where the license is `other`")
     license_link: str | None = _known("where the license is `other`")

@@ -15,7 +15,7 @@ class WeightFormat(Frozen):
     type: Literal[WeightType, "stored", "auto"] = Field(
         "fp32",
         description="of all matrices; int8 and int4 in blocks; stored: the blocks of a GGUF as they are; "
-        "auto: stored where that can be, else int4 for decoders and fp32 for encoders",
+        "auto: stored for a GGUF in blocks, else int4 for decoders and fp32 for encoders",
     )
     method: WeightMethod = Field(
         "k_quant",

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
+from support.blocks import graph_rows
 from support.models import in_chunks, open_prepared, recipe_of, tokens_of, torch_logits
+from support.tiny_decoders import save_decoder
 from support.tiny_encoders import save_encoder
 
 from kvslim.checks import check_recipe
@@ -32,6 +36,13 @@ ModelOf = Callable[[str], Path]
 RANDOM = np.random.default_rng(0)
 FOUR, EIGHT = BlockFormat(4, 32), BlockFormat(8, 32)
 GPTQ = WeightFormat(type="int4", method="gptq")
+
+
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of one layer, whose rows are a block of 128 or two."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
+    return save_decoder("llama", tmp_path_factory.mktemp("wide") / "llama", **sizes)
 
 
 def exported(prepared: PreparedDecoder, folder: Path, plan: Plan | None = None) -> Path:
@@ -73,23 +84,33 @@ def test_torch_and_graph_agree_when_weights_are_quantised(
     assert not [node for node in ir.load(folder / "model.onnx").graph if node.op_type in ("MatMul", "FusedMatMul")]
 
 
-def test_graph_has_the_numbers_of_torch_to_the_bit(tiny_llama: Path, tmp_path: Path) -> None:
-    prepared = open_prepared(tiny_llama, recipe_of((), GPTQ))
-    graph = ir.load(exported(prepared, tmp_path / "plain") / "model.onnx").graph
-    constants = {name: value.const_value.numpy() for name, value in graph.initializers.items() if value.const_value}
-    compared = 0
-    for name, module in prepared.model.named_modules():
-        if f"model.{name}.weight.int4.codes" not in constants:
-            continue  # packed with others
-        codes, scales, zeros = (
-            constants[f"model.{name}.weight.int4.{part}"] for part in ("codes", "scales", "zero_points")
-        )
-        integers = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:2], 32).astype(np.float32)
-        offsets = np.stack([zeros & 15, zeros >> 4], -1).reshape(len(zeros), -1)[:, : codes.shape[1]]
-        numbers = ((integers - offsets[..., None]) * scales[..., None]).reshape(len(codes), -1)
-        np.testing.assert_array_equal(numbers[:, : module.weight.shape[1]], module.weight.detach().numpy())
-        compared += 1
-    assert compared >= 2 * prepared.spec.layers
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"type": "int4"},
+        {"type": "int4", "method": "rtn"},
+        {"type": "int4", "method": "gptq"},
+        {"type": "int4", "method": "gptq", "block": 64},
+        {"type": "int4", "block": 128},
+        {"type": "int4", "method": "gptq", "mixed": True},
+        {"type": "int8"},
+        {"type": "int8", "method": "rtn", "block": 32},
+    ],
+    ids=lambda given: "-".join(map(str, given.values())),
+)
+def test_graph_has_the_numbers_of_torch_to_the_bit(wide_llama: Path, tmp_path: Path, given: dict[str, Any]) -> None:
+    prepared = open_prepared(wide_llama, recipe_of((), WeightFormat(**given)))
+    known = graph_rows(exported(prepared, tmp_path / "plain"))
+    matrices = [
+        module.weight.detach().numpy()
+        for module in prepared.model.modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
+    ]
+    assert len(matrices) == 7 * prepared.spec.layers + 2
+    assert {row.tobytes() for matrix in matrices for row in matrix} <= known
+    blocks = {node.attributes.get_int("block_size", 0) for node in ir.load(tmp_path / "plain" / "model.onnx").graph}
+    usual = {"int4": 32, "int8": 128}
+    assert blocks - {0} == {given.get("block", usual[given["type"]])} | ({128} if given.get("mixed") else set())
 
 
 def test_changed_matrices_get_eight_bits_and_others_stay_in_four(tiny_llama: Path, tmp_path: Path) -> None:

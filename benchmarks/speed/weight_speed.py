@@ -49,7 +49,7 @@ COST = Table(
     "smollm2-shape",
     "smollm2",
     table=SPEED,
-    quick={"formats": ("int4 (k_quant)",), "context": 32, "prompt": 16, "repeats": 2},
+    quick={"formats": ("int4 (k_quant)", "stored"), "context": 32, "prompt": 16, "repeats": 2},
 )
 def weight_speed(
     source: Source,

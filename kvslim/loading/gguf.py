@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kvslim.errors import KvslimError, ModelError, UnsupportedError
 from kvslim.loading.config import model_config
 from kvslim.loading.generation import generation_config
-from kvslim.loading.gguf_blocks import bytes_in_graph, is_carried_over, stored_rows
+from kvslim.loading.gguf_blocks import bytes_in_graph, is_in_blocks, stored_rows
 from kvslim.loading.gguf_config import GGUF_ARCHITECTURES, ROPE_TENSORS, Restore, gguf_config
 from kvslim.loading.origin import of_gguf
 from kvslim.loading.snapshot import Snapshot, Unread
@@ -110,9 +111,13 @@ class GgufSnapshot(Snapshot):
         return {names[name]: Dequantised(tensor, restore, config) for name, tensor in stored.items()}
 
     @property
-    def has_blocks(self) -> bool:
-        """Whether some matrix is stored in blocks that the graph can hold."""
-        return any(is_carried_over(tensor) for tensor in self._tensors)
+    def block_types(self) -> tuple[str, ...]:
+        """By ggml's names, what most numbers have first."""
+        numbers = Counter[str]()
+        for tensor in self._tensors:
+            if is_in_blocks(tensor):
+                numbers[tensor.tensor_type.name] += int(tensor.n_elements)
+        return tuple(name for name, _ in numbers.most_common())
 
     @property
     def bytes_per_number(self) -> float:

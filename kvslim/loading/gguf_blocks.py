@@ -20,8 +20,15 @@ from kvslim.weights.rows import QuantisedRows
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
-BLOCK = 32
+BLOCK, FLOAT = 32, 4
 Lowest = tuple[Floats, Floats]  # scale, and what level 0 stands for, of each block
+
+
+def is_in_blocks(tensor: ReaderTensor) -> bool:
+    """Whether a tensor is a matrix of integers in blocks, of any type."""
+    from gguf import GGML_QUANT_SIZES
+
+    return GGML_QUANT_SIZES[tensor.tensor_type][0] > 1 and len(tensor.shape) == 2
 
 
 def is_carried_over(tensor: ReaderTensor) -> bool:
@@ -31,13 +38,14 @@ def is_carried_over(tensor: ReaderTensor) -> bool:
 
 def bytes_in_graph(tensor: ReaderTensor) -> float:
     """Bytes of a matrix in the graph: codes, float32 scales and, where blocks have minima, zero points and offsets."""
-    numbers, kind = int(tensor.n_elements), tensor.tensor_type.name
+    (width, rows), kind = map(int, tensor.shape), tensor.tensor_type.name
     if not is_carried_over(tensor):
-        return numbers * (1 + (4 + 1) / 128)  # 8 bits in blocks of 128
-    bits = 4 if LEVELS[kind] == 16 else 8
-    block = 4 * bits + 4 + (bits / 8 if bits == 4 and kind != "Q4_0" else 0)
-    digits = 0 if kind in ("Q4_0", "Q5_0", "Q8_0") else 8 // bits
-    return numbers / BLOCK * block * (1 + digits / GROUP)
+        return rows * width * (1 + (4 + 1) / 128)  # 8 bits in blocks of 128
+    bits, blocks = 4 if LEVELS[kind] == 16 else 8, width // BLOCK
+    has_minima = kind not in ("Q4_0", "Q5_0", "Q8_0")
+    columns = blocks + has_minima * 8 // bits * -(-blocks // GROUP)
+    zeros = -(-columns * bits // 8) if bits == 4 and has_minima else 0
+    return rows * (columns * (4 * bits + FLOAT) + zeros)
 
 
 def stored_rows(tensors: Iterable[ReaderTensor]) -> QuantisedRows:

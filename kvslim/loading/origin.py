@@ -34,7 +34,14 @@ def source_of(snapshot: Snapshot, sha256: str) -> Source:
         if repository:
             named["license_link"] = f"{HUB}{repository}/blob/main/{link}"
     base_model = repository or _text(about.get("base_model"))
-    return Source(model=snapshot.model, revision=snapshot.revision, sha256=sha256, base_model=base_model, **named)
+    return Source(
+        model=snapshot.model,
+        revision=snapshot.revision,
+        sha256=sha256,
+        base_model=base_model,
+        blocks=snapshot.block_types,
+        **named,
+    )
 
 
 def read_card(folder: Path) -> dict[str, Any]:

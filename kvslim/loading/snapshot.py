@@ -108,9 +108,14 @@ class Snapshot(ABC):
         return model
 
     @property
+    def block_types(self) -> tuple[str, ...]:
+        """Types of the blocks of integers that matrices are stored in, what most numbers have first."""
+        return ()
+
+    @property
     def has_blocks(self) -> bool:
-        """Whether some matrix is stored in blocks that the graph can hold."""
-        return False
+        """Whether some matrix is stored in blocks of integers."""
+        return bool(self.block_types)
 
     @property
     def bytes_per_number(self) -> float:

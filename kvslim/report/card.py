@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from kvslim.kv_ratios import smaller
 from kvslim.report.decisions import decisions
 from kvslim.report.draft import draft_note
-from kvslim.report.matrices import formats_line
+from kvslim.report.matrices import formats_line, rounded_again
 from kvslim.report.tables import gates_table, removals_table, report_table, timing_note
 from kvslim.types import KVLayout, Manifest, Plan
 
@@ -129,7 +129,7 @@ The graph appends to a cache that the caller allocates for the whole context, fi
 {% if manifest.source.base_model and manifest.source.base_model != name -%}
 - Its base on the hub: `{{ manifest.source.base_model }}`
 {% endif -%}
-- Weights: {{ manifest.weights }}{% if stored_as %}: {{ stored_as }}{% endif %}
+- Weights: {{ manifest.weights }}{% if stored_as %}: {{ stored_as }}{% endif %}{% if again %}; {{ again }}{% endif %}
 {% for package, number in manifest.versions.items() -%}
 - {{ package }} {{ number }}
 {% endfor %}
@@ -168,6 +168,7 @@ def model_card(manifest: Manifest) -> str:
         recipe=manifest.recipe.get("name", "custom"),
         version=manifest.versions.get("kvslim", ""),
         stored_as=formats_line(manifest.matrices),
+        again=rounded_again(manifest),
         slim=slim,
         smaller="" if spec.is_encoder else smaller(slim, plain),
         timings=(timing_note(report) if report else None) or "",

@@ -1,4 +1,7 @@
-"""How each matrix of an artifact is stored, as its graph says; without reading the data file."""
+"""How each matrix of an artifact is stored, as its graph says, and what it was stored as before.
+
+The data file is not read.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 
 from kvslim.export.manifest import GRAPH
 from kvslim.onnx_format import read_graph
+from kvslim.types import Manifest
 
 # What holds a matrix's integers, by operator: the place among the inputs. Tables that are heads too come up in both.
 OPERATORS = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
@@ -37,3 +41,13 @@ def formats_line(formats: Mapping[str, str] | None) -> str:
     """How many matrices are stored in each format."""
     counts = Counter((formats or {}).values()).most_common()
     return "; ".join(f"{count} {'matrix' if count == 1 else 'matrices'} in {kind}" for kind, count in counts)
+
+
+def rounded_again(manifest: Manifest) -> str | None:
+    """That weights which were integers in blocks were rounded a second time, and what it cost; None where not so."""
+    blocks, weights, report = manifest.source.blocks, manifest.weights, manifest.report
+    if not blocks or weights.type not in ("int8", "int4"):
+        return None
+    loss = None if report is None else report.plain.kl_to_original
+    cost = "" if loss is None else f", at a KL of {loss:.2g}"
+    return f"weights that the file has in {', '.join(blocks)} were rounded a second time{cost}; stored keeps them"

@@ -22,7 +22,7 @@ from kvslim.report.decisions import decisions
 from kvslim.report.draft import draft_table
 from kvslim.report.figure import Figure, Limits
 from kvslim.report.figures import figures
-from kvslim.report.matrices import formats_line
+from kvslim.report.matrices import formats_line, rounded_again
 from kvslim.report.tables import (
     UNCERTAIN,
     Table,
@@ -243,6 +243,7 @@ def _origin(manifest: Manifest) -> Table:
         ("SHA-256 of its files", source.sha256),
         ("weights", str(manifest.weights)),
         *([("stored as", formats_line(manifest.matrices))] if manifest.matrices else []),
+        *([("rounding", again)] if (again := rounded_again(manifest)) else []),
         *([] if manifest.spec.is_encoder else [("bytes per token counted at", f"{manifest.context:,} tokens")]),
         *manifest.versions.items(),
     ]

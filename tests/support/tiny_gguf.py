@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 def write_gguf(
     folder: Path,
     path: Path,
-    tensor_type: str = "F32",
+    tensor_type: str | Callable[[str], str] = "F32",
     more: Mapping[str, np.ndarray] | None = None,
     **metadata: Any,
 ) -> Path:
@@ -25,7 +25,7 @@ def write_gguf(
     Args:
         folder: A model as `save_decoder` writes it.
         path: The file to be.
-        tensor_type: How matrices whose rows fill the blocks are stored; all else is float32.
+        tensor_type: How matrices whose rows fill the blocks are stored, one or by their name; all else is float32.
         more: Tensors beside those of the model.
         metadata: Values to write beside those of the config or in their place, by their name with __ for dots.
     """
@@ -41,9 +41,9 @@ def write_gguf(
     _write_tokenizer(writer, folder, config)
     for key, value in metadata.items():
         writer.add_key_value(key.replace("__", "."), value, gguf.GGUFValueType.get_type(value))
-    kind = gguf.GGMLQuantizationType[tensor_type]
     for name, values in (_tensors(model, architecture) | dict(more or {})).items():
-        if values.ndim == 2 and tensor_type != "F32":
+        kind = gguf.GGMLQuantizationType[tensor_type if isinstance(tensor_type, str) else tensor_type(name)]
+        if values.ndim == 2 and kind != gguf.GGMLQuantizationType.F32:
             writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, values)
