@@ -46,10 +46,11 @@ def check_recipe(recipe: Recipe, spec: ModelSpec) -> None:
     check_methods(recipe)
     check_lengths(recipe, spec)
     if recipe.splits_memory and not recipe.weights.is_open:
+        other = "leave the limit of the file out" if recipe.weights.picks else "give --weights int4 and no more of them"
         raise UsageError(
             f"weights as {recipe.weights} leave nothing to choose between them and the cache",
             where=Budget.place("memory_mib"),
-            fix="give --weights int4 and no more of them, or limit the cache alone with --kv-mib-at",
+            fix=f"{other}, or limit the cache alone with --kv-mib-at",
         )
 
 
@@ -142,6 +143,13 @@ def check_lengths(recipe: Recipe, spec: ModelSpec) -> None:
     if most < least:
         message = f"the model has {most} positions, and measuring one takes {least}"
         raise UnsupportedError(message, where="MODEL", fix="give a model for longer texts")
+    budget = recipe.budget
+    if budget is not None and budget.size is not None and (budget.context or 0) > most:
+        raise UsageError(
+            f"{budget.context:,} tokens are more than the {most:,} positions of the model",
+            where=Budget.place(budget.size),
+            fix=f"give the limit at {most} tokens or fewer",
+        )
     too_long = {key: length for key, length in _lengths(recipe, spec).items() if length.positions > most}
     if too_long:
         needs = ", ".join(f"{key} needs {length.positions} positions" for key, length in too_long.items())

@@ -43,8 +43,9 @@ class WeightFormat(Frozen):
             )
         if self.mixed and not is_int4:
             raise ValueError(f"mixed goes with type int4, not {self.type}")
-        if self.method == "gptq" and not is_int4 and self.type != "int8":
-            raise ValueError(f"method gptq goes with type int8 or int4, not {self.type}")
+        if self.type in ("fp32", "stored") and (self.method != "k_quant" or self.block is not None):
+            said = f"method {self.method}" if self.block is None else f"block {self.block}"
+            raise ValueError(f"{said} goes with type int8 or int4, not {self.type}")
         return self
 
     @property
@@ -87,7 +88,7 @@ class WeightFormat(Frozen):
         return self.type if self.type in ("fp32", "int8") else "int4"
 
     def __str__(self) -> str:
-        rounded = self.type in ("int8", "int4")
+        rounded = self.type in ("int8", "int4") or self.picks
         words = [self.method, *["mixed"] * self.mixed, *[f"blocks of {self.block}"] * (self.block is not None)]
         words += [] if self.file_mib is None else [f"4 to 8 bits within {self.file_mib:g} MiB"]
         words += [] if self.file_ratio is None else [f"4 to 8 bits, {self.file_ratio:g} times smaller"]

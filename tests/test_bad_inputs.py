@@ -443,6 +443,18 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "mib_without_tokens": (lambda i: i.compress("--kv-mib-at", "64"), USAGE, "--kv-mib-at"),
     "mib_without_equals": (lambda i: i.compress("--kv-mib-at", "16k"), USAGE, "write 16k=64"),
     "mib_no_number": (lambda i: i.compress("--kv-mib-at", "16k=many"), USAGE, "write 16k=64"),
+    "mib_beyond_positions": (lambda i: i.compress("--kv-mib-at", "900k=64"), USAGE, "give the limit at"),
+    "memory_without_equals": (lambda i: i.compress("--memory-mib", "16k"), USAGE, "write 16k=300"),
+    "memory_beside_ratio": (
+        lambda i: i.compress("--kv-ratio=8", "--memory-mib=64=300"),
+        USAGE,
+        "or --memory-mib, not both",
+    ),
+    "memory_beside_file": (
+        lambda i: i.compress("--memory-mib=64=300", "--file-mib=3"),
+        USAGE,
+        "leave the limit of the file out",
+    ),
     "mib_at_no_length": (lambda i: i.compress("--kv-mib-at", "16q=64"), USAGE, "'16q'"),
     "mib_of_nothing": (lambda i: i.compress("--kv-mib-at", "16k=0"), USAGE, "--kv-mib-at"),
     "mib_at_few_tokens": (lambda i: i.compress("--kv-mib-at", "4=64"), USAGE, "--kv-mib-at"),

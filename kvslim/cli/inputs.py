@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ from kvslim.types import Plan
 if TYPE_CHECKING:
     from kvslim.measures import Report
     from kvslim.transform.edits import FittedPlan
+
+EXAMPLES = {"kv_mib": "16k=64", "memory_mib": "16k=300"}
 
 
 def read_plans(paths: Sequence[Path]) -> Plan | FittedPlan | None:
@@ -137,7 +140,10 @@ def read_budget(
         where = options[str(fault["loc"][0])] if fault["loc"] else sizes
         if where == "--max-recall-drop":
             raise UsageError("it is in percentage points, from 0 to 100", where=where, fix="write 1 for 1 %") from error
-        raise UsageError(f"{fault['msg']}", where=where, fix="see `kvslim compress --help`") from error
+        message = fault["msg"].removeprefix("Value error, ")
+        for name in given:
+            message = re.sub(rf"\b{name}\b", options[name], message)
+        raise UsageError(message, where=where, fix="see `kvslim compress --help`") from error
 
 
 def _read_mib(name: str, text: str, option: str) -> dict[str, float]:
@@ -146,7 +152,7 @@ def _read_mib(name: str, text: str, option: str) -> dict[str, float]:
     try:
         return {"context": read_length(tokens, option), name: float(mib)}
     except ValueError:
-        raise UsageError(f"cannot read {text!r}", where=option, fix="write 16k=64") from None
+        raise UsageError(f"cannot read {text!r}", where=option, fix=f"write {EXAMPLES[name]}") from None
 
 
 def read_gates(texts: Sequence[str]) -> Gates:
