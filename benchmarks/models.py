@@ -111,6 +111,12 @@ class OpenModel:
         """The target context in tokens."""
         return int(self._prepared.context)
 
+    @property
+    def calibration_windows(self) -> np.ndarray:
+        """Token ids [n, length] of the calibration text."""
+        found: np.ndarray = self._prepared.text.calibration_windows
+        return found
+
     @cached_property
     def _evaluation(self) -> Any:
         return self._prepared.evaluation()

@@ -79,14 +79,15 @@ def weights(
     sizes = {}
     for name in formats:
         if name != "stored" or source.model.endswith(".gguf"):
-            row = _cost(source, text, FORMATS[name], original)
+            row = cost(source, text, FORMATS[name], original)
             sizes[name] = row["mib"]
             yield row
     for name in picked:
-        yield _cost(source, text, WeightFormat(type="int4", method="gptq", file_mib=round(sizes[name], 1)), original)
+        yield cost(source, text, WeightFormat(type="int4", method="gptq", file_mib=round(sizes[name], 1)), original)
 
 
-def _cost(source: Source, text: Mapping[str, Any], weights: WeightFormat, original: OpenModel) -> dict[str, Any]:
+def cost(source: Source, text: Mapping[str, Any], weights: WeightFormat, original: OpenModel) -> dict[str, Any]:
+    """What the plain graph of a model with its weights in a format loses against that of the original."""
     model = OpenModel(source, text, weights=weights)
     folder = model.export()
     model.release()
