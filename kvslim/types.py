@@ -238,7 +238,9 @@ class Source(Frozen):
     sha256: str
     base_model: str | None = _known("the hub's id of the model, or of the one that a GGUF file was made from")
     blocks: tuple[str, ...] = Field(
-        (), description="types of the blocks that a GGUF has its matrices in, what most numbers have first"
+        (),
+        exclude_if=lambda blocks: not blocks,
+        description="types of the blocks that a GGUF has its matrices in, what most numbers have first",
     )
     license: str | None = _known("of the model, as its card or its GGUF file names it; so are the next two")
     license_name: str | None = _known("where the license is `other`")
