@@ -50,7 +50,7 @@ PRINTED = {
     ("checks.py", "make one for this model with `kvslim plan MODEL -o plan.json`"),
     ("checks.py", "--set {key}={length.most}"),
     ("checks.py", "--set positions={least}"),
-    ("checks.py", "give a file in Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K or Q8_0, or write --set weights=int4"),
+    ("checks.py", "give a GGUF file that is quantised, or write --set weights=int4"),
     ("checks.py", "use `-r encoder`"),
     ("checks.py", "use `-r balanced`"),
     ("cli/baseline.py", "write one with `kvslim compare ARTIFACT... --json > baseline.json`"),

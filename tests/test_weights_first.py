@@ -41,7 +41,7 @@ GPTQ = WeightFormat(type="int4", method="gptq")
 @pytest.fixture(scope="module")
 def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of one layer, whose rows are a block of 128 or two."""
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "head_dim": 32}
     return save_decoder("llama", tmp_path_factory.mktemp("wide") / "llama", **sizes)
 
 
