@@ -146,6 +146,20 @@ def test_gptq_loses_less_on_its_inputs_than_the_search(width: int) -> None:
     assert loss(found.numbers(width)) < 0.7 * loss(quantise(matrix, FOUR, "k_quant").numbers(width))
 
 
+@pytest.mark.parametrize("to", [FOUR, BlockFormat(4, 64)])
+def test_gptq_does_not_depend_on_the_order_of_columns(to: BlockFormat) -> None:
+    """They are rounded in the order of their inputs' size, in their blocks."""
+    width = 256
+    inputs = (
+        RANDOM.standard_normal((2000, width)) @ RANDOM.standard_normal((width, width)) * RANDOM.exponential(1, width)
+    )
+    moments, matrix = inputs.T @ inputs, RANDOM.standard_normal((48, width)).astype(np.float32)
+    blocks = RANDOM.permutation(np.arange(width).reshape(-1, to.block))
+    order = np.concatenate([RANDOM.permutation(block) for block in blocks])
+    found = gptq(np.ascontiguousarray(matrix[:, order]), moments[np.ix_(order, order)], to)
+    np.testing.assert_array_equal(found.numbers(width), gptq(matrix, moments, to).numbers(width)[:, order])
+
+
 def test_gptq_takes_inputs_that_are_never_used() -> None:
     moments = np.zeros((64, 64))
     moments[:3, :3] = np.eye(3)
