@@ -90,6 +90,22 @@ def test_branch_writes_the_rows_of_the_operator(made: Made, family: str, cache: 
 
 
 @pytest.mark.parametrize(
+    ("family", "cache"), [*CASES, *((family, cache) for family in WINDOWED for cache in ("int8", "int4, no code"))]
+)
+def test_prompt_after_a_rewind_is_what_it_is_without_the_detour(made: Made, family: str, cache: str) -> None:
+    results = []
+    for detour in ([], TOKENS[60:66]):  # short enough that no window drops a row
+        session = DecodeSession(made(family, cache)[1], capacity=100)
+        session.step(TOKENS[:20])
+        if len(detour):
+            session.step(detour)
+            session.rewind(20)
+        results.append(session.step(TOKENS[20:60]))
+    assert np.abs(results[0]).max() > 0.1
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize(
     ("cache", "expected"),
     [("residuals", [24, 16]), ("ring with residuals", [24, 16]), ("residual", None), ("int4", None)],
 )

@@ -31,13 +31,13 @@ TABLE = Table(
 )
 
 
-@benchmark("smollm2-shape", table=TABLE, quick={"contexts": (32,), "prompt": 16, "repeats": 2})
+@benchmark("smollm2-shape", table=TABLE, quick={"contexts": (32,), "prompts": (16,), "repeats": 2})
 def vs_builder(
     source: Source,
     *,
     caches: tuple[str, ...] = tuple(SCHEMES),
     contexts: tuple[int, ...] = (128, 2048, 8192, 16384),
-    prompt: int = 512,
+    prompts: tuple[int, ...] = (512, 4096),
     repeats: int = 24,
     method: str = "k_quant",
 ) -> Iterator[Values]:
@@ -53,7 +53,7 @@ def vs_builder(
     for cache in caches:
         graphs = {"builder": source.folder / f"builder-{cache}", "kvslim": ours[cache]}
         build_theirs(source, graphs["builder"], method, model.spec, cache)
-        times = measure_latency(graphs, prompts=[prompt], contexts=contexts, repeats=repeats)
+        times = measure_latency(graphs, prompts=prompts, contexts=contexts, repeats=repeats)
         theirs, own = times["builder"], times["kvslim"]
         for key, time in theirs.tpot_ms.items():
             yield values(cache, f"ms per token at {key}", time, own.tpot_ms[key], own.tpot_ratio[key])

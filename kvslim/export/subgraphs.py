@@ -68,6 +68,10 @@ class Nodes:
         """An int64, or a float32."""
         return self.constants.value(np.array(number, dtype=np.int64 if isinstance(number, int) else np.float32))
 
+    def byte(self, number: int) -> ir.Value:
+        """A uint8."""
+        return self.constants.value(np.array(number, dtype=np.uint8))
+
 
 class Subgraph(Nodes):
     """A branch of an `If`. It has its small constants itself, since whatever it reads of the graph costs each run.

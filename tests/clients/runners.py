@@ -84,13 +84,23 @@ def onnxruntime_genai(folder: Path, text: str) -> Answer:
     return Answer(version("onnxruntime-genai"), alone)
 
 
-def genai_tokens(folder: Path, prompts: Sequence[Sequence[int]], shared_buffer: bool = True) -> list[list[int]]:
-    """Greedy continuations of equally long prompts, with the folder's own search options but for the length."""
+def genai_tokens(
+    folder: Path, prompts: Sequence[Sequence[int]], shared_buffer: bool = True, chunk: int | None = None
+) -> list[list[int]]:
+    """Greedy continuations of equally long prompts, with the folder's own search options but for the length.
+
+    Args:
+        folder: The artifact.
+        prompts: Token ids of each.
+        shared_buffer: Whether past and present are one buffer.
+        chunk: Tokens of a prompt that genai runs at once; None for all.
+    """
     require(find_spec("onnxruntime_genai") is not None, "onnxruntime-genai", "install the extra `genai`")
     import onnxruntime_genai as genai
 
     config = genai.Config(str(folder))
-    config.overlay(json.dumps({"search": {"past_present_share_buffer": shared_buffer}}))
+    chunks = {} if chunk is None else {"chunk_size": chunk}
+    config.overlay(json.dumps({"search": {"past_present_share_buffer": shared_buffer, **chunks}}))
     model = genai.Model(config)
     parameters = genai.GeneratorParams(model)
     length = len(prompts[0])

@@ -74,6 +74,16 @@ def test_genai_tokenizer_gives_our_ids_when_asked_for_special_tokens(artifact: A
 
 
 @pytest.mark.clients
+@pytest.mark.parametrize("shared_buffer", [True, False])
+@pytest.mark.parametrize("kind", ["kv_quant", "kv_hdc, int4, residual", "kv_pca + kv_window + kv_quant"])
+def test_genai_reads_a_prompt_in_chunks_over_integers(artifact: ArtifactOf, kind: str, shared_buffer: bool) -> None:
+    folder, prompt = artifact("llama", kind), list(range(5, 105))
+    expected = [our_tokens(folder, prompt)]
+    for chunk in (40, 16):  # the branch for prompts, and the operator
+        assert genai_tokens(folder, [prompt], shared_buffer, chunk) == expected
+
+
+@pytest.mark.clients
 def test_genai_runs_rings_beside_full_caches_when_buffers_are_shared(tiny_llama: Path, tmp_path: Path) -> None:
     kind = Kind((KvWindow(window=21, sinks=2, layers=(1,)),))
     folder = make_artifact(tiny_llama, kind, tmp_path / "mixed")
