@@ -199,6 +199,11 @@ SUBJECTS: dict[str, Subject] = {
             missing=lambda: None if SMOLLM2.is_file() else "no build/real/smollm2.gguf: make build/real/smollm2.gguf",
         ),
         Subject("smollm2-shape", "SmolLM2-135M's shape", partial(_random, SMOLLM2_SHAPE, "float32")),
+        Subject(
+            "smollm2-4-layers",
+            "four layers of SmolLM2-135M's shape",
+            partial(_random, {**SMOLLM2_SHAPE, "num_hidden_layers": 4}, "float32"),
+        ),
         Subject("mha-shape", "12 layers of 16 heads", partial(_random, MHA_SHAPE, "float32")),
         Subject("llama-1b-shape", "Llama-3.2-1B's shape", partial(_random, LLAMA_1B_SHAPE, "bfloat16")),
         Subject("llama-3b-shape", "Llama-3.2-3B's shape", partial(_read, LLAMA_3B_SHAPE, "bfloat16")),

@@ -114,8 +114,7 @@ class _PromptBranch(Subgraph):
         self.scales: list[Any] = list(node.inputs[SCALES : SCALES + 2])
         self.is_shared = self.caches[0].is_graph_output()
         self.dim = self._stored(self.caches[0]).shape[3] * 8 // self.bits
-        self.doubled = min(residuals)
-        self.sums = [_sums(self.dim, count, self.doubled) for count in residuals]
+        self.coordinates = _AddedUp(self, residuals) if min(residuals) else _Coordinates(self)
 
     def graph(self) -> ir.Graph:
         """Its outputs are those of the operator: what is attended to, then the caches."""
@@ -127,16 +126,16 @@ class _PromptBranch(Subgraph):
         held = self._held(before)
         if self.is_shared:  # the source layer has written the new rows
             rows = [self.op("Slice", cache, before, total, self.ints(2)) for cache in self.caches]
-            new = [self._merged(each) for each in self._read_both(rows)]
+            new = [self.merged(each) for each in self._read(rows)]
         else:
             numbers = [self._numbers(states, scale) for states, scale in zip((key, value), self.scales, strict=True)]
             rows = [self._rows(each) for each in numbers]
-            new = self._given_back(numbers)
+            new = [self.coordinates.new(each, side) for side, each in enumerate(numbers)]
         past = [self.op("Slice", cache, self.ints(0), held, self.ints(2)) for cache in self.caches]
         lengths, others = self._lengths(before, held), self.node.inputs[ROTARY + 2 : SCALES]
-        inputs = [self._undoubled(query), *new, *self._read_both(past), *lengths, None, None, *others]
+        inputs = [self.coordinates.query(query), *new, *self._read(past), *lengths, None, None, *others]
         attended, _, _ = self.op(self.node.op_type, *inputs, domain=MICROSOFT, count=3, **self.options)
-        attended = self._as_doubled(attended)
+        attended = self.coordinates.attended(attended)
         if self.is_shared:
             outputs = [attended, *(self.op("Identity", cache) for cache in self.caches)]
         else:
@@ -176,11 +175,11 @@ class _PromptBranch(Subgraph):
 
     def _numbers(self, states: ir.Value, scale: ir.Value) -> ir.Value:
         """[batch, length, kv_heads * dim] as the whole numbers that the cache holds, in float32."""
-        steps, most = self.op("Round", self.op("Div", states, self._flat(scale))), 1 << (self.bits - 1)
+        steps, most = self.op("Round", self.op("Div", states, self.flat(scale))), 1 << (self.bits - 1)
         numbers: ir.Value = self.op("Clip", steps, self.scalar(-float(most)), self.scalar(most - 1.0))
         return numbers
 
-    def _flat(self, scale: ir.Value) -> ir.Value:
+    def flat(self, scale: ir.Value) -> ir.Value:
         """A step for all, or one for each of [kv_heads * dim]."""
         flat: ir.Value = self.op("Reshape", scale, self.ints(-1))
         return flat
@@ -196,59 +195,27 @@ class _PromptBranch(Subgraph):
         rows: ir.Value = self.op("Transpose", by_token, perm=[0, 2, 1, 3])
         return rows
 
+    def _read(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
+        """Rows of both caches as the float32 operator takes them."""
+        return [self.coordinates.past(self._unpacked(each), side) for side, each in enumerate(rows)]
+
     def _unpacked(self, rows: ir.Value) -> ir.Value:
         """Rows of the cache as whole numbers in float32 [batch, kv_heads, rows, dim]."""
         if self.bits == 8:
             numbers: ir.Value = self.op("Cast", rows, to=ir.DataType.FLOAT.value)
-            return numbers
+        else:
+            numbers = self.op("DequantizeLinear", self._halves(rows), self.scalar(1.0), self.byte(8))
+        return numbers
+
+    def _halves(self, rows: ir.Value) -> ir.Value:
+        """Both halves of each byte, [batch, kv_heads, rows, dim] uint8; a look-up takes four times as long."""
         low = self.op("BitwiseAnd", rows, self.byte(15))
         high = self.op("BitShift", rows, self.byte(4), direction="RIGHT")
         pairs = self.op("Concat", *(self.op("Unsqueeze", half, self.ints(4)) for half in (low, high)), axis=4)
-        by_row = self.op("Reshape", pairs, self.ints(0, 0, 0, self.dim))
-        # A look-up of what each byte holds takes three times as long.
-        numbers = self.op("DequantizeLinear", by_row, self.scalar(1.0), self.byte(8))
-        return numbers
+        halves: ir.Value = self.op("Reshape", pairs, self.ints(0, 0, 0, self.dim))
+        return halves
 
-    def _read_both(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
-        """Rows of both caches as float32, with coordinates held twice added up: [batch, kv_heads, rows, less]."""
-        if not self.doubled:
-            return [self.op("Mul", self._unpacked(each), scale) for each, scale in zip(rows, self.scales, strict=True)]
-        return [self._added_up(self._unpacked(stored), side) for side, stored in enumerate(rows)]
-
-    def _given_back(self, numbers: Sequence[ir.Value]) -> list[ir.Value]:
-        """Whole numbers of new keys and values, [batch, length, kv_heads * dim], as the cache gives them back."""
-        if not self.doubled:
-            return [self.op("Mul", *pair) for pair in zip(numbers, map(self._flat, self.scales), strict=True)]
-        heads = self.ints(0, 0, self.kv_heads, self.dim)
-        by_head = [self.op("Transpose", self.op("Reshape", each, heads), perm=[0, 2, 1, 3]) for each in numbers]
-        return [self._merged(self._added_up(each, side)) for side, each in enumerate(by_head)]
-
-    def _added_up(self, numbers: ir.Value, side: int) -> ir.Value:
-        """Whole numbers [batch, kv_heads, rows, dim] times their steps, with coordinates held twice added up."""
-        steps = self.op("Transpose", self.scales[side], perm=[0, 1, 3, 2])
-        added: ir.Value = self.op("MatMul", numbers, self.op("Mul", steps, self.constants.value(self.sums[side])))
-        return added
-
-    def _undoubled(self, query: ir.Value) -> ir.Value:
-        """Queries without what they hold twice, [batch, length, q_heads * less]."""
-        if not self.doubled:
-            return query
-        less = self.dim - self.doubled
-        by_head = self.op("Reshape", query, self.ints(0, 0, self.q_heads, self.dim))
-        first = self.op("Slice", by_head, self.ints(0), self.ints(less), self.ints(3))
-        undoubled: ir.Value = self.op("Reshape", first, self.ints(0, 0, self.q_heads * less))
-        return undoubled
-
-    def _as_doubled(self, attended: ir.Value) -> ir.Value:
-        """What is attended to as the operator over integers gives it, with nothing where it holds something twice."""
-        if not self.doubled:
-            return attended
-        by_head = self.op("Reshape", attended, self.ints(0, 0, self.q_heads, self.dim - self.doubled))
-        padded = self.op("Pad", by_head, self.ints(*[0] * 7, self.doubled))
-        doubled: ir.Value = self.op("Reshape", padded, self.ints(0, 0, self.q_heads * self.dim))
-        return doubled
-
-    def _merged(self, states: ir.Value) -> ir.Value:
+    def merged(self, states: ir.Value) -> ir.Value:
         """[batch, kv_heads, length, columns] as [batch, length, kv_heads * columns]."""
         by_token = self.op("Transpose", states, perm=[0, 2, 1, 3])
         return self.op("Reshape", by_token, self.ints(0, 0, -1))
@@ -280,6 +247,82 @@ class _PromptBranch(Subgraph):
         shape = self.op("Concat", self.op("Shape", rows, start=0, end=3), self.ints(1), axis=0)
         spread = [self.op("Expand", self.op("Unsqueeze", part, self.ints(*axes)), shape) for part, axes in parts]
         return self.op("Concat", *spread, axis=3)
+
+
+class _Coordinates:
+    """What the float32 operator takes of keys, values and queries: coordinates as the cache holds them.
+
+    Args:
+        branch: What takes it.
+    """
+
+    def __init__(self, branch: _PromptBranch) -> None:
+        self.branch = branch
+
+    def past(self, numbers: ir.Value, side: int) -> ir.Value:
+        """Whole numbers [batch, kv_heads, rows, dim] of keys or values as states."""
+        states: ir.Value = self.branch.op("Mul", numbers, self.branch.scales[side])
+        return states
+
+    def new(self, numbers: ir.Value, side: int) -> ir.Value:
+        """The same of new tokens, [batch, length, kv_heads * dim]."""
+        states: ir.Value = self.branch.op("Mul", numbers, self.branch.flat(self.branch.scales[side]))
+        return states
+
+    def query(self, query: ir.Value) -> ir.Value:
+        """Queries, [batch, length, q_heads * dim]."""
+        return query
+
+    def attended(self, attended: ir.Value) -> ir.Value:
+        """What is attended to, as the operator over integers gives it."""
+        return attended
+
+
+class _AddedUp(_Coordinates):
+    """Coordinates that the cache holds twice are added up, so that heads have `less` of them.
+
+    Args:
+        branch: What takes it.
+        residuals: Last coordinates of keys and of values that hold what rounding leaves of the first ones.
+    """
+
+    def __init__(self, branch: _PromptBranch, residuals: Sequence[int]) -> None:
+        super().__init__(branch)
+        self.doubled = min(residuals)
+        self.less = branch.dim - self.doubled
+        self.sums = [_sums(branch.dim, count, self.doubled) for count in residuals]
+
+    def past(self, numbers: ir.Value, side: int) -> ir.Value:
+        """[batch, kv_heads, rows, less]."""
+        steps = self.branch.op("Transpose", self.branch.scales[side], perm=[0, 1, 3, 2])
+        sums = self.branch.op("Mul", steps, self.branch.constants.value(self.sums[side]))
+        states: ir.Value = self.branch.op("MatMul", numbers, sums)
+        return states
+
+    def new(self, numbers: ir.Value, side: int) -> ir.Value:
+        """[batch, length, kv_heads * less]."""
+        by_head = self.branch.op("Transpose", self._apart(numbers, self.branch.kv_heads), perm=[0, 2, 1, 3])
+        return self.branch.merged(self.past(by_head, side))
+
+    def query(self, query: ir.Value) -> ir.Value:
+        """Without what they hold twice, [batch, length, q_heads * less]."""
+        op, ints, heads = self.branch.op, self.branch.ints, self.branch.q_heads
+        first = op("Slice", self._apart(query, heads), ints(0), ints(self.less), ints(3))
+        states: ir.Value = op("Reshape", first, ints(0, 0, heads * self.less))
+        return states
+
+    def attended(self, attended: ir.Value) -> ir.Value:
+        """With nothing where it holds something twice, [batch, length, q_heads * dim]."""
+        op, ints, heads = self.branch.op, self.branch.ints, self.branch.q_heads
+        by_head = op("Reshape", attended, ints(0, 0, heads, self.less))
+        padded = op("Pad", by_head, ints(*[0] * 7, self.doubled))
+        states: ir.Value = op("Reshape", padded, ints(0, 0, heads * self.branch.dim))
+        return states
+
+    def _apart(self, states: ir.Value, heads: int) -> ir.Value:
+        """[batch, length, heads * dim] as [batch, length, heads, dim]."""
+        by_head: ir.Value = self.branch.op("Reshape", states, self.branch.ints(0, 0, heads, self.branch.dim))
+        return by_head
 
 
 def _sums(dim: int, count: int, doubled: int) -> np.ndarray:
