@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from kvslim.contract import WINDOW_SLACK
 from kvslim.export.subgraphs import Constants, Nodes, Subgraph
@@ -56,19 +57,22 @@ def branch_prompts(model: ir.Model, longest_step: int = LONGEST_STEP) -> None:
     graph.insert_before(found[0], many.nodes)
     for index, node in enumerate(found):
         name = f"{node.name or index}.prompt"
-        outputs = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in node.outputs]
         residuals = node.attributes.pop(RESIDUALS, None)
+        adding = [] if residuals is None else _adding(node)
+        replaced = [[node, *adding][-1].outputs[0], *node.outputs[1:]]
+        outputs = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in replaced]
         prompt = _WindowBranch if _has_window(node) else _RingBranch if _has_mask(node) else _PromptBranch
         attributes = {
             "then_branch": prompt(name, shared, node, (0, 0) if residuals is None else residuals.as_ints()).graph(),
-            "else_branch": _kept(name, shared, node),
+            "else_branch": _kept(name, shared, node, adding),
         }
         condition = is_window_prompt if _has_window(node) else is_prompt
         branched = ir.node("If", [condition], attributes=attributes, outputs=outputs, name=name)
         graph.insert_before(node, branched)
-        for old, new in zip(node.outputs, outputs, strict=True):
+        for old, new in zip(replaced, outputs, strict=True):
             old.replace_all_uses_with(new, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
+        graph.remove([node, *adding], safe=True)
+    RemoveUnusedNodesPass()(model)
     for value in shared.made:
         graph.register_initializer(value)
 
@@ -83,12 +87,22 @@ def _has_mask(node: ir.Node) -> bool:
     return len(node.inputs) > MASK and node.inputs[MASK] is not None
 
 
-def _kept(name: str, shared: Constants, node: ir.Node) -> ir.Graph:
-    """The operator as it is."""
+def _adding(node: ir.Node) -> list[ir.Node]:
+    """What adds up the coordinates of values that an attention gives twice: its heads apart, and a product of each."""
+    (apart,) = node.outputs[0].consumers()
+    (product,) = apart.outputs[0].consumers()
+    return [apart, product]
+
+
+def _kept(name: str, shared: Constants, node: ir.Node, adding: Sequence[ir.Node]) -> ir.Graph:
+    """The operator as it is, and what adds up what it gives."""
     branch = Subgraph(f"{name}.step", shared)
     options = {key: attribute.value for key, attribute in node.attributes.items()}
-    outputs = branch.op(node.op_type, *node.inputs, domain=node.domain, count=len(node.outputs), **options)
-    return branch.closed(outputs, node.outputs)
+    attended, *caches = branch.op(node.op_type, *node.inputs, domain=node.domain, count=len(node.outputs), **options)
+    if adding:
+        by_head = branch.op("Reshape", attended, branch.ints(0, 0, options["num_heads"], -1))
+        attended = branch.op("MatMul", by_head, adding[1].inputs[1])
+    return branch.closed([attended, *caches], node.outputs)
 
 
 class _PromptBranch(Subgraph):
@@ -289,6 +303,7 @@ class _AddedUp(_Coordinates):
     def __init__(self, branch: _PromptBranch, residuals: Sequence[int]) -> None:
         super().__init__(branch)
         self.doubled = min(residuals)
+        self.unadded = residuals[1] - self.doubled
         self.less = branch.dim - self.doubled
         self.sums = [_sums(branch.dim, count, self.doubled) for count in residuals]
 
@@ -312,12 +327,13 @@ class _AddedUp(_Coordinates):
         return states
 
     def attended(self, attended: ir.Value) -> ir.Value:
-        """With nothing where it holds something twice, [batch, length, q_heads * dim]."""
-        op, ints, heads = self.branch.op, self.branch.ints, self.branch.q_heads
-        by_head = op("Reshape", attended, ints(0, 0, heads, self.less))
-        padded = op("Pad", by_head, ints(*[0] * 7, self.doubled))
-        states: ir.Value = op("Reshape", padded, ints(0, 0, heads * self.branch.dim))
-        return states
+        """With all that values hold twice added up, [batch, length, q_heads, rank]."""
+        op, less = self.branch.op, self.less
+        by_head: ir.Value = op("Reshape", attended, self.branch.ints(0, 0, self.branch.q_heads, less))
+        if not self.unadded:
+            return by_head
+        added: ir.Value = op("MatMul", by_head, self.branch.constants.value(_sums(less, self.unadded, self.unadded)))
+        return added
 
     def _apart(self, states: ir.Value, heads: int) -> ir.Value:
         """[batch, length, heads * dim] as [batch, length, heads, dim]."""
