@@ -17,11 +17,8 @@ from benchmarks.memory.group import answers_within, missing
 HELD = 96  # MiB that a process writes to
 
 
-@pytest.mark.parametrize("needed", [11, 137, 199, 230])
-@pytest.mark.parametrize("step", [1, 8])
-def test_bisection_ends_within_a_step_of_what_is_needed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: int, step: int
-) -> None:
+def trials(monkeypatch: pytest.MonkeyPatch, needed: int) -> list[float]:
+    """The limits that the search will have tried, of a process that needs so much of its 200 MiB."""
     tried: list[float] = []
 
     def answers(mib: float, *_: object) -> bool:
@@ -31,11 +28,30 @@ def test_bisection_ends_within_a_step_of_what_is_needed(
     unlimited = subprocess.CompletedProcess([], 0, stdout="200\n")
     monkeypatch.setattr(least_memory.subprocess, "run", lambda *_, **__: unlimited)
     monkeypatch.setattr(least_memory, "_answers", answers)
-    limit, peak = least_memory.least_limit(["ours"], tmp_path, step)
+    return tried
+
+
+@pytest.mark.parametrize("needed", [11, 137, 199, 230])
+@pytest.mark.parametrize("step", [1, 8])
+@pytest.mark.parametrize("guess", [None, 130])
+def test_search_ends_within_a_step_of_what_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: int, step: int, guess: float | None
+) -> None:
+    tried = trials(monkeypatch, needed)
+    limit, peak = least_memory.least_limit(["ours"], tmp_path, step, guess)
     assert peak == 200
     assert needed <= limit <= needed + step
     assert limit in tried
     assert len(tried) < 20
+
+
+@pytest.mark.parametrize("needed", [125, 133, 142])
+def test_search_from_a_good_guess_takes_few_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: int
+) -> None:
+    tried = trials(monkeypatch, needed)
+    least_memory.least_limit(["genai"], tmp_path, 4, 130)
+    assert len(tried) <= 5
 
 
 @pytest.mark.skipif(missing() is not None, reason=missing() or "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
@@ -24,7 +25,8 @@ from kvslim.validation.measure import file_mib
 
 OURS, GENAI = "ours", "genai"
 PLAIN, SMALL = "plain", "int4, 8x"
-PATIENCE, LEAST_PATIENCE = 10, 120  # times as long as without a limit, and seconds
+FIRST_GUESS = 0.7  # of the peak without a limit
+PATIENCE, LEAST_PATIENCE = 3, 120  # times as long as without a limit, and seconds
 TABLE = Table(
     (
         Column("context", "context", ","),
@@ -49,14 +51,15 @@ def least_memory(
     source: Source,
     *,
     contexts: tuple[int, ...] = (1024, 8192, 16384),
-    genai_contexts: tuple[int, ...] = (1024,),
+    genai_contexts: tuple[int, ...] = (1024, 8192, 16384),
     step_mib: int = 4,
     weights: str = "int4",
 ) -> Iterator[Values]:
     """The least limit of memory, found by bisection, under which a process answers; int4 weights, one thread.
 
     It opens the graph, takes a context of which the last 512 tokens are read as a prompt (all that comes before fills
-    the cache at once, which takes no more memory), and decodes 8 tokens. genai reads the whole prompt in such chunks.
+    the cache at once, which takes no more memory), and decodes 8 tokens. genai reads the whole prompt in such chunks,
+    so its search, of few trials, begins at our own limit.
     A process ends when its own memory exceeds the limit. Pages of files count too, but can be read again, and what
     other processes have of libraries in memory is theirs, so the peak without a limit is told as well.
     """
@@ -72,9 +75,11 @@ def least_memory(
     }
     tried = [(OURS, context, name) for context in contexts for name in graphs]
     tried += [(GENAI, context, name) for context in genai_contexts for name in graphs]
-    plain: dict[int, float] = {}
+    limits: dict[tuple[int, str], float] = {}
     for runtime, context, name in tried:
-        limit, peak = least_limit([runtime, str(graphs[name]), str(context)], graphs[name], step_mib)
+        arguments = [runtime, str(graphs[name]), str(context)]
+        limit, peak = least_limit(arguments, graphs[name], step_mib, limits.get((context, name)))
+        limits.setdefault((context, name), limit)
         cache = model.size(plans[name], context) * context / MIB
         predicted = memory(needs[name], Cache.of(name, model.spec, plans[name]), context) / MIB
         yield {
@@ -82,7 +87,7 @@ def least_memory(
             "what": name if runtime == OURS else f"{name}, in genai",
             "cache_mib": cache,
             "limit_mib": limit,
-            "ratio": limit / plain.setdefault(context, limit),
+            "ratio": limit / limits[context, PLAIN],
             "peak_mib": peak,
             "predicted_mib": predicted if runtime == OURS else None,
             "error": predicted / peak if runtime == OURS else None,
@@ -90,18 +95,28 @@ def least_memory(
         }
 
 
-def least_limit(arguments: Sequence[str], graph: Path, step_mib: int) -> tuple[float, float]:
-    """The least limit in MiB, to `step_mib`, and the peak without one."""
+def least_limit(
+    arguments: Sequence[str], graph: Path, step_mib: int, guess: float | None = None
+) -> tuple[float, float]:
+    """The least limit in MiB, to `step_mib`, and the peak without one.
+
+    From a guess the search moves away in steps that double until it has a limit that is too small and one that is not.
+    """
     command = [sys.executable, "-m", "benchmarks.memory.answer", *arguments]
     started = time.perf_counter()
     peak = float(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout)
     patience = max(LEAST_PATIENCE, PATIENCE * (time.perf_counter() - started))
-    low, high = 0.0, peak
-    while not _answers(high, command, graph, patience):
-        high *= 1.25
+    low, high, stride = 0.0, math.inf, 2 * step_mib
+    tried = guess or FIRST_GUESS * peak
     while high - low > step_mib:
-        middle = (low + high) / 2 if low else 0.7 * high
-        low, high = (low, middle) if _answers(middle, command, graph, patience) else (middle, high)
+        if _answers(tried, command, graph, patience):
+            high = tried
+        else:
+            low = tried
+        if low and high < math.inf:
+            tried = (low + high) / 2
+        else:
+            tried, stride = max(tried + (stride if low else -stride), step_mib), 2 * stride
     return high, peak
 
 
