@@ -75,7 +75,7 @@ class NotFoundError(KvslimError):
 def suggestion(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
     """A hint for an unknown name: the closest known one, or else all of them, or `otherwise` if they are many."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(name.lower(), names, n=1)
     return f"did you mean {close[0]!r}?" if close else otherwise or f"known: {', '.join(names)}"
 
 

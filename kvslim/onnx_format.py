@@ -13,7 +13,7 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-from kvslim.errors import ArtifactError
+from kvslim.errors import ArtifactError, NotFoundError
 
 FLOAT, UINT8, INT8, INT32 = 1, 2, 3, 6
 # Bytes of an element by the number of its type. Those of less than a byte are not packed in memory.
@@ -66,10 +66,13 @@ def read_graph(path: Path) -> Any:
     """The graph of an `.onnx` file, without its data file.
 
     Raises:
+        NotFoundError: There is no such file.
         ArtifactError: It cannot be read.
     """
     try:
         return CLASSES["Model"].FromString(path.read_bytes()).graph
+    except FileNotFoundError as error:
+        raise NotFoundError("no ONNX graph", where=str(path), fix="compress or download it again") from error
     except (DecodeError, OSError) as error:
         raise ArtifactError(
             f"the graph cannot be read: {error}", where=str(path), fix="compress or download it again"

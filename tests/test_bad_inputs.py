@@ -485,6 +485,12 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "svg_in_no_folder": (lambda i: ["analyze", i.tiny, "--svg", i.root / "no" / "a.svg"], USAGE, "does not exist"),
     # devices
     "device_unknown": (lambda i: i.inspect("laptop-8g"), USAGE, "'laptop-8gb'"),
+    "device_in_capitals": (lambda i: i.inspect("LAPTOP-8GB"), USAGE, "'laptop-8gb'"),
+    "device_of_an_artifact_without_graph": (
+        lambda i: ["inspect", i.without("model.onnx"), "--device", "laptop-8gb"],
+        MISSING,
+        "no ONNX graph",
+    ),
     "device_missing": (lambda i: i.inspect("nowhere.yaml"), MISSING, "nowhere.yaml"),
     "device_a_folder": (lambda i: i.inspect(i.folder("mine.yaml")), MISSING, "mine.yaml"),
     "device_not_yaml": (lambda i: i.device("name: ["), USAGE, "mine.yaml"),

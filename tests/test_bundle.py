@@ -8,7 +8,9 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable
 from importlib import metadata
@@ -151,6 +153,18 @@ def test_run_refuses_to_start(artifact: Path, tmp_path: Path, change: Callable[[
 
 
 @pytest.mark.usefixtures("no_download")
+@pytest.mark.skipif(HERE not in wheels.PLATFORMS, reason="no bundle for this machine")
+@pytest.mark.parametrize(("broken", "message"), [("-m", "no environment can be made here"), ("-c", "needs Python")])
+def test_run_says_what_python_lacks(artifact: Path, tmp_path: Path, broken: str, message: str) -> None:
+    folder, python = unpacked(artifact, tmp_path), tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" != {broken} ] || exit 1\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    found = offline([str(folder / "run")], PYTHON=str(python))
+    assert (found.code, found.err.splitlines()[0][:7]) == (4, "error: ")
+    assert message in found.err
+
+
+@pytest.mark.usefixtures("no_download")
 def test_same_artifact_gives_the_same_bytes(artifact: Path, tmp_path: Path) -> None:
     first, second = (
         archive.write_bundle(artifact, tmp_path / folder / "demo.tar.gz", HERE, PYTHON)
@@ -191,7 +205,12 @@ def test_own_wheel_has_every_file_and_lists_it(tmp_path: Path) -> None:
         ({"--platform": "linux-aarch46"}, 4, "did you mean 'linux-aarch64'?"),
         ({"--python": "3.9"}, 4, "'3.9' is not a version of Python"),
         ({"--python": "eleven"}, 4, "'eleven' is not a version of Python"),
+        ({"--python": "3.11.4"}, 4, "the first two numbers"),
+        ({"--python": "3.999999999"}, 4, "is not a version of Python"),  # pip would list all before it
         ({"-o": "bundle.zip"}, 2, "write -o bundle.tar.gz"),
+        ({"-o": ".tar.gz"}, 2, "write -o bundle.tar.gz"),
+        ({"-o": "artifact/bundle.tar.gz"}, 2, "would lie in the artifact"),
+        ({"-o": "/proc/bundle.tar.gz"}, 2, "cannot write"),
         ({"-o": "nowhere/bundle.tar.gz"}, 2, "its folder does not exist"),
         ({"ARTIFACT": "nowhere"}, 5, "no such artifact"),
         ({}, 5, f"no wheels for {HERE}"),  # pip has nowhere to look
@@ -211,10 +230,51 @@ def test_bundle_is_refused(
     monkeypatch.chdir(tmp_path)
     given = {"ARTIFACT": str(artifact), "--platform": HERE, "-o": "bundle.tar.gz", **options}
     command = [given.pop("ARTIFACT"), *(part for option in given.items() for part in option)]
-    before = {path.name for path in tmp_path.iterdir()}
+    before = set(tmp_path.rglob("*"))
     assert app.run(["bundle", *command]) == code
-    assert message in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == before
+    err = capsys.readouterr().err
+    assert message in err
+    assert "ERROR" not in err
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("caught", "code"), [(KeyboardInterrupt(), 130), (OSError(28, "No space left"), 2)])
+def test_download_that_ends_early_leaves_the_old_file(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caught: BaseException, code: int
+) -> None:
+    def download(folder: Path, *_: object) -> None:
+        (folder / "half.whl").write_text("PK")
+        raise caught
+
+    monkeypatch.setattr(archive, "download", download)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    out = tmp_path / "demo.tar.gz"
+    out.write_text("the one before")
+    before = set(tmp_path.rglob("*"))
+    assert app.run(["bundle", str(artifact), "--platform", HERE, "-o", str(out)]) == code
+    assert set(tmp_path.rglob("*")) == before
+    assert out.read_text() == "the one before"
+
+
+def test_missing_pip_is_told_before_the_download(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    version = metadata.version
+
+    def without_pip(name: str) -> str:
+        if name == "pip":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(wheels.metadata, "version", without_pip)
+    assert app.run(["bundle", str(artifact), "--platform", HERE, "-o", str(tmp_path / "b.tar.gz")]) == 5
+    assert "python -m ensurepip" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_download")
+def test_what_to_type_there_is_quoted(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["bundle", str(artifact), "--platform", HERE, "-o", str(tmp_path / "my model.tar.gz")]) == 0
+    assert "tar -xf 'my model.tar.gz' && 'my model/run'" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("no_download")

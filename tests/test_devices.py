@@ -75,9 +75,19 @@ def test_an_unknown_device_is_a_usage_error_with_a_suggestion(capsys: pytest.Cap
     assert "did you mean 'raspberry-pi-5-8gb'?" in capsys.readouterr().err
 
 
-def test_a_missing_device_file_is_not_found() -> None:
-    with pytest.raises(NotFoundError, match="no such device file"):
-        load_device("nowhere.yaml")
+@pytest.mark.parametrize(("name", "fix"), [("nowhere.yaml", "doctor --measure"), ("laptop-8gb.yaml", "laptop-8gb")])
+def test_a_missing_device_file_is_not_found(name: str, fix: str) -> None:
+    with pytest.raises(NotFoundError, match="no such device file") as error:
+        load_device(name)
+    assert fix in error.value.fix
+
+
+def test_a_device_named_twice_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    once = ["inspect", "demo", "--json", "--device", "laptop-8gb"]
+    assert app.run(once) == 0
+    told = capsys.readouterr().out
+    assert app.run([*once, "--device", "laptop-8gb"]) == 0
+    assert capsys.readouterr().out == told
 
 
 @pytest.mark.parametrize(
@@ -90,6 +100,8 @@ def test_a_missing_device_file_is_not_found() -> None:
         ({"gflops": {"value": 0, "source": "x"}}, "gflops.value"),
         ({"ram_gib": {"value": -8, "source": "x"}}, "ram_gib.value"),
         ({"ram_gib": {"value": float("inf"), "source": "x"}}, "ram_gib.value"),
+        ({"ram_gib": {"value": 1e308, "source": "x"}}, "ram_gib.value"),
+        ({"gflops": {"value": 1e-320, "source": "x"}}, "gflops.value"),
         ({"usable_share": {"value": 1.1, "source": "x"}}, "usable_share.value"),
         ({"cores": 4}, "cores"),
     ],

@@ -7,7 +7,8 @@ import hashlib
 import io
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from kvslim.bundle.wheels import check_platform, download, write_own_wheel
 from kvslim.contract import Frozen
 from kvslim.errors import ArtifactError, OutputError, UsageError
 from kvslim.export.manifest import verify
+from kvslim.replacing import replacing
 from kvslim.runtime.text import read_decoder
 
 SUFFIX = ".tar.gz"
@@ -46,17 +48,19 @@ def write_bundle(artifact: Path, out: Path, platform: str, python: str) -> Bundl
         python: Version of Python there, such as `3.11`.
 
     Raises:
-        UsageError: The file's name does not end with `.tar.gz`.
+        UsageError: The file's name does not end with `.tar.gz`, or it would lie in the artifact.
         NotFoundError: There is no artifact, or no wheel of a package for that machine.
         ArtifactError: The artifact is broken or changed.
         UnsupportedError: It is an encoder, or there is no such platform or version of Python.
         OutputError: The file cannot be written.
     """
     _check(artifact, out, platform, python)
-    with tempfile.TemporaryDirectory(prefix="kvslim-") as folder:
+    with replacing(out) as partial, tempfile.TemporaryDirectory(prefix="kvslim-") as folder:
+        with _output_errors(out):
+            partial.touch()  # what cannot be written is told before the download
         wheels = Path(folder)
-        download(wheels, platform, python)
         write_own_wheel(wheels)
+        download(wheels, platform, python)
         found = {wheel.name: wheel for wheel in wheels.iterdir()}
         files: dict[str, Path | bytes] = {
             f"artifact/{path.relative_to(artifact).as_posix()}": path for path in artifact.rglob("*") if path.is_file()
@@ -64,7 +68,8 @@ def write_bundle(artifact: Path, out: Path, platform: str, python: str) -> Bundl
         files |= {f"{'pip' if name.startswith('pip-') else 'wheels'}/{name}": path for name, path in found.items()}
         files["run"] = _script(platform, python)
         files[SUMS] = "".join(f"{_sha256(files[name])}  {name}\n" for name in sorted(files)).encode()
-        _write(out, files)
+        with _output_errors(out):
+            _write(partial, out.name.removesuffix(SUFFIX), files)
     return Bundle(
         file=str(out),
         bytes=out.stat().st_size,
@@ -78,11 +83,14 @@ def write_bundle(artifact: Path, out: Path, platform: str, python: str) -> Bundl
 def _check(artifact: Path, out: Path, platform: str, python: str) -> None:
     """Refuses what cannot be bundled, before anything is downloaded."""
     if not out.name.endswith(SUFFIX) or out.name == SUFFIX:
-        raise UsageError(f"{out.name!r} is not called FILE{SUFFIX}", where="--out", fix=f"write -o {out.stem}{SUFFIX}")
+        name = "bundle" if out.name == SUFFIX else out.stem
+        raise UsageError(f"{out.name!r} is not called FILE{SUFFIX}", where="--out", fix=f"write -o {name}{SUFFIX}")
     check_platform(platform, python)
     read_decoder(artifact, None, option="context")
     if problems := verify(artifact):
         raise ArtifactError("; ".join(problems), where=str(artifact), fix="compress or download it again")
+    if out.resolve().is_relative_to(artifact.resolve()):
+        raise UsageError("the bundle would lie in the artifact", where="--out", fix="name a file outside of its folder")
 
 
 def _script(platform: str, python: str) -> bytes:
@@ -97,22 +105,24 @@ def _sha256(content: Path | bytes) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write(out: Path, files: Mapping[str, Path | bytes]) -> None:
-    """Writes files into one folder of an archive, called like the archive."""
-    root, partial = out.name.removesuffix(SUFFIX), out.with_name(f"{out.name}.partial")
+@contextmanager
+def _output_errors(out: Path) -> Iterator[None]:
+    """Turns the system's refusals to write into an `OutputError`."""
     try:
-        with (
-            partial.open("wb") as raw,
-            gzip.GzipFile("", "wb", mtime=0, fileobj=raw) as packed,
-            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
-        ):
-            for name, content in sorted(files.items()):
-                _add(archive, f"{root}/{name}", content)
-        partial.replace(out)
+        yield
     except OSError as error:
         raise OutputError(f"cannot write: {error.strerror}", where=str(out), fix="give another --out") from error
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _write(file: Path, root: str, files: Mapping[str, Path | bytes]) -> None:
+    """Writes files into one folder of an archive."""
+    with (
+        file.open("wb") as raw,
+        gzip.GzipFile("", "wb", mtime=0, fileobj=raw) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        for name, content in sorted(files.items()):
+            _add(archive, f"{root}/{name}", content)
 
 
 def _add(archive: tarfile.TarFile, name: str, content: Path | bytes) -> None:

@@ -16,14 +16,16 @@ install() {
         fail "this bundle needs Python @PYTHON@" "$python" "set PYTHON to its path, or kvslim bundle --python with yours"
     (cd -- "$here" && sha256sum -c SHA256SUMS >/dev/null) || fail "a file was changed or is missing" "$here" "unpack it again"
     rm -rf -- "$here/environment"
-    "$python" -m venv --without-pip "$here/environment"
+    "$python" -m venv --without-pip "$here/environment" ||
+        fail "no environment can be made here" "$here" "install Python's module venv, or move the folder to where you can write"
     for pip in "$here"/pip/*.whl; do break; done
     "$here/environment/bin/python" "$pip/pip" --isolated --disable-pip-version-check --quiet \
-        install --no-index --no-deps --no-compile --no-warn-script-location "$here"/wheels/*.whl
+        install --no-index --no-deps --no-compile --no-warn-script-location "$here"/wheels/*.whl ||
+        fail "the wheels cannot be installed" "$here/environment" "free some space, and start again"
     touch "$here/environment/ready"
 }
 
-[ -e "$here/environment/ready" ] || install
+[ -e "$here/environment/ready" ] && [ -x "$here/environment/bin/python" ] || install
 verb=${1:-chat}
 [ $# -eq 0 ] || shift
 [ "$verb" = doctor ] || set -- "$here/artifact" "$@"

@@ -20,6 +20,7 @@ from kvslim.recipe import shipped_recipes
 TAGS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_26", "manylinux_2_24", "manylinux_2_17", "manylinux2014")
 PLATFORMS = ("linux-aarch64", "linux-x86_64")
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the first time that a zip file can tell
+FAULT = "ERROR: "  # what a line of pip's begins with
 WHEEL = "Wheel-Version: 1.0\nGenerator: kvslim\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 
 
@@ -32,10 +33,10 @@ def check_platform(platform: str, python: str) -> None:
     if platform not in PLATFORMS:
         message = f"no bundle can be made for {platform!r}"
         raise UnsupportedError(message, where="--platform", fix=suggestion(platform, PLATFORMS))
-    version = re.fullmatch(r"3\.(\d+)", python)
+    version = re.fullmatch(r"3\.(\d{1,2})", python)
     if version is None or int(version[1]) < 11:
         message = f"{python!r} is not a version of Python that KVSlim runs on"
-        raise UnsupportedError(message, where="--python", fix="write 3.11 or newer, as `python3 --version` tells there")
+        raise UnsupportedError(message, where="--python", fix="write 3.11, or the first two numbers of a newer one")
 
 
 def download(folder: Path, platform: str, python: str) -> None:
@@ -57,7 +58,8 @@ def download(folder: Path, platform: str, python: str) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
     done = subprocess.run([*command, *options, *small_install(), *_pip()], capture_output=True, text=True)
     if done.returncode:
-        reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+        lines = done.stderr.splitlines()
+        reasons = [line.removeprefix(FAULT) for line in lines if line.startswith(FAULT)] or lines
         raise NotFoundError(
             f"no wheels for {platform}, Python {python}: {reasons[-1] if reasons else 'pip failed'}",
             where="pip download",

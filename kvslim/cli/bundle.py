@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform as system
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -39,4 +40,5 @@ def bundle(
     console.print_text(
         f"{out}: {made.bytes / 2**20:.1f} MiB, {len(made.wheels)} wheels for {platform}, Python {python}\n"
     )
-    console.print_text(f"there: tar -xf {out.name} && {out.name.removesuffix('.tar.gz')}/run\n")
+    start = shlex.quote(f"{out.name.removesuffix('.tar.gz')}/run")
+    console.print_text(f"there: tar -xf {shlex.quote(out.name)} && {start}\n")

@@ -40,7 +40,7 @@ def inspect(
     from kvslim.report.tables import caches_table, layers_table
 
     lengths = None if contexts is None else read_lengths(contexts, "--context")
-    memory = memory_of(model, lengths, weights, [load_device(name) for name in devices or ()])
+    memory = memory_of(model, lengths, weights, [load_device(name) for name in dict.fromkeys(devices or ())])
     if as_json:
         console.print_json("inspect", memory.model_dump(mode="json"))
         return

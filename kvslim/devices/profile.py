@@ -18,7 +18,7 @@ SUFFIXES = (".yaml", ".yml")
 class Quantity(Frozen):
     """A number and its source."""
 
-    value: float = Field(gt=0)
+    value: float = Field(ge=1e-6, le=1e12)  # what is computed from them stays finite
     source: str = Field(min_length=1)
 
 
@@ -74,7 +74,8 @@ def load_device(name: str) -> Device:
             f"no device {name!r}", where="--device", fix=f"{suggestion(name, shipped)} (or give a .yaml file)"
         )
     if not path.is_file():
-        fix = "write one with `kvslim doctor --measure FILE.yaml`"
+        own = f"write --device {path.stem}" if path.stem in shipped else None
+        fix = own or "write one with `kvslim doctor --measure FILE.yaml`"
         raise NotFoundError("no such device file", where=f"--device {name}", fix=fix)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -28,7 +28,7 @@ def artifact_weights(folder: Path, spec: ModelSpec, name: str, stored: int) -> S
         stored: Bytes of its files.
 
     Raises:
-        ArtifactError: The graph cannot be read.
+        NotFoundError, ArtifactError: The graph is missing, or cannot be read.
     """
     graph = read_graph(folder / "model.onnx")
     constants = {tensor.name: tensor for tensor in graph.initializer}
