@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.paths import ROOT
 from support.tiny_graph import write_tiny
@@ -68,7 +69,9 @@ def test_a_process_ends_where_it_needs_more_than_its_limit() -> None:
 def test_a_changed_session_answers_and_tells_its_memory(tmp_path: Path, change: str) -> None:
     assert change in CHANGES
     graph = write_tiny(tmp_path / "tiny.onnx")
-    command = [sys.executable, "-m", "benchmarks.memory.changed_session", change, str(graph), "128"]
+    logits = tmp_path / "logits.npy"
+    command = [sys.executable, "-m", "benchmarks.memory.changed_session", change, str(graph), "128", str(logits)]
     opened, own, peak = map(float, subprocess.check_output(command, cwd=ROOT, text=True).split())
     assert 10 < opened < peak
     assert 10 < own < peak
+    assert np.isfinite(np.load(logits)).all()

@@ -12,21 +12,24 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 CHUNK = 512
 NEW_TOKENS = 8
 
 
-def answer(graph: Path, context: int, chunk: int = CHUNK) -> None:
-    """Answers at a context by our runtime, which reads the last tokens in chunks."""
+def answer(graph: Path, context: int, chunk: int = CHUNK) -> npt.NDArray[np.float32]:
+    """Answers at a context by our runtime, which reads the last tokens in chunks; the logits after them, [vocab]."""
     from kvslim.runtime.session import DecodeSession
 
     session = DecodeSession(graph, capacity=context + NEW_TOKENS, threads=1)
     prompt = np.random.default_rng(0).integers(0, session.vocab, min(CHUNK, context))
     session.fill(context - len(prompt))
-    token = int(session.prefill(prompt, chunk).argmax())
+    logits = session.prefill(prompt, chunk)
+    token = int(logits.argmax())
     for _ in range(NEW_TOKENS):
         token = int(session.step([token], last=1)[-1].argmax())
+    return logits
 
 
 def answer_by_genai(folder: Path, context: int) -> None:

@@ -1,6 +1,8 @@
 """Answers once in a way that is not quite ours, and prints MiB: its own once open; at the end, and the peak.
 
-python -m benchmarks.memory.changed_session CHANGE FOLDER CONTEXT
+    python -m benchmarks.memory.changed_session CHANGE FOLDER CONTEXT LOGITS
+
+The logits after the prompt go to the file LOGITS.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 
 from benchmarks.memory.answer import CHUNK, answer
@@ -53,7 +56,7 @@ def store_packed(graph: Path, folder: Path) -> Path:
     return folder
 
 
-def main(change: str, folder: str, context: str) -> None:
+def main(change: str, folder: str, context: str, logits: str) -> None:
     """Opens every session of this process with the change."""
     plain = ort.InferenceSession
 
@@ -71,7 +74,8 @@ def main(change: str, folder: str, context: str) -> None:
         place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
         ort.create_and_register_allocator(place, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
     ort.InferenceSession = session
-    answer(Path(folder), int(context), int(change.split()[-1]) if change.startswith("chunks") else CHUNK)
+    chunk = int(change.split()[-1]) if change.startswith("chunks") else CHUNK
+    np.save(logits, answer(Path(folder), int(context), chunk))
     print(own_mib(), own_peak_mib())
 
 

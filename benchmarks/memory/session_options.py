@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import numpy as np
+
 from benchmarks.memory.changed_session import CHANGES, STORED, store_packed
 from benchmarks.models import OpenModel
 from benchmarks.registry import Values, benchmark
@@ -21,6 +23,7 @@ TABLE = Table(
         Column("opened_mib", "own MiB once open", ".0f"),
         Column("own_mib", "own MiB at the end", ".0f"),
         Column("peak_mib", "peak MiB", ".0f"),
+        Column("difference", "logits differ by", ".0e"),
     )
 )
 
@@ -30,17 +33,29 @@ def session_options(source: Source, *, context: int = 1024, weights: str = "int4
     """Memory of a process that answers over a plain cache, by what is changed of its session; int4 weights, one thread.
 
     A process's own memory is all of it but pages of files, which the system can give up. The peak counts both. A change
-    with which onnxruntime ends the process at its first run says so, and has no more numbers.
+    with which onnxruntime crashes at its first run, or gives no numbers, says so.
     """
     model = OpenModel(source, LITTLE, weights={"type": weights, "method": "rtn"} if weights == "int4" else weights)
     graph = model.export()
     model.release()
+    logits, expected = source.folder / "logits.npy", None
     for change in CHANGES:
         folder = store_packed(graph, source.folder / "packed") if change == STORED else graph
-        command = [sys.executable, "-m", "benchmarks.memory.changed_session", change, str(folder), str(context)]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        if done.returncode not in (0, -signal.SIGSEGV):
-            done.check_returncode()
-        opened, own, peak = (*map(float, done.stdout.split()), None, None)[:3]
-        crashed = ", crashes at its first run" if done.returncode else ""
-        yield {"change": f"{change}{crashed}", "opened_mib": opened, "own_mib": own, "peak_mib": peak}
+        command = [sys.executable, "-m", "benchmarks.memory.changed_session", change]
+        done = subprocess.run(
+            [*command, str(folder), str(context), str(logits)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        opened, *ended = map(float, done.stdout.split())
+        if done.returncode == -signal.SIGSEGV:
+            yield {"change": f"{change}, crashes", "opened_mib": opened}
+            continue
+        done.check_returncode()
+        found = np.load(logits)
+        expected = found if expected is None else expected
+        yield {
+            "change": change if np.isfinite(found).all() else f"{change}, gives NaN",
+            "opened_mib": opened,
+            "own_mib": ended[0],
+            "peak_mib": ended[1],
+            "difference": float(np.abs(found - expected).max()) if np.isfinite(found).all() else None,
+        }
