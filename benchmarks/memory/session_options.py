@@ -35,7 +35,7 @@ def session_options(source: Source, *, context: int = 1024, weights: str = "int4
     A process's own memory is all of it but pages of files, which the system can give up. The peak counts both. A change
     with which onnxruntime crashes at its first run, or gives no numbers, says so.
     """
-    model = OpenModel(source, LITTLE, weights={"type": weights, "method": "rtn"} if weights == "int4" else weights)
+    model = OpenModel(source, LITTLE, weights=weights)
     graph = model.export()
     model.release()
     logits, expected = source.folder / "logits.npy", None

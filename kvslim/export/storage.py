@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 
 def share_storage(path: Path) -> None:
@@ -22,6 +23,7 @@ def share_storage(path: Path) -> None:
             node.outputs[0].replace_all_uses_with(alias)
             model.graph.remove(node, safe=True)
             model.graph.register_initializer(alias)
+    RemoveUnusedNodesPass()(model)
     ir.save(model, path)
 
 

@@ -24,6 +24,7 @@ from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.contract import ModelSpec, WeightType
 from kvslim.export.genai import end_tokens, genai_config
 from kvslim.export.graph import build_graph, save_graph, token_inputs
+from kvslim.export.opened import as_opened
 from kvslim.export.prompts import branch_prompts
 from kvslim.export.speculative import write_speculative_graph
 from kvslim.export.transformers_js import with_transformers_js_config
@@ -210,6 +211,7 @@ class PreparedDecoder(PreparedModel):
         if self.rows is not None:
             quantise_weights(graph, self.rows)
         branch_prompts(graph)
+        as_opened(graph)
         save_graph(graph, folder)
         return token_inputs(graph)
 
