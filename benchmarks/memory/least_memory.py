@@ -26,6 +26,7 @@ from kvslim.validation.measure import file_mib
 OURS, GENAI = "ours", "genai"
 PLAIN, SMALL = "plain", "int4, 8x"
 FIRST_GUESS = 0.7  # of the peak without a limit
+GENAI_MORE = 8  # MiB that genai is expected to need beyond ours, to begin its search with
 PATIENCE, LEAST_PATIENCE = 3, 120  # times as long as without a limit, and seconds
 TABLE = Table(
     (
@@ -59,7 +60,7 @@ def least_memory(
 
     It opens the graph, takes a context of which the last 512 tokens are read as a prompt (all that comes before fills
     the cache at once, which takes no more memory), and decodes 8 tokens. genai reads the whole prompt in such chunks,
-    so its search, of few trials, begins at our own limit.
+    so its search, of few trials, begins near our own limit.
     A process ends when its own memory exceeds the limit. Pages of files count too, but can be read again, and what
     other processes have of libraries in memory is theirs, so the peak without a limit is told as well.
     """
@@ -78,7 +79,8 @@ def least_memory(
     limits: dict[tuple[int, str], float] = {}
     for runtime, context, name in tried:
         arguments = [runtime, str(graphs[name]), str(context)]
-        limit, peak = least_limit(arguments, graphs[name], step_mib, limits.get((context, name)))
+        ours = limits.get((context, name))
+        limit, peak = least_limit(arguments, graphs[name], step_mib, None if ours is None else ours + GENAI_MORE)
         limits.setdefault((context, name), limit)
         cache = model.size(plans[name], context) * context / MIB
         predicted = memory(needs[name], Cache.of(name, model.spec, plans[name]), context) / MIB
