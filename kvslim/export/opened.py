@@ -16,7 +16,7 @@ DOMAIN = "com.microsoft"
 
 
 def as_opened(model: ir.Model) -> None:
-    """Computes small constants, shares equal ones, and fuses activations, as onnxruntime does.
+    """Computes small constants, shares equal ones, and fuses SiLU, as onnxruntime does.
 
     Large constants that are read in two shapes keep their reshape, which `share_storage` replaces.
 
