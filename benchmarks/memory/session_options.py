@@ -17,6 +17,7 @@ from benchmarks.rows import ROOT
 from benchmarks.subjects import Source
 from benchmarks.texts import LITTLE
 
+CRASHES = {-signal.SIGABRT, -signal.SIGBUS, -signal.SIGSEGV}
 TABLE = Table(
     (
         Column("change", "changed"),
@@ -46,16 +47,17 @@ def session_options(source: Source, *, context: int = 1024, weights: str = "int4
             [*command, str(folder), str(context), str(logits)], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
         opened, *ended = map(float, done.stdout.split())
-        if done.returncode == -signal.SIGSEGV:
+        if done.returncode in CRASHES:
             yield {"change": f"{change}, crashes", "opened_mib": opened}
             continue
         done.check_returncode()
         found = np.load(logits)
         expected = found if expected is None else expected
+        is_number = bool(np.isfinite(found).all())
         yield {
-            "change": change if np.isfinite(found).all() else f"{change}, gives NaN",
+            "change": change if is_number else f"{change}, gives NaN",
             "opened_mib": opened,
             "own_mib": ended[0],
             "peak_mib": ended[1],
-            "difference": float(np.abs(found - expected).max()) if np.isfinite(found).all() else None,
+            "difference": float(np.abs(found - expected).max()) if is_number else None,
         }
