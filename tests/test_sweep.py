@@ -17,9 +17,12 @@ from support.models import SHORT
 from support.paths import ROOT
 
 from kvslim.errors import GateError, NotFoundError, OutputError, UsageError
+from kvslim.progress import Silent
 from kvslim.sweep.asked import Job, Sweep, jobs_of, read_sweep
 from kvslim.sweep.outcomes import Outcome, Outcomes, key_of, load_outcomes, store_outcomes
+from kvslim.sweep.run import run_sweep
 from kvslim.sweep.schedule import Schedule
+from kvslim.workers.cluster import Cluster
 
 
 def sweep_of(**asked: Any) -> Sweep:
@@ -46,8 +49,11 @@ def test_jobs_of_one_name_are_refused() -> None:
     [
         ("models: []\nrecipes: [lossless]", "models: "),
         ("models: [demo]", "give recipes or budgets"),
-        ("models: [demo]\nrecipe: [lossless]", "recipe: "),
+        ("models: [demo]\nrecipe: [lossless]", "recipe: no such key"),
+        ("models: demo\nrecipes: [lossless]", "models: must be a list"),
         ("models: [demo]\nbudgets: [{kv_ratio: 0.5}]", "budgets.0.kv_ratio"),
+        ("models: [demo]\nbudgets: [{}]", "budgets.0: give kv_ratio"),
+        ("models: [demo]\nbudgets: [8]", "budgets.0: must be keys with values"),
         ("models: [", "expected"),
         ("- demo", "sweep: "),
     ],
@@ -59,6 +65,38 @@ def test_wrong_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
         read_sweep(path)
     assert message in caught.value.message
     assert caught.value.where == str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        ("models: [demo]\nrecipe: [lossless]", "did you mean 'recipes'?"),
+        ("models: [demo]\nbudgets: [{kv_rato: 8}]", "did you mean 'kv_ratio'?"),
+    ],
+)
+def test_key_that_is_meant_is_named(text: str, fix: str, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        read_sweep(path)
+    assert caught.value.fix == fix
+
+
+@pytest.mark.parametrize(
+    ("asked", "where"),
+    [({"recipes": ["none"]}, "sweep: recipe"), ({"set": ["seed"]}, "sweep: set seed")],
+)
+def test_wrong_recipe_is_told_as_the_file_has_it(asked: dict[str, Any], where: str) -> None:
+    with pytest.raises((UsageError, NotFoundError)) as caught:
+        jobs_of(sweep_of(**asked))
+    assert caught.value.where == where
+
+
+def test_sweep_that_is_made_needs_no_cluster(tmp_path: Path) -> None:
+    jobs = jobs_of(sweep_of(models=["a"]))
+    outcomes = Outcomes(jobs={job.name: made(tmp_path, job) for job in jobs})
+    store_outcomes(tmp_path, outcomes)
+    assert run_sweep(jobs, tmp_path, Cluster(2, "127.0.0.1:1"), Silent()) == outcomes
 
 
 def test_missing_file_is_not_found(tmp_path: Path) -> None:

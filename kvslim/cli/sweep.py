@@ -34,8 +34,8 @@ def sweep(
     from kvslim.workers.cluster import Cluster
 
     jobs = jobs_of(read_sweep(file))
-    with console.libraries_apart(), Terminal() as progress, Cluster(workers, ray) as cluster:
-        outcomes = run_sweep(jobs, out, cluster, progress)
+    with console.libraries_apart(), Terminal() as progress:
+        outcomes = run_sweep(jobs, out, Cluster(workers, ray), progress)
     made = {name: read_manifest(out / name) for name, outcome in outcomes.jobs.items() if outcome.failure is None}
     write_text(out / "sweep.html", sweep_page(jobs, outcomes, made), "-o")
     if as_json:

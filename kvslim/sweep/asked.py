@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -16,6 +17,7 @@ from kvslim.overrides import one_line
 from kvslim.recipe import Recipe, load_recipe
 from kvslim.settings import Budget
 
+WORDS = {"tuple_type": "must be a list", "model_type": "must be keys with values", "extra_forbidden": "no such key"}
 EXAMPLE = "models: [demo]\nrecipes: [lossless]\nbudgets: [{kv_ratio: 8}]\n"
 
 
@@ -63,11 +65,18 @@ def read_sweep(path: Path) -> Sweep:
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"])) or "sweep"
-        unknown = suggestion(key, Sweep.model_fields) if fault["type"] == "extra_forbidden" else None
-        fix = unknown or f"write it like: {EXAMPLE.strip()!r}"
-        raise UsageError(f"{key}: {fault['msg']}", where=str(path), fix=fix) from error
+        said = fault["ctx"]["error"] if fault["type"] == "value_error" else WORDS.get(fault["type"], fault["msg"])
+        raise UsageError(f"{key}: {said}", where=str(path), fix=_fix(fault)) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(one_line(error), where=str(path), fix="correct the YAML syntax") from error
+
+
+def _fix(fault: Any) -> str:
+    example = f"write it like: {EXAMPLE.strip()!r}"
+    if fault["type"] != "extra_forbidden":
+        return example
+    *above, key = fault["loc"]
+    return suggestion(key, Budget.model_fields if above else Sweep.model_fields)
 
 
 def jobs_of(sweep: Sweep) -> list[Job]:
@@ -90,10 +99,19 @@ def jobs_of(sweep: Sweep) -> list[Job]:
 
 def _recipes(sweep: Sweep) -> Iterator[tuple[str, Recipe]]:
     for name in sweep.recipes:
-        yield _slug(name.removesuffix(".yaml")), load_recipe(name, sweep.set)
+        yield _slug(name.removesuffix(".yaml")), _loaded(name, sweep)
     for budget in sweep.budgets:
         name = "-".join(f"{limit}-{value:g}" for limit, value in budget.model_dump(exclude_none=True).items())
-        yield name, load_recipe("small", sweep.set).unsized(name).within(budget)
+        yield name, _loaded("small", sweep).unsized(name).within(budget)
+
+
+def _loaded(name: str, sweep: Sweep) -> Recipe:
+    """A recipe with what the sweep changes; what is wrong is told as the file has it, which knows no options."""
+    try:
+        return load_recipe(name, sweep.set)
+    except (UsageError, NotFoundError) as error:
+        where = f"sweep: {error.where.removeprefix('--')}"
+        raise type(error)(error.message, where=where, fix=error.fix) from error
 
 
 def _slug(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from kvslim.progress import Progress
@@ -20,18 +21,20 @@ def run_sweep(jobs: Sequence[Job], folder: Path, cluster: Cluster, progress: Pro
     Args:
         jobs: What to make.
         folder: Where; what came of each is stored there after each.
-        cluster: Does the jobs.
+        cluster: Does the jobs; it is joined if there are any.
         progress: Receives the progress.
 
     Raises:
         OutputError: The folder cannot be written, or holds something else.
+        NotFoundError: As for `Cluster`.
     """
     outcomes = load_outcomes(folder, {job.name: job for job in jobs})
     store_outcomes(folder, outcomes)
     left = [job for job in jobs if job.name not in outcomes.jobs]
-    for job, outcome in progress.track(_ended(left, folder, cluster), "artifacts made", len(left)):
-        outcomes = Outcomes(jobs={**outcomes.jobs, job.name: outcome})
-        store_outcomes(folder, outcomes)
+    with cluster if left else nullcontext():
+        for job, outcome in progress.track(_ended(left, folder, cluster), "artifacts made", len(left)):
+            outcomes = Outcomes(jobs={**outcomes.jobs, job.name: outcome})
+            store_outcomes(folder, outcomes)
     return Outcomes(jobs={job.name: outcomes.jobs[job.name] for job in jobs})
 
 
