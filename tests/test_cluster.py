@@ -21,7 +21,7 @@ from support.paths import ROOT
 from kvslim.methods.kv_quant import KvQuant
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.workers.cluster import Cluster
-from kvslim.workers.ray_workers import RayWorkers
+from kvslim.workers.ray_workers import RayWorkers, Worker
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]  # of Ray about itself
 
@@ -50,16 +50,29 @@ def two_nodes() -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster as Nodes
 
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # nodes start with what this process has
-    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1})
-    yield nodes
-    ray.shutdown()
-    nodes.shutdown()
+    with pytest.MonkeyPatch.context() as patch:  # nodes start with what this process has
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setenv("RAY_worker_niceness", "0")
+        nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1})
+        yield nodes
+        ray.shutdown()
+        nodes.shutdown()
 
 
 def begun(folder: Path, node: Any) -> int:
     """Pieces that a node has begun."""
     return len(list(folder.glob(f"{node.node_id}.*")))
+
+
+def test_cluster_is_joined_after_one_of_this_machine_alone(two_nodes: Any) -> None:
+    """For its own Ray switches tokens on, which the nodes do not have."""
+    import ray
+
+    with Cluster(1):
+        pass
+    with Cluster(1, two_nodes.address) as cluster:
+        worker = cluster.actor(Worker)
+        assert ray.get(worker.process.remote()) != os.getpid()
 
 
 def test_machine_that_is_lost_leaves_its_pieces_to_others(two_nodes: Any, tiny_llama: Path, tmp_path: Path) -> None:
@@ -73,11 +86,11 @@ def test_machine_that_is_lost_leaves_its_pieces_to_others(two_nodes: Any, tiny_l
 
     with Cluster(2, two_nodes.address) as cluster:
         workers = RayWorkers(cluster)
-        thread = threading.Thread(target=lose)
+        thread = threading.Thread(target=lose, daemon=True)
         thread.start()
-        found = list(workers.map(prepared, Slow(tmp_path), range(40), "numbers"))
+        found = list(workers.map(prepared, Slow(tmp_path), range(40)))
         thread.join()
-        again = list(workers.map(prepared, Slow(tmp_path), range(3), "numbers"))
+        again = list(workers.map(prepared, Slow(tmp_path), range(3)))
     assert found == [2 * number for number in range(40)]
     assert begun(tmp_path, lost) < 20  # it was lost in the middle
     assert again == [0, 2, 4]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from kvslim.errors import GateError, UnsupportedError, UsageError
 from kvslim.export.manifest import read_manifest
 from kvslim.planning.choose import Chosen, choose
 from kvslim.planning.planner import MARGIN, Planned, Planner
+from kvslim.planning.prices import Codes
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.recipe import Recipe, load_recipe, parse_recipe
 from kvslim.runtime.opening import layout_of, open_session
@@ -101,6 +102,30 @@ def test_budget_is_refused_when_no_plan_keeps_it(planner: Planner, limits: dict[
         chosen_for(planner, lambda _: 0.9, **limits)
     assert caught.value.where == where
     assert caught.value.fix
+
+
+def test_plans_that_are_measured_ahead_give_the_same_frontier(
+    prepared: PreparedDecoder, statistics: CalibrationStatistics
+) -> None:
+    one_by_one, ahead = (planner_of(prepared, statistics) for _ in range(2))
+    taken: list[int] = []
+
+    def all_at_once(codes: Iterable[Codes]) -> Iterator[float]:
+        found = list(codes)
+        taken.append(len(found))
+        return one_by_one.divergences(found)
+
+    ahead.divergences = all_at_once
+
+    def is_enough(planned: Planned) -> bool:
+        return planned.point.kv_ratio > 9
+
+    frontier = one_by_one.frontier(is_enough=is_enough)
+    measured = len(one_by_one._divergences)
+    assert ahead.frontier(is_enough=is_enough) == frontier
+    assert taken[0] > measured >= len(frontier)  # those of smaller sizes too
+    assert ahead.frontier() == one_by_one.frontier()
+    assert ahead.kinds(ahead.plain_bytes / 8) == one_by_one.kinds(one_by_one.plain_bytes / 8)
 
 
 def test_frontier_loses_more_as_it_gets_smaller(planner: Planner) -> None:

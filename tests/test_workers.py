@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,16 +20,17 @@ import torch
 from support.models import open_prepared, recipe_of
 from support.tiny_graph import write_tiny
 
+from kvslim import pipeline
 from kvslim.errors import ModelError, NotFoundError, UnsupportedError, UsageError
 from kvslim.methods.kv_quant import KvQuant
-from kvslim.planning.budget import choose_within
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Progress, Silent
 from kvslim.settings import Budget
 from kvslim.validation.quality import Comparison, summed_up
 from kvslim.validation.recall import Questions, capacity_for, compare_recall, repeated_spans, texts_of
+from kvslim.workers import ray_workers
 from kvslim.workers.cluster import RETRIES, Cluster
-from kvslim.workers.ray_workers import RayWorkers
+from kvslim.workers.ray_workers import RayWorkers, Worker
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray about itself
 
@@ -85,18 +89,50 @@ class Refusing:
         raise UsageError("no", where="here", fix="ask another")
 
 
-def test_statistics_and_plan_are_the_same_to_the_last_bit(
+ASKED = {
+    "budget": recipe_of().within(Budget(kv_ratio=8)),
+    "methods": RECIPE,
+    "memory": recipe_of((), "int4").within(Budget(memory_mib=129, context=64)),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_plan_is_the_same_to_the_last_bit(
+    tiny_llama: Path, workers: RayWorkers, no_cache: Callable[[str], None], name: str
+) -> None:
+    """With what was measured at other sizes, and of other tools' caches."""
+    no_cache("alone")
+    alone = pipeline.plan(str(tiny_llama), ASKED[name])
+    no_cache("together")
+    assert pipeline.plan(str(tiny_llama), ASKED[name], workers=workers) == alone
+    assert alone.peers
+
+
+def test_analysis_is_the_same_to_the_last_bit(
     tiny_llama: Path, workers: RayWorkers, no_cache: Callable[[str], None]
 ) -> None:
     no_cache("alone")
+    alone = pipeline.analyze(str(tiny_llama), RECIPE)
+    no_cache("together")
+    assert pipeline.analyze(str(tiny_llama), RECIPE, workers=workers) == alone
+
+
+def test_statistics_and_losses_are_the_same_to_the_last_bit(
+    tiny_llama: Path, workers: RayWorkers, no_cache: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_cache("alone")
     alone = open_prepared(tiny_llama, RECIPE)
-    plan = choose_within(Budget(kv_ratio=8), alone.trials())
+    changes = [KvQuant(bits=bits) for bits in (8, 4)]
+    losses = list(alone.trials().divergences(changes))
     no_cache("together")
     together = open_prepared(tiny_llama, RECIPE)
     together.workers = workers
-    assert choose_within(Budget(kv_ratio=8), together.trials()) == plan
     for name, array in alone.statistics.arrays().items():
         np.testing.assert_array_equal(getattr(together.statistics, name), array, err_msg=name)
+    trials = together.trials()
+    monkeypatch.setattr(trials, "loss", None)  # nothing is measured here
+    assert list(trials.divergences(changes)) == losses
+    assert 0 < losses[0] < losses[1]
 
 
 def test_validation_is_the_same_to_the_last_bit(tmp_path: Path, cluster: Cluster, workers: RayWorkers) -> None:
@@ -141,7 +177,7 @@ def test_worker_that_dies_is_replaced_and_its_piece_done_again(
     tiny_llama: Path, workers: RayWorkers, tmp_path: Path
 ) -> None:
     before = set(workers.processes)
-    found = list(workers.map(open_prepared(tiny_llama, RECIPE), Deadly(tmp_path, 1), range(8), "numbers"))
+    found = list(workers.map(open_prepared(tiny_llama, RECIPE), Deadly(tmp_path, 1), range(8)))
     assert found == [2 * number for number in range(8)]
     after = set(workers.processes)
     assert len(after) == 2
@@ -150,13 +186,13 @@ def test_worker_that_dies_is_replaced_and_its_piece_done_again(
 
 def test_piece_that_kills_every_worker_is_given_up(tiny_llama: Path, workers: RayWorkers, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=f"a worker died {RETRIES + 1} times"):
-        list(workers.map(open_prepared(tiny_llama, RECIPE), Deadly(tmp_path, RETRIES + 1), range(4), "numbers"))
-    assert list(workers.map(open_prepared(tiny_llama, RECIPE), Deadly(tmp_path, 0), [1], "numbers")) == [2]
+        list(workers.map(open_prepared(tiny_llama, RECIPE), Deadly(tmp_path, RETRIES + 1), range(4)))
+    assert list(workers.map(open_prepared(tiny_llama, RECIPE), Deadly(tmp_path, 0), [1])) == [2]
 
 
 def test_error_of_a_worker_is_raised_here(tiny_llama: Path, workers: RayWorkers) -> None:
     with pytest.raises(UsageError, match="no") as caught:
-        list(workers.map(open_prepared(tiny_llama, RECIPE), Refusing(), [1, 2], "numbers"))
+        list(workers.map(open_prepared(tiny_llama, RECIPE), Refusing(), [1, 2]))
     assert (caught.value.where, caught.value.fix) == ("here", "ask another")
 
 
@@ -164,7 +200,39 @@ def test_worker_that_finds_another_model_says_so(tiny_llama: Path, workers: RayW
     prepared = open_prepared(tiny_llama, RECIPE)
     prepared.digest = "0" * 64
     with pytest.raises(ModelError, match="a worker finds another model"):
-        list(workers.map(prepared, Deadly(tmp_path, 0), [1], "numbers"))
+        list(workers.map(prepared, Deadly(tmp_path, 0), [1]))
+
+
+def test_address_of_something_else_is_refused() -> None:
+    """As of Ray's dashboard, which speaks another protocol."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(100)
+                connection.sendall(b"HTTP/1.1 505 HTTP Version Not Supported\r\n\r\n")
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        with (
+            pytest.raises(NotFoundError, match="is not Ray's head"),
+            Cluster(1, f"127.0.0.1:{server.getsockname()[1]}"),
+        ):
+            pass
+        thread.join()
+
+
+def test_ray_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvslim.workers.cluster.find_spec", lambda _: None)
+    with pytest.raises(UnsupportedError) as caught:
+        Cluster(2)
+    assert caught.value.fix == "pip install 'kvslim[ray]'"
+
+
+def test_number_of_workers_is_at_least_one() -> None:
+    with pytest.raises(UsageError, match="0 workers"):
+        Cluster(0)
 
 
 def test_cluster_that_is_not_there_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
@@ -179,12 +247,43 @@ def test_cluster_that_is_not_there_is_refused(tiny_llama: Path, tmp_path: Path) 
     assert "--ray 127.0.0.1:1" in done.stderr
 
 
-def test_worker_that_is_gone_for_good_gets_no_piece(tiny_llama: Path, tmp_path: Path, workers: RayWorkers) -> None:
-    """The last test here: the workers are shared."""
-    first, second = workers._actors
-    ray.kill(first)
+def doubled_by(workers: RayWorkers, prepared: PreparedDecoder, folder: Path) -> bool:
+    """Whether workers do eight pieces."""
+    return list(workers.map(prepared, Deadly(folder, 0), range(8))) == list(range(0, 16, 2))
+
+
+def test_worker_that_is_gone_for_good_is_replaced(tiny_llama: Path, tmp_path: Path, workers: RayWorkers) -> None:
+    before = workers.processes
+    ray.kill(workers._actors[0])
+    assert doubled_by(workers, open_prepared(tiny_llama, RECIPE), tmp_path)
+    after = workers.processes
+    assert len(after) == 2
+    assert set(after) & set(before) == {before[1]}
+
+
+def test_nobody_waits_for_a_worker_that_has_no_room(
+    tiny_llama: Path, tmp_path: Path, cluster: Cluster, workers: RayWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last test here: the workers are shared, and others take their cores for good."""
     prepared = open_prepared(tiny_llama, RECIPE)
-    assert list(workers.map(prepared, Deadly(tmp_path, 0), range(8), "numbers")) == list(range(0, 16, 2))
-    ray.kill(second)
-    with pytest.raises(UnsupportedError, match="all of them are gone"):
-        list(workers.map(prepared, Deadly(tmp_path, 0), range(8), "numbers"))
+    first, second = workers._actors
+    others = [seized(cluster, first)]
+    assert doubled_by(workers, prepared, tmp_path)
+    ray.kill(workers._actors[-1])  # it waits for the core that the next one has
+    others.append(seized(cluster, second))
+    monkeypatch.setattr(ray_workers, "PATIENCE", 1.0)
+    with pytest.raises(UnsupportedError, match="no worker has answered for 1 seconds"):
+        doubled_by(workers, prepared, tmp_path)
+    for actor in (*others, *workers._actors):
+        ray.kill(actor)
+    workers._replacements = 0
+    with pytest.raises(UnsupportedError, match="all workers are gone"):
+        doubled_by(workers, prepared, tmp_path)
+
+
+def seized(cluster: Cluster, worker: Any) -> Any:
+    """Another one that has the cores of a worker, which is gone for good."""
+    ray.kill(worker)
+    other = cluster.actor(Worker)
+    ray.get(other.process.remote())
+    return other

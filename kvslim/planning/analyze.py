@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field
 
 from kvslim.contract import Frozen, ModelSpec
+from kvslim.methods.base import Method
 from kvslim.methods.cluster_heads import ClusterHeads
 from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_window import kept_attention
@@ -78,7 +81,7 @@ def analyze(trials: Trials, source: str) -> Analysis:
         trials: How the model is measured.
         source: What the text is called.
     """
-    spec, statistics, taylor, kl_without = trials.spec, trials.statistics, trials.taylor, trials.divergence
+    spec, statistics, taylor = trials.spec, trials.statistics, trials.taylor
     groups = [
         tuple(range(first, first + spec.group_size))
         for first in range(0, spec.kv_heads * spec.group_size, spec.group_size)
@@ -86,19 +89,21 @@ def analyze(trials: Trials, source: str) -> Analysis:
     recent = kept_attention(statistics, RECENT).min(axis=1)
     sources = _source_layers(spec, statistics)
     clusters = ClusterHeads().numbers(spec, statistics)
+    kls = trials.divergences(change for layer in range(spec.layers) for change in _removals(layer, groups))
     found = []
     for layer in trials.progress.track(range(spec.layers), "layers"):
         ranks = [
             int((basis.energy.min(0) < ENERGY).sum()) + 1 for basis in KvPca().bases(statistics, layer, "balanced")
         ]
+        attention_kl, mlp_kl, block_kl = islice(kls, len(INFLUENCES))
         found.append(
             LayerAnalysis(
                 layer=layer,
-                attention_kl=kl_without(PruneLayers(layers={layer: "attention"})),
-                mlp_kl=kl_without(PruneLayers(layers={layer: "mlp"})),
-                block_kl=kl_without(PruneLayers(layers={layer: "block"})),
+                attention_kl=attention_kl,
+                mlp_kl=mlp_kl,
+                block_kl=block_kl,
                 block_influence=float(statistics.influence[layer, INFLUENCES.index("block")]),
-                kv_head_kl=tuple(kl_without(PruneHeads(heads={layer: heads})) for heads in groups),
+                kv_head_kl=tuple(islice(kls, len(groups))),
                 fluctuation=tuple(statistics.fluctuation[layer].tolist()),
                 taylor=tuple(taylor[layer].tolist()),
                 clusters=clusters.get(layer, spec.q_heads),
@@ -116,6 +121,12 @@ def analyze(trials: Trials, source: str) -> Analysis:
         head_dim=spec.head_dim,
         layers=tuple(found),
     )
+
+
+def _removals(layer: int, groups: Sequence[tuple[int, ...]]) -> Iterator[Method]:
+    """What is tried of a layer: without its attention, its feed-forward part, both, and each kv head."""
+    yield from (PruneLayers(layers={layer: part}) for part in INFLUENCES)
+    yield from (PruneHeads(heads={layer: heads}) for heads in groups)
 
 
 def _source_layers(spec: ModelSpec, statistics: CalibrationStatistics) -> dict[int, SourceLayer]:

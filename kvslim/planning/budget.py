@@ -51,7 +51,7 @@ def planner_of(trials: DecoderTrials, context: int | None = None, time_ratio: fl
     context = context or trials.prepared.context
     probes = probes_of(trials, context, timed=time_ratio is not None)
     time = decode_time(trials.prepared, context)
-    return Planner(trials.spec, trials.statistics, trials.identity, time, probes, trials.held_out.kl, time_ratio)
+    return Planner(trials.spec, trials.statistics, trials.identity, time, probes, trials.losses, time_ratio)
 
 
 def probes_of(trials: DecoderTrials, context: int, *, timed: bool) -> Probes:
@@ -61,8 +61,9 @@ def probes_of(trials: DecoderTrials, context: int, *, timed: bool) -> Probes:
     if probes is None:
         prober, prepared = _prober(trials, context, key, timed=timed), trials.prepared
         task = LayerProbing(trials.statistics, context, key, timed)
-        parts = prepared.workers.map(prepared, task, range(trials.spec.layers), "layers probed", prober.probe_layer)
-        probes = prober.with_recall(Probes.merge(*parts), trials.progress)
+        parts = prepared.workers.map(prepared, task, range(trials.spec.layers), prober.probe_layer)
+        tracked = trials.progress.track(parts, "layers probed", trials.spec.layers)
+        probes = prober.with_recall(Probes.merge(*tracked), trials.progress)
         cache.store_probes(probes)
     return probes
 

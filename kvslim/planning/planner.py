@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, tee
 from typing import TYPE_CHECKING
 
 from kvslim.contract import ModelSpec
@@ -16,7 +17,7 @@ from kvslim.methods.share_kv import ShareKv
 from kvslim.planning.allocate import allocate, allocate_both
 from kvslim.planning.candidates import Alteration, Candidate, CandidateMaker, options, reason_of
 from kvslim.planning.decode_time import DecodeTime
-from kvslim.planning.prices import Divergence
+from kvslim.planning.prices import Codes
 from kvslim.planning.probes import BITS, FIX, Probes
 from kvslim.progress import Progress, Silent
 from kvslim.settings import Budget
@@ -57,7 +58,8 @@ class Planner:
         base: The plan that changes nothing.
         time: Of a token at the target context, at which bytes are counted too.
         probes: Of all layers, at that context.
-        divergence: Of the model with codes, on text that prices do not come from.
+        divergences: Of the model with one after another of many codes, on text that prices do not come from. Codes may
+            be taken ahead, to be measured beside each other.
         time_ratio: Time of a token over the plain model's, which every plan keeps; None for no limit.
 
     Raises:
@@ -71,11 +73,11 @@ class Planner:
         base: Plan,
         time: DecodeTime,
         probes: Probes,
-        divergence: Divergence,
+        divergences: Callable[[Iterable[Codes]], Iterator[float]],
         time_ratio: float | None = None,
     ) -> None:
         _check(probes, spec, time.context, timed=time_ratio is not None)
-        self.spec, self.statistics, self.base, self.divergence = spec, statistics, base, divergence
+        self.spec, self.statistics, self.base, self.divergences = spec, statistics, base, divergences
         self.time, self.context, self.time_ratio = time, time.context, time_ratio
         self.plain_bytes = KVLayout.of(spec, base).bytes_at(self.context)
         self.plain_time = time.of_plan(base.layers)
@@ -103,8 +105,9 @@ class Planner:
             is_enough: Whether a plan ends the row; None for the whole.
         """
         found: list[Planned] = []
-        for ratio in (progress or Silent()).track(RATIOS, "sizes planned"):
-            if (planned := self.allocated(self.plain_bytes / ratio)) is not None:
+        best = self._best(self.plain_bytes / ratio for ratio in RATIOS)
+        for planned in (progress or Silent()).track(best, "sizes planned", len(RATIOS)):
+            if planned is not None:
                 found.append(planned)
                 if is_enough is not None and is_enough(planned):
                     break
@@ -112,10 +115,7 @@ class Planner:
 
     def allocated(self, budget: float) -> Planned | None:
         """The plan of least divergence within a budget in bytes at the target context; None if none fits."""
-        found = list(self._by_bits(budget))
-        if len(found) == 2 and found[0].point.kl <= FASTER * found[1].point.kl:
-            return found[0]
-        return min(found, key=_divergence, default=None)
+        return next(self._best([budget]))
 
     def kinds(self, budget: float) -> dict[frozenset[str], Planned]:
         """By kind the best plan within a budget, where it could be the best of all; the least divergence first."""
@@ -124,8 +124,9 @@ class Planner:
         for plan in sorted((plan for found in filled for plans in found for plan in plans), key=_expected):
             likely.setdefault(kind_of(plan), plan)
         least = min(map(_expected, likely.values()), default=0.0)
-        found = {kind: self._planned(plan) for kind, plan in likely.items() if _expected(plan) <= UNSURE * least}
-        return dict(sorted(found.items(), key=lambda item: item[1].point.kl))
+        worth = {kind: plan for kind, plan in likely.items() if _expected(plan) <= UNSURE * least}
+        found = zip(worth, self._measured(map(self._made, worth.values())), strict=True)
+        return dict(sorted(found, key=lambda item: item[1].point.kl))
 
     def never_worse(self, planned: Planned) -> Planned:
         """The plan, or all layers alike in as many bits and at no more bytes, where that loses less."""
@@ -188,8 +189,21 @@ class Planner:
     def _altered(self, layers: Layers, alterations: Alterations) -> Layers:
         return [self._maker.altered(layer, alterations.get(index, ())) for index, layer in enumerate(layers)]
 
+    def _best(self, budgets: Iterable[float]) -> Iterator[Planned | None]:
+        """The plan of least divergence within each of some budgets, in their order; None where none fits."""
+        sizes, ahead = tee(map(self._worth, budgets))
+        measured = self._measured(self._made(plan) for worth in ahead for plans in worth for plan in plans)
+        for worth in sizes:
+            found = [min(islice(measured, len(plans)), key=_divergence) for plans in worth]
+            is_fast = len(found) == 2 and found[0].point.kl <= FASTER * found[1].point.kl
+            yield found[0] if is_fast else min(found, key=_divergence, default=None)
+
     def _by_bits(self, budget: float) -> Iterator[Planned]:
-        """The best plans within a budget, where they could be the best of all: first one in int8, then one in int4.
+        """The best plans within a budget, first one in int8, then one in int4."""
+        return (min(map(self._planned, plans), key=_divergence) for plans in self._worth(budget))
+
+    def _worth(self, budget: float) -> list[list[tuple[LayerPlan, ...]]]:
+        """The plans within a budget that could be the best of all: first those in int8, then those in int4.
 
         In each number of bits they are codes alone, what is expected to lose least, and that with narrower feed-forward
         parts. Alterations do more together than each alone, so these must beat codes alone, which are therefore never
@@ -201,11 +215,11 @@ class Planner:
             *({bits: min(plans, key=_expected) for bits, plans in kind.items()} for kind in (found, narrower)),
         )
         least = [min(map(_expected, way.values()), default=0.0) for way in ways]
-        for bits in BITS:
-            likely = ((way[bits], UNSURE * most) for way, most in zip(ways, least, strict=True) if bits in way)
-            worth = dict.fromkeys(plan for plan, most in likely if _expected(plan) <= most)
-            if worth:
-                yield min(map(self._planned, worth), key=_divergence)
+        likely = (
+            [(way[bits], UNSURE * most) for way, most in zip(ways, least, strict=True) if bits in way] for bits in BITS
+        )
+        worth = (list(dict.fromkeys(plan for plan, most in plans if _expected(plan) <= most)) for plans in likely)
+        return [plans for plans in worth if plans]
 
     def _all_filled(
         self, budget: float, kinds: Mapping[int, Sequence[Layers]]
@@ -237,21 +251,47 @@ class Planner:
 
     def _planned(self, layers: Sequence[LayerPlan], how: str = "") -> Planned:
         """Those layers with keys centred where that pays, measured."""
+        return next(self._measured([self._made(layers, how)]))
+
+    def _made(self, layers: Sequence[LayerPlan], how: str = "") -> tuple[Plan, Codes]:
+        """Those layers with keys centred where that pays, and their codes."""
+        give_back()  # codes of all layers and what is computed with them come on top of what is in memory
         fitted = [self._fit(layer) for layer in layers]
         plan = self._plan_of(_with_reason(layer, how + layer.reason) for layer, _ in fitted)
-        if plan.layers not in self._divergences:
-            give_back()  # codes of all layers and what is computed with them come on top of what is in memory
-            codes = ShareKv().apply(self.spec, self.statistics, plan, tuple(code for _, code in fitted))
-            self._divergences[plan.layers] = self.divergence(codes)
+        return plan, ShareKv().apply(self.spec, self.statistics, plan, tuple(code for _, code in fitted))
+
+    def _measured(self, made: Iterable[tuple[Plan, Codes]]) -> Iterator[Planned]:
+        """Plans with what they lose, in their order; none is measured twice."""
+        plans, ahead = tee(made)
+        found = self._new(ahead)
+        for plan, _ in plans:
+            while plan.layers not in self._divergences:
+                layers, self._divergences[layers] = next(found)
+            yield Planned(plan, self._point(plan))
+
+    def _new(self, made: Iterable[tuple[Plan, Codes]]) -> Iterator[tuple[tuple[LayerPlan, ...], float]]:
+        """The layers of plans that were not measured before, with their divergences."""
+        new, ahead = tee(self._unmeasured(made))
+        layers = (plan.layers for plan, _ in new)
+        return zip(layers, self.divergences(codes for _, codes in ahead), strict=False)
+
+    def _unmeasured(self, made: Iterable[tuple[Plan, Codes]]) -> Iterator[tuple[Plan, Codes]]:
+        known = set(self._divergences)
+        for plan, codes in made:
+            if plan.layers not in known:
+                known.add(plan.layers)
+                yield plan, codes
+
+    def _point(self, plan: Plan) -> PlanPoint:
+        """Bytes, time and divergence of a plan that was measured."""
         size = KVLayout.of(self.spec, plan).bytes_at(self.context)
-        point = PlanPoint(
+        return PlanPoint(
             cache=next(layer.cache.dtype for layer in plan.layers if layer.has_cache),
             kv_bytes_per_token=size / self.context,
             kv_ratio=self.plain_bytes / size,
             time_ratio=self.time.of_plan(plan.layers) / self.plain_time,
             kl=self._divergences[plan.layers],
         )
-        return Planned(plan, point)
 
     def _fit(self, layer: LayerPlan) -> tuple[LayerPlan, LayerEdit]:
         """A layer's final plan and its codes, fitted once."""

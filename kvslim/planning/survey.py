@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from kvslim.errors import UsageError
@@ -24,6 +25,7 @@ SIZES: tuple[tuple[Method, ...], ...] = ((INT8,), (INT4,), (MORE, INT4), (HALF, 
 # As onnxruntime-genai's builder calibrates them: a step per channel, set by the largest value.
 GENAI = {f"genai int{bits}": KvQuant(bits=bits, clip="minmax", centre=False) for bits in (8, 4)}
 GGML = {f"llama.cpp {name.lower()}": GgmlCache(kind="ggml", key=name, value=name) for name in ("Q8_0", "Q4_0")}
+Peer = tuple[float, tuple[LayerEdit, ...]]  # bytes of a token, codes
 GGML_BLOCK = 32  # numbers; llama.cpp takes heads of whole blocks alone
 
 
@@ -38,45 +40,45 @@ def surveyed(trials: DecoderTrials, frontier: tuple[PlanPoint, ...] = ()) -> Sur
     """
     if trials.identity.layout != "gqa":
         return Survey(frontier)
-    track = trials.progress.track
-    sizes = [] if frontier else [point for each in track(SIZES, "sizes priced") for point in _priced(trials, each)]
-    genai = [point for name in track(GENAI, "peers priced") for point in _of_genai(trials, name)]
-    return Survey(frontier, tuple(dict.fromkeys(sizes)), (*genai, *_of_llama_cpp(trials)))
+    sizes = [] if frontier else [plan for each in SIZES if (plan := _decided(trials, each)) is not None]
+    peers = {**_of_genai(trials), **_of_llama_cpp(trials)}
+    codes = chain(map(trials.codes_of, sizes), (codes for _, codes in peers.values()))
+    kls = trials.progress.track(trials.losses(codes), "sizes priced", len(sizes) + len(peers))
+    alike = [_point(trials, plan, kl) for plan, kl in zip(sizes, kls, strict=False)]
+    priced = (
+        PeerPoint(name=name, kv_bytes_per_token=size, kl=kl)
+        for (name, (size, _)), kl in zip(peers.items(), kls, strict=True)
+    )
+    return Survey(frontier, tuple(dict.fromkeys(alike)), tuple(priced))
 
 
-def _priced(trials: DecoderTrials, methods: Sequence[Method]) -> Iterator[PlanPoint]:
-    """All layers alike; nothing where the kernel cannot read that."""
-    plan = _decided(trials, methods)
-    if plan is None:
-        return
+def _point(trials: DecoderTrials, plan: Plan, kl: float) -> PlanPoint:
+    """All layers alike."""
     context = trials.prepared.context
     size, plain = (KVLayout.of(trials.spec, each).bytes_at(context) for each in (plan, trials.identity))
     time = decode_time(trials.prepared, context)
-    yield PlanPoint(
+    return PlanPoint(
         cache=plan.layers[0].cache.dtype,
         kv_bytes_per_token=size / context,
         kv_ratio=plain / size,
         time_ratio=time.of_plan(plan.layers) / time.of_plan(trials.identity.layers),
-        kl=trials.divergence(plan),
+        kl=kl,
     )
 
 
-def _of_genai(trials: DecoderTrials, name: str) -> Iterator[PeerPoint]:
-    plan = _decided(trials, [GENAI[name]])
-    if plan is not None:
-        yield PeerPoint(name=name, kv_bytes_per_token=_bytes(trials, plan), kl=trials.divergence(plan))
+def _of_genai(trials: DecoderTrials) -> dict[str, Peer]:
+    plans = {name: _decided(trials, [method]) for name, method in GENAI.items()}
+    return {name: (_bytes(trials, plan), trials.codes_of(plan)) for name, plan in plans.items() if plan is not None}
 
 
-def _of_llama_cpp(trials: DecoderTrials) -> Iterator[PeerPoint]:
+def _of_llama_cpp(trials: DecoderTrials) -> dict[str, Peer]:
     """In blocks of the numbers that a token has in all heads; a window of the model's own is kept by both."""
     spec = trials.spec
     if spec.head_dim % GGML_BLOCK:
-        return
+        return {}
     plain = _bytes(trials, trials.identity)
-    for name, cache in GGML.items():
-        share = cache.bytes_of(GGML_BLOCK) / (2 * 4 * GGML_BLOCK)
-        codes = tuple(LayerEdit(cache=cache) for _ in range(spec.layers))
-        yield PeerPoint(name=name, kv_bytes_per_token=share * plain, kl=trials.loss(codes))
+    shares = {name: cache.bytes_of(GGML_BLOCK) / (2 * 4 * GGML_BLOCK) for name, cache in GGML.items()}
+    return {name: (shares[name] * plain, (LayerEdit(cache=cache),) * spec.layers) for name, cache in GGML.items()}
 
 
 def _decided(trials: DecoderTrials, methods: Sequence[Method]) -> Plan | None:

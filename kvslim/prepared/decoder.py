@@ -158,8 +158,9 @@ class PreparedDecoder(PreparedModel):
     def _gathered(self, context: int, seed: int) -> CalibrationStatistics:
         windows = self.text.calibration_windows
         self.progress.stage(stages.CALIBRATE)
-        parts = self.workers.map(self, WindowRecording(windows, seed), range(len(windows)), "windows")
-        whole = replace(reduce(merge, parts), windows=windows)  # what comes from another process cannot be written to
+        parts = self.workers.map(self, WindowRecording(windows, seed), range(len(windows)))
+        tracked = self.progress.track(parts, "windows", len(windows))
+        whole = replace(reduce(merge, tracked), windows=windows)  # what comes from another process cannot be written to
         return finish(whole, context=context, loss_mask=self.text.calibration_mask())
 
     def codes(self, plan: Plan) -> tuple[LayerEdit, ...]:

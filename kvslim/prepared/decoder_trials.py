@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvslim.calibrate.taylor import taylor_scores
+from kvslim.memory import give_back
 from kvslim.methods.base import Method
 from kvslim.planning.budget import choose_within
 from kvslim.planning.choose import Chosen
@@ -25,6 +27,7 @@ from kvslim.transform.recall_trials import AnswerTrials, RecallTrials
 from kvslim.types import Plan, PlanPoint, Survey
 
 if TYPE_CHECKING:
+    from kvslim.calibrate.statistics import CalibrationStatistics
     from kvslim.prepared.decoder import PreparedDecoder
     from kvslim.validation.recall import RecallItem
 
@@ -33,6 +36,28 @@ TAYLOR_TOKENS = 8_192
 RECALL_ITEMS, LAZY_ITEMS, FAR_ITEMS = 50, 12, 32
 LONGEST = 4_096  # tokens of a text that states are trained on
 JOINED = 4  # text is put end to end up to one part in so many of the target context
+
+
+@dataclass(frozen=True)
+class Losing:
+    """The loss of the model with one after another of many codes.
+
+    Attributes:
+        statistics: What is known of the model's cache; they have the text.
+    """
+
+    statistics: CalibrationStatistics
+
+    def open(self, prepared: PreparedDecoder) -> Callable[[Codes], float]:
+        """What measures codes."""
+        vars(prepared)["statistics"] = self.statistics
+        trials = prepared.trials()
+
+        def loss(codes: Codes) -> float:
+            give_back()  # what is computed with other codes comes on top
+            return trials.loss(codes)
+
+        return loss
 
 
 class DecoderTrials(Trials):
@@ -115,6 +140,14 @@ class DecoderTrials(Trials):
     def loss(self, codes: Codes) -> float:
         """Mean KL(model || model with codes), nats per token."""
         return self.held_out.kl(codes)
+
+    def losses(self, codes: Iterable[Codes]) -> Iterator[float]:
+        """The losses of many, in their order, by the model's workers."""
+        return self.prepared.workers.map(self.prepared, self._losing, codes, self.loss)
+
+    @cached_property
+    def _losing(self) -> Losing:
+        return Losing(self.statistics)
 
     def recall_drop(self, change: Plan | Method) -> float:
         """Probability that recalled answers may lose by a change."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -59,6 +59,10 @@ class Trials(ABC):
     def loss(self, codes: Codes) -> float:
         """How far the model with codes is from itself without."""
 
+    def losses(self, codes: Iterable[Codes]) -> Iterator[float]:
+        """The losses of many, in their order; each is made when it is needed."""
+        return map(self.loss, codes)
+
     @abstractmethod
     def refitting(self, codes: Codes) -> Iterator[Codes]:
         """The codes with projections fitted to them, on text that serves for fitting: of one layer more each time."""
@@ -110,6 +114,10 @@ class Trials(ABC):
     def divergence(self, change: Plan | Method) -> float:
         """How far the model is from itself with a plan, or with one method and nothing else."""
         return self.loss(self.codes_of(change))
+
+    def divergences(self, changes: Iterable[Plan | Method]) -> Iterator[float]:
+        """The divergences of many changes, each alone, in their order."""
+        return self.losses(map(self.codes_of, changes))
 
     def codes_of(self, change: Plan | Method) -> Codes:
         """Codes of a plan, or of the model with one method and nothing else; no projections are refitted."""

@@ -59,20 +59,18 @@ class Workers:
         self,
         prepared: PreparedDecoder,
         task: Task[Item, Result],
-        items: Sequence[Item],
-        label: str,
+        items: Iterable[Item],
         here: Callable[[Item], Result] | None = None,
     ) -> Iterator[Result]:
-        """Yields the results of all items, in their order.
+        """Yields the results of all items, in their order; who takes no more of them ends the work.
 
         Args:
             prepared: The model, as this process has it.
-            task: What is done with each.
-            items: The pieces.
-            label: What one piece is, in a few words, for the progress.
+            task: What is done with each; where it is the same object as the last time, it stays open.
+            items: The pieces; each is made when there is somebody to do it.
             here: The same as `task.open(prepared)`, where this process has it open already.
         """
-        yield from map(here or task.open(prepared), prepared.progress.track(items, label))
+        yield from map(here or task.open(prepared), items)
 
     def measure(
         self, measurement: Measurement[Item, Result], items: Sequence[Item], progress: Progress

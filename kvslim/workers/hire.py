@@ -19,7 +19,7 @@ def hired(count: int | None, address: str | None) -> Iterator[Workers]:
         address: Of a Ray cluster; None for this machine.
 
     Raises:
-        UnsupportedError, NotFoundError: As for `Cluster`.
+        UnsupportedError, UsageError, NotFoundError: As for `Cluster`.
     """
     if count is None and address is None:
         yield Workers()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.planning.budget import decode_time
@@ -97,4 +98,5 @@ def planner_with(
 ) -> Planner:
     """A planner of probes at their context."""
     time, evaluator = decode_time(prepared, probes.context), evaluator_of(prepared, statistics)
-    return Planner(prepared.spec, statistics, Plan.identity(prepared.spec), time, probes, evaluator.kl, time_ratio)
+    divergences = partial(map, evaluator.kl)
+    return Planner(prepared.spec, statistics, Plan.identity(prepared.spec), time, probes, divergences, time_ratio)
