@@ -91,7 +91,6 @@ class Refusing:
 
 ASKED = {
     "budget": recipe_of().within(Budget(kv_ratio=8)),
-    "methods": RECIPE,
     "memory": recipe_of((), "int4").within(Budget(memory_mib=129, context=64)),
 }
 

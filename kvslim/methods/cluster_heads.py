@@ -79,10 +79,9 @@ class ClusterHeads(Method):
             return self
         named = {"count": None, "fraction": None}
         numbers = self.numbers(trials.spec, trials.statistics)
-        losses = {
-            layer: trials.divergence(self.model_copy(update={**named, "clusters": {layer: numbers[layer]}}))
-            for layer in trials.progress.track(numbers, "layers to cluster heads in")
-        }
+        alone = (self.model_copy(update={**named, "clusters": {layer: numbers[layer]}}) for layer in numbers)
+        tried = trials.progress.track(trials.divergences(alone), "layers to cluster heads in", len(numbers))
+        losses = dict(zip(numbers, tried, strict=True))
         cheapest = sorted(sorted(losses, key=losses.__getitem__)[: self.count])
         return self.model_copy(update={**named, "clusters": {layer: numbers[layer] for layer in cheapest}})
 

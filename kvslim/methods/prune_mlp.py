@@ -73,11 +73,9 @@ class PruneMlp(Method):
             return self
         width = trials.statistics.inner_mean.shape[1]
         tried = stepped(width, TRIED)
-        losses = [
-            trials.divergence(PruneMlp(widths={layer: tried}))
-            for layer in trials.progress.track(range(trials.spec.layers), "layers narrowed")
-        ]
-        return self._shared_out(losses, width)
+        layers = trials.spec.layers
+        losses = trials.divergences(PruneMlp(widths={layer: tried}) for layer in range(layers))
+        return self._shared_out(list(trials.progress.track(losses, "layers narrowed", layers)), width)
 
     def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
         """Gives layers their widths."""

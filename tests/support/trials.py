@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ class MadeUpTrials(Trials):
 
     def divergence(self, change: Any) -> float:
         return self.asked(change)
+
+    def divergences(self, changes: Iterable[Any]) -> Iterator[float]:
+        return map(self.asked, changes)
 
     def loss(self, codes: Codes) -> float:
         raise NotImplementedError
