@@ -99,6 +99,15 @@ def test_sweep_that_is_made_needs_no_cluster(tmp_path: Path) -> None:
     assert run_sweep(jobs, tmp_path, Cluster(2, "127.0.0.1:1"), Silent()) == outcomes
 
 
+def test_what_a_killed_process_left_goes_when_a_sweep_ends(tmp_path: Path) -> None:
+    left = tmp_path / "a" / "lossless.partial-1"
+    left.mkdir(parents=True)
+    store_outcomes(tmp_path, Outcomes())
+    with pytest.raises(NotFoundError, match="no Ray cluster"):
+        run_sweep(jobs_of(sweep_of(models=["a"])), tmp_path, Cluster(2, "127.0.0.1:1"), Silent())
+    assert not left.exists()
+
+
 def test_missing_file_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no such sweep file"):
         read_sweep(tmp_path / "none.yaml")

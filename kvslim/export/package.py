@@ -34,7 +34,7 @@ def check_output(out: Path, overwrite: bool = False) -> None:
     """
     out = _real(out)
     with _output_errors(out):
-        _recover(out)
+        recover(out)
         _check_taken(out, overwrite)
         parent = _existing_parent(out)
         os.rmdir(tempfile.mkdtemp(prefix=".kvslim-probe-", dir=parent))  # noqa: PTH106 (a string from mkdtemp)
@@ -162,8 +162,8 @@ def _lock(folder: Path) -> int | None:
     return None
 
 
-def _recover(out: Path) -> None:
-    """Removes what killed processes left, and puts back an artifact that one of them had moved aside."""
+def recover(out: Path) -> None:
+    """Removes what killed processes left of a folder, and puts back an artifact that one of them had moved aside."""
     for left in sorted(_left_behind(out)):
         lock = _lock(left)
         if lock is None:
@@ -195,7 +195,7 @@ def _flush_to_disk(folder: Path) -> None:
 
 
 def _publish(partial: Path, out: Path) -> None:
-    """Renames `partial` to `out`, by way of `OUT.old-*` where an artifact is there; `_recover` heals a kill between."""
+    """Renames `partial` to `out`, by way of `OUT.old-*` where an artifact is there; `recover` heals a kill between."""
     if not out.exists():
         partial.rename(out)
         return

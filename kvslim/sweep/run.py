@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from kvslim.export.package import recover
 from kvslim.progress import Progress
 from kvslim.sweep.asked import Job
 from kvslim.sweep.outcomes import Failure, Outcome, Outcomes, key_of, load_outcomes, store_outcomes
@@ -31,10 +32,14 @@ def run_sweep(jobs: Sequence[Job], folder: Path, cluster: Cluster, progress: Pro
     outcomes = load_outcomes(folder, {job.name: job for job in jobs})
     store_outcomes(folder, outcomes)
     left = [job for job in jobs if job.name not in outcomes.jobs]
-    with cluster if left else nullcontext():
-        for job, outcome in progress.track(_ended(left, folder, cluster), "artifacts made", len(left)):
-            outcomes = Outcomes(jobs={**outcomes.jobs, job.name: outcome})
-            store_outcomes(folder, outcomes)
+    try:
+        with cluster if left else nullcontext():
+            for job, outcome in progress.track(_ended(left, folder, cluster), "artifacts made", len(left)):
+                outcomes = Outcomes(jobs={**outcomes.jobs, job.name: outcome})
+                store_outcomes(folder, outcomes)
+    finally:  # Ray has killed the processes of a sweep that is interrupted
+        for job in jobs:
+            recover((folder / job.name).absolute())
     return Outcomes(jobs={job.name: outcomes.jobs[job.name] for job in jobs})
 
 
