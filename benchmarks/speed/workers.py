@@ -18,6 +18,7 @@ from kvslim.progress import Silent
 STEPS = {
     "windows": "statistics",
     "layers probed": "probes",
+    "kinds of changes asked for recall": "what keeps recall",
     "sizes planned": "plans of several sizes",
     "sizes priced": "cache types of other tools",
 }
@@ -51,8 +52,8 @@ class Timed(Silent):
 def workers(source: Source, *, samples: int = 8, length: int = 256, count: int = 2) -> Iterator[Values]:
     """What a plan takes by one process of one thread, and by workers of one thread each.
 
-    The workers load the model within the statistics' time. What stands in no row but the last is not done in pieces.
-    Plans have to be equal to the last bit.
+    The workers load the model within the statistics' time. What keeps recall is not done in pieces, nor what stands in
+    the last row alone. Plans have to be equal to the last bit.
     """
     import torch
 
