@@ -19,7 +19,7 @@ from kvslim.contract import CacheType
 Step = Literal["prefill", "decode"]
 
 DECODE: dict[CacheType, float] = {"float32": 1, "int8": 0.59, "int4": 0.67, "codes3": 2.2, "codes2": 2.2, "codes1": 2.2}
-PREFILL: dict[CacheType, float] = {"float32": 1, "int8": 1.08, "int4": 1.13}
+PREFILL: dict[CacheType, float] = {"float32": 1, "int8": 1.04, "int4": 1.04}
 
 
 def kernel_ratio(step: Step, stored: CacheType) -> float:
