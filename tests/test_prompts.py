@@ -113,26 +113,27 @@ def test_prompt_after_a_rewind_is_what_it_is_without_the_detour(made: Made, fami
 @pytest.mark.parametrize(
     ("family", "cache", "expected"),
     [
-        ("llama", "residuals", [24, 16]),
-        ("llama", "ring with residuals", [24, 16]),
-        ("phi3-partial", WIDE, [40, 32]),
-        ("llama", "residual", None),
-        ("llama", "int4", None),
+        ("llama", "residuals", [[24, 16]] * 4),
+        ("llama", "ring with residuals", [[24, 16]] * 4),
+        ("phi3-partial", WIDE, [[40, 32]] * 4 + [[32, 24]]),  # the last is of what values alone hold twice
+        ("llama", "residual", []),
+        ("llama", "int4", []),
     ],
 )
 def test_branch_attends_to_sums_of_what_is_held_twice(
-    made: Made, family: str, cache: str, expected: list[int] | None
+    made: Made, family: str, cache: str, expected: list[list[int]]
 ) -> None:
     model = onnx.load(made(family, cache)[0] / "model.onnx")
-    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
     assert not any("value_sum" in name for node in model.graph.node for name in node.input)  # it is in the branches
     branches = [
         attribute.g for node in model.graph.node for attribute in node.attribute if attribute.name == "then_branch"
     ]
     assert branches
     for branch in branches:
-        sums = [shapes[name] for node in branch.node if node.op_type == "Mul" for name in node.input if name in shapes]
-        assert sums == ([] if expected is None else [expected] * 4)
+        constants = {tensor.name: tensor.dims for tensor in (*model.graph.initializer, *branch.initializer)}
+        factors = [node.input[1] for node in branch.node if node.op_type in ("Mul", "MatMul")]
+        matrices = [list(constants[name][-2:]) for name in factors if len(constants.get(name, ())) > 1]
+        assert [[rows, columns] for rows, columns in matrices if rows / 2 < columns < rows] == expected
 
 
 @pytest.mark.parametrize("count", [8, 16, 24])
