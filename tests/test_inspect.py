@@ -351,7 +351,7 @@ def test_last_lines_answer_for_each_device_and_context(tmp_path: Path, capsys: p
     rate = {entry["cache"]: 1 / entry["stages"][-1]["seconds_per_token"] for entry in found["devices"][:3]}
     prompt = {entry["cache"]: entry["stages"][-2]["seconds_per_token"] for entry in found["devices"][:3]}
     assert rate["fp32"] < rate["int4"] < rate["int8"] < 2 * rate["fp32"]
-    assert prompt["fp32"] < prompt["int8"] < prompt["int4"]
+    assert prompt["fp32"] < prompt["int8"] == prompt["int4"]
 
 
 def test_devices_are_named_where_none_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,10 +69,11 @@ def made(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
 def limited(folder: Path, most: int) -> Path:
     """The graph with another limit from which tokens are a prompt."""
     model = onnx.load(folder / "model.onnx")
-    (name,) = {node.input[1] for node in model.graph.node if node.op_type == "Greater"}
-    (limit,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+    (is_prompt,) = (node for node in model.graph.node if node.op_type == "Greater")
+    (limit,) = (tensor for tensor in model.graph.initializer if tensor.name == is_prompt.input[1])
     assert onnx.numpy_helper.to_array(limit).tolist() == [LONGEST_STEP]
-    limit.CopyFrom(onnx.numpy_helper.from_array(np.array([most]), name))
+    is_prompt.input[1] = "limit"  # its own, as others may read an equal constant
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([most]), "limit"))
     made = folder.with_name(f"most-{most}")
     made.mkdir()
     onnx.save(model, made / "model.onnx")

@@ -42,7 +42,7 @@ VALIDATIONS = st.builds(
 GATES = st.builds(Gates, max_kl=st.none() | st.floats(0, 1e300), max_recall_drop=SHARES, max_kv_ratio=SHARES)
 BUDGETS = st.builds(Budget, max_kl=st.floats(1e-300, 1e300), max_recall_drop=SHARES)
 WEIGHTS = st.one_of(
-    st.builds(WeightFormat, type=st.sampled_from(["fp32", "int8", "int4"]), method=st.sampled_from(["k_quant", "rtn"])),
+    st.builds(WeightFormat, type=st.sampled_from(["int8", "int4"]), method=st.sampled_from(["k_quant", "rtn"])),
     st.builds(WeightFormat, type=st.just("int4"), mixed=st.booleans()),
 )
 COMMON = {
