@@ -12,6 +12,7 @@ from support.models import exported, in_chunks, open_prepared, recipe_of
 
 from kvslim.caches import FullCache, SharedCache, WindowCache
 from kvslim.contract import WINDOW_SLACK
+from kvslim.export import products
 from kvslim.export.prompts import LONGEST_STEP, _sums
 from kvslim.runtime.opening import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
@@ -211,3 +212,18 @@ def test_batch_of_unequal_lengths_is_the_same_with_and_without_room(made: Made, 
     by_step, by_prompt = results
     assert np.abs(by_step).max() > 0.1
     assert np.abs(by_step - by_prompt).max() < 0.02 * np.abs(by_step).max()
+
+
+def test_sums_of_values_stay_as_they_are_beside_quantised_weights(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are matrices too, and large ones in real models."""
+    monkeypatch.setattr(products, "SMALLEST_MATRIX", 40 * 24)
+    prepared = open_prepared(tiny_model("phi3-partial"), recipe_of((), "int4"))
+    layers = [LayerPlan(layer=layer, cache=CACHES[WIDE]) for layer in range(prepared.spec.layers)]
+    exported(prepared, Plan(layers=tuple(layers)), tmp_path / "graph")
+    graphs = limited(tmp_path / "graph", NEVER), limited(tmp_path / "graph", ALWAYS)
+    by_step, by_prompt = (
+        in_chunks(DecodeSession(graph, capacity=100, float_activations=True), TOKENS, [40, 20, 39]) for graph in graphs
+    )
+    np.testing.assert_allclose(by_prompt, by_step, atol=1e-3)

@@ -209,9 +209,9 @@ class PreparedDecoder(PreparedModel):
     def export(self, plan: Plan, folder: Path) -> tuple[str, ...]:
         """Writes the graph of the model as it is, which `plan` describes; its inputs other than the cache."""
         graph = build_graph(self.model, self.architecture, KVLayout.of(self.spec, plan), self.progress, self.rows)
+        branch_prompts(graph)  # takes sums of values into the branches, where they stay in float32
         if self.rows is not None:
             quantise_weights(graph, self.rows)
-        branch_prompts(graph)
         as_opened(graph)
         save_graph(graph, folder)
         return token_inputs(graph)
