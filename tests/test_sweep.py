@@ -44,6 +44,13 @@ def test_jobs_of_one_name_are_refused() -> None:
         jobs_of(sweep_of(models=["a/b", "c/b"]))
 
 
+def refusal_of(text: str, path: Path) -> UsageError:
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        read_sweep(path)
+    return caught.value
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -59,12 +66,9 @@ def test_jobs_of_one_name_are_refused() -> None:
     ],
 )
 def test_wrong_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "sweep.yaml"
-    path.write_text(text)
-    with pytest.raises(UsageError) as caught:
-        read_sweep(path)
-    assert message in caught.value.message
-    assert caught.value.where == str(path)
+    refusal = refusal_of(text, tmp_path / "sweep.yaml")
+    assert message in refusal.message
+    assert refusal.where == str(tmp_path / "sweep.yaml")
 
 
 @pytest.mark.parametrize(
@@ -75,11 +79,7 @@ def test_wrong_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
     ],
 )
 def test_key_that_is_meant_is_named(text: str, fix: str, tmp_path: Path) -> None:
-    path = tmp_path / "sweep.yaml"
-    path.write_text(text)
-    with pytest.raises(UsageError) as caught:
-        read_sweep(path)
-    assert caught.value.fix == fix
+    assert refusal_of(text, tmp_path / "sweep.yaml").fix == fix
 
 
 @pytest.mark.parametrize(
