@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from kvslim.contract import WINDOW_SLACK
 from kvslim.export.subgraphs import Constants, Nodes, Subgraph
@@ -72,7 +71,6 @@ def branch_prompts(model: ir.Model, longest_step: int = LONGEST_STEP) -> None:
         for old, new in zip(replaced, outputs, strict=True):
             old.replace_all_uses_with(new, replace_graph_outputs=True)
         graph.remove([node, *adding], safe=True)
-    RemoveUnusedNodesPass()(model)
     for value in shared.made:
         graph.register_initializer(value)
 
