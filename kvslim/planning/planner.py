@@ -254,11 +254,10 @@ class Planner:
         return next(self._measured([self._made(layers, how)]))
 
     def _made(self, layers: Sequence[LayerPlan], how: str = "") -> tuple[Plan, Codes]:
-        """Those layers with keys centred where that pays, and their codes."""
-        give_back()  # codes of all layers and what is computed with them come on top of what is in memory
+        """Those layers with keys centred where that pays, and their own codes."""
         fitted = [self._fit(layer) for layer in layers]
         plan = self._plan_of(_with_reason(layer, how + layer.reason) for layer, _ in fitted)
-        return plan, ShareKv().apply(self.spec, self.statistics, plan, tuple(code for _, code in fitted))
+        return plan, tuple(code for _, code in fitted)
 
     def _measured(self, made: Iterable[tuple[Plan, Codes]]) -> Iterator[Planned]:
         """Plans with what they lose, in their order; none is measured twice."""
@@ -273,7 +272,12 @@ class Planner:
         """The layers of plans that were not measured before, with their divergences."""
         new, ahead = tee(self._unmeasured(made))
         layers = (plan.layers for plan, _ in new)
-        return zip(layers, self.divergences(codes for _, codes in ahead), strict=False)
+        return zip(layers, self.divergences(self._shared(plan, own) for plan, own in ahead), strict=False)
+
+    def _shared(self, plan: Plan, own: Codes) -> Codes:
+        """The codes of a plan, shared caches among them."""
+        give_back()  # codes of all layers and what is computed with them come on top of what is in memory
+        return ShareKv().apply(self.spec, self.statistics, plan, own)
 
     def _unmeasured(self, made: Iterable[tuple[Plan, Codes]]) -> Iterator[tuple[Plan, Codes]]:
         known = set(self._divergences)
