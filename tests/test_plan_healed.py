@@ -39,12 +39,12 @@ def test_kinds_of_plans_differ_in_what_they_do_to_layers(planner: Planner) -> No
         assert found.point.kv_ratio >= RATIO
         layers = found.plan.layers
         assert ("removals" in kind) == any(layer.heads is not None for layer in layers)
-        assert ("shared caches" in kind) == any(layer.source is not None for layer in layers)
+        assert ("sharing" in kind) == any(layer.source is not None for layer in layers)
         assert ("windows" in kind) == any(layer.has_cache and layer.cache.kept is not None for layer in layers)
     assert len(kinds) > 1
 
 
-KINDS = {frozenset({name}): kl for name, kl in (("windows", 1.0), ("removals", 1.2), ("shared caches", 2.0))}
+KINDS = {frozenset({name}): kl for name, kl in (("windows", 1.0), ("removals", 1.2), ("sharing", 2.0))}
 
 
 @pytest.mark.parametrize(

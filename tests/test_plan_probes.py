@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,9 @@ from kvslim.calibrate import cache
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.errors import UsageError
 from kvslim.planning.budget import choose_within, probes_key
+from kvslim.planning.planner import Planner
 from kvslim.planning.prices import Price
-from kvslim.planning.probes import FORMAT, Probes
+from kvslim.planning.probes import CHANGES, FORMAT, Change, Probes
 from kvslim.planning.probing import Prober
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.settings import Budget
@@ -57,7 +58,8 @@ def parts_of(prober: Prober) -> list[Probes]:
 
 def test_layers_probed_apart_make_the_probes_of_all(prober: Prober, probes: Probes) -> None:
     merged = Probes.merge(*reversed(parts_of(prober)))
-    assert merged.recall is None
+    assert merged.unasked == list(CHANGES)
+    assert probes.unasked == []
     assert prober.with_recall(merged) == probes
     assert probes.windowed
     assert probes.removed
@@ -93,8 +95,6 @@ def test_planner_refuses_probes_of_something_else(
         planner_with(prepared, statistics, probes.model_copy(update={"layers": (*probes.layers, more)}))
     with pytest.raises(UsageError, match="without a limit of time"):
         planner_with(prepared, statistics, probes, time_ratio=0.9)
-    with pytest.raises(UsageError, match="keeps recall"):
-        planner_with(prepared, statistics, Probes.merge(probes))
 
 
 def test_second_budget_measures_no_layer_again(
@@ -120,6 +120,31 @@ def test_second_budget_measures_no_layer_again(
     assert len(asked) == 6 * prepared.spec.layers
 
 
+def test_recall_is_asked_of_a_kind_of_change_when_a_plan_first_has_it(
+    prepared: PreparedDecoder, statistics: CalibrationStatistics
+) -> None:
+    """Windows lose nothing here, removals and shared caches far more than codes in a large cache."""
+    losing = prober_of(
+        prepared, statistics, context=CONTEXT, windows=(nothing, nothing), plans=(lambda _: 1e-3, nothing)
+    )
+    asked: list[Change] = []
+
+    def with_recall(probes: Probes, changes: Iterable[Change]) -> Probes:
+        asked.extend(changes)
+        return losing.with_recall(probes, changes)
+
+    whole = probed(losing)
+    unasked = Probes.merge(*parts_of(losing))
+    known = prepared.spec, statistics, Plan.identity(prepared.spec), losing.time
+    planner, other = (
+        Planner(*known, probes, with_recall, lambda codes: map(nothing, codes)) for probes in (unasked, whole)
+    )
+    assert asked == []
+    for ratio, changes in ((4, []), (8, ["windows"]), (40, ["windows", "removals"])):
+        assert planner.allocated(planner.plain_bytes / ratio) == other.allocated(planner.plain_bytes / ratio)
+        assert asked == changes
+
+
 @pytest.fixture
 def cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("KVSLIM_CACHE", str(tmp_path))
@@ -132,19 +157,17 @@ def test_probes_come_from_the_disk_for_any_budget_and_are_made_again_when_damage
     trials = open_prepared(tiny_llama, recipe_of()).trials()
     first = choose_within(Budget(kv_ratio=8), trials)
     (stored,) = (cache_of_its_own / "probes").iterdir()
-    asked: list[Prober] = []
-    with_recall = Prober.with_recall
-    monkeypatch.setattr(
-        Prober, "with_recall", lambda prober, *found: asked.append(prober) or with_recall(prober, *found)
-    )
+    probed: list[int] = []
+    probe = Prober.probe_layer
+    monkeypatch.setattr(Prober, "probe_layer", lambda prober, layer: probed.append(layer) or probe(prober, layer))
     assert choose_within(Budget(kv_ratio=12), trials).planned.point.kv_ratio >= 12
     assert choose_within(Budget(kv_ratio=8), trials) == first
-    assert asked == []
+    assert probed == []
     whole = stored.read_bytes()
     stored.write_bytes(whole[:-100])
     assert cache.load_probes(stored.stem, Probes) is None
     assert choose_within(Budget(kv_ratio=8), trials) == first
-    assert len(asked) == 1
+    assert probed == list(range(trials.spec.layers))
     assert stored.read_bytes() == whole
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from kvslim.planning.choose import Chosen, choose
 from kvslim.planning.decode_time import DecodeTime
 from kvslim.planning.planner import Planned, Planner
 from kvslim.planning.probes import FORMAT as PROBES_FORMAT
-from kvslim.planning.probes import Probes
+from kvslim.planning.probes import Change, Probes
 from kvslim.planning.probing import Prober
 from kvslim.planning.trials import PlanTrials
 from kvslim.planning.windows import SHARES, WindowTrials
@@ -49,21 +49,25 @@ def _healed(trials: DecoderTrials, settings: Heal, planned: Planned) -> tuple[Pl
 def planner_of(trials: DecoderTrials, context: int | None = None, time_ratio: float | None = None) -> Planner:
     """A planner of what was probed; bytes and time count at a context, by default the target."""
     context = context or trials.prepared.context
-    probes = probes_of(trials, context, timed=time_ratio is not None)
-    time = decode_time(trials.prepared, context)
-    return Planner(trials.spec, trials.statistics, trials.identity, time, probes, trials.losses, time_ratio)
+    timed = time_ratio is not None
+    prober = _prober(trials, context, probes_key(trials, context, timed=timed), timed=timed)
+
+    def with_recall(probes: Probes, changes: Iterable[Change]) -> Probes:
+        probes = prober.with_recall(probes, changes, trials.progress)
+        cache.store_probes(probes)
+        return probes
+
+    known = trials.spec, trials.statistics, trials.identity, prober.time
+    return Planner(*known, _probes_of(trials, prober), with_recall, trials.losses, time_ratio)
 
 
-def probes_of(trials: DecoderTrials, context: int, *, timed: bool) -> Probes:
-    """What was measured of the layers at a context, from the disk when they were probed before."""
-    key = probes_key(trials, context, timed=timed)
-    probes = cache.load_probes(key, Probes)
+def _probes_of(trials: DecoderTrials, prober: Prober) -> Probes:
+    """What was measured of the layers, from the disk when they were probed before."""
+    probes = cache.load_probes(prober.key, Probes)
     if probes is None:
-        prober, prepared = _prober(trials, context, key, timed=timed), trials.prepared
-        task = LayerProbing(trials.statistics, context, key, timed)
+        prepared, task = trials.prepared, LayerProbing(trials.statistics, prober.time.context, prober.key, prober.timed)
         parts = prepared.workers.map(prepared, task, range(trials.spec.layers), prober.probe_layer)
-        tracked = trials.progress.track(parts, "layers probed", trials.spec.layers)
-        probes = prober.with_recall(Probes.merge(*tracked), trials.progress)
+        probes = Probes.merge(*trials.progress.track(parts, "layers probed", trials.spec.layers))
         cache.store_probes(probes)
     return probes
 

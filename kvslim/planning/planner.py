@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, tee
+from itertools import chain, islice, tee
 from typing import TYPE_CHECKING
 
 from kvslim.contract import ModelSpec
@@ -18,7 +18,7 @@ from kvslim.planning.allocate import allocate, allocate_both
 from kvslim.planning.candidates import Alteration, Candidate, CandidateMaker, options, reason_of
 from kvslim.planning.decode_time import DecodeTime
 from kvslim.planning.prices import Codes
-from kvslim.planning.probes import BITS, FIX, Probes
+from kvslim.planning.probes import BITS, FIX, Change, Probes
 from kvslim.progress import Progress, Silent
 from kvslim.settings import Budget
 from kvslim.transform.edits import LayerEdit
@@ -58,6 +58,8 @@ class Planner:
         base: The plan that changes nothing.
         time: Of a token at the target context, at which bytes are counted too.
         probes: Of all layers, at that context.
+        with_recall: Probes that know of some kinds of changes which layers keep recall with them. It is asked when a
+            plan with them is to be measured, since that takes as long as to measure many plans.
         divergences: Of the model with one after another of many codes, on text that prices do not come from. Codes may
             be taken ahead, to be measured beside each other.
         time_ratio: Time of a token over the plain model's, which every plan keeps; None for no limit.
@@ -73,6 +75,7 @@ class Planner:
         base: Plan,
         time: DecodeTime,
         probes: Probes,
+        with_recall: Callable[[Probes, Iterable[Change]], Probes],
         divergences: Callable[[Iterable[Codes]], Iterator[float]],
         time_ratio: float | None = None,
     ) -> None:
@@ -83,8 +86,9 @@ class Planner:
         self.plain_time = time.of_plan(base.layers)
         self._maker = CandidateMaker(spec, base, time, timed=probes.timed)
         self.whole = {bits: [layer.candidates[bits] for layer in probes.layers] for bits in BITS}
-        self.offered = {bits: list(self._offered(whole, probes)) for bits, whole in self.whole.items()}
-        self.narrower = {bits: self._narrower(offered, probes) for bits, offered in self.offered.items()}
+        self._with_recall = with_recall
+        # What saves time is asked at once: whether a limit of time can be kept depends on it.
+        self._offer(probes if time_ratio is None or not probes.unasked else with_recall(probes, probes.unasked))
         self._fitted: dict[LayerPlan, tuple[LayerPlan, LayerEdit]] = {}
         self._divergences: dict[tuple[LayerPlan, ...], float] = {}
 
@@ -119,13 +123,8 @@ class Planner:
 
     def kinds(self, budget: float) -> dict[frozenset[str], Planned]:
         """By kind the best plan within a budget, where it could be the best of all; the least divergence first."""
-        likely: dict[frozenset[str], tuple[LayerPlan, ...]] = {}
-        filled = (self._all_filled(budget, kinds).values() for kinds in (self.offered, self.narrower))
-        for plan in sorted((plan for found in filled for plans in found for plan in plans), key=_expected):
-            likely.setdefault(kind_of(plan), plan)
-        least = min(map(_expected, likely.values()), default=0.0)
-        worth = {kind: plan for kind, plan in likely.items() if _expected(plan) <= UNSURE * least}
-        found = zip(worth, self._measured(map(self._made, worth.values())), strict=True)
+        (worth,) = self._that_keep_recall(lambda: [self._likely_kinds(budget)])
+        found = zip(map(kind_of, worth), self._measured(map(self._made, worth)), strict=True)
         return dict(sorted(found, key=lambda item: item[1].point.kl))
 
     def never_worse(self, planned: Planned) -> Planned:
@@ -168,6 +167,12 @@ class Planner:
                 best = first
         return best
 
+    def _offer(self, probes: Probes) -> None:
+        """Makes plans of what these probes found."""
+        self._probes = probes
+        self.offered = {bits: list(self._offered(whole, probes)) for bits, whole in self.whole.items()}
+        self.narrower = {bits: self._narrower(offered, probes) for bits, offered in self.offered.items()}
+
     def _offered(self, whole: Layers, probes: Probes) -> Iterator[Layers]:
         """What plans are made of: whole caches or windows of one length, all parts or not; or shared caches."""
         removed = probes.removed
@@ -203,7 +208,38 @@ class Planner:
         return (min(map(self._planned, plans), key=_divergence) for plans in self._worth(budget))
 
     def _worth(self, budget: float) -> list[list[tuple[LayerPlan, ...]]]:
-        """The plans within a budget that could be the best of all: first those in int8, then those in int4.
+        """The plans within a budget that could be the best of all: first those in int8, then those in int4."""
+        return self._that_keep_recall(lambda: self._likely(budget))
+
+    def _that_keep_recall(
+        self, find: Callable[[], list[list[tuple[LayerPlan, ...]]]]
+    ) -> list[list[tuple[LayerPlan, ...]]]:
+        """Some plans, found again once it is asked whether the changes that they have keep recall.
+
+        With fewer layers to change a plan is expected to lose no less, so what is not among them now never will be.
+        """
+        plans = find()
+        while changes := self._unasked(chain(*plans)):
+            self._offer(self._with_recall(self._probes, changes))
+            plans = find()
+        return plans
+
+    def _unasked(self, plans: Iterable[Sequence[LayerPlan]]) -> list[Change]:
+        """The kinds of changes that plans have and of which it is not known whether they keep recall."""
+        kinds = frozenset[str]().union(*map(kind_of, plans))
+        return [change for change in self._probes.unasked if change in kinds]
+
+    def _likely_kinds(self, budget: float) -> list[tuple[LayerPlan, ...]]:
+        """By kind the plan within a budget that is expected to lose least, where it could be the best of all."""
+        likely: dict[frozenset[str], tuple[LayerPlan, ...]] = {}
+        filled = (self._all_filled(budget, kinds).values() for kinds in (self.offered, self.narrower))
+        for plan in sorted((plan for found in filled for plans in found for plan in plans), key=_expected):
+            likely.setdefault(kind_of(plan), plan)
+        least = min(map(_expected, likely.values()), default=0.0)
+        return [plan for plan in likely.values() if _expected(plan) <= UNSURE * least]
+
+    def _likely(self, budget: float) -> list[list[tuple[LayerPlan, ...]]]:
+        """The plans of `_worth`, whatever is known of recall.
 
         In each number of bits they are codes alone, what is expected to lose least, and that with narrower feed-forward
         parts. Alterations do more together than each alone, so these must beat codes alone, which are therefore never
@@ -316,8 +352,8 @@ def kind_of(layers: Sequence[LayerPlan]) -> frozenset[str]:
     done = {
         "windows": any(layer.has_cache and layer.cache.kept is not None for layer in layers),
         "removals": any(layer.heads is not None or not layer.mlp for layer in layers),
-        "narrower parts": any(layer.mlp_width is not None for layer in layers),
-        "shared caches": any(layer.source is not None for layer in layers),
+        "narrowing": any(layer.mlp_width is not None for layer in layers),
+        "sharing": any(layer.source is not None for layer in layers),
     }
     return frozenset(name for name, is_done in done.items() if is_done)
 

@@ -1,13 +1,13 @@
 """What is measured of a model before plans are searched, as a value: stored, merged and used for any budget.
 
 Layers are probed apart from each other, so different machines may probe different layers of one model. What keeps
-recall is asked of all layers together, once.
+recall is asked of all layers together, once for each kind of change, when a plan first has it.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
@@ -16,9 +16,11 @@ from kvslim.errors import UsageError
 from kvslim.planning.candidates import Alteration, Candidate
 from kvslim.planning.prices import Price
 
-FORMAT: Literal[7] = 7  # part of the key too; raised when what is measured or how it is stored changes
+FORMAT: Literal[8] = 8  # part of the key too; raised when what is measured or how it is stored changes
 BITS = (8, 4)
 FIX = "probe the layers again"
+Change = Literal["windows", "removals", "sharing"]
+CHANGES: tuple[Change, ...] = get_args(Change)
 
 
 class LayerProbe(Frozen):
@@ -34,22 +36,22 @@ class LayerProbe(Frozen):
 
 
 class RecallKept(Frozen):
-    """The layers that can be altered together at no cost of recall."""
+    """The layers that can be altered together at no cost of recall; None where that was not asked."""
 
-    windows: dict[int, tuple[int, ...]] = Field(description="layers that may have a window, by its length")
-    removals: tuple[int, ...] = Field(description="layers whose parts may be removed")
-    sharing: tuple[int, ...] = Field(description="layers that may read an earlier layer's cache")
+    windows: dict[int, tuple[int, ...]] | None = Field(None, description="layers that may have a window, by its length")
+    removals: tuple[int, ...] | None = Field(None, description="layers whose parts may be removed")
+    sharing: tuple[int, ...] | None = Field(None, description="layers that may read an earlier layer's cache")
 
 
 class Probes(Frozen):
     """What was measured of a model at one target context; no limit of a budget decides it."""
 
-    format: Literal[7] = FORMAT
+    format: Literal[8] = FORMAT
     key: str = Field(description="hash of all that decides it: model, text, settings")
     context: int = Field(description="target context in tokens, at which bytes and time are counted")
     timed: bool = Field(description="whether what saves time alone was probed too")
     layers: tuple[LayerProbe, ...] = Field(description="the probed layers, in order")
-    recall: RecallKept | None = Field(None, description="what keeps recall; None until all layers are probed and asked")
+    recall: RecallKept = Field(RecallKept(), description="what keeps recall, as far as it was asked")
 
     @classmethod
     def merge(cls, *parts: Probes) -> Probes:
@@ -67,20 +69,34 @@ class Probes(Frozen):
         for layer, following in pairwise(layers):
             if layer.layer == following.layer:
                 raise UsageError(f"layer {layer.layer} is probed twice", where="probes", fix="give each layer once")
-        return first.model_copy(update={"layers": tuple(layers), "recall": None})
+        return first.model_copy(update={"layers": tuple(layers), "recall": RecallKept()})
 
     @property
     def windowed(self) -> list[dict[int, tuple[Alteration, ...]]]:
-        """The windows that keep recall: for each length, the longest first, by layer."""
+        """The windows that may be taken: for each length, the longest first, by layer."""
+        kept = self.recall.windows
+        if kept is None:
+            kept = {length: tuple(losses) for length, losses in self.window_losses.items()}
         return [
             {layer: tuple(each for each in self.layers[layer].windows if each.window == length) for layer in layers}
-            for length, layers in self._recall.windows.items()
+            for length, layers in kept.items()
         ]
 
     @property
+    def window_losses(self) -> dict[int, dict[int, float]]:
+        """What each window loses in each layer where it could be worth it, the longest first."""
+        lengths = {each.window for layer in self.layers for each in layer.windows if each.window is not None}
+        return {
+            length: {layer.layer: each.loss for layer in self.layers for each in layer.windows if each.window == length}
+            for length in sorted(lengths, reverse=True)
+        }
+
+    @property
     def removed(self) -> dict[int, tuple[Alteration, ...]]:
-        """The removals that keep recall, by layer."""
-        return {layer: self.layers[layer].removals for layer in self._recall.removals}
+        """The removals that may be made, by layer."""
+        found = {layer.layer: layer.removals for layer in self.layers if layer.removals}
+        kept = self.recall.removals
+        return found if kept is None else {layer: found[layer] for layer in kept}
 
     @property
     def narrowed(self) -> dict[int, tuple[Alteration, ...]]:
@@ -90,18 +106,14 @@ class Probes(Frozen):
     @property
     def shared(self) -> dict[int, tuple[Alteration, ...]]:
         """The layers that may read an earlier layer's cache, with what that loses."""
-        return {
-            layer: (alteration,)
-            for layer in self._recall.sharing
-            if (alteration := self.layers[layer].sharing) is not None
-        }
+        found = {layer.layer: layer.sharing for layer in self.layers if layer.sharing is not None}
+        kept = self.recall.sharing
+        return {layer: (found[layer],) for layer in (found if kept is None else kept)}
 
     @property
-    def _recall(self) -> RecallKept:
-        """What keeps recall; layers then stand at their index, as all are probed."""
-        if self.recall is None:
-            raise UsageError("it is not known what keeps recall", where="probes", fix="ask once all are probed")
-        return self.recall
+    def unasked(self) -> list[Change]:
+        """The kinds of changes of which it is not known whether they keep recall."""
+        return [change for change in CHANGES if getattr(self.recall, change) is None]
 
     def check_layers(self, layers: int) -> None:
         """Refuses probes that do not have all layers of a model.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from kvslim.planning.cost import SideCosts, side_costs
 from kvslim.planning.decode_time import DecodeTime
 from kvslim.planning.narrowing import narrowing
 from kvslim.planning.prices import Divergence, Pricing
-from kvslim.planning.probes import BITS, LayerProbe, Probes, RecallKept
+from kvslim.planning.probes import BITS, CHANGES, Change, LayerProbe, Probes
 from kvslim.planning.removals import removals, removals_keeping_recall, spare_layers
 from kvslim.planning.sharing import nearest_sources, sharing, sharing_keeping_recall
 from kvslim.planning.trials import Pays, PlanTrials
@@ -54,11 +54,14 @@ class Prober:
         give_back()  # what probes of other layers left behind adds up
         return Probes(key=self.key, context=self.time.context, timed=self.timed, layers=(self._layer(layer),))
 
-    def with_recall(self, probes: Probes, progress: Progress | None = None) -> Probes:
+    def with_recall(
+        self, probes: Probes, changes: Iterable[Change] = CHANGES, progress: Progress | None = None
+    ) -> Probes:
         """Probes of all layers, with what keeps recall.
 
         Args:
             probes: Of all layers.
+            changes: The kinds of changes to ask it of.
             progress: Receives the progress.
 
         Raises:
@@ -67,13 +70,14 @@ class Prober:
         probes.check_layers(self.spec.layers)
         removed = {layer.layer: layer.removals for layer in probes.layers}
         shared = {layer.layer: layer.sharing for layer in probes.layers}
-        kept: dict[str, Callable[[], Any]] = {
-            "windows": lambda: windows_keeping_recall(_by_length(probes), self.spec.layers, self.windows),
+        ways: dict[Change, Callable[[], Any]] = {
+            "windows": lambda: windows_keeping_recall(probes.window_losses, self.spec.layers, self.windows),
             "removals": lambda: removals_keeping_recall(removed, self._spare, self.plans),
             "sharing": lambda: sharing_keeping_recall(shared, self._sources, self.plans),
         }
-        kinds = (progress or Silent()).track(kept, "kinds of changes asked for recall")
-        return probes.model_copy(update={"recall": RecallKept(**{kind: kept[kind]() for kind in kinds})})
+        asked = (progress or Silent()).track(list(changes), "changes asked for recall")
+        kept = probes.recall.model_copy(update={change: ways[change]() for change in asked})
+        return probes.model_copy(update={"recall": kept})
 
     def _layer(self, layer: int) -> LayerProbe:
         costs, base = self._costs[layer], self.plans.base.layers[layer]
@@ -118,13 +122,3 @@ class Prober:
     @cached_property
     def _sources(self) -> dict[int, int]:
         return nearest_sources(self.spec, self.statistics, self.plans.base)
-
-
-def _by_length(probes: Probes) -> dict[int, dict[int, float]]:
-    """What each window loses in each layer where it could be worth it."""
-    found: dict[int, dict[int, float]] = {}
-    for layer in probes.layers:
-        for alteration in layer.windows:
-            if alteration.window is not None:
-                found.setdefault(alteration.window, {})[layer.layer] = alteration.loss
-    return found

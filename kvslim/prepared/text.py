@@ -72,7 +72,8 @@ class TextSource:
     def identity(self) -> tuple[Any, ...]:
         """What decides the calibration text, as far as the model does not."""
         settings = self.calibration
-        return settings.model_dump(), source_digest(settings.source), self._calibration_share
+        source = source_digest(settings.source) or settings.source
+        return settings.model_dump(exclude={"source"}), source, self._calibration_share
 
     @cached_property
     def calibration_windows(self) -> np.ndarray:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.planning.budget import decode_time
 from kvslim.planning.planner import Planner
-from kvslim.planning.probes import Probes
+from kvslim.planning.probes import Change, Probes
 from kvslim.planning.probing import Prober
 from kvslim.planning.trials import PlanTrials
 from kvslim.planning.windows import WindowTrials
@@ -96,7 +96,12 @@ def planner_of(
 def planner_with(
     prepared: PreparedDecoder, statistics: CalibrationStatistics, probes: Probes, time_ratio: float | None = None
 ) -> Planner:
-    """A planner of probes at their context."""
+    """A planner of probes at their context, of which it is known what keeps recall."""
     time, evaluator = decode_time(prepared, probes.context), evaluator_of(prepared, statistics)
     divergences = partial(map, evaluator.kl)
-    return Planner(prepared.spec, statistics, Plan.identity(prepared.spec), time, probes, divergences, time_ratio)
+    identity = Plan.identity(prepared.spec)
+    return Planner(prepared.spec, statistics, identity, time, probes, unasked, divergences, time_ratio)
+
+
+def unasked(_: Probes, changes: Iterable[Change]) -> Probes:
+    raise AssertionError(f"it is known which layers keep recall with {changes}")
