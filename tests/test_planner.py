@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
-from support.models import CALIBRATION
+from support.models import CALIBRATION, open_prepared, recipe_of
 from support.models import VALIDATION as SMALL
 from support.planning import planner_of
 from support.tiny_artifact import SPEC
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from kvslim import pipeline
 from kvslim.calibrate.statistics import CalibrationStatistics
@@ -20,13 +21,17 @@ from kvslim.cli import app
 from kvslim.cli.schemas import output_type
 from kvslim.errors import GateError, UnsupportedError, UsageError
 from kvslim.export.manifest import read_manifest
+from kvslim.methods.kv_quant import KvQuant
 from kvslim.planning.choose import Chosen, choose
+from kvslim.planning.decide import planned
 from kvslim.planning.planner import MARGIN, Planned, Planner
 from kvslim.planning.prices import Codes
 from kvslim.prepared.decoder import PreparedDecoder
+from kvslim.prepared.decoder_trials import DecoderTrials
 from kvslim.recipe import Recipe, load_recipe, parse_recipe
 from kvslim.runtime.opening import layout_of, open_session
 from kvslim.settings import Budget
+from kvslim.transform.edits import LayerEdit
 from kvslim.types import KVLayout, Plan, PlanPoint
 
 CONTEXT = 2048
@@ -302,3 +307,18 @@ def test_smallest_plan_within_a_divergence_is_no_slower_than_plain() -> None:
     with pytest.raises(GateError, match="no plan is sure") as refused:
         planner.smallest(0.0001, frontier)
     assert refused.value.fix == "allow 0.0013 or more"
+
+
+def test_numpy_plans_with_one_thread(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of numpy's BLAS wait for each other where other processes have the cores."""
+    seen: list[int] = []
+    measured = DecoderTrials.loss
+
+    def heard(trials: DecoderTrials, codes: tuple[LayerEdit, ...]) -> float:
+        seen.extend(each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas")
+        return measured(trials, codes)
+
+    monkeypatch.setattr(DecoderTrials, "loss", heard)
+    with threadpool_limits(2, user_api="blas"):
+        planned(open_prepared(tiny_llama, recipe_of([KvQuant()])))
+    assert set(seen) == {1}
