@@ -11,6 +11,7 @@ from kvslim.validation.spans import LEAST_DISTANCE
 
 DEFAULT_CONTEXT = 4096
 TextUse = Literal["calibration", "validation"]
+MARGIN = 2.5  # other text, and longer text, may lose so many times what calibration text loses
 MINUTES = {"s": 1 / 60, "m": 1.0, "h": 60.0}
 
 

@@ -14,11 +14,11 @@ from kvslim.healing.schedule import LEAST_STEPS
 from kvslim.planning.choose import choose
 from kvslim.planning.decide import planned
 from kvslim.planning.healed import LOOSER, TRIED, least_healed, smallest_healed
-from kvslim.planning.planner import MARGIN, Planned, Planner
+from kvslim.planning.planner import Planned, Planner
 from kvslim.prepared import decoder_trials
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.prepared.fitted import TRIAL, shortened
-from kvslim.settings import Budget, Heal
+from kvslim.settings import MARGIN, Budget, Heal
 from kvslim.types import Healing, Plan, PlanPoint
 
 RATIO = 10

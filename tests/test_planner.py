@@ -24,13 +24,13 @@ from kvslim.export.manifest import read_manifest
 from kvslim.methods.kv_quant import KvQuant
 from kvslim.planning.choose import Chosen, choose
 from kvslim.planning.decide import planned
-from kvslim.planning.planner import MARGIN, Planned, Planner
+from kvslim.planning.planner import Planned, Planner
 from kvslim.planning.prices import Codes
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.prepared.decoder_trials import DecoderTrials
 from kvslim.recipe import Recipe, load_recipe, parse_recipe
 from kvslim.runtime.opening import layout_of, open_session
-from kvslim.settings import Budget
+from kvslim.settings import MARGIN, Budget
 from kvslim.transform.edits import LayerEdit
 from kvslim.types import KVLayout, Plan, PlanPoint
 
@@ -294,6 +294,22 @@ def _found(ratio: float, kl: float, time_ratio: float) -> Planned:
     return Planned(Plan(layers=()), point)
 
 
+def test_int8_is_taken_where_what_loses_least_is_slower_than_plain() -> None:
+    planner = object.__new__(Planner)
+    planner.context = 8
+    int8 = _found(4, 0.0005, 0.7)
+    planner._by_bits = lambda size: [int8] if size >= 2048 else []
+    assert planner.smallest(0.01, [_found(4, 0.0004, 1.5), _found(5, 0.001, 1.2), _found(8, 0.01, 0.9)]) is int8
+
+
+def test_fastest_plan_within_a_divergence_is_taken_where_all_are_slower_than_plain() -> None:
+    planner = object.__new__(Planner)
+    planner.context = 8
+    planner._by_bits = lambda _: []
+    frontier = [_found(4, 0.0004, 1.2), _found(5, 0.001, 1.5), _found(8, 0.01, 1.1)]
+    assert planner.smallest(0.01, frontier) is frontier[0]
+
+
 def test_smallest_plan_within_a_divergence_is_no_slower_than_plain() -> None:
     planner = object.__new__(Planner)
     planner.context = 8
@@ -307,6 +323,11 @@ def test_smallest_plan_within_a_divergence_is_no_slower_than_plain() -> None:
     with pytest.raises(GateError, match="no plan is sure") as refused:
         planner.smallest(0.0001, frontier)
     assert refused.value.fix == "allow 0.0013 or more"
+    frontier[0] = _found(4, 0.00049, 0.8)
+    with pytest.raises(GateError) as refused:
+        planner.smallest(0.0001, frontier)
+    least = float(refused.value.fix.split()[1])
+    assert planner.smallest(least, frontier).point.kl <= least / MARGIN
 
 
 def test_numpy_plans_with_one_thread(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,9 @@ from kvslim.contract import MIB
 from kvslim.errors import GateError
 from kvslim.kv_ratios import smaller
 from kvslim.planning.healed import LOOSER, Healed, least_healed, smallest_healed
-from kvslim.planning.planner import MARGIN, Planned, Planner
+from kvslim.planning.planner import Planned, Planner
 from kvslim.progress import Progress
-from kvslim.settings import Budget
+from kvslim.settings import MARGIN, Budget
 from kvslim.types import PlanPoint
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvslim.planning.planner import MARGIN, UNSURE, Planned, Planner, kind_of
+from kvslim.planning.planner import UNSURE, Planned, Planner, kind_of
+from kvslim.settings import MARGIN
 
 Healed = Callable[[Planned], tuple[Planned, float]]  # the plan as it goes on to be healed, and what it is to lose then
 TRIED = 3  # plans

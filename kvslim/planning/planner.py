@@ -20,7 +20,7 @@ from kvslim.planning.decode_time import DecodeTime
 from kvslim.planning.prices import Codes
 from kvslim.planning.probes import BITS, FIX, Change, Probes
 from kvslim.progress import Progress, Silent
-from kvslim.settings import Budget
+from kvslim.settings import MARGIN, Budget
 from kvslim.transform.edits import LayerEdit
 from kvslim.types import KVLayout, LayerPlan, Plan, PlanPoint
 
@@ -32,7 +32,6 @@ Alterations = Mapping[int, Sequence[Alteration]]
 RATIOS = (4, 16 / 3, 8, 32 / 3, 16, 64 / 3)  # of the frontier, against the plain fp32 cache
 UNSURE = 3  # a plan that is expected to lose up to so many times more may still lose less
 FASTER = 1.1  # an int8 cache is read faster than int4: it may lose this much more
-MARGIN = 2.5  # other text, and longer text, may lose so much more than calibration text
 SEARCHES = 4
 
 
@@ -142,25 +141,33 @@ class Planner:
         """The smallest plan whose divergence keeps a margin to a limit, of those that are no slower than plain.
 
         Int4 coordinates with a residual can lose little and still take twice as long to read as int8: a few bytes less
-        are not worth that.
+        are not worth that. Where the best plan of every size is slower than plain, those in other bits count too, and
+        where these are slower as well, the fastest of all that keep the margin.
 
         Raises:
             GateError: Even the best plan of the frontier exceeds it.
         """
         sizes = [planned.point.kv_bytes_per_token for planned in frontier]
-        fitting = [planned for planned in frontier if _is_within(planned, max_kl)]
+        tried, slowest = list(frontier), 1.0
+        if not any(_is_within(planned, max_kl, slowest) for planned in tried):
+            tried += [planned for size in sizes for planned in self._by_bits(size * self.context)]
+            times = [planned.point.time_ratio for planned in tried if _is_within(planned, max_kl)]
+            slowest = max(slowest, min(times, default=slowest))
+        fitting = [planned for planned in tried if _is_within(planned, max_kl, slowest)]
         if not fitting:
-            least = MARGIN * min((each.point.kl for each in frontier if each.point.time_ratio <= 1), default=math.nan)
+            least = MARGIN * min(planned.point.kl for planned in tried)
             raise GateError(
                 f"no plan is sure to keep KL within {max_kl:g}",
                 where=Budget.place("max_kl"),
-                fix=f"allow {least:.2g} or more",
+                fix=f"allow {_at_least(least)} or more",
             )
-        best = fitting[-1]
+        best = max(fitting, key=lambda planned: planned.point.kv_ratio)
         low = max((size for size in sizes if size < best.point.kv_bytes_per_token), default=0.0)
         for _ in range(SEARCHES):
             middle = (low + best.point.kv_bytes_per_token) / 2
-            found = (planned for planned in self._by_bits(middle * self.context) if _is_within(planned, max_kl))
+            found = (
+                planned for planned in self._by_bits(middle * self.context) if _is_within(planned, max_kl, slowest)
+            )
             if (first := next(found, None)) is None:
                 low = middle
             else:
@@ -358,9 +365,15 @@ def kind_of(layers: Sequence[LayerPlan]) -> frozenset[str]:
     return frozenset(name for name, is_done in done.items() if is_done)
 
 
-def _is_within(planned: Planned, max_kl: float) -> bool:
-    """Whether a plan keeps a margin to a limit of divergence, and is expected to be no slower than plain."""
-    return planned.point.kl * MARGIN <= max_kl and planned.point.time_ratio <= 1
+def _is_within(planned: Planned, max_kl: float, slowest: float = math.inf) -> bool:
+    """Whether a plan keeps a margin to a limit of divergence, and is expected to keep one of time over plain's."""
+    return planned.point.kl * MARGIN <= max_kl and planned.point.time_ratio <= slowest
+
+
+def _at_least(limit: float) -> str:
+    """A limit in two digits, rounded up: who allows what is told allows enough."""
+    scale = 10 ** (1 - math.floor(math.log10(limit)))
+    return f"{math.ceil(limit * scale) / scale:.2g}"
 
 
 def _check(probes: Probes, spec: ModelSpec, context: int, *, timed: bool) -> None:
