@@ -387,5 +387,11 @@ def test_search_is_named_where_the_planner_has_not_run() -> None:
     )
 
 
+@pytest.mark.parametrize(("limit", "budget"), [(0.01, "--max-kl 0.01"), (0.002, None)])
+def test_search_is_named_only_where_some_size_keeps_the_margin(limit: float, budget: str | None) -> None:
+    failed = _failed({"max_kl": (0.02, limit)}, {4.0: (0.001, None), 8.0: (0.02, None)})
+    assert passing_budget(failed.model_copy(update={"frontier": (), "alike": failed.frontier})) == budget
+
+
 def test_no_size_is_named_when_the_gate_passed() -> None:
     assert passing_budget(manifest(kl=0.002, limit=0.01)) is None

@@ -82,7 +82,7 @@ def expectations(summary: PlanSummary, recipe: Recipe) -> Iterator[str]:
         yield f"expected to fail: {failed}"
         return
     by_size = budget is not None and (budget.kv_ratio or budget.kv_mib) is not None
-    nearest = nearest_budget(gates, summary.frontier, size, by_size=by_size)
+    nearest = nearest_budget(gates, summary.frontier, size, by_size=by_size, alike=summary.alike)
     yield f"expected to fail: {failed}" + (f"; expected to pass: {nearest}" if nearest else "")
 
 

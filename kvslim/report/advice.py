@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from kvslim.measures import GateResult
-from kvslim.settings import Gates
+from kvslim.settings import MARGIN, Gates
 from kvslim.types import Manifest, PlanPoint
 
 Expected = Callable[[PlanPoint], float | None]
@@ -30,7 +30,7 @@ def passing_budget(manifest: Manifest) -> str | None:
     budget = manifest.recipe.get("budget")
     by_size = isinstance(budget, dict) and (budget.get("kv_ratio") or budget.get("kv_mib")) is not None
     size = report.artifact.kv_bytes_per_token or 0.0
-    return nearest_budget(report.gates, manifest.frontier, size, by_size=by_size)
+    return nearest_budget(report.gates, manifest.frontier, size, by_size=by_size, alike=manifest.alike)
 
 
 def expected_gates(gates: Gates, frontier: Sequence[PlanPoint], size: float, kl: float) -> tuple[GateResult, ...]:
@@ -53,7 +53,12 @@ def expected_gates(gates: Gates, frontier: Sequence[PlanPoint], size: float, kl:
 
 
 def nearest_budget(
-    gates: Sequence[GateResult], frontier: Sequence[PlanPoint], size: float, *, by_size: bool
+    gates: Sequence[GateResult],
+    frontier: Sequence[PlanPoint],
+    size: float,
+    *,
+    by_size: bool,
+    alike: Sequence[PlanPoint] = (),
 ) -> str | None:
     """The options of `kvslim compress` for the nearest size that is expected to pass; None where none is known.
 
@@ -65,13 +70,14 @@ def nearest_budget(
         frontier: What the planner saw.
         size: Bytes per token of the artifact.
         by_size: Whether the planner had a size to meet, rather than a quality.
+        alike: Where it did not plan, all layers alike in a few sizes; a search finds little that loses less.
     """
     gates = [gate for gate in gates if gate.value is not None]
     failed = {gate.name for gate in gates if not gate.passed}
     if not failed or not failed <= _EXPECTED.keys():
         return None
     if not frontier:
-        return _search(gates) if failed <= LIMITS.keys() else None
+        return _search(gates) if failed <= LIMITS.keys() and _is_in_reach(gates, alike) else None
     own = min(frontier, key=lambda point: abs(point.kv_bytes_per_token - size))
     others = [point for point in frontier if point.kv_bytes_per_token != size]
     tests = [_test(gate, own) for gate in gates if gate.name in _EXPECTED]
@@ -101,6 +107,12 @@ def _test(gate: GateResult, own: PlanPoint) -> Callable[[PlanPoint], bool | None
         return value * measured / max(at_own, 1e-12) <= gate.limit
 
     return passes
+
+
+def _is_in_reach(gates: Sequence[GateResult], alike: Sequence[PlanPoint]) -> bool:
+    """Whether the planner is sure to find what keeps to the limit of KL, if one of these sizes does."""
+    limit = next((gate.limit for gate in gates if gate.name == "max_kl"), math.inf)
+    return not alike or MARGIN * min(point.kl for point in alike) <= limit
 
 
 def _search(gates: Sequence[GateResult]) -> str | None:
