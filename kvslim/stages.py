@@ -37,6 +37,7 @@ SECONDS: Stages = {
     RECALL: 45,
     TIME: 25,
 }
+SEARCH = 240  # of the plan where a budget asks for one
 STEP = 5  # of a step of healing
 # What a stage does in turn by the labels of its steps, and the share of its time that each part takes. Labels
 # in parentheses stand for what has no steps.
@@ -44,7 +45,8 @@ PARTS: Mapping[str, Stages] = {
     PLAIN: {"steps of the export": 4, "(files)": 1},
     PLAN: {
         "layers probed": 6,
-        "sizes planned": 3,
+        "kinds of changes asked for recall": 6,
+        "sizes planned": 6,
         "passes that train states": 3,
         "(recall)": 2,
         "layers refitted": 2,
@@ -88,6 +90,8 @@ def _writes(verb: str, recipe: Recipe) -> bool:
 
 
 def _seconds(name: str, recipe: Recipe) -> float:
+    if name == PLAN and recipe.budget is not None:
+        return SEARCH
     if name != HEAL or recipe.heal is None:
         return SECONDS[name]
     return 60 * recipe.heal.minutes if recipe.heal.minutes is not None else STEP * (recipe.heal.steps or 0)

@@ -17,6 +17,7 @@ from support.models import recipe_of
 from kvslim import pipeline, stages
 from kvslim.cli.pace import Pace, done, left_in_words, minutes
 from kvslim.cli.progress import Terminal
+from kvslim.loading.source import read_spec, resolve
 from kvslim.methods import KvQuant
 from kvslim.settings import Budget
 from kvslim.weight_format import WeightFormat
@@ -121,6 +122,49 @@ def test_parts_of_a_stage_share_its_time() -> None:
     assert pace.stage_left == pytest.approx(10 / first - 10)
 
 
+def test_part_that_begins_may_take_its_share_before_the_time_left_grows() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    pace.enter(stages.PLAN)
+    shares = stages.PARTS[stages.PLAN]
+    clock.now += 90
+    pace.step("layers probed", 30, 30)
+    pace.step("kinds of changes asked for recall", 0, 3)
+    before = pace.stage_left
+    assert before == pytest.approx(90 / shares["layers probed"] * sum(list(shares.values())[1:]))
+    clock.now += 90 * shares["kinds of changes asked for recall"] / shares["layers probed"] / 3 - 1
+    assert pace.stage_left == pytest.approx(before - (clock.now - 90))
+
+
+def test_parts_that_are_passed_over_count_for_nothing() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    pace.enter(stages.PLAN)
+    shares = stages.PARTS[stages.PLAN]
+    left = sum(list(shares.values())[list(shares).index("sizes planned") :])
+    pace.step("sizes planned", 0, 6)  # what was probed is on the disk
+    clock.now += 10
+    pace.step("sizes planned", 1, 6)
+    assert pace.stage_left == pytest.approx(10 * left / (shares["sizes planned"] / 6) - 10)
+
+
+def test_labels_of_steps_are_those_that_planning_tells(tiny_llama: Path) -> None:
+    heard = Listening()
+    pipeline.plan(str(tiny_llama), recipe_of().within(Budget(kv_ratio=8)), progress=heard)
+    assert [label for label in heard.labels if label in stages.PARTS[stages.PLAN]] == [
+        "layers probed",
+        "kinds of changes asked for recall",
+        "sizes planned",
+        "layers refitted",
+    ]
+
+
+def test_search_for_a_plan_is_expected_to_take_longer_than_methods(tiny_llama: Path) -> None:
+    spec = read_spec(resolve(str(tiny_llama)))
+    searched, decided = (stages.expected("plan", spec, RECIPES[name]) for name in ("budget", "methods"))
+    assert searched[stages.PLAN] > 2 * decided[stages.PLAN]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0:00"), (59.6, "1:00"), (61, "1:01"), (3599, "59:59"), (3600, "1:00:00"), (7384, "2:03:04")],
@@ -220,6 +264,7 @@ class Listening:
     def __init__(self) -> None:
         self.expected: list[str] = []
         self.entered: list[str] = []
+        self.labels: list[str] = []
 
     def expect(self, stages: Mapping[str, float]) -> None:
         self.expected += stages
@@ -228,6 +273,7 @@ class Listening:
         self.entered.append(name)
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        self.labels.append(label)
         yield from items
 
 

@@ -14,7 +14,8 @@ class Pace:
     """Follows the stages of a run and the steps within a stage.
 
     What is left of a stage follows from its steps, and before the first from how fast earlier stages were. It counts
-    down between two steps, so that it also holds when a step takes minutes.
+    down between two steps, so that it also holds when a step takes minutes. Parts of a stage that are passed over, such
+    as one whose result is on the disk, count for nothing.
 
     Args:
         clock: Gives seconds.
@@ -25,7 +26,7 @@ class Pace:
         self.started = self._entered = self._stepped = clock()
         self.shares: Mapping[str, float] = {}
         self.stage = ""
-        self._within = self._step = 0.0
+        self._within = self._step = self._begun = self._skipped = 0.0
         self._spent: dict[str, float] = {}
 
     def expect(self, shares: Mapping[str, float]) -> None:
@@ -35,7 +36,8 @@ class Pace:
     def enter(self, stage: str) -> None:
         """A stage begins; the one before it is over."""
         self.leave()
-        self.stage, self._within, self._step = stage, 0.0, 0.0
+        self.stage = stage
+        self._within = self._step = self._begun = self._skipped = 0.0
         self._entered = self._stepped = self._clock()
 
     def leave(self) -> None:
@@ -45,18 +47,21 @@ class Pace:
         self.stage = ""
 
     def step(self, label: str, done: int, count: int) -> None:
-        """So many of a part's steps are done; without a count nothing is known of the stage.
+        """So many of a part's steps are done, none where it begins; without a count nothing is known of the stage.
 
         A label that is not expected stands for the first part: methods measure where the planner would.
         """
         if not count:
             return
         parts = PARTS.get(self.stage, {label: 1.0})
-        labels, shares = list(parts), list(parts.values())
+        labels, shares = list(parts), [share / sum(parts.values()) for share in parts.values()]
         place = labels.index(label) if label in labels else 0
-        within = (sum(shares[:place]) + shares[place] * done / count) / sum(shares)
-        self._step = max(0.0, within - self._within)
-        self._within, self._stepped = max(self._within, within), self._clock()
+        begins, share = sum(shares[:place]), shares[place]
+        self._skipped += max(0.0, begins - self._begun)
+        self._begun = max(self._begun, begins + share)
+        if (within := begins + share * done / count) >= self._within:
+            self._within, self._step = within, share / count
+        self._stepped = self._clock()
 
     @property
     def place(self) -> str:
@@ -77,15 +82,16 @@ class Pace:
     @property
     def stage_left(self) -> float | None:
         """Seconds that the stage will still take; None where nothing is known."""
-        passed, done = self.stage_seconds, self._within
+        passed, whole = self.stage_seconds, 1 - self._skipped
+        done, after = ((share - self._skipped) / whole for share in (self._within, self._within + self._step))
         if done <= 0:
             rate = self._rate()
             left = None if rate is None else self.shares.get(self.stage, 0.0) * rate - passed
             return left if left is not None and left > 0 else None
         since = self._clock() - self._stepped
         counted_down = (passed - since) * (1 - done) / done - since
-        after = min(1.0, done + self._step)  # where it will be if the step that runs were over now
-        return max(counted_down, passed * (1 - after) / after, 0.0)
+        over_now = passed * (1 - after) / after  # if the step that runs were over now
+        return max(counted_down, over_now, 0.0)
 
     @property
     def left(self) -> float | None:

@@ -75,7 +75,9 @@ class Terminal:
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """Yields `items` and shows how many are done and how long the rest will take."""
         count = len(items) if total is None and isinstance(items, Sized) else total or 0
-        self._label = label
+        with self._lock:
+            self._pace.step(label, 0, count)
+            self._label = label
         for number, item in enumerate(items, start=1):
             yield item
             with self._lock:
