@@ -12,10 +12,11 @@ from support.models import open_prepared, recipe_of
 from support.tiny_graph import write_tiny
 
 from kvslim.calibrate.corpus import check_source, loss_mask, self_windows, source_digest, text_windows
-from kvslim.errors import UnsupportedError
+from kvslim.errors import UnsupportedError, UsageError
+from kvslim.methods import KvQuant
 from kvslim.progress import Silent
 from kvslim.runtime.session import DecodeSession
-from kvslim.settings import Calibration, Validation
+from kvslim.settings import Calibration, TextUse, Validation
 from kvslim.transform.recall_trials import chained
 from kvslim.validation.measure import DecoderEvaluation
 from kvslim.validation.recall import capacity_for
@@ -125,13 +126,25 @@ def test_self_samples_follow_the_models_own_distribution(tmp_path: Path) -> None
         assert (np.abs(found - expected) < 4 * error + 1e-3).all()
 
 
+@pytest.mark.parametrize("use", ["calibration", "validation"])
+def test_text_that_is_too_short_is_refused_before_weights_are_read(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: TextUse
+) -> None:
+    (tmp_path / "text.txt").write_text("A few words.")
+    recipe = recipe_of([KvQuant()])
+    short = getattr(recipe, use).model_copy(update={"source": str(tmp_path / "text.txt")})
+    monkeypatch.setattr("kvslim.prepared.decoder.load_model", lambda _: pytest.fail("weights were read"))
+    with pytest.raises(UsageError, match="less than one window"):
+        open_prepared(tiny_llama, recipe.model_copy(update={use: short}), use)
+
+
 def test_decoder_calibrates_on_its_own_text_when_the_source_is_self(tiny_llama: Path) -> None:
     prepared = open_prepared(tiny_llama, recipe_of())
     windows = prepared.text.calibration_windows
     assert windows.shape == (4, 48)
     assert len(np.unique(windows[:, 1:])) > 10
     np.testing.assert_array_equal(windows, prepared.text.calibration_windows)
-    assert not np.array_equal(windows[:2], prepared.text.held_out_windows())
+    assert not np.array_equal(windows[:2], prepared.text.held_out_windows)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_graph_of_a_file_loses_nothing(
     )
     # What is left of a minimum is rounded to 8 bits. Those of random blocks of Q4_K are many steps from their range.
     most = {"Q4_0": 1e-7, "Q5_0": 1e-7, "Q8_0": 1e-7, "Q4_K": 1e-3}.get(kind, 1e-4)
-    assert measure_quality(original, stored, prepared.text.held_out_windows()).kl_mean < most
+    assert measure_quality(original, stored, prepared.text.held_out_windows).kl_mean < most
     in_torch = [module.weight for module in prepared.model.modules() if isinstance(module, Linear | Embedding)]
     assert {row.tobytes() for weight in in_torch for row in weight.detach().numpy()} <= graph_rows(folder)
     assert prepared.weights_like == ("int4" if kind.startswith("Q4") else "int8")

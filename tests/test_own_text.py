@@ -44,10 +44,10 @@ def writers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bool]:
 
 def test_texts_are_written_before_the_model_is_in_memory_and_once(tiny_llama: Path, writers: list[bool]) -> None:
     first = opened(tiny_llama, "calibration", "validation")
-    windows = first.text.calibration_windows, first.text.held_out_windows()
+    windows = first.text.calibration_windows, first.text.held_out_windows
     assert writers == [False, False]
     again = opened(tiny_llama, "calibration", "validation")
-    found = again.text.calibration_windows, again.text.held_out_windows()
+    found = again.text.calibration_windows, again.text.held_out_windows
     assert writers == [False, False]
     for before, after in zip(windows, found, strict=True):
         np.testing.assert_array_equal(before, after)

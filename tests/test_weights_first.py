@@ -200,7 +200,7 @@ def test_report_tells_what_weights_and_cache_cost(tiny_llama: Path, tmp_path: Pa
     assert report is not None
     assert report.original is not None
     prepared = open_prepared(tiny_llama, recipe)
-    plain, windows = exported(prepared, tmp_path / "plain"), prepared.text.held_out_windows()
+    plain, windows = exported(prepared, tmp_path / "plain"), prepared.text.held_out_windows
     sessions = [
         DecodeSession(folder, capacity=windows.shape[1], all_positions=True, float_activations=floats)
         for folder, floats in ((prepared.original, False), (plain, True), (tmp_path / "out", True))

@@ -95,7 +95,7 @@ class PreparedDecoder(PreparedModel):
         self.architecture = architecture_of(spec.model_type)
         self.tokenizer = load_tokenizer(snapshot)
         self.text = TextSource(self, recipe.calibration, recipe.validation)
-        self.text.check()
+        self.text.check(texts)
         self.rows: QuantisedRows | None = None
         self.is_quantised = False
         if self.text.is_missing(texts):
@@ -182,7 +182,7 @@ class PreparedDecoder(PreparedModel):
 
     def evaluation(self) -> DecoderEvaluation:
         """Held-out windows and recall questions."""
-        windows = self.text.held_out_windows()
+        windows = self.text.held_out_windows
         long_text = self.text.long_text(windows)
         return DecoderEvaluation(
             [*windows, *([] if long_text is None else [long_text])],

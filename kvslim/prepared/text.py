@@ -50,14 +50,20 @@ class TextSource:
         self.is_shared = calibration.source != "self" and calibration.source == validation.source
         self._own: dict[str, np.ndarray] = {}
 
-    def check(self) -> None:
-        """Refuses text with tokens that the model does not know; needs no weights.
+    def check(self, uses: Collection[TextUse]) -> None:
+        """Refuses text with tokens that the model does not know, or that is too short for its use; needs no weights.
+
+        Args:
+            uses: Those of the texts that will be read.
 
         Raises:
-            UsageError: Naming the token.
+            UsageError: Naming the token, or the length.
         """
         for source in dict.fromkeys((self.calibration.source, self.validation.source)):
             check_tokens(source, self.prepared.tokenizer, self.prepared.spec.vocab_size)
+        for use in uses:
+            if self._is_needed(use) and not self._is_written(getattr(self, use)):
+                _ = self.calibration_windows if use == "calibration" else self.held_out_windows
 
     def is_missing(self, uses: Collection[TextUse]) -> bool:
         """Whether the model must still write one of these texts."""
@@ -110,6 +116,7 @@ class TextSource:
         )
         return Text(windows, mask)
 
+    @cached_property
     def held_out_windows(self) -> np.ndarray:
         """[n, length] token ids that calibration never sees."""
         return self._windows(self.validation, self._validation_share)
@@ -182,9 +189,11 @@ class TextSource:
         return self._own_windows(settings)
 
     def _to_write(self, uses: Collection[TextUse]) -> list[Calibration | Validation]:
-        needed = {"calibration": self.prepared.recipe.is_calibrated, "validation": True}
-        found = [getattr(self, use) for use in uses if needed[use]]
+        found: list[Calibration | Validation] = [getattr(self, use) for use in uses if self._is_needed(use)]
         return [settings for settings in found if self._is_written(settings)]
+
+    def _is_needed(self, use: TextUse) -> bool:
+        return use == "validation" or self.prepared.recipe.is_calibrated
 
     def _own_windows(self, settings: Calibration | Validation) -> np.ndarray:
         """[n, length] token ids that the model writes, or has written in an earlier run."""
