@@ -16,6 +16,7 @@ from support.tiny_gguf import TEMPLATE, TURN_END, write_gguf
 
 from kvslim.cli import app
 from kvslim.errors import ModelError, UnsupportedError, UsageError
+from kvslim.loading.files import POINTER
 from kvslim.loading.model import load_model, load_tokenizer
 from kvslim.loading.source import read_spec, resolve
 from kvslim.runtime.generate import load_tokenizer as artifact_tokenizer
@@ -156,13 +157,20 @@ def test_file_on_the_hub_carries_its_name_and_revision(gguf: Path, monkeypatch: 
     assert (snapshot.path, snapshot.model, snapshot.revision) == (gguf, "org/name:sub/tiny.gguf", "v2")
 
 
-@pytest.mark.parametrize("kept", [3, 20, 700, -64])
+@pytest.mark.parametrize("kept", [0, 20, 700, -64])
 def test_truncated_file_is_refused_before_weights_are_read(gguf: Path, kept: int) -> None:
     gguf.write_bytes(gguf.read_bytes()[:kept])
     snapshot = resolve(str(gguf))
-    with pytest.raises(ModelError, match="the GGUF file cannot be read"):
+    with pytest.raises(ModelError, match="the GGUF file cannot be read: it ends too early"):
         read_spec(snapshot)
         snapshot.check()
+
+
+def test_pointer_of_git_lfs_is_told_from_a_broken_file(gguf: Path) -> None:
+    gguf.write_bytes(POINTER + b"/spec/v1\noid sha256:0\n")
+    with pytest.raises(ModelError, match="a pointer of Git LFS") as error:
+        read_spec(resolve(str(gguf)))
+    assert "git lfs pull" in error.value.fix
 
 
 def test_architecture_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
@@ -186,6 +194,19 @@ def test_part_of_a_model_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     path = write_gguf(tiny_llama, tmp_path / "x.gguf", split__count=3)
     with pytest.raises(UnsupportedError, match="one part of a model"):
         read_spec(resolve(str(path)))
+
+
+def test_folder_with_all_parts_of_a_model_is_refused_as_such(tiny_llama: Path, tmp_path: Path) -> None:
+    for number in (1, 2):
+        write_gguf(tiny_llama, tmp_path / f"x-{number:05}-of-00002.gguf", split__count=2)
+    with pytest.raises(UnsupportedError, match="one part of a model"):
+        read_spec(resolve(str(tmp_path)))
+
+
+def test_quantisation_in_place_of_a_file_on_the_hub_is_refused_before_the_network() -> None:
+    with pytest.raises(UsageError, match="'Q4_K_M' is not the name of") as error:
+        resolve("org/name:Q4_K_M")
+    assert "org/name:FILE.gguf" in error.value.fix
 
 
 def test_tokenizer_that_is_not_known_is_refused_by_name(tiny_llama: Path, tmp_path: Path) -> None:

@@ -38,7 +38,18 @@ CASES: dict[str, tuple[dict[str, str | None], str, str, str]] = {
     "end_is_a_number": ({CONFIG: '{"eos_token": 5}'}, CONFIG, "eos_token has to be", CORRECT),
     "length_is_text": ({CONFIG: '{"model_max_length": "2k"}'}, CONFIG, "model_max_length is '2k': this", CORRECT[:7]),
     "added_id_is_text": ({ADDED: '{"a": "b"}'}, CONFIG, "cannot load the tokenizer", CORRECT),
-    "none": ({WHOLE: None, CONFIG: None}, "", "no tokenizer.json, and none can be made", "add tokenizer.json"),
+    "none": (
+        {WHOLE: None, CONFIG: None},
+        "",
+        "no tokenizer.json, and none can be made: there is no vocabulary",
+        "add tokenizer.json",
+    ),
+    "pieces_alone": (
+        {WHOLE: None, CONFIG: None, "tokenizer.model": "x"},
+        "",
+        "sentencepiece, which reads tokenizer.model, is not installed",
+        "pip install",
+    ),
     "merges_without_words": (
         {WHOLE: None, "vocab.json": "{}", "merges.txt": ""},
         "",
@@ -49,7 +60,8 @@ CASES: dict[str, tuple[dict[str, str | None], str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_broken_file_is_named(tiny_llama: Path, tmp_path: Path, name: str) -> None:
+def test_broken_file_is_named(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("kvslim.loading.tokenizer.find_spec", lambda _: None)
     files, place, words, fix = CASES[name]
     model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
     for file, text in files.items():

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from kvslim.errors import ModelError, NotFoundError
+from kvslim.errors import ModelError, NotFoundError, UsageError
 from kvslim.loading.origin import CARD
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -93,10 +93,14 @@ def fetch_file(repository: str, file: str, revision: str | None) -> Path:
     """One file of a repository on the hub.
 
     Raises:
+        UsageError: Its name is none of a GGUF.
         NotFoundError: There is no such file, or the hub cannot be reached.
     """
     from huggingface_hub import hf_hub_download
 
+    if not file.lower().endswith(".gguf"):
+        fix = f"give the whole name of a file: {repository}:FILE.gguf; @ stands before a revision"
+        raise UsageError(f"{file!r} is not the name of a .gguf file", where="MODEL", fix=fix)
     return _from_hub(lambda: hf_hub_download(repository, file, revision=revision), f"{file!r} of {repository!r}")
 
 

@@ -17,6 +17,7 @@ from kvslim.loading.gguf_blocks import bytes_in_graph, is_in_blocks, stored_rows
 from kvslim.loading.gguf_config import GGUF_ARCHITECTURES, ROPE_TENSORS, Restore, gguf_config
 from kvslim.loading.origin import of_gguf
 from kvslim.loading.snapshot import Snapshot, Unread
+from kvslim.loading.stored import unreadable
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 TOKENIZERS = ("gpt2", "llama")  # byte-level and SentencePiece merges
 ENDS = ("eos", "eot", "eom")
+# What mmap, struct and numpy say of a file that lacks its end.
+CUT_OFF = ("cannot mmap an empty file", "unpack_from requires a buffer", "cannot reshape array")
 SAMPLING = {
     "temp": "temperature",
     "top_k": "top_k",
@@ -207,11 +210,8 @@ class GgufSnapshot(Snapshot):
         return {one.name: dequantize(one.data, one.tensor_type) for one in self._tensors if one.name in ROPE_TENSORS}
 
     def _broken(self, reason: str) -> ModelError:
-        return ModelError(
-            f"the GGUF file cannot be read: {reason}",
-            where=str(self.path),
-            fix="download the file again, or give the safetensors that it was made from",
-        )
+        fix = "download the file again, or give the safetensors that it was made from"
+        return unreadable(self.path, f"the GGUF file cannot be read: {reason}", fix)
 
 
 @dataclass(frozen=True)
@@ -264,4 +264,5 @@ def _is_readable(kind: Any) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    found = " ".join(str(error).split()) or type(error).__name__
+    return "it ends too early" if found.startswith(CUT_OFF) else found

@@ -52,7 +52,8 @@ def open_tensors(files: Sequence[Path]) -> dict[str, Any]:
         try:
             file = safe_open(path, framework="pt", backend="pread")
         except SafetensorError as error:
-            raise _unreadable(path, error) from error
+            reason = " ".join(str(error).split())
+            raise unreadable(path, f"cannot read the weights: {reason}", "download the file again") from error
         found |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     return found
 
@@ -110,11 +111,11 @@ def _is_whole(tensor: Any) -> bool:
     return WHOLE_NUMBERS.match(tensor.get_dtype()) is not None
 
 
-def _unreadable(path: Path, error: Exception) -> ModelError:
+def unreadable(path: Path, message: str, fix: str) -> ModelError:
+    """The error about a file of weights that cannot be read; about Git LFS, where that has not fetched it."""
     with path.open("rb") as file:
         start = file.read(len(POINTER))
     if start == POINTER:
         fix = "fetch the file itself: git lfs pull, or hf download"
         return ModelError("this is a pointer of Git LFS in place of the weights", where=str(path), fix=fix)
-    reason = " ".join(str(error).split())
-    return ModelError(f"cannot read the weights: {reason}", where=str(path), fix="download the file again")
+    return ModelError(message, where=str(path), fix=fix)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvslim.errors import ModelError, UnsupportedError
 from kvslim.loading.config import wrong_value
-from kvslim.loading.files import POINTER, TOKENIZER
+from kvslim.loading.files import POINTER, TOKENIZER, VOCABULARIES
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+PIECES = "tokenizer.model"
 SAVE = "save the tokenizer again with save_pretrained"
 
 
@@ -51,10 +53,19 @@ def _broken(folder: Path, error: Exception) -> ModelError:
         if path.is_file() and (found := _fault(path)):
             return ModelError(f"{path.name} {found[0]}", where=str(path), fix=found[1])
     if not (folder / TOKENIZER).is_file():
-        message = f"no {TOKENIZER}, and none can be made: {_reason(error)}"
-        return ModelError(message, where=str(folder), fix=f"add {TOKENIZER} (save_pretrained of the tokenizer)")
+        return _none(folder, error)
     fix = f"correct its values, or {SAVE}"
     return ModelError(f"cannot load the tokenizer: {_reason(error)}", where=str(folder / FILES[1]), fix=fix)
+
+
+def _none(folder: Path, error: Exception) -> ModelError:
+    """The error about a folder without tokenizer.json, from which transformers could make none either."""
+    reason, fix = _reason(error), f"add {TOKENIZER} (save_pretrained of the tokenizer)"
+    if not any(next(folder.glob(name), None) for name in VOCABULARIES):
+        reason = "there is no vocabulary"
+    elif (folder / PIECES).is_file() and find_spec("sentencepiece") is None:
+        reason, fix = f"the package sentencepiece, which reads {PIECES}, is not installed", f"pip install it, or {fix}"
+    return ModelError(f"no {TOKENIZER}, and none can be made: {reason}", where=str(folder), fix=fix)
 
 
 def _fault(path: Path) -> tuple[str, str] | None:
