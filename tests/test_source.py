@@ -125,8 +125,17 @@ def test_unknown_family_suggests_the_closest() -> None:
 def test_model_is_refused_when_its_rope_changes_with_the_length(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     folder = config_folder(tmp_path, model_type="qwen2", rope_parameters=rope)
-    with pytest.raises(UnsupportedError, match="dynamic"):
+    with pytest.raises(UnsupportedError, match="dynamic") as error:
         read_spec(resolve(str(folder)))
+    assert "with default in its place" in error.value.fix
+    from transformers import Qwen2Config
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+    scaled, plain = (
+        Qwen2RotaryEmbedding(Qwen2Config(rope_parameters={**rope, "rope_type": kind}))
+        for kind in ("dynamic", "default")
+    )
+    assert scaled.inv_freq.equal(plain.inv_freq)
 
 
 def test_model_is_refused_when_it_looks_ahead(tmp_path: Path) -> None:

@@ -214,9 +214,10 @@ def _refuse_unsupported(config: Any, where: str) -> None:
         if str(kind) not in STATIC_ROPE:
             scaled = str(kind) in LENGTH_ROPE
             fault = "changes its frequencies with the length of the text" if scaled else "is not known"
-            raise UnsupportedError(
-                f"RoPE scaling {kind!r} {fault}", where=where, fix=f"supported: {', '.join(sorted(STATIC_ROPE))}"
-            )
+            fix = f"supported: {', '.join(sorted(STATIC_ROPE))}"
+            if kind == "dynamic":
+                fix += "; with default in its place, texts up to max_position_embeddings are rotated as with dynamic"
+            raise UnsupportedError(f"RoPE scaling {kind!r} {fault}", where=where, fix=fix)
 
 
 def origin(artifact: Path, source: Source, against: str | None) -> Snapshot:
