@@ -79,6 +79,14 @@ def test_adapter_that_does_not_fit_its_base_is_refused(lora: Path) -> None:
 
 
 @quiet_peft
+def test_matrix_that_is_of_another_size_than_in_the_base_is_named(lora: Path) -> None:
+    pytest.importorskip("peft", reason="needs the extra lora")
+    rewrite(lora, r=2 * RANK)
+    with pytest.raises(ModelError, match=rf"cannot merge the adapter: .*size mismatch for .*{MATRIX}\.lora_A"):
+        load_model(resolve(str(lora)))
+
+
+@quiet_peft
 def test_adapter_that_nobody_trained_is_refused(lora: Path) -> None:
     pytest.importorskip("peft", reason="needs the extra lora")
     path = lora / "adapter_model.safetensors"

@@ -95,7 +95,8 @@ class AdapterSnapshot(Snapshot):
             raise
         except Exception as error:  # peft, safetensors and torch each raise their own exception types
             text = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-            reason = (text.strip().splitlines() or [type(error).__name__])[0]
+            # torch tells in a first line that weights do not fit, and from the second on which.
+            reason = " ".join(map(str.strip, text.strip().splitlines()[:2])) or type(error).__name__
             fix = f"set base_model_name_or_path to the model that it was trained on, or {MERGE}"
             raise ModelError(f"cannot merge the adapter: {reason}", where=str(self.path), fix=fix) from error
 
