@@ -150,7 +150,7 @@ def test_parts_that_are_passed_over_count_for_nothing() -> None:
 
 def test_labels_of_steps_are_those_that_planning_tells(tiny_llama: Path) -> None:
     heard = Listening()
-    pipeline.plan(str(tiny_llama), recipe_of().within(Budget(kv_ratio=8)), progress=heard)
+    pipeline.plan(str(tiny_llama), recipe_of().within(Budget(kv_ratio=8, time_ratio=0.99)), progress=heard)
     assert [label for label in heard.labels if label in stages.PARTS[stages.PLAN]] == [
         "layers probed",
         "kinds of changes asked for recall",

@@ -108,7 +108,9 @@ class Planner:
             is_enough: Whether a plan ends the row; None for the whole.
         """
         found: list[Planned] = []
-        best = self._best(self.plain_bytes / ratio for ratio in RATIOS)
+        sizes = [self.plain_bytes / ratio for ratio in RATIOS]
+        self._worth(sizes[0])  # what is asked of recall takes as long as many sizes, and is a part of its own
+        best = self._best(sizes)
         for planned in (progress or Silent()).track(best, "sizes planned", len(RATIOS)):
             if planned is not None:
                 found.append(planned)

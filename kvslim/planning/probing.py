@@ -75,7 +75,7 @@ class Prober:
             "removals": lambda: removals_keeping_recall(removed, self._spare, self.plans),
             "sharing": lambda: sharing_keeping_recall(shared, self._sources, self.plans),
         }
-        asked = (progress or Silent()).track(list(changes), "changes asked for recall")
+        asked = (progress or Silent()).track(list(changes), "kinds of changes asked for recall")
         kept = probes.recall.model_copy(update={change: ways[change]() for change in asked})
         return probes.model_copy(update={"recall": kept})
 
