@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +13,27 @@ import pytest
 import torch
 from support.models import CALIBRATION, VALIDATION, open_prepared, recipe_of, tokens_of, torch_logits
 
+from kvslim.caches import IntegerCache, SharedCache
 from kvslim.contract import MIB
-from kvslim.devices.peak import RUNTIME_BYTES
+from kvslim.devices.peak import open_bytes
+from kvslim.devices.stored_weights import artifact_weights
 from kvslim.errors import GateError, UsageError
 from kvslim.export.manifest import SPECULATIVE_GRAPH
 from kvslim.methods import KvHdc, KvQuant, Method
 from kvslim.pipeline import compress
 from kvslim.planning import matrices
+from kvslim.planning.cost import Choice, bundled
+from kvslim.planning.decide import decide
 from kvslim.planning.matrices import FORMATS, MatrixPrice, MatrixPrices, StoredAs
-from kvslim.planning.split import split
+from kvslim.planning.split import BRANCHES, RESIDUAL, CacheSize, beside_bytes, split
+from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.prepared.weights import matrix_picking
 from kvslim.recipe import Recipe, parse_recipe
 from kvslim.settings import Budget
 from kvslim.transform.kl_evaluator import KLEvaluator, probe_windows
-from kvslim.types import DraftChoice, PlanPoint
+from kvslim.transform.projections import SIDES, projection
+from kvslim.transform.surgery import attention_modules, slim_modules, trial
+from kvslim.types import DraftChoice, LayerPlan, Plan
 from kvslim.validation.measure import file_mib
 from kvslim.weight_format import WeightFormat
 from kvslim.weights.blocks import BlockFormat, quantise
@@ -78,7 +86,7 @@ PRICES = MatrixPrices(
         MatrixPrice(
             names=(name,),
             ways=tuple(
-                StoredAs(bits=bits, block=block, size=size * factor, loss=loss * share)
+                StoredAs(bits=bits, block=block, size=size * factor, memory=2 * size * factor, loss=loss * share)
                 for (bits, block), factor, share in (((4, 128), 4.0, 1.0), ((4, 32), 5.0, 0.6), ((8, 128), 8.0, 0.004))
             ),
         )
@@ -89,15 +97,16 @@ PRICES = MatrixPrices(
 
 @pytest.mark.parametrize("limit", [840, 880, 940, 1100, 1240, 1680])
 def test_formats_lose_least_within_a_limit(limit: float) -> None:
-    found = PRICES.within(limit, {})
+    found = PRICES.within(limit)
     assert found is not None
-    formats, loss = found
+    formats, loss, memory = found
     fitting = [
         sum(way.loss for way in ways)
         for ways in itertools.product(*(group.ways for group in PRICES.groups))
         if sum(way.size for way in ways) <= limit
     ]
     assert size_of(formats, PRICES) <= limit
+    assert memory == 2 * size_of(formats, PRICES)
     assert loss <= 1.25 * min(fitting)  # taken greedily
     assert loss == pytest.approx(
         sum(
@@ -109,13 +118,45 @@ def test_formats_lose_least_within_a_limit(limit: float) -> None:
     )
 
 
-def test_least_bits_are_kept_and_what_does_not_fit_is_told() -> None:
-    formats, _ = PRICES.within(1300, {"c": 8}) or ({}, 0)
-    assert formats["c"] == (8, 128)
-    assert PRICES.least_size({}) == 840
-    assert PRICES.least_size({"c": 8}) == 1240
-    assert PRICES.within(839, {}) is None
-    assert PRICES.within(1239, {"c": 8}) is None
+def test_what_does_not_fit_is_told() -> None:
+    assert PRICES.sizes == (840, 1680)
+    assert PRICES.within(839) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # a table beside the head, and one that is the head too
+def test_memory_of_formats_is_what_a_graph_of_them_takes(
+    tiny_model: Callable[[str], Path], tmp_path: Path, family: str
+) -> None:
+    model = tiny_model(family)
+    picking = matrix_picking(open_prepared(model, limited(1000.0, KvQuant())))
+    limit = sum(picking.prices.sizes) / 2
+    picked = picking.prices.within(limit)
+    assert picked is not None
+    prepared = open_prepared(model, limited((limit + picking.others) / MIB, KvQuant()))
+    prepared.build_plain(tmp_path)
+    floats, rounded = (
+        artifact_weights(folder, prepared.spec, "", 0).resident for folder in (prepared.original, tmp_path)
+    )
+    numbers = sum(entry.module.weight.numel() for entry in picking.chosen.values())
+    table = prepared.model.get_input_embeddings().weight
+    twice = table.numel() if prepared.model.get_output_embeddings().weight is table else 0
+    assert picked.memory == pytest.approx(rounded - floats + 4 * (numbers + twice), abs=500)
+
+
+# Behind RoPE codes of keys and queries are matrices of their own; without it they fold into projections too.
+@pytest.mark.parametrize(("family", "bits"), [("llama", [4, 4, 8, 8]), ("gpt2", [8, 8, 8, 8])])
+def test_only_rows_that_codes_change_take_eight_bits(
+    tiny_model: Callable[[str], Path], family: str, bits: list[int]
+) -> None:
+    model, recipe = tiny_model(family), limited(1000.0, KvHdc(bits=8))
+    picking = matrix_picking(open_prepared(model, recipe))
+    least = (picking.prices.sizes[0] + picking.others + picking.codes) / MIB
+    prepared = open_prepared(model, limited(least, KvHdc(bits=8)))
+    prepared.install(prepared.codes(decide(recipe, prepared.spec, prepared.statistics)))
+    assert prepared.rows is not None
+    for attention in attention_modules(prepared.model, prepared.architecture):
+        rows = [projection(attention, prepared.architecture, side)[0] for side in (*SIDES, "output")]
+        assert [prepared.rows.form(each.astype(np.float32))[0] for each in rows] == bits
 
 
 # Codes of kv_hdc fold into matrices, which then take 8 bits; kv_quant leaves them alone.
@@ -127,8 +168,7 @@ def test_artifact_keeps_the_limit_of_its_files_and_uses_it(
 ) -> None:
     recipe = limited(1000.0, method).model_copy(update={"draft": draft})
     picking = matrix_picking(open_prepared(tiny_llama, recipe))
-    most = sum(max(way.size for way in group.ways) for group in picking.prices.groups)
-    limit = (picking.others + (picking.least + most) / 2) / MIB
+    limit = (picking.others + picking.codes + sum(picking.prices.sizes) / 2) / MIB
     recipe = recipe.model_copy(update={"weights": WeightFormat(type="int4", file_mib=limit)})
     manifest = compress(str(tiny_llama), recipe, tmp_path / "out")
     assert (tmp_path / "out" / SPECULATIVE_GRAPH).exists() == (draft != "none")
@@ -162,24 +202,51 @@ def test_bits_alone_are_picked_by_a_limit() -> None:
             WeightFormat.model_validate({"type": "int4", "file_mib": 1, **other})
 
 
-FRONTIER = tuple(
-    PlanPoint(cache="int8", kv_bytes_per_token=size, kv_ratio=1, time_ratio=1, kl=kl)
-    for size, kl in ((64.0, 0.0005), (32.0, 0.01), (16.0, 0.1))
-)
+CACHES = [CacheSize(6400, 400, 0.0005), CacheSize(3200, 300, 0.01), CacheSize(1600, 200, 0.1)]
 
 
-@pytest.mark.parametrize(("steep", "cache"), [(1e-6, 6400), (1e4, 1600)])
-def test_memory_goes_where_it_takes_most_loss(steep: float, cache: float) -> None:
+def prices_of(steep: float) -> MatrixPrices:
+    """One matrix that may take from 2,000 bytes on, in memory an eighth more, and loses the less the more it takes."""
+    ways = (
+        StoredAs(bits=4, block=place, size=size, memory=size * 1.125, loss=steep / size)
+        for place, size in enumerate(map(float, np.geomspace(2000, 8000, 200)))
+    )
+    return MatrixPrices(key="", groups=(MatrixPrice(names=("a",), ways=tuple(ways)),))
+
+
+@pytest.mark.parametrize(("steep", "whole"), [(1e-9, 6800), (1e6, 1800)])
+def test_memory_goes_where_it_takes_most_loss(steep: float, whole: float) -> None:
     """Weights that lose hardly anything leave the cache all it can use, and those that lose much the least."""
-    found = split(10_000, 2000, lambda size: steep * np.exp(-size / 2000), FRONTIER, 100)
+    prices = prices_of(steep)
+    found = split(10_000, prices, CACHES)
     assert found is not None
-    assert found.cache == pytest.approx(cache, rel=1e-6)
-    assert found.weights + found.cache == pytest.approx(10_000)
+    picked = prices.within(found.weights)
+    assert picked is not None
+    codes = np.interp(found.cache, [1600, 3200, 6400], [200, 300, 400])
+    assert picked.memory + found.cache + codes == pytest.approx(10_000, rel=1e-3)  # all of it is used
+    assert found.cache + codes == pytest.approx(whole, abs=10_000 / 50)
 
 
 def test_memory_that_holds_neither_is_told() -> None:
-    assert split(3000, 2000, lambda _: 0.0, FRONTIER, 100) is None
-    assert split(3000, 2000, lambda _: 0.0, (), 100) is None
+    assert split(3000, prices_of(1.0), CACHES) is None
+    assert split(10_000, prices_of(1.0), []) is None
+
+
+def test_codes_of_a_plan_take_what_is_put_into_the_model(prepared: PreparedDecoder) -> None:
+    layers = (
+        bundled(LayerPlan(layer=0, heads=(0, 1)), Choice(8, 8), None, 4),
+        bundled(LayerPlan(layer=1), Choice(8, 0), None, 8),
+    )
+    plan = Plan(layers=layers)
+    with trial(prepared.model, prepared.architecture, prepared.codes(plan)):
+        slims = slim_modules(prepared.model, prepared.architecture)
+        numbers = sum(code.numel() for slim in slims for code in (slim.key_encoder, slim.query_encoder))
+    assert beside_bytes(prepared.spec, plan) == 4 * numbers + BRANCHES["int4"] + RESIDUAL + BRANCHES["int8"]
+    shared = Plan(layers=(layers[1].model_copy(update={"layer": 0}), LayerPlan(layer=1, cache=SharedCache(source=0))))
+    with trial(prepared.model, prepared.architecture, prepared.codes(shared)):
+        own, reading = slim_modules(prepared.model, prepared.architecture)
+        numbers = own.key_encoder.numel() + own.query_encoder.numel() + reading.query_encoder.numel()
+    assert beside_bytes(prepared.spec, shared) == 4 * numbers + 2 * BRANCHES["int8"]
 
 
 @pytest.mark.parametrize(
@@ -241,8 +308,8 @@ def memory_recipe(mib: float) -> Recipe:
 
 
 def test_budget_of_memory_becomes_one_of_the_file_and_one_of_the_cache(tiny_llama: Path, tmp_path: Path) -> None:
-    tight = RUNTIME_BYTES / MIB + 0.45
-    manifest = compress(str(tiny_llama), memory_recipe(tight), tmp_path / "out")
+    limit = open_bytes(2) / MIB + 1.95
+    manifest = compress(str(tiny_llama), memory_recipe(limit), tmp_path / "out")
     recipe = parse_recipe(manifest.recipe, where="")
     assert recipe.budget is not None
     assert recipe.budget.memory_mib is None
@@ -250,6 +317,10 @@ def test_budget_of_memory_becomes_one_of_the_file_and_one_of_the_cache(tiny_llam
     assert recipe.budget.kv_mib is not None
     cache = manifest.kv_layout.bytes_at(64) / MIB
     assert cache <= recipe.budget.kv_mib
-    assert file_mib(tmp_path / "out") + cache <= 0.45
-    with pytest.raises(GateError, match="do not fit into 100 MiB"):
-        compress(str(tiny_llama), memory_recipe(100), tmp_path / "none")
+    assert file_mib(tmp_path / "out") <= recipe.weights.file_mib
+    caches = [layer.cache for layer in manifest.plan.layers if isinstance(layer.cache, IntegerCache)]
+    branches = sum(BRANCHES[cache.dtype] + RESIDUAL * any(cache.residuals) for cache in caches) / MIB
+    weights = artifact_weights(tmp_path / "out", manifest.spec, "", 0).resident / MIB
+    assert open_bytes(2) / MIB + weights + cache + branches == pytest.approx(limit - 0.05, abs=0.05)
+    with pytest.raises(GateError, match="do not fit into 50 MiB"):
+        compress(str(tiny_llama), memory_recipe(50), tmp_path / "none")

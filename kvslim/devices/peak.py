@@ -31,8 +31,11 @@ LAYER_BYTES = 0.35 * MIB
 CODES_CHUNK = 64
 ARENA = 2.4
 FLOAT_ROWS = 2.5
-# What a budget of `--memory-mib` sets aside beside files and cache. Its gate measures a process that only decodes.
-RUNTIME_BYTES = 128 * MIB
+
+
+def open_bytes(layers: int, integer_layers: int = 0) -> float:
+    """What a process holds beside weights, cache and activations: interpreter, libraries, and the graph."""
+    return OPEN_BYTES + LAYER_BYTES * (layers + integer_layers)
 
 
 def memory(weights: StoredWeights, cache: Cache, context: int) -> int:
@@ -43,7 +46,7 @@ def memory(weights: StoredWeights, cache: Cache, context: int) -> int:
 def beside_cache(weights: StoredWeights, cache: Cache, context: int) -> int:
     """What of it is not the cache."""
     integers = cache.integer_layers
-    graph = OPEN_BYTES + LAYER_BYTES * (len(cache.q_heads) + len(integers))
+    graph = open_bytes(len(cache.q_heads), len(integers))
     chunk = CODES_CHUNK if any(map(cache.has_codes, integers)) else CHUNK
     activations = ARENA * FLOAT * weights.width * min(context, chunk)
     rows = max((_in_float32(cache, layer, context) for layer in integers), default=0)

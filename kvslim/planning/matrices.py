@@ -2,12 +2,13 @@
 
 Matrices that read one input are stored alike, since the graph packs some of them. Each such group is rounded coarsely,
 alone, and the divergence that this makes is its price. For noise this small the divergence grows with the noise's
-energy, so other formats cost as much less as their noise has less. What groups lose adds up.
+energy, so other formats cost as much less as their noise has less. What groups lose adds up. Matrices that take eight
+bits in any case are not probed: there is nothing to choose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 
 # What is probed comes first. Two bits leave 15 times the noise, and MatMulNBits does not read them faster than four.
 FORMATS = (BlockFormat(4, 128), BlockFormat(4, 64), BlockFormat(4, 32), BlockFormat(8, 128))
+EIGHT = FORMATS[-1]
 FLOAT = 4
+VERSION = 2  # of what is kept on the disk
 
 
 class StoredAs(Frozen):
@@ -39,7 +42,8 @@ class StoredAs(Frozen):
 
     bits: int
     block: int
-    size: float
+    size: float = Field(description="bytes in the file")
+    memory: float = Field(description="bytes in a process")
     loss: float
 
 
@@ -50,44 +54,51 @@ class MatrixPrice(Frozen):
     ways: tuple[StoredAs, ...]
 
 
+class Picked(NamedTuple):
+    """How matrices are stored.
+
+    Attributes:
+        formats: By the name of their module.
+        loss: Expected divergence, nats per token.
+        memory: Bytes in a process.
+    """
+
+    formats: dict[str, BlockFormat]
+    loss: float
+    memory: float
+
+
 class MatrixPrices(Frozen):
     """What was measured of a model's matrices; no limit decides it."""
 
     key: str = Field(description="hash of all that decides it: model and text")
     groups: tuple[MatrixPrice, ...]
 
-    def least_size(self, least_bits: Mapping[str, int]) -> float:
-        """Bytes of all matrices in the smallest formats allowed."""
-        return sum(min(way.size for way in _allowed(group, least_bits)) for group in self.groups)
+    @property
+    def sizes(self) -> tuple[float, float]:
+        """Bytes of all matrices in the smallest formats, and in the largest."""
+        of_groups = [[way.size for way in group.ways] for group in self.groups]
+        return sum(map(min, of_groups)), sum(map(max, of_groups))
 
-    def within(self, limit: float, least_bits: Mapping[str, int]) -> tuple[dict[str, BlockFormat], float] | None:
-        """The format of each matrix, of least expected divergence within so many bytes, and that divergence.
-
-        Args:
-            limit: Bytes of all matrices.
-            least_bits: Of those matrices that may not have fewer, by name.
+    def within(self, limit: float) -> Picked | None:
+        """The format of each matrix, of least expected divergence within so many bytes of a file.
 
         Returns:
-            The formats by name, and nats per token; None where nothing fits.
+            The formats with what they lose and take; None where nothing fits.
         """
-        ways = [_allowed(group, least_bits) for group in self.groups]
         taken = allocate(
-            [[Option(way.size, way.loss, place) for place, way in enumerate(group)] for group in ways], limit
+            [[Option(way.size, way.loss, place) for place, way in enumerate(group.ways)] for group in self.groups],
+            limit,
         )
         if taken is None:
             return None
-        found = [group[option.name] for group, option in zip(ways, taken, strict=True)]
+        found = [group.ways[option.name] for group, option in zip(self.groups, taken, strict=True)]
         formats = {
             name: BlockFormat(way.bits, way.block)
             for group, way in zip(self.groups, found, strict=True)
             for name in group.names
         }
-        return formats, sum(way.loss for way in found)
-
-
-def _allowed(group: MatrixPrice, least_bits: Mapping[str, int]) -> list[StoredAs]:
-    least = max(least_bits.get(name, 0) for name in group.names)
-    return [way for way in group.ways if way.bits >= least]
+        return Picked(formats, sum(way.loss for way in found), sum(way.memory for way in found))
 
 
 class MatrixPricing(NamedTuple):
@@ -105,14 +116,29 @@ class MatrixPricing(NamedTuple):
     spec: ModelSpec
     evaluator: KLEvaluator
 
-    def of(self, chosen: Mapping[str, Chosen], progress: Progress) -> tuple[MatrixPrice, ...]:
-        """The price of each group of the chosen modules, in the order that they run."""
-        names = {entry.module: name for name, entry in chosen.items()}
-        groups = _groups(self.model, list(names), self.evaluator.batches[0][:1])
-        return tuple(
-            MatrixPrice(names=tuple(names[module] for module in group), ways=tuple(self._ways(group)))
+    def of(
+        self, chosen: Mapping[str, Chosen], in_eight: Collection[str], progress: Progress
+    ) -> tuple[MatrixPrice, ...]:
+        """The price of each group of the chosen modules.
+
+        Args:
+            chosen: The modules, by name.
+            in_eight: Names of those that take eight bits in any case.
+            progress: Receives the progress.
+
+        Returns:
+            Groups in the order that they run, and behind them those in eight bits, each by itself.
+        """
+        open_names = {entry.module: name for name, entry in chosen.items() if name not in in_eight}
+        groups = _groups(self.model, list(open_names), self.evaluator.batches[0][:1])
+        probed = [
+            MatrixPrice(names=tuple(open_names[module] for module in group), ways=tuple(self._ways(group)))
             for group in progress.track(groups, "matrices probed")
+        ]
+        settled = (
+            MatrixPrice(names=(name,), ways=(self._way([chosen[name].module], EIGHT, 0.0),)) for name in in_eight
         )
+        return (*probed, *settled)
 
     def _ways(self, group: Sequence[Any]) -> Iterator[StoredAs]:
         matrices = [module.weight.detach().numpy() for module in group]
@@ -122,9 +148,18 @@ class MatrixPricing(NamedTuple):
         noises += [sum(_noise(matrix, _rounded(matrix, to)) for matrix in matrices) for to in FORMATS[1:]]
         let_go()
         for to, noise in zip(FORMATS, noises, strict=True):
-            share = noise / noises[0] if noises[0] else 0.0
-            size = sum(_size(matrix, to) for matrix in matrices)
-            yield StoredAs(bits=to.bits, block=to.block, size=size, loss=loss * share)
+            yield self._way(group, to, loss * (noise / noises[0] if noises[0] else 0.0))
+
+    def _way(self, group: Sequence[Any], to: BlockFormat, loss: float) -> StoredAs:
+        size = sum(_in_file(module.weight.shape, to) for module in group)
+        memory = sum(self._in_memory(module, to) for module in group)
+        return StoredAs(bits=to.bits, block=to.block, size=size, memory=memory, loss=loss)
+
+    def _in_memory(self, module: Any, to: BlockFormat) -> float:
+        """Bytes in a process, as in `devices.peak`: a packed matrix, and the pages of a table's file."""
+        table = self.model.get_input_embeddings()
+        packed = 0.0 if module is table else _packed(module.weight.shape, to)
+        return packed + (_in_file(module.weight.shape, to) if module.weight is table.weight else 0.0)
 
     def _loss(self, group: Sequence[Any], numbers: Sequence[Floats]) -> float:
         layers = layer_modules(self.model, self.architecture)
@@ -143,11 +178,21 @@ def _noise(matrix: Floats, rounded: Floats) -> float:
     return sum(float(np.square(near - row, dtype=np.float64).sum()) for near, row in zip(rounded, matrix, strict=True))
 
 
-def _size(matrix: Floats, to: BlockFormat) -> float:
+def _in_file(shape: Sequence[int], to: BlockFormat) -> float:
     """Bytes of codes, scales and zero points."""
-    rows, width = matrix.shape
-    to = to.of_width(width)
-    return rows * (width + to.padding(width)) / to.block * (to.block * to.bits / 8 + FLOAT + to.bits / 8)
+    to = to.of_width(shape[1])
+    return _blocks(shape, to) * (to.block * to.bits / 8 + FLOAT + to.bits / 8)
+
+
+def _packed(shape: Sequence[int], to: BlockFormat) -> float:
+    """Bytes of codes, scales and the sums of blocks, in which a product reads them."""
+    to = to.of_width(shape[1])
+    return _blocks(shape, to) * (to.block * to.bits / 8 + 2 * FLOAT)
+
+
+def _blocks(shape: Sequence[int], to: BlockFormat) -> float:
+    rows, width = shape
+    return rows * (width + to.padding(width)) / to.block
 
 
 def _rounded(matrix: Floats, to: BlockFormat) -> Floats:

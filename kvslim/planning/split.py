@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from kvslim.types import PlanPoint
+from kvslim.caches import CodedCache
+from kvslim.contract import MIB, CacheType, ModelSpec
+from kvslim.planning.matrices import FLOAT, MatrixPrices
+from kvslim.types import LayerPlan, Plan
 
-SIZES = 64  # of the cache that are tried
+SIZES = 64  # of the weights that are tried
+LEAST_LOSS = 1e-12
+# What opening a graph takes for a layer's branches, by what its cache holds; measured on SmolLM2's shape.
+BRANCHES: dict[CacheType, float] = {"int8": 0.5 * MIB, "int4": 0.7 * MIB}
+RESIDUAL = 0.3 * MIB
+
+
+class CacheSize(NamedTuple):
+    """A plan of the cache at one size.
+
+    Attributes:
+        cache: Its bytes at the target context.
+        beside: Bytes that a graph takes more for it.
+        loss: Nats per token.
+    """
+
+    cache: float
+    beside: float
+    loss: float
 
 
 class Split(NamedTuple):
     """Shares of a memory budget, in bytes, and what is expected to be lost.
 
     Attributes:
-        weights: Of the matrices in memory.
+        weights: Of the matrices in the file; in memory they take some more.
         cache: Of the cache at the target context.
         loss: Nats per token.
     """
@@ -26,32 +47,54 @@ class Split(NamedTuple):
     loss: float
 
 
-def split(
-    room: float, least: float, loss_of_weights: Callable[[float], float], frontier: Sequence[PlanPoint], context: int
-) -> Split | None:
+def split(room: float, prices: MatrixPrices, sizes: Sequence[CacheSize]) -> Split | None:
     """The split that is expected to lose least.
 
     Errors of weights and of the cache add up: both are small and know nothing of each other.
 
     Args:
-        room: Bytes for both.
-        least: Bytes of the matrices in their smallest formats.
-        loss_of_weights: Expected divergence of the matrices within so many bytes, at least `least`.
-        frontier: The planner's points, the largest first.
-        context: Tokens at which the cache's bytes count.
+        room: Bytes of memory for weights, cache, and what the graph takes for it.
+        prices: Of the matrices.
+        sizes: Plans of the cache.
 
     Returns:
         The split, or None where not even the smallest of both fit, or there is no plan of the cache.
     """
-    if not frontier:
-        return None
-    sizes = np.array([point.kv_bytes_per_token * context for point in reversed(frontier)])
-    losses = np.array([max(point.kl, 1e-12) for point in reversed(frontier)])
-    tried = np.geomspace(sizes[0], sizes[-1], SIZES)
-    of_cache = np.exp(np.interp(np.log(tried), np.log(sizes), np.log(losses)))
-    found = [
-        Split(room - size, size, float(loss) + loss_of_weights(room - size))
-        for size, loss in zip(map(float, tried), of_cache, strict=True)
-        if room - size >= least
-    ]
-    return min(found, key=lambda split: split.loss, default=None)
+    return min(_splits(room, prices, sizes), key=lambda split: split.loss, default=None)
+
+
+def _splits(room: float, prices: MatrixPrices, sizes: Sequence[CacheSize]) -> Iterator[Split]:
+    """What fits, by the size of the weights: the cache has the rest."""
+    caches, beside, losses = np.array(sorted(sizes, key=_whole)).reshape(-1, 3).T
+    whole = caches + beside
+    for size in np.geomspace(*prices.sizes, SIZES) if sizes else ():
+        limit = float(size) + 1  # a byte more, so that the smallest fit whatever is rounded
+        picked = prices.within(limit)
+        if picked is not None and (left := room - picked.memory) >= whole[0]:
+            lost = np.exp(np.interp(np.log(left), np.log(whole), np.log(np.maximum(losses, LEAST_LOSS))))
+            yield Split(limit, left - float(np.interp(left, whole, beside)), picked.loss + float(lost))
+
+
+def least_room(prices: MatrixPrices, sizes: Sequence[CacheSize]) -> float:
+    """Bytes of memory that the smallest weights and the smallest cache take together."""
+    picked = prices.within(prices.sizes[0] + 1)
+    return (0.0 if picked is None else picked.memory) + min(map(_whole, sizes), default=0.0)
+
+
+def _whole(size: CacheSize) -> float:
+    return size.cache + size.beside
+
+
+def beside_bytes(spec: ModelSpec, plan: Plan) -> float:
+    """What a graph takes for a cache of integers: the matrices that code keys and queries, and the branches."""
+    return sum(_beside(spec, layer, plan) for layer in plan.layers)
+
+
+def _beside(spec: ModelSpec, layer: LayerPlan, plan: Plan) -> float:
+    read = layer.cache if layer.source is None else plan.layers[layer.source].cache
+    if layer.heads == () or not isinstance(read, CodedCache):
+        return 0.0
+    queries = spec.q_heads if layer.heads is None else len(layer.heads)
+    keys = len(layer.kv_heads(spec)) if layer.source is None else 0
+    numbers = spec.head_dim * (keys * read.ranks(spec.head_dim)[0] + queries * read.widths(spec.head_dim)[0])
+    return FLOAT * numbers + BRANCHES.get(read.dtype, 0.0) + (RESIDUAL if any(read.residuals) else 0.0)

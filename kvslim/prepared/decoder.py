@@ -38,7 +38,7 @@ from kvslim.prepared.decoder_trials import DecoderTrials
 from kvslim.prepared.fitted import heal, refitted_before
 from kvslim.prepared.limits import with_limits
 from kvslim.prepared.text import TextSource
-from kvslim.prepared.weights import keeps_weights, quantise
+from kvslim.prepared.weights import changed, quantise
 from kvslim.progress import Progress, Silent
 from kvslim.recipe import Recipe
 from kvslim.settings import TextUse
@@ -130,7 +130,7 @@ class PreparedDecoder(PreparedModel):
         """The recipe's format once the weights are quantised, with what else decides the formats that are picked."""
         weights = self.recipe.weights if self.is_quantised else WeightFormat()
         text = self.text.identity if weights.needs_text else None
-        return weights.model_dump(), text, weights.picks and keeps_weights(self.recipe)
+        return weights.model_dump(), text, changed(self.recipe) if weights.picks else None
 
     @property
     def weights_like(self) -> WeightType:

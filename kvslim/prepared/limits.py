@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from kvslim import stages
 from kvslim.contract import MIB
-from kvslim.devices.peak import RUNTIME_BYTES
+from kvslim.devices.peak import open_bytes
 from kvslim.errors import GateError
 from kvslim.planning.budget import planner_of
 from kvslim.planning.choose import check_time
-from kvslim.planning.split import split
-from kvslim.prepared.weights import MatrixPicking, file_limit, matrix_picking
+from kvslim.planning.split import CacheSize, beside_bytes, least_room, split
+from kvslim.prepared.weights import file_limit, matrix_picking
 from kvslim.progress import WithinStage
 from kvslim.recipe import Recipe
 from kvslim.settings import Budget, Gates
-from kvslim.types import PlanPoint
 
 if TYPE_CHECKING:
     from kvslim.prepared.decoder import PreparedDecoder
@@ -36,39 +34,39 @@ def with_limits(prepared: PreparedDecoder) -> Recipe:
     if budget is None or budget.memory_mib is None or budget.context is None:
         limit = recipe.gates.max_file_mib or file_limit(prepared)
         return recipe.gated(Gates(max_file_mib=limit))
-    picking = matrix_picking(prepared)
-    frontier = _frontier(prepared, budget)
-    room = budget.memory_mib * MIB - RUNTIME_BYTES - picking.others
-    found = split(room, picking.least, lambda size: _loss(picking, size), frontier, budget.context)
+    picking, sizes = matrix_picking(prepared), _cache_sizes(prepared, budget)
+    room = budget.memory_mib * MIB - open_bytes(prepared.spec.layers) - picking.others
+    found = split(room, picking.prices, sizes)
     if found is None:
-        smallest = min((point.kv_bytes_per_token for point in frontier), default=0.0)
-        lack = smallest * budget.context + picking.least - room
+        lack = least_room(picking.prices, sizes) - room
         raise GateError(
             f"weights and cache at {budget.context:,} tokens do not fit into {budget.memory_mib:g} MiB",
             where="budget.memory_mib",
             fix=f"ask for {budget.memory_mib + lack / MIB + 0.5:.0f} or more, or for a shorter context",
         )
-    file_mib = (found.weights + picking.others) / MIB
+    file_mib = (found.weights + picking.others + picking.codes) / MIB
     weights = recipe.weights.model_copy(update={"file_mib": file_mib})
     shares = budget.model_copy(update={"memory_mib": None, "kv_mib": found.cache / MIB})
     return recipe.model_copy(update={"weights": weights, "budget": shares}).gated(Gates(max_file_mib=file_mib))
 
 
-def _frontier(prepared: PreparedDecoder, budget: Budget) -> list[PlanPoint]:
-    """What caches of several sizes lose on the model in float32."""
+def _cache_sizes(prepared: PreparedDecoder, budget: Budget) -> list[CacheSize]:
+    """What caches of several sizes take and lose on the model in float32."""
     progress = prepared.progress
     progress.stage(stages.PROBE_CACHE)
     prepared.progress = WithinStage(progress)
     try:
         planner = planner_of(prepared.trials(), budget.context, budget.time_ratio)
         check_time(planner)
-        return [planned.point for planned in planner.frontier(prepared.progress)]
+        found = planner.frontier(prepared.progress)
     finally:
         prepared.progress = progress
         vars(prepared).pop("statistics", None)  # those of the model with its weights rounded are others
-
-
-def _loss(picking: MatrixPicking, size: float) -> float:
-    """What the matrices are expected to lose within so many bytes."""
-    found = picking.within(size)
-    return math.inf if found is None else found[1]
+    return [
+        CacheSize(
+            planned.point.kv_bytes_per_token * planner.context,
+            beside_bytes(prepared.spec, planned.plan),
+            planned.point.kl,
+        )
+        for planned in found
+    ]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvslim import stages
 from kvslim.calibrate import cache
@@ -16,11 +16,11 @@ from kvslim.contract import MIB
 from kvslim.errors import GateError
 from kvslim.export.manifest import GRAPH
 from kvslim.export.stored import fetch_graph, graph_key, store_graph
-from kvslim.planning.matrices import FLOAT, FORMATS, MatrixPrices, MatrixPricing
+from kvslim.planning.matrices import FLOAT, FORMATS, VERSION, MatrixPrices, MatrixPricing
 from kvslim.transform.kl_evaluator import KLEvaluator, is_large, probe_windows
-from kvslim.transform.surgery import layer_modules
+from kvslim.transform.projections import SIDES
+from kvslim.transform.surgery import attention_modules, layer_modules
 from kvslim.validation.measure import file_mib
-from kvslim.weights.blocks import BlockFormat
 from kvslim.weights.choice import Chosen, chosen_matrices
 from kvslim.weights.quantise import install_quantised, quantise_model
 from kvslim.weights.rows import QuantisedRows
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from kvslim.recipe import Recipe
 
 FILE = "weights.npz"
-NODES = 24 * 2**10  # bytes of a layer's nodes and their names in the graph, with those of its cache
+NODES = 32 * 2**10  # bytes of a layer's nodes and their names in the graph, with those of its cache
+Changed = Literal["nothing", "values", "attention"]
 
 
 def quantise(prepared: PreparedDecoder) -> QuantisedRows:
@@ -82,18 +83,17 @@ def _chosen(prepared: PreparedDecoder) -> dict[str, Chosen]:
     if limit is None:
         return _matrices(prepared)
     picking = matrix_picking(prepared)
-    found = picking.within(limit * MIB - picking.others)
-    if found is None:
-        least = (picking.least + picking.others) / MIB
+    picked = picking.prices.within(limit * MIB - picking.others - picking.codes)
+    if picked is None:
+        least = (picking.prices.sizes[0] + picking.others + picking.codes) / MIB
         ratio = math.floor(100 * file_mib(prepared.original) / least) / 100
         raise GateError(
             f"no way to store the weights takes {limit:.4g} MiB or less",
             where="weights.file_mib" if weights.file_mib else "weights.file_ratio",
             fix=f"ask for {least + 0.05:.1f} MiB or more, or at most {ratio} times smaller",
         )
-    formats, _ = found
     return {
-        name: replace(entry, to=formats[name].of_width(entry.module.weight.shape[1]))
+        name: replace(entry, to=picked.formats[name].of_width(entry.module.weight.shape[1]))
         for name, entry in picking.chosen.items()
     }
 
@@ -111,36 +111,29 @@ class MatrixPicking:
     Attributes:
         chosen: The matrices, by name.
         prices: Of their formats.
-        least_bits: Of those that may not have fewer, by name.
-        others: Bytes of the artifact's files besides the matrices.
+        others: Bytes of the artifact's files besides the matrices and the codes of its cache.
+        codes: Bytes of the codes that a recipe may put in.
     """
 
     chosen: Mapping[str, Chosen]
     prices: MatrixPrices
-    least_bits: Mapping[str, int]
     others: float
-
-    @property
-    def least(self) -> float:
-        """Bytes of the matrices in the smallest formats."""
-        return self.prices.least_size(self.least_bits)
-
-    def within(self, limit: float) -> tuple[dict[str, BlockFormat], float] | None:
-        """As `MatrixPrices.within`."""
-        return self.prices.within(limit, self.least_bits)
+    codes: float
 
 
 def matrix_picking(prepared: PreparedDecoder) -> MatrixPicking:
     """What formats of a decoder's matrices are picked from; it is not quantised yet."""
-    chosen = _matrices(prepared)
-    prices = _prices(prepared, chosen)
-    return MatrixPicking(chosen, prices, _least_bits(prepared, chosen), _other_bytes(prepared, chosen))
+    chosen, spec = _matrices(prepared), prepared.spec
+    # Encoders of all heads; of kv heads feedback, two quarters of a matrix each; and two that add residuals up.
+    codes = spec.layers * FLOAT * (spec.q_heads + 1.5 * spec.kv_heads + 2) * spec.head_dim**2
+    is_coded = changed(prepared.recipe) != "nothing"
+    return MatrixPicking(chosen, _prices(prepared, chosen), _other_bytes(prepared, chosen), codes if is_coded else 0)
 
 
 def _prices(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> MatrixPrices:
     """What was measured of the matrices, from the disk when they were probed before."""
-    spec = prepared.spec
-    key = cache.content_key("matrices", FORMATS, prepared.digest, *prepared.text.identity)
+    spec, in_eight = prepared.spec, _in_eight(prepared, chosen)
+    key = cache.content_key("matrices", VERSION, FORMATS, prepared.digest, *prepared.text.identity, in_eight)
     prices = cache.load_probes(key, MatrixPrices)
     if prices is None:
         prepared.progress.stage(stages.PROBE_WEIGHTS)
@@ -149,30 +142,37 @@ def _prices(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> MatrixPr
         mask = None if mask is None else probe_windows(mask, spec.layers, large=large)
         evaluator = KLEvaluator(prepared.model, prepared.architecture, windows, mask, probing=True)
         pricing = MatrixPricing(prepared.model, prepared.architecture, spec, evaluator)
-        prices = MatrixPrices(key=key, groups=pricing.of(chosen, prepared.progress))
+        prices = MatrixPrices(key=key, groups=pricing.of(chosen, in_eight, prepared.progress))
         cache.store_probes(prices)
     return prices
 
 
 def _other_bytes(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> float:
-    """Bytes of the artifact's files besides the matrices, with those of the codes that a recipe may put in."""
-    spec, numbers = prepared.spec, sum(entry.module.weight.numel() for entry in chosen.values())
-    codes = 0 if keeps_weights(prepared.recipe) else (spec.q_heads + spec.kv_heads) * spec.head_dim**2
+    """Bytes of the artifact's files besides the matrices and the codes of its cache."""
+    numbers = sum(entry.module.weight.numel() for entry in chosen.values())
     drafts = 0 if prepared.recipe.draft == "none" else 1  # the same graph over the same weights
     graph = (prepared.original / GRAPH).stat().st_size
-    nodes = drafts * graph + (1 + drafts) * spec.layers * NODES
-    return file_mib(prepared.original) * MIB + nodes + spec.layers * FLOAT * codes - FLOAT * numbers
+    nodes = drafts * graph + (1 + drafts) * prepared.spec.layers * NODES
+    return file_mib(prepared.original) * MIB + nodes - FLOAT * numbers
 
 
-def _least_bits(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> dict[str, int]:
-    """Eight for the matrices of attention, where codes fold into them: rows that change are stored in eight anyway."""
-    if keeps_weights(prepared.recipe):
-        return {}
-    layers, path = layer_modules(prepared.model, prepared.architecture), prepared.architecture.attention
-    inside = {module for layer in layers for module in layer.get_submodule(path).modules()}
-    return {name: 8 for name, entry in chosen.items() if entry.module in inside}
+def _in_eight(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> list[str]:
+    """Names of the matrices that have eight bits in any case: rows that change are stored in eight."""
+    kind, architecture = changed(prepared.recipe), prepared.architecture
+    if kind == "nothing":
+        return []
+    changing = set()
+    for attention in attention_modules(prepared.model, architecture):
+        slim: Any = attention.kvslim
+        # Codes of keys and queries come behind RoPE; without it they fold into projections as those of values do.
+        sides = ("value",) if kind == "values" and slim.rotary is not None else SIDES
+        changing |= {attention.get_submodule(getattr(architecture, side)) for side in (*sides, "output")}
+    return [name for name, entry in chosen.items() if entry.module in changing]
 
 
-def keeps_weights(recipe: Recipe) -> bool:
-    """Whether nothing that a recipe does changes rows of matrices."""
-    return recipe.budget is None and recipe.heal is None and all(method.keeps_weights for method in recipe.methods)
+def changed(recipe: Recipe) -> Changed:
+    """Which matrices have rows that a recipe may change: none, those that values pass, or all of the attention."""
+    if recipe.heal is not None:
+        return "attention"
+    keeps = recipe.budget is None and all(method.keeps_weights for method in recipe.methods)
+    return "nothing" if keeps else "values"
