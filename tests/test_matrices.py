@@ -132,7 +132,7 @@ def test_memory_of_formats_is_what_a_graph_of_them_takes(
     limit = sum(picking.prices.sizes) / 2
     picked = picking.prices.within(limit)
     assert picked is not None
-    prepared = open_prepared(model, limited((limit + picking.others) / MIB, KvQuant()))
+    prepared = open_prepared(model, limited((limit + picking.beside) / MIB, KvQuant()))
     prepared.build_plain(tmp_path)
     floats, rounded = (
         artifact_weights(folder, prepared.spec, "", 0).resident for folder in (prepared.original, tmp_path)
@@ -150,7 +150,7 @@ def test_only_rows_that_codes_change_take_eight_bits(
 ) -> None:
     model, recipe = tiny_model(family), limited(1000.0, KvHdc(bits=8))
     picking = matrix_picking(open_prepared(model, recipe))
-    least = (picking.prices.sizes[0] + picking.others + picking.codes) / MIB
+    least = (picking.prices.sizes[0] + picking.beside) / MIB
     prepared = open_prepared(model, limited(least, KvHdc(bits=8)))
     prepared.install(prepared.codes(decide(recipe, prepared.spec, prepared.statistics)))
     assert prepared.rows is not None
@@ -168,7 +168,7 @@ def test_artifact_keeps_the_limit_of_its_files_and_uses_it(
 ) -> None:
     recipe = limited(1000.0, method).model_copy(update={"draft": draft})
     picking = matrix_picking(open_prepared(tiny_llama, recipe))
-    limit = (picking.others + picking.codes + sum(picking.prices.sizes) / 2) / MIB
+    limit = (picking.beside + sum(picking.prices.sizes) / 2) / MIB
     recipe = recipe.model_copy(update={"weights": WeightFormat(type="int4", file_mib=limit)})
     manifest = compress(str(tiny_llama), recipe, tmp_path / "out")
     assert (tmp_path / "out" / SPECULATIVE_GRAPH).exists() == (draft != "none")
@@ -317,10 +317,11 @@ def test_budget_of_memory_becomes_one_of_the_file_and_one_of_the_cache(tiny_llam
     assert recipe.budget.kv_mib is not None
     cache = manifest.kv_layout.bytes_at(64) / MIB
     assert cache <= recipe.budget.kv_mib
-    assert file_mib(tmp_path / "out") <= recipe.weights.file_mib
+    assert recipe.gates.max_file_mib is not None
+    assert file_mib(tmp_path / "out") <= recipe.gates.max_file_mib
     caches = [layer.cache for layer in manifest.plan.layers if isinstance(layer.cache, IntegerCache)]
     branches = sum(BRANCHES[cache.dtype] + RESIDUAL * any(cache.residuals) for cache in caches) / MIB
     weights = artifact_weights(tmp_path / "out", manifest.spec, "", 0).resident / MIB
-    assert open_bytes(2) / MIB + weights + cache + branches == pytest.approx(limit - 0.05, abs=0.05)
+    assert open_bytes(2) / MIB + weights + cache + branches == pytest.approx(limit, abs=0.35)  # a layer's residuals
     with pytest.raises(GateError, match="do not fit into 50 MiB"):
         compress(str(tiny_llama), memory_recipe(50), tmp_path / "none")

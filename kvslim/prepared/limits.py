@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 def with_limits(prepared: PreparedDecoder) -> Recipe:
     """The recipe of a decoder that is not rounded yet, with what its limits come to.
 
-    A limit of the file is a gate as well, unless there is one. A limit of memory becomes one of the file and one of the
-    cache. Both are priced on the model in float32: its cache is planned again once the weights are rounded.
+    A limit of the file is a gate as well, unless there is one. A limit of memory becomes one of the file, within which
+    bits are picked, and one of the cache. Both are priced on the model in float32: its cache is planned again once the
+    weights are rounded.
 
     Raises:
         GateError: Not even the smallest weights and cache fit.
@@ -35,7 +36,7 @@ def with_limits(prepared: PreparedDecoder) -> Recipe:
         limit = recipe.gates.max_file_mib or file_limit(prepared)
         return recipe.gated(Gates(max_file_mib=limit))
     picking, sizes = matrix_picking(prepared), _cache_sizes(prepared, budget)
-    room = budget.memory_mib * MIB - open_bytes(prepared.spec.layers) - picking.others
+    room = budget.memory_mib * MIB - open_bytes(prepared.spec.layers) - picking.constants
     found = split(room, picking.prices, sizes)
     if found is None:
         lack = least_room(picking.prices, sizes) - room
@@ -44,10 +45,11 @@ def with_limits(prepared: PreparedDecoder) -> Recipe:
             where="budget.memory_mib",
             fix=f"ask for {budget.memory_mib + lack / MIB + 0.5:.0f} or more, or for a shorter context",
         )
-    file_mib = (found.weights + picking.others + picking.codes) / MIB
+    file_mib = (found.weights + picking.beside) / MIB
     weights = recipe.weights.model_copy(update={"file_mib": file_mib})
     shares = budget.model_copy(update={"memory_mib": None, "kv_mib": found.cache / MIB})
-    return recipe.model_copy(update={"weights": weights, "budget": shares}).gated(Gates(max_file_mib=file_mib))
+    most = recipe.gates.max_file_mib or file_mib + picking.added / MIB  # codes with residuals may be twice as large
+    return recipe.model_copy(update={"weights": weights, "budget": shares}).gated(Gates(max_file_mib=most))
 
 
 def _cache_sizes(prepared: PreparedDecoder, budget: Budget) -> list[CacheSize]:

@@ -83,9 +83,9 @@ def _chosen(prepared: PreparedDecoder) -> dict[str, Chosen]:
     if limit is None:
         return _matrices(prepared)
     picking = matrix_picking(prepared)
-    picked = picking.prices.within(limit * MIB - picking.others - picking.codes)
+    picked = picking.prices.within(limit * MIB - picking.beside)
     if picked is None:
-        least = (picking.prices.sizes[0] + picking.others + picking.codes) / MIB
+        least = (picking.prices.sizes[0] + picking.beside) / MIB
         ratio = math.floor(100 * file_mib(prepared.original) / least) / 100
         raise GateError(
             f"no way to store the weights takes {limit:.4g} MiB or less",
@@ -111,23 +111,27 @@ class MatrixPicking:
     Attributes:
         chosen: The matrices, by name.
         prices: Of their formats.
-        others: Bytes of the artifact's files besides the matrices and the codes of its cache.
-        codes: Bytes of the codes that a recipe may put in.
+        constants: Bytes of what else the model has: norms, biases, tables of positions.
+        added: Bytes of a file that the artifact may have besides: the codes of its cache, and the nodes of its graph.
     """
 
     chosen: Mapping[str, Chosen]
     prices: MatrixPrices
-    others: float
-    codes: float
+    constants: float
+    added: float
+
+    @property
+    def beside(self) -> float:
+        """Bytes of the artifact's files besides the matrices."""
+        return self.constants + self.added
 
 
 def matrix_picking(prepared: PreparedDecoder) -> MatrixPicking:
     """What formats of a decoder's matrices are picked from; it is not quantised yet."""
-    chosen, spec = _matrices(prepared), prepared.spec
-    # Encoders of all heads; of kv heads feedback, two quarters of a matrix each; and two that add residuals up.
-    codes = spec.layers * FLOAT * (spec.q_heads + 1.5 * spec.kv_heads + 2) * spec.head_dim**2
-    is_coded = changed(prepared.recipe) != "nothing"
-    return MatrixPicking(chosen, _prices(prepared, chosen), _other_bytes(prepared, chosen), codes if is_coded else 0)
+    chosen = _matrices(prepared)
+    numbers = sum(entry.module.weight.numel() for entry in chosen.values())
+    constants = file_mib(prepared.original) * MIB - _graph_bytes(prepared) - FLOAT * numbers
+    return MatrixPicking(chosen, _prices(prepared, chosen), constants, _added_bytes(prepared))
 
 
 def _prices(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> MatrixPrices:
@@ -147,13 +151,18 @@ def _prices(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> MatrixPr
     return prices
 
 
-def _other_bytes(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> float:
-    """Bytes of the artifact's files besides the matrices and the codes of its cache."""
-    numbers = sum(entry.module.weight.numel() for entry in chosen.values())
-    drafts = 0 if prepared.recipe.draft == "none" else 1  # the same graph over the same weights
-    graph = (prepared.original / GRAPH).stat().st_size
-    nodes = drafts * graph + (1 + drafts) * prepared.spec.layers * NODES
-    return file_mib(prepared.original) * MIB + nodes - FLOAT * numbers
+def _added_bytes(prepared: PreparedDecoder) -> float:
+    """The most that codes and nodes of an artifact take in its files."""
+    spec, recipe = prepared.spec, prepared.recipe
+    graphs = 1 if recipe.draft == "none" else 2  # the same over the same weights
+    nodes = graphs * (_graph_bytes(prepared) + spec.layers * NODES)
+    # Encoders of all heads; of kv heads feedback, two quarters of a matrix each; and two that add residuals up.
+    codes = spec.layers * FLOAT * (spec.q_heads + 1.5 * spec.kv_heads + 2) * spec.head_dim**2
+    return nodes + (0 if changed(recipe) == "nothing" else codes)
+
+
+def _graph_bytes(prepared: PreparedDecoder) -> int:
+    return (prepared.original / GRAPH).stat().st_size
 
 
 def _in_eight(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> list[str]:
