@@ -80,9 +80,12 @@ class Method(BaseModel):
         """
         return self
 
-    @property
-    def keeps_weights(self) -> bool:
-        """Whether the matrices of the model stay as they are; of rounded ones, changed rows are stored in 8 bits."""
+    def keeps_weights(self, *, refits: bool) -> bool:
+        """Whether the matrices of the model stay as they are; of rounded ones, changed rows are stored in 8 bits.
+
+        Args:
+            refits: Whether output projections are fitted again where that pays.
+        """
         return False
 
     @property

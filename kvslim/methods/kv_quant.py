@@ -51,10 +51,9 @@ class KvQuant(Method):
     clip: Clip = Field("error", description="error takes the clip that costs least; minmax clips nothing")
     centre: bool = Field(True, description="whether keys and values may be centred where that makes rounding cheaper")
 
-    @property
-    def keeps_weights(self) -> bool:
-        """Eight bits are never refitted."""
-        return self.bits == 8
+    def keeps_weights(self, *, refits: bool) -> bool:
+        """Steps fold into nothing, and eight bits are never refitted."""
+        return self.bits == 8 or not refits
 
     def decide(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) -> Plan:
         """Makes every layer's cache integer, and centres the keys of layers where that pays."""

@@ -2,13 +2,12 @@
 
 Matrices that read one input are stored alike, since the graph packs some of them. Each such group is rounded coarsely,
 alone, and the divergence that this makes is its price. For noise this small the divergence grows with the noise's
-energy, so other formats cost as much less as their noise has less. What groups lose adds up. Matrices that take eight
-bits in any case are not probed: there is nothing to choose.
+energy, so other formats cost as much less as their noise has less. What groups lose adds up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 FORMATS = (BlockFormat(4, 128), BlockFormat(4, 64), BlockFormat(4, 32), BlockFormat(8, 128))
 EIGHT = FORMATS[-1]
 FLOAT = 4
-VERSION = 2  # of what is kept on the disk
 
 
 class StoredAs(Frozen):
@@ -116,29 +114,14 @@ class MatrixPricing(NamedTuple):
     spec: ModelSpec
     evaluator: KLEvaluator
 
-    def of(
-        self, chosen: Mapping[str, Chosen], in_eight: Collection[str], progress: Progress
-    ) -> tuple[MatrixPrice, ...]:
-        """The price of each group of the chosen modules.
-
-        Args:
-            chosen: The modules, by name.
-            in_eight: Names of those that take eight bits in any case.
-            progress: Receives the progress.
-
-        Returns:
-            Groups in the order that they run, and behind them those in eight bits, each by itself.
-        """
-        open_names = {entry.module: name for name, entry in chosen.items() if name not in in_eight}
-        groups = _groups(self.model, list(open_names), self.evaluator.batches[0][:1])
-        probed = [
-            MatrixPrice(names=tuple(open_names[module] for module in group), ways=tuple(self._ways(group)))
+    def of(self, chosen: Mapping[str, Chosen], progress: Progress) -> tuple[MatrixPrice, ...]:
+        """The price of each group of the chosen modules, in the order that they run."""
+        names = {entry.module: name for name, entry in chosen.items()}
+        groups = _groups(self.model, list(names), self.evaluator.batches[0][:1])
+        return tuple(
+            MatrixPrice(names=tuple(names[module] for module in group), ways=tuple(self._ways(group)))
             for group in progress.track(groups, "matrices probed")
-        ]
-        settled = (
-            MatrixPrice(names=(name,), ways=(self._way([chosen[name].module], EIGHT, 0.0),)) for name in in_eight
         )
-        return (*probed, *settled)
 
     def _ways(self, group: Sequence[Any]) -> Iterator[StoredAs]:
         matrices = [module.weight.detach().numpy() for module in group]
@@ -152,14 +135,8 @@ class MatrixPricing(NamedTuple):
 
     def _way(self, group: Sequence[Any], to: BlockFormat, loss: float) -> StoredAs:
         size = sum(_in_file(module.weight.shape, to) for module in group)
-        memory = sum(self._in_memory(module, to) for module in group)
+        memory = sum(_in_memory(self.model, module, to) for module in group)
         return StoredAs(bits=to.bits, block=to.block, size=size, memory=memory, loss=loss)
-
-    def _in_memory(self, module: Any, to: BlockFormat) -> float:
-        """Bytes in a process, as in `devices.peak`: a packed matrix, and the pages of a table's file."""
-        table = self.model.get_input_embeddings()
-        packed = 0.0 if module is table else _packed(module.weight.shape, to)
-        return packed + (_in_file(module.weight.shape, to) if module.weight is table.weight else 0.0)
 
     def _loss(self, group: Sequence[Any], numbers: Sequence[Floats]) -> float:
         layers = layer_modules(self.model, self.architecture)
@@ -176,6 +153,23 @@ class MatrixPricing(NamedTuple):
 def _noise(matrix: Floats, rounded: Floats) -> float:
     """The energy of the error of a rounded matrix, added up row by row."""
     return sum(float(np.square(near - row, dtype=np.float64).sum()) for near, row in zip(rounded, matrix, strict=True))
+
+
+def in_eight(model: Any, chosen: Mapping[str, Chosen]) -> tuple[MatrixPrice, ...]:
+    """Matrices that take eight bits in any case, each by itself; they are not probed, as there is nothing to choose."""
+    sizes = {name: _in_file(entry.module.weight.shape, EIGHT) for name, entry in chosen.items()}
+    memory = {name: _in_memory(model, entry.module, EIGHT) for name, entry in chosen.items()}
+    return tuple(
+        MatrixPrice(names=(name,), ways=(StoredAs(**EIGHT._asdict(), size=size, memory=memory[name], loss=0.0),))
+        for name, size in sizes.items()
+    )
+
+
+def _in_memory(model: Any, module: Any, to: BlockFormat) -> float:
+    """Bytes in a process, as in `devices.peak`: a packed matrix, and the pages of a table's file."""
+    table = model.get_input_embeddings()
+    packed = 0.0 if module is table else _packed(module.weight.shape, to)
+    return packed + (_in_file(module.weight.shape, to) if module.weight is table.weight else 0.0)
 
 
 def _in_file(shape: Sequence[int], to: BlockFormat) -> float:

@@ -7,16 +7,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvslim.caches import CodedCache
-from kvslim.contract import MIB, CacheType, ModelSpec
+from kvslim.caches import IntegerCache
+from kvslim.contract import MIB, ModelSpec
 from kvslim.planning.matrices import FLOAT, MatrixPrices
 from kvslim.types import LayerPlan, Plan
 
 SIZES = 64  # of the weights that are tried
 LEAST_LOSS = 1e-12
-# What opening a graph takes for a layer's branches, by what its cache holds; measured on SmolLM2's shape.
-BRANCHES: dict[CacheType, float] = {"int8": 0.5 * MIB, "int4": 0.7 * MIB}
-RESIDUAL = 0.3 * MIB
+# What opening a graph takes for a layer's branches over integers; measured on SmolLM2's shape.
+BRANCHES, FEEDBACK, RESIDUAL = 0.5 * MIB, 0.2 * MIB, 0.3 * MIB
 
 
 class CacheSize(NamedTuple):
@@ -92,9 +91,12 @@ def beside_bytes(spec: ModelSpec, plan: Plan) -> float:
 
 def _beside(spec: ModelSpec, layer: LayerPlan, plan: Plan) -> float:
     read = layer.cache if layer.source is None else plan.layers[layer.source].cache
-    if layer.heads == () or not isinstance(read, CodedCache):
+    if layer.heads == () or not isinstance(read, IntegerCache):
         return 0.0
+    branches = BRANCHES + (FEEDBACK if read.feedback else 0.0) + (RESIDUAL if any(read.residuals) else 0.0)
+    if read.rank is None:
+        return branches
     queries = spec.q_heads if layer.heads is None else len(layer.heads)
     keys = len(layer.kv_heads(spec)) if layer.source is None else 0
-    numbers = spec.head_dim * (keys * read.ranks(spec.head_dim)[0] + queries * read.widths(spec.head_dim)[0])
-    return FLOAT * numbers + BRANCHES.get(read.dtype, 0.0) + (RESIDUAL if any(read.residuals) else 0.0)
+    numbers = spec.head_dim * (keys * read.rank + queries * read.widths(spec.head_dim)[0])
+    return branches + FLOAT * numbers

@@ -40,7 +40,7 @@ def surveyed(trials: DecoderTrials, frontier: tuple[PlanPoint, ...] = ()) -> Sur
     """
     if trials.identity.layout != "gqa":
         return Survey(frontier)
-    sizes = [] if frontier else [plan for each in SIZES if (plan := _decided(trials, each)) is not None]
+    sizes = [] if frontier else [plan for each in SIZES if (plan := decided_by(trials, each)) is not None]
     peers = {**_of_genai(trials), **_of_llama_cpp(trials)}
     codes = chain(map(trials.codes_of, sizes), (codes for _, codes in peers.values()))
     kls = trials.progress.track(trials.losses(codes), "sizes priced", len(sizes) + len(peers))
@@ -67,7 +67,7 @@ def _point(trials: DecoderTrials, plan: Plan, kl: float) -> PlanPoint:
 
 
 def _of_genai(trials: DecoderTrials) -> dict[str, Peer]:
-    plans = {name: _decided(trials, [method]) for name, method in GENAI.items()}
+    plans = {name: decided_by(trials, [method]) for name, method in GENAI.items()}
     return {name: (_bytes(trials, plan), trials.codes_of(plan)) for name, plan in plans.items() if plan is not None}
 
 
@@ -81,7 +81,7 @@ def _of_llama_cpp(trials: DecoderTrials) -> dict[str, Peer]:
     return {name: (shares[name] * plain, (LayerEdit(cache=cache),) * spec.layers) for name, cache in GGML.items()}
 
 
-def _decided(trials: DecoderTrials, methods: Sequence[Method]) -> Plan | None:
+def decided_by(trials: DecoderTrials, methods: Sequence[Method]) -> Plan | None:
     """The plan of some methods; None where the kernel cannot read it."""
     plan = trials.identity
     try:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvslim import stages
 from kvslim.contract import MIB
 from kvslim.devices.peak import open_bytes
 from kvslim.errors import GateError
+from kvslim.methods import KvQuant, Method
 from kvslim.planning.budget import planner_of
 from kvslim.planning.choose import check_time
-from kvslim.planning.split import CacheSize, beside_bytes, least_room, split
-from kvslim.prepared.weights import file_limit, matrix_picking
+from kvslim.planning.split import CacheSize, Split, beside_bytes, least_room, split
+from kvslim.planning.survey import decided_by
+from kvslim.prepared.weights import MatrixPicking, file_limit, matrix_picking
 from kvslim.progress import WithinStage
 from kvslim.recipe import Recipe
 from kvslim.settings import Budget, Gates
+from kvslim.types import KVLayout, Plan
 
 if TYPE_CHECKING:
     from kvslim.prepared.decoder import PreparedDecoder
+    from kvslim.prepared.decoder_trials import DecoderTrials
+
+STEPS = KvQuant(bits=8), KvQuant(bits=4)
 
 
 def with_limits(prepared: PreparedDecoder) -> Recipe:
@@ -35,40 +42,80 @@ def with_limits(prepared: PreparedDecoder) -> Recipe:
     if budget is None or budget.memory_mib is None or budget.context is None:
         limit = recipe.gates.max_file_mib or file_limit(prepared)
         return recipe.gated(Gates(max_file_mib=limit))
-    picking, sizes = matrix_picking(prepared), _cache_sizes(prepared, budget)
-    room = budget.memory_mib * MIB - open_bytes(prepared.spec.layers) - picking.constants
-    found = split(room, picking.prices, sizes)
-    if found is None:
-        lack = least_room(picking.prices, sizes) - room
+    ways = list(_ways(prepared, budget, budget.context))
+    room = budget.memory_mib * MIB - open_bytes(prepared.spec.layers) - ways[0].picking.constants
+    splits = [(found, way) for way in ways if (found := split(room, way.picking.prices, way.sizes)) is not None]
+    if not splits:
+        lack = min(least_room(way.picking.prices, way.sizes) for way in ways) - room
         raise GateError(
             f"weights and cache at {budget.context:,} tokens do not fit into {budget.memory_mib:g} MiB",
             where="budget.memory_mib",
             fix=f"ask for {budget.memory_mib + lack / MIB + 0.5:.0f} or more, or for a shorter context",
         )
-    file_mib = (found.weights + picking.beside) / MIB
-    weights = recipe.weights.model_copy(update={"file_mib": file_mib})
-    shares = budget.model_copy(update={"memory_mib": None, "kv_mib": found.cache / MIB})
-    most = recipe.gates.max_file_mib or file_mib + picking.added / MIB  # codes with residuals may be twice as large
-    return recipe.model_copy(update={"weights": weights, "budget": shares}).gated(Gates(max_file_mib=most))
+    found, way = min(splits, key=lambda each: each[0].loss)
+    return way.within(found)
 
 
-def _cache_sizes(prepared: PreparedDecoder, budget: Budget) -> list[CacheSize]:
-    """What caches of several sizes take and lose on the model in float32."""
-    progress = prepared.progress
+class _Way(NamedTuple):
+    """One way to code the cache.
+
+    Attributes:
+        recipe: What makes it, but for the shares of the memory.
+        picking: What formats of the matrices are then picked from.
+        sizes: What it takes and loses.
+    """
+
+    recipe: Recipe
+    picking: MatrixPicking
+    sizes: list[CacheSize]
+
+    def within(self, found: Split) -> Recipe:
+        """The recipe with the shares that were found."""
+        recipe, picking = self.recipe, self.picking
+        file_mib = (found.weights + picking.beside) / MIB
+        update: dict[str, object] = {"weights": recipe.weights.model_copy(update={"file_mib": file_mib})}
+        if recipe.budget is not None:
+            shares = {"memory_mib": None, "kv_mib": found.cache / MIB}
+            update["budget"] = recipe.budget.model_copy(update=shares)
+        most = recipe.gates.max_file_mib or file_mib + picking.added / MIB  # residuals may double what codes take
+        return recipe.model_copy(update=update).gated(Gates(max_file_mib=most))
+
+
+def _ways(prepared: PreparedDecoder, budget: Budget, context: int) -> Iterator[_Way]:
+    """The planner's codes; and steps alone, which fold into no matrix, where nothing but memory is limited."""
+    recipe, progress = prepared.recipe, prepared.progress
+    stepped = [
+        recipe.model_copy(update={"methods": (method,), "budget": None, "compensate": False}) for method in STEPS
+    ]
+    is_alone = budget == Budget(memory_mib=budget.memory_mib, context=budget.context)
+    is_free = is_alone and recipe.heal is None and recipe.layout == "gqa"
+    pickings = [matrix_picking(prepared, each) for each in (stepped if is_free else ())]  # probes all, in one stage
+    own = matrix_picking(prepared, recipe)
     progress.stage(stages.PROBE_CACHE)
     prepared.progress = WithinStage(progress)
     try:
-        planner = planner_of(prepared.trials(), budget.context, budget.time_ratio)
-        check_time(planner)
-        found = planner.frontier(prepared.progress)
+        trials = prepared.trials()
+        yield _Way(recipe, own, _planned_sizes(trials, budget))
+        for each, picking in zip(stepped, pickings, strict=False):
+            yield _Way(each, picking, _sizes(trials, each.methods, context))
     finally:
         prepared.progress = progress
         vars(prepared).pop("statistics", None)  # those of the model with its weights rounded are others
-    return [
-        CacheSize(
-            planned.point.kv_bytes_per_token * planner.context,
-            beside_bytes(prepared.spec, planned.plan),
-            planned.point.kl,
-        )
-        for planned in found
-    ]
+
+
+def _planned_sizes(trials: DecoderTrials, budget: Budget) -> list[CacheSize]:
+    """What the planner's caches of several sizes take and lose on the model in float32."""
+    planner = planner_of(trials, budget.context, budget.time_ratio)
+    check_time(planner)
+    found = planner.frontier(trials.progress)
+    return [_size(trials, planned.plan, planned.point.kl, planner.context) for planned in found]
+
+
+def _sizes(trials: DecoderTrials, methods: Sequence[Method], context: int) -> list[CacheSize]:
+    """The same of some methods; nothing where the kernel cannot read what they make."""
+    plan = decided_by(trials, methods)
+    return [] if plan is None else [_size(trials, plan, trials.divergence(plan), context)]
+
+
+def _size(trials: DecoderTrials, plan: Plan, loss: float, context: int) -> CacheSize:
+    return CacheSize(KVLayout.of(trials.spec, plan).bytes_at(context), beside_bytes(trials.spec, plan), loss)

@@ -16,7 +16,7 @@ from kvslim.contract import MIB
 from kvslim.errors import GateError
 from kvslim.export.manifest import GRAPH
 from kvslim.export.stored import fetch_graph, graph_key, store_graph
-from kvslim.planning.matrices import FLOAT, FORMATS, VERSION, MatrixPrices, MatrixPricing
+from kvslim.planning.matrices import FLOAT, FORMATS, MatrixPrices, MatrixPricing, in_eight
 from kvslim.transform.kl_evaluator import KLEvaluator, is_large, probe_windows
 from kvslim.transform.projections import SIDES
 from kvslim.transform.surgery import attention_modules, layer_modules
@@ -82,7 +82,7 @@ def _chosen(prepared: PreparedDecoder) -> dict[str, Chosen]:
     weights, limit = prepared.recipe.weights, file_limit(prepared)
     if limit is None:
         return _matrices(prepared)
-    picking = matrix_picking(prepared)
+    picking = matrix_picking(prepared, prepared.recipe)
     picked = picking.prices.within(limit * MIB - picking.beside)
     if picked is None:
         least = (picking.prices.sizes[0] + picking.beside) / MIB
@@ -126,34 +126,52 @@ class MatrixPicking:
         return self.constants + self.added
 
 
-def matrix_picking(prepared: PreparedDecoder) -> MatrixPicking:
-    """What formats of a decoder's matrices are picked from; it is not quantised yet."""
+def matrix_picking(prepared: PreparedDecoder, recipe: Recipe) -> MatrixPicking:
+    """What formats of a decoder's matrices are picked from for a recipe; it is not quantised yet."""
     chosen = _matrices(prepared)
     numbers = sum(entry.module.weight.numel() for entry in chosen.values())
     constants = file_mib(prepared.original) * MIB - _graph_bytes(prepared) - FLOAT * numbers
-    return MatrixPicking(chosen, _prices(prepared, chosen), constants, _added_bytes(prepared))
+    return MatrixPicking(chosen, _prices(prepared, chosen, recipe), constants, _added_bytes(prepared, recipe))
 
 
-def _prices(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> MatrixPrices:
-    """What was measured of the matrices, from the disk when they were probed before."""
-    spec, in_eight = prepared.spec, _in_eight(prepared, chosen)
-    key = cache.content_key("matrices", VERSION, FORMATS, prepared.digest, *prepared.text.identity, in_eight)
-    prices = cache.load_probes(key, MatrixPrices)
-    if prices is None:
+def _prices(prepared: PreparedDecoder, chosen: Mapping[str, Chosen], recipe: Recipe) -> MatrixPrices:
+    """What was measured of the matrices, from the disk when they were probed before.
+
+    Those whose rows may change have eight bits in any case. Else they are priced by themselves, so that what is known
+    of all others serves every recipe.
+    """
+    kind = changed(recipe)
+    changing = _changing(prepared, chosen, "attention" if kind == "attention" else "values")
+    others = {name: entry for name, entry in chosen.items() if name not in changing}
+    parts = [others, changing] if kind == "nothing" else [others]
+    made = FORMATS, prepared.digest, *prepared.text.identity
+    keys = [cache.content_key("matrices", *made, list(part)) for part in parts]
+    known = [cache.load_probes(key, MatrixPrices) for key in keys]
+    if None in known:
         prepared.progress.stage(stages.PROBE_WEIGHTS)
-        large, mask = is_large(prepared.model), prepared.text.calibration_mask()
-        windows = probe_windows(prepared.text.calibration_windows, spec.layers, large=large)
-        mask = None if mask is None else probe_windows(mask, spec.layers, large=large)
-        evaluator = KLEvaluator(prepared.model, prepared.architecture, windows, mask, probing=True)
-        pricing = MatrixPricing(prepared.model, prepared.architecture, spec, evaluator)
-        prices = MatrixPrices(key=key, groups=pricing.of(chosen, in_eight, prepared.progress))
-        cache.store_probes(prices)
+    groups = [
+        group
+        for key, part, prices in zip(keys, parts, known, strict=True)
+        for group in (prices or _probed(prepared, key, part)).groups
+    ]
+    settled = () if kind == "nothing" else in_eight(prepared.model, changing)
+    return MatrixPrices(key=keys[0], groups=(*groups, *settled))
+
+
+def _probed(prepared: PreparedDecoder, key: str, chosen: Mapping[str, Chosen]) -> MatrixPrices:
+    spec, large, mask = prepared.spec, is_large(prepared.model), prepared.text.calibration_mask()
+    windows = probe_windows(prepared.text.calibration_windows, spec.layers, large=large)
+    mask = None if mask is None else probe_windows(mask, spec.layers, large=large)
+    evaluator = KLEvaluator(prepared.model, prepared.architecture, windows, mask, probing=True)
+    pricing = MatrixPricing(prepared.model, prepared.architecture, spec, evaluator)
+    prices = MatrixPrices(key=key, groups=pricing.of(chosen, prepared.progress))
+    cache.store_probes(prices)
     return prices
 
 
-def _added_bytes(prepared: PreparedDecoder) -> float:
+def _added_bytes(prepared: PreparedDecoder, recipe: Recipe) -> float:
     """The most that codes and nodes of an artifact take in its files."""
-    spec, recipe = prepared.spec, prepared.recipe
+    spec = prepared.spec
     graphs = 1 if recipe.draft == "none" else 2  # the same over the same weights
     nodes = graphs * (_graph_bytes(prepared) + spec.layers * NODES)
     # Encoders of all heads; of kv heads feedback, two quarters of a matrix each; and two that add residuals up.
@@ -165,23 +183,23 @@ def _graph_bytes(prepared: PreparedDecoder) -> int:
     return (prepared.original / GRAPH).stat().st_size
 
 
-def _in_eight(prepared: PreparedDecoder, chosen: Mapping[str, Chosen]) -> list[str]:
-    """Names of the matrices that have eight bits in any case: rows that change are stored in eight."""
-    kind, architecture = changed(prepared.recipe), prepared.architecture
-    if kind == "nothing":
-        return []
-    changing = set()
+def _changing(
+    prepared: PreparedDecoder, chosen: Mapping[str, Chosen], kind: Literal["values", "attention"]
+) -> dict[str, Chosen]:
+    """The matrices with rows that codes, or training, may change: such rows are stored in eight bits."""
+    architecture, changing = prepared.architecture, set()
     for attention in attention_modules(prepared.model, architecture):
         slim: Any = attention.kvslim
         # Codes of keys and queries come behind RoPE; without it they fold into projections as those of values do.
         sides = ("value",) if kind == "values" and slim.rotary is not None else SIDES
         changing |= {attention.get_submodule(getattr(architecture, side)) for side in (*sides, "output")}
-    return [name for name, entry in chosen.items() if entry.module in changing]
+    return {name: entry for name, entry in chosen.items() if entry.module in changing}
 
 
 def changed(recipe: Recipe) -> Changed:
     """Which matrices have rows that a recipe may change: none, those that values pass, or all of the attention."""
     if recipe.heal is not None:
         return "attention"
-    keeps = recipe.budget is None and all(method.keeps_weights for method in recipe.methods)
+    refits = recipe.compensate
+    keeps = recipe.budget is None and all(method.keeps_weights(refits=refits) for method in recipe.methods)
     return "nothing" if keeps else "values"

@@ -38,13 +38,13 @@ class QuantisedRows:
         changed = CHANGED._replace(block=block).of_width(matrix.shape[1])
         return stacked([self._run(matrix, int(numbers[run.start]), rows[run], changed) for run in runs])
 
-    def form(self, matrix: Floats) -> tuple[int, bool]:
-        """Bits of the first row of a matrix [n, k] as it is stored, and whether its blocks have offsets."""
+    def form(self, matrix: Floats) -> tuple[BlockFormat, bool]:
+        """The format of the first row of a matrix [n, k] as it is stored, and whether its blocks have offsets."""
         place = self.places.get(_digests(matrix[:1])[0])
         if place is None:
-            return CHANGED.bits, False
+            return CHANGED.of_width(matrix.shape[1]), False
         found = self.matrices[place[0]]
-        return found.format.bits, found.offsets is not None
+        return found.format, found.offsets is not None
 
     def _run(self, matrix: Floats, number: int, rows: np.ndarray, changed: BlockFormat) -> Quantised:
         """Rows of one known matrix; those of `matrix` itself for number -1."""
