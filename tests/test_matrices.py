@@ -37,6 +37,7 @@ from kvslim.types import DraftChoice, LayerPlan, Manifest, Plan
 from kvslim.validation.measure import file_mib
 from kvslim.weight_format import WeightFormat
 from kvslim.weights.blocks import BlockFormat, quantise
+from kvslim.weights.rows import QuantisedRows
 
 
 def limited(mib: float, *methods: Method) -> Recipe:
@@ -145,6 +146,16 @@ def test_memory_of_formats_is_what_a_graph_of_them_takes(
     table = prepared.model.get_input_embeddings().weight
     twice = table.numel() if prepared.model.get_output_embeddings().weight is table else 0
     assert picked.memory == pytest.approx(rounded - floats + 4 * (numbers + twice), abs=500)
+
+
+def test_rows_of_other_blocks_are_of_another_form_and_changed_rows_of_that_of_eight_bits() -> None:
+    """Products of one form become one, in the finest format: others would take more than they were priced at."""
+    rows, numbers = QuantisedRows(), np.random.default_rng(0).normal(size=(4, 2, 256)).astype(np.float32)
+    for matrix, to in zip(numbers, FORMATS, strict=True):
+        rows.add(matrix, quantise(matrix, to, "k_quant"))
+    forms = [rows.form(matrix) for matrix in numbers]
+    assert forms == [(to, False) for to in FORMATS]
+    assert rows.form(numbers[0] + 1) == forms[-1]
 
 
 # Behind RoPE codes of keys and queries are matrices of their own; without it they fold into projections too.
