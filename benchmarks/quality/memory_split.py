@@ -17,6 +17,7 @@ from kvslim.devices.peak import open_bytes
 from kvslim.devices.stored_weights import artifact_weights
 from kvslim.errors import GateError
 from kvslim.pipeline import compress
+from kvslim.planning.split import branch_bytes
 from kvslim.recipe import load_recipe
 from kvslim.settings import Budget
 from kvslim.types import Manifest
@@ -35,10 +36,10 @@ TABLE = Table(
     (
         Column("rule", "weights, and the cache against plain"),
         Column("rule_kl", "KL to fp32", ".2g"),
-        Column("limit", "both in memory, MiB", ".2f"),
+        Column("limit", "in memory, MiB", ".2f"),
         Column("file", "split within as much: weights, MiB", ".2f"),
         Column("cache", "cache, MiB", ".2f"),
-        Column("used", "both in memory, MiB", ".2f"),
+        Column("used", "in memory, MiB", ".2f"),
         Column("kl", "KL to fp32", ".2g"),
     )
 )
@@ -64,9 +65,8 @@ def memory_split(
 ) -> Iterator[Values]:
     """What weights and cache lose together in the same memory, split by measurement or by rule.
 
-    A rule takes weights in one format and a cache so many times smaller than plain. Memory is what a process that
-    decodes holds beside interpreter, libraries and graph, as it is predicted: of models so small a measured peak says
-    little.
+    A rule takes weights in one format and a cache so many times smaller than plain. Memory is that of weights, cache
+    and the branches that read it, as it is predicted: of models so small a measured peak says little.
     """
     settings = _settings(source, overrides, context)
     for kind, ratio in sizes:
@@ -133,8 +133,8 @@ class _Made(NamedTuple):
         return self.manifest.kv_layout.bytes_at(context) / MIB
 
     def memory(self, context: int) -> float:
-        """MiB of weights and cache in memory."""
-        return self.weights + self.cache(context)
+        """MiB of weights, cache and branches in memory."""
+        return self.weights + self.cache(context) + branch_bytes(self.manifest.plan) / MIB
 
     def measured(self, context: int) -> Values:
         """What a row tells of it."""

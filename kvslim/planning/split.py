@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from kvslim.caches import IntegerCache
+from kvslim.caches import Cache, IntegerCache
 from kvslim.contract import MIB, ModelSpec
 from kvslim.planning.matrices import FLOAT, MatrixPrices
 from kvslim.types import LayerPlan, Plan
@@ -64,14 +65,33 @@ def split(room: float, prices: MatrixPrices, sizes: Sequence[CacheSize]) -> Spli
 
 def _splits(room: float, prices: MatrixPrices, sizes: Sequence[CacheSize]) -> Iterator[Split]:
     """What fits, by the size of the weights: the cache has the rest."""
-    caches, beside, losses = np.array(sorted(sizes, key=_whole)).reshape(-1, 3).T
-    whole = caches + beside
-    for size in np.geomspace(*prices.sizes, SIZES) if sizes else ():
+    useful = _useful(sizes)
+    if not useful:
+        return
+    whole = [_whole(size) for size in useful]
+    losses = np.log([max(size.loss, LEAST_LOSS) for size in useful])
+    for size in np.geomspace(*prices.sizes, SIZES):
         limit = float(size) + 1  # a byte more, so that the smallest fit whatever is rounded
         picked = prices.within(limit)
         if picked is not None and (left := room - picked.memory) >= whole[0]:
-            lost = np.exp(np.interp(np.log(left), np.log(whole), np.log(np.maximum(losses, LEAST_LOSS))))
-            yield Split(limit, left - float(np.interp(left, whole, beside)), picked.loss + float(lost))
+            lost = float(np.exp(np.interp(np.log(left), np.log(whole), losses)))
+            yield Split(limit, _cache_within(left, useful), picked.loss + lost)
+
+
+def _useful(sizes: Sequence[CacheSize]) -> list[CacheSize]:
+    """Those that lose less than all that take less, by what they take."""
+    found: list[CacheSize] = []
+    for size in sorted(sizes, key=_whole):
+        if not found or size.loss < found[-1].loss:
+            found.append(size)
+    return found
+
+
+def _cache_within(left: float, sizes: Sequence[CacheSize]) -> float:
+    """Bytes of the cache alone: between two sizes the plan may be of the kind of either."""
+    below = bisect_right(sizes, left, key=_whole) - 1
+    beside = max(size.beside for size in sizes[below : below + 2])
+    return max(left - beside, sizes[below].cache)
 
 
 def least_room(prices: MatrixPrices, sizes: Sequence[CacheSize]) -> float:
@@ -86,17 +106,31 @@ def _whole(size: CacheSize) -> float:
 
 def beside_bytes(spec: ModelSpec, plan: Plan) -> float:
     """What a graph takes for a cache of integers: the matrices that code keys and queries, and the branches."""
-    return sum(_beside(spec, layer, plan) for layer in plan.layers)
+    return branch_bytes(plan) + sum(FLOAT * _code_numbers(spec, layer, plan) for layer in plan.layers)
 
 
-def _beside(spec: ModelSpec, layer: LayerPlan, plan: Plan) -> float:
-    read = layer.cache if layer.source is None else plan.layers[layer.source].cache
-    if layer.heads == () or not isinstance(read, IntegerCache):
+def branch_bytes(plan: Plan) -> float:
+    """What the branches of a graph over integers take, one to read prompts and one to decode."""
+    return sum(_of_branches(_read(layer, plan)) for layer in plan.layers)
+
+
+def _of_branches(cache: Cache | None) -> float:
+    if not isinstance(cache, IntegerCache):
         return 0.0
-    branches = BRANCHES + (FEEDBACK if read.feedback else 0.0) + (RESIDUAL if any(read.residuals) else 0.0)
-    if read.rank is None:
-        return branches
+    return BRANCHES + (FEEDBACK if cache.feedback else 0.0) + (RESIDUAL if any(cache.residuals) else 0.0)
+
+
+def _code_numbers(spec: ModelSpec, layer: LayerPlan, plan: Plan) -> int:
+    cache = _read(layer, plan)
+    if not isinstance(cache, IntegerCache) or cache.rank is None:
+        return 0
     queries = spec.q_heads if layer.heads is None else len(layer.heads)
     keys = len(layer.kv_heads(spec)) if layer.source is None else 0
-    numbers = spec.head_dim * (keys * read.rank + queries * read.widths(spec.head_dim)[0])
-    return branches + FLOAT * numbers
+    return spec.head_dim * (keys * cache.rank + queries * cache.widths(spec.head_dim)[0])
+
+
+def _read(layer: LayerPlan, plan: Plan) -> Cache | None:
+    """The cache that a layer reads; None where it has no attention."""
+    if layer.heads == ():
+        return None
+    return layer.cache if layer.source is None else plan.layers[layer.source].cache
