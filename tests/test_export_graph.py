@@ -13,6 +13,7 @@ import pytest
 from support.models import (
     cached_logits,
     export_slim,
+    exported,
     open_prepared,
     original_logits,
     recipe_of,
@@ -20,9 +21,11 @@ from support.models import (
     torch_logits,
 )
 
+from kvslim.caches import FullCache
 from kvslim.methods import KvHdc, KvPca, KvQuant, Method
 from kvslim.runtime.opening import layout_of, open_session
 from kvslim.runtime.session import DecodeSession
+from kvslim.types import LayerPlan, Plan
 from kvslim.weights.choice import SMALLEST_MATRIX
 
 ModelOf = Callable[[str], Path]
@@ -155,6 +158,19 @@ def test_keys_and_values_are_rounded_with_feedback_at_once(tiny_llama: Path, tmp
     export_slim(prepared, tmp_path / "slim")
     count = count_of(tmp_path / "slim")
     assert (count["Round"], count["If"]) == (prepared.spec.layers, prepared.spec.layers)
+
+
+def test_keys_and_values_are_rounded_at_once_where_both_have_as_many_residuals(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    prepared = open_prepared(tiny_llama, recipe_of())
+    cache = FullCache(rank=8, residual=8, rotation=0, stored="int4", centred=True)
+    layers = tuple(LayerPlan(layer=layer, cache=cache) for layer in range(prepared.spec.layers))
+    tokens, slim = tokens_of(prepared), exported(prepared, Plan(layers=layers), tmp_path / "slim")
+    assert count_of(tmp_path / "slim")["Round"] == prepared.spec.layers
+    effect = np.abs(slim - original_logits(tiny_llama, tokens)).max()
+    assert effect > 1e-4
+    assert np.abs(cached_logits(tmp_path / "slim", tokens) - slim).max() < 0.1 * effect
 
 
 def test_graph_gives_the_last_position_and_evaluation_all(tiny_model: ModelOf, tmp_path: Path) -> None:

@@ -242,38 +242,39 @@ class SlimAttention(nn.Module):
         return (0, 0) if self.query_encoder is None else self.residuals
 
     def _rounded_apart(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values with what the cache holds besides, or in another way, against its own rounding."""
-        key, value = self._with_feedback(key, value)
-        return (
-            self._with_residual(key, self.key_scale, self.residuals[0]),
-            self._with_residual(value, self.value_scale, self.residuals[1]),
-        )
+        """Keys and values with what the cache holds besides, or in another way, against its own rounding.
 
-    def _with_feedback(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, where they have feedback; both at once where both have, for fewer operators of a graph."""
+        Both at once where they are alike, for fewer operators of a graph.
+        """
         scales: Any = (self.key_scale, self.value_scale)
         feedbacks: Any = (self.key_feedback, self.value_feedback)
-        if any(part is None for part in (*scales, *feedbacks)) or key.shape[1::2] != value.shape[1::2]:
-            return self._fed_back(key, scales[0], feedbacks[0]), self._fed_back(value, scales[1], feedbacks[1])
-        both = self._fed_back(torch.cat([key, value], dim=1), *map(torch.cat, (scales, feedbacks)))
+        has_feedback, (count, value_count) = [part is not None for part in feedbacks], self.residuals
+        alike = key.shape[1::2] == value.shape[1::2] and count == value_count and has_feedback[0] == has_feedback[1]
+        if not alike or not (count or has_feedback[0]):
+            key = self._apart(key, scales[0], feedbacks[0], count)
+            return key, self._apart(value, scales[1], feedbacks[1], value_count)
+        both, scale = torch.cat([key, value], dim=1), torch.cat(scales)
+        both = self._apart(both, scale, torch.cat(feedbacks) if has_feedback[0] else None, count)
         key, value = _heads_apart(merged(both), (key.shape[1], value.shape[1]))
         return key, value
 
-    def _fed_back(self, states: Tensor, scale: Tensor | None, feedback: Tensor | None) -> Tensor:
-        """The states, their first half with what it takes up of the last half's rounding error."""
-        if feedback is None or scale is None:
+    def _apart(self, states: Tensor, scale: Tensor | None, feedback: Tensor | None, count: int) -> Tensor:
+        """Keys or values with feedback, and with what rounding leaves of their first `count` coordinates behind."""
+        if scale is None:
             return states
+        if feedback is not None:
+            states = self._fed_back(states, scale, feedback)
+        if not count:
+            return states
+        top = states[..., :count]
+        return torch.cat([states, top - self.rounded(top, scale[:, :count])], dim=-1)
+
+    def _fed_back(self, states: Tensor, scale: Tensor, feedback: Tensor) -> Tensor:
+        """The states, their first half with what it takes up of the last half's rounding error."""
         half = feedback.shape[-1]
         first, last = states.split(half, dim=-1)
         error = last - self.rounded(last, scale[:, half : 2 * half])
         return torch.cat([first + error @ feedback.transpose(-1, -2), last], dim=-1)
-
-    def _with_residual(self, states: Tensor, scale: Tensor | None, count: int) -> Tensor:
-        """The states, and behind them what rounding leaves of their first `count` coordinates."""
-        if not count or scale is None:
-            return states
-        top = states[..., :count]
-        return torch.cat([states, top - self.rounded(top, scale[:, :count])], dim=-1)
 
 
 def _heads_apart(flat: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
