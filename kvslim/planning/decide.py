@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pydantic import Field
-from threadpoolctl import threadpool_limits
 
 from kvslim import stages
+from kvslim.blas import one_blas_thread
 from kvslim.contract import Frozen, ModelSpec
 from kvslim.kv_ratios import smaller_than
 from kvslim.planning.refit import refit_where_it_pays
@@ -44,6 +44,7 @@ def decide(recipe: Recipe, spec: ModelSpec, statistics: CalibrationStatistics) -
     return plan
 
 
+@one_blas_thread()
 def planned(prepared: PreparedModel) -> PlanSummary:
     """The plan of a model's recipe, with projections fitted again where that pays.
 
@@ -55,14 +56,7 @@ def planned(prepared: PreparedModel) -> PlanSummary:
     recipe, spec = prepared.recipe, prepared.spec
     if recipe.budget is None and not recipe.methods:
         return _summary(prepared, Plan.identity(spec, recipe.layout, recipe.window_cache), 0.0)
-    # numpy's matrices are those of heads here. Where other processes have the cores, its threads wait for each other:
-    # beside two of them, codes of SmolLM2 took seven times as long to fit as with one thread.
-    with threadpool_limits(1, user_api="blas"):
-        return _planned(prepared)
-
-
-def _planned(prepared: PreparedModel) -> PlanSummary:
-    recipe, spec, trials = prepared.recipe, prepared.spec, prepared.trials()
+    trials = prepared.trials()
     prepared.progress.stage(stages.PLAN)
     if recipe.budget is None:
         plan, around = decide(resolved(recipe, trials), spec, trials.statistics), trials.survey()

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvslim import stages
+from kvslim.blas import one_blas_thread
 from kvslim.contract import MIB
 from kvslim.devices.peak import open_bytes
 from kvslim.errors import GateError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 STEPS = KvQuant(bits=8), KvQuant(bits=4)
 
 
+@one_blas_thread()
 def with_limits(prepared: PreparedDecoder) -> Recipe:
     """The recipe of a decoder that is not rounded yet, with what its limits come to.
 
