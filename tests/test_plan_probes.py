@@ -161,7 +161,9 @@ def test_probes_come_from_the_disk_for_any_budget_and_are_made_again_when_damage
     probe = Prober.probe_layer
     monkeypatch.setattr(Prober, "probe_layer", lambda prober, layer: probed.append(layer) or probe(prober, layer))
     assert choose_within(Budget(kv_ratio=12), trials).planned.point.kv_ratio >= 12
-    assert choose_within(Budget(kv_ratio=8), trials) == first
+    again = open_prepared(tiny_llama, recipe_of()).trials()
+    assert choose_within(Budget(kv_ratio=8), again) == first
+    assert "probe" not in vars(again)  # nor does its text pass through the model
     assert probed == []
     whole = stored.read_bytes()
     stored.write_bytes(whole[:-100])

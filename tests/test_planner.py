@@ -330,6 +330,12 @@ def test_smallest_plan_within_a_divergence_is_no_slower_than_plain() -> None:
     assert planner.smallest(least, frontier).point.kl <= least / MARGIN
 
 
+def test_limits_that_no_size_keeps_are_refused(planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "frontier", lambda *_: [])
+    with pytest.raises(GateError, match="no plan keeps the limit of time at 2,048 tokens"):
+        choose(planner, Budget(max_kl=0.1))
+
+
 def test_numpy_plans_with_one_thread(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads of numpy's BLAS wait for each other where other processes have the cores."""
     seen: list[int] = []

@@ -148,6 +148,19 @@ def test_parts_that_are_passed_over_count_for_nothing() -> None:
     assert pace.stage_left == pytest.approx(10 * left / (shares["sizes planned"] / 6) - 10)
 
 
+def test_time_left_counts_down_while_a_part_that_is_over_is_asked_once_more() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    pace.enter(stages.PLAN)
+    pace.step("kinds of changes asked for recall", 0, 1)
+    clock.now += 60
+    pace.step("sizes planned", 3, 6)
+    clock.now += 2
+    left = pace.stage_left
+    pace.step("kinds of changes asked for recall", 0, 1)
+    assert pace.stage_left == left
+
+
 def test_labels_of_steps_are_those_that_planning_tells(tiny_llama: Path) -> None:
     heard = Listening()
     pipeline.plan(str(tiny_llama), recipe_of().within(Budget(kv_ratio=8, time_ratio=0.99)), progress=heard)

@@ -60,8 +60,7 @@ class Pace:
         self._skipped += max(0.0, begins - self._begun)
         self._begun = max(self._begun, begins + share)
         if (within := begins + share * done / count) >= self._within:
-            self._within, self._step = within, share / count
-        self._stepped = self._clock()
+            self._within, self._step, self._stepped = within, share / count, self._clock()
 
     @property
     def place(self) -> str:

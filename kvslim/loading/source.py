@@ -24,7 +24,8 @@ from kvslim.types import Source
 HUB_ID = re.compile(r"[^/.~][^/]*/[^/]+$")
 STATIC_ROPE = {"default", "linear", "llama3", "longrope", "yarn"}
 LENGTH_ROPE = {"dynamic", "ntk"}
-NO_MODEL = re.compile(r"mmproj|.*-(?!00001)\d{5}-of-\d{5}\.gguf$")  # what only sees, and parts behind a first one
+VISION = "mmproj"
+LATER_PART = re.compile(r".*-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
 
 def resolve(model: str, *, weights: bool = True) -> Snapshot:
@@ -77,7 +78,8 @@ def _opened(folder: Path, model: str, revision: str | None = None, *, weights: b
     refuse_artifact(folder)
     if is_adapter(folder):
         return AdapterSnapshot(folder, model, revision, base=_base_model(folder, weights))
-    files = [path for path in sorted(folder.glob("*.gguf")) if not NO_MODEL.match(path.name)]
+    models = [path for path in sorted(folder.glob("*.gguf")) if not path.name.startswith(VISION)]
+    files = [path for path in models if not LATER_PART.match(path.name)] or models
     if len(files) > 1:
         names = ", ".join(path.name for path in files)
         fix = f"name one of them, such as {model.rstrip('/')}/{files[0].name}"

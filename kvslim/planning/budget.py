@@ -116,7 +116,7 @@ def _prober(trials: DecoderTrials, context: int, key: str, *, timed: bool) -> Pr
         spec,
         statistics,
         decode_time(trials.prepared, context),
-        trials.probe.kl,
+        lambda codes: trials.probe.kl(codes),  # its text passes through the model when it is first asked, if ever
         windows,
         PlanTrials(
             trials.identity,

@@ -140,6 +140,12 @@ def _within_bytes(
 
 
 def _smallest(planner: Planner, budget: Budget, frontier: list[Planned], healed: Healed | None) -> Planned:
+    if not frontier:
+        raise GateError(
+            f"no plan keeps the limit of time at {planner.context:,} tokens",
+            where=Budget.place("time_ratio"),
+            fix="allow more time",
+        )
     if budget.max_kl is None:
         return planner.never_worse(frontier[-1])
     if healed is not None:

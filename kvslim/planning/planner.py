@@ -57,8 +57,8 @@ class Planner:
         base: The plan that changes nothing.
         time: Of a token at the target context, at which bytes are counted too.
         probes: Of all layers, at that context.
-        with_recall: Probes that know of some kinds of changes which layers keep recall with them. It is asked when a
-            plan with them is to be measured, since that takes as long as to measure many plans.
+        with_recall: Gives probes back with the layers that keep recall under some kinds of changes. It is asked when a
+            plan with such a change is to be measured, since it takes as long as measuring many plans.
         divergences: Of the model with one after another of many codes, on text that prices do not come from. Codes may
             be taken ahead, to be measured beside each other.
         time_ratio: Time of a token over the plain model's, which every plan keeps; None for no limit.
@@ -93,7 +93,7 @@ class Planner:
 
     @property
     def least_time_ratio(self) -> float:
-        """Time of a token over the plain model's that no plan falls below."""
+        """Time of a token over the plain model's that no plan falls below; where time is limited, all is asked."""
         kinds = (layers for bits in BITS for layers in (*self.offered[bits], *self.narrower[bits]))
         least = min(sum(min(each.time for each in layer) for layer in layers) for layers in kinds)
         return (least + self.time.of_plan(())) / self.plain_time
@@ -109,7 +109,7 @@ class Planner:
         """
         found: list[Planned] = []
         sizes = [self.plain_bytes / ratio for ratio in RATIOS]
-        self._worth(sizes[0])  # what is asked of recall takes as long as many sizes, and is a part of its own
+        self._worth(sizes[0])  # what this asks of recall is a part of its own; smaller sizes may ask more
         best = self._best(sizes)
         for planned in (progress or Silent()).track(best, "sizes planned", len(RATIOS)):
             if planned is not None:
@@ -191,7 +191,9 @@ class Planner:
             if removed:
                 yield self._altered(layers, removed)
         if shared := probes.shared:
-            sources = {alteration.source for layer in shared.values() for alteration in layer}
+            # Before it is asked all changes are taken to be possible. Chains of caches are too then; none is measured.
+            known = probes.recall.sharing is not None
+            sources = {each.source for layer in shared.values() for each in layer} if known else set[int | None]()
             free = {layer: parts for layer, parts in removed.items() if layer not in sources}
             yield self._altered(self._altered(whole, free), shared)
 
@@ -225,7 +227,8 @@ class Planner:
     ) -> list[list[tuple[LayerPlan, ...]]]:
         """Some plans, found again once it is asked whether the changes that they have keep recall.
 
-        With fewer layers to change a plan is expected to lose no less, so what is not among them now never will be.
+        Before it is asked a change is taken to be possible in all layers, so asking can only make plans with it lose
+        more. Where it does, plans with other changes may come in, which are asked of in turn.
         """
         plans = find()
         while changes := self._unasked(chain(*plans)):

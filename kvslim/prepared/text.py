@@ -63,7 +63,7 @@ class TextSource:
             check_tokens(source, self.prepared.tokenizer, self.prepared.spec.vocab_size)
         for use in uses:
             if self._is_needed(use) and not self._is_written(getattr(self, use)):
-                _ = self.calibration_windows if use == "calibration" else self.held_out_windows
+                _ = self.calibration_windows if use == "calibration" else self.held_out_windows  # read, so checked
 
     def is_missing(self, uses: Collection[TextUse]) -> bool:
         """Whether the model must still write one of these texts."""

@@ -248,13 +248,13 @@ class SlimAttention(nn.Module):
         """
         scales: Any = (self.key_scale, self.value_scale)
         feedbacks: Any = (self.key_feedback, self.value_feedback)
-        has_feedback, (count, value_count) = [part is not None for part in feedbacks], self.residuals
-        alike = key.shape[1::2] == value.shape[1::2] and count == value_count and has_feedback[0] == has_feedback[1]
-        if not alike or not (count or has_feedback[0]):
+        (key_fed, value_fed), (count, value_count) = (part is not None for part in feedbacks), self.residuals
+        alike = (key_fed, count) == (value_fed, value_count) and key.shape[1::2] == value.shape[1::2]
+        if not alike or not (count or key_fed):
             key = self._apart(key, scales[0], feedbacks[0], count)
             return key, self._apart(value, scales[1], feedbacks[1], value_count)
-        both, scale = torch.cat([key, value], dim=1), torch.cat(scales)
-        both = self._apart(both, scale, torch.cat(feedbacks) if has_feedback[0] else None, count)
+        both, scale = torch.cat([key, value], dim=1), torch.cat(scales)  # what is held besides needs scales
+        both = self._apart(both, scale, torch.cat(feedbacks) if key_fed else None, count)
         key, value = _heads_apart(merged(both), (key.shape[1], value.shape[1]))
         return key, value
 
