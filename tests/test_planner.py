@@ -333,7 +333,7 @@ def test_smallest_plan_within_a_divergence_is_no_slower_than_plain() -> None:
 def test_limits_that_no_size_keeps_are_refused(planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "frontier", lambda *_: [])
     with pytest.raises(GateError, match="no plan keeps the limit of time at 2,048 tokens"):
-        choose(planner, Budget(max_kl=0.1))
+        choose(planner, Budget(max_kl=0.1), lambda _: 0.0)
 
 
 def test_numpy_plans_with_one_thread(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
