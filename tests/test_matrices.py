@@ -85,7 +85,6 @@ def test_price_is_the_divergence_of_the_model_with_that_group_rounded(tiny_llama
 
 
 PRICES = MatrixPrices(
-    key="",
     groups=tuple(
         MatrixPrice(
             names=(name,),
@@ -226,7 +225,7 @@ def prices_of(steep: float) -> MatrixPrices:
         StoredAs(bits=4, block=place, size=size, memory=size * 1.125, loss=steep / size)
         for place, size in enumerate(map(float, np.geomspace(2000, 8000, 200)))
     )
-    return MatrixPrices(key="", groups=(MatrixPrice(names=("a",), ways=tuple(ways)),))
+    return MatrixPrices(groups=(MatrixPrice(names=("a",), ways=tuple(ways)),))
 
 
 @pytest.mark.parametrize(("steep", "whole"), [(1e-9, 6800), (1e6, 1800)])

@@ -20,11 +20,11 @@ from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.replacing import replacing
 
 if TYPE_CHECKING:
-    from kvslim.planning.matrices import MatrixPrices
+    from kvslim.planning.matrices import ProbedMatrices
     from kvslim.planning.probes import Probes
 
 FORMAT = 11
-Probed = TypeVar("Probed", "Probes", "MatrixPrices")
+Probed = TypeVar("Probed", "Probes", "ProbedMatrices")
 
 
 def cache_folder() -> Path:
@@ -62,7 +62,7 @@ def load_probes(key: str, kind: type[Probed]) -> Probed | None:
     return probes if probes.key == key else None
 
 
-def store_probes(probes: Probes | MatrixPrices) -> None:
+def store_probes(probes: Probes | ProbedMatrices) -> None:
     """Stores them under their key, whole or not at all; a cache that cannot be written is no reason to fail."""
     _store(_path("probes", f"{probes.key}.json"), lambda file: file.write(probes.model_dump_json().encode()))
 

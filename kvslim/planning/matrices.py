@@ -1,8 +1,9 @@
 """How each matrix of a decoder is stored, so that the graph loses least within so many bytes.
 
-Matrices that read one input are stored alike, since the graph packs some of them. Each such group is rounded coarsely,
-alone, and the divergence that this makes is its price. For noise this small the divergence grows with the noise's
-energy, so other formats cost as much less as their noise has less. What groups lose adds up.
+Matrices that read one input are stored alike, since the graph packs some of them. Values are apart from queries and
+keys, since codes fold into them. Each such group is rounded coarsely, alone, and the divergence that this makes is its
+price. For noise this small the divergence grows with the noise's energy, so other formats cost as much less as their
+noise has less. What groups lose adds up.
 """
 
 from __future__ import annotations
@@ -67,9 +68,8 @@ class Picked(NamedTuple):
 
 
 class MatrixPrices(Frozen):
-    """What was measured of a model's matrices; no limit decides it."""
+    """What formats are picked from: the ways to store each group of a model's matrices."""
 
-    key: str = Field(description="hash of all that decides it: model and text")
     groups: tuple[MatrixPrice, ...]
 
     @property
@@ -99,6 +99,12 @@ class MatrixPrices(Frozen):
         return Picked(formats, sum(way.loss for way in found), sum(way.memory for way in found))
 
 
+class ProbedMatrices(MatrixPrices):
+    """What was measured of some of a model's matrices; no limit decides it."""
+
+    key: str = Field(description="hash of all that decides it: model, text, and the names of the matrices")
+
+
 class MatrixPricing(NamedTuple):
     """What prices are found with; the model is as it was afterwards.
 
@@ -114,14 +120,20 @@ class MatrixPricing(NamedTuple):
     spec: ModelSpec
     evaluator: KLEvaluator
 
-    def of(self, chosen: Mapping[str, Chosen], progress: Progress) -> tuple[MatrixPrice, ...]:
-        """The price of each group of the chosen modules, in the order that they run."""
-        names = {entry.module: name for name, entry in chosen.items()}
-        groups = _groups(self.model, list(names), self.evaluator.batches[0][:1])
-        return tuple(
-            MatrixPrice(names=tuple(names[module] for module in group), ways=tuple(self._ways(group)))
-            for group in progress.track(groups, "matrices probed")
-        )
+    def of(self, parts: Sequence[Mapping[str, Chosen]], progress: Progress) -> list[list[MatrixPrice]]:
+        """The price of each group of the chosen modules, in the order that they run; a group is of one part."""
+        names = {entry.module: name for part in parts for name, entry in part.items()}
+        tokens = self.evaluator.batches[0][:1]
+        groups = [
+            (place, group)
+            for place, part in enumerate(parts)
+            for group in _groups(self.model, [entry.module for entry in part.values()], tokens)
+        ]
+        found: list[list[MatrixPrice]] = [[] for _ in parts]
+        for place, group in progress.track(groups, "matrices probed"):
+            named = tuple(names[module] for module in group)
+            found[place].append(MatrixPrice(names=named, ways=tuple(self._ways(group))))
+        return found
 
     def _ways(self, group: Sequence[Any]) -> Iterator[StoredAs]:
         matrices = [module.weight.detach().numpy() for module in group]
@@ -131,12 +143,7 @@ class MatrixPricing(NamedTuple):
         noises += [sum(_noise(matrix, _rounded(matrix, to)) for matrix in matrices) for to in FORMATS[1:]]
         let_go()
         for to, noise in zip(FORMATS, noises, strict=True):
-            yield self._way(group, to, loss * (noise / noises[0] if noises[0] else 0.0))
-
-    def _way(self, group: Sequence[Any], to: BlockFormat, loss: float) -> StoredAs:
-        size = sum(_in_file(module.weight.shape, to) for module in group)
-        memory = sum(_in_memory(self.model, module, to) for module in group)
-        return StoredAs(bits=to.bits, block=to.block, size=size, memory=memory, loss=loss)
+            yield _stored_as(self.model, group, to, loss * (noise / noises[0] if noises[0] else 0.0))
 
     def _loss(self, group: Sequence[Any], numbers: Sequence[Floats]) -> float:
         layers = layer_modules(self.model, self.architecture)
@@ -157,12 +164,16 @@ def _noise(matrix: Floats, rounded: Floats) -> float:
 
 def in_eight(model: Any, chosen: Mapping[str, Chosen]) -> tuple[MatrixPrice, ...]:
     """Matrices that take eight bits in any case, each by itself; they are not probed, as there is nothing to choose."""
-    sizes = {name: _in_file(entry.module.weight.shape, EIGHT) for name, entry in chosen.items()}
-    memory = {name: _in_memory(model, entry.module, EIGHT) for name, entry in chosen.items()}
     return tuple(
-        MatrixPrice(names=(name,), ways=(StoredAs(**EIGHT._asdict(), size=size, memory=memory[name], loss=0.0),))
-        for name, size in sizes.items()
+        MatrixPrice(names=(name,), ways=(_stored_as(model, [entry.module], EIGHT, 0.0),))
+        for name, entry in chosen.items()
     )
+
+
+def _stored_as(model: Any, group: Sequence[Any], to: BlockFormat, loss: float) -> StoredAs:
+    size = sum(_in_file(module.weight.shape, to) for module in group)
+    memory = sum(_in_memory(model, module, to) for module in group)
+    return StoredAs(bits=to.bits, block=to.block, size=size, memory=memory, loss=loss)
 
 
 def _in_memory(model: Any, module: Any, to: BlockFormat) -> float:

@@ -16,7 +16,7 @@ from kvslim.contract import MIB
 from kvslim.errors import GateError
 from kvslim.export.manifest import GRAPH
 from kvslim.export.stored import fetch_graph, graph_key, store_graph
-from kvslim.planning.matrices import FLOAT, FORMATS, MatrixPrices, MatrixPricing, in_eight
+from kvslim.planning.matrices import FLOAT, FORMATS, MatrixPrices, MatrixPricing, ProbedMatrices, in_eight
 from kvslim.transform.kl_evaluator import KLEvaluator, is_large, probe_windows
 from kvslim.transform.projections import SIDES
 from kvslim.transform.surgery import attention_modules, layer_modules
@@ -29,6 +29,7 @@ from kvslim.weights.stored import load_blocks, save_blocks
 if TYPE_CHECKING:
     from kvslim.prepared.decoder import PreparedDecoder
     from kvslim.recipe import Recipe
+    from kvslim.weight_format import WeightFormat
 
 FILE = "weights.npz"
 NODES = 32 * 2**10  # bytes of a layer's nodes and their names in the graph, with those of its cache
@@ -81,7 +82,7 @@ def _chosen(prepared: PreparedDecoder) -> dict[str, Chosen]:
     """The matrices to quantise, and their formats: those of the recipe, or what loses least within its limit."""
     weights, limit = prepared.recipe.weights, file_limit(prepared)
     if limit is None:
-        return _matrices(prepared)
+        return _matrices(prepared, weights)
     picking = matrix_picking(prepared, prepared.recipe)
     picked = picking.prices.within(limit * MIB - picking.beside)
     if picked is None:
@@ -98,10 +99,10 @@ def _chosen(prepared: PreparedDecoder) -> dict[str, Chosen]:
     }
 
 
-def _matrices(prepared: PreparedDecoder) -> dict[str, Chosen]:
+def _matrices(prepared: PreparedDecoder, weights: WeightFormat) -> dict[str, Chosen]:
     architecture = prepared.architecture
     layers = layer_modules(prepared.model, architecture)
-    return chosen_matrices(prepared.model, layers, architecture, prepared.recipe.weights)
+    return chosen_matrices(prepared.model, layers, architecture, weights)
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class MatrixPicking:
         chosen: The matrices, by name.
         prices: Of their formats.
         constants: Bytes of what else the model has: norms, biases, tables of positions.
-        added: Bytes of a file that the artifact may have besides: the codes of its cache, and the nodes of its graph.
+        added: Bytes of a file that are set aside for the codes of its cache and the nodes of its graph.
     """
 
     chosen: Mapping[str, Chosen]
@@ -128,7 +129,7 @@ class MatrixPicking:
 
 def matrix_picking(prepared: PreparedDecoder, recipe: Recipe) -> MatrixPicking:
     """What formats of a decoder's matrices are picked from for a recipe; it is not quantised yet."""
-    chosen = _matrices(prepared)
+    chosen = _matrices(prepared, recipe.weights)
     numbers = sum(entry.module.weight.numel() for entry in chosen.values())
     constants = file_mib(prepared.original) * MIB - _graph_bytes(prepared) - FLOAT * numbers
     return MatrixPicking(chosen, _prices(prepared, chosen, recipe), constants, _added_bytes(prepared, recipe))
@@ -138,39 +139,38 @@ def _prices(prepared: PreparedDecoder, chosen: Mapping[str, Chosen], recipe: Rec
     """What was measured of the matrices, from the disk when they were probed before.
 
     Those whose rows may change have eight bits in any case. Else they are priced by themselves, so that what is known
-    of all others serves every recipe.
+    of all others serves every recipe that trains nothing.
     """
     kind = changed(recipe)
     changing = _changing(prepared, chosen, "attention" if kind == "attention" else "values")
     others = {name: entry for name, entry in chosen.items() if name not in changing}
-    parts = [others, changing] if kind == "nothing" else [others]
     made = FORMATS, prepared.digest, *prepared.text.identity
-    keys = [cache.content_key("matrices", *made, list(part)) for part in parts]
-    known = [cache.load_probes(key, MatrixPrices) for key in keys]
-    if None in known:
-        prepared.progress.stage(stages.PROBE_WEIGHTS)
-    groups = [
-        group
-        for key, part, prices in zip(keys, parts, known, strict=True)
-        for group in (prices or _probed(prepared, key, part)).groups
-    ]
+    probed = [others, changing] if kind == "nothing" else [others]
+    parts = {cache.content_key("matrices", *made, list(part)): part for part in probed}
+    known = {key: prices for key in parts if (prices := cache.load_probes(key, ProbedMatrices)) is not None}
+    if missing := {key: part for key, part in parts.items() if key not in known}:
+        known |= _probed(prepared, missing)
     settled = () if kind == "nothing" else in_eight(prepared.model, changing)
-    return MatrixPrices(key=keys[0], groups=(*groups, *settled))
+    return MatrixPrices(groups=(*(group for key in parts for group in known[key].groups), *settled))
 
 
-def _probed(prepared: PreparedDecoder, key: str, chosen: Mapping[str, Chosen]) -> MatrixPrices:
+def _probed(prepared: PreparedDecoder, parts: Mapping[str, Mapping[str, Chosen]]) -> dict[str, ProbedMatrices]:
+    """Prices of parts of the matrices, by the key under which they are stored."""
+    prepared.progress.stage(stages.PROBE_WEIGHTS)
     spec, large, mask = prepared.spec, is_large(prepared.model), prepared.text.calibration_mask()
     windows = probe_windows(prepared.text.calibration_windows, spec.layers, large=large)
     mask = None if mask is None else probe_windows(mask, spec.layers, large=large)
     evaluator = KLEvaluator(prepared.model, prepared.architecture, windows, mask, probing=True)
     pricing = MatrixPricing(prepared.model, prepared.architecture, spec, evaluator)
-    prices = MatrixPrices(key=key, groups=pricing.of(chosen, prepared.progress))
-    cache.store_probes(prices)
-    return prices
+    groups = pricing.of(list(parts.values()), prepared.progress)
+    found = {key: ProbedMatrices(key=key, groups=tuple(of)) for key, of in zip(parts, groups, strict=True)}
+    for prices in found.values():
+        cache.store_probes(prices)
+    return found
 
 
 def _added_bytes(prepared: PreparedDecoder, recipe: Recipe) -> float:
-    """The most that codes and nodes of an artifact take in its files."""
+    """The most that codes and nodes of an artifact take in its files, without residuals: these widen encoders."""
     spec = prepared.spec
     graphs = 1 if recipe.draft == "none" else 2  # the same over the same weights
     nodes = graphs * (_graph_bytes(prepared) + spec.layers * NODES)
