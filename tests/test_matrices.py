@@ -25,7 +25,18 @@ from kvslim.planning import matrices
 from kvslim.planning.cost import Choice, bundled
 from kvslim.planning.decide import decide
 from kvslim.planning.matrices import FORMATS, MatrixPrice, MatrixPrices, StoredAs
-from kvslim.planning.split import BRANCHES, FEEDBACK, RESIDUAL, CacheSize, beside_bytes, branch_bytes, split
+from kvslim.planning.split import (
+    BRANCHES,
+    FEEDBACK,
+    RESIDUAL,
+    CacheSize,
+    beside_bytes,
+    branch_bytes,
+    least_room,
+    split,
+    weights_sizes,
+)
+from kvslim.prepared import limits
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.prepared.weights import matrix_picking
 from kvslim.recipe import Recipe, parse_recipe
@@ -232,19 +243,24 @@ def prices_of(steep: float) -> MatrixPrices:
 def test_memory_goes_where_it_takes_most_loss(steep: float, whole: float) -> None:
     """Weights that lose hardly anything leave the cache all it can use, and those that lose much the least."""
     prices = prices_of(steep)
-    found = split(10_000, prices, CACHES)
+    weights = weights_sizes(prices)
+    found = split(10_000, weights, CACHES)
     assert found is not None
     picked = prices.within(found.weights)
     assert picked is not None
     codes = np.interp(found.cache, [1600, 3200, 6400], [200, 300, 400])
     assert 9_900 <= picked.memory + found.cache + codes <= 10_001  # all but the codes of the next larger cache
     assert found.cache + codes == pytest.approx(whole, abs=10_000 / 50)
-    assert split(10_000, prices, [*CACHES, CacheSize(1000, 2600, 0.2)]) == found  # takes more, and loses more
+    assert split(10_000, weights, [*CACHES, CacheSize(1000, 2600, 0.2)]) == found  # takes more, and loses more
 
 
 def test_memory_that_holds_neither_is_told() -> None:
-    assert split(3000, prices_of(1.0), CACHES) is None
-    assert split(10_000, prices_of(1.0), []) is None
+    weights = weights_sizes(prices_of(1.0))
+    least = least_room(weights, CACHES)
+    assert least == pytest.approx(2000 * 1.125 + 1600 + 200, abs=2)
+    assert split(least - 1, weights, CACHES) is None
+    assert split(least, weights, CACHES) is not None
+    assert split(10_000, weights, []) is None
 
 
 def test_codes_of_a_plan_take_what_is_put_into_the_model(prepared: PreparedDecoder) -> None:
@@ -343,6 +359,17 @@ def test_budget_of_memory_becomes_one_of_the_file_and_one_of_the_cache(tiny_llam
     assert manifest.kv_layout.bytes_at(64) / MIB <= recipe.budget.kv_mib
     with pytest.raises(GateError, match="do not fit into 50 MiB"):
         compress(str(tiny_llama), memory_recipe(50), tmp_path / "none")
+
+
+def test_memory_that_nothing_fits_names_some_that_does(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "decided_by", lambda *_: None)  # steps that the kernel cannot read take no memory
+    with pytest.raises(GateError, match="do not fit") as caught:
+        open_prepared(tiny_llama, memory_recipe(50))
+    enough = re.findall(r"[\d.]+", caught.value.fix)[0]
+    assert open_prepared(tiny_llama, memory_recipe(float(enough))).rows is not None
+    monkeypatch.setattr(limits, "_planned_sizes", lambda *_: [])
+    with pytest.raises(GateError, match="there is no plan of the cache"):
+        open_prepared(tiny_llama, memory_recipe(1000))
 
 
 def test_budget_of_memory_takes_steps_alone_where_they_leave_more_for_the_weights(

@@ -19,6 +19,20 @@ LEAST_LOSS = 1e-12
 BRANCHES, FEEDBACK, RESIDUAL = 0.5 * MIB, 0.2 * MIB, 0.3 * MIB
 
 
+class WeightsSize(NamedTuple):
+    """The matrices at one size.
+
+    Attributes:
+        file: Bytes of a file that they are picked within.
+        memory: Bytes in a process.
+        loss: Nats per token.
+    """
+
+    file: float
+    memory: float
+    loss: float
+
+
 class CacheSize(NamedTuple):
     """A plan of the cache at one size.
 
@@ -47,35 +61,40 @@ class Split(NamedTuple):
     loss: float
 
 
-def split(room: float, prices: MatrixPrices, sizes: Sequence[CacheSize]) -> Split | None:
+def weights_sizes(prices: MatrixPrices) -> list[WeightsSize]:
+    """The sizes of the weights that are tried, the smallest first."""
+    limits = [float(size) + 1 for size in np.geomspace(*prices.sizes, SIZES)]  # a byte more, whatever is rounded
+    picked = [(limit, prices.within(limit)) for limit in limits]
+    return [WeightsSize(limit, each.memory, each.loss) for limit, each in picked if each is not None]
+
+
+def split(room: float, weights: Sequence[WeightsSize], caches: Sequence[CacheSize]) -> Split | None:
     """The split that is expected to lose least.
 
     Errors of weights and of the cache add up: both are small and know nothing of each other.
 
     Args:
         room: Bytes of memory for weights, cache, and what the graph takes for it.
-        prices: Of the matrices.
-        sizes: Plans of the cache.
+        weights: Sizes of the matrices.
+        caches: Plans of the cache.
 
     Returns:
         The split, or None where not even the smallest of both fit, or there is no plan of the cache.
     """
-    return min(_splits(room, prices, sizes), key=lambda split: split.loss, default=None)
+    return min(_splits(room, weights, caches), key=lambda split: split.loss, default=None)
 
 
-def _splits(room: float, prices: MatrixPrices, sizes: Sequence[CacheSize]) -> Iterator[Split]:
+def _splits(room: float, weights: Sequence[WeightsSize], caches: Sequence[CacheSize]) -> Iterator[Split]:
     """What fits, by the size of the weights: the cache has the rest."""
-    useful = _useful(sizes)
+    useful = _useful(caches)
     if not useful:
         return
     whole = [_whole(size) for size in useful]
     losses = np.log([max(size.loss, LEAST_LOSS) for size in useful])
-    for size in np.geomspace(*prices.sizes, SIZES):
-        limit = float(size) + 1  # a byte more, so that the smallest fit whatever is rounded
-        picked = prices.within(limit)
-        if picked is not None and (left := room - picked.memory) >= whole[0]:
+    for size in weights:
+        if (left := room - size.memory) >= whole[0]:
             lost = float(np.exp(np.interp(np.log(left), np.log(whole), losses)))
-            yield Split(limit, _cache_within(left, useful), picked.loss + lost)
+            yield Split(size.file, _cache_within(left, useful), size.loss + lost)
 
 
 def _useful(sizes: Sequence[CacheSize]) -> list[CacheSize]:
@@ -94,10 +113,9 @@ def _cache_within(left: float, sizes: Sequence[CacheSize]) -> float:
     return max(left - beside, sizes[below].cache)
 
 
-def least_room(prices: MatrixPrices, sizes: Sequence[CacheSize]) -> float:
-    """Bytes of memory that the smallest weights and the smallest cache take together."""
-    picked = prices.within(prices.sizes[0] + 1)
-    return (0.0 if picked is None else picked.memory) + min(map(_whole, sizes), default=0.0)
+def least_room(weights: Sequence[WeightsSize], caches: Sequence[CacheSize]) -> float:
+    """Bytes of memory that the smallest weights and the smallest cache take together; there is one of each."""
+    return weights[0].memory + min(map(_whole, caches))
 
 
 def _whole(size: CacheSize) -> float:
