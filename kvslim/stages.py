@@ -43,6 +43,12 @@ STEP = 5  # of a step of healing
 # in parentheses stand for what has no steps.
 PARTS: Mapping[str, Stages] = {
     PLAIN: {"steps of the export": 4, "(files)": 1},
+    PROBE_CACHE: {
+        "windows": 2,
+        "layers probed": 6,
+        "kinds of changes asked for recall": 6,
+        "sizes planned": 6,
+    },
     PLAN: {
         "layers probed": 6,
         "kinds of changes asked for recall": 6,

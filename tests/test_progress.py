@@ -164,12 +164,22 @@ def test_time_left_counts_down_while_a_part_that_is_over_is_asked_once_more() ->
 def test_labels_of_steps_are_those_that_planning_tells(tiny_llama: Path) -> None:
     heard = Listening()
     pipeline.plan(str(tiny_llama), recipe_of().within(Budget(kv_ratio=8, time_ratio=0.99)), progress=heard)
-    assert [label for label in heard.labels if label in stages.PARTS[stages.PLAN]] == [
+    assert [label for stage, label in heard.steps if stage == stages.PLAN and label in stages.PARTS[stage]] == [
         "layers probed",
         "kinds of changes asked for recall",
         "sizes planned",
         "layers refitted",
     ]
+
+
+def test_labels_of_steps_are_those_that_a_split_of_memory_tells(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVSLIM_CACHE", str(tmp_path))
+    heard = Listening()
+    pipeline.plan(str(tiny_llama), RECIPES["memory"], progress=heard)
+    assert [label for stage, label in heard.steps if stage == stages.PROBE_WEIGHTS] == ["matrices probed"]
+    assert {label for stage, label in heard.steps if stage == stages.PROBE_CACHE} == {*stages.PARTS[stages.PROBE_CACHE]}
 
 
 def test_search_for_a_plan_is_expected_to_take_longer_than_methods(tiny_llama: Path) -> None:
@@ -277,7 +287,7 @@ class Listening:
     def __init__(self) -> None:
         self.expected: list[str] = []
         self.entered: list[str] = []
-        self.labels: list[str] = []
+        self.steps: list[tuple[str, str]] = []  # of stages, by their labels
 
     def expect(self, stages: Mapping[str, float]) -> None:
         self.expected += stages
@@ -286,7 +296,7 @@ class Listening:
         self.entered.append(name)
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-        self.labels.append(label)
+        self.steps.append((self.entered[-1], label))
         yield from items
 
 
