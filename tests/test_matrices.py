@@ -15,7 +15,7 @@ from support.models import CALIBRATION, VALIDATION, open_prepared, recipe_of, to
 
 from kvslim.caches import SharedCache
 from kvslim.contract import MIB
-from kvslim.devices.peak import open_bytes
+from kvslim.devices.peak import BRANCH_BYTES, FEEDBACK_BYTES, RESIDUAL_BYTES, open_bytes
 from kvslim.devices.stored_weights import artifact_weights
 from kvslim.errors import GateError, UsageError
 from kvslim.export.manifest import SPECULATIVE_GRAPH
@@ -25,17 +25,7 @@ from kvslim.planning import matrices
 from kvslim.planning.cost import Choice, bundled
 from kvslim.planning.decide import decide
 from kvslim.planning.matrices import FORMATS, MatrixPrice, MatrixPrices, StoredAs
-from kvslim.planning.split import (
-    BRANCHES,
-    FEEDBACK,
-    RESIDUAL,
-    CacheSize,
-    beside_bytes,
-    branch_bytes,
-    least_room,
-    split,
-    weights_sizes,
-)
+from kvslim.planning.split import CacheSize, beside_bytes, branch_bytes, least_room, split, weights_sizes
 from kvslim.prepared import limits
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.prepared.weights import matrix_picking
@@ -272,12 +262,12 @@ def test_codes_of_a_plan_take_what_is_put_into_the_model(prepared: PreparedDecod
     with trial(prepared.model, prepared.architecture, prepared.codes(plan)):
         slims = slim_modules(prepared.model, prepared.architecture)
         numbers = sum(code.numel() for slim in slims for code in (slim.key_encoder, slim.query_encoder))
-    assert beside_bytes(prepared.spec, plan) == 4 * numbers + 2 * BRANCHES + FEEDBACK + RESIDUAL
+    assert beside_bytes(prepared.spec, plan) == 4 * numbers + 2 * BRANCH_BYTES + FEEDBACK_BYTES + RESIDUAL_BYTES
     shared = Plan(layers=(layers[1].model_copy(update={"layer": 0}), LayerPlan(layer=1, cache=SharedCache(source=0))))
     with trial(prepared.model, prepared.architecture, prepared.codes(shared)):
         own, reading = slim_modules(prepared.model, prepared.architecture)
         numbers = own.key_encoder.numel() + own.query_encoder.numel() + reading.query_encoder.numel()
-    assert beside_bytes(prepared.spec, shared) == 4 * numbers + 2 * BRANCHES
+    assert beside_bytes(prepared.spec, shared) == 4 * numbers + 2 * BRANCH_BYTES
 
 
 @pytest.mark.parametrize(
@@ -375,7 +365,7 @@ def test_memory_that_nothing_fits_names_some_that_does(tiny_llama: Path, monkeyp
 def test_budget_of_memory_takes_steps_alone_where_they_leave_more_for_the_weights(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
-    room = 2 * BRANCHES / MIB + 0.22
+    room = 2 * BRANCH_BYTES / MIB + 0.22
     limit = open_bytes(2) / MIB + room
     recipe, manifest = budgeted(tiny_llama, tmp_path / "out", limit)
     assert (recipe.methods, recipe.budget, recipe.compensate) == ((KvQuant(bits=8),), None, False)

@@ -16,7 +16,7 @@ from kvslim.cli.schemas import output_type
 from kvslim.devices import peak
 from kvslim.devices.demand import Cache, decode
 from kvslim.devices.limits import bound, longest_context
-from kvslim.devices.peak import OPEN_BYTES, beside_cache, memory
+from kvslim.devices.peak import BRANCH_BYTES, OPEN_BYTES, beside_cache, memory
 from kvslim.devices.profile import Device, Quantity, Share, device_text, load_device
 from kvslim.devices.room import Room, room_on
 from kvslim.errors import GateError, UnsupportedError, UsageError
@@ -107,7 +107,7 @@ def test_weights_of_no_format_in_particular_share_the_memory_with_the_cache(tiny
     room = room_on(device, str(tiny_llama), recipe_at(CONTEXT, "auto"))
     assert room.weights.name == "int4"
     assert room.cache_mib == pytest.approx(0.1, abs=0.01)
-    decoding = room.cache_mib + (room.weights.resident + OPEN_BYTES) / MIB
+    decoding = room.cache_mib + (room.weights.resident + OPEN_BYTES + 2 * BRANCH_BYTES) / MIB
     assert room.budget(None) == Budget(memory_mib=decoding, context=CONTEXT)
     ample = room_on(device_of(1000), str(tiny_llama), recipe_at(CONTEXT, "auto"))
     assert ample.budget(None) is None
@@ -119,7 +119,7 @@ def test_weights_that_fit_with_fewer_bits_alone_leave_the_split_to_measurement(t
         room_on(device, str(tiny_llama), recipe_at(8, "int4"))
     room = room_on(device, str(tiny_llama), recipe_at(8, "auto"))
     assert room.is_tight
-    decoding = room.cache_mib + (room.weights.resident + OPEN_BYTES) / MIB
+    decoding = room.cache_mib + (room.weights.resident + OPEN_BYTES + 2 * BRANCH_BYTES) / MIB
     assert room.budget(None) == Budget(memory_mib=decoding, context=8)
 
 

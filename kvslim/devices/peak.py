@@ -31,6 +31,9 @@ LAYER_BYTES = 0.35 * MIB
 CODES_CHUNK = 64
 ARENA = 2.4
 FLOAT_ROWS = 2.5
+# What a layer's branches over integers take in a process that decodes, and with feedback or residuals on top, measured
+# on SmolLM2's shape: a budget of memory counts these. `LAYER_BYTES` was fitted with `ARENA`, to peaks of prompts.
+BRANCH_BYTES, FEEDBACK_BYTES, RESIDUAL_BYTES = 0.5 * MIB, 0.2 * MIB, 0.3 * MIB
 
 
 def open_bytes(layers: int, integer_layers: int = 0) -> float:

@@ -8,7 +8,7 @@ from typing import get_args
 from kvslim.contract import MIB, ModelSpec, WeightType
 from kvslim.devices.demand import BLOCK, LEAST_BYTES, LEAST_PACKED, Cache, StoredWeights, decode
 from kvslim.devices.limits import Limits, bound, limits
-from kvslim.devices.peak import FLOAT, beside_cache, open_bytes
+from kvslim.devices.peak import BRANCH_BYTES, FLOAT, beside_cache, open_bytes
 from kvslim.devices.profile import Device
 from kvslim.errors import GateError, UnsupportedError
 from kvslim.loading.parameters import Parameters
@@ -62,7 +62,8 @@ class Room:
         if self.time_ratio is not None:
             limits["time_ratio"] = min(self.time_ratio, limits.get("time_ratio", 1.0))
         if self.is_tight or self.cache_bytes * INT8_RATIO < self.plain.bytes_at(self.context):
-            decoding = open_bytes(self.spec.layers, self.spec.layers) + self.weights.resident + self.cache_bytes
+            opened = open_bytes(self.spec.layers) + BRANCH_BYTES * self.spec.layers  # as a budget of memory counts it
+            decoding = opened + self.weights.resident + self.cache_bytes
             size = {"memory_mib": decoding / MIB} if self.shares else {"kv_mib": self.cache_mib}
             limits |= {**size, "context": self.context}
         return Budget.model_validate(limits) if limits else None

@@ -9,14 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from kvslim.caches import Cache, IntegerCache
-from kvslim.contract import MIB, ModelSpec
+from kvslim.contract import ModelSpec
+from kvslim.devices.peak import BRANCH_BYTES, FEEDBACK_BYTES, RESIDUAL_BYTES
 from kvslim.planning.matrices import FLOAT, MatrixPrices
 from kvslim.types import LayerPlan, Plan
 
 SIZES = 64  # of the weights that are tried
 LEAST_LOSS = 1e-12
-# What opening a graph takes for a layer's branches over integers; measured on SmolLM2's shape.
-BRANCHES, FEEDBACK, RESIDUAL = 0.5 * MIB, 0.2 * MIB, 0.3 * MIB
 
 
 class WeightsSize(NamedTuple):
@@ -135,7 +134,8 @@ def branch_bytes(plan: Plan) -> float:
 def _of_branches(cache: Cache | None) -> float:
     if not isinstance(cache, IntegerCache):
         return 0.0
-    return BRANCHES + (FEEDBACK if cache.feedback else 0.0) + (RESIDUAL if any(cache.residuals) else 0.0)
+    more = FEEDBACK_BYTES * cache.feedback + RESIDUAL_BYTES * any(cache.residuals)
+    return BRANCH_BYTES + more
 
 
 def _code_numbers(spec: ModelSpec, layer: LayerPlan, plan: Plan) -> int:
