@@ -21,6 +21,7 @@ class OpenPlanner:
         from kvslim.planning.budget import planner_of
 
         self._planner = planner_of(trials, None, time_ratio)
+        self._planner.ask_of_all()  # what it offers then changes here alone
 
     def frontier(self) -> Any:
         """The best plans at a row of sizes."""
@@ -81,3 +82,11 @@ class OpenPlanner:
             yield
         finally:
             self._planner.offered = every
+
+
+def branch_mib(plan: Any) -> float:
+    """MiB of memory for the branches of a plan's graph, as a budget of memory counts them."""
+    from kvslim.contract import MIB
+    from kvslim.planning.split import branch_bytes
+
+    return branch_bytes(plan) / MIB

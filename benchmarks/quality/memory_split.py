@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.models import OpenModel
+from benchmarks.planners import branch_mib
 from benchmarks.registry import Values, benchmark
 from benchmarks.render import Column, Table
 from benchmarks.subjects import Source
@@ -17,7 +18,6 @@ from kvslim.devices.peak import open_bytes
 from kvslim.devices.stored_weights import artifact_weights
 from kvslim.errors import GateError
 from kvslim.pipeline import compress
-from kvslim.planning.split import branch_bytes
 from kvslim.recipe import load_recipe
 from kvslim.settings import Budget
 from kvslim.types import Manifest
@@ -134,7 +134,7 @@ class _Made(NamedTuple):
 
     def memory(self, context: int) -> float:
         """MiB of weights, cache and branches in memory."""
-        return self.weights + self.cache(context) + branch_bytes(self.manifest.plan) / MIB
+        return self.weights + self.cache(context) + branch_mib(self.manifest.plan)
 
     def measured(self, context: int) -> Values:
         """What a row tells of it."""

@@ -86,10 +86,16 @@ class Planner:
         self._maker = CandidateMaker(spec, base, time, timed=probes.timed)
         self.whole = {bits: [layer.candidates[bits] for layer in probes.layers] for bits in BITS}
         self._with_recall = with_recall
-        # What saves time is asked at once: whether a limit of time can be kept depends on it.
-        self._offer(probes if time_ratio is None or not probes.unasked else with_recall(probes, probes.unasked))
+        self._offer(probes)
+        if time_ratio is not None:  # whether it can be kept depends on all that may be changed
+            self.ask_of_all()
         self._fitted: dict[LayerPlan, tuple[LayerPlan, LayerEdit]] = {}
         self._divergences: dict[tuple[LayerPlan, ...], float] = {}
+
+    def ask_of_all(self) -> None:
+        """Asks of every kind of change at once whether it keeps recall."""
+        if changes := self._probes.unasked:
+            self._offer(self._with_recall(self._probes, changes))
 
     @property
     def least_time_ratio(self) -> float:
