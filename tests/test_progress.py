@@ -57,6 +57,13 @@ def pace_at(stage: str, clock: Clock, shares: dict[str, float] | None = None) ->
     raise KeyError(stage)
 
 
+def planning() -> tuple[Clock, Pace]:
+    clock = Clock()
+    pace = Pace(clock)
+    pace.enter(stages.PLAN)
+    return clock, pace
+
+
 def test_time_left_follows_from_earlier_stages_before_the_first_step() -> None:
     clock = Clock()
     pace = pace_at("last", clock)
@@ -110,9 +117,7 @@ def test_unexpected_stage_has_no_place_and_leaves_the_run_unknown() -> None:
 
 
 def test_parts_of_a_stage_share_its_time() -> None:
-    clock = Clock()
-    pace = Pace(clock)
-    pace.enter(stages.PLAN)
+    clock, pace = planning()
     shares = stages.PARTS[stages.PLAN]
     clock.now += 10
     pace.step("layers to lose heads", 2, 2)  # where the planner would probe
@@ -123,9 +128,7 @@ def test_parts_of_a_stage_share_its_time() -> None:
 
 
 def test_part_that_begins_may_take_its_share_before_the_time_left_grows() -> None:
-    clock = Clock()
-    pace = Pace(clock)
-    pace.enter(stages.PLAN)
+    clock, pace = planning()
     shares = stages.PARTS[stages.PLAN]
     clock.now += 90
     pace.step("layers probed", 30, 30)
@@ -137,9 +140,7 @@ def test_part_that_begins_may_take_its_share_before_the_time_left_grows() -> Non
 
 
 def test_parts_that_are_passed_over_count_for_nothing() -> None:
-    clock = Clock()
-    pace = Pace(clock)
-    pace.enter(stages.PLAN)
+    clock, pace = planning()
     shares = stages.PARTS[stages.PLAN]
     left = sum(list(shares.values())[list(shares).index("sizes planned") :])
     pace.step("sizes planned", 0, 6)  # what was probed is on the disk
@@ -149,9 +150,7 @@ def test_parts_that_are_passed_over_count_for_nothing() -> None:
 
 
 def test_time_left_counts_down_while_a_part_that_is_over_is_asked_once_more() -> None:
-    clock = Clock()
-    pace = Pace(clock)
-    pace.enter(stages.PLAN)
+    clock, pace = planning()
     pace.step("kinds of changes asked for recall", 0, 1)
     clock.now += 60
     pace.step("sizes planned", 3, 6)

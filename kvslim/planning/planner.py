@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Layers = Sequence[Sequence[Candidate]]
 Alterations = Mapping[int, Sequence[Alteration]]
+Groups = list[list[tuple[LayerPlan, ...]]]  # plans, by the number of bits where that counts
 RATIOS = (4, 16 / 3, 8, 32 / 3, 16, 64 / 3)  # of the frontier, against the plain fp32 cache
 UNSURE = 3  # a plan that is expected to lose up to so many times more may still lose less
 FASTER = 1.1  # an int8 cache is read faster than int4: it may lose this much more
@@ -95,7 +96,7 @@ class Planner:
     def ask_of_all(self) -> None:
         """Asks of every kind of change at once whether it keeps recall."""
         if changes := self._probes.unasked:
-            self._offer(self._with_recall(self._probes, changes))
+            self._ask(changes)
 
     @property
     def least_time_ratio(self) -> float:
@@ -114,9 +115,9 @@ class Planner:
             is_enough: Whether a plan ends the row; None for the whole.
         """
         found: list[Planned] = []
-        sizes = [self.plain_bytes / ratio for ratio in RATIOS]
-        self._worth(sizes[0])  # what this asks of recall is a part of its own; smaller sizes may ask more
-        best = self._best(sizes)
+        worth = (self._worth(self.plain_bytes / ratio) for ratio in RATIOS)
+        first = next(worth)  # what this asks of recall is a part of its own; smaller sizes may ask more
+        best = self._best(chain([first], worth))
         for planned in (progress or Silent()).track(best, "sizes planned", len(RATIOS)):
             if planned is not None:
                 found.append(planned)
@@ -126,7 +127,7 @@ class Planner:
 
     def allocated(self, budget: float) -> Planned | None:
         """The plan of least divergence within a budget in bytes at the target context; None if none fits."""
-        return next(self._best([budget]))
+        return next(self._best([self._worth(budget)]))
 
     def kinds(self, budget: float) -> dict[frozenset[str], Planned]:
         """By kind the best plan within a budget, where it could be the best of all; the least divergence first."""
@@ -182,6 +183,10 @@ class Planner:
                 best = first
         return best
 
+    def _ask(self, changes: Iterable[Change]) -> None:
+        """Asks which layers keep recall with those kinds of changes, and offers these alone."""
+        self._offer(self._with_recall(self._probes, changes))
+
     def _offer(self, probes: Probes) -> None:
         """Makes plans of what these probes found."""
         self._probes = probes
@@ -211,9 +216,9 @@ class Planner:
     def _altered(self, layers: Layers, alterations: Alterations) -> Layers:
         return [self._maker.altered(layer, alterations.get(index, ())) for index, layer in enumerate(layers)]
 
-    def _best(self, budgets: Iterable[float]) -> Iterator[Planned | None]:
-        """The plan of least divergence within each of some budgets, in their order; None where none fits."""
-        sizes, ahead = tee(map(self._worth, budgets))
+    def _best(self, sizes: Iterable[Groups]) -> Iterator[Planned | None]:
+        """The plan of least divergence of each size, of those that `_worth` finds; None where there is none."""
+        sizes, ahead = tee(sizes)
         measured = self._measured(self._made(plan) for worth in ahead for plans in worth for plan in plans)
         for worth in sizes:
             found = [min(islice(measured, len(plans)), key=_divergence) for plans in worth]
@@ -224,13 +229,11 @@ class Planner:
         """The best plans within a budget, first one in int8, then one in int4."""
         return (min(map(self._planned, plans), key=_divergence) for plans in self._worth(budget))
 
-    def _worth(self, budget: float) -> list[list[tuple[LayerPlan, ...]]]:
+    def _worth(self, budget: float) -> Groups:
         """The plans within a budget that could be the best of all: first those in int8, then those in int4."""
         return self._that_keep_recall(lambda: self._likely(budget))
 
-    def _that_keep_recall(
-        self, find: Callable[[], list[list[tuple[LayerPlan, ...]]]]
-    ) -> list[list[tuple[LayerPlan, ...]]]:
+    def _that_keep_recall(self, find: Callable[[], Groups]) -> Groups:
         """Some plans, found again once it is asked whether the changes that they have keep recall.
 
         Before it is asked a change is taken to be possible in all layers, so asking can only make plans with it lose
@@ -238,7 +241,7 @@ class Planner:
         """
         plans = find()
         while changes := self._unasked(chain(*plans)):
-            self._offer(self._with_recall(self._probes, changes))
+            self._ask(changes)
             plans = find()
         return plans
 
@@ -256,7 +259,7 @@ class Planner:
         least = min(map(_expected, likely.values()), default=0.0)
         return [plan for plan in likely.values() if _expected(plan) <= UNSURE * least]
 
-    def _likely(self, budget: float) -> list[list[tuple[LayerPlan, ...]]]:
+    def _likely(self, budget: float) -> Groups:
         """The plans of `_worth`, whatever is known of recall.
 
         In each number of bits they are codes alone, what is expected to lose least, and that with narrower feed-forward

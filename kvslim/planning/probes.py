@@ -75,11 +75,9 @@ class Probes(Frozen):
     def windowed(self) -> list[dict[int, tuple[Alteration, ...]]]:
         """The windows that may be taken: for each length, the longest first, by layer."""
         kept = self.recall.windows
-        if kept is None:
-            kept = {length: tuple(losses) for length, losses in self.window_losses.items()}
         return [
             {layer: tuple(each for each in self.layers[layer].windows if each.window == length) for layer in layers}
-            for length, layers in kept.items()
+            for length, layers in (self.window_losses if kept is None else kept).items()
         ]
 
     @property
