@@ -11,7 +11,8 @@ import pytest
 from support.models import open_prepared, recipe_of
 from support.tiny_graph import write_tiny
 
-from kvslim.calibrate.corpus import check_source, loss_mask, self_windows, source_digest, text_windows
+from kvslim.calibrate import corpus
+from kvslim.calibrate.corpus import OwnText, check_source, loss_mask, self_windows, source_digest, text_windows
 from kvslim.errors import UnsupportedError, UsageError
 from kvslim.methods import KvQuant
 from kvslim.progress import Silent
@@ -101,8 +102,8 @@ def test_digest_tells_a_prompt_from_a_completion(tmp_path: Path) -> None:
 
 
 def test_self_samples_repeat_when_the_seed_does(tmp_path: Path) -> None:
-    graph = write_tiny(tmp_path / "model.onnx")
-    draw = lambda seed: self_windows(graph, 5, samples=11, length=20, seed=seed, progress=Silent())  # noqa: E731
+    write_tiny(tmp_path / "model.onnx")
+    draw = lambda seed: self_windows(tmp_path, 5, [OwnText(11, 20, seed)], Silent())[0]  # noqa: E731
     first, again, other = draw(0), draw(0), draw(1)
     assert first.shape == (11, 20)
     np.testing.assert_array_equal(first, again)
@@ -111,10 +112,35 @@ def test_self_samples_repeat_when_the_seed_does(tmp_path: Path) -> None:
     assert len(np.unique(first, axis=0)) == 11
 
 
+def test_a_self_sample_is_the_same_whatever_else_is_written(tmp_path: Path) -> None:
+    """Other texts beside it, shorter or longer, and fewer windows at once."""
+    write_tiny(tmp_path / "model.onnx")
+    wanted, other = OwnText(5, 20, 3), OwnText(4, 30, 1)
+    (alone,) = self_windows(tmp_path, 5, [wanted], Silent())
+    beside = self_windows(tmp_path, 5, [other, wanted], Silent(), batch=4)
+    assert [found.shape for found in beside] == [(4, 30), (5, 20)]
+    np.testing.assert_array_equal(beside[1], alone)
+    np.testing.assert_array_equal(beside[0], self_windows(tmp_path, 5, [other], Silent())[0])
+
+
+def test_self_samples_keep_to_the_memory_for_their_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny(tmp_path / "model.onnx")
+    row = DecodeSession(tmp_path, capacity=20).layout.bytes_at(20)
+    monkeypatch.setattr(corpus, "_memory_for_cache", lambda graph: 3 * row)
+    allocated = list[int]()
+    allocate = DecodeSession.allocate
+    monkeypatch.setattr(
+        DecodeSession, "allocate", lambda session, batch: (allocated.append(batch), allocate(session, batch))[1]
+    )
+    (windows,) = self_windows(tmp_path, 5, [OwnText(8, 20, 0)], Silent())
+    assert windows.shape == (8, 20)
+    assert max(allocated) == 3
+
+
 def test_self_samples_follow_the_models_own_distribution(tmp_path: Path) -> None:
     """Frequencies of the second token, and of the third after the most frequent second one."""
     graph = write_tiny(tmp_path / "model.onnx")
-    windows = self_windows(graph, 5, samples=4000, length=3, seed=0, progress=Silent())
+    (windows,) = self_windows(tmp_path, 5, [OwnText(4000, 3, 0)], Silent())
     session = DecodeSession(graph, capacity=2)
     for context in ([5], [5, int(np.bincount(windows[:, 1]).argmax())]):
         session.reset()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +18,8 @@ from kvslim.runtime.session import DecodeSession
 from kvslim.token_ids import check_ids, knows_more
 
 Array = np.ndarray
-SELF_BATCH = 8  # more at once are hardly faster, and take more memory
+SELF_BATCH = 32  # windows that a model writes side by side; more take longer each
+LEAST_CACHE = 2**30  # bytes that they may always have for their cache
 LEAST_WINDOW = 32  # tokens, the shortest length that a recipe allows for both
 WHOLE = (0.0, 1.0)
 LINES = 'write one {"text": ...} or {"prompt": ..., "completion": ...} per line'
@@ -150,48 +152,73 @@ def loss_mask(source: str, tokenizer: Any, *, samples: int, length: int, share: 
     return _spread(counted[first:last], np.zeros(len(_prefix(tokenizer)), bool), samples, length)
 
 
+class OwnText(NamedTuple):
+    """Windows that a model shall write.
+
+    Attributes:
+        samples: Windows.
+        length: Tokens per window, the first one included.
+        seed: Seed of the samples. A window does not depend on how many others are written.
+    """
+
+    samples: int
+    length: int
+    seed: int
+
+
 def self_windows(
-    graph: Path,
-    start: int,
-    *,
-    samples: int,
-    length: int,
-    seed: int,
-    progress: Progress,
-    batch: int = SELF_BATCH,
-) -> Array:
-    """Windows that the model wrote itself: sampled from its own distribution, so no text is needed.
+    graph: Path, start: int, texts: Sequence[OwnText], progress: Progress, batch: int = SELF_BATCH
+) -> list[Array]:
+    """Texts that the model writes itself: sampled from its own distribution, so no text need be given.
+
+    All windows of all texts are written side by side, as many at once as `batch` and memory allow: each step reads the
+    weights once, which takes most of its time.
 
     Args:
         graph: Folder of an export, mostly the model's plain one: onnxruntime decodes several times faster than torch.
         start: The token that starts every window.
-        samples: Windows.
-        length: Tokens per window, the first one included.
-        seed: Seed of the samples.
+        texts: What is wanted.
         progress: Receives the progress.
         batch: Windows that are written side by side at most.
 
     Returns:
-        [samples, length] token ids.
+        For each text [samples, length] token ids.
     """
-    rounds = -(-samples // batch)
-    batch = -(-samples // rounds)
-    session = DecodeSession(graph, capacity=length, batch=batch)
-    generator = np.random.default_rng(seed)
-    tokens = np.full((rounds, batch, length), start)
-    steps = [(part, place) for part in tokens for place in range(1, length)]
+    longest = max(text.length for text in texts)
+    points = np.concatenate([_points(text, longest) for text in texts])
+    session = DecodeSession(graph, capacity=longest)
+    fitting = _memory_for_cache(graph) // session.layout.bytes_at(longest)
+    rounds = -(-len(points) // min(batch, max(fitting, 1)))
+    rows = -(-len(points) // rounds)
+    session.allocate(rows)
+    points = np.resize(points, (rounds, rows, longest))
+    tokens = np.full(points.shape, start)
+    steps = [(part, place) for part in range(rounds) for place in range(1, longest)]
     for part, place in progress.track(steps, "the model's own text"):
         if place == 1:
             session.reset()
-        part[:, place] = _drawn(session.step(part[:, place - 1 : place])[:, -1], generator)
-    return tokens.reshape(-1, length)[:samples]
+        logits = session.step(tokens[part, :, place - 1 : place])[:, -1]
+        tokens[part, :, place] = _drawn(logits, points[part, :, place])
+    ends = np.cumsum([text.samples for text in texts])
+    windows = np.split(tokens.reshape(-1, longest), ends)
+    return [found[:, : text.length] for found, text in zip(windows, texts, strict=False)]
 
 
-def _drawn(logits: Logits, generator: np.random.Generator) -> Array:
-    """One token [n] from each of the distributions whose logits are [n, vocab]."""
+def _points(text: OwnText, width: int) -> Array:
+    """[samples, width] where each token lies in its cumulative distribution, from 0 to 1; 0 behind the text's end."""
+    drawn = np.random.default_rng(text.seed).random((text.samples, text.length))
+    return np.pad(drawn, ((0, 0), (0, width - text.length)))
+
+
+def _memory_for_cache(graph: Path) -> int:
+    """Bytes that the cache may take beside the weights of a graph."""
+    return max(LEAST_CACHE, sum(file.stat().st_size for file in graph.iterdir()) // 4)
+
+
+def _drawn(logits: Logits, points: Array) -> Array:
+    """One token [n] from each of the distributions whose logits are [n, vocab], by points [n] between 0 and 1."""
     ends = np.exp(logits - logits.max(axis=-1, keepdims=True)).cumsum(axis=-1, dtype=np.float64)
-    points = generator.random(len(logits)) * ends[:, -1]
-    found = [np.searchsorted(row, point, side="right") for row, point in zip(ends, points, strict=True)]
+    found = [np.searchsorted(row, point * row[-1], side="right") for row, point in zip(ends, points, strict=True)]
     return np.minimum(found, logits.shape[1] - 1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from kvslim.calibrate.corpus import (
     CALIBRATION_SHARE,
     VALIDATION_SHARE,
     WHOLE,
+    OwnText,
     check_tokens,
     loss_mask,
     self_windows,
@@ -70,9 +71,8 @@ class TextSource:
         return any(self._stored(settings) is None for settings in self._to_write(uses))
 
     def write(self, uses: Collection[TextUse]) -> None:
-        """Has the model write those of these texts that it is the source of. They are kept on the disk."""
-        for settings in self._to_write(uses):
-            self._own_windows(settings)
+        """Has the model write those of these texts that it is the source of, at once. They are kept on the disk."""
+        self._write([settings for settings in self._to_write(uses) if self._stored(settings) is None])
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -197,20 +197,20 @@ class TextSource:
 
     def _own_windows(self, settings: Calibration | Validation) -> np.ndarray:
         """[n, length] token ids that the model writes, or has written in an earlier run."""
-        windows = self._stored(settings)
-        if windows is None:
-            prepared, snapshot = self.prepared, self.prepared.snapshot
-            windows = self_windows(
-                prepared.original,
-                start_token(model_config(snapshot.config(), str(snapshot.config_file))),
-                samples=settings.samples,
-                length=settings.length,
-                seed=settings.seed,
-                progress=prepared.progress,
-            )
+        if (windows := self._stored(settings)) is not None:
+            return windows
+        self._write([settings])
+        return self._own[self._key(settings)]
+
+    def _write(self, uses: Sequence[Calibration | Validation]) -> None:
+        prepared, snapshot = self.prepared, self.prepared.snapshot
+        start = start_token(model_config(snapshot.config(), str(snapshot.config_file)))
+        texts = [OwnText(settings.samples, settings.length, settings.seed) for settings in uses]
+        for settings, windows in zip(
+            uses, self_windows(prepared.original, start, texts, prepared.progress), strict=True
+        ):
             self._own[self._key(settings)] = windows
             cache.store_windows(self._key(settings), windows)
-        return windows
 
     def _stored(self, settings: Calibration | Validation) -> np.ndarray | None:
         key = self._key(settings)
@@ -219,7 +219,7 @@ class TextSource:
         return self._own.get(key)
 
     def _key(self, settings: Calibration | Validation) -> str:
-        return cache.content_key("text", self.prepared.digest, settings.samples, settings.length, settings.seed)
+        return cache.content_key("own text", self.prepared.digest, settings.samples, settings.length, settings.seed)
 
     def _recall_items(self, windows: np.ndarray, count: int, distance: int, seed: int) -> list[RecallItem]:
         if not self.prepared.snapshot.is_demo:

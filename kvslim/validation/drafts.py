@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 from tokenizers import Tokenizer
 
-from kvslim.calibrate.corpus import SELF_BATCH, self_windows, source_text, start_token
+from kvslim.calibrate.corpus import SELF_BATCH, OwnText, self_windows, source_text, start_token
 from kvslim.contract import Frozen
 from kvslim.errors import UsageError
 from kvslim.export.manifest import SPECULATIVE_GRAPH, read_manifest
@@ -130,15 +130,9 @@ def _own(folder: Path, longest: int, progress: Progress) -> list[int]:
     length = min(OWN_LENGTH, longest)
     generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     start = start_token(SimpleNamespace(**{"bos_token_id": None, "eos_token_id": None, **generation}))
-    windows = self_windows(
-        folder,
-        start,
-        samples=max(TEXTS, -(-longest // length)),
-        length=length,
-        seed=SEED,
-        progress=progress,
-        batch=1 if read_manifest(folder).kv_layout.needs_own_runtime else SELF_BATCH,
-    )
+    text = OwnText(max(TEXTS, -(-longest // length)), length, SEED)
+    batch = 1 if read_manifest(folder).kv_layout.needs_own_runtime else SELF_BATCH
+    (windows,) = self_windows(folder, start, [text], progress, batch)
     tokens: list[int] = windows.reshape(-1).tolist()
     return tokens
 
