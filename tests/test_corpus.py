@@ -126,7 +126,7 @@ def test_a_self_sample_is_the_same_whatever_else_is_written(tmp_path: Path) -> N
 def test_self_samples_keep_to_the_memory_for_their_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiny(tmp_path / "model.onnx")
     row = DecodeSession(tmp_path, capacity=20).layout.bytes_at(20)
-    monkeypatch.setattr(corpus, "_memory_for_cache", lambda graph: 3 * row)
+    monkeypatch.setattr(corpus, "usable_memory", lambda: 3 * row * corpus.CACHE_SHARE)
     allocated = list[int]()
     allocate = DecodeSession.allocate
     monkeypatch.setattr(

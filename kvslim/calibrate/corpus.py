@@ -12,6 +12,7 @@ import numpy as np
 
 from kvslim.errors import NotFoundError, UnsupportedError, UsageError
 from kvslim.json_lines import is_json_lines, read_objects
+from kvslim.memory import usable_memory
 from kvslim.progress import Progress
 from kvslim.runtime.opening import Logits
 from kvslim.runtime.session import DecodeSession
@@ -19,7 +20,7 @@ from kvslim.token_ids import check_ids, knows_more
 
 Array = np.ndarray
 SELF_BATCH = 32  # windows that a model writes side by side; more take longer each
-LEAST_CACHE = 2**30  # bytes that they may always have for their cache
+CACHE_SHARE = 4  # their cache may take one part in so many of the memory that is left
 LEAST_WINDOW = 32  # tokens, the shortest length that a recipe allows for both
 WHOLE = (0.0, 1.0)
 LINES = 'write one {"text": ...} or {"prompt": ..., "completion": ...} per line'
@@ -187,7 +188,7 @@ def self_windows(
     longest = max(text.length for text in texts)
     points = np.concatenate([_points(text, longest) for text in texts])
     session = DecodeSession(graph, capacity=longest)
-    fitting = _memory_for_cache(graph) // session.layout.bytes_at(longest)
+    fitting = usable_memory() // (CACHE_SHARE * session.layout.bytes_at(longest))
     rounds = -(-len(points) // min(batch, max(fitting, 1)))
     rows = -(-len(points) // rounds)
     session.allocate(rows)
@@ -208,11 +209,6 @@ def _points(text: OwnText, width: int) -> Array:
     """[samples, width] where each token lies in its cumulative distribution, from 0 to 1; 0 behind the text's end."""
     drawn = np.random.default_rng(text.seed).random((text.samples, text.length))
     return np.pad(drawn, ((0, 0), (0, width - text.length)))
-
-
-def _memory_for_cache(graph: Path) -> int:
-    """Bytes that the cache may take beside the weights of a graph."""
-    return max(LEAST_CACHE, sum(file.stat().st_size for file in graph.iterdir()) // 4)
 
 
 def _drawn(logits: Logits, points: Array) -> Array:
