@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, ClassVar
+
+# Words for what pydantic says of Python's types, by its own names of faults.
+FAULTS = {
+    "extra_forbidden": "no such key",
+    "missing": "must be given",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+    "dict_type": "must be keys with values",
+    "model_type": "must be keys with values",
+}
 
 
 class KvslimError(Exception):
@@ -82,4 +93,14 @@ def suggestion(name: str, known: Iterable[str], otherwise: str | None = None) ->
 def fault_of(fault: Mapping[str, Any], whole: str) -> str:
     """What pydantic finds wrong with plain data, behind its place there, or behind `whole` where that is all of it."""
     place = ".".join(str(part) for part in fault["loc"]) or whole
-    return f"{place}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
+    return f"{place}: {words_of(fault)}"
+
+
+def words_of(fault: Mapping[str, Any]) -> str:
+    """What pydantic finds wrong, with the value that it was given; without it where the words name what they mean."""
+    kind = fault["type"]
+    if kind == "value_error":  # what a validator of ours raised
+        return str(fault["ctx"]["error"])
+    if kind in FAULTS:
+        return FAULTS[kind]
+    return f"{fault['msg'][:1].lower()}{fault['msg'][1:]} (got {reprlib.repr(fault['input'])})"

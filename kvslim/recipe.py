@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterable
 from functools import partial
 from importlib import resources
@@ -13,7 +12,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_serializer, model_validator
 
 from kvslim.contract import Frozen, Layout, ModelSpec
-from kvslim.errors import NotFoundError, UsageError, suggestion
+from kvslim.errors import NotFoundError, UsageError, fault_of, suggestion
 from kvslim.methods import Method, method_class
 from kvslim.overrides import at_fault, one_line, overridden
 from kvslim.settings import Budget, Calibration, Gates, Heal, Validation, read_heal
@@ -283,10 +282,8 @@ def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
 
 
 def _fault(fault: Any, data: dict[str, Any]) -> str:
-    parts = [str(part) for part in fault["loc"]] or ["recipe"]
-    if parts[0] == "methods" and len(parts) > 2:  # the name of a method says more than its place in the list
-        entry = data["methods"][int(parts[1])]
+    parts = list(fault["loc"])
+    if parts[:1] == ["methods"] and len(parts) > 2:  # the name of a method says more than its place in the list
+        entry = data["methods"][parts[1]]
         parts[1] = entry if isinstance(entry, str) else next(iter(entry))
-    if fault["type"] == "value_error":  # of parts that do not go together, which the message names
-        return f"{'.'.join(parts)}: {fault['ctx']['error']}"
-    return f"{'.'.join(parts)}: {fault['msg'][:1].lower()}{fault['msg'][1:]} (got {reprlib.repr(fault['input'])})"
+    return fault_of({**fault, "loc": parts}, "recipe")

@@ -385,7 +385,7 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "plan_packed_without_window": (
         lambda i: i.plan(cached({"kind": "packed", "rank": 8, "bits": 2})),
         USAGE,
-        "layers.0.cache.window: Field required",
+        "layers.0.cache.window: must be given",
     ),
     "plan_packed_in_4_bits": (
         lambda i: i.plan(cached({"kind": "packed", "bits": 4, "window": 8})),

@@ -17,7 +17,11 @@ def _own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 BLAMED = {
-    "a key that is unknown": (["calibration.sampels=3"], "--set calibration.sampels=3", "calibration.sampels: extra"),
+    "a key that is unknown": (
+        ["calibration.sampels=3"],
+        "--set calibration.sampels=3",
+        "calibration.sampels: no such key",
+    ),
     "a value out of range": (["validation.samples=1"], "--set validation.samples=1", "greater than or equal to 2"),
     "a value of another type": (["compensate=perhaps"], "--set compensate=perhaps", "compensate: input should be"),
     "an option of a method": (["methods.kv_quant.bits=5"], "--set methods.kv_quant.bits=5", "methods.kv_quant.bits:"),

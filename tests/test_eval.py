@@ -269,8 +269,11 @@ def test_missing_extra_is_told_with_the_command_that_installs_it(
     [
         ("", "empty"),
         ("{", "not JSON"),
-        ('{"prompt": "a"}', "not a question: Field required"),
-        ('{"prompt": "a", "choices": ["b"], "answer": 0}', "not a question: Tuple should have at least 2 items"),
+        ('{"prompt": "a"}', "not a question: answer: must be given"),
+        (
+            '{"prompt": "a", "choices": ["b"], "answer": 0}',
+            "not a question: choices: tuple should have at least 2 items",
+        ),
         (
             '{"prompt": "a", "choices": ["b", "c"], "answer": 2}',
             "not a question: .*answer must be the index of a choice",

@@ -374,7 +374,7 @@ def test_plan_that_reads_a_state_as_a_source_is_refused() -> None:
 def test_plan_without_features_is_refused(tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps({"layers": [{"layer": 0, "cache": {"kind": "linear", "window": 8}}]}))
-    with pytest.raises(UsageError, match="features: Field required"):
+    with pytest.raises(UsageError, match="features: must be given"):
         read_plan(plan)
 
 

@@ -81,7 +81,7 @@ def test_verify_names_the_manifest_when_it_was_edited(artifact: Path, old: str, 
         ('{"format": 1', "not JSON"),
         ('{"format": 2}', "format 2 is newer"),
         ('{"format": 1}', "source"),
-        ("[]", "valid"),
+        ("[]", "manifest: must be keys with values"),
         ('{"format": 1, "surprise": 0}', "kvslim.json"),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from kvslim.cli import console
-from kvslim.errors import GateError, NotFoundError, UsageError
+from kvslim.errors import GateError, NotFoundError, UsageError, fault_of
 from kvslim.export.manifest import read_manifest
 from kvslim.report.compare import Comparison, Regression
 from kvslim.types import Manifest
@@ -40,9 +40,7 @@ def read_baseline(path: Path) -> Comparison:
         data = json.loads(path.read_bytes())
         return Comparison.model_validate({"artifacts": data.get("artifacts")} if isinstance(data, dict) else data)
     except ValidationError as error:
-        fault = error.errors()[0]
-        place = ".".join(str(part) for part in fault["loc"]) or "baseline"
-        raise UsageError(f"{place}: {fault['msg']}", where=where, fix=fix) from error
+        raise UsageError(fault_of(error.errors()[0], "baseline"), where=where, fix=fix) from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"this is not JSON: {error}", where=where, fix=fix) from error
 

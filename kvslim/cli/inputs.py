@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from kvslim.cli.lengths import read_length
-from kvslim.errors import NotFoundError, OutputError, UsageError, suggestion
+from kvslim.errors import NotFoundError, OutputError, UsageError, fault_of, suggestion, words_of
 from kvslim.recipe import Recipe, load_recipe
 from kvslim.settings import Budget, Gates
 from kvslim.types import Plan
@@ -61,11 +61,8 @@ def read_plan(path: Path) -> Plan | FittedPlan:
     try:
         return Plan.model_validate(json.loads(path.read_bytes()))
     except ValidationError as error:
-        fault = error.errors()[0]
-        place = ".".join(str(part) for part in fault["loc"]) or "plan"
-        raise UsageError(
-            f"{place}: {fault['msg']}", where=f"--plan {path}", fix="see `kvslim plan MODEL --json`"
-        ) from error
+        message, fix = fault_of(error.errors()[0], "plan"), "see `kvslim plan MODEL --json`"
+        raise UsageError(message, where=f"--plan {path}", fix=fix) from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"this is not JSON: {error}", where=f"--plan {path}", fix="correct the JSON syntax") from error
 
@@ -140,7 +137,7 @@ def read_budget(
         where = options[str(fault["loc"][0])] if fault["loc"] else sizes
         if where == "--max-recall-drop":
             raise UsageError("it is in percentage points, from 0 to 100", where=where, fix="write 1 for 1 %") from error
-        message = fault["msg"].removeprefix("Value error, ")
+        message = words_of(fault)
         for name in given:
             message = re.sub(rf"\b{name}\b", options[name], message)
         raise UsageError(message, where=where, fix="see `kvslim compress --help`") from error
@@ -173,9 +170,8 @@ def read_gates(texts: Sequence[str]) -> Gates:
         return Gates.model_validate(limits)
     except ValidationError as error:
         fault = error.errors()[0]
-        name = str(fault["loc"][0])
-        message = f"{fault['msg']} (got {limits[name]!r})"
-        raise UsageError(message, where=f"--gate {name}", fix="see gates in docs/recipes.md") from error
+        where = f"--gate {fault['loc'][0]}"
+        raise UsageError(words_of(fault), where=where, fix="see gates in docs/recipes.md") from error
 
 
 def read_words(

@@ -10,7 +10,7 @@ from typing import Any
 from packaging.version import Version
 from pydantic import ValidationError
 
-from kvslim.errors import ArtifactError, NotFoundError, UnsupportedError
+from kvslim.errors import ArtifactError, NotFoundError, UnsupportedError, fault_of
 from kvslim.types import KVLayout, Manifest
 
 MANIFEST = "kvslim.json"
@@ -133,9 +133,8 @@ def _parse(data: Any, path: Path) -> Manifest:
     try:
         return Manifest.model_validate(data)
     except ValidationError as error:
-        fault = error.errors()[0]
-        place = ".".join(str(part) for part in fault["loc"]) or MANIFEST
-        raise ArtifactError(f"{MANIFEST}: {place}: {fault['msg']}", where=str(path), fix="compress again") from error
+        message = f"{MANIFEST}: {fault_of(error.errors()[0], 'manifest')}"
+        raise ArtifactError(message, where=str(path), fix="compress again") from error
 
 
 def _manifest_problems(folder: Path, manifest: Manifest) -> list[str]:

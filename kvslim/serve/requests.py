@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kvslim.errors import UsageError, suggestion
+from kvslim.errors import UsageError, suggestion, words_of
 from kvslim.json_lines import parse_object
 from kvslim.runtime.generate import PENALTIES, Sampling
 from kvslim.runtime.stops import checked_stops
@@ -184,4 +184,4 @@ def _refusal(error: ValidationError, kind: type[TextRequest]) -> ApiError:
         message = f"unknown parameter {name!r}; {suggestion(name, kind.model_fields, 'leave it out')}"
         return ApiError(message, parameter=name, code="unknown_parameter")
     needed = kind.model_fields[name].description
-    return ApiError(f"{name}: {f'send {needed}' if needed else fault['msg']}", parameter=name)
+    return ApiError(f"{name}: {f'send {needed}' if needed else words_of(fault)}", parameter=name)

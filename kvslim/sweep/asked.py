@@ -12,12 +12,11 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from kvslim.contract import Frozen
-from kvslim.errors import NotFoundError, UsageError, suggestion
+from kvslim.errors import NotFoundError, UsageError, fault_of, suggestion
 from kvslim.overrides import one_line
 from kvslim.recipe import Recipe, load_recipe
 from kvslim.settings import Budget
 
-WORDS = {"tuple_type": "must be a list", "model_type": "must be keys with values", "extra_forbidden": "no such key"}
 EXAMPLE = "models: [demo]\nrecipes: [lossless]\nbudgets: [{kv_ratio: 8}]\n"
 
 
@@ -64,9 +63,7 @@ def read_sweep(path: Path) -> Sweep:
         return Sweep.model_validate(data)
     except ValidationError as error:
         fault = error.errors()[0]
-        key = ".".join(map(str, fault["loc"])) or "sweep"
-        said = fault["ctx"]["error"] if fault["type"] == "value_error" else WORDS.get(fault["type"], fault["msg"])
-        raise UsageError(f"{key}: {said}", where=str(path), fix=_fix(fault)) from error
+        raise UsageError(fault_of(fault, "sweep"), where=str(path), fix=_fix(fault)) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(one_line(error), where=str(path), fix="correct the YAML syntax") from error
 

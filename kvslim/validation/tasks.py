@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from kvslim.contract import Frozen
-from kvslim.errors import NotFoundError, UnsupportedError, UsageError, suggestion
+from kvslim.errors import NotFoundError, UnsupportedError, UsageError, fault_of, suggestion
 from kvslim.export.manifest import read_runnable
 from kvslim.json_lines import is_json_lines, read_objects
 from kvslim.measures import GateResult
@@ -285,4 +285,6 @@ def _line(record: dict[str, Any], where: str) -> Completion | Choice:
     try:
         return _LINE.validate_python(record)
     except ValidationError as error:
-        raise UsageError(f"not a question: {error.errors()[-1]['msg']}", where=where, fix=_KEYS) from error
+        fault = error.errors()[-1]
+        told = fault_of({**fault, "loc": fault["loc"][1:]}, "line")  # without the kind of line that was tried last
+        raise UsageError(f"not a question: {told}", where=where, fix=_KEYS) from error
