@@ -18,7 +18,7 @@ from torch.nn import Embedding, Linear
 
 from kvslim.checks import check_files
 from kvslim.errors import UsageError
-from kvslim.loading.gguf_blocks import LEVELS, bytes_in_graph, stored_rows
+from kvslim.loading.gguf_blocks import CARRIED, bytes_in_graph, stored_rows
 from kvslim.loading.model import load_model
 from kvslim.loading.source import read_spec, resolve
 from kvslim.methods import KvQuant
@@ -60,7 +60,7 @@ def random_tensor(kind: str, width: int = 512) -> SimpleNamespace:
     return SimpleNamespace(tensor_type=quantised, shape=(width, 6), n_elements=6 * width, data=data)
 
 
-@pytest.mark.parametrize("kind", LEVELS)
+@pytest.mark.parametrize("kind", CARRIED)
 def test_blocks_are_the_numbers_of_the_file(kind: str) -> None:
     tensor = random_tensor(kind)
     numbers = gguf.dequantize(tensor.data, tensor.tensor_type)
@@ -71,7 +71,7 @@ def test_blocks_are_the_numbers_of_the_file(kind: str) -> None:
     assert (found.offsets is None) == (kind in ("Q4_0", "Q5_0", "Q8_0"))
 
 
-@pytest.mark.parametrize("kind", LEVELS)
+@pytest.mark.parametrize("kind", CARRIED)
 @pytest.mark.parametrize("width", [512, 1024])
 def test_size_in_the_graph_is_told_from_the_type(kind: str, width: int) -> None:
     tensor = random_tensor(kind, width)

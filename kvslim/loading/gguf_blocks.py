@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -33,19 +33,18 @@ def is_in_blocks(tensor: ReaderTensor) -> bool:
 
 def is_carried_over(tensor: ReaderTensor) -> bool:
     """Whether a tensor is a matrix in blocks that the graph can hold."""
-    return tensor.tensor_type.name in LEVELS and len(tensor.shape) == 2
+    return tensor.tensor_type.name in CARRIED and len(tensor.shape) == 2
 
 
 def bytes_in_graph(tensor: ReaderTensor) -> float:
     """Bytes of a matrix in the graph: codes, float32 scales and, where blocks have minima, zero points and offsets."""
-    (width, rows), kind = map(int, tensor.shape), tensor.tensor_type.name
+    width, rows = map(int, tensor.shape)
     if not is_carried_over(tensor):
         return rows * width * (1 + (4 + 1) / 128)  # 8 bits in blocks of 128
-    bits, blocks = 4 if LEVELS[kind] == 16 else 8, width // BLOCK
-    has_minima = kind not in ("Q4_0", "Q5_0", "Q8_0")
-    columns = blocks + has_minima * 8 // bits * -(-blocks // GROUP)
-    zeros = -(-columns * bits // 8) if bits == 4 and has_minima else 0
-    return rows * (columns * (4 * bits + FLOAT) + zeros)
+    kind, blocks = CARRIED[tensor.tensor_type.name], width // BLOCK
+    columns = blocks + kind.has_minima * 8 // kind.bits * -(-blocks // GROUP)
+    zeros = -(-columns * kind.bits // 8) if kind.bits == 4 and kind.has_minima else 0
+    return rows * (columns * (4 * kind.bits + FLOAT) + zeros)
 
 
 def stored_rows(tensors: Iterable[ReaderTensor]) -> QuantisedRows:
@@ -55,23 +54,21 @@ def stored_rows(tensors: Iterable[ReaderTensor]) -> QuantisedRows:
     rows = QuantisedRows()
     for tensor in tensors:
         if is_carried_over(tensor):
-            kind = tensor.tensor_type.name
-            numbers = dequantize(tensor.data, tensor.tensor_type)
-            rows.add(numbers, _blocks(numbers, *SCALES[kind](tensor.data), LEVELS[kind]))
+            kind, numbers = CARRIED[tensor.tensor_type.name], dequantize(tensor.data, tensor.tensor_type)
+            rows.add(numbers, _blocks(numbers, *kind.scales(tensor.data), kind))
     return rows
 
 
-def _blocks(numbers: Floats, scales: Floats, lowest: Floats, levels: int) -> Quantised:
+def _blocks(numbers: Floats, scales: Floats, lowest: Floats, kind: BlockType) -> Quantised:
     rows, width = numbers.shape
     scales, lowest = (part.reshape(rows, -1).astype(np.float32) for part in (scales, lowest))
-    bits = 4 if levels == 16 else 8
-    middle = 1 << (bits - 1)
+    bits, middle = kind.bits, 1 << (kind.bits - 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         found = np.rint((numbers.reshape(rows, scales.shape[1], -1) - lowest[..., None]) / scales[..., None])
         nearest = np.rint(-lowest / scales)
     # Of 8 bits the levels are moved in place of the zero point, which is the middle for all blocks then.
-    least, most = (0, levels - 1) if bits == 4 else (levels - middle, middle)
-    shifts = np.where(scales == 0, levels // 2, np.clip(nearest, least, most)).astype(np.float32)
+    least, most = (0, kind.levels - 1) if bits == 4 else (kind.levels - middle, middle)
+    shifts = np.where(scales == 0, kind.levels // 2, np.clip(nearest, least, most)).astype(np.float32)
     integers = np.where(scales[..., None] == 0, 0, found - shifts[..., None]).reshape(rows, width)
     zeros, offsets = shifts if bits == 4 else np.full_like(shifts, middle), lowest + shifts * scales
     stored = Quantised.of(integers.astype(np.float32), scales, zeros, bits)
@@ -114,13 +111,31 @@ def _nested(size: int) -> Callable[[np.ndarray], Lowest]:
     return read
 
 
-LEVELS: dict[str, int] = {"Q4_0": 16, "Q4_1": 16, "Q4_K": 16, "Q5_0": 32, "Q5_1": 32, "Q5_K": 32, "Q8_0": 256}
-SCALES: dict[str, Callable[[Any], Lowest]] = {
-    "Q4_0": _scaled(18, -8),
-    "Q4_1": _with_minimum(20),
-    "Q4_K": _nested(144),
-    "Q5_0": _scaled(22, -16),
-    "Q5_1": _with_minimum(24),
-    "Q5_K": _nested(176),
-    "Q8_0": _scaled(34, -128),
+class BlockType(NamedTuple):
+    """A type of ggml.
+
+    Attributes:
+        levels: That a number can have.
+        has_minima: Whether a block has a minimum of its own.
+        scales: The scale and the lowest number of each block of a tensor.
+    """
+
+    levels: int
+    has_minima: bool
+    scales: Callable[[Any], Lowest]
+
+    @property
+    def bits(self) -> int:
+        """Of an integer in the graph."""
+        return 4 if self.levels == 16 else 8
+
+
+CARRIED: dict[str, BlockType] = {
+    "Q4_0": BlockType(16, False, _scaled(18, -8)),
+    "Q4_1": BlockType(16, True, _with_minimum(20)),
+    "Q4_K": BlockType(16, True, _nested(144)),
+    "Q5_0": BlockType(32, False, _scaled(22, -16)),
+    "Q5_1": BlockType(32, True, _with_minimum(24)),
+    "Q5_K": BlockType(32, True, _nested(176)),
+    "Q8_0": BlockType(256, False, _scaled(34, -128)),
 }
