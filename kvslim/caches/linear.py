@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from kvslim.caches.base import Cache, Place
-from kvslim.caches.window import check_ring, read_rings, ring_tensors
+from kvslim.caches.base import Place
+from kvslim.caches.window import RecentCache, read_rings, ring_tensors
 from kvslim.contract import Frozen, KVTensor, Layout, ModelSpec
 from kvslim.errors import UsageError
 
@@ -41,27 +41,18 @@ class StateTensor(KVTensor):
         return self.features
 
 
-class LinearCache(Cache):
+class LinearCache(RecentCache):
     """Sinks and a window exact; all other tokens as sums of their values, weighed by features of their keys."""
 
     kind: Literal["linear"] = "linear"
-    window: int = Field(description="recent tokens kept as they are")
-    sinks: int = Field(0, description="first tokens kept beside the window")
     features: int = Field(description="rows of the state: what all other tokens are summed up in")
     replaces_attention: ClassVar[bool] = True
-    layouts: ClassVar[tuple[Layout, ...]] = ("gqa",)
     metadata: ClassVar[str | None] = "kvslim.states"
     note_type: ClassVar[Any] = StateNote
 
-    @property
-    def kept(self) -> tuple[int, int] | None:
-        """Recent tokens and sinks that are kept as they are."""
-        return self.window, self.sinks
-
     def check(self, spec: ModelSpec, layer: int, layout: Layout, where: str) -> None:
-        """Refuses windows without a token, states without a feature, and layers that forget by themselves."""
+        """Refuses states without a feature, and layers that forget by themselves."""
         super().check(spec, layer, layout, where)
-        check_ring(self.window, self.sinks, where)
         if self.features < 1:
             raise UsageError(f"a state of {self.features} features", where=where, fix="use features >= 1")
         if spec.windows[layer] is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
-from kvslim.caches.base import Place
+from kvslim.caches.base import Cache, Place
 from kvslim.caches.coded import CodedCache, IntegerCache, check_widths, rank_step
 from kvslim.caches.full import STORED, check_codes
 from kvslim.contract import BATCH, BITS, Axes, CacheType, Frozen, Kind, KVTensor, Layout, ModelSpec
@@ -42,14 +42,12 @@ class RingTensor(KVTensor):
         return (BATCH, self.heads, self.rows(0), self.columns)
 
 
-class RingCache(CodedCache):
-    """A cache with a ring of sinks and recent tokens."""
+class RecentCache(Cache):
+    """A cache that keeps sinks and recent tokens as they are."""
 
     window: int = Field(description="recent tokens kept as they are")
     sinks: int = Field(0, description="first tokens kept beside the window")
     layouts: ClassVar[tuple[Layout, ...]] = ("gqa",)
-    metadata: ClassVar[str | None] = RINGS
-    note_type: ClassVar[Any] = RingNote
 
     @property
     def kept(self) -> tuple[int, int] | None:
@@ -59,7 +57,16 @@ class RingCache(CodedCache):
     def check(self, spec: ModelSpec, layer: int, layout: Layout, where: str) -> None:
         """Refuses windows without a token."""
         super().check(spec, layer, layout, where)
-        check_ring(self.window, self.sinks, where)
+        if self.window < 1 or self.sinks < 0:
+            message = f"a window of {self.window} tokens with {self.sinks} sinks"
+            raise UsageError(message, where=where, fix="use window >= 1, sinks >= 0")
+
+
+class RingCache(RecentCache, CodedCache):
+    """A cache of coordinates with a ring of sinks and recent tokens."""
+
+    metadata: ClassVar[str | None] = RINGS
+    note_type: ClassVar[Any] = RingNote
 
     @classmethod
     def note(cls, tensors: Sequence[KVTensor], attention: CacheAttention) -> object:
@@ -120,17 +127,6 @@ class WindowCache(RingCache, IntegerCache):
         from kvslim.caches.buffers import RingBuffers
 
         return RingBuffers
-
-
-def check_ring(window: int, sinks: int, where: str) -> None:
-    """Refuses a ring without recent tokens.
-
-    Raises:
-        UsageError: Naming `where` it was asked for.
-    """
-    if window < 1 or sinks < 0:
-        message = f"a window of {window} tokens with {sinks} sinks"
-        raise UsageError(message, where=where, fix="use window >= 1, sinks >= 0")
 
 
 def ring_tensors(
