@@ -235,6 +235,7 @@ def test_bundle_is_refused(
     err = capsys.readouterr().err
     assert message in err
     assert "ERROR" not in err
+    assert ("download" in err) == (not options)  # begun by nothing that could be refused before
     assert set(tmp_path.rglob("*")) == before
 
 

@@ -18,6 +18,7 @@ from kvslim.bundle.wheels import check_platform, download, write_own_wheel
 from kvslim.contract import Frozen
 from kvslim.errors import ArtifactError, OutputError, UsageError
 from kvslim.export.manifest import verify
+from kvslim.progress import Progress, Silent
 from kvslim.replacing import replacing
 from kvslim.runtime.text import read_decoder
 
@@ -36,7 +37,7 @@ class Bundle(Frozen):
     wheels: tuple[str, ...] = Field(description="file names")
 
 
-def write_bundle(artifact: Path, out: Path, platform: str, python: str) -> Bundle:
+def write_bundle(artifact: Path, out: Path, platform: str, python: str, progress: Progress | None = None) -> Bundle:
     """Writes the artifact, the wheels of the small install, digests, and a script `run` into one file.
 
     The same artifact and wheels give the same bytes. A file that is there is replaced when the new one is whole.
@@ -46,6 +47,7 @@ def write_bundle(artifact: Path, out: Path, platform: str, python: str) -> Bundl
         out: The file to write.
         platform: One of `PLATFORMS`.
         python: Version of Python there, such as `3.11`.
+        progress: Receives the progress.
 
     Raises:
         UsageError: The file's name does not end with `.tar.gz`, or it would lie in the artifact.
@@ -54,13 +56,16 @@ def write_bundle(artifact: Path, out: Path, platform: str, python: str) -> Bundl
         UnsupportedError: It is an encoder, or there is no such platform or version of Python.
         OutputError: The file cannot be written.
     """
+    progress = progress or Silent()
     _check(artifact, out, platform, python)
     with replacing(out) as partial, tempfile.TemporaryDirectory(prefix="kvslim-") as folder:
         with _output_errors(out):
             partial.touch()  # what cannot be written is told before the download
+        progress.stage("download wheels with pip")
         wheels = Path(folder)
         write_own_wheel(wheels)
         download(wheels, platform, python)
+        progress.stage("pack")
         found = {wheel.name: wheel for wheel in wheels.iterdir()}
         files: dict[str, Path | bytes] = {
             f"artifact/{path.relative_to(artifact).as_posix()}": path for path in artifact.rglob("*") if path.is_file()

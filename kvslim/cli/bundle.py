@@ -11,6 +11,7 @@ import typer
 
 from kvslim.cli import console
 from kvslim.cli.options import Artifact, Json
+from kvslim.cli.progress import Terminal
 
 HERE = ".".join(system.python_version_tuple()[:2])
 
@@ -32,8 +33,8 @@ def bundle(
     from kvslim.cli.inputs import check_target
 
     check_target(out, "--out")
-    console.hint(f"packing {artifact} with wheels for {platform}, Python {python}, which pip downloads")
-    made = write_bundle(artifact, out, platform, python)
+    with Terminal() as progress:
+        made = write_bundle(artifact, out, platform, python, progress)
     if as_json:
         console.print_json("bundle", made.model_dump(mode="json"))
         return
