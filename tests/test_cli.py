@@ -30,6 +30,7 @@ from kvslim.recipe import Recipe, shipped_recipes
 from kvslim.report.card import write_card
 from kvslim.settings import Gates
 from kvslim.types import Plan
+from kvslim.validation.tasks import Score, TaskScores
 
 ROOT = Path(__file__).parent.parent
 VERBS = (
@@ -209,7 +210,37 @@ def test_compress_keeps_the_artifact_and_exits_3_when_a_gate_fails(
     assert code == GateError.exit_code
     assert "FAILED" in out
     assert "max_kl 0.02 against 0.01" in err
+    assert "expected to pass, or set the gates to what the task needs (--gate); the artifact is kept and marked" in err
     assert verify(tmp_path / "new") == ()
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [(["validate"], "--gate"), (["eval", "--tasks", "piqa", "--min-accuracy", "0.6"], "--min-accuracy")],
+)
+def test_verbs_that_measure_again_name_their_own_option_when_a_gate_fails(
+    run: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], option: str
+) -> None:
+    scores = {"piqa": TaskScores(items=3, shots=0, metrics={"acc": Score(value=0.5, stderr=None)})}
+    monkeypatch.setattr("kvslim.pipeline.validate", lambda *_, **__: report(passed=False))
+    monkeypatch.setattr("kvslim.validation.tasks.evaluate", lambda *_, **__: scores)
+    code, _, err = run(*command, artifact)
+    assert code == GateError.exit_code
+    fix = err.partition("fix: ")[2].rstrip()
+    assert fix.startswith("use a milder recipe, or set ")
+    assert re.findall(r"--[a-z-]+", fix) == [option]
+    assert "marked" not in fix
+
+
+def test_draft_that_changes_texts_is_told_when_no_gate_fails(
+    run: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = report(passed=True).model_copy(update={"passed": False})
+    monkeypatch.setattr("kvslim.pipeline.validate", lambda *_, **__: failed)
+    code, _, err = run("validate", artifact)
+    assert code == GateError.exit_code
+    assert "error: texts with the draft are not those that the model writes" in err
+    assert "fix: compress with --draft none" in err
 
 
 def test_compress_prints_one_json_object_when_libraries_chatter(

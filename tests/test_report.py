@@ -11,7 +11,8 @@ from support.tiny_report import PLAIN, PLAN, SPEC, manifest
 
 from kvslim.caches import FullCache, SharedCache, WindowCache
 from kvslim.measures import GateResult, Measures, SampleAnswer, Speculation
-from kvslim.report.advice import expected_gates, nearest_budget, passing_budget
+from kvslim.recipe import load_recipe
+from kvslim.report.advice import expected_gates, likely_fix, nearest_budget, passing_budget
 from kvslim.report.answers import compared_answer
 from kvslim.report.chart import LEFT, RIGHT, Axis, Rule, Series, chart
 from kvslim.report.decisions import decisions
@@ -395,3 +396,22 @@ def test_search_is_named_only_where_some_size_keeps_the_margin(limit: float, bud
 
 def test_no_size_is_named_when_the_gate_passed() -> None:
     assert passing_budget(manifest(kl=0.002, limit=0.01)) is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "failed", "advice"),
+    [
+        ("small", [], {"max_kl"}, "use a milder recipe"),
+        ("lossless", ["weights=int8"], {"max_kl", "min_top1_agreement"}, "as no recipe is milder"),
+        ("lossless", ["methods.kv_quant.bits=4"], {"max_kl"}, "use a milder recipe"),
+        ("lossless", [], {"max_kv_ratio", "max_file_mib"}, "use a recipe that saves more"),
+        ("small", [], {"max_kl", "max_kv_ratio"}, None),
+    ],
+)
+def test_advice_fits_the_recipe_and_the_gates_that_failed(
+    recipe: str, overrides: list[str], failed: set[str], advice: str | None
+) -> None:
+    names = ["max_kl", "min_top1_agreement", "max_kv_ratio", "max_file_mib"]
+    gates = [GateResult(name=name, value=1, limit=1, passed=name not in failed) for name in names]
+    found = likely_fix(load_recipe(recipe, overrides).model_dump(mode="json"), gates)
+    assert found == advice or (advice is not None and found is not None and found.endswith(advice))

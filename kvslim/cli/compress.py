@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvslim.cli import console
-from kvslim.cli.failures import verdict
+from kvslim.cli.failures import SET_GATES, verdict
 from kvslim.cli.options import (
     Calibration,
     DeviceName,
@@ -89,7 +89,7 @@ def compress(
         read_words,
         write_junit,
     )
-    from kvslim.cli.outcome import outcome, passing_command
+    from kvslim.cli.outcome import outcome, passing
 
     check_target(junit, "--junit")
     budget = read_budget(kv_ratio, kv_mib_at, time_ratio, max_kl, max_recall_drop, memory_mib)
@@ -128,4 +128,5 @@ def compress(
         console.hint(note)
     for line in outcome(manifest, out, progress.seconds, asked.room, reached):
         console.hint(line)
-    return verdict(manifest.passed, report.gates if report else (), str(out), passing_command(manifest, ran))
+    others = f"{SET_GATES}; the artifact is kept and marked as failed"
+    return verdict(manifest.passed, report.gates if report else (), str(out), passing(manifest, ran), others)

@@ -35,6 +35,8 @@ def evaluate(
     Runs the tasks with lm-evaluation-harness (extra `eval`). A line of a .jsonl file is {"prompt", "completion"} or
     {"prompt", "choices", "answer"}.
     """
+    from kvslim.export.manifest import read_manifest
+    from kvslim.report.advice import likely_fix
     from kvslim.report.tables import gates_table, scores_table
     from kvslim.validation.tasks import accuracy_gates
     from kvslim.validation.tasks import evaluate as scores_of
@@ -60,4 +62,5 @@ def evaluate(
         console.print_json("eval", {"passed": passed, "gates": judged, "tasks": shown})
     else:
         console.print_tables(scores_table(scores), gates_table(gates))
-    return verdict(passed, gates, str(artifact))
+    likely = likely_fix(read_manifest(artifact).recipe, gates)
+    return verdict(passed, gates, str(artifact), likely, "set --min-accuracy to what the task needs")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvslim.measures import GateResult
 
 
+SET_GATES = "set the gates to what the task needs (--gate)"
 READER_GONE = 141  # what shells report for a process that SIGPIPE ended
 
 
@@ -25,23 +26,25 @@ class InterruptError(KvslimError):
     exit_code = 130
 
 
-def verdict(passed: bool | None, gates: Sequence[GateResult], where: str, passing: str | None = None) -> int:
+def verdict(passed: bool | None, gates: Sequence[GateResult], where: str, *fixes: str | None) -> int:
     """The exit code of an artifact. Failed gates are named on stderr, because stdout already holds the result.
 
     Args:
         passed: Whether all gates passed; None where none was checked.
         gates: What was checked.
         where: The artifact.
-        passing: The command that is expected to pass, where one is known.
+        fixes: What can be done about gates that failed: any of these.
     """
     if passed is not False:
         return 0
     failed = ", ".join(
         f"{gate.name} {_number(gate.value)} against {_number(gate.limit)}" for gate in gates if not gate.passed
     )
-    milder = "use a milder recipe" if passing is None else f"run `{passing}`, the nearest size that is expected to pass"
-    fix = f"{milder}, or set the gates to what the task needs (--gate); the artifact is kept and marked as failed"
-    error = GateError(f"gate failed: {failed}", where=where, fix=fix)
+    message, fix = f"gate failed: {failed}", ", or ".join(filter(None, fixes))
+    if not failed:  # all that fails a report without a gate
+        message = "texts with the draft are not those that the model writes without it"
+        fix = "compress with --draft none"
+    error = GateError(message, where=where, fix=fix)
     console.print_error(error)
     return error.exit_code
 

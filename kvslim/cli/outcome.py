@@ -12,7 +12,7 @@ import typer
 from kvslim.cli.pace import minutes
 from kvslim.kv_ratios import smaller
 from kvslim.measures import Report
-from kvslim.report.advice import expected_gates, nearest_budget, passing_budget
+from kvslim.report.advice import expected_gates, likely_fix, nearest_budget, passing_budget
 from kvslim.types import Manifest
 
 if TYPE_CHECKING:
@@ -53,6 +53,13 @@ def outcome(
 
         is_chat = (out / CONFIG).is_file() and ChatTemplate.exists(out)
         yield f"      kvslim chat {folder}" if is_chat else f'      kvslim generate {folder} -p "Once upon a time"'
+
+
+def passing(manifest: Manifest, context: typer.Context) -> str | None:
+    """What to do about gates that failed: the command that is expected to pass, or what is likely to."""
+    if command := passing_command(manifest, context):
+        return f"run `{command}`, the nearest size that is expected to pass"
+    return likely_fix(manifest.recipe, manifest.report.gates) if manifest.report else None
 
 
 def passing_command(manifest: Manifest, context: typer.Context) -> str | None:

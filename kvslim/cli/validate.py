@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvslim.cli import console
-from kvslim.cli.failures import verdict
+from kvslim.cli.failures import SET_GATES, verdict
 from kvslim.cli.options import Artifact, GateLimits, HeldOut, Json, Junit, TargetContext
 from kvslim.cli.progress import Terminal
 
@@ -33,6 +33,8 @@ def validate(
     limits = read_gates(gates or ())
     tokens = None if context is None else read_length(context, "--context")
     from kvslim import api
+    from kvslim.export.manifest import read_manifest
+    from kvslim.report.advice import likely_fix
     from kvslim.report.draft import draft_note
     from kvslim.report.tables import gates_table, report_table, timing_note
 
@@ -47,4 +49,5 @@ def validate(
         console.print_tables(report_table(report), gates_table(report.gates))
     for note in filter(None, (timing_note(report), draft_note(report.speculation))):
         console.hint(note)
-    return verdict(report.passed, report.gates, str(artifact))
+    likely = likely_fix(read_manifest(artifact).recipe, report.gates)
+    return verdict(report.passed, report.gates, str(artifact), likely, SET_GATES)

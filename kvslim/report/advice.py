@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from kvslim.measures import GateResult
+from kvslim.recipe import load_recipe
 from kvslim.settings import MARGIN, Gates
 from kvslim.types import Manifest, PlanPoint
 
@@ -17,6 +19,8 @@ _EXPECTED: Mapping[str, Expected] = {
     "max_time_ratio": lambda point: point.time_ratio,
 }
 LIMITS = {"max_kl": "--max-kl", "max_recall_drop": "--max-recall-drop"}
+COSTS = frozenset({"max_kv_ratio", "max_kv_mib", "max_time_ratio", "max_file_mib", "max_memory_mib"})
+MILDEST = "lossless"
 
 
 def passing_budget(manifest: Manifest) -> str | None:
@@ -31,6 +35,21 @@ def passing_budget(manifest: Manifest) -> str | None:
     by_size = isinstance(budget, dict) and (budget.get("kv_ratio") or budget.get("kv_mib")) is not None
     size = report.artifact.kv_bytes_per_token or 0.0
     return nearest_budget(report.gates, manifest.frontier, size, by_size=by_size, alike=manifest.alike)
+
+
+def likely_fix(recipe: Mapping[str, Any], gates: Sequence[GateResult]) -> str | None:
+    """What is likely to pass gates that failed; None where some say that too much is lost, others that too little is.
+
+    Args:
+        recipe: As the manifest has it.
+        gates: What was measured.
+    """
+    failed = {gate.name for gate in gates if not gate.passed}
+    if failed & COSTS:
+        return "use a recipe that saves more" if failed <= COSTS else None
+    if recipe.get("methods") == load_recipe(MILDEST).model_dump(mode="json")["methods"]:
+        return "calibrate it on text like that of the task (compress --calibration), as no recipe is milder"
+    return "use a milder recipe"
 
 
 def expected_gates(gates: Gates, frontier: Sequence[PlanPoint], size: float, kl: float) -> tuple[GateResult, ...]:
