@@ -161,6 +161,7 @@ def test_merged_model_that_kept_its_adapter_config_needs_no_base(hub: TinyHub) -
         ('{"model_type": "mixtral", "num_local_experts": 8}', UnsupportedError),
         ('{"model_type": "mamba"}', UnsupportedError),
         ('{"model_type": "llama", "hidden_size": "many"}', ModelError),
+        (json.dumps({**json.loads(LLAMA), "quantization_config": {"quant_method": "gptq"}}), UnsupportedError),
         ("{", ModelError),
         ("", ModelError),
     ],

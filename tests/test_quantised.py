@@ -66,7 +66,11 @@ def test_scheme_that_cannot_be_read_is_refused_by_name_but_inspected(
     assert "the checkpoint that this one was made from" in error.value.fix
     assert error.value.exit_code == 4
     assert app.run(["inspect", str(tmp_path / "model"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["max_context"] == 2048
+    found = json.loads(capsys.readouterr().out)
+    assert found["max_context"] == 2048
+    assert found["refusal"] == f"{error.value.message}; {error.value.fix}"
+    assert app.run(["inspect", str(tmp_path / "model")]) == 0
+    assert f"compress refuses it: {found['refusal']}" in capsys.readouterr().err
 
 
 def test_memory_holds_one_matrix_of_codes_at_a_time(tiny_llama: Path, tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ def inspect(
         console.print_text(f"{draft_note(memory.speculation) or f'draft: {memory.draft.kind}'}\n")
     console.print_tables(stages_table(memory), limits_table(memory))
     console.print_text("".join(f"{line}\n" for line in answers(memory)))
+    if memory.refusal:
+        console.hint(f"warning: compress refuses it: {memory.refusal}")
     if memory.layers and not devices:
         console.hint(f"hint: --device says what fits and how fast it is: {', '.join(shipped_devices())}")
     longest = max(map(int, memory.mib))

@@ -57,6 +57,10 @@ class AdapterSnapshot(Snapshot):
         """The base model's config."""
         return self.base.config()
 
+    def check_codes(self) -> None:
+        """Refuses those of the base model."""
+        self.base.check_codes()
+
     def check(self) -> None:
         """Fails early if this is no LoRA, or peft is not installed."""
         kind = read_adapter_config(self.path).get("peft_type")

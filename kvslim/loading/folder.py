@@ -47,6 +47,10 @@ class FolderSnapshot(Snapshot):
         raw.pop("quantization_config", None)
         return language_config(raw, str(self.config_file)) if is_multimodal(raw) else raw
 
+    def check_codes(self) -> None:
+        """Refuses quantisation schemes that are not known."""
+        check_scheme(self._quantization(), f"{self.config_file}: quantization_config")
+
     def check(self) -> None:
         """Fails early without safetensors, if they hold codes that cannot be read, or a value of a config cannot be.
 
@@ -54,10 +58,9 @@ class FolderSnapshot(Snapshot):
         """
         if not has_weights(self.path):
             raise no_weights(self.path)
-        quantization = self._quantization()
-        check_scheme(quantization, f"{self.config_file}: quantization_config")
+        self.check_codes()
         self.generation_config()
-        check_stored(self._stored(), bool(quantization), is_multimodal(self._read()), str(self.path))
+        check_stored(self._stored(), bool(self._quantization()), is_multimodal(self._read()), str(self.path))
 
     def tensors(self) -> Mapping[str, Unread]:
         """All stored tensors by name; each is read from its file when it is needed.

@@ -77,6 +77,16 @@ class GgufSnapshot(Snapshot):
             lack = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
             raise self._broken(f"its metadata describes no model: {lack}") from error
 
+    def check_codes(self) -> None:
+        """Refuses types of tensors that cannot be read."""
+        types = {tensor.tensor_type for tensor in self._tensors}
+        if strange := sorted(kind.name for kind in types if not _is_readable(kind)):
+            raise UnsupportedError(
+                f"tensors of type {', '.join(strange)} cannot be read",
+                where=str(self.path),
+                fix="give the file of another quantisation, such as Q4_K_M, Q8_0, F16 or BF16",
+            )
+
     def check(self) -> None:
         """Fails early if the file is incomplete, or has tensors of a type that cannot be read."""
         kind = self._header[0].get("tokenizer.ggml.model")
@@ -86,13 +96,7 @@ class GgufSnapshot(Snapshot):
                 where=f"{self.path}: tokenizer.ggml.model",
                 fix="give the safetensors that the file was made from, with their tokenizer.json",
             )
-        types = {tensor.tensor_type for tensor in self._tensors}
-        if strange := sorted(kind.name for kind in types if not _is_readable(kind)):
-            raise UnsupportedError(
-                f"tensors of type {', '.join(strange)} cannot be read",
-                where=str(self.path),
-                fix="give the file of another quantisation, such as Q4_K_M, Q8_0, F16 or BF16",
-            )
+        self.check_codes()
 
     def tensors(self) -> Mapping[str, Unread]:
         """The weights by transformers' names, each dequantised when it is read.

@@ -81,6 +81,13 @@ class Snapshot(ABC):
             UnsupportedError: It describes what KVSlim does not know.
         """
 
+    def check_codes(self) -> None:  # noqa: B027 (most weights are no codes)
+        """Refuses weights that are codes which cannot be read; configs and headers tell.
+
+        Raises:
+            UnsupportedError: Naming the scheme or the types.
+        """
+
     @abstractmethod
     def check(self) -> None:
         """Fails early if the weights cannot be loaded; none are read.

@@ -39,7 +39,7 @@ def resolve(model: str, *, weights: bool = True) -> Snapshot:
         NotFoundError: No such folder, no such model on the hub, or the hub cannot be reached.
         UsageError: The folder holds several GGUF files, or is an artifact.
         ModelError, UnsupportedError: A LoRA adapter does not say what it was trained on, or that is an adapter too; or
-            `read_spec` refuses a model on the hub, and its weights are not downloaded.
+            `read_spec` or `check_codes` refuses a model on the hub, and its weights are not downloaded.
     """
     if model == "demo":
         return FolderSnapshot(MODEL_DIR, model)
@@ -68,6 +68,7 @@ def _from_hub(repository: str, revision: str | None, weights: bool) -> Snapshot:
     if not weights:
         return shape
     read_spec(shape)
+    shape.check_codes()
     return _opened(fetch_model(repository, folder.name), repository, revision)
 
 

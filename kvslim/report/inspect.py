@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from kvslim.contract import ModelSpec, WeightType
 from kvslim.devices.demand import training
@@ -22,6 +22,9 @@ from kvslim.report.memory import (
     recipe_precisions,
 )
 from kvslim.weight_format import WeightFormat
+
+if TYPE_CHECKING:
+    from kvslim.loading.snapshot import Snapshot
 
 CONTEXTS = (4096, 16384)
 
@@ -66,7 +69,17 @@ def _inspect_model(
     found: list[Limits] = []
     for device in devices:
         found += limits(device, weights, made, spec.max_context, contexts, steps)
-    return cache_memory(spec, caches, weights.name, weights.stored, contexts, recipes, found)
+    memory = cache_memory(spec, caches, weights.name, weights.stored, contexts, recipes, found)
+    return memory.model_copy(update={"refusal": _refusal(snapshot)})
+
+
+def _refusal(snapshot: Snapshot) -> str | None:
+    """Why `kvslim compress` cannot read the weights; None where it can, as far as is known without them."""
+    try:
+        snapshot.check_codes()
+    except UnsupportedError as error:
+        return f"{error.message}; {error.fix}"
+    return None
 
 
 def _inspect_artifact(folder: Path, asked: Sequence[int] | None, devices: Sequence[Device]) -> CacheMemory:

@@ -62,6 +62,7 @@ class CacheMemory(Frozen):
         description="the precision whose bytes a recipe takes at most; none for an artifact"
     )
     devices: tuple[Limits, ...] = ()
+    refusal: str | None = Field(None, description="of a model: why its weights cannot be read, and what helps")
 
     def label(self, cache: str) -> str:
         """What users call a cache: the recipes that give it, plain, or its own name."""
