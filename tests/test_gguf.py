@@ -168,6 +168,26 @@ def test_truncated_file_is_refused_before_weights_are_read(gguf: Path, kept: int
         snapshot.check()
 
 
+def test_big_endian_file_is_told_as_such_and_can_be_read_when_it_is_turned(
+    gguf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gguf.scripts import gguf_convert_endian
+
+    def turned(order: str) -> None:
+        monkeypatch.setattr("sys.argv", ["gguf-convert-endian", str(gguf), order])
+        monkeypatch.setattr("builtins.input", lambda _: "YES")
+        gguf_convert_endian.main()
+
+    little = gguf.read_bytes()
+    turned("big")
+    assert app.run(["inspect", str(gguf)]) == UnsupportedError.exit_code
+    error = capsys.readouterr().err
+    assert "this GGUF file is big-endian" in error
+    assert "gguf-convert-endian COPY.gguf little" in error
+    turned("little")
+    assert gguf.read_bytes() == little
+
+
 def test_pointer_of_git_lfs_is_told_from_a_broken_file(gguf: Path) -> None:
     gguf.write_bytes(POINTER + b"/spec/v1\noid sha256:0\n")
     with pytest.raises(ModelError, match="a pointer of Git LFS") as error:

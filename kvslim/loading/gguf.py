@@ -171,6 +171,12 @@ class GgufSnapshot(Snapshot):
         """The metadata, with lists of strings as their length, and the names of the tensors."""
         from transformers.integrations.gguf import read_gguf_metadata
 
+        if _is_big_endian(self.path):
+            raise UnsupportedError(
+                "this GGUF file is big-endian",
+                where=str(self.path),
+                fix="give the little-endian file, or turn a copy into one: gguf-convert-endian COPY.gguf little",
+            )
         try:
             metadata, names = read_gguf_metadata(str(self.path))
         except Exception as error:  # the reader unpacks bytes as it finds them
@@ -265,6 +271,13 @@ def _is_readable(kind: Any) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+def _is_big_endian(path: Path) -> bool:
+    """Whether the version, a small number behind the four letters, has its bytes in the order of such machines."""
+    with path.open("rb") as file:
+        version = file.read(8)[4:]
+    return version[:2] == b"\0\0" and version[2:] > b"\0\0"
 
 
 def _reason(error: Exception) -> str:
