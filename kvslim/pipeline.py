@@ -109,9 +109,7 @@ def analyze(
     Raises:
         KvslimError: As `compress`.
     """
-    trials = _opened(model, recipe, "analyze", progress or Silent(), workers).trials()
-    trials.progress.stage(stages.ANALYZE)
-    return analyze_layers(trials, recipe.calibration.source)
+    return analyze_layers(_opened(model, recipe, "analyze", progress or Silent(), workers))
 
 
 def validate(

@@ -13,12 +13,16 @@ from typing import Any
 import pytest
 from support.models import open_prepared, recipe_of
 from support.tiny_encoders import save_encoder
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from kvslim import pipeline
+from kvslim.calibrate.statistics import CalibrationStatistics
 from kvslim.cli import app
 from kvslim.cli.schemas import output_type
+from kvslim.contract import ModelSpec
 from kvslim.errors import OutputError, UnsupportedError
 from kvslim.methods import PruneHeads, PruneLayers
+from kvslim.methods.cluster_heads import ClusterHeads
 from kvslim.planning.analyze import Analysis, LayerAnalysis, SourceLayer
 from kvslim.recipe import load_recipe
 from kvslim.report.analysis import conclusions, spare, without
@@ -192,6 +196,21 @@ def test_unwritable_heat_map_is_refused_before_any_work(
 ) -> None:
     assert app.run(["analyze", str(tmp_path / "no-model"), "--svg", str(tmp_path / name)]) == OutputError.exit_code
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_numpy_fits_with_one_thread(tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of numpy's BLAS wait for each other where other processes have the cores."""
+    seen: list[int] = []
+    counted = ClusterHeads.numbers
+
+    def heard(method: ClusterHeads, spec: ModelSpec, statistics: CalibrationStatistics) -> dict[int, int]:
+        seen.extend(each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas")
+        return counted(method, spec, statistics)
+
+    monkeypatch.setattr(ClusterHeads, "numbers", heard)
+    with threadpool_limits(2, user_api="blas"):
+        pipeline.analyze(str(tiny_model("llama")), recipe_of())
+    assert set(seen) == {1}
 
 
 def test_encoder_is_refused(tmp_path: Path) -> None:

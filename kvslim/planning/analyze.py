@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import Field
 
+from kvslim import stages
+from kvslim.blas import one_blas_thread
 from kvslim.contract import Frozen, ModelSpec
 from kvslim.methods.base import Method
 from kvslim.methods.cluster_heads import ClusterHeads
@@ -21,7 +23,7 @@ from kvslim.types import Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
-    from kvslim.prepared.trials import Trials
+    from kvslim.prepared.base import PreparedModel
 
 ENERGY = 0.99
 RECENT = 256
@@ -74,13 +76,11 @@ class Analysis(Frozen):
     layers: tuple[LayerAnalysis, ...]
 
 
-def analyze(trials: Trials, source: str) -> Analysis:
-    """Measures every layer's parts and kv heads, each alone, and reads the rest off the statistics.
-
-    Args:
-        trials: How the model is measured.
-        source: What the text is called.
-    """
+@one_blas_thread()
+def analyze(prepared: PreparedModel) -> Analysis:
+    """Measures every layer's parts and kv heads, each alone, and reads the rest off the statistics."""
+    trials = prepared.trials()
+    prepared.progress.stage(stages.ANALYZE)
     spec, statistics, taylor = trials.spec, trials.statistics, trials.taylor
     groups = [
         tuple(range(first, first + spec.group_size))
@@ -115,7 +115,7 @@ def analyze(trials: Trials, source: str) -> Analysis:
         )
     windows = statistics.windows
     return Analysis(
-        source=source,
+        source=prepared.recipe.calibration.source,
         tokens=int(windows.size),
         length=int(windows.shape[1]),
         head_dim=spec.head_dim,
