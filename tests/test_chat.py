@@ -122,6 +122,7 @@ def test_system_message_needs_a_template(run: Run, base: Path) -> None:
     code, out, err = run(base, "--system", "S", stdin="one\n")
     assert (code, out) == (2, "")
     assert "no chat template" in err
+    assert "fix: leave out --system\n" in err  # there is no --chat here
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from support.paths import ROOT
 from support.tiny_artifact import fill
 
@@ -76,6 +77,14 @@ PRINTED = {
         "if it was trained or saved again, write a new baseline with `kvslim compare ARTIFACT... --json`",
     ),
 }
+# Options of other programs, by the modules that tell of them or call them.
+OF_OTHERS = {
+    "bundle/wheels.py": "--dest --disable-pip-version-check --implementation --no-deps --only-binary --python-version "
+    "--quiet",
+    "loading/gguf.py": "--merge",
+    "report/card.py": "--local-dir",
+    "workers/cluster.py": "--head",
+}
 TYPED = re.compile(r"--set [a-z{][^ ]*=|`(kvslim|\{command\}) [^`]*-[^`]*`|`kvslim [a-z]+ [a-z]+`|`-r ")
 
 
@@ -110,6 +119,20 @@ def test_every_text_with_something_to_type_is_known() -> None:
         if TYPED.search(text)
     }
     assert found == PRINTED
+
+
+def test_every_option_that_is_named_is_one() -> None:
+    command: Any = typer.main.get_command(app.app)
+    verbs = (command, *command.commands.values())
+    known = {option for verb in verbs for one in verb.params for option in one.opts} | {"--help"}
+    package = ROOT / "kvslim"
+    found: dict[str, set[str]] = {}
+    for path in package.rglob("*.py"):
+        options = {option for text in texts(path) for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)}
+        found[path.relative_to(package).as_posix()] = options - known
+    assert {name: options for name, options in found.items() if options} == {
+        name: set(options.split()) for name, options in OF_OTHERS.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -92,11 +92,13 @@ def test_chat_answers_the_template_of_the_prompt(run: Run, artifact: Path, optio
     assert (code, out) == (0, completed(artifact, text) + "\n")
 
 
-@pytest.mark.parametrize("options", [["--chat"], ["--system", "Be kind."]])
+@pytest.mark.parametrize("options", [["--chat"], ["--system", "Be kind."], ["--chat", "--system", "Be kind."]])
 def test_chat_is_refused_when_there_is_no_template(run: Run, base: Path, options: list[str]) -> None:
     code, out, err = run(base, "-p", "hello", *options)
     assert (code, out) == (2, "")
     assert "the tokenizer has no chat template" in err
+    named = " and ".join(option for option in options if option.startswith("--"))
+    assert f"fix: leave out {named}\n" in err
 
 
 def test_file_gives_one_object_per_line(run: Run, artifact: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def chat(
     from kvslim.runtime.stops import checked_stops
 
     options = Options(
-        chat=system is not None,
+        chat=False,
         system=system,
         max_new_tokens=max_new_tokens,
         context=None if context is None else read_length(context, "--context"),

@@ -24,8 +24,8 @@ class Options:
     """The options for all prompts.
 
     Attributes:
-        chat: Whether a prompt is a message of the user, for the chat template.
-        system: The system message of a conversation.
+        chat: Whether `--chat` makes a prompt a message of the user.
+        system: The system message of a conversation, of which a prompt then is a message too.
         max_new_tokens: Tokens of a completion at most; None for as many as the model writes.
         context: Tokens to allocate the cache for; None for as many as the prompt needs.
         sampling: How tokens are drawn.
@@ -45,6 +45,11 @@ class Options:
     speculative: Speculative
     as_json: bool
 
+    @property
+    def of_templates(self) -> tuple[str, ...]:
+        """The options that are given for which prompts go through the chat template."""
+        return ("--chat",) * self.chat + ("--system",) * (self.system is not None)
+
 
 class Generation:
     """An opened artifact and the options that hold for all its prompts.
@@ -60,10 +65,9 @@ class Generation:
     def __init__(self, artifact: Path, options: Options) -> None:
         self.artifact, self.options = artifact, options
         self.manifest = read_decoder(artifact, options.context, option="--context")
-        if options.chat and not self.has_template:
-            raise UsageError(
-                "the tokenizer has no chat template", where=str(artifact), fix="leave out --chat and --system"
-            )
+        if options.of_templates and not self.has_template:
+            fix = f"leave out {' and '.join(options.of_templates)}"
+            raise UsageError("the tokenizer has no chat template", where=str(artifact), fix=fix)
         self.encoder = PromptEncoder(artifact, self.manifest.spec.vocab_size)
 
     @property
@@ -82,7 +86,7 @@ class Generation:
 
     def ids(self, prompt: str) -> list[int]:
         """The token ids of a prompt, as a text or as a user's message."""
-        if not self.options.chat:
+        if not self.options.of_templates:
             return self.encoder.prompt(prompt)
         return self.encoder.chat([*self.system_message(), {"role": "user", "content": prompt}])
 
@@ -129,7 +133,7 @@ def complete(generation: Generation, prompt: str) -> int:
         answer = {"prompt": prompt, "completion": "".join(pieces)}
         console.print_json("generate", answer | usage_of(completer).model_dump(mode="json"))
         return 0
-    for piece in itertools.chain(["" if options.chat else prompt], pieces, ["\n"]):
+    for piece in itertools.chain(["" if options.of_templates else prompt], pieces, ["\n"]):
         console.print_text(piece)
     console.hint(usage_line(usage_of(completer)))
     return 0

@@ -52,7 +52,7 @@ def generate(
         fix = f"`kvslim chat {artifact}`"
         raise UsageError("conversations have a verb of their own", where="--interactive", fix=fix)
     options = Options(
-        chat=chat or system is not None,
+        chat=chat,
         system=system,
         max_new_tokens=max_new_tokens,
         context=None if context is None else read_length(context, "--context"),

@@ -18,7 +18,7 @@ def draft_note(found: Speculation | None) -> str | None:
         return None
     if found.differing:
         return f"draft: {found.kind}, and {found.differing} texts are not those that the model writes without it"
-    advice = "" if found.speed_ratio >= 1 else "; it does not pay here: do without it (--draft none)"
+    advice = "" if found.speed_ratio >= 1 else "; it does not pay here: do without it (compress --draft none)"
     checked = f"with {found.checked:,} proposals the texts are the model's own"
     return (
         f"draft: {found.kind}, {found.tokens_per_round:.2f} tokens a run and {found.speed_ratio:.2f} times the speed "
