@@ -90,6 +90,11 @@ def suggestion(name: str, known: Iterable[str], otherwise: str | None = None) ->
     return f"did you mean {close[0]!r}?" if close else otherwise or f"known: {', '.join(names)}"
 
 
+def one_line(error: Exception) -> str:
+    """A library's message without its line breaks."""
+    return " ".join(str(error).split())
+
+
 def fault_of(fault: Mapping[str, Any], whole: str) -> str:
     """What pydantic finds wrong with plain data, behind its place there, or behind `whole` where that is all of it."""
     place = ".".join(str(part) for part in fault["loc"]) or whole

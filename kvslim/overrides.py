@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from kvslim.errors import UsageError, suggestion
+from kvslim.errors import UsageError, one_line, suggestion
+from kvslim.yaml_file import YAML_ERRORS
 
 EXAMPLE = "--set calibration.samples=32"
 
@@ -52,11 +53,6 @@ def at_fault(data: dict[str, Any], overrides: Sequence[str], parse: Callable[[di
     return blamed or list(overrides)
 
 
-def one_line(error: Exception) -> str:
-    """A library's message without its line breaks."""
-    return " ".join(str(error).split())
-
-
 def _set(data: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys, where = path.split("."), f"--set {override}"
@@ -73,7 +69,7 @@ def _set(data: dict[str, Any], override: str) -> None:
         raise UsageError("this would replace a whole method", where=where, fix=fix)
     try:
         target[keys[-1]] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except YAML_ERRORS as error:
         raise UsageError(f"cannot read {text!r}: {one_line(error)}", where=where, fix="correct the value") from error
 
 

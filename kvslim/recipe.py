@@ -8,17 +8,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_serializer, model_validator
 
 from kvslim.contract import Frozen, Layout, ModelSpec
 from kvslim.errors import NotFoundError, UsageError, fault_of, suggestion
 from kvslim.methods import Method, method_class
-from kvslim.overrides import at_fault, one_line, overridden
+from kvslim.overrides import at_fault, overridden
 from kvslim.settings import Budget, Calibration, Gates, Heal, Validation, read_heal
 from kvslim.types import DraftChoice
 from kvslim.validation.spans import longest_distance
 from kvslim.weight_format import WeightFormat, Weights
+from kvslim.yaml_file import read_yaml
 
 SHORT_CONTEXTS = (128, 1024)
 SHORT_PROMPTS = (128, 512)
@@ -244,10 +244,7 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     path = shipped.get(name, Path(name))
     if not path.is_file():
         raise NotFoundError(f"no recipe {name!r}", where="--recipe", fix=suggestion(name, shipped))
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(one_line(error), where=str(path), fix="correct the YAML syntax") from error
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise UsageError(
             "a recipe must be a mapping of keys to values", where=str(path), fix="start from `kvslim recipes balanced`"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvslim.contract import Frozen
+from kvslim.errors import one_line
 from kvslim.memory import usable_memory
 from kvslim.packages import beyond_small, is_installed, required
 
@@ -83,7 +84,7 @@ def _kernels() -> Iterator[Check]:
             difference = attention_error(cache)
             ok, found = difference < TOLERANCE, f"in place, largest error {difference:.1e}"
         except Exception as error:  # any exception of onnxruntime or onnx means that the kernel does not work here
-            ok, found = False, " ".join(str(error).split())[:200]
+            ok, found = False, one_line(error)[:200]
         yield _check(f"attention, {cache} cache", ok, found, "update onnxruntime")
 
 

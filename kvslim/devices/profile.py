@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 
 from kvslim.contract import Frozen
 from kvslim.errors import NotFoundError, UsageError, fault_of, suggestion
+from kvslim.yaml_file import read_yaml
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -77,11 +78,7 @@ def load_device(name: str) -> Device:
         own = f"write --device {path.stem}" if path.stem in shipped else None
         fix = own or "write one with `kvslim doctor --measure FILE.yaml`"
         raise NotFoundError("no such device file", where=f"--device {name}", fix=fix)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(" ".join(str(error).split()), where=str(path), fix="correct the YAML syntax") from error
-    return _parse(data, path)
+    return _parse(read_yaml(path), path)
 
 
 def device_text(device: Device) -> str:

@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kvslim.errors import ModelError
+from kvslim.errors import ModelError, one_line
 
 # How transformers should run and return, which does not change what the model computes; KVSlim decides it.
 HOW_TO_RUN = frozenset(
@@ -144,7 +144,7 @@ def _drop_strays(config: Any) -> None:
 
 def broken_config(error: Exception, raw: Mapping[str, Any], where: str) -> ModelError:
     """What transformers has against a config, with the key where that is known."""
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     field = FIELD.search(reason)
     if field and field[1] in raw:
         kinds = dict.fromkeys(re.findall(rf"'{field[1]}' expected (?:a )?(\w+)", reason))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvslim.errors import ModelError
+from kvslim.errors import ModelError, one_line
 from kvslim.loading.config import FIX, TOKENS, number_fault, wrong_value
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ def generation_config(values: Mapping[str, Any], where: str) -> GenerationConfig
     try:
         return GenerationConfig(**{**values, **tokens})
     except Exception as error:  # transformers raises several types
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{FILE} is broken: {reason}", where=where, fix=FIX) from error
+        raise ModelError(f"{FILE} is broken: {one_line(error)}", where=where, fix=FIX) from error
 
 
 def _switch_fault(key: str, value: Any) -> str | None:

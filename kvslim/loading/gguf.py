@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvslim.errors import KvslimError, ModelError, UnsupportedError
+from kvslim.errors import KvslimError, ModelError, UnsupportedError, one_line
 from kvslim.loading.config import model_config
 from kvslim.loading.generation import generation_config
 from kvslim.loading.gguf_blocks import bytes_in_graph, is_in_blocks, stored_rows
@@ -74,7 +74,7 @@ class GgufSnapshot(Snapshot):
         except KvslimError:
             raise
         except Exception as error:  # transformers' config classes raise many exception types
-            lack = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            lack = f"it has no {error}" if isinstance(error, KeyError) else one_line(error)
             raise self._broken(f"its metadata describes no model: {lack}") from error
 
     def check_codes(self) -> None:
@@ -281,5 +281,5 @@ def _is_big_endian(path: Path) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    found = " ".join(str(error).split()) or type(error).__name__
+    found = one_line(error) or type(error).__name__
     return "it ends too early" if found.startswith(CUT_OFF) else found

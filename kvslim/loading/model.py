@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from kvslim.contract import ModelSpec
-from kvslim.errors import KvslimError, ModelError
+from kvslim.errors import KvslimError, ModelError, one_line
 from kvslim.loading.config import FIX, model_config
 from kvslim.loading.encoders import ENCODERS, HEADS
 from kvslim.loading.mapped import MappedWeights, check_folder, mapped_bytes
@@ -66,8 +66,8 @@ def empty_model(classes: Any, snapshot: Snapshot, **options: Any) -> PreTrainedM
         with torch.device("meta"):
             return classes[type(config)](config, **options)
     except Exception as error:  # modelling code raises many exception types
-        reason = " ".join(str(error).split())
-        raise ModelError(f"no model can be built from its config: {reason}", where=where, fix=FIX) from error
+        message = f"no model can be built from its config: {one_line(error)}"
+        raise ModelError(message, where=where, fix=FIX) from error
 
 
 def check_room(snapshot: Snapshot) -> int:

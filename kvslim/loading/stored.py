@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvslim.errors import ModelError, UnsupportedError
+from kvslim.errors import ModelError, UnsupportedError, one_line
 from kvslim.loading.adapter import MERGE
 from kvslim.loading.files import POINTER
 
@@ -52,8 +52,8 @@ def open_tensors(files: Sequence[Path]) -> dict[str, Any]:
         try:
             file = safe_open(path, framework="pt", backend="pread")
         except SafetensorError as error:
-            reason = " ".join(str(error).split())
-            raise unreadable(path, f"cannot read the weights: {reason}", "download the file again") from error
+            message = f"cannot read the weights: {one_line(error)}"
+            raise unreadable(path, message, "download the file again") from error
         found |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     return found
 

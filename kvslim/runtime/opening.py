@@ -18,7 +18,7 @@ from kvslim.caches import CACHES, Cache, FullCache
 from kvslim.caches.buffers import LayerBuffers
 from kvslim.caches.shared import SHARED
 from kvslim.contract import INPUTS, KVTensor
-from kvslim.errors import ArtifactError, NotFoundError, UsageError
+from kvslim.errors import ArtifactError, NotFoundError, UsageError, one_line
 from kvslim.export.manifest import SPECULATIVE_GRAPH, WEIGHTS
 from kvslim.memory import is_too_large
 from kvslim.types import KVLayout
@@ -237,7 +237,5 @@ def run_graph(session: ort.InferenceSession, output: str, feed: dict[str, npt.ND
 
 def artifact_error(message: str, error: Exception, where: str) -> ArtifactError:
     """onnxruntime's own words, in the form of ours."""
-    detail = " ".join(str(error).split())
-    return ArtifactError(
-        f"{message}: {detail[:300]}", where=where, fix="check the folder with `kvslim verify`, or export it again"
-    )
+    fix = "check the folder with `kvslim verify`, or export it again"
+    return ArtifactError(f"{message}: {one_line(error)[:300]}", where=where, fix=fix)

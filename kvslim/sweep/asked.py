@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from kvslim.contract import Frozen
 from kvslim.errors import NotFoundError, UsageError, fault_of, suggestion
-from kvslim.overrides import one_line
 from kvslim.recipe import Recipe, load_recipe
 from kvslim.settings import Budget
+from kvslim.yaml_file import read_yaml
 
 EXAMPLE = "models: [demo]\nrecipes: [lossless]\nbudgets: [{kv_ratio: 8}]\n"
 
@@ -59,13 +58,10 @@ def read_sweep(path: Path) -> Sweep:
     if not path.is_file():
         raise NotFoundError("no such sweep file", where=str(path), fix="write one as docs/scale.md shows")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Sweep.model_validate(data)
+        return Sweep.model_validate(read_yaml(path))
     except ValidationError as error:
         fault = error.errors()[0]
         raise UsageError(fault_of(fault, "sweep"), where=str(path), fix=_fix(fault)) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(one_line(error), where=str(path), fix="correct the YAML syntax") from error
 
 
 def _fix(fault: Any) -> str:
