@@ -30,3 +30,8 @@ def smaller(size: float, plain: float) -> str:
 def times(ratio: float) -> str:
     """A ratio with one digit behind the point, or two digits if it is below 1: `5.3x`, `12.2x`, `4x`, `0.94x`."""
     return f"{round(ratio, 1):g}x" if ratio >= 1 else f"{ratio:.2g}x"
+
+
+def rounded_down(ratio: float) -> str:
+    """A ratio that a cache of this one meets."""
+    return f"{int(ratio * 100) / 100:g}"

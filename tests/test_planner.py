@@ -109,6 +109,16 @@ def test_budget_is_refused_when_no_plan_keeps_it(planner: Planner, limits: dict[
     assert caught.value.fix
 
 
+@pytest.mark.parametrize("limits", [{"kv_ratio": 1000}, {"kv_mib": 1e-4, "context": CONTEXT}])
+def test_size_that_is_told_to_be_enough_is(planner: Planner, limits: dict[str, float]) -> None:
+    with pytest.raises(GateError) as caught:
+        chosen_for(planner, **limits)
+    ratio, mib = re.fullmatch(r"ask for (?:a ratio of (\S+) or less|(\S+) MiB or more)", caught.value.fix).groups()
+    assert (ratio is None) == ("kv_mib" in limits)
+    told = {"kv_ratio": float(ratio)} if ratio else {**limits, "kv_mib": float(mib)}
+    assert chosen_for(planner, **told).planned.point.kv_ratio > 1
+
+
 def test_plans_that_are_measured_ahead_give_the_same_frontier(
     prepared: PreparedDecoder, statistics: CalibrationStatistics
 ) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
 from kvslim.contract import MIB
 from kvslim.errors import GateError
-from kvslim.kv_ratios import smaller
+from kvslim.kv_ratios import rounded_down, smaller
 from kvslim.planning.healed import LOOSER, Healed, least_healed, smallest_healed
 from kvslim.planning.planner import Planned, Planner
 from kvslim.progress import Progress
@@ -123,7 +124,7 @@ def _within_bytes(
         raise GateError(
             f"no plan fits into {limit / MIB:.3g} MiB at {planner.context:,} tokens",
             where=Budget.place(budget.size or "kv_ratio"),
-            fix=f"ask for a smaller ratio, such as {least:.3g}",
+            fix=f"ask for {_asked(planner, budget, least)}",
         )
     planned = planner.never_worse(planned)
     kl = planned.point.kl
@@ -134,7 +135,7 @@ def _within_bytes(
         raise GateError(
             f"KL is about {kl:.2g}, not {budget.max_kl:g}, in {_size(planned)}",
             where=Budget.place("max_kl"),
-            fix=f"ask for a ratio of {within[-1]:.3g}, or allow more" if within else "allow more",
+            fix=f"ask for {_asked(planner, budget, within[-1])}, or allow more" if within else "allow more",
         )
     return planned
 
@@ -158,8 +159,15 @@ def _check_recall(planned: Planned, limit: float) -> None:
         raise GateError(
             f"recall drops by {planned.point.recall_drop:.1%} in {_size(planned)}",
             where=Budget.place("max_recall_drop"),
-            fix="ask for a smaller ratio, or allow more",
+            fix="ask for a larger cache, or allow more",
         )
+
+
+def _asked(planner: Planner, budget: Budget, ratio: float) -> str:
+    """A size that a plan of this ratio fits into, in the unit that the budget has."""
+    if budget.kv_mib is None:
+        return f"a ratio of {rounded_down(ratio)} or less"
+    return f"{math.ceil(100 * planner.plain_bytes / ratio / MIB) / 100:g} MiB or more"
 
 
 def _size(planned: Planned) -> str:

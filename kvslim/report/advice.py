@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from kvslim.kv_ratios import rounded_down
 from kvslim.measures import GateResult
 from kvslim.recipe import load_recipe
 from kvslim.settings import MARGIN, Gates
@@ -103,7 +104,7 @@ def nearest_budget(
     verdicts = {point.kv_ratio: [passes(point) for passes in tests] for point in others}
     passing = [ratio for ratio, found in verdicts.items() if all(found)]
     if passing:
-        return f"--kv-ratio {_rounded_down(min(passing, key=lambda ratio: abs(math.log(ratio / own.kv_ratio))))}"
+        return f"--kv-ratio {rounded_down(min(passing, key=lambda ratio: abs(math.log(ratio / own.kv_ratio))))}"
     unknown = any(None in found and False not in found for found in verdicts.values())
     return _search(gates) if unknown and by_size else None
 
@@ -144,8 +145,3 @@ def _search(gates: Sequence[GateResult]) -> str | None:
         if gate.name == name and (gate.limit > 0 or name != "max_kl")
     ]
     return " ".join(asked) or None
-
-
-def _rounded_down(ratio: float) -> str:
-    """A ratio that the plan of this one meets."""
-    return f"{int(ratio * 100) / 100:g}"
