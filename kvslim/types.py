@@ -57,7 +57,11 @@ class LayerPlan(Frozen):
     )
     cache: AnyCache = Field(default_factory=FullCache, description="how keys and values are kept")
     refit: bool = Field(False, description="whether its projections are fitted again to what is compressed or gone")
-    score: float | None = Field(None, description="share of the score energy that the rank keeps, the worse of K and V")
+    score: float | None = Field(
+        None,
+        description="of methods: the share that they keep of what they reduce, the worse of K and V; of the planner: "
+        "what the layer is expected to lose, nats per token",
+    )
     reason: str = "kept"
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvslim.measures import Measures
 from kvslim.report.draft import shares
-from kvslim.report.tables import METRICS, NONE, UNCERTAIN, Table, measures_table, rate, with_quartiles
+from kvslim.report.tables import METRICS, NONE, UNCERTAIN, Table, measures_table, three_digits, with_quartiles
 from kvslim.validation.bench import BenchResult, Timing
 from kvslim.validation.drafts import DraftGain
 
@@ -36,7 +36,7 @@ def timings_table(results: Results) -> Table:
     columns: list[tuple[str, BenchResult, Callable[[Timing], str]]] = []
     for index, (name, result) in enumerate(results.items()):
         columns.append((f"{name}, ms", result, _time))
-        columns.append(("tokens/s", result, lambda timing: rate(timing.tokens_per_second)))
+        columns.append(("tokens/s", result, lambda timing: three_digits(timing.tokens_per_second)))
         if index:
             columns.append(("ratio", result, lambda timing: f"{timing.ratio:.2f}"))
         if any(timing.joules_per_token is not None for timing in result.timings):
@@ -74,9 +74,9 @@ def drafts_table(results: Results) -> Table:
 
 def _draft_cells(gain: DraftGain) -> tuple[str, ...]:
     return (
-        rate(gain.plain_tokens_per_second),
+        three_digits(gain.plain_tokens_per_second),
         gain.kind,
-        rate(gain.tokens_per_second),
+        three_digits(gain.tokens_per_second),
         f"{gain.speed_ratio:.2f}",
         f"{gain.tokens_per_round:.2f}",
         shares(gain.acceptance),

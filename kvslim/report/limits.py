@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from kvslim.devices.limits import Bound, Limits
 from kvslim.report.memory import CacheMemory
-from kvslim.report.tables import NONE, Table
+from kvslim.report.tables import NONE, Table, three_digits
 
 
 def answers(memory: CacheMemory) -> Iterator[str]:
@@ -57,13 +57,13 @@ def need(bound: Bound) -> str:
     memory = f"{mib / 2**10:.1f} GiB" if mib >= 2**10 else f"{mib:.0f} MiB"
     if bound.binds == "memory":
         return f"does not fit ({memory})"
-    return f"{memory}, {_word(bound)} {_figure(bound.tokens_per_second)} tokens/s"
+    return f"{memory}, {_word(bound)} {three_digits(bound.tokens_per_second)} tokens/s"
 
 
 def _rate(bound: Bound) -> str:
     if bound.binds == "memory":
         return "does not fit"
-    return f"{_word(bound)} {_figure(bound.tokens_per_second)} ({_reason(bound)})"
+    return f"{_word(bound)} {three_digits(bound.tokens_per_second)} ({_reason(bound)})"
 
 
 def _word(bound: Bound, limit: str = "up to") -> str:
@@ -85,14 +85,9 @@ def _stage_row(memory: CacheMemory, entry: Limits, bound: Bound) -> tuple[str, .
         f"{demand.stage} at {demand.context:,}",
         *stored,
         f"{demand.memory_bytes / 2**20:,.0f}",
-        _figure(demand.bytes_per_token / 1e6),
-        _figure(demand.flops_per_token / 1e6),
-        _figure(demand.flops_per_token / demand.bytes_per_token),
-        f"{_word(bound, 'at least')} {_figure(bound.seconds_per_token * 1e3)}",
+        three_digits(demand.bytes_per_token / 1e6),
+        three_digits(demand.flops_per_token / 1e6),
+        three_digits(demand.flops_per_token / demand.bytes_per_token),
+        f"{_word(bound, 'at least')} {three_digits(bound.seconds_per_token * 1e3)}",
         _reason(bound),
     )
-
-
-def _figure(value: float) -> str:
-    """Three digits, or more if there are more before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

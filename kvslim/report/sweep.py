@@ -14,6 +14,7 @@ from kvslim.report.tables import NONE, Table
 from kvslim.sweep.asked import Job
 from kvslim.sweep.outcomes import Outcome, Outcomes
 from kvslim.types import Manifest
+from kvslim.validation.gates import time_ratio
 
 HEADER = (
     "artifact",
@@ -78,7 +79,7 @@ def _losses(report: Report) -> tuple[float, ...]:
         artifact.kv_bytes_per_token or 0.0,
         artifact.kl_mean or 0.0,
         _recall_lost(report) or 0.0,
-        _time(report) or 0.0,
+        time_ratio(report.ratio) or 0.0,
     )
 
 
@@ -87,19 +88,13 @@ def _recall_lost(report: Report) -> float | None:
     return None if before is None or after is None else before - after
 
 
-def _time(report: Report) -> float | None:
-    """Time per token over plain's at the longest context."""
-    ratios = (report.ratio.tpot_ms if report.ratio else None) or {}
-    return ratios[max(ratios, key=int)] if ratios else None
-
-
 def _row(name: str, outcome: Outcome, manifest: Manifest | None, best: bool) -> tuple[str, ...]:
     if outcome.failure is not None or manifest is None or manifest.report is None:
         message = outcome.failure.message if outcome.failure else NONE
         return name, *(NONE,) * (len(HEADER) - 2), f"FAILED: {message}" if outcome.failure else message
     report = manifest.report
     plain, slim = report.plain.kv_bytes_per_token or 0.0, report.artifact.kv_bytes_per_token or 0.0
-    lost, time = _recall_lost(report), _time(report)
+    lost, time = _recall_lost(report), time_ratio(report.ratio)
     return (
         name,
         f"{slim:,.0f}",

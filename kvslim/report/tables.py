@@ -48,8 +48,8 @@ METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
     "ttft_ms": ("Time to first token, ms, prompt of {}", lambda value: f"{value:.1f}"),
     "tpot_ms": ("Time per token, ms, context of {}", lambda value: f"{value:.2f}"),
     "latency_ms": ("Latency, ms, text of {} tokens", lambda value: f"{value:.2f}"),
-    "prompt_tokens_per_second": ("Prompt tokens per second, prompt of {}", lambda value: rate(value)),
-    "tokens_per_second": ("Tokens per second, context of {}", lambda value: rate(value)),
+    "prompt_tokens_per_second": ("Prompt tokens per second, prompt of {}", lambda value: three_digits(value)),
+    "tokens_per_second": ("Tokens per second, context of {}", lambda value: three_digits(value)),
     "peak_rss_mib": ("Peak memory, MiB", lambda value: f"{value:.0f}"),
 }
 
@@ -256,9 +256,9 @@ def with_quartiles(cell: str, quartiles: tuple[float, float] | None, shown: Call
     return cell if quartiles is None else f"{cell} ({' to '.join(map(shown, quartiles))})"
 
 
-def rate(tokens_per_second: float) -> str:
-    """Tokens per second in three digits, or more if there are more before the point."""
-    return f"{tokens_per_second:,.0f}" if tokens_per_second >= 100 else f"{tokens_per_second:.3g}"
+def three_digits(value: float) -> str:
+    """A number in three digits, or more if there are more before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _cells(values: Mapping[str, float | None], shown: Callable[[float], str]) -> Iterable[str]:

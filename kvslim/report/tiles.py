@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kvslim.kv_ratios import TYPES, smaller
 from kvslim.measures import GateResult, Report
-from kvslim.report.tables import rate
+from kvslim.report.tables import three_digits
 from kvslim.types import Manifest
 
 GATES = {
@@ -86,8 +86,10 @@ def _speed(report: Report) -> Tile | None:
         return None
     plain = (report.plain.tpot_ms or {}).get(longest)
     ratio = (report.ratio.tpot_ms or {}).get(longest)
-    beside = "" if plain is None or not ratio else f"plain {rate(1000 / plain)}; {ratio:.2f} of its time per token"
-    return Tile(f"{rate(1000 / times[longest])} tokens/s", f"at a context of {int(longest):,} tokens", beside)
+    beside = (
+        "" if plain is None or not ratio else f"plain {three_digits(1000 / plain)}; {ratio:.2f} of its time per token"
+    )
+    return Tile(f"{three_digits(1000 / times[longest])} tokens/s", f"at a context of {int(longest):,} tokens", beside)
 
 
 def _first_token(report: Report) -> Tile | None:

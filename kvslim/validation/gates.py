@@ -43,7 +43,7 @@ def check_gates(
     """
     limits = {name: limit for name, limit in gates.model_dump().items() if limit is not None}
     values = {name: value(plain, artifact) for name, value in _VALUES.items()}
-    values["max_time_ratio"] = _time_ratio(ratios or ratio(artifact, plain))
+    values["max_time_ratio"] = time_ratio(ratios or ratio(artifact, plain))
     values["max_kv_mib"] = _mib(artifact.kv_bytes_per_token, context)
     blind = NO_RECALL if plain.recall == 0 else None
     return tuple(
@@ -99,7 +99,7 @@ def _mib(bytes_per_token: float | None, context: int | None) -> float | None:
     return None if bytes_per_token is None or context is None else bytes_per_token * context / MIB
 
 
-def _time_ratio(ratios: Measures) -> float | None:
+def time_ratio(ratios: Measures) -> float | None:
     """Time per token over plain's at the longest context that both were timed at."""
     timed = ratios.tpot_ms or {}
     return timed[max(timed, key=int)] if timed else None
