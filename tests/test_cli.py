@@ -382,6 +382,9 @@ def test_recipes_lists_and_prints(run: Run) -> None:
     assert "balanced" in run("recipes")[1]
     assert yaml.safe_load(run("recipes", "balanced")[1])["budget"]
     assert yaml.safe_load(run("recipes", "small")[1])["budget"] == {"kv_ratio": 8}
+    plain, as_json = (run("recipes", "smal", *options) for options in ([], ["--json"]))
+    assert (plain[0], plain[2]) == (as_json[0], as_json[2])
+    assert "where: NAME" in plain[2]
 
 
 def test_doctor_finds_the_kernels(run: Run) -> None:

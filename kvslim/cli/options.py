@@ -59,7 +59,7 @@ TimeRatio = Annotated[
 MaxKl = Annotated[float | None, typer.Option("--max-kl", help="budget: mean KL to the plain model, nats per token")]
 MaxDrop = Annotated[float | None, typer.Option("--max-recall-drop", help="budget: recall lost, in percentage points")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key of the recipe")]
-WeightKind = Literal["fp32", "int8", "int4"]  # the same as types.WeightType, whose import would slow down the help
+WeightKind = Literal["fp32", "int8", "int4"]  # that of contract.py, whose import would slow down the help
 WeightWord = Annotated[
     Literal["fp32", "int8", "int4", "stored"] | None,
     typer.Option("--weights", help="how weights are stored; stored: the blocks of a GGUF; default: the recipe's"),

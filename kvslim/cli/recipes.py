@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,10 +20,11 @@ def recipes(
     as_json: Json = False,
 ) -> None:
     """List the shipped recipes, or print one."""
+    path = None if name is None else _path(name)
     if as_json:
         console.print_json("recipes", {"recipes": _fields(name)})
-    elif name:
-        console.print_text(_text(name))
+    elif path:  # as it is written, with its comments
+        console.print_text(path.read_text(encoding="utf-8"))
     else:
         console.print_tables(_table())
 
@@ -47,11 +49,11 @@ def _table() -> Table:
     return Table(("recipe", "methods", "what it is for"), tuple(rows), words=True)
 
 
-def _text(name: str) -> str:
-    """A shipped recipe as it is written, with its comments."""
+def _path(name: str) -> Path:
+    """The file of a shipped recipe."""
     from kvslim.recipe import shipped_recipes
 
     known = shipped_recipes()
     if name not in known:
         raise NotFoundError(f"no recipe {name!r}", where="NAME", fix=suggestion(name, known))
-    return known[name].read_text(encoding="utf-8")
+    return known[name]

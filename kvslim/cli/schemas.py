@@ -20,7 +20,7 @@ from kvslim.recipe import Recipe
 from kvslim.report.compare import Comparison, Regression
 from kvslim.report.memory import CacheMemory
 from kvslim.runtime.completion import Usage
-from kvslim.sweep.outcomes import Outcomes
+from kvslim.sweep.outcomes import Failure, Outcomes
 from kvslim.validation.bench import BenchResult
 from kvslim.validation.tasks import TaskScores
 
@@ -103,15 +103,6 @@ class Examined(Frozen):
     ok: bool
     checks: tuple[Check, ...]
     device: Device | None = Field(description="this machine's profile, with --measure")
-
-
-class Failure(Frozen):
-    """What is wrong, where, how to fix it, and the exit code."""
-
-    message: str
-    where: str
-    fix: str
-    exit_code: int
 
 
 class Failed(Frozen):

@@ -19,7 +19,7 @@ FILE = "sweep.json"
 
 
 class Failure(Frozen):
-    """Why there is no artifact."""
+    """What is wrong, where, how to fix it, and the exit code."""
 
     message: str
     where: str
