@@ -95,6 +95,11 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, whose rest would not help; the error's type where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def fault_of(fault: Mapping[str, Any], whole: str) -> str:
     """What pydantic finds wrong with plain data, behind its place there, or behind `whole` where that is all of it."""
     place = ".".join(str(part) for part in fault["loc"]) or whole

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvslim.errors import NotFoundError, UnsupportedError, UsageError
+from kvslim.errors import NotFoundError, UnsupportedError, UsageError, first_line
 from kvslim.json_lines import is_json_lines, read_objects
 from kvslim.memory import usable_memory
 from kvslim.progress import Progress
@@ -307,10 +307,8 @@ def _hub_text(source: str) -> str:
     try:
         rows = _datasets(source).load_dataset(name, split=split or "train")
     except Exception as error:  # datasets raises many types for a missing set or no network
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise NotFoundError(
-            f"cannot load data set {name!r}: {reason}", where=source, fix="check its name, or give a text file"
-        ) from error
+        message = f"cannot load data set {name!r}: {first_line(error)}"
+        raise NotFoundError(message, where=source, fix="check its name, or give a text file") from error
     if "text" not in rows.column_names:
         raise UsageError(f"data set {name!r} has no column `text`", where=source, fix="give a JSONL file instead")
     return "\n\n".join(rows["text"])

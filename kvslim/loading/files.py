@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from kvslim.errors import ModelError, NotFoundError, UsageError
+from kvslim.errors import ModelError, NotFoundError, UsageError, first_line
 from kvslim.loading.origin import CARD
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -14,6 +14,7 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TOKENIZER = "tokenizer.json"
 POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has not fetched
+FETCH = "fetch the file itself: git lfs pull, or hf download"
 # All that `inspect` reads: from these alone the shape of a model is known.
 CONFIGS = (CONFIG, ADAPTER_CONFIG)
 SETTINGS = (
@@ -122,9 +123,8 @@ def _from_hub(download: Callable[[], str], wanted: str) -> Path:
     try:
         return Path(download())
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotFoundError(
-            f"cannot get {wanted} from the hub: {reason}",
+            f"cannot get {wanted} from the hub: {first_line(error)}",
             where="MODEL",
             fix="check the id and the network, or give a local folder or file",
         ) from error

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from kvslim.contract import ModelSpec
-from kvslim.errors import KvslimError, ModelError, one_line
+from kvslim.errors import KvslimError, ModelError, first_line, one_line
 from kvslim.loading.config import FIX, model_config
 from kvslim.loading.encoders import ENCODERS, HEADS
 from kvslim.loading.mapped import MappedWeights, check_folder, mapped_bytes
@@ -102,9 +102,8 @@ def _load(classes: Any, snapshot: Snapshot, idle: re.Pattern[str] | None = None,
     except KvslimError:
         raise
     except Exception as error:  # safetensors, torch and transformers each raise their own exception types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         fix = "download the model again"
-        raise ModelError(f"cannot load the weights: {reason}", where=where, fix=fix) from error
+        raise ModelError(f"cannot load the weights: {first_line(error)}", where=where, fix=fix) from error
     check_trained(model, where)
     return model.eval()
 
@@ -146,9 +145,10 @@ def load_tokenizer(snapshot: Snapshot) -> PreTrainedTokenizerBase:
     except KvslimError:
         raise
     except Exception as error:  # what reads the tokenizer of a GGUF raises several exception types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         fix = "give a newer GGUF of the model, or the safetensors that the file was made from"
-        raise ModelError(f"cannot load the tokenizer: {reason}", where=str(snapshot.path), fix=fix) from error
+        raise ModelError(
+            f"cannot load the tokenizer: {first_line(error)}", where=str(snapshot.path), fix=fix
+        ) from error
     if not tokenizer.is_fast:
         raise ModelError(
             "the tokenizer has no tokenizer.json", where=str(snapshot.path), fix="convert it to a fast tokenizer"

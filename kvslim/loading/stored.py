@@ -9,7 +9,7 @@ from typing import Any
 
 from kvslim.errors import ModelError, UnsupportedError, one_line
 from kvslim.loading.adapter import MERGE
-from kvslim.loading.files import POINTER
+from kvslim.loading.files import FETCH, POINTER
 
 CODES_FIX = (
     "put the quantization_config back; if its scheme is not read, give the checkpoint that this one was made from"
@@ -116,6 +116,5 @@ def unreadable(path: Path, message: str, fix: str) -> ModelError:
     with path.open("rb") as file:
         start = file.read(len(POINTER))
     if start == POINTER:
-        fix = "fetch the file itself: git lfs pull, or hf download"
-        return ModelError("this is a pointer of Git LFS in place of the weights", where=str(path), fix=fix)
+        return ModelError("this is a pointer of Git LFS in place of the weights", where=str(path), fix=FETCH)
     return ModelError(message, where=str(path), fix=fix)

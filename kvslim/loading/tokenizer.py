@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvslim.errors import ModelError, UnsupportedError
+from kvslim.errors import ModelError, UnsupportedError, first_line
 from kvslim.loading.config import wrong_value
-from kvslim.loading.files import POINTER, TOKENIZER, VOCABULARIES
+from kvslim.loading.files import FETCH, POINTER, TOKENIZER, VOCABULARIES
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -55,12 +55,12 @@ def _broken(folder: Path, error: Exception) -> ModelError:
     if not (folder / TOKENIZER).is_file():
         return _none(folder, error)
     fix = f"correct its values, or {SAVE}"
-    return ModelError(f"cannot load the tokenizer: {_reason(error)}", where=str(folder / FILES[1]), fix=fix)
+    return ModelError(f"cannot load the tokenizer: {first_line(error)}", where=str(folder / FILES[1]), fix=fix)
 
 
 def _none(folder: Path, error: Exception) -> ModelError:
     """The error about a folder without tokenizer.json, from which transformers could make none either."""
-    reason, fix = _reason(error), f"add {TOKENIZER} (save_pretrained of the tokenizer)"
+    reason, fix = first_line(error), f"add {TOKENIZER} (save_pretrained of the tokenizer)"
     if not any(next(folder.glob(name), None) for name in VOCABULARIES):
         reason = "there is no vocabulary"
     elif (folder / PIECES).is_file() and find_spec("sentencepiece") is None:
@@ -74,7 +74,7 @@ def _fault(path: Path) -> tuple[str, str] | None:
 
     data, again = path.read_bytes(), f"download it again, or {SAVE}"
     if data.startswith(POINTER):
-        return "is a pointer of Git LFS", "fetch the file itself: git lfs pull, or hf download"
+        return "is a pointer of Git LFS", FETCH
     try:
         is_object = isinstance(json.loads(data), dict)
     except (ValueError, RecursionError) as error:
@@ -85,10 +85,6 @@ def _fault(path: Path) -> tuple[str, str] | None:
         if path.name == TOKENIZER:
             tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers has no exception type of its own
-        reason = f"cannot be read by tokenizers {tokenizers.__version__}: {_reason(error)}"
+        reason = f"cannot be read by tokenizers {tokenizers.__version__}: {first_line(error)}"
         return reason, f"if a newer version wrote it, install that; or {again}"
     return None
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

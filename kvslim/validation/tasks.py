@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from kvslim.contract import Frozen
-from kvslim.errors import NotFoundError, UnsupportedError, UsageError, fault_of, suggestion
+from kvslim.errors import NotFoundError, UnsupportedError, UsageError, fault_of, first_line, suggestion
 from kvslim.export.manifest import read_runnable
 from kvslim.json_lines import is_json_lines, read_objects
 from kvslim.measures import GateResult
@@ -152,13 +152,9 @@ def load_tasks(tasks: Sequence[str], include: Path | None = None) -> Mapping[str
     manager = _manager([name for name in tasks if specs[name] == name], include)
     try:
         return manager.load(list(specs.values()))
-    except (
-        Exception
-    ) as error:  # the libraries raise many exception types for a missing data set, no network or a broken task file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise NotFoundError(
-            f"cannot load: {reason}", where=f"--tasks {','.join(tasks)}", fix="check the task file and its data set"
-        ) from error
+    except Exception as error:  # libraries raise many types, of a missing data set or network, or a broken file
+        where, fix = f"--tasks {','.join(tasks)}", "check the task file and its data set"
+        raise NotFoundError(f"cannot load: {first_line(error)}", where=where, fix=fix) from error
 
 
 def _named(task: str) -> Any:
