@@ -86,6 +86,7 @@ class Comparison:
         folders: The plain export and the artifact, and the model in float32 where the weights of these are quantised.
         windows: All of the text.
         within: Tokens of a text that count; the KL of what lies beyond is told apart. None if all do.
+        label: What an item is, for the progress.
     """
 
     folders: tuple[Path, ...]

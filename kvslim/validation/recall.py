@@ -85,6 +85,7 @@ class Questions:
     Attributes:
         folders: The plain export and the artifact.
         capacity: Tokens that a cache must hold.
+        label: What an item is, for the progress.
     """
 
     folders: tuple[Path, Path]

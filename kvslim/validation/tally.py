@@ -92,6 +92,10 @@ class Tally:
         piece: Tokens of a piece.
         within: Tokens of a text that count; what lies beyond has a mean of its own. None if all do.
         rows: What was measured of the positions of the window that is not ended yet.
+        kl: Of each window that is ended, of its positions that count.
+        beyond: The same of those that lie beyond.
+        agreement: Of each window, where both have the same most likely token.
+        losses: Means of pieces, of the teacher's negative log-likelihoods and of the student's.
     """
 
     piece: int
