@@ -153,9 +153,9 @@ def test_keys_of_representatives_alone_are_cached(spec: Any, keys: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"clusters": {2: 1}}, "2 layers, not layer 2"),
-        ({"layers": (-1,)}, "not layer -1"),
-        ({"count": 3}, "not 3 layers"),
+        ({"clusters": {2: 1}}, "2 layers, not a layer 2"),
+        ({"layers": (-1,)}, "not a layer -1"),
+        ({"count": 3}, "2 layers, the recipe asks for 3"),
         ({"clusters": {0: 5}}, "5 clusters do not fit"),
         ({"clusters": {0: 0}}, "0 clusters do not fit"),
     ],

@@ -268,7 +268,7 @@ def test_state_goes_to_the_layers_named_or_counted_or_to_all() -> None:
 @pytest.mark.parametrize(
     ("options", "windows", "fault"),
     [
-        ({"layers": (2, SPEC.layers)}, None, f"the model has {SPEC.layers} layers, the recipe asks for layer"),
+        ({"layers": (2, SPEC.layers)}, None, f"the model has {SPEC.layers} layers, not a layer {SPEC.layers}"),
         ({"layers": (0,)}, 8, "layer 0 has a sliding window of its own"),
         ({"count": SPEC.layers + 1}, None, f"the model has {SPEC.layers} layers without a sliding window"),
         ({}, 8, "the model has 0 layers without a sliding window, the recipe asks for all"),

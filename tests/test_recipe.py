@@ -132,3 +132,26 @@ def test_recipe_is_frozen() -> None:
 def test_gate_is_refused_when_not_finite(value: object) -> None:
     with pytest.raises(KvslimError):
         parse_recipe({"name": "x", "gates": {"max_kl": value}}, "test")
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ("prune_heads: {heads: {99: [0]}}", "prune_heads.heads"),
+        ("prune_layers: {layers: {99: mlp}}", "prune_layers.layers"),
+        ("prune_mlp: {widths: {99: 32}}", "prune_mlp.widths"),
+        ("cluster_heads: {clusters: {99: 1}}", "cluster_heads.clusters"),
+        ("cluster_heads: {layers: [99]}", "cluster_heads.layers"),
+        ("kv_window: {layers: [99]}", "kv_window.layers"),
+        ("linear_attention: {layers: [99]}", "linear_attention.layers"),
+        ("share_kv: {sources: {99: 0}}", "share_kv.sources"),
+    ],
+)
+def test_layer_beyond_the_last_is_refused_alike_by_all_methods(tmp_path: Path, options: str, where: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"methods: [{options}]")
+    (method,) = load_recipe(str(path)).methods
+    with pytest.raises(UsageError) as caught:
+        method.check(SPEC)
+    assert caught.value.message == f"the model has {SPEC.layers} layers, not a layer 99"
+    assert (caught.value.where, caught.value.fix) == (f"recipe: methods.{where}", f"use 0 to {SPEC.layers - 1}")

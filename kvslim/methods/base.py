@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -117,6 +117,18 @@ class Method(BaseModel):
     ) -> tuple[LayerEdit, ...]:
         """The edit of every layer after this method, given those of the methods before it."""
         raise NotImplementedError
+
+
+def check_layers(layers: Iterable[int], spec: ModelSpec, where: str) -> None:
+    """Refuses layers that the model does not have.
+
+    Raises:
+        UsageError: Naming `where` they stand.
+    """
+    beyond = next((layer for layer in layers if not 0 <= layer < spec.layers), None)
+    if beyond is not None:
+        message = f"the model has {spec.layers} layers, not a layer {beyond}"
+        raise UsageError(message, where=where, fix=f"use 0 to {spec.layers - 1}")
 
 
 def method_class(name: str, where: str) -> type[Method]:

@@ -19,7 +19,7 @@ from kvslim.caches.clustered import check_number, pools
 from kvslim.caches.clustering import Formed, clusters_of, elbow
 from kvslim.contract import Clusters, ModelSpec
 from kvslim.errors import UsageError
-from kvslim.methods.base import Method
+from kvslim.methods.base import Method, check_layers
 from kvslim.transform.edits import LayerEdit
 from kvslim.types import LayerPlan, Plan
 
@@ -56,12 +56,14 @@ class ClusterHeads(Method):
 
     def check(self, spec: ModelSpec) -> None:
         """Refuses layers that the model does not have, clusters that its heads cannot form, and dynamic GQA."""
-        named = self.layers if self.clusters is None else tuple(self.clusters)
-        beyond = [layer for layer in named or () if not 0 <= layer < spec.layers]
-        if beyond or (self.count or 0) > spec.layers:
-            asked = f"layer {beyond[0]}" if beyond else f"{self.count} layers"
-            fix = f"use layers from 0 to {spec.layers - 1}"
-            raise UsageError(f"the model has {spec.layers} layers, not {asked}", where=WHERE, fix=fix)
+        check_layers(self.layers or (), spec, f"{WHERE}.layers")
+        check_layers(self.clusters or (), spec, f"{WHERE}.clusters")
+        if (self.count or 0) > spec.layers:
+            raise UsageError(
+                f"the model has {spec.layers} layers, the recipe asks for {self.count}",
+                where=f"{WHERE}.count",
+                fix=f"use at most {spec.layers}",
+            )
         if pools(spec) == spec.q_heads:
             raise UsageError("the model has one head, which has none to share with", where=WHERE, fix="drop the method")
         if self.mode == "dynamic" and spec.group_size > 1:

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from kvslim.caches import FullCache, WindowCache
 from kvslim.contract import ModelSpec
 from kvslim.errors import GateError, UsageError
-from kvslim.methods.base import Conflict, Method
+from kvslim.methods.base import Conflict, Method, check_layers
 from kvslim.transform.edits import LayerEdit
 from kvslim.types import LayerPlan, Plan
 
@@ -63,13 +63,12 @@ class KvWindow(Method):
 
     def check(self, spec: ModelSpec) -> None:
         """Refuses layers that the model does not have."""
-        beyond = [layer for layer in self.layers or () if not 0 <= layer < spec.layers]
-        if beyond or (self.lazy or 0) > spec.layers:
-            named = f"layer {beyond[0]}" if beyond else f"{self.lazy} lazy layers"
+        check_layers(self.layers or (), spec, "recipe: methods.kv_window.layers")
+        if (self.lazy or 0) > spec.layers:
             raise UsageError(
-                f"the model has {spec.layers} layers, the recipe asks for {named}",
-                where=f"recipe: methods.kv_window.{'layers' if beyond else 'lazy'}",
-                fix=f"use 0 to {spec.layers - 1}" if beyond else f"use at most {spec.layers}",
+                f"the model has {spec.layers} layers, the recipe asks for {self.lazy} lazy layers",
+                where="recipe: methods.kv_window.lazy",
+                fix=f"use at most {spec.layers}",
             )
 
     @property

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from kvslim.caches import FullCache, LinearCache
 from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
-from kvslim.methods.base import Conflict, Method
+from kvslim.methods.base import Conflict, Method, check_layers
 from kvslim.methods.kv_window import kept_attention
 from kvslim.transform.edits import Array, Features, LayerEdit
 from kvslim.types import LayerPlan, Plan
@@ -56,12 +56,7 @@ class LinearAttention(Method):
     def check(self, spec: ModelSpec) -> None:
         """Refuses layers that the model does not have, or that have a window of their own."""
         able, named = self.able(spec), self.layers or ()
-        if beyond := [layer for layer in named if not 0 <= layer < spec.layers]:
-            raise UsageError(
-                f"the model has {spec.layers} layers, the recipe asks for layer {beyond[0]}",
-                where=f"{WHERE}.layers",
-                fix=f"use 0 to {spec.layers - 1}",
-            )
+        check_layers(named, spec, f"{WHERE}.layers")
         if windowed := sorted(set(named).difference(able)):
             raise UsageError(
                 f"layer {windowed[0]} has a sliding window of its own, behind which a state keeps nothing",

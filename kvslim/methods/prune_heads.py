@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
-from kvslim.methods.base import Conflict, Method
+from kvslim.methods.base import Conflict, Method, check_layers
 from kvslim.progress import Progress, Silent
 from kvslim.transform.edits import KeptHeads, LayerEdit
 from kvslim.types import LayerPlan, Plan
@@ -69,9 +69,8 @@ class PruneHeads(Method):
             raise UsageError(
                 "the Taylor score needs the loss of next tokens", where=f"{where}.score", fix="use kl or fluctuation"
             )
+        check_layers(self.heads or (), spec, f"{where}.heads")
         for layer, gone in (self.heads or {}).items():
-            if not 0 <= layer < spec.layers:
-                raise UsageError(f"the model has {spec.layers} layers, not a layer {layer}", where=where, fix="drop it")
             check_heads(kept(gone, spec), spec, f"{where}.heads: layer {layer}")
         most = {"groups": spec.layers * spec.kv_heads - 1, "queries": spec.layers * (spec.group_size - 1)}
         for name, limit in most.items():

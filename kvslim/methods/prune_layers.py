@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from kvslim.contract import ModelSpec, Part
 from kvslim.errors import UsageError
-from kvslim.methods.base import Method
+from kvslim.methods.base import Method, check_layers
 from kvslim.progress import Progress, Silent
 from kvslim.transform.edits import KeptHeads, LayerEdit
 from kvslim.types import LayerPlan, Plan
@@ -82,13 +82,7 @@ class PruneLayers(Method):
                 where=where,
                 fix="give attention, or layers: {2: attention}",
             )
-        beyond = [layer for layer in self.layers or () if not 0 <= layer < spec.layers]
-        if beyond:
-            raise UsageError(
-                f"the model has {spec.layers} layers, not a layer {beyond[0]}",
-                where=f"{where}.layers",
-                fix=f"use 0 to {spec.layers - 1}",
-            )
+        check_layers(self.layers or (), spec, f"{where}.layers")
         free, asked = len(self._free(spec)), sum(self.counts.values())
         if asked > free:
             fix = f"use at most {free}, or protect less"

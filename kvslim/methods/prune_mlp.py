@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
-from kvslim.methods.base import Method
+from kvslim.methods.base import Method, check_layers
 from kvslim.transform.edits import Array, Channels, LayerEdit
 from kvslim.types import LayerPlan, Plan
 
@@ -53,11 +53,9 @@ class PruneMlp(Method):
         """Refuses layers that the model does not have, widths that kernels do not like, and to remove nothing."""
         if not self.ratio and not self.widths:
             raise UsageError("it says not what to remove", where=WHERE, fix="give ratio: 0.2, or widths")
-        for layer, width in (self.widths or {}).items():
-            where = f"{WHERE}.widths"
-            if not 0 <= layer < spec.layers:
-                fix = f"use 0 to {spec.layers - 1}"
-                raise UsageError(f"the model has {spec.layers} layers, not a layer {layer}", where=where, fix=fix)
+        where = f"{WHERE}.widths"
+        check_layers(self.widths or (), spec, where)
+        for width in (self.widths or {}).values():
             if width < STEP or width % STEP:
                 fix = f"give {max(STEP, width // STEP * STEP)}"
                 raise UsageError(f"{width} channels are not a multiple of {STEP}", where=where, fix=fix)

@@ -9,6 +9,7 @@ import numpy as np
 from kvslim.caches import ClusteredCache
 from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
+from kvslim.methods.base import check_layers
 from kvslim.transform.edits import Array
 from kvslim.types import LayerPlan, Plan
 
@@ -21,13 +22,7 @@ def check_pair(spec: ModelSpec, layer: int, source: int, sources: Sources, where
     Raises:
         UsageError: Naming `where` it stands.
     """
-    beyond = [index for index in (layer, source) if not 0 <= index < spec.layers]
-    if beyond:
-        raise UsageError(
-            f"the model has {spec.layers} layers, not a layer {beyond[0]}",
-            where=where,
-            fix=f"use 0 to {spec.layers - 1}",
-        )
+    check_layers((layer, source), spec, where)
     if source >= layer:
         raise UsageError(
             f"layer {layer} cannot read the cache of layer {source}, which comes no earlier",
