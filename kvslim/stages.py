@@ -27,7 +27,7 @@ SECONDS: Stages = {
     PROBE_WEIGHTS: 60,
     PROBE_CACHE: 120,
     QUANTISE: 30,
-    TEXT: 40,
+    TEXT: 80,
     CALIBRATE: 24,
     PLAN: 60,
     ANALYZE: 60,
@@ -42,6 +42,7 @@ STEP = 5  # of a step of healing
 # What a stage does in turn by the labels of its steps, and the share of its time that each part takes. Labels
 # in parentheses stand for what has no steps.
 PARTS: Mapping[str, Stages] = {
+    TEXT: {"steps of the export": 1, "the model's own text": 1},
     PLAIN: {"steps of the export": 4, "(files)": 1},
     PROBE_CACHE: {
         "windows": 2,

@@ -171,6 +171,16 @@ def test_labels_of_steps_are_those_that_planning_tells(tiny_llama: Path) -> None
     ]
 
 
+def test_labels_of_steps_are_those_that_writing_text_tells(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVSLIM_CACHE", str(tmp_path / "cache"))
+    heard = Listening()
+    pipeline.compress(str(tiny_llama), RECIPES["methods"], tmp_path / "out", progress=heard)
+    assert [label for stage, label in heard.steps if stage == stages.LOAD] == []
+    assert [label for stage, label in heard.steps if stage == stages.TEXT] == [*stages.PARTS[stages.TEXT]]
+
+
 def test_labels_of_steps_are_those_that_a_split_of_memory_tells(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,8 +99,8 @@ class PreparedDecoder(PreparedModel):
         self.rows: QuantisedRows | None = None
         self.is_quantised = False
         if self.text.is_missing(texts):
-            _ = self.original
             progress.stage(stages.TEXT)
+            _ = self.original
             self.free()  # onnxruntime has a copy of its own, and memory shall not hold two
             self.text.write(texts)
         if recipe.weights.is_quantised:
