@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import yaml
 
 from kvslim.errors import UsageError, one_line, suggestion
+from kvslim.settings import read_heal
 from kvslim.yaml_file import YAML_ERRORS
 
 EXAMPLE = "--set calibration.samples=32"
@@ -76,6 +78,9 @@ def _set(data: dict[str, Any], override: str) -> None:
 def _nested(data: dict[str, Any], key: str) -> Any:
     if key == "weights" and isinstance(data.get(key), str):
         data[key] = {"type": data[key]}
+    if key == "heal":
+        with suppress(ValueError):  # of what is no budget, the recipe tells
+            data[key] = read_heal(data.get(key) or {})
     return data.setdefault(key, [] if key == "methods" else {})
 
 

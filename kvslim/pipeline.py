@@ -69,7 +69,7 @@ def compress(
     snapshot, recipe = _fetched(model, spec, recipe, {out: 2})
     with staging(out, overwrite) as folder:
         stages.begin("compress", spec, recipe, progress, planned=plan is not None)
-        prepared = prepare(snapshot, spec, recipe, progress, workers, texts_for(plan))
+        prepared = prepare(snapshot, spec, recipe, progress, workers, texts_for(plan, recipe))
         prepared.check_given(plan)
         progress.stage(stages.PLAIN)
         (plain := folder / "plain").mkdir()

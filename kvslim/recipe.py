@@ -97,8 +97,8 @@ class Recipe(Frozen):
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether anything is fitted to the calibration text."""
-        return self.decides or self.weights.needs_text
+        """Whether anything is fitted to the calibration text, or trained on it."""
+        return self.decides or self.weights.needs_text or self.heal is not None
 
     @property
     def ordered_methods(self) -> list[Method]:

@@ -128,7 +128,9 @@ class Heal(Frozen):
 
     minutes: Number | None = Field(None, gt=0, description="budget of time; counted in steps after the first of them")
     steps: int | None = Field(None, ge=1, description="the same in steps of 1,024 tokens")
-    rate: Number = Field(1e-3, gt=0, description="learning rate at its highest, as a share of a weight's usual size")
+    rate: Number = Field(
+        1e-3, gt=0, le=1, description="learning rate at its highest, as a share of a weight's usual size"
+    )
     samples: int = Field(
         1024, ge=3, description="windows of text at most; the model's own are those of the calibration"
     )
@@ -142,7 +144,7 @@ class Heal(Frozen):
 
 def read_heal(value: object) -> object:
     """`10m`, `90s` or `1h` as a budget of time, a plain number as one of steps."""
-    if isinstance(value, bool) or not isinstance(value, int | str):
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
         return value
     text = str(value)
     unit = MINUTES.get(text[-1:])

@@ -8,20 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from support.models import CALIBRATION, open_prepared, recipe_of
 from support.verbs import runner
 
 from kvslim import pipeline
 from kvslim.caches import ClusteredCache, SharedCache
 from kvslim.calibrate.cache import cache_folder
+from kvslim.calibrate.statistics import sha256_of
 from kvslim.cli.inputs import read_plan, read_plans
 from kvslim.errors import ArtifactError, UsageError
 from kvslim.export.manifest import read_manifest, verify
 from kvslim.methods import KvHdc, KvPca, PruneHeads
 from kvslim.planning.decide import decide
 from kvslim.settings import Calibration, Heal
-from kvslim.transform.edit_file import NAME, digest_of, load_fitted, merged, save_fitted
+from kvslim.transform.edit_file import FORMAT, NAME, digest_of, load_fitted, merged, save_fitted
 from kvslim.transform.edits import FittedPlan, LayerEdit
 from kvslim.types import LayerPlan, Plan
 from kvslim.weight_format import WeightFormat
@@ -84,7 +85,17 @@ def test_refits_come_from_the_disk_the_second_time(
     assert digest_of(fitted_of(tiny_llama, refit=True).codes) == digest_of(first.codes)
 
 
-@pytest.mark.parametrize("fault", ["cut", "changed", "other", "newer", "edited"])
+NO_PLAN, WRONG_DIGEST = "holds no plan", "its digest is not that"
+DAMAGES = {
+    "cut": NO_PLAN,
+    "changed": WRONG_DIGEST,
+    "other": NO_PLAN,
+    "newer": f"format {FORMAT + 1} is not one",
+    "edited": WRONG_DIGEST,
+}
+
+
+@pytest.mark.parametrize("fault", DAMAGES)
 def test_damaged_file_is_refused(tiny_llama: Path, tmp_path: Path, fault: str) -> None:
     path = tmp_path / "a.safetensors"
     save_fitted(path, fitted_of(tiny_llama))
@@ -96,10 +107,11 @@ def test_damaged_file_is_refused(tiny_llama: Path, tmp_path: Path, fault: str) -
     elif fault == "other":
         save_file({"x": np.zeros(3)}, path)
     elif fault == "newer":
-        save_file(load_file(path), path, {"kvslim": json.dumps([json.dumps({"format": 2}), ""])})
+        text = json.dumps({"format": FORMAT + 1})
+        save_file({}, path, {"kvslim": json.dumps([text, sha256_of({}, text)])})
     else:
         path.write_bytes(content.replace(b"int4", b"int8", 1))
-    with pytest.raises(ArtifactError):
+    with pytest.raises(ArtifactError, match=DAMAGES[fault]):
         read_plan(path)
 
 
@@ -117,8 +129,10 @@ def test_trainings_of_one_plan_are_merged(tiny_llama: Path, tmp_path: Path) -> N
     assert isinstance(found, FittedPlan)
     assert all(np.array_equal(code.weights["self_attn.o_proj.bias"], np.full(4, 3, np.float32)) for code in found.codes)
     assert found.plan == fitted.plan
-    with pytest.raises(UsageError, match="different numbers"):
+    with pytest.raises(UsageError, match="one of them none"):
         merged([trained(1.0), fitted])
+    with pytest.raises(UsageError, match="different models"):
+        merged([trained(1.0), trained(2.0)._replace(made_for="another")])
     other = tuple(replace(code, rounding=replace(code.rounding, key_scale=None)) for code in trained(2.0).codes)
     with pytest.raises(UsageError, match="different numbers"):
         merged([trained(1.0), trained(2.0)._replace(codes=other)])

@@ -13,17 +13,16 @@ from support.models import cached_logits, open_prepared, recipe_of, tokens_of, t
 
 from kvslim.caches import SharedCache, WindowCache
 from kvslim.errors import UsageError
-from kvslim.healing import distil
+from kvslim.healing import distil, held_out
 from kvslim.healing.changes import Changes
 from kvslim.healing.distil import healed
-from kvslim.healing.held_out import HeldOut
+from kvslim.healing.held_out import LOST, HeldOut
 from kvslim.healing.schedule import LAST, LEAST_STEPS, WARM_UP, batch_of, is_evaluated, rate_of, steps_within
 from kvslim.healing.student import Student
-from kvslim.healing.text import Text, Texts
+from kvslim.healing.text import Text, Texts, parts_of
 from kvslim.methods import KvHdc, KvPca, KvQuant
 from kvslim.planning.decide import decide
 from kvslim.prepared.decoder import PreparedDecoder
-from kvslim.prepared.fitted import parts_of
 from kvslim.progress import Silent
 from kvslim.settings import Heal
 from kvslim.transform.edits import LayerEdit
@@ -175,8 +174,10 @@ def test_training_begins_again_when_its_state_is_damaged(tiny_llama: Path, tmp_p
     whole, _ = heal(prepared, codes, tmp_path, texts)
     state = tmp_path / "state.safetensors"
     state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
+    (tmp_path / "state.safetensors.1.partial").touch()  # of a training that was killed while it wrote
     again, _ = heal(prepared, codes, tmp_path, texts)
     assert same(again, whole)
+    assert list(tmp_path.iterdir()) == [state]
 
 
 @pytest.mark.parametrize(("judged", "kept"), [((0.1, 0.2), False), ((0.1, 0.1), False), ((0.2, 0.1), True)])
@@ -205,6 +206,32 @@ def test_training_stops_early_when_it_gets_no_better(tiny_llama: Path, tmp_path:
     _, found = heal(prepared, codes, tmp_path, rate=1.0, steps=60)
     assert found.steps < 60
     assert len(found.watched) == distil.PATIENCE + 1
+
+
+def test_weights_that_are_no_numbers_any_more_are_taken_back(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = open_prepared(tiny_llama, recipe_of((KvQuant(bits=4),)))
+    _, codes = planned(prepared)
+    loss = distil._Training._loss
+    monkeypatch.setattr(distil._Training, "_loss", lambda *arguments: torch.nan * loss(*arguments))
+    kept, found = heal(prepared, codes, tmp_path)
+    assert [look.kl for look in found.watched[1:]] == [LOST] * distil.PATIENCE
+    assert found.kl_after == found.kl_before
+    assert kept is codes
+    assert Healing.model_validate_json(found.model_dump_json()) == found
+
+
+def test_held_out_text_counts_where_its_few_completions_are(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large vocabulary every other token is looked at, but not where none of those counts."""
+    monkeypatch.setattr(held_out, "SMALL_VOCABULARY", 0)
+    prepared = open_prepared(tiny_llama, recipe_of((KvQuant(bits=4),)))
+    _, codes = planned(prepared)
+    windows = texts_of(prepared).judged.windows
+    counted = np.zeros(windows.shape, bool)
+    counted[:, 7] = True  # what is said at place 6
+    student = Student(prepared.model, prepared.architecture, codes).model
+    assert HeldOut(prepared.model, windows, counted).kl(student) > 0
 
 
 def test_steps_are_the_same_share_of_a_weight_however_codes_scale_it() -> None:
@@ -284,5 +311,5 @@ def test_text_is_parted_without_overlap() -> None:
     parts = parts_of(Text(windows, None))
     assert [len(part.windows) for part in parts] == [48, 8, 8]
     assert np.array_equal(np.concatenate([part.windows for part in parts]), windows)
-    with pytest.raises(UsageError, match="three windows"):
+    with pytest.raises(UsageError, match="3 windows"):
         parts_of(Text(windows[:2], None))

@@ -7,12 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.models import open_prepared, recipe_of
+from support.models import CALIBRATION, open_prepared, recipe_of
 
+from kvslim.errors import UsageError
 from kvslim.methods.kv_quant import KvQuant
 from kvslim.prepared import text
+from kvslim.prepared.base import texts_for
 from kvslim.prepared.decoder import PreparedDecoder
-from kvslim.settings import TextUse
+from kvslim.settings import Heal, TextUse
+from kvslim.transform.edits import FittedPlan
+from kvslim.types import Plan
 
 RECIPE = recipe_of([KvQuant()], "int8")
 
@@ -61,6 +65,28 @@ def test_text_that_nobody_asked_for_is_written_when_it_is_needed(tiny_llama: Pat
     assert writers == [True]
     early = opened(tiny_llama, "calibration")
     np.testing.assert_array_equal(early.text.calibration_windows, windows)
+
+
+def test_text_too_short_to_heal_on_is_refused_before_anything_is_fitted(
+    tiny_llama: Path, writers: list[bool], tmp_path: Path
+) -> None:
+    short = RECIPE.model_copy(update={"heal": Heal(steps=2)})
+    own = short.model_copy(update={"calibration": CALIBRATION.model_copy(update={"samples": 2})})
+    (tmp_path / "text.txt").write_text("a" * 2 * CALIBRATION.length)
+    given = CALIBRATION.model_copy(update={"source": str(tmp_path / "text.txt")})
+    for recipe in (own, short.model_copy(update={"calibration": given})):
+        with pytest.raises(UsageError, match="3 windows of text, and there are 2"):
+            open_prepared(tiny_llama, recipe, "calibration")
+        open_prepared(tiny_llama, recipe.model_copy(update={"heal": None}), "calibration")
+    assert len(writers) == 1  # by the last, which heals not
+
+
+def test_numbers_that_are_given_take_text_to_train_on_alone() -> None:
+    given = FittedPlan(Plan(layers=()), (), "")
+    healing = RECIPE.model_copy(update={"heal": Heal(steps=2)})
+    assert texts_for(given, RECIPE) == ("validation",)
+    assert texts_for(given, healing) == texts_for(given.plan, RECIPE) == texts_for(None, RECIPE)
+    assert RECIPE.model_copy(update={"methods": (), "heal": Heal(steps=2)}).is_calibrated
 
 
 def test_damaged_text_on_the_disk_is_written_again(tiny_llama: Path, writers: list[bool], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from support.tiny_artifact import SPEC
 from kvslim.errors import KvslimError, NotFoundError, UsageError
 from kvslim.methods import KvPca, KvQuant
 from kvslim.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
+from kvslim.settings import Heal
 from kvslim.weight_format import WeightFormat
 
 
@@ -38,6 +39,16 @@ def test_overrides_reach_every_depth() -> None:
     assert recipe.calibration.samples == 7
     assert recipe.gates.max_kl is None
     assert KvQuant(granularity="per_tensor") in recipe.methods
+
+
+def test_override_goes_on_from_a_time_or_a_number_of_steps() -> None:
+    found = load_recipe("balanced", ["heal=90s", "heal.rate=2e-3"]).heal
+    assert found == Heal(minutes=1.5, rate=2e-3)
+    assert load_recipe("balanced", ["heal=20", "heal.samples=9"]).heal == Heal(steps=20, samples=9)
+    assert load_recipe("balanced", ["heal.steps=20"]).heal == Heal(steps=20)
+    for wrong in (["heal=10x", "heal.rate=1"], ["heal=1.5"], ["heal=true"], ["heal.rate=1"]):
+        with pytest.raises(UsageError, match="heal"):
+            load_recipe("balanced", wrong)
 
 
 def test_override_of_a_method_without_options_adds_them(tmp_path: Path) -> None:

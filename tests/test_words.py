@@ -20,7 +20,7 @@ from support.verbs import Run, runner
 from kvslim.cli.peers import VERBS
 from kvslim.errors import GateError, UsageError
 from kvslim.recipe import Recipe
-from kvslim.types import Manifest
+from kvslim.types import Healing, Manifest
 
 
 class StoppedError(Exception):
@@ -212,6 +212,25 @@ def test_compress_ends_with_a_verdict_and_what_to_do_next(run: Run, made: Callab
     )
     assert re.fullmatch(r"written to my out in \d+:\d\d", lines[1])
     assert lines[2:] == ["next: open 'my out'/report.html", "      kvslim generate 'my out' -p \"Once upon a time\""]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kept", "told"),
+    [
+        (0.04, 0.03, True, "healed in 20 steps: KL 0.04 -> 0.03 on"),
+        (0.04, 0.05, False, "not healed: 20 steps gained nothing (KL 0.04 -> 0.05 on"),
+        (None, None, False, "not healed: the plan changes nothing that could heal"),
+    ],
+)
+def test_compress_tells_what_healing_gave(
+    run: Run, made: Callable[[Manifest], None], before: float | None, after: float, kept: bool, told: str
+) -> None:
+    numbers = {"kl_before": before, "kl_after": after, "kept": kept}
+    healing = None if before is None else Healing(steps=20, tokens=20480, seconds=60.0, watched=(), **numbers)
+    plain = manifest()
+    assert "healed" not in (made(plain), run("compress", "demo", "-o", "out")[2])[1]
+    made(plain.model_copy(update={"healing": healing, "recipe": {**plain.recipe, "heal": {"steps": 20}}}))
+    assert run("compress", "demo", "-o", "out")[2].splitlines()[1].startswith(told)
 
 
 def test_next_is_a_chat_where_the_tokenizer_has_a_template(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from kvslim.transform.edits import Array
 from kvslim.transform.kl_evaluator import BATCH, SMALL_VOCABULARY, logits_at, predicting, summed_kl
+
+LOST = 1e9  # nats per token, of a student whose logits are no numbers any more
 
 
 class HeldOut:
@@ -22,19 +25,20 @@ class HeldOut:
 
     def __init__(self, teacher: Any, windows: Array, loss_mask: Array | None) -> None:
         size = max(1, BATCH // windows.shape[1])
-        stride = 2 if teacher.config.vocab_size > SMALL_VOCABULARY else 1
+        counted = torch.from_numpy(predicting(windows, loss_mask))
+        stride = 2 if teacher.config.vocab_size > SMALL_VOCABULARY and counted[:, 1::2].any() else 1
         self._places = torch.arange(stride - 1, windows.shape[1], stride)
-        counted = torch.from_numpy(predicting(windows, loss_mask))[:, self._places]
+        counted = counted[:, self._places]
         self._batches = list(zip(torch.from_numpy(windows).split(size), counted.split(size), strict=True))
         self._teacher = [self._log_probabilities(teacher, batch) for batch, _ in self._batches]
         self._count = int(counted.sum())
 
     def kl(self, student: Any) -> float:
-        """Mean KL(teacher || student), nats per token."""
+        """Mean KL(teacher || student), nats per token; `LOST` where that is no number."""
         total = 0.0
         for (batch, counted), expected in zip(self._batches, self._teacher, strict=True):
             total += summed_kl(expected, self._log_probabilities(student, batch), counted)
-        return max(total / self._count, 0.0)
+        return max(total / self._count, 0.0) if math.isfinite(total) else LOST
 
     def _log_probabilities(self, model: Any, batch: Tensor) -> Tensor:
         with torch.inference_mode():

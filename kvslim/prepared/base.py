@@ -166,9 +166,10 @@ class PreparedModel(ABC):
         give_back()
 
 
-def texts_for(plan: Plan | FittedPlan | None) -> tuple[TextUse, ...]:
-    """The texts that an artifact needs: none to fit numbers to where they are given."""
-    return ("calibration", "validation") if plan is None or isinstance(plan, Plan) else ("validation",)
+def texts_for(plan: Plan | FittedPlan | None, recipe: Recipe) -> tuple[TextUse, ...]:
+    """The texts that an artifact needs: where numbers are given, none to fit them to, but one to train them on."""
+    is_fitted = plan is not None and not isinstance(plan, Plan)
+    return ("validation",) if is_fitted and recipe.heal is None else ("calibration", "validation")
 
 
 def prepare(

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvslim.calibrate import cache
-from kvslim.errors import ArtifactError, UsageError
+from kvslim.errors import ArtifactError
 from kvslim.export.stored import graph_key
 from kvslim.healing.distil import healed
 from kvslim.healing.schedule import LEAST_STEPS
-from kvslim.healing.text import Text, Texts
+from kvslim.healing.text import parts_of
 from kvslim.healing.transfer import transferred
 from kvslim.transform.edit_file import digest_of, load_fitted, save_fitted
 from kvslim.transform.edits import FittedPlan, LayerEdit
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from kvslim.settings import Heal
 
 Codes = tuple[LayerEdit, ...]
-WATCHED, JUDGED = 4096, 8192  # tokens of the held-out text, at most
-SHARE = 8  # of the windows, one part of so many is watched and one judged
 TRIAL = 8  # of a training, one part in so many serves to compare plans
 
 
@@ -80,21 +78,3 @@ def shortened(settings: Heal) -> Heal:
     if settings.minutes is not None:
         return settings.model_copy(update={"minutes": settings.minutes / TRIAL})
     return settings.model_copy(update={"steps": max(LEAST_STEPS, (settings.steps or 0) // TRIAL)})
-
-
-def parts_of(windows: Text) -> Texts:
-    """The text in three parts: most of it to train on, two others in which nothing of that stands.
-
-    Raises:
-        UsageError: It has fewer than three windows.
-    """
-    count, length = windows.windows.shape
-    if count < 3:
-        raise UsageError(
-            f"to heal takes three windows of text, and there are {count}",
-            where="recipe: heal",
-            fix="give a longer text with --calibration",
-        )
-    judged, watched = (max(1, min(count // SHARE, tokens // length)) for tokens in (JUDGED, WATCHED))
-    first = count - judged - watched
-    return Texts(windows.part(0, first), windows.part(first, first + watched), windows.part(first + watched, None))

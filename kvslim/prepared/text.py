@@ -23,7 +23,7 @@ from kvslim.calibrate.corpus import (
     text_windows,
 )
 from kvslim.demo.world import recall_questions
-from kvslim.healing.text import Text
+from kvslim.healing.text import Text, check_count
 from kvslim.loading.config import model_config
 from kvslim.settings import Calibration, TextUse, Validation
 from kvslim.validation.recall import RecallItem, repeated_spans
@@ -65,6 +65,10 @@ class TextSource:
         for use in uses:
             if self._is_needed(use) and not self._is_written(getattr(self, use)):
                 _ = self.calibration_windows if use == "calibration" else self.held_out_windows  # read, so checked
+        heal = self.prepared.recipe.heal
+        if heal is not None and "calibration" in uses:
+            is_written = self._is_written(self.calibration)
+            check_count(self.calibration.samples if is_written else len(self.healing_windows(heal.samples).windows))
 
     def is_missing(self, uses: Collection[TextUse]) -> bool:
         """Whether the model must still write one of these texts."""

@@ -87,15 +87,15 @@ def merged(fitted: Sequence[FittedPlan]) -> FittedPlan:
     of multiple fine-tuned models improves accuracy without increasing inference time", 2022, section 3).
 
     Raises:
-        UsageError: They did not begin with the same numbers, or one of them has trained other weights.
+        UsageError: They are for different models, did not begin with the same numbers, or have trained other weights.
     """
     first = fitted[0]
     for other in fitted[1:]:
-        if _beginning(other) != _beginning(first):
+        if fault := _apart(first, other):
             raise UsageError(
-                "these plans were fitted to different numbers, so their weights cannot be merged",
+                f"{fault}, so their weights cannot be merged",
                 where="--plan",
-                fix="merge trainings of one model, recipe and calibration text, which differ in `heal` alone",
+                fix="merge trainings that began with the same edits.safetensors",
             )
     codes = tuple(
         replace(layers[0], weights=_mean(layers)) for layers in zip(*(one.codes for one in fitted), strict=True)
@@ -103,10 +103,23 @@ def merged(fitted: Sequence[FittedPlan]) -> FittedPlan:
     return first._replace(codes=codes)
 
 
-def _beginning(fitted: FittedPlan) -> tuple[str, str]:
-    """What a training began with, and which weights it trained."""
-    bare = tuple(replace(code, weights={name: np.empty(0) for name in code.weights}) for code in fitted.codes)
-    return fitted.made_for, digest_of(bare)
+def _apart(one: FittedPlan, other: FittedPlan) -> str | None:
+    """Why two are not trainings of one plan; None where they are."""
+    if one.made_for != other.made_for:
+        return "these plans are for different models, or for weights that are stored in different ways"
+    if digest_of(_untrained(one)) != digest_of(_untrained(other)):
+        return "these plans were fitted to different numbers"
+    if _trained(one) != _trained(other):
+        return "these plans have other weights trained, or one of them none"
+    return None
+
+
+def _untrained(fitted: FittedPlan) -> Codes:
+    return tuple(replace(code, weights={}) for code in fitted.codes)
+
+
+def _trained(fitted: FittedPlan) -> list[set[str]]:
+    return [set(code.weights) for code in fitted.codes]
 
 
 def _mean(layers: Sequence[LayerEdit]) -> dict[str, Array]:
