@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from support.models import cached_logits, open_prepared, recipe_of, tokens_of, t
 
 from kvslim.caches import SharedCache, WindowCache
 from kvslim.errors import UsageError
-from kvslim.healing import distil, held_out
+from kvslim.healing import distil, held_out, recompute
 from kvslim.healing.changes import Changes
 from kvslim.healing.distil import healed
 from kvslim.healing.held_out import LOST, HeldOut
@@ -111,6 +112,37 @@ def test_any_cache_heals_and_its_graph_says_what_torch_says(tiny_llama: Path, tm
     tokens = tokens_of(prepared)
     expected = torch_logits(prepared, tokens)
     assert np.abs(cached_logits(tmp_path / "graph", tokens) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", ["shared", "fewer heads", "no block"])
+def test_layers_that_are_computed_again_learn_the_same(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    prepared = open_prepared(tiny_llama, recipe_of())
+    codes = prepared.codes(Plan(layers=tuple(CACHES[kind](layer) for layer in range(prepared.spec.layers))))
+    whole, _ = heal(prepared, codes, tmp_path / "whole")
+    calls: list[int] = []
+    again = recompute.checkpoint
+    monkeypatch.setattr(recompute, "checkpoint", lambda *call, **how: (calls.append(1), again(*call, **how))[1])
+    monkeypatch.setattr(distil, "free_bytes", lambda _: 0)
+    little, _ = heal(prepared, codes, tmp_path / "little")
+    assert calls
+    assert same(little, whole)
+
+
+def test_bytes_left_for_the_gradients_grow_with_the_text_and_not_where_layers_are_computed_again(
+    tiny_llama: Path,
+) -> None:
+    prepared = open_prepared(tiny_llama, recipe_of((KvQuant(bits=4),)))
+    _, codes = planned(prepared)
+    student = Student(prepared.model, prepared.architecture, codes)
+    tokens = torch.from_numpy(texts_of(prepared).trained.windows)
+    few, many = (recompute.left_bytes(student.model, student.layers, tokens[:count]) for count in (2, 8))
+    hidden = 4 * tokens.numel() * prepared.spec.hidden_size
+    assert many == pytest.approx(4 * few, rel=0.05)
+    assert many > 10 * prepared.spec.layers * hidden  # what norms, projections and the activation read
+    recompute.recompute(student.layers)
+    assert recompute.left_bytes(student.model, student.layers, tokens) == prepared.spec.layers * hidden
 
 
 def test_healing_lowers_the_kl_of_codes_and_keeps_the_best(tiny_llama: Path, tmp_path: Path) -> None:
@@ -298,12 +330,20 @@ def test_every_window_comes_once_in_a_round() -> None:
     assert list(seen[:6]) != list(seen[6:])
 
 
-def test_time_budget_heals(tiny_llama: Path, tmp_path: Path) -> None:
+def test_time_budget_heals_and_has_what_is_done_around_the_steps(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepared = open_prepared(tiny_llama, recipe_of((KvQuant(bits=4),)))
     _, codes = planned(prepared)
-    _, found = heal(prepared, codes, tmp_path, steps=None, minutes=0.01)
-    assert found.steps >= LEAST_STEPS
-    assert found.seconds < 30
+    now, left = itertools.count(), list[float]()
+    monkeypatch.setattr("time.monotonic", lambda: float(next(now)))
+    counting = distil.steps_within
+    monkeypatch.setattr(distil, "steps_within", lambda *of: left.append(of[0]) or counting(*of))
+    _, found = heal(prepared, codes, tmp_path, steps=None, minutes=1)
+    # Each look at the clock is a second: two around the judge, two around the first evaluation, and one each at the
+    # beginning and before the steps; the judge comes once more in the end.
+    assert left == [60 - 5 - 1]
+    assert found.steps == 54 - 12
 
 
 def test_text_is_parted_without_overlap() -> None:

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from kvslim.healing.changes import Changes
+from kvslim.healing.device import free_bytes, training_device, within_memory
 from kvslim.healing.held_out import HeldOut
+from kvslim.healing.recompute import left_bytes, recompute
 from kvslim.healing.schedule import TIMED, batch_of, is_evaluated, rate_of, steps_within
 from kvslim.healing.state import Reached, State
-from kvslim.healing.student import Codes, Student
+from kvslim.healing.student import Codes, Student, sharing_copy
 from kvslim.healing.text import Texts
 from kvslim.loading.architecture import Architecture
 from kvslim.progress import Progress
@@ -34,6 +36,7 @@ MOST_GRADIENT = 1.0  # norm
 PATIENCE = 4  # evaluations without a better one
 WORSE = 1.1  # times the least KL is more than chance: on 2,048 tokens of SmolLM2 it moves by some 5 %
 CUT = 1 / 3  # of the rate, after so bad a one
+LEFT = 0.5  # of the memory, at most, for what a step leaves in the layers
 
 
 def healed(
@@ -58,11 +61,16 @@ def healed(
         folder: Receives what the training has reached; one that was killed goes on from there.
         progress: Receives the progress.
     """
-    student, judged = Student(model, architecture, codes), HeldOut(model, *texts.judged)
-    without = judged.kl(student.model)
-    training = _Training(model, student, texts, settings, seed, folder)
-    training.run(progress)
-    best, after, reached = training.best(), judged.kl(student.model), training.state.reached
+    start = time.monotonic()
+    with within_memory():
+        teacher = sharing_copy(model, architecture, training_device())
+        student, judged = Student(teacher, architecture, codes), HeldOut(teacher, *texts.judged)
+        middle = time.monotonic()
+        without = judged.kl(student.model)
+        judging = time.monotonic() - middle
+        training = _Training(teacher, student, texts, settings, seed, folder)
+        training.run(progress, time.monotonic() - start + judging)
+        best, after, reached = training.best(), judged.kl(student.model), training.state.reached
     found = Healing(
         steps=reached.step,
         tokens=reached.step * training.size * texts.trained.windows.shape[1],
@@ -89,10 +97,15 @@ class _Training:
 
     def __init__(self, teacher: Any, student: Student, texts: Texts, settings: Heal, seed: int, folder: Path) -> None:
         self.teacher, self.student, self.settings, self.seed, self.folder = teacher, student, settings, seed, folder
-        self.windows = torch.from_numpy(texts.trained.windows)
-        self.counted = torch.from_numpy(predicting(*texts.trained))
+        self.device: torch.device = teacher.device
+        self.windows = torch.from_numpy(texts.trained.windows).to(self.device)
+        self.counted = torch.from_numpy(predicting(*texts.trained)).to(self.device)
         self.watched = HeldOut(teacher, *texts.watched)
         self.size = max(1, min(TOKENS // self.windows.shape[1], len(self.windows)))
+        with self.device:
+            left = left_bytes(student.model, student.layers, self.windows[: self.size])
+        if left > LEFT * free_bytes(self.device):
+            recompute(student.layers)
         self.changes = Changes(student.weights)
         optimizer = torch.optim.AdamW(self.changes.values, lr=settings.rate, betas=BETAS)
         best = [torch.zeros_like(change) for change in self.changes.values]
@@ -102,8 +115,13 @@ class _Training:
         else:
             self._watch()
 
-    def run(self, progress: Progress) -> None:
-        """Takes all steps, or those up to the last of some evaluations that were no better."""
+    def run(self, progress: Progress, aside: float) -> None:
+        """Takes all steps, or those up to the last of some evaluations that were no better.
+
+        Args:
+            progress: Receives the progress.
+            aside: Seconds of a budget of time that go to what is done before and after.
+        """
         reached, timed = self.state.reached, list[float]()
         progress.tell(self._told)
         while not self._is_over:
@@ -115,7 +133,8 @@ class _Training:
                 reached.seconds += timed[-1]
                 if reached.steps is None and len(timed) > TIMED:
                     evaluation = reached.watched[0].seconds
-                    reached.steps = steps_within(60 * (self.settings.minutes or 0.0), timed, evaluation)
+                    left = 60 * (self.settings.minutes or 0.0) - aside
+                    reached.steps = steps_within(left, timed, evaluation)
                 if reached.steps is not None and is_evaluated(reached.step, reached.steps):
                     self._watch()
                     self.state.save(self.folder)
@@ -155,9 +174,8 @@ class _Training:
         counted = self.counted[rows][:, places]
         if not counted.any():
             return  # prompts alone
-        with torch.enable_grad():
-            loss = self._loss(self.windows[rows], counted, places)
-        loss.backward()
+        with self.device, torch.enable_grad():
+            self._loss(self.windows[rows], counted, places).backward()
         self.changes.take_gradients()
         torch.nn.utils.clip_grad_norm_(self.changes.values, MOST_GRADIENT)
         optimizer.step()

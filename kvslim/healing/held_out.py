@@ -29,7 +29,8 @@ class HeldOut:
         stride = 2 if teacher.config.vocab_size > SMALL_VOCABULARY and counted[:, 1::2].any() else 1
         self._places = torch.arange(stride - 1, windows.shape[1], stride)
         counted = counted[:, self._places]
-        self._batches = list(zip(torch.from_numpy(windows).split(size), counted.split(size), strict=True))
+        parts = (part.to(teacher.device).split(size) for part in (torch.from_numpy(windows), counted))
+        self._batches = list(zip(*parts, strict=True))
         self._teacher = [self._log_probabilities(teacher, batch) for batch, _ in self._batches]
         self._count = int(counted.sum())
 
@@ -41,5 +42,5 @@ class HeldOut:
         return max(total / self._count, 0.0) if math.isfinite(total) else LOST
 
     def _log_probabilities(self, model: Any, batch: Tensor) -> Tensor:
-        with torch.inference_mode():
+        with model.device, torch.inference_mode():
             return logits_at(model, batch, self._places).float().log_softmax(-1)

@@ -31,7 +31,7 @@ def steps_within(seconds: float, timed: Sequence[float], evaluation: float) -> i
     """How many steps fit into a time.
 
     Args:
-        seconds: The budget, from the first step on.
+        seconds: The budget, from the first step on; what is too little becomes the fewest steps.
         timed: Seconds of the first steps.
         evaluation: Seconds of one pass over the held-out text.
     """

@@ -17,7 +17,8 @@ from kvslim.replacing import replacing
 from kvslim.types import Watched
 
 FILE = "state.safetensors"
-OPTIMIZER = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each
+MOMENTS = ("exp_avg", "exp_avg_sq")
+OPTIMIZER = (*MOMENTS, "step")  # what AdamW keeps of each
 BEST = ("best",)
 KINDS = (*BEST, "change", *OPTIMIZER)
 
@@ -112,7 +113,8 @@ class State:
                 best.copy_(tensors[f"best.{number}"])
                 if not reached.is_over:
                     change.copy_(tensors[f"change.{number}"])
-                    self.optimizer.state[change] = {kind: tensors[f"{kind}.{number}"] for kind in OPTIMIZER}
+                    moments = {kind: tensors[f"{kind}.{number}"].to(change.device) for kind in MOMENTS}
+                    self.optimizer.state[change] = {"step": tensors[f"step.{number}"], **moments}
         return True
 
     def _tensors(self) -> dict[str, Tensor]:

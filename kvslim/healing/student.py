@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kvslim.loading.architecture import Architecture
@@ -21,21 +22,24 @@ class Student:
     """A model that computes with codes, and its weights that are trained.
 
     Args:
-        model: The prepared model, without codes; it stays as it is, and is the teacher.
+        model: The teacher, without codes; it stays as it is.
         architecture: Where its parts live.
         codes: One entry per layer.
 
     Attributes:
         model: The copy.
+        layers: Its layers.
         weights: What is trained, by layer and name.
     """
 
     def __init__(self, model: Any, architecture: Architecture, codes: Codes) -> None:
         self.codes = codes
-        self.model = _sharing_copy(model, architecture)
-        install(self.model, architecture, codes)
+        self.model = sharing_copy(model, architecture, model.device)
+        with model.device:
+            install(self.model, architecture, codes)
+        self.layers = layer_modules(self.model, architecture)
         self.weights: dict[tuple[int, str], Tensor] = {}
-        for index, layer in enumerate(layer_modules(self.model, architecture)):
+        for index, layer in enumerate(self.layers):
             with_mlp = trains_mlp(codes, index)
             for name, tensor in trainable(layer, architecture, codes[index], with_mlp=with_mlp).items():
                 own = tensor.detach().clone().requires_grad_()
@@ -45,7 +49,7 @@ class Student:
         """The codes with the weights as they are now."""
         found: list[dict[str, Array]] = [{} for _ in self.codes]
         for (layer, name), weight in self.weights.items():
-            found[layer][name] = weight.detach().numpy().copy()
+            found[layer][name] = weight.detach().cpu().numpy().copy()
         return tuple(
             with_weights(code, weights) if weights else code for code, weights in zip(self.codes, found, strict=True)
         )
@@ -63,11 +67,19 @@ def trains_mlp(codes: Codes, layer: int) -> bool:
     return code.mlp_mean is None and (not code.has_attention or before_gap or code.channels is not None)
 
 
-def _sharing_copy(model: Any, architecture: Architecture) -> Any:
-    """A copy of a model, whose weights and tables are the model's own and not for training."""
-    for slim in slim_modules(model, architecture):
+def sharing_copy(model: Any, architecture: Architecture, device: torch.device) -> Any:
+    """A copy of a model, not for training, on a device; where the model is there too, all numbers are its own.
+
+    Args:
+        model: A prepared model.
+        architecture: Where its parts live.
+        device: Where the copy is to be.
+    """
+    slims = slim_modules(model, architecture)
+    for slim in slims:
         slim.hidden = None  # what it read last
-    shared: dict[int, Any] = {id(slim.rotary): slim.rotary for slim in slim_modules(model, architecture)}
-    shared |= {id(each): nn.Parameter(each.detach(), requires_grad=False) for each in model.parameters()}
-    shared |= {id(each): each for each in model.buffers()}
+    rotaries = {id(slim.rotary): slim.rotary for slim in slims if slim.rotary is not None}
+    shared: dict[int, Any] = {place: rotary.to(device) for place, rotary in rotaries.items()}
+    shared |= {id(each): nn.Parameter(each.detach().to(device), requires_grad=False) for each in model.parameters()}
+    shared |= {id(each): each.to(device) for each in model.buffers()}
     return copy.deepcopy(model, shared)

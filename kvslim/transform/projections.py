@@ -65,10 +65,10 @@ def linear_of(weight: Array, bias: Array) -> nn.Linear:
 
 
 def as_tensor(array: Array) -> Tensor:
-    """Numbers in float32."""
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    """Numbers in float32, on the device that is torch's default then."""
+    return torch.as_tensor(np.ascontiguousarray(array, dtype=np.float32))
 
 
 def _double(tensor: Any) -> Array:
-    array: Array = tensor.detach().to(torch.float64).numpy()
+    array: Array = tensor.detach().cpu().to(torch.float64).numpy()
     return array

@@ -19,7 +19,7 @@ class Constant(nn.Module):
 
     def __init__(self, value: Array) -> None:
         super().__init__()
-        self.register_buffer("value", torch.from_numpy(value).float())
+        self.register_buffer("value", torch.as_tensor(value).float())
 
     def forward(self, _: Tensor) -> Tensor:
         """The vector, whatever comes in."""
@@ -39,7 +39,7 @@ def remove_parts(layer: Any, architecture: Architecture, edit: LayerEdit, multip
     if not edit.has_attention and attention is None:
         raise ValueError("an attention that goes needs its mean")
     if attention is not None and mlp is not None:
-        layer.forward = partial(_skipped, torch.from_numpy(multiplier * (attention + mlp)).float())
+        layer.forward = partial(_skipped, torch.as_tensor(multiplier * (attention + mlp)).float())
     elif attention is not None:
         output = f"{architecture.attention}.{architecture.output}"
         _replace(layer, (output,), architecture.added[0], attention)

@@ -7,7 +7,7 @@ all families alike, and can rotate in torch or leave it to onnxruntime's fused o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,10 @@ class Rotary:
     def dim(self) -> int:
         """Coordinates of a head that are rotated."""
         return 2 * len(self.frequencies)
+
+    def to(self, device: torch.device) -> Rotary:
+        """The same with its tables on a device."""
+        return replace(self, cos=self.cos.to(device), sin=self.sin.to(device))
 
     def scaled(self, states: Tensor) -> Tensor:
         """`states` [..., head_dim] before RoPE, times what RoPE multiplies them by."""

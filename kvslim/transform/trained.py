@@ -36,7 +36,7 @@ def mlp_linears(layer: nn.Module, architecture: Architecture) -> Iterator[tuple[
 def set_weights(layer: nn.Module, weights: Mapping[str, Array]) -> None:
     """Puts trained weights in the place of a layer's own."""
     for name, array in weights.items():
-        put(layer, name, torch.from_numpy(array))
+        put(layer, name, torch.as_tensor(array))
 
 
 def put(layer: nn.Module, name: str, values: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class ClusteredAttention(CacheAttention):
         """Weights [batch, heads, queries, keys] as each text's own clusters share them."""
         assert self.formed is not None
         first, values = own[:, :, :FIRST_TOKENS, :FIRST_TOKENS], value[:, :, :FIRST_TOKENS]
-        texts = zip(*(states.detach().double().numpy() for states in (first, values)), strict=True)
+        texts = zip(*(states.detach().double().cpu().numpy() for states in (first, values)), strict=True)
         chosen = torch.tensor([self.formed.clusters(*text) for text in texts])
         shared = torch.gather(own, 1, chosen[:, :, None, None].expand_as(own))
         return torch.cat([own[:, :, :FIRST_TOKENS], shared[:, :, FIRST_TOKENS:]], dim=2)
