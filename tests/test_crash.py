@@ -12,6 +12,7 @@ import pytest
 from support.tiny_artifact import SPEC
 
 from kvslim import stages
+from kvslim.export.manifest import read_manifest
 from kvslim.export.package import check_output, staging
 from kvslim.recipe import load_recipe
 
@@ -103,6 +104,70 @@ for _ in range(kills):
 whole_run(out)
 print(*verify(out), *sorted(path.name for path in folder.iterdir()), flush=True)
 """
+
+HEALING_DRIVER = """
+import os, signal, sys
+from pathlib import Path
+import kvslim.prepared.decoder
+from kvslim import pipeline
+from kvslim.healing import distil, state
+from kvslim.recipe import load_recipe
+
+model, folder = sys.argv[1], Path(sys.argv[2])
+(folder / "text.txt").write_text("one two three four five six seven eight nine ten " * 100)
+(folder / "recipe.yaml").write_text("methods: [{kv_hdc: {bits: 4}}]")
+brief = [
+    "validation.recall_items=1", "validation.samples=2", "validation.length=32", "validation.recall_distance=16",
+    "validation.prompts=[4]", "validation.contexts=[4]", "validation.repeats=3", "weights=fp32", "compensate=false",
+    "calibration.samples=4", "calibration.length=48", f"calibration.source={folder / 'text.txt'}",
+    "heal={steps: 12, rate: 1e-3}", "keep_edits=true",
+]
+recipe = load_recipe(str(folder / "recipe.yaml"), brief)
+step, save_file = distil._Training._step, state.save_file
+
+def dies_in_a_step():
+    distil._Training._step = lambda self, at: os.kill(os.getpid(), signal.SIGKILL) if at == 5 else step(self, at)
+
+def dies_while_it_saves():
+    saved = []
+    def saving(tensors, path, told):
+        save_file(tensors, path, told)
+        saved.append(path)
+        if len(saved) == 3:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+    state.save_file = saving
+
+def run(name, prepare=lambda: None):
+    child = os.fork()
+    if child == 0:
+        os.environ["KVSLIM_CACHE"] = str(folder / f"cache of {name}")
+        prepare()
+        pipeline.compress(model, recipe, folder / name)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+run("killed", dies_in_a_step)
+run("killed", dies_while_it_saves)
+run("killed")
+run("whole")
+"""
+
+
+@pytest.mark.slow
+def test_training_that_was_killed_twice_ends_with_the_same_artifact(tiny_llama: Path, tmp_path: Path) -> None:
+    """Once in a step, and once while it wrote what it had reached."""
+    command = [sys.executable, "-W", "ignore", "-c", HEALING_DRIVER, str(tiny_llama), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    killed = str(-signal.SIGKILL)
+    assert done.stdout.split() == [killed, killed, "0", "0"], done.stderr
+    left = [path for path in (tmp_path / "cache of killed" / "healing").rglob("*") if path.is_file()]
+    assert [path.name for path in left] == ["state.safetensors"]
+    resumed, whole = (read_manifest(tmp_path / name) for name in ("killed", "whole"))
+    assert whole.healing is not None
+    assert whole.healing.kept
+    for name in ("model.onnx", "model.onnx_data", "edits.safetensors"):
+        assert resumed.files[name] == whole.files[name]
 
 
 @pytest.mark.thorough

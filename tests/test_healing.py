@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from support.models import cached_logits, open_prepared, recipe_of, tokens_of, torch_logits
+from support.tiny_decoders import save_decoder
 
-from kvslim.caches import SharedCache, WindowCache
+from kvslim.caches import LinearCache, SharedCache, WindowCache
 from kvslim.errors import UsageError
 from kvslim.healing import distil, held_out, recompute
 from kvslim.healing.changes import Changes
@@ -106,12 +107,16 @@ def test_any_cache_heals_and_its_graph_says_what_torch_says(tiny_llama: Path, tm
     assert found.kept
     assert found.kl_after < found.kl_before
     assert any("mlp." in name for code in codes for name in code.weights) == (kind in ("no attention", "no block"))
+    check_graph(prepared, plan, codes, tmp_path / "graph")
+
+
+def check_graph(prepared: PreparedDecoder, plan: Plan, codes: Codes, folder: Path) -> None:
     prepared.install(codes)
-    (tmp_path / "graph").mkdir()
-    prepared.export(plan, tmp_path / "graph")
+    folder.mkdir()
+    prepared.export(plan, folder)
     tokens = tokens_of(prepared)
     expected = torch_logits(prepared, tokens)
-    assert np.abs(cached_logits(tmp_path / "graph", tokens) - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(cached_logits(folder, tokens) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("kind", ["shared", "fewer heads", "no block"])
@@ -128,6 +133,23 @@ def test_layers_that_are_computed_again_learn_the_same(
     little, _ = heal(prepared, codes, tmp_path / "little")
     assert calls
     assert same(little, whole)
+
+
+def test_state_shared_cache_and_narrower_mlp_heal_together(tmp_path: Path) -> None:
+    model = save_decoder("llama", tmp_path / "model", num_hidden_layers=3, intermediate_size=128)
+    prepared = open_prepared(model, recipe_of((KvQuant(),)))
+    layers = (
+        LayerPlan(layer=0).with_cache(stored="int8"),
+        LayerPlan(layer=1, cache=SharedCache(source=0), mlp_width=64),
+        LayerPlan(layer=2, cache=LinearCache(window=8, sinks=2, features=4)),
+    )
+    codes, found = heal(prepared, prepared.codes(Plan(layers=layers)), tmp_path / "state")
+    assert found.kept
+    names = [set(code.weights) for code in codes]
+    assert [any("mlp." in name for name in each) for each in names] == [False, True, False]
+    assert [any("features" in name for name in each) for each in names] == [False, False, True]
+    assert [any("k_proj" in name for name in each) for each in names] == [True, False, True]
+    check_graph(prepared, Plan(layers=layers), codes, tmp_path / "graph")
 
 
 def test_bytes_left_for_the_gradients_grow_with_the_text_and_not_where_layers_are_computed_again(

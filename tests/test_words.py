@@ -20,6 +20,8 @@ from support.verbs import Run, runner
 from kvslim.cli.peers import VERBS
 from kvslim.errors import GateError, UsageError
 from kvslim.recipe import Recipe
+from kvslim.report.card import model_card
+from kvslim.report.page import artifact_page
 from kvslim.types import Healing, Manifest
 
 
@@ -229,8 +231,12 @@ def test_compress_tells_what_healing_gave(
     healing = None if before is None else Healing(steps=20, tokens=20480, seconds=60.0, watched=(), **numbers)
     plain = manifest()
     assert "healed" not in (made(plain), run("compress", "demo", "-o", "out")[2])[1]
-    made(plain.model_copy(update={"healing": healing, "recipe": {**plain.recipe, "heal": {"steps": 20}}}))
-    assert run("compress", "demo", "-o", "out")[2].splitlines()[1].startswith(told)
+    asked = plain.model_copy(update={"healing": healing, "recipe": {**plain.recipe, "heal": {"steps": 20}}})
+    made(asked)
+    assert run("compress", "demo", "-o", "out")[2].splitlines()[0].startswith(told)
+    assert f"- Training: {told}" in model_card(asked)
+    assert told.partition(" ->")[0] in artifact_page(asked)
+    assert all("healed" not in page(plain) for page in (model_card, artifact_page))
 
 
 def test_next_is_a_chat_where_the_tokenizer_has_a_template(

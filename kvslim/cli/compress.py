@@ -100,6 +100,7 @@ def compress(
     asked = asked_for(model, read, budget, device, tokens_per_second)
     from kvslim import api
     from kvslim.report.draft import draft_note, fallback_note
+    from kvslim.report.healing import healing_note
     from kvslim.report.matrices import rounded_again
     from kvslim.report.tables import gates_table, report_table, timing_note
 
@@ -124,7 +125,7 @@ def compress(
     elif report:
         console.print_tables(report_table(report), gates_table(report.gates))
     notes = (timing_note(report), draft_note(report.speculation)) if report else ()
-    for note in filter(None, (fallback_note(manifest), rounded_again(manifest), *notes)):
+    for note in filter(None, (fallback_note(manifest), rounded_again(manifest), *notes, healing_note(manifest))):
         console.hint(note)
     for line in outcome(manifest, out, progress.seconds, asked.room, reached):
         console.hint(line)

@@ -13,7 +13,7 @@ from kvslim.cli.pace import minutes
 from kvslim.kv_ratios import smaller
 from kvslim.measures import Report
 from kvslim.report.advice import expected_gates, likely_fix, nearest_budget, passing_budget
-from kvslim.types import Healing, Manifest
+from kvslim.types import Manifest
 
 if TYPE_CHECKING:
     from kvslim.devices.limits import Limits
@@ -41,8 +41,6 @@ def outcome(
     """
     if manifest.report is not None:
         yield ": ".join((_verdict(manifest.report), ", ".join(_facts(manifest.report))))
-    if manifest.recipe.get("heal") is not None:
-        yield _healing(manifest.healing)
     yield f"written to {out} in {minutes(seconds)}"
     if room is not None:
         from kvslim.report.reach import reach_line
@@ -106,15 +104,6 @@ def _words(context: typer.Context) -> Iterator[str]:
             yield from (
                 [str(one)] if parameter.param_type_name == "argument" else [min(parameter.opts, key=len), str(one)]
             )
-
-
-def _healing(healing: Healing | None) -> str:
-    if healing is None:
-        return "not healed: the plan changes nothing that could heal"
-    change = f"KL {healing.kl_before:.3g} -> {healing.kl_after:.3g} on calibration text that was kept apart"
-    if healing.kept:
-        return f"healed in {healing.steps} steps: {change}"
-    return f"not healed: {healing.steps} steps gained nothing ({change}), so the weights stay as they were"
 
 
 def _verdict(report: Report) -> str:

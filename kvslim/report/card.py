@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from kvslim.kv_ratios import smaller
 from kvslim.report.decisions import decisions
 from kvslim.report.draft import draft_note
+from kvslim.report.healing import healing_note
 from kvslim.report.matrices import formats_line, rounded_again
 from kvslim.report.tables import gates_table, removals_table, report_table, timing_note
 from kvslim.types import KVLayout, Manifest, Plan
@@ -130,6 +131,9 @@ The graph appends to a cache that the caller allocates for the whole context, fi
 - Its base on the hub: `{{ manifest.source.base_model }}`
 {% endif -%}
 - Weights: {{ manifest.weights }}{% if stored_as %}: {{ stored_as }}{% endif %}{% if again %}; {{ again }}{% endif %}
+{% if healing -%}
+- Training: {{ healing }}
+{% endif -%}
 {% for package, number in manifest.versions.items() -%}
 - {{ package }} {{ number }}
 {% endfor %}
@@ -169,6 +173,7 @@ def model_card(manifest: Manifest) -> str:
         version=manifest.versions.get("kvslim", ""),
         stored_as=formats_line(manifest.matrices),
         again=rounded_again(manifest),
+        healing=healing_note(manifest),
         slim=slim,
         smaller="" if spec.is_encoder else smaller(slim, plain),
         timings=(timing_note(report) if report else None) or "",

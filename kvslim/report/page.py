@@ -22,6 +22,7 @@ from kvslim.report.decisions import decisions
 from kvslim.report.draft import draft_table
 from kvslim.report.figure import Figure, Limits
 from kvslim.report.figures import figures
+from kvslim.report.healing import healing_note
 from kvslim.report.matrices import formats_line, rounded_again
 from kvslim.report.tables import (
     UNCERTAIN,
@@ -244,6 +245,7 @@ def _origin(manifest: Manifest) -> Table:
         ("weights", str(manifest.weights)),
         *([("stored as", formats_line(manifest.matrices))] if manifest.matrices else []),
         *([("rounding", again)] if (again := rounded_again(manifest)) else []),
+        *([("training", healing)] if (healing := healing_note(manifest)) else []),
         *([] if manifest.spec.is_encoder else [("bytes per token counted at", f"{manifest.context:,} tokens")]),
         *manifest.versions.items(),
     ]
