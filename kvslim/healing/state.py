@@ -96,8 +96,9 @@ class State:
 
     def load(self, folder: Path) -> bool:
         """Goes on from what was written; False where there is nothing that can be read."""
-        for left in folder.glob(f"{FILE}.*"):
-            left.unlink(missing_ok=True)  # of a training that was killed while it wrote
+        with suppress(OSError):
+            for left in folder.glob(f"{FILE}.*"):
+                left.unlink()  # of a training that was killed while it wrote
         try:
             with safe_open(folder / FILE, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
