@@ -64,13 +64,17 @@ def healed(
     start = time.monotonic()
     with within_memory():
         teacher = sharing_copy(model, architecture, training_device())
-        student, judged = Student(teacher, architecture, codes), HeldOut(teacher, *texts.judged)
+        student = Student(teacher, architecture, codes)
+
+        def judged() -> float:
+            return HeldOut(teacher, *texts.judged).kl(student.model)  # too large to keep while weights are trained
+
         middle = time.monotonic()
-        without = judged.kl(student.model)
+        without = judged()
         judging = time.monotonic() - middle
         training = _Training(teacher, student, texts, settings, seed, folder)
         training.run(progress, time.monotonic() - start + judging)
-        best, after, reached = training.best(), judged.kl(student.model), training.state.reached
+        best, after, reached = training.best(), judged(), training.state.reached
     found = Healing(
         steps=reached.step,
         tokens=reached.step * training.size * texts.trained.windows.shape[1],

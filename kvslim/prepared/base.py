@@ -92,7 +92,7 @@ class PreparedModel(ABC):
             raise UsageError(
                 "its numbers were fitted for another model, or for weights that are stored in another way",
                 where="--plan",
-                fix="give that model and those weights, or a plan without numbers",
+                fix="give that model and the same weights (with a limit of the file, the same recipe), or a plan.json",
             )
 
     def fitted(self, plan: Plan) -> FittedPlan:
