@@ -11,11 +11,14 @@ from support.planning import Codes, alike, much, nothing, planner_of
 
 from kvslim.caches import WindowCache
 from kvslim.calibrate.statistics import CalibrationStatistics
+from kvslim.errors import GateError
 from kvslim.planning.budget import planner_of as planner_of_model
 from kvslim.planning.candidates import SINKS, Candidate
-from kvslim.planning.planner import Planner
+from kvslim.planning.choose import choose
+from kvslim.planning.planner import Planned, Planner
 from kvslim.planning.windows import WindowTrials, windows_keeping_recall
 from kvslim.prepared.decoder import PreparedDecoder
+from kvslim.settings import Budget
 from kvslim.transform.edits import LayerEdit
 from kvslim.transform.recall_trials import AnswerTrials
 from kvslim.types import KVLayout
@@ -135,6 +138,42 @@ def test_no_window_is_offered_when_it_costs_too_much(
     planner = planner_with(**refusal)
     whole = {bits: [[list(layer) for layer in layers]] for bits, layers in planner.whole.items()}
     assert planner.offered == whole
+
+
+@pytest.mark.parametrize(
+    ("without", "with_windows", "kl", "is_windowed"),
+    [(0.5, 0.2, 0.1, True), (0.5, 0.6, 0.1, False), (0.01, 0.0, 0.1, False), (0.5, 0.2, 2.0, False)],
+    ids=["loses less", "loses more recall", "recall is kept", "diverges more"],
+)
+def test_windows_may_cost_recall_where_more_is_lost_without(
+    planner_with: Callable[..., Planner], without: float, with_windows: float, kl: float, *, is_windowed: bool
+) -> None:
+    planner = planner_with(drop=lambda _: 0.5)
+    planner.divergences = lambda many: (kl if windows_in(codes) else 1.0 for codes in many)
+    offered = planner.offered
+
+    def drop(planned: Planned) -> float:
+        return with_windows if windows_of(planned) else without
+
+    chosen, frontier = choose(planner, Budget(kv_ratio=16), drop, recall_gate=0.05)
+    assert bool(windows_of(chosen)) == is_windowed
+    assert chosen.point.kl == (kl if is_windowed else 1.0)
+    assert chosen.point.recall_drop == (with_windows if is_windowed else without)
+    assert chosen.point in frontier
+    assert planner.offered == offered
+
+
+def test_limit_of_kl_may_be_kept_by_windows_that_cost_recall(planner_with: Callable[..., Planner]) -> None:
+    planner = planner_with(drop=lambda _: 0.5)
+    planner.divergences = lambda many: (0.1 if windows_in(codes) else 1.0 for codes in many)
+    limits = Budget(kv_ratio=16, max_kl=0.2)
+    assert windows_of(choose(planner, limits, lambda _: 0.5, recall_gate=0.05).planned)
+    with pytest.raises(GateError, match="KL is about 1"):
+        choose(planner, limits, nothing, recall_gate=0.05)
+
+
+def windows_of(planned: Planned) -> set[int]:
+    return {layer.cache.window for layer in planned.plan.layers if isinstance(layer.cache, WindowCache)}
 
 
 def test_planner_offers_windows_where_the_text_allows(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

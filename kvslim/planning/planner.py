@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,6 +129,18 @@ class Planner:
     def allocated(self, budget: float) -> Planned | None:
         """The plan of least divergence within a budget in bytes at the target context; None if none fits."""
         return next(self._best([self._worth(budget)]))
+
+    def forgetting(self) -> Planner:
+        """The same planner, whose windows may cost recall."""
+
+        def with_recall(_: Probes, changes: Iterable[Change]) -> Probes:
+            self._ask(changes)
+            return self._probes.forgetting
+
+        other = copy.copy(self)
+        other._with_recall = with_recall
+        other._offer(self._probes.forgetting)
+        return other
 
     def kinds(self, budget: float) -> dict[frozenset[str], Planned]:
         """By kind the best plan within a budget, where it could be the best of all; the least divergence first."""

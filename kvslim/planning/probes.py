@@ -90,6 +90,12 @@ class Probes(Frozen):
         }
 
     @property
+    def forgetting(self) -> Probes:
+        """These probes with windows wherever they could be worth it, also where that costs recall."""
+        anywhere = {length: tuple(losses) for length, losses in self.window_losses.items()}
+        return self.model_copy(update={"recall": self.recall.model_copy(update={"windows": anywhere})})
+
+    @property
     def removed(self) -> dict[int, tuple[Alteration, ...]]:
         """The removals that may be made, by layer."""
         found = {layer.layer: layer.removals for layer in self.layers if layer.removals}
