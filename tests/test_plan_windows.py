@@ -16,7 +16,7 @@ from kvslim.planning.budget import planner_of as planner_of_model
 from kvslim.planning.candidates import SINKS, Candidate
 from kvslim.planning.choose import choose
 from kvslim.planning.planner import Planned, Planner
-from kvslim.planning.windows import WindowTrials, windows_keeping_recall
+from kvslim.planning.windows import Forgetting, WindowTrials, windows_by_recall
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.settings import Budget
 from kvslim.transform.edits import LayerEdit
@@ -85,14 +85,26 @@ def test_layers_that_move_answers_least_get_windows_as_many_as_keep_recall() -> 
 
     trials = WindowTrials(512, nothing, shifts, drop)
     losses = dict.fromkeys((0, 1, 2, 3, 4, 5, 7), 0.1)
-    kept = windows_keeping_recall({64: losses, 128: losses}, 8, trials)
+    found = windows_by_recall({64: losses, 128: losses}, 8, trials)
     # What 128 tokens take recall from is not tried with 64.
-    assert kept == {128: (2, 3, 1), 64: (2, 3, 1)}
+    assert found == dict.fromkeys((128, 64), Forgetting(layers=(2, 3, 1, 4, 0, 5, 7), kept=3))
     assert [len(each) for each in asked] == [4, 2, 3, 2, 3]
 
 
 def test_no_layer_gets_a_window_where_each_costs_recall() -> None:
-    assert windows_keeping_recall({64: {0: 0.1, 1: 0.2}}, 2, WindowTrials(512, nothing, alike, much)) == {}
+    found = windows_by_recall({64: {0: 0.1, 1: 0.2}}, 2, WindowTrials(512, nothing, alike, much))
+    assert found == {64: Forgetting(layers=(0, 1), kept=0)}
+
+
+def test_layers_that_move_answers_most_keep_their_cache_longest(planner_with: Callable[..., Planner]) -> None:
+    planner = planner_with(drop=lambda _: 0.5)
+    known = planner._probes.recall.windows
+    assert known is not None
+    layers = known[32].layers
+    for share, count in ((0.5, len(layers) // 2), (1, len(layers))):
+        offered = planner._probes.forgetting(share).windowed
+        assert [set(each) for each in offered] == [set(known[length].layers[:count]) for length in known]
+    assert planner._probes.windowed == []
 
 
 @pytest.fixture(scope="module")

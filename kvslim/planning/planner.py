@@ -130,16 +130,18 @@ class Planner:
         """The plan of least divergence within a budget in bytes at the target context; None if none fits."""
         return next(self._best([self._worth(budget)]))
 
-    def forgetting(self) -> Planner:
-        """The same planner, whose windows may cost recall."""
+    def forgetting(self, share: float) -> Planner:
+        """The same planner, with windows in a share of the layers whatever recall that costs."""
+        if "windows" in self._probes.unasked:
+            self._ask(["windows"])
 
         def with_recall(_: Probes, changes: Iterable[Change]) -> Probes:
             self._ask(changes)
-            return self._probes.forgetting
+            return self._probes.forgetting(share)
 
         other = copy.copy(self)
         other._with_recall = with_recall
-        other._offer(self._probes.forgetting)
+        other._offer(self._probes.forgetting(share))
         return other
 
     def kinds(self, budget: float) -> dict[frozenset[str], Planned]:

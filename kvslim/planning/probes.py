@@ -6,6 +6,7 @@ recall is asked of all layers together, once for each kind of change, when a pla
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -15,8 +16,9 @@ from kvslim.contract import Frozen
 from kvslim.errors import UsageError
 from kvslim.planning.candidates import Alteration, Candidate
 from kvslim.planning.prices import Price
+from kvslim.planning.windows import Forgetting
 
-FORMAT: Literal[8] = 8  # part of the key too; raised when what is measured or how it is stored changes
+FORMAT: Literal[9] = 9  # part of the key too; raised when what is measured or how it is stored changes
 BITS = (8, 4)
 FIX = "probe the layers again"
 Change = Literal["windows", "removals", "sharing"]
@@ -38,7 +40,7 @@ class LayerProbe(Frozen):
 class RecallKept(Frozen):
     """The layers that can be altered together at no cost of recall; None where that was not asked."""
 
-    windows: dict[int, tuple[int, ...]] | None = Field(None, description="layers that may have a window, by its length")
+    windows: dict[int, Forgetting] | None = Field(None, description="which layers may have a window, by its length")
     removals: tuple[int, ...] | None = Field(None, description="layers whose parts may be removed")
     sharing: tuple[int, ...] | None = Field(None, description="layers that may read an earlier layer's cache")
 
@@ -46,7 +48,7 @@ class RecallKept(Frozen):
 class Probes(Frozen):
     """What was measured of a model at one target context; no limit of a budget decides it."""
 
-    format: Literal[8] = FORMAT
+    format: Literal[9] = FORMAT
     key: str = Field(description="hash of all that decides it: model, text, settings")
     context: int = Field(description="target context in tokens, at which bytes and time are counted")
     timed: bool = Field(description="whether what saves time alone was probed too")
@@ -74,10 +76,15 @@ class Probes(Frozen):
     @property
     def windowed(self) -> list[dict[int, tuple[Alteration, ...]]]:
         """The windows that may be taken: for each length, the longest first, by layer."""
-        kept = self.recall.windows
+        known = self.recall.windows
+        free = (
+            self.window_losses
+            if known is None
+            else {length: each.layers[: each.kept] for length, each in known.items() if each.kept}
+        )
         return [
             {layer: tuple(each for each in self.layers[layer].windows if each.window == length) for layer in layers}
-            for length, layers in (self.window_losses if kept is None else kept).items()
+            for length, layers in free.items()
         ]
 
     @property
@@ -89,11 +96,16 @@ class Probes(Frozen):
             for length in sorted(lengths, reverse=True)
         }
 
-    @property
-    def forgetting(self) -> Probes:
-        """These probes with windows wherever they could be worth it, also where that costs recall."""
-        anywhere = {length: tuple(losses) for length, losses in self.window_losses.items()}
-        return self.model_copy(update={"recall": self.recall.model_copy(update={"windows": anywhere})})
+    def forgetting(self, share: float) -> Probes:
+        """These probes with windows in a share of the layers where they could be worth it, whatever recall that costs.
+
+        Layers whose window moves answers least come first.
+        """
+        more = {
+            length: known.model_copy(update={"kept": max(known.kept, math.ceil(share * len(known.layers)))})
+            for length, known in (self.recall.windows or {}).items()
+        }
+        return self.model_copy(update={"recall": self.recall.model_copy(update={"windows": more})})
 
     @property
     def removed(self) -> dict[int, tuple[Alteration, ...]]:

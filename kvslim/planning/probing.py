@@ -18,7 +18,7 @@ from kvslim.planning.probes import BITS, CHANGES, Change, LayerProbe, Probes
 from kvslim.planning.removals import removals, removals_keeping_recall, spare_layers
 from kvslim.planning.sharing import nearest_sources, sharing, sharing_keeping_recall
 from kvslim.planning.trials import Pays, PlanTrials
-from kvslim.planning.windows import WindowTrials, window_alterations, windows_keeping_recall
+from kvslim.planning.windows import WindowTrials, window_alterations, windows_by_recall
 from kvslim.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Prober:
         removed = {layer.layer: layer.removals for layer in probes.layers}
         shared = {layer.layer: layer.sharing for layer in probes.layers}
         ways: dict[Change, Callable[[], Any]] = {
-            "windows": lambda: windows_keeping_recall(probes.window_losses, self.spec.layers, self.windows),
+            "windows": lambda: windows_by_recall(probes.window_losses, self.spec.layers, self.windows),
             "removals": lambda: removals_keeping_recall(removed, self._spare, self.plans),
             "sharing": lambda: sharing_keeping_recall(shared, self._sources, self.plans),
         }

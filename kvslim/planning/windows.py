@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
+from pydantic import Field
+
 from kvslim.caches import WindowCache
-from kvslim.contract import ModelSpec
+from kvslim.contract import Frozen, ModelSpec
 from kvslim.methods.kv_window import MOST_RECALL, KvWindow
 from kvslim.planning.candidates import SINKS, Alteration
 from kvslim.planning.trials import Pays
@@ -67,10 +69,15 @@ def window_alterations(
     return tuple(takewhile(pays, tried))
 
 
-def windows_keeping_recall(
-    windows: dict[int, dict[int, float]], layers: int, trials: WindowTrials
-) -> dict[int, tuple[int, ...]]:
-    """Of each window the layers that may have it at no cost of recall, together; windows that no layer may have go.
+class Forgetting(Frozen):
+    """What windows of one length do to recall."""
+
+    layers: tuple[int, ...] = Field(description="where they could be worth it; that move answers least first")
+    kept: int = Field(description="how many of these, from the first, may have one together at no cost of recall")
+
+
+def windows_by_recall(windows: dict[int, dict[int, float]], layers: int, trials: WindowTrials) -> dict[int, Forgetting]:
+    """What each window does to recall.
 
     Layers that move what the model gives at answers least are taken first, as many as keep recall. In one plan all
     windows are of one length, as onnxruntime-genai needs it. A layer that a longer window takes recall from is not
@@ -81,17 +88,17 @@ def windows_keeping_recall(
         layers: Of the model.
         trials: How windows are tried.
     """
-    kept: dict[int, tuple[int, ...]] = {}
+    found: dict[int, Forgetting] = {}
     refused: set[int] = set()
     for length in sorted(windows, reverse=True):
-        shifts = trials.shifts(_edit(length), sorted(windows[length].keys() - refused))
-        row = sorted(shifts, key=shifts.__getitem__)
+        shifts = trials.shifts(_edit(length), sorted(windows[length]))
+        row = sorted(shifts, key=lambda layer: (layer in refused, shifts[layer]))
+        asked = range(1, 1 + sum(layer not in refused for layer in row))
         drop = lambda count, row=row, length=length: trials.recall_drop(windowed(row[:count], length, layers))  # noqa: E731
-        together = row[: bisect_right(range(1, len(row) + 1), MOST_RECALL, key=drop)]
-        refused.update(row[len(together) :])
-        if together:
-            kept[length] = tuple(together)
-    return kept
+        kept = bisect_right(asked, MOST_RECALL, key=drop)
+        refused.update(row[kept:])
+        found[length] = Forgetting(layers=tuple(row), kept=kept)
+    return found
 
 
 def windowed(chosen: Sequence[int], window: int, layers: int) -> tuple[LayerEdit, ...]:
