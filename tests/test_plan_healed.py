@@ -127,6 +127,6 @@ def test_recipe_with_budget_and_healing_tries_plans_by_short_trainings(
     assert trained == []
     summary = planned(open_prepared(tiny_llama, recipe.model_copy(update={"heal": Heal(steps=16, rate=1e-2)})))
     assert 1 <= len(trained) <= TRIED
-    assert all(settings.steps == LEAST_STEPS == healing.steps for _, settings, healing in trained)
+    assert all(healing.steps <= LEAST_STEPS == settings.steps for _, settings, healing in trained)
     assert summary.plan in [plan for plan, _, _ in trained]
     assert summary.plan == plain.plan or len(trained) > 1
