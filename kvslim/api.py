@@ -49,7 +49,7 @@ def compress(
         recipe: A shipped recipe's name, a recipe file, or a `Recipe`.
         out: The folder to make; it appears only when everything is done.
         plan: Use these decisions, such as `kvslim.plan(...).plan`, instead of the methods' own; perhaps with their
-            numbers, as `load_fitted` reads them.
+            numbers, as `kvslim.transform.edit_file.load_fitted` reads them from an `edits.safetensors`.
         overwrite: Whether to replace an artifact that is already at `out`.
         progress: Receives the progress; by default nothing is printed.
         workers: How many processes measure beside each other; None for this one alone (needs the extra `ray`).
