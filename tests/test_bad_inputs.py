@@ -308,7 +308,7 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "method_null": (lambda i: i.recipe("methods: [null]"), USAGE, "a method must be"),
     "window_negative": (lambda i: i.recipe("methods: [{kv_window: {window: -1}}]"), USAGE, "window"),
     "heads_of_no_layer": (lambda i: i.recipe("methods: [{prune_heads: {heads: {9: [0]}}}]"), USAGE, "9"),
-    "layer_out_of_range": (lambda i: i.recipe("methods: [{prune_layers: {layers: [7]}}]"), USAGE, "7"),
+    "layer_out_of_range": (lambda i: i.recipe("methods: [{prune_layers: {layers: {7: mlp}}}]"), USAGE, "layer 7"),
     "set_empty": (lambda i: i.settings(""), USAGE, "--set"),
     "set_of_a_value": (lambda i: i.settings("name.x=1"), USAGE, "name"),
     "set_too_deep": (lambda i: i.settings("weights=" + "[" * 20_000), USAGE, "--set"),

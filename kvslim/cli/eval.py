@@ -62,5 +62,5 @@ def evaluate(
         console.print_json("eval", {"passed": passed, "gates": judged, "tasks": shown})
     else:
         console.print_tables(scores_table(scores), gates_table(gates))
-    likely = likely_fix(read_manifest(artifact).recipe, gates)
+    likely = None if passed else likely_fix(read_manifest(artifact).recipe, gates)
     return verdict(passed, gates, str(artifact), likely, "set --min-accuracy to what the task needs")

@@ -49,5 +49,5 @@ def validate(
         console.print_tables(report_table(report), gates_table(report.gates))
     for note in filter(None, (timing_note(report), draft_note(report.speculation))):
         console.hint(note)
-    likely = likely_fix(read_manifest(artifact).recipe, report.gates)
+    likely = None if report.passed else likely_fix(read_manifest(artifact).recipe, report.gates)
     return verdict(report.passed, report.gates, str(artifact), likely, SET_GATES)
