@@ -112,12 +112,13 @@ def test_self_samples_repeat_when_the_seed_does(tmp_path: Path) -> None:
     assert len(np.unique(first, axis=0)) == 11
 
 
-def test_a_self_sample_is_the_same_whatever_else_is_written(tmp_path: Path) -> None:
+def test_a_self_sample_is_the_same_whatever_else_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other texts beside it, shorter or longer, and fewer windows at once."""
     write_tiny(tmp_path / "model.onnx")
     wanted, other = OwnText(5, 20, 3), OwnText(4, 30, 1)
     (alone,) = self_windows(tmp_path, 5, [wanted], Silent())
-    beside = self_windows(tmp_path, 5, [other, wanted], Silent(), batch=4)
+    monkeypatch.setattr(corpus, "SELF_BATCH", 4)
+    beside = self_windows(tmp_path, 5, [other, wanted], Silent())
     assert [found.shape for found in beside] == [(4, 30), (5, 20)]
     np.testing.assert_array_equal(beside[1], alone)
     np.testing.assert_array_equal(beside[0], self_windows(tmp_path, 5, [other], Silent())[0])

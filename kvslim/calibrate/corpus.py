@@ -167,20 +167,17 @@ class OwnText(NamedTuple):
     seed: int
 
 
-def self_windows(
-    graph: Path, start: int, texts: Sequence[OwnText], progress: Progress, batch: int = SELF_BATCH
-) -> list[Array]:
+def self_windows(graph: Path, start: int, texts: Sequence[OwnText], progress: Progress) -> list[Array]:
     """Texts that the model writes itself: sampled from its own distribution, so no text need be given.
 
-    All windows of all texts are written side by side, as many at once as `batch` and memory allow: each step reads the
-    weights once, which takes most of its time.
+    All windows of all texts are written side by side, as many at once as their cache and memory allow: each step reads
+    the weights once, which takes most of its time.
 
     Args:
         graph: Folder of an export, mostly the model's plain one: onnxruntime decodes several times faster than torch.
         start: The token that starts every window.
         texts: What is wanted.
         progress: Receives the progress.
-        batch: Windows that are written side by side at most.
 
     Returns:
         For each text [samples, length] token ids.
@@ -189,7 +186,8 @@ def self_windows(
     points = np.concatenate([_points(text, longest) for text in texts])
     session = DecodeSession(graph, capacity=longest)
     fitting = usable_memory() // (CACHE_SHARE * session.layout.bytes_at(longest))
-    rounds = -(-len(points) // min(batch, max(fitting, 1)))
+    most = 1 if session.layout.needs_own_runtime else min(SELF_BATCH, max(fitting, 1))
+    rounds = -(-len(points) // most)
     rows = -(-len(points) // rounds)
     session.allocate(rows)
     points = np.resize(points, (rounds, rows, longest))
@@ -201,8 +199,8 @@ def self_windows(
         logits = session.step(tokens[part, :, place - 1 : place])[:, -1]
         tokens[part, :, place] = _drawn(logits, points[part, :, place])
     ends = np.cumsum([text.samples for text in texts])
-    windows = np.split(tokens.reshape(-1, longest), ends)
-    return [found[:, : text.length] for found, text in zip(windows, texts, strict=False)]
+    *windows, _ = np.split(tokens.reshape(-1, longest), ends)  # the last round may have more rows than are wanted
+    return [found[:, : text.length] for found, text in zip(windows, texts, strict=True)]
 
 
 def _points(text: OwnText, width: int) -> Array:

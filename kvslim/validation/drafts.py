@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 from tokenizers import Tokenizer
 
-from kvslim.calibrate.corpus import SELF_BATCH, OwnText, self_windows, source_text, start_token
+from kvslim.calibrate.corpus import OwnText, self_windows, source_text, start_token
 from kvslim.contract import Frozen
 from kvslim.errors import UsageError
-from kvslim.export.manifest import SPECULATIVE_GRAPH, read_manifest
+from kvslim.export.manifest import SPECULATIVE_GRAPH
 from kvslim.measures import DraftKind
 from kvslim.progress import Progress, Silent
 from kvslim.runtime.generate import load_tokenizer
@@ -131,8 +131,7 @@ def _own(folder: Path, longest: int, progress: Progress) -> list[int]:
     generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     start = start_token(SimpleNamespace(**{"bos_token_id": None, "eos_token_id": None, **generation}))
     text = OwnText(max(TEXTS, -(-longest // length)), length, SEED)
-    batch = 1 if read_manifest(folder).kv_layout.needs_own_runtime else SELF_BATCH
-    (windows,) = self_windows(folder, start, [text], progress, batch)
+    (windows,) = self_windows(folder, start, [text], progress)
     tokens: list[int] = windows.reshape(-1).tolist()
     return tokens
 
