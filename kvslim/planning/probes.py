@@ -7,6 +7,7 @@ recall is asked of all layers together, once for each kind of change, when a pla
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -76,12 +77,9 @@ class Probes(Frozen):
     @property
     def windowed(self) -> list[dict[int, tuple[Alteration, ...]]]:
         """The windows that may be taken: for each length, the longest first, by layer."""
-        known = self.recall.windows
-        free = (
-            self.window_losses
-            if known is None
-            else {length: each.layers[: each.kept] for length, each in known.items() if each.kept}
-        )
+        free: Mapping[int, Iterable[int]] = self.window_losses
+        if (known := self.recall.windows) is not None:
+            free = {length: each.layers[: each.kept] for length, each in known.items() if each.kept}
         return [
             {layer: tuple(each for each in self.layers[layer].windows if each.window == length) for layer in layers}
             for length, layers in free.items()
