@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from kvslim.errors import first_line
 from kvslim.export.package import recover
 from kvslim.progress import Progress
 from kvslim.sweep.asked import Job
@@ -77,5 +78,5 @@ def make_artifact(job: Job, out: Path) -> Outcome:
 
 def _death(error: Exception) -> Failure:
     fix = "take fewer workers: the system may have killed it for its memory"
-    message = f"its process died {RETRIES + 1} times: {str(error).splitlines()[0]}"
+    message = f"its process died {RETRIES + 1} times: {first_line(error)}"
     return Failure(message=message, where="--workers", fix=fix, exit_code=4)
