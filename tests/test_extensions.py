@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
     from kvslim.prepared.trials import Trials
     from kvslim.transform.attention import SlimAttention
-    from kvslim.transform.edits import LayerEdit
+    from kvslim.transform.edits import Codes, LayerEdit
 
 PROMPT = "Here is a story of Mira and Oren. Mira's lamp is red."
 
@@ -147,9 +147,7 @@ def _toy_method() -> type[Method]:
             )
             return plan.model_copy(update={"layers": layers})
 
-        def apply(
-            self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: tuple[LayerEdit, ...]
-        ) -> tuple[LayerEdit, ...]:
+        def apply(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: Codes) -> Codes:
             return edits
 
     return NegateKv

@@ -27,13 +27,12 @@ from kvslim.planning.decide import decide
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.progress import Silent
 from kvslim.settings import Heal
-from kvslim.transform.edits import LayerEdit
+from kvslim.transform.edits import Codes
 from kvslim.transform.straight_through import through
 from kvslim.transform.surgery import trial
 from kvslim.types import Healing, LayerPlan, Plan
 
 ModelOf = Callable[[str], Path]
-Codes = tuple[LayerEdit, ...]
 STEPS = 6
 
 

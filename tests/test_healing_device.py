@@ -27,7 +27,7 @@ from kvslim.methods import KvHdc, KvPca, KvQuant, Method
 from kvslim.planning.decide import decide
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.transform import projections
-from kvslim.transform.edits import LayerEdit
+from kvslim.transform.edits import Codes
 from kvslim.transform.kl_evaluator import logits_at
 from kvslim.types import LayerPlan, Plan
 
@@ -52,7 +52,7 @@ def shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda _: None)
 
 
-def check_step(prepared: PreparedDecoder, codes: tuple[LayerEdit, ...]) -> None:
+def check_step(prepared: PreparedDecoder, codes: Codes) -> None:
     teacher = sharing_copy(prepared.model, prepared.architecture, AWAY)
     student = Student(teacher, prepared.architecture, codes)
     assert {weight.device for weight in student.weights.values()} == {AWAY}

@@ -19,14 +19,12 @@ from kvslim.planning.decide import planned
 from kvslim.planning.refit import refit_where_it_pays
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.transform import compensate, kl_evaluator
-from kvslim.transform.edits import LayerEdit
+from kvslim.transform.edits import Codes, LayerEdit
 from kvslim.transform.kl_evaluator import KLEvaluator, held_out_windows, probe_windows
 from kvslim.transform.recall_trials import AnswerTrials, RecallTrials, chained
 from kvslim.transform.surgery import trial
 from kvslim.types import LayerPlan, Plan
 from kvslim.validation.recall import RecallItem
-
-Codes = tuple[LayerEdit, ...]
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.models import open_prepared, recipe_of
-from support.planning import Codes, nothing, planner_with, probed, prober_of
+from support.planning import nothing, planner_with, probed, prober_of
 
 from kvslim.calibrate import cache
 from kvslim.calibrate.statistics import CalibrationStatistics
@@ -21,6 +21,7 @@ from kvslim.planning.probes import CHANGES, FORMAT, Change, Probes
 from kvslim.planning.probing import Prober
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.settings import Budget
+from kvslim.transform.edits import Codes
 from kvslim.types import LayerPlan, Plan
 
 CONTEXT = 128

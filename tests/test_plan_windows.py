@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.models import VALIDATION, open_prepared, recipe_of
-from support.planning import Codes, alike, much, nothing, planner_of
+from support.planning import alike, much, nothing, planner_of
 
 from kvslim.caches import WindowCache
 from kvslim.calibrate.statistics import CalibrationStatistics
@@ -19,7 +19,7 @@ from kvslim.planning.planner import Planned, Planner
 from kvslim.planning.windows import Forgetting, WindowTrials, windows_by_recall
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.settings import Budget
-from kvslim.transform.edits import LayerEdit
+from kvslim.transform.edits import Codes, LayerEdit
 from kvslim.transform.recall_trials import AnswerTrials
 from kvslim.types import KVLayout
 

@@ -25,13 +25,12 @@ from kvslim.methods.kv_quant import KvQuant
 from kvslim.planning.choose import Chosen, choose
 from kvslim.planning.decide import planned
 from kvslim.planning.planner import Planned, Planner
-from kvslim.planning.prices import Codes
 from kvslim.prepared.decoder import PreparedDecoder
 from kvslim.prepared.decoder_trials import DecoderTrials
 from kvslim.recipe import Recipe, load_recipe, parse_recipe
 from kvslim.runtime.opening import layout_of, open_session
 from kvslim.settings import MARGIN, Budget
-from kvslim.transform.edits import LayerEdit
+from kvslim.transform.edits import Codes
 from kvslim.types import KVLayout, Plan, PlanPoint
 
 CONTEXT = 2048
@@ -351,7 +350,7 @@ def test_numpy_plans_with_one_thread(tiny_llama: Path, monkeypatch: pytest.Monke
     seen: list[int] = []
     measured = DecoderTrials.loss
 
-    def heard(trials: DecoderTrials, codes: tuple[LayerEdit, ...]) -> float:
+    def heard(trials: DecoderTrials, codes: Codes) -> float:
         seen.extend(each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas")
         return measured(trials, codes)
 

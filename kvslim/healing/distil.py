@@ -22,11 +22,12 @@ from kvslim.healing.held_out import HeldOut
 from kvslim.healing.recompute import left_bytes, recompute
 from kvslim.healing.schedule import TIMED, batch_of, is_evaluated, rate_of, steps_within
 from kvslim.healing.state import Reached, State
-from kvslim.healing.student import Codes, Student, sharing_copy
+from kvslim.healing.student import Student, sharing_copy
 from kvslim.healing.text import Texts
 from kvslim.loading.architecture import Architecture
 from kvslim.progress import Progress
 from kvslim.settings import Heal
+from kvslim.transform.edits import Codes
 from kvslim.transform.kl_evaluator import logits_at, predicting
 from kvslim.types import Healing, Watched
 

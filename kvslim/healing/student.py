@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kvslim.loading.architecture import Architecture
-from kvslim.transform.edits import Array, LayerEdit
+from kvslim.transform.edits import Array, Codes, LayerEdit
 from kvslim.transform.surgery import install, layer_modules, slim_modules
 from kvslim.transform.trained import put, trainable
-
-Codes = tuple[LayerEdit, ...]
 
 
 class Student:

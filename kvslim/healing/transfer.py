@@ -24,7 +24,7 @@ from kvslim.healing.schedule import rate_of
 from kvslim.loading.architecture import Architecture
 from kvslim.progress import Progress
 from kvslim.transform.attention import Observed
-from kvslim.transform.edits import Array, Features, LayerEdit
+from kvslim.transform.edits import Array, Codes, Features, LayerEdit
 from kvslim.transform.projections import projection
 from kvslim.transform.scoring import Scoring
 from kvslim.transform.surgery import attention_modules, slim_modules
@@ -38,7 +38,7 @@ NAMES = tuple(each.name for each in fields(Features))
 
 def transferred(
     model: Any, architecture: Architecture, codes: Sequence[LayerEdit], windows: Array, progress: Progress
-) -> tuple[LayerEdit, ...]:
+) -> Codes:
     """The codes with the features of all states trained.
 
     Args:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
     from kvslim.prepared.trials import Trials
     from kvslim.recipe import Recipe
-    from kvslim.transform.edits import LayerEdit
+    from kvslim.transform.edits import Codes
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -112,9 +112,7 @@ class Method(BaseModel):
         """The plan with this method's decisions, their scores and reasons filled in."""
         raise NotImplementedError
 
-    def apply(
-        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: tuple[LayerEdit, ...]
-    ) -> tuple[LayerEdit, ...]:
+    def apply(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: Codes) -> Codes:
         """The edit of every layer after this method, given those of the methods before it."""
         raise NotImplementedError
 

@@ -20,7 +20,7 @@ from kvslim.caches.clustering import Formed, clusters_of, elbow
 from kvslim.contract import Clusters, ModelSpec
 from kvslim.errors import UsageError
 from kvslim.methods.base import Method, check_layers
-from kvslim.transform.edits import LayerEdit
+from kvslim.transform.edits import Codes, LayerEdit
 from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
@@ -106,9 +106,7 @@ class ClusterHeads(Method):
         )
         return plan.model_copy(update={"layers": tuple(layers)})
 
-    def apply(
-        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: tuple[LayerEdit, ...]
-    ) -> tuple[LayerEdit, ...]:
+    def apply(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: Codes) -> Codes:
         """Adds what the runtime forms clusters by; fixed ones stand in the cache."""
         return tuple(_formed(edit, layer, statistics) for layer, edit in zip(plan.layers, edits, strict=True))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvslim.contract import ModelSpec
 from kvslim.methods.base import METHODS, Method
-from kvslim.transform.edits import LayerEdit
+from kvslim.transform.edits import Codes, LayerEdit
 from kvslim.types import Plan
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def fit(
     plan: Plan,
     methods: Iterable[Method] = (),
     before: int = LAST,
-) -> tuple[LayerEdit, ...]:
+) -> Codes:
     """The edits that a plan asks for.
 
     Args:

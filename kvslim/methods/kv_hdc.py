@@ -28,7 +28,7 @@ from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_quant import with_integers
 from kvslim.methods.levels import fit_levels
 from kvslim.methods.rounding import TINY, key_metric, sample_weights, value_metric
-from kvslim.transform.edits import Array, LayerEdit
+from kvslim.transform.edits import Array, Codes, LayerEdit
 from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
@@ -85,9 +85,7 @@ class KvHdc(Method):
         update = {"stored": f"int{self.bits}", "granularity": self.granularity, "feedback": self.bits == 4}
         return with_integers(spec, statistics, plan, update, self.centre)
 
-    def apply(
-        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: tuple[LayerEdit, ...]
-    ) -> tuple[LayerEdit, ...]:
+    def apply(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: Codes) -> Codes:
         """Rotates each layer's codes, and fits the levels of packed ones."""
         pairs = zip(plan.layers, edits, strict=True)
         return tuple(_applied(statistics, layer, edit) for layer, edit in pairs)

@@ -20,7 +20,7 @@ from kvslim.caches import CodedCache
 from kvslim.caches.coded import STEP, check_rank, rank_step
 from kvslim.contract import ModelSpec, Objective
 from kvslim.methods.base import Conflict, Method
-from kvslim.transform.edits import Array, LayerEdit
+from kvslim.transform.edits import Array, Codes, LayerEdit
 from kvslim.types import Plan
 
 if TYPE_CHECKING:
@@ -140,9 +140,7 @@ class KvPca(Method):
             layers.append(coded.model_copy(update={"score": score, "reason": reason}))
         return plan.model_copy(update={"layers": tuple(layers)})
 
-    def apply(
-        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: tuple[LayerEdit, ...]
-    ) -> tuple[LayerEdit, ...]:
+    def apply(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: Codes) -> Codes:
         """Adds each layer's encoders and decoders."""
         return tuple(
             edit

@@ -30,7 +30,7 @@ from kvslim.methods.rounding import (
     value_samples,
     with_feedback,
 )
-from kvslim.transform.edits import Array, LayerEdit
+from kvslim.transform.edits import Array, Codes, LayerEdit
 from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
@@ -60,9 +60,7 @@ class KvQuant(Method):
         update = {"stored": f"int{self.bits}", "granularity": self.granularity, "clip": self.clip}
         return with_integers(spec, statistics, plan, update, self.centre)
 
-    def apply(
-        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: tuple[LayerEdit, ...]
-    ) -> tuple[LayerEdit, ...]:
+    def apply(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: Codes) -> Codes:
         """Adds scales fitted to each layer's coded keys and values."""
         return tuple(
             scaled(statistics, layer.layer, layer.cache, edit)

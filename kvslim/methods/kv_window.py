@@ -18,7 +18,7 @@ from kvslim.caches import FullCache, WindowCache
 from kvslim.contract import ModelSpec
 from kvslim.errors import GateError, UsageError
 from kvslim.methods.base import Conflict, Method, check_layers
-from kvslim.transform.edits import LayerEdit
+from kvslim.transform.edits import Codes
 from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
@@ -141,9 +141,7 @@ class KvWindow(Method):
         )
         return plan.model_copy(update={"layers": tuple(layers)})
 
-    def apply(
-        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: tuple[LayerEdit, ...]
-    ) -> tuple[LayerEdit, ...]:
+    def apply(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: Codes) -> Codes:
         """Nothing is fitted: the cache says it all."""
         return edits
 

@@ -20,7 +20,7 @@ from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
 from kvslim.methods.base import Conflict, Method, check_layers
 from kvslim.methods.kv_window import kept_attention
-from kvslim.transform.edits import Array, Features, LayerEdit
+from kvslim.transform.edits import Array, Codes, Features
 from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
@@ -118,9 +118,7 @@ class LinearAttention(Method):
         layers = (self._decided(each, kept[each.layer]) if each.layer in able else each for each in plan.layers)
         return plan.model_copy(update={"layers": tuple(layers)})
 
-    def apply(
-        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: tuple[LayerEdit, ...]
-    ) -> tuple[LayerEdit, ...]:
+    def apply(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: Codes) -> Codes:
         """Adds the features that a layer's state begins with."""
         return tuple(
             replace(edit, features=clusters_of_keys(statistics.key_samples[layer.layer], layer.cache.features))

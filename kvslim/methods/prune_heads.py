@@ -19,7 +19,7 @@ from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
 from kvslim.methods.base import Conflict, Method, check_layers
 from kvslim.progress import Progress, Silent
-from kvslim.transform.edits import KeptHeads, LayerEdit
+from kvslim.transform.edits import Codes, KeptHeads, LayerEdit
 from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
@@ -138,9 +138,7 @@ class PruneHeads(Method):
             layers.append(_without(layer, kept(gone, spec), spec, share) if gone and layer.heads is None else layer)
         return plan.model_copy(update={"layers": tuple(layers)})
 
-    def apply(
-        self, spec: ModelSpec, statistics: HeadStatistics, plan: Plan, edits: tuple[LayerEdit, ...]
-    ) -> tuple[LayerEdit, ...]:
+    def apply(self, spec: ModelSpec, statistics: HeadStatistics, plan: Plan, edits: Codes) -> Codes:
         """Adds the kept heads of each layer, and the mean output that stands for the others.
 
         `prune_layers` carries out what leaves a layer without any.

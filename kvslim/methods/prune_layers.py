@@ -19,7 +19,7 @@ from kvslim.contract import ModelSpec, Part
 from kvslim.errors import UsageError
 from kvslim.methods.base import Method, check_layers
 from kvslim.progress import Progress, Silent
-from kvslim.transform.edits import KeptHeads, LayerEdit
+from kvslim.transform.edits import Codes, KeptHeads, LayerEdit
 from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
@@ -129,9 +129,7 @@ class PruneLayers(Method):
         layers = (_without(layer, named[layer.layer], spec) if layer.layer in named else layer for layer in plan.layers)
         return plan.model_copy(update={"layers": tuple(layers)})
 
-    def apply(
-        self, spec: ModelSpec, statistics: HeadStatistics, plan: Plan, edits: tuple[LayerEdit, ...]
-    ) -> tuple[LayerEdit, ...]:
+    def apply(self, spec: ModelSpec, statistics: HeadStatistics, plan: Plan, edits: Codes) -> Codes:
         """Adds the mean outputs that stand for what is gone."""
         return tuple(_with_means(edit, layer, statistics) for layer, edit in zip(plan.layers, edits, strict=True))
 

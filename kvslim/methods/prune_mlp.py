@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
 from kvslim.methods.base import Method, check_layers
-from kvslim.transform.edits import Array, Channels, LayerEdit
+from kvslim.transform.edits import Array, Channels, Codes, LayerEdit
 from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
@@ -82,9 +82,7 @@ class PruneMlp(Method):
         layers = (_narrowed(layer, widths.get(layer.layer), statistics) for layer in plan.layers)
         return plan.model_copy(update={"layers": tuple(layers)})
 
-    def apply(
-        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: tuple[LayerEdit, ...]
-    ) -> tuple[LayerEdit, ...]:
+    def apply(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: Codes) -> Codes:
         """Says which channels stay.
 
         Raises:

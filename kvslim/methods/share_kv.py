@@ -23,7 +23,7 @@ from kvslim.methods.base import Conflict, Method
 from kvslim.methods.sharing import Maps, fit_maps
 from kvslim.methods.sources import Sources, check_pair, check_sources, lack_of, query_heads
 from kvslim.progress import Progress, Silent
-from kvslim.transform.edits import Array, KeptHeads, LayerEdit
+from kvslim.transform.edits import Array, Codes, KeptHeads, LayerEdit
 from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
@@ -156,9 +156,7 @@ class ShareKv(Method):
         ]
         return plan.model_copy(update={"layers": tuple(layers)})
 
-    def apply(
-        self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: tuple[LayerEdit, ...]
-    ) -> tuple[LayerEdit, ...]:
+    def apply(self, spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan, edits: Codes) -> Codes:
         """Replaces the codes of layers that have a source by maps from what that caches."""
         return tuple(
             edit

@@ -18,11 +18,10 @@ from kvslim.methods.share_kv import ShareKv
 from kvslim.planning.allocate import allocate, allocate_both
 from kvslim.planning.candidates import Alteration, Candidate, CandidateMaker, options, reason_of
 from kvslim.planning.decode_time import DecodeTime
-from kvslim.planning.prices import Codes
 from kvslim.planning.probes import BITS, FIX, Change, Probes
 from kvslim.progress import Progress, Silent
 from kvslim.settings import MARGIN, Budget
-from kvslim.transform.edits import LayerEdit
+from kvslim.transform.edits import Codes, LayerEdit
 from kvslim.types import KVLayout, LayerPlan, Plan, PlanPoint
 
 if TYPE_CHECKING:

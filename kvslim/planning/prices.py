@@ -18,13 +18,12 @@ from kvslim.caches import FullCache
 from kvslim.contract import Frozen, ModelSpec
 from kvslim.methods.fitting import fit
 from kvslim.planning.cost import Choice, Cost, SideCosts, rounded_plan
-from kvslim.transform.edits import LayerEdit
+from kvslim.transform.edits import Codes, LayerEdit
 from kvslim.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
 
-Codes = tuple[LayerEdit, ...]
 Divergence = Callable[[Codes], float]
 LITTLE, MUCH = 0.75, 0.5  # shares of head_dim that the two probes of a dropped rank keep
 STEEPEST = 3.0

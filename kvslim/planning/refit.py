@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvslim.caches import FullCache
-from kvslim.transform.edits import LayerEdit
+from kvslim.transform.edits import Codes
 from kvslim.types import Plan
 
 if TYPE_CHECKING:
     from kvslim.prepared.trials import Trials
 
 LEAST_GAIN = 0.03  # of the loss; less is the noise of a few windows of text
-Codes = tuple[LayerEdit, ...]
 
 
 def refit_as_planned(plan: Plan, codes: Codes, refitted: Callable[[Codes], Codes]) -> Codes:

@@ -13,7 +13,7 @@ from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_quant import KvQuant
 from kvslim.planning.budget import decode_time
 from kvslim.planning.ggml import GgmlCache
-from kvslim.transform.edits import LayerEdit
+from kvslim.transform.edits import Codes, LayerEdit
 from kvslim.types import KVLayout, PeerPoint, Plan, PlanPoint, Survey
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ SIZES: tuple[tuple[Method, ...], ...] = ((INT8,), (INT4,), (MORE, INT4), (HALF, 
 # As onnxruntime-genai's builder calibrates them: a step per channel, set by the largest value.
 GENAI = {f"genai int{bits}": KvQuant(bits=bits, clip="minmax", centre=False) for bits in (8, 4)}
 GGML = {f"llama.cpp {name.lower()}": GgmlCache(kind="ggml", key=name, value=name) for name in ("Q8_0", "Q4_0")}
-Peer = tuple[float, tuple[LayerEdit, ...]]  # bytes of a token, codes
+Peer = tuple[float, Codes]  # bytes of a token, codes
 GGML_BLOCK = 32  # numbers; llama.cpp takes heads of whole blocks alone
 
 

@@ -18,9 +18,9 @@ from kvslim.contract import Frozen, ModelSpec
 from kvslim.methods.kv_window import MOST_RECALL, KvWindow
 from kvslim.planning.candidates import SINKS, Alteration
 from kvslim.planning.trials import Pays
-from kvslim.transform.edits import LayerEdit
+from kvslim.transform.edits import Codes, LayerEdit
 
-Measure = Callable[[tuple[LayerEdit, ...]], float]
+Measure = Callable[[Codes], float]
 Shifts = Callable[[LayerEdit, Sequence[int]], Mapping[int, float]]
 SHARES = (1 / 4, 1 / 8, 1 / 16)  # of the target context, the largest first
 LEAST = 16  # tokens; onnxruntime-genai takes no shorter ring beside full caches
@@ -101,7 +101,7 @@ def windows_by_recall(windows: dict[int, dict[int, float]], layers: int, trials:
     return found
 
 
-def windowed(chosen: Sequence[int], window: int, layers: int) -> tuple[LayerEdit, ...]:
+def windowed(chosen: Sequence[int], window: int, layers: int) -> Codes:
     """Codes of a model with a window in some layers and nothing else."""
     return tuple(_edit(window) if layer in chosen else LayerEdit() for layer in range(layers))
 

@@ -23,7 +23,7 @@ from kvslim.workers.base import Workers
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
     from kvslim.prepared.trials import Trials
-    from kvslim.transform.edits import FittedPlan, LayerEdit
+    from kvslim.transform.edits import Codes, FittedPlan
 
 
 class Evaluation(Protocol):
@@ -62,7 +62,7 @@ class PreparedModel(ABC):
     def statistics(self) -> CalibrationStatistics:
         """Statistics of the calibration text, gathered when they are first asked for."""
 
-    def codes(self, plan: Plan) -> tuple[LayerEdit, ...]:
+    def codes(self, plan: Plan) -> Codes:
         """What a plan puts into the model, one entry per layer; no text is read for one that changes nothing."""
         from kvslim.transform.edits import LayerEdit
 
@@ -121,7 +121,7 @@ class PreparedModel(ABC):
         """Held-out material; the model must not be edited yet, as it may write the text itself."""
 
     @abstractmethod
-    def install(self, codes: tuple[LayerEdit, ...]) -> None:
+    def install(self, codes: Codes) -> None:
         """Edits the model, for good."""
 
     def export_plain(self, folder: Path) -> None:

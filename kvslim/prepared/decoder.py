@@ -42,7 +42,7 @@ from kvslim.prepared.weights import changed, quantise
 from kvslim.progress import Progress, Silent
 from kvslim.recipe import Recipe
 from kvslim.settings import TextUse
-from kvslim.transform.edits import FittedPlan, LayerEdit
+from kvslim.transform.edits import Codes, FittedPlan
 from kvslim.transform.surgery import install, prepare
 from kvslim.types import Healing, KVLayout, Plan
 from kvslim.validation.measure import DecoderEvaluation
@@ -163,7 +163,7 @@ class PreparedDecoder(PreparedModel):
         whole = replace(reduce(merge, tracked), windows=windows)  # what comes from another process cannot be written to
         return finish(whole, context=context, loss_mask=self.text.calibration_mask())
 
-    def codes(self, plan: Plan) -> tuple[LayerEdit, ...]:
+    def codes(self, plan: Plan) -> Codes:
         """What a plan puts into the model; what takes long to fit is taken from the disk when it was fitted before."""
         if not any(layer.refit for layer in plan.layers):
             return super().codes(plan)
@@ -198,7 +198,7 @@ class PreparedDecoder(PreparedModel):
             self.workers,
         )
 
-    def install(self, codes: tuple[LayerEdit, ...]) -> None:
+    def install(self, codes: Codes) -> None:
         """Puts codes into the model, for good."""
         install(self.model, self.architecture, codes)
 

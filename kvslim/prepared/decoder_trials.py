@@ -19,9 +19,10 @@ from kvslim.planning.survey import surveyed
 from kvslim.planning.windows import SHARES
 from kvslim.prepared.fitted import heal, shortened, transferred_before
 from kvslim.prepared.text import joined, split
-from kvslim.prepared.trials import Codes, Trials
+from kvslim.prepared.trials import Trials
 from kvslim.settings import Budget, Heal
 from kvslim.transform.compensate import refitting
+from kvslim.transform.edits import Codes
 from kvslim.transform.kl_evaluator import KLEvaluator, held_out_windows, is_large, probe_windows
 from kvslim.transform.recall_trials import AnswerTrials, RecallTrials
 from kvslim.types import Plan, PlanPoint, Survey

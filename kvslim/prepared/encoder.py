@@ -23,7 +23,7 @@ from kvslim.prepared.encoder_trials import EncoderTrials
 from kvslim.prepared.sentences import SentenceSource
 from kvslim.progress import Progress
 from kvslim.recipe import Recipe
-from kvslim.transform.edits import LayerEdit
+from kvslim.transform.edits import Codes
 from kvslim.transform.encoding import prepare_encoder
 from kvslim.transform.surgery import install, layer_modules
 from kvslim.types import KVLayout, Plan
@@ -75,7 +75,7 @@ class PreparedEncoder(PreparedModel):
             self.text.validated(), self.spec, lengths, self.recipe.validation.repeats, self.recipe.gates
         )
 
-    def install(self, codes: tuple[LayerEdit, ...]) -> None:
+    def install(self, codes: Codes) -> None:
         """Puts codes into the model, for good."""
         install(self.model.base_model, self.architecture, codes)
 

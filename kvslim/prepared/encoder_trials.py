@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvslim.prepared.trials import Codes, Trials
+from kvslim.prepared.trials import Trials
 from kvslim.transform.compensate import refitting
+from kvslim.transform.edits import Codes
 from kvslim.transform.loss_evaluator import LossEvaluator
 
 if TYPE_CHECKING:

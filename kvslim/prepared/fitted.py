@@ -17,14 +17,13 @@ from kvslim.healing.schedule import LEAST_STEPS
 from kvslim.healing.text import parts_of
 from kvslim.healing.transfer import transferred
 from kvslim.transform.edit_file import digest_of, load_fitted, save_fitted
-from kvslim.transform.edits import FittedPlan, LayerEdit
+from kvslim.transform.edits import Codes, FittedPlan, LayerEdit
 from kvslim.types import Healing, Plan
 
 if TYPE_CHECKING:
     from kvslim.prepared.decoder import PreparedDecoder
     from kvslim.settings import Heal
 
-Codes = tuple[LayerEdit, ...]
 TRIAL = 8  # of a training, one part in so many serves to compare plans
 
 

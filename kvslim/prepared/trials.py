@@ -15,15 +15,13 @@ from kvslim.methods.fitting import fit
 from kvslim.planning.refit import refit_as_planned
 from kvslim.progress import Progress
 from kvslim.settings import Budget
-from kvslim.transform.edits import LayerEdit
+from kvslim.transform.edits import Codes
 from kvslim.types import Plan, PlanPoint, Survey
 
 if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
     from kvslim.planning.choose import Chosen
     from kvslim.prepared.base import PreparedModel
-
-Codes = tuple[LayerEdit, ...]
 
 
 class Trials(ABC):

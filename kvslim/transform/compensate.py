@@ -25,7 +25,7 @@ from torch import Tensor
 from kvslim.caches.attention.shared import SharedAttention
 from kvslim.loading.architecture import Architecture
 from kvslim.progress import Progress
-from kvslim.transform.edits import Affine, Array, LayerEdit
+from kvslim.transform.edits import Affine, Array, Codes, LayerEdit
 from kvslim.transform.hooks import attached
 from kvslim.transform.projections import parameters
 from kvslim.transform.surgery import layer_modules, slim_modules, trial
@@ -37,10 +37,10 @@ Side = Literal["output", "down"]
 def refitting(
     model: Any,
     architecture: Architecture,
-    codes: tuple[LayerEdit, ...],
+    codes: Codes,
     windows: Iterable[Array],
     progress: Progress,
-) -> Iterator[tuple[LayerEdit, ...]]:
+) -> Iterator[Codes]:
     """The codes with projections fitted to them, of one layer more each time, from the first.
 
     Of layers without codes those alone are fitted that blocks are gone behind.
@@ -158,7 +158,7 @@ class _Refit:
                 run = self._run(tokens, given, side)
                 yield run if slim.shared is None else run._replace(shared=slim.shared.states)
 
-    def _alone(self, codes: Sequence[LayerEdit] | None) -> tuple[LayerEdit, ...]:
+    def _alone(self, codes: Sequence[LayerEdit] | None) -> Codes:
         """Codes of these layers and of those that read the cache of the first, and none of any other."""
         if codes is None:
             return (LayerEdit(),) * len(layer_modules(self.model, self.architecture))

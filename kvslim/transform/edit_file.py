@@ -28,6 +28,7 @@ from kvslim.transform.edits import (
     Affine,
     Array,
     Channels,
+    Codes,
     Features,
     FittedPlan,
     KeptHeads,
@@ -42,7 +43,6 @@ NAME = "edits.safetensors"
 CLASSES: dict[str, type[Any]] = {
     each.__name__: each for each in (LayerEdit, KeptHeads, LinearCode, Rounding, Channels, Affine, Formed, Features)
 }
-Codes = tuple[LayerEdit, ...]
 
 
 def save_fitted(path: Path, fitted: FittedPlan) -> None:

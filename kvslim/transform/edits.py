@@ -214,6 +214,9 @@ class LayerEdit:
         return replace(edit, features=Features(**parts))
 
 
+Codes = tuple[LayerEdit, ...]  # of a model, one of each layer
+
+
 class FittedPlan(NamedTuple):
     """A plan with the numbers that carry it out.
 
@@ -224,7 +227,7 @@ class FittedPlan(NamedTuple):
     """
 
     plan: Plan
-    codes: tuple[LayerEdit, ...]
+    codes: Codes
     made_for: str
 
 

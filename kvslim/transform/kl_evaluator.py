@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvslim.loading.architecture import Architecture
-from kvslim.transform.edits import Array, LayerEdit
+from kvslim.transform.edits import Array, Codes
 from kvslim.transform.hooks import attached
 from kvslim.transform.surgery import layer_modules, trial
 
@@ -57,7 +57,7 @@ class KLEvaluator:
                 self._reference.append(self._log_probabilities(batch))
             self._outputs.append(outputs)
 
-    def kl(self, codes: tuple[LayerEdit, ...]) -> float:
+    def kl(self, codes: Codes) -> float:
         """Mean KL(model || model with codes), nats per token."""
         first = first_changed(codes)
         if first is None:
@@ -88,7 +88,7 @@ class KLEvaluator:
             return logits_at(self.model, batch, places)
 
 
-def first_changed(codes: tuple[LayerEdit, ...]) -> int | None:
+def first_changed(codes: Codes) -> int | None:
     """The first layer that computes otherwise with codes; None where none does."""
     changed = (layer if code.source is None else code.source for layer, code in enumerate(codes) if not code.is_empty)
     return min(changed, default=None)

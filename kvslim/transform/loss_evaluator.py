@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kvslim.calibrate.sentences import Sentences
 from kvslim.loading.architecture import Architecture
-from kvslim.transform.edits import LayerEdit
+from kvslim.transform.edits import Codes
 from kvslim.transform.kl_evaluator import remembering, replaying
 from kvslim.transform.surgery import layer_modules, trial
 
@@ -55,7 +55,7 @@ class LossEvaluator:
                 reference = self._answers(tokens, targets)
             self._batches.append(_Batch(tokens, targets, outputs, reference))
 
-    def loss(self, codes: tuple[LayerEdit, ...]) -> float:
+    def loss(self, codes: Codes) -> float:
         """Mean over sentences, or over masked tokens in nats."""
         first = next((layer for layer, code in enumerate(codes) if not code.is_empty), None)
         if first is None:

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from kvslim.loading.architecture import Architecture
 from kvslim.prefix import shared_length
-from kvslim.transform.edits import LayerEdit
+from kvslim.transform.edits import Codes, LayerEdit
 from kvslim.transform.hooks import hooked
 from kvslim.transform.kl_evaluator import first_changed, logits_at, remembering, replaying
 from kvslim.transform.surgery import layer_modules, trial
 
-Codes = tuple[LayerEdit, ...]
 Places = list[Tensor]
 
 

@@ -16,7 +16,7 @@ from kvslim.caches.attention.shared import SharedAttention
 from kvslim.contract import ModelSpec
 from kvslim.loading.architecture import Architecture
 from kvslim.transform.attention import FEATURE_SIDES, NAME, SlimAttention, register
-from kvslim.transform.edits import RESIDUAL_STEPS, Array, Features, KeptHeads, LayerEdit, LinearCode
+from kvslim.transform.edits import RESIDUAL_STEPS, Array, Codes, Features, KeptHeads, LayerEdit, LinearCode
 from kvslim.transform.narrowing import narrow
 from kvslim.transform.normal import normalise
 from kvslim.transform.projections import SIDES, as_tensor, fold, linear_of, projection, set_output, set_rows, shifted
@@ -93,7 +93,7 @@ def _catch(slim: SlimAttention, _: nn.Module, inputs: tuple[Tensor, ...]) -> Non
     slim.hidden = inputs[0]
 
 
-def install(model: nn.Module, architecture: Architecture, edits: tuple[LayerEdit, ...]) -> None:
+def install(model: nn.Module, architecture: Architecture, edits: Codes) -> None:
     """Edits a prepared model in place so that it computes with `edits`, one entry per layer.
 
     Keys and queries are coded after RoPE; without RoPE their codes fold into the projections too.
@@ -187,7 +187,7 @@ def _install_features(slim: SlimAttention, features: Features) -> None:
 
 
 @contextlib.contextmanager
-def trial(model: nn.Module, architecture: Architecture, edits: tuple[LayerEdit, ...]) -> Iterator[None]:
+def trial(model: nn.Module, architecture: Architecture, edits: Codes) -> Iterator[None]:
     """Within the block a prepared model computes with `edits`; after it, as before."""
     layers, slims = layer_modules(model, architecture), slim_modules(model, architecture)
     modules = [{name: layer.get_submodule(name) for name in architecture.edited} for layer in layers]

@@ -13,11 +13,9 @@ from kvslim.planning.probing import Prober
 from kvslim.planning.trials import PlanTrials
 from kvslim.planning.windows import WindowTrials
 from kvslim.prepared.decoder import PreparedDecoder
-from kvslim.transform.edits import LayerEdit
+from kvslim.transform.edits import Codes
 from kvslim.transform.kl_evaluator import KLEvaluator
 from kvslim.types import Plan
-
-Codes = tuple[LayerEdit, ...]
 
 
 def nothing(_: object) -> float:

@@ -9,9 +9,10 @@ import numpy as np
 
 from kvslim.contract import ModelSpec
 from kvslim.prepared.decoder import PreparedDecoder
-from kvslim.prepared.trials import Codes, Trials
+from kvslim.prepared.trials import Trials
 from kvslim.progress import Silent
 from kvslim.transform.compensate import refitting
+from kvslim.transform.edits import Codes
 from kvslim.types import Plan
 
 
