@@ -183,7 +183,7 @@ def bench(
         contexts: Context lengths in tokens, for time per token; None for 128, 1,024 and that context, likewise.
         threads: Thread counts; None leaves the choice to onnxruntime.
         batches: Numbers of sequences side by side.
-        repeats: Timings per combination, at least 2.
+        repeats: Timings per combination, at least 3.
         speculative: `auto` also measures what drafts gain at the contexts; `none` does not.
         text: What that is measured on: `self` for what the artifacts write themselves, a .txt or .jsonl file, or
             `hub:DATASET[:SPLIT]`.

@@ -10,6 +10,7 @@ from kvslim.contract import Frozen, ModelSpec
 from kvslim.validation.spans import LEAST_DISTANCE
 
 DEFAULT_CONTEXT = 4096
+LEAST_REPEATS = 3  # of a timing: fewer have no quartiles
 TextUse = Literal["calibration", "validation"]
 MARGIN = 2.5  # other text, and longer text, may lose so many times what calibration text loses
 MINUTES = {"s": 1 / 60, "m": 1.0, "h": 60.0}
@@ -60,7 +61,7 @@ class Validation(Frozen):
     contexts: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         None, min_length=1, description="contexts for time per token; default 128, 1,024 and the target context"
     )
-    repeats: int = Field(16, ge=3, description="interleaved timings per context")
+    repeats: int = Field(16, ge=LEAST_REPEATS, description="interleaved timings per context")
     seed: int = Field(1, ge=0, description="seed of the model's own samples and of the recall questions")
 
 

@@ -25,6 +25,7 @@ from kvslim.errors import UsageError
 from kvslim.progress import Silent
 from kvslim.report.bench import bench_csv, drafts_table, timings_table, uncertain_timings
 from kvslim.runtime.session import DecodeSession
+from kvslim.settings import LEAST_REPEATS
 from kvslim.types import Draft, KVLayout
 from kvslim.validation import bench, drafts, energy
 from kvslim.validation.bench import BenchResult, Grid, Timing
@@ -380,6 +381,9 @@ def test_all_positions_mean_the_last_token_that_fits() -> None:
     assert Grid().fitted([SPEC.model_copy(update={"max_context": 128})]).contexts == (127,)
 
 
-def test_grid_asks_for_two_turns_at_least() -> None:
+def test_grid_and_command_ask_for_as_many_turns(capsys: pytest.CaptureFixture[str]) -> None:
+    few = LEAST_REPEATS - 1
     with pytest.raises(ValueError, match="repeats"):
-        Grid(prompts=(4,), contexts=(8,), repeats=1)
+        Grid(repeats=few)
+    assert app.run(["bench", "x", "--repeats", str(few)]) == 2
+    assert f"equal to {LEAST_REPEATS}" in capsys.readouterr().err

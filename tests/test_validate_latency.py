@@ -69,8 +69,8 @@ def test_long_prompt_is_timed_in_one_pair_of_turns(
     assert slim.ttft_quartiles_ms["8"][0] < slim.ttft_ms["8"] < slim.ttft_quartiles_ms["8"][1]
 
 
-@pytest.mark.parametrize("wrong", [{"prompts": (0,)}, {"contexts": (0,)}, {"repeats": 0}])
-def test_latency_raises_usage_error_when_a_number_is_not_positive(
+@pytest.mark.parametrize("wrong", [{"prompts": (0,)}, {"contexts": (0,)}, {"repeats": 2}])
+def test_latency_raises_usage_error_when_a_number_is_too_small(
     models: dict[str, Path], wrong: dict[str, object]
 ) -> None:
     with pytest.raises(UsageError, match="positive"):
@@ -79,7 +79,7 @@ def test_latency_raises_usage_error_when_a_number_is_not_positive(
 
 def test_latency_raises_not_found_when_a_model_is_missing(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
-        measure_latency({"plain": tmp_path}, prompts=(4,), contexts=(4,), repeats=2)
+        measure_latency({"plain": tmp_path}, prompts=(4,), contexts=(4,), repeats=3)
 
 
 def test_peak_rss_grows_with_the_cache_when_context_does(models: dict[str, Path]) -> None:

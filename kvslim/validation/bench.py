@@ -16,6 +16,7 @@ from kvslim.recipe import shortened, up_to
 from kvslim.runtime.encoder import EncoderSession
 from kvslim.runtime.session import DecodeSession
 from kvslim.runtime.text import Speculative, used_draft
+from kvslim.settings import LEAST_REPEATS
 from kvslim.stages import DRAFTS
 from kvslim.types import Manifest
 from kvslim.validation.drafts import SHORTEST, DraftGain, bench_drafts
@@ -46,7 +47,7 @@ class Grid(Frozen):
     contexts: tuple[int, ...] = (128, 1024)
     threads: tuple[int | None, ...] = (None,)
     batches: tuple[int, ...] = (1,)
-    repeats: int = Field(16, ge=2)
+    repeats: int = Field(16, ge=LEAST_REPEATS)
     speculative: Speculative = "auto"
     text: str = "self"
 

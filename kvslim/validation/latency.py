@@ -14,6 +14,7 @@ import numpy.typing as npt
 from kvslim.errors import UsageError
 from kvslim.progress import Progress, Silent
 from kvslim.runtime.session import DecodeSession
+from kvslim.settings import LEAST_REPEATS
 from kvslim.validation.energy import joules_since, microjoules
 from kvslim.validation.load import LoadWatch, doubt
 
@@ -111,23 +112,24 @@ def time_models(
         models: Graph or folder by name.
         prompts: Prompt lengths in tokens for TTFT.
         contexts: Context lengths in tokens for TPOT.
-        repeats: Timed turns per context, at least 2.
+        repeats: Timed turns per context, at least 3.
         threads: Threads of one operator; None leaves the choice to onnxruntime.
         batch: Sequences per batch; one step gives one token for each.
         progress: Receives the progress.
 
     Raises:
-        UsageError: A length is not positive, there are fewer than 2 repeats, or a model decodes only one sequence.
+        UsageError: A length is not positive, there are too few repeats, or a model decodes only one sequence.
         NotFoundError, ArtifactError: A model cannot be opened.
     """
-    if min(repeats - 1, *prompts, *contexts) < 1:
-        raise UsageError("lengths must be positive, and repeats at least 2", where="latency", fix="use larger values")
+    if min(1, *prompts, *contexts) < 1 or repeats < LEAST_REPEATS:
+        message = f"lengths must be positive, and repeats at least {LEAST_REPEATS}"
+        raise UsageError(message, where="latency", fix="use larger values")
     capacity = max((1, *prompts, *(context + 1 for context in contexts)))
     sessions = {
         name: DecodeSession(path, capacity=capacity, threads=threads, batch=batch) for name, path in models.items()
     }
     track, watch = (progress or Silent()).track, LoadWatch()
-    prefills = max(3, repeats // 2)
+    prefills = max(LEAST_REPEATS, repeats // 2)
     ttft = {length: _prefill_times(sessions, length, prefills) for length in track(prompts, "prompts timed")}
     tpot = {length: _decode_times(sessions, length, repeats) for length in track(contexts, "contexts timed")}
     return Runs(ttft, tpot, watch.busy_cores())
