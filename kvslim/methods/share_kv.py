@@ -9,7 +9,7 @@ measured KL.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -175,6 +175,14 @@ def distances(spec: ModelSpec, statistics: CalibrationStatistics, plan: Plan) ->
         for source in plan.layers[max(0, layer.layer - REACH) : layer.layer]
         if lack_of(spec, plan, layer, source) is None
     }
+
+
+def nearest(near: Mapping[tuple[int, int], Distance]) -> dict[int, int]:
+    """The nearest source of each layer that has one, the nearest pair first; of distances by layer and source."""
+    found: dict[int, int] = {}
+    for layer, source in sorted(near, key=lambda pair: sum(near[pair])):
+        found.setdefault(layer, source)
+    return found
 
 
 def distance(spec: ModelSpec, statistics: CalibrationStatistics, layer: LayerPlan, source: LayerPlan) -> Distance:

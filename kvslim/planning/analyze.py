@@ -18,7 +18,7 @@ from kvslim.methods.kv_pca import KvPca
 from kvslim.methods.kv_window import kept_attention
 from kvslim.methods.prune_heads import PruneHeads
 from kvslim.methods.prune_layers import INFLUENCES, PruneLayers
-from kvslim.methods.share_kv import distances
+from kvslim.methods.share_kv import distances, nearest
 from kvslim.types import Plan
 
 if TYPE_CHECKING:
@@ -132,8 +132,7 @@ def _removals(layer: int, groups: Sequence[tuple[int, ...]]) -> Iterator[Method]
 def _source_layers(spec: ModelSpec, statistics: CalibrationStatistics) -> dict[int, SourceLayer]:
     """The nearest source of each layer that has one."""
     near = distances(spec, statistics, Plan.identity(spec))
-    best: dict[int, SourceLayer] = {}
-    for layer, source in sorted(near, key=lambda pair: sum(near[pair])):
-        key, value = near[layer, source]
-        best.setdefault(layer, SourceLayer(layer=source, key_distance=key, value_distance=value))
-    return best
+    return {
+        layer: SourceLayer(layer=source, key_distance=near[layer, source].key, value_distance=near[layer, source].value)
+        for layer, source in nearest(near).items()
+    }

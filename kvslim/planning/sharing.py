@@ -7,7 +7,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from kvslim.contract import ModelSpec
-from kvslim.methods.share_kv import PROPOSED, distances
+from kvslim.methods.share_kv import PROPOSED, distances, nearest
 from kvslim.planning.candidates import Alteration
 from kvslim.planning.trials import Pays, PlanTrials
 from kvslim.types import Plan
@@ -18,11 +18,7 @@ if TYPE_CHECKING:
 
 def nearest_sources(spec: ModelSpec, statistics: CalibrationStatistics, base: Plan) -> dict[int, int]:
     """The layers nearest to an earlier one, each with that as its source, the nearest pair first."""
-    near = {pair: sum(distance) for pair, distance in distances(spec, statistics, base).items()}
-    nearest: dict[int, int] = {}
-    for layer, source in sorted(near, key=near.__getitem__):
-        nearest.setdefault(layer, source)
-    return dict(islice(nearest.items(), PROPOSED))
+    return dict(islice(nearest(distances(spec, statistics, base)).items(), PROPOSED))
 
 
 def sharing(layer: int, source: int, trials: PlanTrials, pays: Pays) -> Alteration | None:
