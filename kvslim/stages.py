@@ -54,6 +54,7 @@ PARTS: Mapping[str, Stages] = {
         "layers probed": 6,
         "kinds of changes asked for recall": 6,
         "sizes planned": 6,
+        "shares of windows tried": 4,
         "passes that train states": 3,
         "(recall)": 2,
         "layers refitted": 2,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from support.models import VALIDATION, open_prepared, recipe_of
@@ -18,12 +19,16 @@ from kvslim.planning.choose import choose
 from kvslim.planning.planner import Planned, Planner
 from kvslim.planning.windows import Forgetting, WindowTrials, windows_by_recall
 from kvslim.prepared.decoder import PreparedDecoder
+from kvslim.progress import Silent
 from kvslim.settings import Budget
+from kvslim.stages import PARTS, PLAN
 from kvslim.transform.edits import Codes, LayerEdit
 from kvslim.transform.recall_trials import AnswerTrials
 from kvslim.types import KVLayout
 
+T = TypeVar("T")
 CONTEXT = 128
+STEP = "shares of windows tried"
 
 
 def windows_in(codes: Codes) -> dict[int, int]:
@@ -173,6 +178,25 @@ def test_windows_may_cost_recall_where_more_is_lost_without(
     assert chosen.point.recall_drop == (with_windows if is_windowed else without)
     assert chosen.point in frontier
     assert planner.offered == offered
+
+
+def test_each_share_of_windows_is_a_step_in_which_recall_is_asked(planner_with: Callable[..., Planner]) -> None:
+    planner, told = planner_with(drop=lambda _: 0.5), list[str]()
+    planner.divergences = lambda many: (0.1 if windows_in(codes) else 1.0 for codes in many)
+
+    class Listening(Silent):
+        def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+            for item in items:
+                told.append(label)
+                yield item
+
+    def drop(planned: Planned) -> float:
+        told.append("recall")
+        return 0.2 if windows_of(planned) else 0.5
+
+    choose(planner, Budget(kv_ratio=16), drop, Listening(), recall_gate=0.05)
+    assert told[told.index("recall") :][:5] == ["recall", STEP, "recall", STEP, STEP]
+    assert STEP in PARTS[PLAN]
 
 
 def test_limit_of_kl_may_be_kept_by_windows_that_cost_recall(planner_with: Callable[..., Planner]) -> None:

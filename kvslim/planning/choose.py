@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import cache, partial
+from itertools import chain
 from typing import NamedTuple
 
 from kvslim.contract import MIB
@@ -12,7 +13,7 @@ from kvslim.errors import GateError
 from kvslim.kv_ratios import rounded_down, smaller
 from kvslim.planning.healed import LOOSER, Healed, least_healed, smallest_healed
 from kvslim.planning.planner import Planned, Planner
-from kvslim.progress import Progress
+from kvslim.progress import Progress, Silent
 from kvslim.settings import MARGIN, Budget
 from kvslim.types import PlanPoint
 
@@ -66,7 +67,7 @@ def choose(
     else:
         chosen, kl = _within_bytes(planner, budget, frontier, limit, healed)
         if asked is not None and drop(chosen) > asked:
-            chosen, kl = _least_lost(planner, chosen, kl, limit, drop, healed)
+            chosen, kl = _least_lost(planner, chosen, kl, limit, drop, healed, progress or Silent())
         _check_kl(planner, budget, frontier, chosen, kl)
     recalled = [] if asked is None else _recalled(_upwards(chosen, frontier), asked, drop)
     if recalled:
@@ -144,14 +145,17 @@ def _least_lost(
     limit: float,
     recall_drop: Callable[[Planned], float],
     healed: Healed | None,
+    progress: Progress,
 ) -> tuple[Planned, float]:
     """A plan that loses too much recall, or one that loses less of both by windows in layers that recall needs.
 
     Where few bytes are left, codes lose what windows were kept out of layers for, and more.
     """
-    others = (planner.forgetting(share).allocated(limit) for share in FORGETTING)
+    shares = progress.track(FORGETTING, "shares of windows tried")
+    others = (planner.forgetting(share).allocated(limit) for share in shares)
     lower = (other for other in others if other is not None and other.point.kl < planned.point.kl)
-    best = min([planned, *lower], key=lambda found: (recall_drop(found), found.point.kl))
+    # One after the other, so that the recall of a plan is asked within its step.
+    best = min(chain([planned], lower), key=lambda found: (recall_drop(found), found.point.kl))
     if best is planned:
         return planned, kl
     forgetting = (best, best.point.kl) if healed is None else healed(best)
