@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -20,13 +20,16 @@ class Progress(Protocol):
     def stage(self, name: str) -> None:
         """A new stage begins; `name` describes it in a few words."""
 
-    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+    def track(
+        self, items: Iterable[T], label: str, total: int | None = None, weights: Sequence[float] | None = None
+    ) -> Iterator[T]:
         """Yields `items` unchanged and follows how many are done.
 
         Args:
             items: The items to work through.
             label: What one step does, in a few words.
             total: Number of items, if `items` has no length.
+            weights: How long each item is expected to take, in any unit; None where all take as long.
         """
         ...
 
@@ -43,7 +46,9 @@ class Silent:
     def stage(self, name: str) -> None:
         """Does nothing."""
 
-    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+    def track(
+        self, items: Iterable[T], label: str, total: int | None = None, weights: Sequence[float] | None = None
+    ) -> Iterator[T]:
         """Yields `items` unchanged."""
         yield from items
 
@@ -61,9 +66,11 @@ class WithinStage(Silent):
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
-    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+    def track(
+        self, items: Iterable[T], label: str, total: int | None = None, weights: Sequence[float] | None = None
+    ) -> Iterator[T]:
         """Yields `items` unchanged, and follows them."""
-        yield from self._progress.track(items, label, total)
+        yield from self._progress.track(items, label, total, weights)
 
     def tell(self, words: str) -> None:
         """Passes them on."""

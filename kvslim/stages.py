@@ -35,7 +35,7 @@ SECONDS: Stages = {
     SLIM: 26,
     VALIDATE: 100,
     RECALL: 45,
-    TIME: 25,
+    TIME: 55,
 }
 SEARCH = 240  # of the plan where a budget asks for one
 STEP = 5  # of a step of healing
@@ -63,7 +63,7 @@ PARTS: Mapping[str, Stages] = {
     SLIM: {"steps of the export": 4, "(files)": 1},
     VALIDATE: {"held-out text": 6, "numerical floor": 1},
     DRAFTS: {"the model's own text": 1, "contexts with a draft": 4},
-    TIME: {"prompts timed": 3, "contexts timed": 3, "(memory)": 1},
+    TIME: {"prompts timed": 12, "contexts timed": 2, "(memory)": 1},
 }
 
 

@@ -37,7 +37,7 @@ class Killer:
         (folder / "stages.json").write_text(json.dumps(self.seen))
         if len(self.seen) == self.at:
             os.kill(os.getpid(), how)
-    def track(self, items, label, total=None):
+    def track(self, items, label, total=None, weights=None):
         yield from items
 
 brief = ["weights=fp32"]

@@ -185,7 +185,7 @@ def test_each_share_of_windows_is_a_step_in_which_recall_is_asked(planner_with: 
     planner.divergences = lambda many: (0.1 if windows_in(codes) else 1.0 for codes in many)
 
     class Listening(Silent):
-        def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        def track(self, items: Iterable[T], label: str, *_: object) -> Iterator[T]:
             for item in items:
                 told.append(label)
                 yield item

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -97,6 +97,15 @@ def test_time_left_counts_down_within_a_step_of_minutes_and_grows_when_it_takes_
     assert pace.stage_left == pytest.approx(80)
     clock.now += 120
     assert pace.stage_left == pytest.approx(120)
+
+
+def test_time_left_counts_down_within_a_step_that_counts_for_several() -> None:
+    clock = Clock()
+    pace = pace_at("other", clock)
+    clock.now += 5
+    pace.step("steps", 1, 4, 3)
+    clock.now += 14
+    assert pace.stage_left == 1
 
 
 def test_first_stage_tells_no_time_left_before_its_first_step() -> None:
@@ -233,6 +242,19 @@ def test_log_has_dated_lines_for_each_stage_and_every_15_seconds(capsys: pytest.
     ]
 
 
+def test_steps_count_for_as_much_as_they_weigh(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    progress = Terminal(clock=clock, now=clock.date)
+    progress.stage("load")
+    for seconds in progress.track((20.0, 140.0), "prompts", weights=(128, 896)):
+        clock.now += seconds
+    assert capsys.readouterr().err.splitlines() == [
+        "2026-11-29 07:00:00  load",
+        "2026-11-29 07:00:20  load: prompts 12%, 2:20 left, 0:20 passed",
+        "2026-11-29 07:02:40  load: prompts 100%, 0:00 left, 2:40 passed",
+    ]
+
+
 def test_log_tells_the_number_done_when_no_total_is_known(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     progress = Terminal(clock=clock, now=clock.date)
@@ -304,7 +326,9 @@ class Listening:
     def stage(self, name: str) -> None:
         self.entered.append(name)
 
-    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+    def track(
+        self, items: Iterable[T], label: str, total: int | None = None, weights: Sequence[float] | None = None
+    ) -> Iterator[T]:
         self.steps.append((self.entered[-1], label))
         yield from items
 

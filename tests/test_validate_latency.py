@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
 from support.tiny_graph import write_tiny
 
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
+from kvslim.progress import Silent
 from kvslim.runtime.session import DecodeSession
 from kvslim.validation.latency import measure_latency
 from kvslim.validation.rss import peak_rss
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -67,6 +72,28 @@ def test_long_prompt_is_timed_in_one_pair_of_turns(
     slim = measure_latency(models, prompts=(8,), contexts=(), repeats=3)["artifact"]
     assert order == pairs * ["slim", "plain", "plain", "slim"]
     assert slim.ttft_quartiles_ms["8"][0] < slim.ttft_ms["8"] < slim.ttft_quartiles_ms["8"][1]
+
+
+def test_prompts_weigh_as_many_tokens_as_they_have_in_all_turns(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, told, prefill = dict[int, int](), dict[str, Sequence[float] | None](), DecodeSession.prefill
+
+    class Listening(Silent):
+        def track(
+            self, items: Iterable[T], label: str, total: int | None = None, weights: Sequence[float] | None = None
+        ) -> Iterator[T]:
+            told[label] = weights
+            yield from items
+
+    def recording(self: DecodeSession, prompt: np.ndarray) -> np.ndarray:
+        tokens[len(prompt)] = tokens.get(len(prompt), 0) + len(prompt)
+        return prefill(self, prompt)
+
+    monkeypatch.setattr(DecodeSession, "prefill", recording)
+    monkeypatch.setattr("kvslim.validation.latency.LONG_PROMPT", 8)
+    measure_latency(models, prompts=(4, 8, 16), contexts=(), repeats=16, progress=Listening())
+    assert told["prompts timed"] == [count / len(models) for count in tokens.values()]
 
 
 @pytest.mark.parametrize("wrong", [{"prompts": (0,)}, {"contexts": (0,)}, {"repeats": 2}])

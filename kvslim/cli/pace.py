@@ -46,12 +46,18 @@ class Pace:
             self._spent[self.stage] = self.stage_seconds
         self.stage = ""
 
-    def step(self, label: str, done: int, count: int) -> None:
-        """So many of a part's steps are done, none where it begins; without a count nothing is known of the stage.
+    def step(self, label: str, done: float, whole: float, step: float = 1) -> None:
+        """A step of a part begins; where nothing is known of the whole, nothing is of the stage.
 
         A label that is not expected stands for the first part: methods measure where the planner would.
+
+        Args:
+            label: Of the part.
+            done: What the steps before it count for; 0 where the part begins.
+            whole: What all steps count for; 0 where it is not known.
+            step: What this one counts for.
         """
-        if not count:
+        if not whole:
             return
         parts = PARTS.get(self.stage, {label: 1.0})
         labels, shares = list(parts), [share / sum(parts.values()) for share in parts.values()]
@@ -59,8 +65,8 @@ class Pace:
         begins, share = sum(shares[:place]), shares[place]
         self._skipped += max(0.0, begins - self._begun)
         self._begun = max(self._begun, begins + share)
-        if (within := begins + share * done / count) >= self._within:
-            self._within, self._step, self._stepped = within, share / count, self._clock()
+        if (within := begins + share * done / whole) >= self._within:
+            self._within, self._step, self._stepped = within, share * step / whole, self._clock()
 
     @property
     def place(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
@@ -72,16 +72,22 @@ class Terminal:
             else:
                 self._line(self._title)
 
-    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+    def track(
+        self, items: Iterable[T], label: str, total: int | None = None, weights: Sequence[float] | None = None
+    ) -> Iterator[T]:
         """Yields `items` and shows how many are done and how long the rest will take."""
         count = len(items) if total is None and isinstance(items, Sized) else total or 0
+        whole = count if weights is None else sum(weights)
+        steps = iter(weights or ())
+        passed, step = 0.0, next(steps, 1.0)
         with self._lock:
-            self._pace.step(label, 0, count)
+            self._pace.step(label, passed, whole, step)
             self._label = label
         for number, item in enumerate(items, start=1):
             yield item
+            passed, step = passed + step, next(steps, step)
             with self._lock:
-                self._pace.step(label, number, count)
+                self._pace.step(label, passed, whole, step)
                 self._label = label if count else f"{label}: {number}"
                 self._show(COUNTED)
 

@@ -130,7 +130,10 @@ def time_models(
     }
     track, watch = (progress or Silent()).track, LoadWatch()
     prefills = max(LEAST_REPEATS, repeats // 2)
-    ttft = {length: _prefill_times(sessions, length, prefills) for length in track(prompts, "prompts timed")}
+    tokens = [length * sum(_prefill_turns(length, prefills)) for length in prompts]
+    ttft = {
+        length: _prefill_times(sessions, length, prefills) for length in track(prompts, "prompts timed", weights=tokens)
+    }
     tpot = {length: _decode_times(sessions, length, repeats) for length in track(contexts, "contexts timed")}
     return Runs(ttft, tpot, watch.busy_cores())
 
@@ -143,8 +146,13 @@ def _prefill_times(sessions: Mapping[str, DecodeSession], length: int, repeats: 
         sessions[name].reset()
         return cost(lambda: sessions[name].prefill(prompts[name]))
 
-    is_long = length > LONG_PROMPT
-    return in_turns(list(sessions), timed, 2 if is_long else repeats, warms_up=not is_long)
+    turns, warms_up = _prefill_turns(length, repeats)
+    return in_turns(list(sessions), timed, turns, warms_up=warms_up)
+
+
+def _prefill_turns(length: int, repeats: int) -> tuple[int, bool]:
+    """How often a prompt is timed, and whether a turn before that warms up."""
+    return (2, False) if length > LONG_PROMPT else (repeats, True)
 
 
 def _decode_times(sessions: Mapping[str, DecodeSession], context: int, repeats: int) -> dict[str, Times]:
