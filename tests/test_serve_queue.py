@@ -98,18 +98,23 @@ def test_fifty_requests_and_clients_that_leave_mix_nothing_up(server: Server, ar
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_answer_of_a_client_that_hangs_up_is_not_written_on(server: Server, stream: bool) -> None:
-    body = {"prompt": ["a"] * 100, "max_tokens": LONG, "temperature": 0, "stream": stream}
-    with httpx2.Client(base_url=server.url, timeout=60) as client:
-        if stream:
-            with client.stream("POST", "/completions", json=body) as response:
-                next(lines := response.iter_lines())
-            del lines
-        else:
-            with pytest.raises(httpx2.ReadTimeout):
-                client.post("/completions", json=body, timeout=0.3)
+    options: Any = {"model": MODEL, "prompt": ["a"] * 100, "max_tokens": LONG, "temperature": 0, "stream": stream}
+
+    async def hang_up() -> None:
+        async with server.async_client() as client:
+            has_begun = waiting(server)
+            asking = asyncio.ensure_future(client.completions.create(**options))
+            while not has_begun():
+                await asyncio.sleep(0.01)
+            if stream:
+                await (await asking).close()
+            else:
+                assert asking.cancel()
+
+    asyncio.run(hang_up())
     answer = httpx2.post(f"{server.url}/completions", json={"prompt": "z", "max_tokens": 2}, timeout=60)
     assert answer.json()["usage"]["completion_tokens"] == 2
-    assert server.errors.count(", interrupted") == 1
+    assert server.errors.count(", interrupted") <= 1  # none where it left between two texts
     assert len(server.errors.splitlines()) < 100
 
 
