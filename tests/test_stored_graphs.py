@@ -63,7 +63,7 @@ def test_graph_is_made_again_when_it_is_damaged(tmp_path: Path, cache: Path, dam
 def test_least_lately_used_graphs_go_when_the_limit_is_passed(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored, "LIMIT", 6_000)
+    monkeypatch.setattr("kvslim.calibrate.cache.LIMIT", 6_000)
     for age, key in enumerate(("third", "second", "first")):
         store_graph(key, _graph(tmp_path / key, bytes(1_500)))
         os.utime(cache / key, (1_000 + age, 1_000 + age))
@@ -75,7 +75,7 @@ def test_least_lately_used_graphs_go_when_the_limit_is_passed(
 def test_graph_is_not_stored_when_it_exceeds_the_limit(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored, "LIMIT", 1_000)
+    monkeypatch.setattr("kvslim.calibrate.cache.LIMIT", 1_000)
     store_graph("key", _graph(tmp_path / "made", bytes(1_500)))
     assert not cache.exists()
 

@@ -1,30 +1,26 @@
-"""Graphs on disk by the hash of everything that decides them, so that a later run need not export them again.
-
-The folder `graphs` of the cache takes `LIMIT` bytes at most; what was used least lately goes first.
-"""
+"""Graphs on disk by the hash of everything that decides them, so that a later run need not export them again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kvslim.calibrate.cache import cache_folder, content_key
+from kvslim.calibrate import cache
 from kvslim.export.manifest import hash_files
 
-LIMIT = 16 * 2**30
+KIND = "graphs"
 DIGESTS = "digests.json"
 VERSIONED = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 
 def graph_key(*parts: Any) -> str:
     """SHA-256 of JSON-able parts, the libraries that export, and KVSlim's own code."""
-    return content_key("graph", *parts, {name: version(name) for name in VERSIONED}, _own_code())
+    return cache.content_key("graph", *parts, {name: version(name) for name in VERSIONED}, _own_code())
 
 
 def fetch_graph(key: str, folder: Path) -> bool:
@@ -34,8 +30,8 @@ def fetch_graph(key: str, folder: Path) -> bool:
     if not names:
         shutil.rmtree(stored, ignore_errors=True)
         return False
+    cache.used(stored)
     try:
-        os.utime(stored)
         for name in names:
             _link(stored / name, folder / name)
     except OSError:
@@ -56,7 +52,7 @@ def _whole_files(stored: Path) -> list[str]:
 
 def store_graph(key: str, folder: Path) -> None:
     """Stores the files of a folder, whole or not at all; a cache that cannot be written is no reason to fail."""
-    if _size(folder) > LIMIT:
+    if cache.size_of(folder) > cache.LIMIT:
         return
     partial = None
     try:
@@ -67,7 +63,7 @@ def store_graph(key: str, folder: Path) -> None:
             _link(folder / name, partial / name)
         (partial / DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
         partial.rename(_graphs() / key)
-        _evict()
+        cache.evict(KIND)
     except OSError:
         pass
     finally:
@@ -75,22 +71,8 @@ def store_graph(key: str, folder: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _evict() -> None:
-    """Removes the graphs that were used least lately, until the others fit; also what a killed process left."""
-    folders = sorted(_graphs().iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-    taken = 0
-    for folder in folders:
-        taken += _size(folder)
-        if taken > LIMIT:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def _graphs() -> Path:
-    return cache_folder() / "graphs"
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
+    return cache.cache_folder() / KIND
 
 
 def _link(source: Path, target: Path) -> None:

@@ -49,11 +49,12 @@ def _before(prepared: PreparedDecoder, plan: Plan, fit: Callable[[], Codes], kin
     key = graph_key(kind, prepared.made_for, prepared.statistics.digest(), *decides)
     path = cache.cache_folder() / "edits" / f"{key}.safetensors"
     with suppress(ArtifactError):
-        return load_fitted(path).codes
+        return load_fitted(cache.used(path)).codes
     codes = fit()
     with suppress(OSError):  # a cache that cannot be written is no reason to fail
         path.parent.mkdir(parents=True, exist_ok=True)
         save_fitted(path, FittedPlan(plan, codes, prepared.made_for))
+        cache.evict(path.parent.name)
     return codes
 
 
@@ -69,6 +70,8 @@ def heal(prepared: PreparedDecoder, fitted: FittedPlan, settings: Heal) -> tuple
     folder = cache.cache_folder() / "healing" / cache.content_key("healing", *decides)
     of = prepared.model, prepared.architecture, fitted.codes
     codes, healing = healed(*of, texts, settings, seed, folder, prepared.progress)
+    cache.used(folder)
+    cache.evict(folder.parent.name)
     return fitted._replace(codes=codes), healing
 
 
