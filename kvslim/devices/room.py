@@ -10,6 +10,7 @@ from kvslim.devices.demand import BLOCK, LEAST_BYTES, LEAST_PACKED, Cache, Store
 from kvslim.devices.limits import Limits, bound, limits
 from kvslim.devices.peak import BRANCH_BYTES, FLOAT, beside_cache, open_bytes
 from kvslim.devices.profile import Device
+from kvslim.digits import three_digits
 from kvslim.errors import GateError, UnsupportedError
 from kvslim.loading.parameters import Parameters
 from kvslim.loading.snapshot import Snapshot
@@ -143,12 +144,11 @@ def _time_ratio(
     none = Cache("none", KVLayout(tensors=()), plain.q_heads)
     most, reached = (bound(device, decode(weights, cache, context)).tokens_per_second for cache in (none, plain))
     if tokens_per_second >= most:
-        least = f"{most:,.0f}" if most >= 100 else f"{most:.3g}"
         raise GateError(
             f"{device.name} decodes fewer than {tokens_per_second:,g} tokens per second beside "
             f"{_words(weights)}, with any cache",
             where="--tokens-per-second",
-            fix=f"ask for less than {least}, or for smaller --weights",
+            fix=f"ask for less than {three_digits(most)}, or for smaller --weights",
         )
     return reached / tokens_per_second if reached < tokens_per_second else None
 

@@ -7,9 +7,10 @@ import io
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kvslim.digits import three_digits
 from kvslim.measures import Measures
 from kvslim.report.draft import shares
-from kvslim.report.tables import METRICS, NONE, UNCERTAIN, Table, measures_table, three_digits, with_quartiles
+from kvslim.report.tables import METRICS, NONE, UNCERTAIN, Table, measures_table, with_quartiles
 from kvslim.validation.bench import BenchResult, Timing
 from kvslim.validation.drafts import DraftGain
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvslim.devices.limits import Bound, Limits
+from kvslim.digits import three_digits
 from kvslim.report.memory import CacheMemory
-from kvslim.report.tables import NONE, Table, three_digits
+from kvslim.report.tables import NONE, Table
 
 
 def answers(memory: CacheMemory) -> Iterator[str]:

@@ -11,6 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from kvslim.caches import CodedCache
+from kvslim.digits import three_digits
 from kvslim.kv_ratios import TYPES, smaller_than, times
 from kvslim.measures import GateResult, Measures, Report
 from kvslim.report.memory import CacheMemory
@@ -48,8 +49,8 @@ METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
     "ttft_ms": ("Time to first token, ms, prompt of {}", lambda value: f"{value:.1f}"),
     "tpot_ms": ("Time per token, ms, context of {}", lambda value: f"{value:.2f}"),
     "latency_ms": ("Latency, ms, text of {} tokens", lambda value: f"{value:.2f}"),
-    "prompt_tokens_per_second": ("Prompt tokens per second, prompt of {}", lambda value: three_digits(value)),
-    "tokens_per_second": ("Tokens per second, context of {}", lambda value: three_digits(value)),
+    "prompt_tokens_per_second": ("Prompt tokens per second, prompt of {}", three_digits),
+    "tokens_per_second": ("Tokens per second, context of {}", three_digits),
     "peak_rss_mib": ("Peak memory, MiB", lambda value: f"{value:.0f}"),
 }
 
@@ -254,11 +255,6 @@ def quartiles_of(measures: Measures, name: str) -> Mapping[str, tuple[float, flo
 def with_quartiles(cell: str, quartiles: tuple[float, float] | None, shown: Callable[[float], str]) -> str:
     """A median as it is shown, with its quartiles behind it where they are known."""
     return cell if quartiles is None else f"{cell} ({' to '.join(map(shown, quartiles))})"
-
-
-def three_digits(value: float) -> str:
-    """A number in three digits, or more if there are more before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _cells(values: Mapping[str, float | None], shown: Callable[[float], str]) -> Iterable[str]:

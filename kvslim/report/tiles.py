@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvslim.digits import three_digits
 from kvslim.kv_ratios import TYPES, smaller
 from kvslim.measures import GateResult, Report
-from kvslim.report.tables import three_digits
 from kvslim.types import Manifest
 
 GATES = {
