@@ -275,7 +275,7 @@ CASES: dict[str, tuple[Case, int, str]] = {
     "rank_no_multiple_of_8": (lambda i: i.recipe("methods: [{kv_pca: {rank: 12}}]"), USAGE, "rank 12"),
     "rank_over_head_dim": (lambda i: i.recipe("methods: [{kv_pca: {rank: 24}}]"), USAGE, "head_dim 16"),
     "rank_negative": (lambda i: i.recipe("methods: [{kv_pca: {rank: -8}}]"), USAGE, "rank"),
-    "rank_and_energy": (lambda i: i.recipe("methods: [{kv_pca: {rank: 8, energy: 0.9}}]"), USAGE, "one of rank"),
+    "rank_and_energy": (lambda i: i.recipe("methods: [{kv_pca: {rank: 8, energy: 0.9}}]"), USAGE, "rank or energy"),
     "hdc_with_quant": (lambda i: i.recipe("methods: [kv_hdc, kv_quant]"), USAGE, "drop one"),
     "hdc_in_attention24": (lambda i: i.recipe("layout: attention24\nmethods: [kv_hdc]"), USAGE, "attention24 has no"),
     "hdc_bits_unknown": (lambda i: i.recipe("methods: [{kv_hdc: {bits: 5}}]"), USAGE, "bits"),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError, suggestion
@@ -39,6 +39,7 @@ class Method(BaseModel):
         supports_encoders: Whether it works without a cache, from `HeadStatistics` alone.
         needs_gqa: What it needs that layout attention24 does not have; empty for nothing.
         stores_cache: Whether it chooses how the cache is stored.
+        either: Options of which one may be given; empty where all go together.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -48,10 +49,18 @@ class Method(BaseModel):
     supports_encoders: ClassVar[bool] = False
     needs_gqa: ClassVar[str] = ""
     stores_cache: ClassVar[bool] = False
+    either: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         METHODS[cls.name] = cls
+
+    @model_validator(mode="after")
+    def _gives_either(self) -> Self:
+        given = [option for option in self.either if getattr(self, option) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give {' or '.join(given)}, not both")
+        return self
 
     def check(self, spec: ModelSpec) -> None:
         """Refuses options that this model cannot take.

@@ -37,6 +37,7 @@ class ClusterHeads(Method):
     order: ClassVar[int] = 6
     summary: ClassVar[str] = "heads that attend alike share one head's attention, and its keys"
     needs_gqa: ClassVar[str] = "clusters of heads"
+    either: ClassVar[tuple[str, ...]] = ("clusters", "layers", "count")
 
     mode: Clusters = Field(
         "static", description="whether clusters are fixed, or formed from each prompt's first tokens"
@@ -47,9 +48,7 @@ class ClusterHeads(Method):
     count: int | None = Field(None, ge=1, description="number of layers, those that lose least by measured KL")
 
     @model_validator(mode="after")
-    def _one_choice(self) -> ClusterHeads:
-        if sum(way is not None for way in (self.clusters, self.layers, self.count)) > 1:
-            raise ValueError("give one of clusters, layers and count")
+    def _one_number(self) -> ClusterHeads:
         if self.clusters is not None and self.fraction is not None:
             raise ValueError("give clusters or fraction, not both")
         return self

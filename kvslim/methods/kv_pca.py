@@ -83,6 +83,7 @@ class KvPca(Method):
     name: ClassVar[str] = "kv_pca"
     order: ClassVar[int] = 10
     summary: ClassVar[str] = "fewer dimensions per cached head: balanced truncation of keys and values"
+    either: ClassVar[tuple[str, ...]] = ("rank", "rank_ratio", "energy")
 
     rank: int | None = Field(None, ge=STEP, description="cached dimensions per head, a multiple of 8")
     rank_ratio: float | None = Field(None, gt=0, le=1, description="rank as a share of head_dim, rounded down")
@@ -92,10 +93,7 @@ class KvPca(Method):
     damping: float = Field(1e-2, gt=0, le=1, description="share of the mean eigenvalue added to each diagonal")
 
     @model_validator(mode="after")
-    def _one_size(self) -> KvPca:
-        given = [self.rank, self.rank_ratio, self.energy]
-        if sum(size is not None for size in given) > 1:
-            raise ValueError("give one of rank, rank_ratio and energy")
+    def _has_both_ranks(self) -> KvPca:
         if self.value_rank is not None and self.rank is None:
             raise ValueError("value_rank needs rank")
         return self

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from kvslim.caches import FullCache, WindowCache
 from kvslim.contract import ModelSpec
@@ -49,17 +49,12 @@ class KvWindow(Method):
     order: ClassVar[int] = 15
     summary: ClassVar[str] = "a cache of constant size per layer: attention sinks and recent tokens"
     needs_gqa: ClassVar[str] = "ring"
+    either: ClassVar[tuple[str, ...]] = ("layers", "lazy")
 
     window: int = Field(256, ge=1, description="recent tokens that a layer keeps")
     sinks: int = Field(4, ge=0, description="first tokens that it keeps beside them")
     layers: tuple[int, ...] | None = Field(None, description="indices of the layers; by default all")
     lazy: int | None = Field(None, ge=1, description="number of layers, those that lose least KL and no recall")
-
-    @model_validator(mode="after")
-    def _one_choice(self) -> KvWindow:
-        if self.layers is not None and self.lazy is not None:
-            raise ValueError("give layers or lazy, not both")
-        return self
 
     def check(self, spec: ModelSpec) -> None:
         """Refuses layers that the model does not have."""

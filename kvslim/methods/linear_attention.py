@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from kvslim.caches import FullCache, LinearCache
 from kvslim.contract import ModelSpec
@@ -40,18 +40,13 @@ class LinearAttention(Method):
     order: ClassVar[int] = 16
     summary: ClassVar[str] = "a cache of constant size per layer: recent tokens, and a trained state of all before"
     needs_gqa: ClassVar[str] = "state"
+    either: ClassVar[tuple[str, ...]] = ("layers", "count")
 
     window: int = Field(64, ge=1, description="recent tokens that a layer keeps exact")
     sinks: int = Field(4, ge=0, description="first tokens that it keeps exact beside them")
     features: int = Field(64, ge=1, description="rows of the state per kv head, each of head_dim + 1 float32 numbers")
     layers: tuple[int, ...] | None = Field(None, description="indices of the layers; by default all")
     count: int | None = Field(None, ge=1, description="number of layers, those whose attention reaches farthest")
-
-    @model_validator(mode="after")
-    def _one_choice(self) -> LinearAttention:
-        if self.layers is not None and self.count is not None:
-            raise ValueError("give layers or count, not both")
-        return self
 
     def check(self, spec: ModelSpec) -> None:
         """Refuses layers that the model does not have, or that have a window of their own."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
@@ -38,6 +38,7 @@ class PruneHeads(Method):
     order: ClassVar[int] = 5
     summary: ClassVar[str] = "attention without the heads that matter least; whole kv groups take their cache along"
     supports_encoders: ClassVar[bool] = True
+    either: ClassVar[tuple[str, ...]] = ("groups", "queries", "heads")
 
     groups: int | None = Field(
         None, ge=1, description="kv heads to remove, over all layers, with their query heads; of an encoder, heads"
@@ -48,12 +49,6 @@ class PruneHeads(Method):
         "kl",
         description="measured loss of each removal alone (KL, of embeddings 1 - cosine), a statistic, or gradients",
     )
-
-    @model_validator(mode="after")
-    def _one_choice(self) -> PruneHeads:
-        if sum(way is not None for way in (self.groups, self.queries, self.heads)) > 1:
-            raise ValueError("give one of groups, queries and heads")
-        return self
 
     @property
     def is_measured(self) -> bool:

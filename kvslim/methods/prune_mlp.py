@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from kvslim.contract import ModelSpec
 from kvslim.errors import UsageError
@@ -38,16 +38,11 @@ class PruneMlp(Method):
     name: ClassVar[str] = "prune_mlp"
     order: ClassVar[int] = 7
     summary: ClassVar[str] = "feed-forward parts without the channels that change least"
+    either: ClassVar[tuple[str, ...]] = ("ratio", "widths")
 
     ratio: float | None = Field(None, gt=0, le=MOST, description="share of all channels to remove")
     widths: dict[int, int] | None = Field(None, description="channels that stay, by layer: multiples of 32")
     score: Literal["kl", "alike"] = Field("kl", description="shares by KL measured in each layer, or alike in all")
-
-    @model_validator(mode="after")
-    def _one_choice(self) -> PruneMlp:
-        if self.ratio is not None and self.widths is not None:
-            raise ValueError("give ratio or widths, not both")
-        return self
 
     def check(self, spec: ModelSpec) -> None:
         """Refuses layers that the model does not have, widths that kernels do not like, and to remove nothing."""

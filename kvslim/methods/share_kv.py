@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from kvslim.caches import SharedCache
 from kvslim.contract import ModelSpec
@@ -49,15 +49,10 @@ class ShareKv(Method):
     name: ClassVar[str] = "share_kv"
     order: ClassVar[int] = 30  # after all that decides what a source caches, since that is what is mapped
     summary: ClassVar[str] = "layers that read an earlier layer's cache through a fitted map, and have none"
+    either: ClassVar[tuple[str, ...]] = ("layers", "sources")
 
     layers: int | None = Field(None, ge=1, description="number of layers to lose their cache, by measured KL")
     sources: dict[int, int] | None = Field(None, description="the layers themselves, each with the one it reads")
-
-    @model_validator(mode="after")
-    def _one_choice(self) -> ShareKv:
-        if self.layers is not None and self.sources is not None:
-            raise ValueError("give layers or sources, not both")
-        return self
 
     def check(self, spec: ModelSpec) -> None:
         """Refuses sources that come later, read another cache themselves or do not exist, and to share nothing."""
