@@ -22,7 +22,7 @@ from kvslim.transform import compensate, kl_evaluator
 from kvslim.transform.edits import Codes, LayerEdit
 from kvslim.transform.kl_evaluator import KLEvaluator, held_out_windows, probe_windows
 from kvslim.transform.recall_trials import AnswerTrials, RecallTrials, chained
-from kvslim.transform.surgery import trial
+from kvslim.transform.surgery import slim_modules, trial
 from kvslim.types import LayerPlan, Plan
 from kvslim.validation.recall import RecallItem
 
@@ -115,6 +115,11 @@ def test_model_is_as_before_after_a_trial(prepared: PreparedDecoder) -> None:
     with trial(prepared.model, prepared.architecture, codes):
         assert np.abs(torch_logits(prepared, tokens) - before).max() > 1e-3
     np.testing.assert_array_equal(torch_logits(prepared, tokens), before)
+
+
+def test_attention_keeps_nothing_of_a_text_behind(prepared: PreparedDecoder) -> None:
+    torch_logits(prepared, tokens_of(prepared))
+    assert all(slim.hidden is None for slim in slim_modules(prepared.model, prepared.architecture))
 
 
 def test_model_is_as_before_when_a_trial_or_its_installation_fails(prepared: PreparedDecoder) -> None:

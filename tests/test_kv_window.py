@@ -55,9 +55,16 @@ def test_lazy_takes_the_layers_whose_worst_head_keeps_most() -> None:
 
 
 @pytest.mark.parametrize(
-    "scoring", [Scoring(0.5, recent=40, sinks=4), Scoring(0.5, window=40), Scoring(0.5, 90, None, 40, 2)]
+    "scoring",
+    [
+        Scoring(0.5, recent=40, sinks=4),
+        Scoring(0.5, window=40),
+        Scoring(0.5, 90, None, 40, 2),
+        Scoring(0.5, softcap=1.0),
+        Scoring(0.5, 40, softcap=1.0),
+    ],
 )
-def test_nearby_attention_by_blocks_is_that_under_one_mask(scoring: Scoring) -> None:
+def test_attention_by_blocks_is_that_under_one_mask(scoring: Scoring) -> None:
     random = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, 2 * BLOCK + 10, 8, generator=random) for heads in (4, 2, 2))
     key_of_all, value_of_all = (states.repeat_interleave(2, 1) for states in (key, value))

@@ -74,8 +74,6 @@ def sharing_copy(model: Any, architecture: Architecture, device: torch.device) -
         device: Where the copy is to be.
     """
     slims = slim_modules(model, architecture)
-    for slim in slims:
-        slim.hidden = None  # what it read last
     rotaries = {id(slim.rotary): slim.rotary for slim in slims if slim.rotary is not None}
     shared: dict[int, Any] = {place: rotary.to(device) for place, rotary in rotaries.items()}
     shared |= {id(each): nn.Parameter(each.detach().to(device), requires_grad=False) for each in model.parameters()}

@@ -63,7 +63,7 @@ def transferred(
                 model.base_model(input_ids=tokens, use_cache=False)
     finally:
         for slim in slims:
-            slim.observer, slim.hidden = None, None
+            slim.observer = None
     return tuple(
         replace(code, features=learners[layer].features) if layer in learners else code
         for layer, code in enumerate(codes)

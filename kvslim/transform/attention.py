@@ -74,7 +74,7 @@ class SlimAttention(nn.Module):
         is_normed: Whether the model norms queries and keys after it has projected them.
         rotary: RoPE of this layer, or None.
         window: Tokens that a query of this layer sees in the model, or None for all.
-        hidden: Input of the model's projections, caught by a hook, [batch, length, hidden].
+        hidden: Input of the model's projections, caught by a hook, [batch, length, hidden], until attention is done.
         observer: Called with q, k, v and the scoring while calibrating.
         step: Set while exporting.
     """
@@ -299,7 +299,9 @@ def _slim_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     slim: SlimAttention = module.kvslim  # type: ignore[assignment]
-    return slim(query, key, value, slim.scoring(scaling, softcap)), None
+    attended = slim(query, key, value, slim.scoring(scaling, softcap))
+    slim.hidden = None  # of all layers together it takes as much as what the layers give
+    return attended, None
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -72,34 +72,35 @@ class CacheAttention:
 
 def attended(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
     """Causal attention in torch, [batch, length, q_heads, dim]."""
-    if scoring.softcap is not None:
-        group = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        found = scoring.weights(query, key) @ value
-    elif scoring.window is None and scoring.recent is None:
+    if scoring.softcap is None and scoring.window is None and scoring.recent is None:
         found = nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scoring.scale, enable_gqa=True
         )
     else:
-        found = _attended_nearby(query, key, value, scoring)
+        found = _attended_by_blocks(query, key, value, scoring)
     return found.transpose(1, 2)
 
 
-def _attended_nearby(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-    """Attention to some tokens alone, by blocks of queries: a mask over a whole text computes all that it hides."""
+def _attended_by_blocks(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+    """Attention to the tokens that blocks of queries reach: over a whole text, scores take much time or memory."""
     found = []
     for start in range(0, query.shape[2], BLOCK):
         stop = min(start + BLOCK, query.shape[2])
         keys = scoring.reach(start, stop)
-        mask = ~scoring.hidden(torch.arange(start, stop), keys)
-        found.append(
-            nn.functional.scaled_dot_product_attention(
-                query[:, :, start:stop],
-                key[:, :, keys],
-                value[:, :, keys],
-                attn_mask=mask,
-                scale=scoring.scale,
-                enable_gqa=True,
+        hidden = scoring.hidden(torch.arange(start, stop), keys)
+        block = query[:, :, start:stop], key[:, :, keys], value[:, :, keys]
+        if scoring.softcap is None:
+            part = nn.functional.scaled_dot_product_attention(
+                *block, attn_mask=~hidden, scale=scoring.scale, enable_gqa=True
             )
-        )
+        else:
+            part = _attended_softly(*block, hidden, scoring)
+        found.append(part)
     return torch.cat(found, dim=2)
+
+
+def _attended_softly(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scoring: Scoring) -> Tensor:
+    """Attention with a softcap, which torch's operator does not have."""
+    scores = scoring.scores(query.unflatten(1, (key.shape[1], -1)), key[:, :, None])
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return (weights @ value[:, :, None]).flatten(1, 2)
