@@ -27,7 +27,7 @@ from support.tiny_gguf import write_gguf
 
 from kvslim import checks, memory
 from kvslim.errors import ModelError, OutputError
-from kvslim.loading.mapped import MappedWeights, let_go
+from kvslim.loading.mapped import MappedWeights, in_file, let_go
 from kvslim.loading.model import load_model
 from kvslim.loading.source import read_spec, resolve
 from kvslim.methods import KvPca
@@ -161,6 +161,16 @@ def test_all_weights_are_in_files_that_end_with_the_model(
     del model
     prepared.release()
     assert not maps_of(temporary)
+
+
+def test_arrays_in_files_take_no_memory_until_they_are_read_again(temporary: Path) -> None:
+    numbers = np.arange(2**20, dtype=np.int32).reshape(2, -1)
+    found = in_file(numbers)
+    np.testing.assert_array_equal(found, numbers)
+    assert resident(temporary) > 1000
+    let_go()
+    assert resident(temporary) == 0
+    np.testing.assert_array_equal(found, numbers)
 
 
 def test_what_is_written_stays_when_pages_are_let_go(temporary: Path) -> None:

@@ -33,13 +33,14 @@ SMALL, LARGE = 2**12, 2**20  # bytes that are not worth a file, and bytes that a
 IN_MEMORY = {"tmpfs", "ramfs"}
 FIX = "set TMPDIR to a folder on a disk with more space"
 _ALIVE: weakref.WeakSet[MappedWeights] = weakref.WeakSet()
+_IN_FILES: weakref.WeakValueDictionary[int, Array] = weakref.WeakValueDictionary()  # by address
 
 
 class MappedWeights:
     """Tensors in float32 that are mapped from files without names."""
 
     def __init__(self) -> None:
-        self._tensors: list[torch.Tensor] = []
+        self._arrays: list[Array] = []
         _ALIVE.add(self)
 
     def read(self, stored: Mapping[str, Unread]) -> dict[str, Any]:
@@ -65,9 +66,9 @@ class MappedWeights:
         import torch
 
         parts = (part.to(torch.float32).numpy() for part in tensor.reshape(-1).split(PART))
-        mapped = _mapped(parts, FLOAT * tensor.numel()).view(torch.float32).view(tensor.shape)
-        self._tensors.append(mapped)
-        return mapped
+        mapped = _mapped(parts, FLOAT * tensor.numel())
+        self._arrays.append(mapped.numpy())
+        return mapped.view(torch.float32).view(tensor.shape)
 
     def follow(self, model: Any) -> None:
         """Lets go of all weights behind each layer of a model, whenever it runs, and behind its head."""
@@ -79,10 +80,7 @@ class MappedWeights:
 
     def let_go(self) -> None:
         """Drops all their pages from this process; the files keep what was written to them."""
-        advise = ctypes.CDLL(None).madvise
-        for tensor in self._tensors:
-            place, size = ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(FLOAT * tensor.numel())
-            advise(place, size, mmap.MADV_DONTNEED)
+        _drop(self._arrays)
 
 
 def in_file(array: Array) -> Array:
@@ -97,11 +95,13 @@ def in_file(array: Array) -> Array:
         return array
     whole = np.ascontiguousarray(array)
     try:
-        found: Array = _mapped([whole], whole.nbytes).numpy().view(array.dtype).reshape(array.shape)
+        mapped = _mapped([whole], whole.nbytes).numpy()
     except OutputError:
         if _ALIVE:
             raise
         return array
+    _IN_FILES[mapped.ctypes.data] = mapped  # it lives as long as any view of it
+    found: Array = mapped.view(array.dtype).reshape(array.shape)
     return found
 
 
@@ -120,8 +120,16 @@ def _mapped(parts: Iterable[Array], size: int) -> torch.Tensor:
         raise OutputError(message, where=tempfile.gettempdir(), fix=FIX) from error
 
 
+def _drop(mapped: Iterable[Array]) -> None:
+    """Drops all pages of mapped arrays from this process; the files keep what was written to them."""
+    advise = ctypes.CDLL(None).madvise
+    for array in mapped:
+        advise(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), mmap.MADV_DONTNEED)
+
+
 def let_go() -> None:
-    """Drops the pages of all mapped weights from this process, and what is free: for loops over matrices."""
+    """Drops the pages of all that is mapped from this process, and what is free: for loops over matrices."""
+    _drop(list(_IN_FILES.values()))
     alive = list(_ALIVE)
     for weights in alive:
         weights.let_go()
