@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from benchmarks.biased import save_biased
 from kvslim.demo.world import calibration_text, heldout_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,6 +147,15 @@ def _other_domains() -> tuple[str, str]:
     return (str(calibration), str(validation)) if calibration.is_file() else ("self", "self")
 
 
+def _no_smollm2() -> str | None:
+    return None if SMOLLM2.is_file() else "no build/real/smollm2.gguf: make build/real/smollm2.gguf"
+
+
+def _biased(folder: Path) -> Source:
+    save_biased(SMOLLM2, folder / "model")
+    return Source(str(folder / "model"), folder, *_other_domains())
+
+
 def _mha(folder: Path) -> Source:
     """A model that was trained like the demo: stories are its texts."""
     return Source(str(ROOT / "tests" / "mha_model"), folder, *_stories(folder), recall="stories")
@@ -196,7 +206,13 @@ SUBJECTS: dict[str, Subject] = {
             "smollm2",
             "SmolLM2-135M-Instruct",
             lambda folder: Source(str(SMOLLM2), folder, *_other_domains()),
-            missing=lambda: None if SMOLLM2.is_file() else "no build/real/smollm2.gguf: make build/real/smollm2.gguf",
+            missing=_no_smollm2,
+        ),
+        Subject(
+            "smollm2-biased",
+            "SmolLM2-135M-Instruct with large biases of its keys",
+            _biased,
+            missing=_no_smollm2,
         ),
         Subject("smollm2-shape", "SmolLM2-135M's shape", partial(_random, SMOLLM2_SHAPE, "float32")),
         Subject(
