@@ -15,6 +15,8 @@ from tokenizers import Tokenizer
 from kvslim.errors import ArtifactError, NotFoundError, UsageError
 from kvslim.runtime.opening import Logits
 
+Weights = npt.NDArray[np.float64]
+Places = npt.NDArray[np.intp]
 PENALTIES = (0.01, 100.0)  # beyond these the penalty is all that counts
 
 
@@ -109,29 +111,34 @@ def sample(logits: Logits, generator: np.random.Generator, sampling: Sampling = 
     """
     if sampling.temperature == 0:
         return int(logits.argmax())
-    below = logits.astype(np.float64) - logits.max()
+    weights = logits.astype(np.float64)  # changed in place: with large vocabularies each copy takes a millisecond
+    weights -= weights.max()
     with np.errstate(over="ignore"):  # so cold that all but the most likely are out of reach
-        weights = np.exp(below / sampling.temperature)
-    _cut(weights, sampling)
-    return int((weights / generator.standard_exponential(len(weights))).argmax())
+        weights /= sampling.temperature
+    np.exp(weights, out=weights)
+    kept = _kept(weights, sampling)
+    weights /= generator.standard_exponential(len(weights))
+    return int(weights.argmax() if kept is None else kept[weights[kept].argmax()])
 
 
-def _cut(weights: npt.NDArray[np.float64], sampling: Sampling) -> None:
-    """Sets the weights [vocab] to zero that top-k and top-p leave out."""
-    if 0 < sampling.top_k < len(weights):
-        _keep_largest(weights, sampling.top_k)
-    if sampling.top_p < 1:
-        falling = np.sort(weights[weights > 0])[::-1]
-        before = np.cumsum(falling) - falling
-        _keep_largest(weights, int((before < sampling.top_p * falling.sum()).sum()))
+def _kept(weights: Weights, sampling: Sampling) -> Places | None:
+    """Where the weights [vocab] are that top-k and top-p leave, in order; None for everywhere."""
+    kept = _largest(weights, sampling.top_k) if 0 < sampling.top_k < len(weights) else None
+    if sampling.top_p == 1:
+        return kept
+    left = weights if kept is None else weights[kept]
+    falling = np.sort(left)[::-1]
+    before = np.cumsum(falling) - falling
+    found = _largest(left, int((before < sampling.top_p * falling.sum()).sum()))
+    return found if kept is None else kept[found]
 
 
-def _keep_largest(weights: npt.NDArray[np.float64], count: int) -> None:
-    """Sets all but the largest so many weights to zero; of equal ones the first stay."""
+def _largest(weights: Weights, count: int) -> Places:
+    """Where the largest so many weights are, in order; of equal ones the first."""
     least = np.partition(weights, -count)[-count]
-    equal = np.flatnonzero(weights == least)
-    weights[equal[count - int((weights > least).sum()) :]] = 0
-    weights[weights < least] = 0
+    found = np.flatnonzero(weights >= least)
+    equal = np.flatnonzero(weights[found] == least)
+    return np.delete(found, equal[len(equal) - (len(found) - count) :])
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
