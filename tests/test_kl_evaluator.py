@@ -234,6 +234,19 @@ def test_held_out_windows_are_fewer_when_the_vocabulary_is_larger() -> None:
     assert [held_out_windows(long, size).shape for size in (300, 150_000)] == [(1, 4096), (1, 4096)]
 
 
+def test_logits_are_compared_in_pieces_and_never_copied(
+    prepared: PreparedDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = KLEvaluator(prepared.model, prepared.architecture, windows_of(prepared)).kl(codes_of(prepared))
+    seen: list[int] = []
+    log_softmax = torch.Tensor.log_softmax
+    monkeypatch.setattr(torch.Tensor, "log_softmax", lambda self, dim: seen.append(len(self)) or log_softmax(self, dim))
+    monkeypatch.setattr(kl_evaluator, "COMPARED", 5 * prepared.spec.vocab_size)
+    pieces = KLEvaluator(prepared.model, prepared.architecture, windows_of(prepared)).kl(codes_of(prepared))
+    assert max(seen) == 5
+    assert pieces == pytest.approx(whole, rel=1e-9)
+
+
 def test_tokens_that_do_not_count_are_not_judged(prepared: PreparedDecoder) -> None:
     windows, codes = windows_of(prepared), codes_of(prepared)
     counted = np.random.default_rng(1).random(windows.shape) < 0.3

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvslim.transform.edits import Array
-from kvslim.transform.kl_evaluator import BATCH, SMALL_VOCABULARY, logits_at, predicting, summed_kl
+from kvslim.transform.kl_evaluator import BATCH, SMALL_VOCABULARY, log_probabilities, logits_at, predicting, summed_kl
 
 LOST = 1e9  # nats per token, of a student whose logits are no numbers any more
 
@@ -31,16 +31,16 @@ class HeldOut:
         counted = counted[:, self._places]
         parts = (part.to(teacher.device).split(size) for part in (torch.from_numpy(windows), counted))
         self._batches = list(zip(*parts, strict=True))
-        self._teacher = [self._log_probabilities(teacher, batch) for batch, _ in self._batches]
+        self._teacher = [log_probabilities(self._logits(teacher, batch)) for batch, _ in self._batches]
         self._count = int(counted.sum())
 
     def kl(self, student: Any) -> float:
         """Mean KL(teacher || student), nats per token; `LOST` where that is no number."""
         total = 0.0
         for (batch, counted), expected in zip(self._batches, self._teacher, strict=True):
-            total += summed_kl(expected, self._log_probabilities(student, batch), counted)
+            total += summed_kl(expected, self._logits(student, batch), counted)
         return max(total / self._count, 0.0) if math.isfinite(total) else LOST
 
-    def _log_probabilities(self, model: Any, batch: Tensor) -> Tensor:
+    def _logits(self, model: Any, batch: Tensor) -> Tensor:
         with model.device, torch.inference_mode():
-            return logits_at(model, batch, self._places).float().log_softmax(-1)
+            return logits_at(model, batch, self._places)

@@ -18,7 +18,7 @@ from kvslim.transform.surgery import layer_modules, trial
 BATCH = 1024  # tokens of a forward pass
 SMALL_VOCABULARY = 2**14
 LARGE = 2**26  # parameters
-PLACES = 64  # compared at a time, so that what is in between takes little memory
+COMPARED = 2**20  # numbers compared at a time; what is in between then fits a processor's cache
 
 
 class KLEvaluator:
@@ -54,7 +54,7 @@ class KLEvaluator:
         self._reference: list[Tensor] = []
         for batch in self.batches:
             with remembering(self.layers) as outputs:
-                self._reference.append(self._log_probabilities(batch))
+                self._reference.append(log_probabilities(self._logits(batch)))
             self._outputs.append(outputs)
 
     def kl(self, codes: Codes) -> float:
@@ -75,15 +75,12 @@ class KLEvaluator:
         known = zip(self.batches, self._weights, self._outputs, self._reference, strict=True)
         for batch, weights, outputs, reference in known:
             with replaying(self.layers[:first], outputs):
-                student = self._log_probabilities(batch)
+                student = self._logits(batch)
             total += summed_kl(reference, student, weights)
         return max(total / sum(int(weights.sum()) for weights in self._weights), 0.0)
 
-    def _log_probabilities(self, batch: Tensor) -> Tensor:
+    def _logits(self, batch: Tensor) -> Tensor:
         places = torch.arange(self.stride - 1, batch.shape[1], self.stride)
-        return self._logits(batch, places).float().log_softmax(-1)
-
-    def _logits(self, batch: Tensor, places: Tensor) -> Tensor:
         with torch.inference_mode():
             return logits_at(self.model, batch, places)
 
@@ -107,10 +104,38 @@ def logits_at(model: Any, batch: Tensor, places: Tensor) -> Tensor:
     return logits
 
 
+def log_probabilities(logits: Tensor) -> Tensor:
+    """The log probabilities of logits [..., vocab], in their memory."""
+    with torch.inference_mode():
+        for rows in _pieces(logits):
+            rows.copy_(rows.log_softmax(-1))
+    return logits
+
+
 def summed_kl(teacher: Tensor, student: Tensor, counted: Tensor) -> float:
-    """KL(teacher || student) of log probabilities [n, places, vocab], over the places [n, places] that count."""
-    places = zip(*(each.flatten(0, 1).split(PLACES) for each in (teacher, student, counted)), strict=True)
-    return sum(float(((of.exp() * (of - by)).sum(-1).double() * counts).sum()) for of, by, counts in places)
+    """KL(teacher || student) over the places that count.
+
+    With a large vocabulary logits are the most of what a small model takes, so there is no copy of them.
+
+    Args:
+        teacher: Log probabilities [n, places, vocab].
+        student: Logits of the same shape.
+        counted: [n, places] bool.
+    """
+    total = 0.0
+    weights = counted.flatten().split(_rows(student))
+    for of, by, counts in zip(_pieces(teacher), _pieces(student), weights, strict=True):
+        total += float(((of.exp() * (of - by.log_softmax(-1))).sum(-1).double() * counts).sum())
+    return total
+
+
+def _pieces(logits: Tensor) -> Sequence[Tensor]:
+    """Rows of logits [..., vocab] that are taken at a time, in their memory."""
+    return logits.view(-1, logits.shape[-1]).split(_rows(logits))
+
+
+def _rows(logits: Tensor) -> int:
+    return max(1, COMPARED // logits.shape[-1])
 
 
 def predicting(windows: Array, loss_mask: Array | None) -> Array:

@@ -14,7 +14,7 @@ from kvslim.loading.architecture import Architecture
 from kvslim.prefix import shared_length
 from kvslim.transform.edits import Codes, LayerEdit
 from kvslim.transform.hooks import hooked
-from kvslim.transform.kl_evaluator import first_changed, logits_at, remembering, replaying
+from kvslim.transform.kl_evaluator import first_changed, log_probabilities, logits_at, remembering, replaying
 from kvslim.transform.surgery import layer_modules, trial
 
 Places = list[Tensor]
@@ -172,8 +172,8 @@ def chained(items: Sequence[Question]) -> Iterator[tuple[Tensor, Places]]:
 
 
 def _probabilities(logits: Tensor, tokens: Tensor, places: Places) -> list[float]:
-    """Mean probability of the tokens of each answer, of logits [n, vocab]."""
-    likely = logits.float().softmax(-1).gather(-1, tokens[torch.cat(places)][:, None])[:, 0]
+    """Mean probability of the tokens of each answer, of logits [n, vocab], which are changed."""
+    likely = log_probabilities(logits).gather(-1, tokens[torch.cat(places)][:, None])[:, 0].exp()
     return [float(part.mean()) for part in likely.split([len(answer) for answer in places])]
 
 
