@@ -40,6 +40,7 @@ class Published:
         products: Numbers in the matrices of all layers.
         head: Numbers in the output head.
         rest: Numbers in all else.
+        rope: Numbers in the graph's cosines and sines, of 32,768 positions at most.
     """
 
     config: dict[str, Any]
@@ -48,6 +49,7 @@ class Published:
     products: int
     head: int
     rest: int
+    rope: int
 
 
 PUBLISHED = {
@@ -77,6 +79,7 @@ PUBLISHED = {
         products=16 * (2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 8192),
         head=128256 * 2048,
         rest=16 * 2 * 2048 + 2048,
+        rope=32768 * 64,
     ),
     "Qwen3-0.6B": Published(
         {
@@ -98,6 +101,7 @@ PUBLISHED = {
         products=28 * (2 * 1024 * 2048 + 2 * 1024 * 1024 + 3 * 1024 * 3072),
         head=151936 * 1024,
         rest=28 * (2 * 1024 + 2 * 128) + 1024,  # with a norm of queries and one of keys
+        rope=32768 * 128,
     ),
     "SmolLM2-135M": Published(
         {
@@ -116,6 +120,7 @@ PUBLISHED = {
         products=30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536),
         head=49152 * 576,
         rest=30 * 2 * 576 + 576,
+        rope=8192 * 64,
     ),
     # Layers 5, 11 and 17 see everything; the others 512 tokens, in a cache of 16 rows more.
     "gemma-3-270m": Published(
@@ -137,6 +142,7 @@ PUBLISHED = {
         products=18 * (2 * 640 * 1024 + 2 * 640 * 256 + 3 * 640 * 2048),
         head=262144 * 640,
         rest=18 * (4 * 640 + 2 * 256) + 640,
+        rope=2 * 32768 * 256,  # one for layers with a window, one for those without
     ),
     "OPT-1.3B": Published(
         {
@@ -154,6 +160,7 @@ PUBLISHED = {
         products=24 * (4 * 2048 * 2048 + 2 * 2048 * 8192),
         head=50272 * 2048,
         rest=2050 * 2048 + 24 * (4 * 2048 + 8192 + 2048 + 4 * 2048) + 2 * 2048,  # positions, biases, norms
+        rope=0,
     ),
     # All layers see 2,047 tokens; the embedding is not the head.
     "Phi-3-mini-4k": Published(
@@ -175,6 +182,7 @@ PUBLISHED = {
         products=32 * (3072 * 9216 + 3072 * 3072 + 3 * 3072 * 8192),
         head=32064 * 3072,
         rest=32064 * 3072 + 32 * 2 * 3072 + 3072,
+        rope=4096 * 96,
     ),
 }
 each_published = pytest.mark.parametrize("name", PUBLISHED)
@@ -194,15 +202,13 @@ def test_inspect_tells_the_bytes_worked_out_by_hand(
     command = ["inspect", str(config_only(tmp_path, name)), "--weights", "fp32", "--context", "4k", "--json"]
     assert app.run(command) == 0
     memory = json.loads(capsys.readouterr().out)
-    parameters = published.products + published.head + published.rest
+    weights = (published.products + published.head + published.rest + published.rope) * 4
     for kind, times in SMALL.items():
         assert sum(layer["bytes_per_token"][kind] for layer in memory["layers"]) == published.token // times
         assert memory["kv_bytes_per_token"][kind] == published.cache / times / 4096
     assert memory["mib"]["4096"] == {kind: published.cache / times / 2**20 for kind, times in SMALL.items()}
-    assert memory["weights_mib"] == parameters * 4 / 2**20
-    share = {
-        kind: published.cache / times / (published.cache / times + parameters * 4) for kind, times in SMALL.items()
-    }
+    assert memory["weights_mib"] == weights / 2**20
+    share = {kind: published.cache / times / (published.cache / times + weights) for kind, times in SMALL.items()}
     assert memory["share"]["4096"] == pytest.approx(share, rel=1e-12)
 
 
@@ -321,7 +327,7 @@ def test_tables_show_devices_and_stages(tmp_path: Path, capsys: pytest.CaptureFi
     assert "training at 1,024" not in out
     assert out.count("8,192 (positions)") == 6
     assert "decode at 1,024" in out
-    assert "weights: 82.3 MiB, int4" in out
+    assert "weights: 84.3 MiB, int4" in out
 
 
 @pytest.mark.parametrize(("name", "expected"), [("SmolLM2-135M", ["4096", "8192"]), ("Phi-3-mini-4k", ["4096"])])

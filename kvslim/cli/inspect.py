@@ -45,7 +45,7 @@ def inspect(
         console.print_json("inspect", memory.model_dump(mode="json"))
         return
     console.print_tables(layers_table(memory), caches_table(memory))
-    promise = "; a recipe takes at most these bytes" if memory.recipes else ""
+    promise = "; the cache of a recipe takes at most the bytes above" if memory.recipes else ""
     console.print_text(f"weights: {memory.weights_mib:,.1f} MiB, {memory.weights}{promise}\n")
     if memory.matrices:
         console.print_text(f"stored as: {formats_line(memory.matrices)}\n")

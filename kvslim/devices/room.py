@@ -100,12 +100,12 @@ def room_on(device: Device, model: str, recipe: Recipe, tokens_per_second: float
             fix="time it with `kvslim bench`",
         )
     parameters, context = count_parameters(snapshot, spec), recipe.calibration.target(spec)
-    weights = _with_rope(planned_weights(snapshot, parameters, recipe.weights, is_encoder=False), spec)
+    weights = with_rope(planned_weights(snapshot, parameters, recipe.weights, is_encoder=False), spec)
     plain = Cache.of("plain", spec, Plan.identity(spec, recipe.layout, recipe.window_cache))
     shares = recipe.weights.type == "auto" and recipe.weights.is_open
     left = _left(device, weights, plain, context)
     if is_tight := shares and left <= 0:
-        weights = _with_rope(StoredWeights.in_bytes(parameters, "int4", LEAST_BYTES, LEAST_PACKED), spec)
+        weights = with_rope(StoredWeights.in_bytes(parameters, "int4", LEAST_BYTES, LEAST_PACKED), spec)
         left = _left(device, weights, plain, context)
     if left <= 0:
         raise _too_large(device, parameters, weights, plain, context)
@@ -132,7 +132,7 @@ def planned_weights(
     return StoredWeights.of(parameters, settled.like)
 
 
-def _with_rope(weights: StoredWeights, spec: ModelSpec) -> StoredWeights:
+def with_rope(weights: StoredWeights, spec: ModelSpec) -> StoredWeights:
     """The weights of a graph, which holds RoPE's sines and cosines too."""
     return replace(weights, stored=weights.stored + spec.rope_bytes, resident=weights.resident + spec.rope_bytes)
 

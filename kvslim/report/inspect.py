@@ -10,9 +10,10 @@ from kvslim.contract import ModelSpec, WeightType
 from kvslim.devices.demand import training
 from kvslim.devices.limits import Limits, limits
 from kvslim.devices.profile import Device
-from kvslim.devices.room import planned_weights
+from kvslim.devices.room import planned_weights, with_rope
 from kvslim.errors import UnsupportedError, UsageError
 from kvslim.export.manifest import MANIFEST, read_manifest
+from kvslim.recipe import Recipe
 from kvslim.report.memory import (
     PLAIN_PRECISION,
     CacheMemory,
@@ -62,6 +63,8 @@ def _inspect_model(
     contexts = asked or _default_contexts(spec)
     parameters = count_parameters(snapshot, spec)
     weights = planned_weights(snapshot, parameters, WeightFormat(type=kind), is_encoder=spec.is_encoder)
+    if not parameters.positions:  # learned ones, and no RoPE
+        weights = with_rope(weights, Recipe(name="inspect").fitted(spec))
     caches = model_caches(spec)
     recipes = {} if spec.is_encoder else recipe_precisions()
     made = [cache for cache in caches if cache.name in {PLAIN_PRECISION, *recipes.values()}]
