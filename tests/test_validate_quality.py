@@ -9,6 +9,7 @@ from support.tiny_graph import write_tiny
 
 from kvslim.errors import UsageError
 from kvslim.runtime.session import DecodeSession
+from kvslim.validation import tally
 from kvslim.validation.quality import PAIRS, compared, measure_all, measure_floor, measure_quality, summed_up
 from kvslim.validation.tally import Quality
 
@@ -68,6 +69,17 @@ def test_quality_is_the_same_when_chunks_differ(plain: DecodeSession, artifact: 
     expected = measure_quality(plain, artifact, WINDOWS)
     measured = measure_quality(plain, artifact, WINDOWS, chunk=chunk)
     assert _numbers(measured) == pytest.approx(_numbers(expected), rel=1e-3)
+
+
+def test_fewer_positions_are_expanded_at_a_time_when_the_vocabulary_is_larger(
+    plain: DecodeSession, artifact: DecodeSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, seen = measure_quality(plain, artifact, WINDOWS), list[int]()
+    compared_rows = tally._compared_rows
+    monkeypatch.setattr(tally, "_compared_rows", lambda *logits: seen.append(len(logits[0])) or compared_rows(*logits))
+    monkeypatch.setattr(tally, "BLOCK", 5 * plain.vocab)
+    assert _numbers(measure_quality(plain, artifact, WINDOWS)) == pytest.approx(_numbers(whole), rel=1e-9)
+    assert max(seen) == 5
 
 
 def test_quality_differs_when_the_cache_is_int8(plain: DecodeSession, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from kvslim.runtime.opening import Logits
 
 Window = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-BLOCK = 16  # positions whose probabilities are in memory at once, in float64
+BLOCK = 2**19  # logits whose probabilities are in memory at once, in float64; they fit a processor's cache
 FIRST_BOUND = 512  # tokens; KL is also told from here to twice as many, and so on
 
 
@@ -107,9 +107,10 @@ class Tally:
     losses: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
 
     def add(self, teacher: Logits, student: Logits, following: Window) -> None:
-        """Adds the logits of some positions of a window, of which at most `BLOCK` are expanded at a time."""
-        for first in range(0, len(teacher), BLOCK):
-            part = slice(first, first + BLOCK)
+        """Adds the logits of some positions of a window, of which about `BLOCK` are expanded at a time."""
+        rows = max(1, BLOCK // teacher.shape[1])
+        for first in range(0, len(teacher), rows):
+            part = slice(first, first + rows)
             self.rows.append(_compared_rows(teacher[part], student[part], following[part]))
 
     def end_window(self) -> None:
