@@ -14,7 +14,8 @@ Stages = Mapping[str, float]
 
 LOAD, QUANTISE, PLAIN = "load", "quantise the weights", "export the plain baseline"
 PROBE_WEIGHTS, PROBE_CACHE = "probe the weights", "probe the cache"
-TEXT, CALIBRATE, PLAN, ANALYZE = "write text", "calibrate", "plan", "analyze"
+TEXT, CALIBRATE, ANALYZE = "write text", "calibrate", "analyze"
+PLAN, DECIDE = "plan", "decide"  # with a budget, and with methods
 HEAL = "heal"
 DRAFTS = "texts with and without drafts"
 HELD_OUT, SLIM = "held-out text", "export the slim graph"
@@ -29,7 +30,8 @@ SECONDS: Stages = {
     QUANTISE: 30,
     TEXT: 80,
     CALIBRATE: 24,
-    PLAN: 60,
+    PLAN: 240,
+    DECIDE: 60,
     ANALYZE: 60,
     HELD_OUT: 20,
     SLIM: 26,
@@ -37,7 +39,6 @@ SECONDS: Stages = {
     RECALL: 45,
     TIME: 55,
 }
-SEARCH = 240  # of the plan where a budget asks for one
 STEP = 5  # of a step of healing
 # What a stage does in turn by the labels of its steps, and the share of its time that each part takes. Labels
 # in parentheses stand for what has no steps.
@@ -60,6 +61,13 @@ PARTS: Mapping[str, Stages] = {
         "layers refitted": 2,
         "(loss)": 1,
     },
+    DECIDE: {
+        "(methods)": 2,
+        "sizes priced": 4,
+        "passes that train states": 2,
+        "layers refitted": 2,
+        "(loss)": 1,
+    },
     SLIM: {"steps of the export": 4, "(files)": 1},
     VALIDATE: {"held-out text": 6, "numerical floor": 1},
     DRAFTS: {"the model's own text": 1, "contexts with a draft": 4},
@@ -79,7 +87,8 @@ def expected(verb: str, spec: ModelSpec, recipe: Recipe, *, planned: bool = Fals
     rounding = _of_weights(recipe) if recipe.weights.is_quantised and not spec.is_encoder else ()
     loading = (LOAD, *writing, *rounding)
     validating = (VALIDATE,) if spec.is_encoder else (VALIDATE, RECALL, TIME)
-    deciding = (CALIBRATE, *(() if planned else (PLAN,))) if recipe.decides or planned else ()
+    choosing = PLAN if recipe.budget is not None else DECIDE
+    deciding = (CALIBRATE, *(() if planned else (choosing,))) if recipe.decides or planned else ()
     healing = (HEAL,) if deciding and recipe.heal is not None else ()
     names = {
         "compress": (PLAIN, *deciding, *healing, HELD_OUT, SLIM, *validating),
@@ -98,8 +107,6 @@ def _writes(verb: str, recipe: Recipe) -> bool:
 
 
 def _seconds(name: str, recipe: Recipe) -> float:
-    if name == PLAN and recipe.budget is not None:
-        return SEARCH
     if name != HEAL or recipe.heal is None:
         return SECONDS[name]
     return 60 * recipe.heal.minutes if recipe.heal.minutes is not None else STEP * (recipe.heal.steps or 0)

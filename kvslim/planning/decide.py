@@ -57,7 +57,7 @@ def planned(prepared: PreparedModel) -> PlanSummary:
     if recipe.budget is None and not recipe.methods:
         return _summary(prepared, Plan.identity(spec, recipe.layout, recipe.window_cache), 0.0)
     trials = prepared.trials()
-    prepared.progress.stage(stages.PLAN)
+    prepared.progress.stage(stages.DECIDE if recipe.budget is None else stages.PLAN)
     if recipe.budget is None:
         plan, around = decide(resolved(recipe, trials), spec, trials.statistics), trials.survey()
     else:
