@@ -70,6 +70,7 @@ PARTS: Mapping[str, Stages] = {
     },
     SLIM: {"steps of the export": 4, "(files)": 1},
     VALIDATE: {"held-out text": 6, "numerical floor": 1},
+    RECALL: {"recall questions": 5, "sample answers": 1},
     DRAFTS: {"the model's own text": 1, "contexts with a draft": 4},
     TIME: {"prompts timed": 12, "contexts timed": 2, "(memory)": 1},
 }

@@ -188,14 +188,15 @@ def test_labels_of_steps_are_those_that_methods_tell(tiny_llama: Path) -> None:
     assert {*told} <= {*stages.PARTS[stages.DECIDE]}
 
 
-def test_labels_of_steps_are_those_that_writing_text_tells(
+def test_labels_of_steps_are_those_that_writing_text_and_recall_tell(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KVSLIM_CACHE", str(tmp_path / "cache"))
     heard = Listening()
     pipeline.compress(str(tiny_llama), RECIPES["methods"], tmp_path / "out", progress=heard)
     assert [label for stage, label in heard.steps if stage == stages.LOAD] == []
-    assert [label for stage, label in heard.steps if stage == stages.TEXT] == [*stages.PARTS[stages.TEXT]]
+    for part in (stages.TEXT, stages.RECALL):
+        assert [label for stage, label in heard.steps if stage == part] == [*stages.PARTS[part]]
 
 
 def test_labels_of_steps_are_those_that_a_split_of_memory_tells(
