@@ -30,7 +30,7 @@ TABLE = Table(
 @benchmark(
     "smollm2-shape",
     table=TABLE,
-    quick={"kinds": ("plain", "packed"), "contexts": (96,), "exact": 16, "repeats": 2, "threads": 1, "weights": "fp32"},
+    quick={"kinds": ("plain", "packed"), "contexts": (96,), "exact": 16, "repeats": 3, "threads": 1, "weights": "fp32"},
 )
 def cache_memory(
     source: Source,

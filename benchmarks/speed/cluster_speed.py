@@ -36,7 +36,7 @@ TABLE = Table(
         "contexts": (256,),
         "short": 16,
         "prompt": 16,
-        "repeats": 2,
+        "repeats": 3,
         "last": 1,
         "weights": "fp32",
     },

@@ -22,7 +22,7 @@ TABLE = Table(
 
 
 @benchmark(
-    "smollm2-shape", table=TABLE, quick={"rank": 8, "contexts": (32,), "prompt": 16, "repeats": 2, "weights": "fp32"}
+    "smollm2-shape", table=TABLE, quick={"rank": 8, "contexts": (32,), "prompt": 16, "repeats": 3, "weights": "fp32"}
 )
 def decode_speed(
     source: Source,

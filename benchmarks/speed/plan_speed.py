@@ -30,7 +30,7 @@ TABLE = Table(
 @benchmark(
     "smollm2-shape",
     table=TABLE,
-    quick={"names": ("plain", "half the rank"), "contexts": (64,), "repeats": 2, "weights": "fp32"},
+    quick={"names": ("plain", "half the rank"), "contexts": (64,), "repeats": 3, "weights": "fp32"},
 )
 def plan_speed(
     source: Source,

@@ -24,7 +24,7 @@ TABLE = Table(
 @benchmark(
     "smollm2-4-layers",
     table=TABLE,
-    quick={"names": ("int4, residual", "heads clustered"), "prompts": (32,), "repeats": 2},
+    quick={"names": ("int4, residual", "heads clustered"), "prompts": (32,), "repeats": 3},
 )
 def prompt_caches(
     source: Source,

@@ -30,7 +30,7 @@ TABLE = Table(
 )
 
 
-@benchmark("smollm2-shape", table=TABLE, quick={"lengths": ((8, 16),), "repeats": 2})
+@benchmark("smollm2-shape", table=TABLE, quick={"lengths": ((8, 16),), "repeats": 3})
 def prompt_kernels(
     source: Source,
     *,

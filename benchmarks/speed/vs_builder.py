@@ -31,7 +31,7 @@ TABLE = Table(
 )
 
 
-@benchmark("smollm2-shape", table=TABLE, quick={"contexts": (32,), "prompts": (16,), "repeats": 2})
+@benchmark("smollm2-shape", table=TABLE, quick={"contexts": (32,), "prompts": (16,), "repeats": 3})
 def vs_builder(
     source: Source,
     *,

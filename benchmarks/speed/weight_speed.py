@@ -49,7 +49,7 @@ COST = Table(
     "smollm2-shape",
     "smollm2",
     table=SPEED,
-    quick={"formats": ("int4 (k_quant)", "stored"), "context": 32, "prompt": 16, "repeats": 2},
+    quick={"formats": ("int4 (k_quant)", "stored"), "context": 32, "prompt": 16, "repeats": 3},
 )
 def weight_speed(
     source: Source,
@@ -71,7 +71,7 @@ def weight_speed(
         yield {"weights": name, **ratios}
 
 
-@benchmark("smollm2-shape", table=COST, quick={"kinds": ("fp32",), "contexts": (32, 512), "repeats": 2})
+@benchmark("smollm2-shape", table=COST, quick={"kinds": ("fp32",), "contexts": (32, 512), "repeats": 3})
 def weight_cost(
     source: Source,
     *,
