@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from kvslim.caches import ClusteredCache
-from kvslim.calibrate.corpus import check_source
+from kvslim.calibrate.text_source import check_source
 from kvslim.contract import ModelSpec
 from kvslim.errors import UnsupportedError, UsageError
 from kvslim.export.space import check_space

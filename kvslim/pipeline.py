@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from kvslim import checks, stages
-from kvslim.calibrate.corpus import check_source
+from kvslim.calibrate.text_source import check_source
 from kvslim.contract import ModelSpec
 from kvslim.export.manifest import read_runnable, read_whole
 from kvslim.export.package import check_output, staging

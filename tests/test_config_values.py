@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvslim.calibrate.corpus import start_token
+from kvslim.calibrate.own_text import start_token
 from kvslim.cli import app
 from kvslim.errors import ModelError
 from kvslim.loading.generation import generation_config

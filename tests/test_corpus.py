@@ -11,8 +11,10 @@ import pytest
 from support.models import open_prepared, recipe_of
 from support.tiny_graph import write_tiny
 
-from kvslim.calibrate import corpus
-from kvslim.calibrate.corpus import OwnText, check_source, loss_mask, self_windows, source_digest, text_windows
+from kvslim.calibrate import own_text
+from kvslim.calibrate.corpus import loss_mask, text_windows
+from kvslim.calibrate.own_text import OwnText, self_windows
+from kvslim.calibrate.text_source import check_source, source_digest
 from kvslim.errors import UnsupportedError, UsageError
 from kvslim.methods import KvQuant
 from kvslim.progress import Silent
@@ -117,7 +119,7 @@ def test_a_self_sample_is_the_same_whatever_else_is_written(tmp_path: Path, monk
     write_tiny(tmp_path / "model.onnx")
     wanted, other = OwnText(5, 20, 3), OwnText(4, 30, 1)
     (alone,) = self_windows(tmp_path, 5, [wanted], Silent())
-    monkeypatch.setattr(corpus, "SELF_BATCH", 4)
+    monkeypatch.setattr(own_text, "SELF_BATCH", 4)
     beside = self_windows(tmp_path, 5, [other, wanted], Silent())
     assert [found.shape for found in beside] == [(4, 30), (5, 20)]
     np.testing.assert_array_equal(beside[1], alone)
@@ -127,7 +129,7 @@ def test_a_self_sample_is_the_same_whatever_else_is_written(tmp_path: Path, monk
 def test_self_samples_keep_to_the_memory_for_their_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiny(tmp_path / "model.onnx")
     row = DecodeSession(tmp_path, capacity=20).layout.bytes_at(20)
-    monkeypatch.setattr(corpus, "usable_memory", lambda: 3 * row * corpus.CACHE_SHARE)
+    monkeypatch.setattr(own_text, "usable_memory", lambda: 3 * row * own_text.CACHE_SHARE)
     allocated = list[int]()
     allocate = DecodeSession.allocate
     monkeypatch.setattr(

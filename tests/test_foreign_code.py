@@ -30,7 +30,7 @@ KNOWN = {
     ("loading/gguf.py", "AutoModelForCausalLM.from_config"): True,
     ("loading/adapter.py", "PeftConfig.from_pretrained"): False,
     ("loading/adapter.py", "get_peft_model"): False,
-    ("calibrate/corpus.py", "_datasets(source).load_dataset"): False,
+    ("calibrate/text_source.py", "_datasets(source).load_dataset"): False,
 }
 CODE = "from pathlib import Path\nPath({marker!r}).touch()\nfrom transformers import {base}\nclass Mine({base}): pass\n"
 

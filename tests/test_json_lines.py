@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.tiny_writer import writer_artifact
 
-from kvslim.calibrate.corpus import source_text
+from kvslim.calibrate.text_source import source_text
 from kvslim.cli import app
 from kvslim.errors import KvslimError, UsageError
 from kvslim.validation.tasks import load_tasks, read_lines

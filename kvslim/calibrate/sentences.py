@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvslim.calibrate.corpus import WHOLE, source_text
+from kvslim.calibrate.corpus import WHOLE
+from kvslim.calibrate.text_source import source_text
 from kvslim.errors import UsageError
 
 Texts = Sequence[Sequence[int]]

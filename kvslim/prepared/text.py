@@ -13,15 +13,13 @@ from kvslim.calibrate.corpus import (
     CALIBRATION_SHARE,
     VALIDATION_SHARE,
     WHOLE,
-    OwnText,
     check_tokens,
     loss_mask,
-    self_windows,
-    source_digest,
-    start_token,
     text_beginning,
     text_windows,
 )
+from kvslim.calibrate.own_text import OwnText, self_windows, start_token
+from kvslim.calibrate.text_source import source_digest
 from kvslim.demo.world import recall_questions
 from kvslim.healing.text import Text, check_count
 from kvslim.loading.config import model_config

@@ -24,7 +24,8 @@ from kvslim.token_ids import check_ids
 from kvslim.types import Draft
 
 if TYPE_CHECKING:
-    from kvslim.runtime.template import ChatTemplate, Messages
+    from kvslim.messages import Messages
+    from kvslim.runtime.template import ChatTemplate
 
 
 class Usage(Frozen):

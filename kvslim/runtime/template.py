@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kvslim.errors import ArtifactError, UsageError
+from kvslim.messages import Messages, flattened
 
 CONFIG = "tokenizer_config.json"
 DEFAULT = "default"
-TEXT_PARTS = ("text", "input_text", "output_text")
-Messages = Sequence[Mapping[str, Any]]
 
 
 class ChatTemplate:
@@ -53,13 +52,13 @@ class ChatTemplate:
         """The text of a conversation up to where the model's answer begins.
 
         Args:
-            messages: Each with `role` and `content`: a text, or a list of parts, whose texts become lines of one.
+            messages: As for `flattened`.
 
         Raises:
             UsageError: A content is no text, or the template refuses the messages.
         """
         common = {"tools": None, "documents": None, "add_generation_prompt": True}
-        flat = [_flattened(message, index) for index, message in enumerate(messages)]
+        flat = flattened(messages)
         try:
             return self._template.render(messages=flat, **common, **self._special)
         # A template is code that came with the model, and fails in as many ways.
@@ -141,29 +140,6 @@ def _without_default(templates: Mapping[str, str], where: str) -> UsageError:
         message += f" called {DEFAULT!r}, only {', '.join(sorted(templates))}"
         fix = f"call the one to use {DEFAULT!r}, or {fix}"
     return UsageError(message, where=where, fix=fix)
-
-
-def _flattened(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """A message whose content is one text; only one that calls tools may do without."""
-    content = message.get("content")
-    if isinstance(content, list | tuple):
-        content = "\n".join(
-            _text_of(part, f"messages[{index}].content[{number}]") for number, part in enumerate(content)
-        )
-    elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-        fix = 'write {"role": "user", "content": "..."}'
-        raise UsageError("the content is not a text", where=f"messages[{index}]", fix=fix)
-    return {**message, "content": content}
-
-
-def _text_of(part: object, where: str) -> str:
-    """The text of one part of a content, as clients of chat interfaces send it."""
-    text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") in TEXT_PARTS else part
-    if not isinstance(text, str):
-        kind = part.get("type", "nothing") if isinstance(part, Mapping) else type(part).__name__
-        fix = 'give text alone: {"type": "text", "text": "..."}'
-        raise UsageError(f"a part of the content is {kind!r}, not text", where=where, fix=fix)
-    return text
 
 
 def _special(entry: tuple[str, Any]) -> tuple[str, str | None]:

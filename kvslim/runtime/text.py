@@ -13,7 +13,7 @@ from kvslim.runtime.generate import Sampling
 from kvslim.types import Draft, Manifest
 
 if TYPE_CHECKING:
-    from kvslim.runtime.template import Messages
+    from kvslim.messages import Messages
 
 Speculative = Literal["auto", "none"]
 

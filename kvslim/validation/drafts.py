@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 from tokenizers import Tokenizer
 
-from kvslim.calibrate.corpus import OwnText, self_windows, source_text, start_token
+from kvslim.calibrate.own_text import OwnText, self_windows, start_token
+from kvslim.calibrate.text_source import source_text
 from kvslim.contract import Frozen
 from kvslim.errors import UsageError
 from kvslim.export.manifest import SPECULATIVE_GRAPH
