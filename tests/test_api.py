@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,6 +95,17 @@ def test_names_are_listed() -> None:
 def test_text_is_generated_without_torch(artifact: Path) -> None:
     code = f"import kvslim; list(kvslim.load({str(artifact)!r}).generate('hello', max_new_tokens=2))"
     assert modules_after(code) & {"torch", "transformers"} == set()
+
+
+def test_onnxruntime_reports_to_nobody(artifact: Path, tmp_path: Path) -> None:
+    """Its wheels keep an identifier and what they will send in the user's folder, but not in CI or in its own tests."""
+    quiet = {"CI", "ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS", "XDG_CACHE_HOME"}
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name not in quiet} | {"HOME": str(home)}
+    code = f"import kvslim; list(kvslim.load({str(artifact)!r}).generate('hello', max_new_tokens=2))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+    assert not list(home.rglob("*"))
 
 
 def test_compress_takes_names_and_paths(calls: list[Call]) -> None:
