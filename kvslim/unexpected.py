@@ -19,9 +19,11 @@ OUT_OF_MEMORY = (
     "failed to map segment",
 )
 
+GPU_OUT_OF_MEMORY = "OutOfMemoryError"  # torch's, which is not imported for its name
+
 
 class MemoryLimitError(KvslimError):
-    """The memory of the machine, or the memory limit of the process, is used up (exit code 4)."""
+    """The memory of the machine or of its GPU, or the memory limit of the process, is used up (exit code 4)."""
 
     exit_code = 4
 
@@ -43,6 +45,9 @@ def explained(caught: BaseException) -> KvslimError:
             ),
             caught,
         )
+    if any(type(error).__name__ == GPU_OUT_OF_MEMORY for error in _chain(caught)):
+        fix = "set CUDA_VISIBLE_DEVICES to nothing, to compute on the CPU"
+        return _after(MemoryLimitError("the memory of the GPU is too small", where=_place(caught), fix=fix), caught)
     if isinstance(caught, KvslimError):
         return caught
     if isinstance(caught, ModuleNotFoundError):

@@ -74,7 +74,7 @@ class PartsRecorder:
 
     def finish(self) -> dict[str, np.ndarray]:
         """Means by field of the statistics."""
-        return {name: (total / self.tokens).numpy() for name, total in self.sums.items()}
+        return {name: (total / self.tokens).cpu().numpy() for name, total in self.sums.items()}
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from kvslim.loading.architecture import Architecture
 from kvslim.memory import give_back
 from kvslim.progress import Progress
 from kvslim.transform.attention import Observed, SlimAttention
+from kvslim.transform.device import where
 from kvslim.transform.projections import projection
 from kvslim.transform.surgery import attention_modules, slim_modules
 
@@ -52,7 +53,7 @@ class _LayerRecorder:
     def __call__(self, seen: Observed) -> None:
         """Adds one batch."""
         bare_key, bare_query, key = seen.bare_key.double(), seen.bare_query.double(), seen.key
-        received, by_age, outputs, sharing = attend(seen, torch.from_numpy(self.gram).float())
+        received, by_age, outputs, sharing = attend(seen, torch.from_numpy(self.gram).float().to(key.device))
         self._add("age", by_age)
         self._add("sharing", sharing)
         self._add_keys("key", bare_key[:, :, SINKS:], received[:, :, SINKS:])
@@ -73,7 +74,7 @@ class _LayerRecorder:
         self._add(name, torch.einsum("bhs,bhsd,bhse->hde", weights, keys, keys))
 
     def _sample(self, bare_key: Tensor, key: Tensor, value: Tensor, received: Tensor) -> None:
-        pick = torch.from_numpy(next(self.picks))
+        pick = torch.from_numpy(next(self.picks)).to(key.device)
         self.samples["received"].append(received[:, :, pick].transpose(0, 1).flatten(1))
         self.samples["key"].append(bare_key[:, :, pick].transpose(0, 1).flatten(1, 2).float())
         self.samples["value"].append(value[:, :, pick].transpose(0, 1).flatten(1, 2))
@@ -86,9 +87,9 @@ class _LayerRecorder:
         return LayerRecording(
             self.frequencies,
             self.gram,
-            {name: total.numpy() for name, total in self.sums.items()},
-            {name: total.numpy() for name, total in hidden.items()},
-            {name: torch.cat(parts, dim=1).numpy() for name, parts in self.samples.items()},
+            {name: total.cpu().numpy() for name, total in self.sums.items()},
+            {name: total.cpu().numpy() for name, total in hidden.items()},
+            {name: torch.cat(parts, dim=1).cpu().numpy() for name, parts in self.samples.items()},
         )
 
 
@@ -122,9 +123,10 @@ class Recorder:
         for slim, recorder in zip(self._slims, recorders, strict=True):
             slim.observer = recorder
         try:
-            with torch.inference_mode(), parts_recorded(self.model, self.architecture) as parts:
+            with where(self.model), torch.inference_mode(), parts_recorded(self.model, self.architecture) as parts:
                 for window in progress.track(self.windows[part.start : part.stop], "windows"):
-                    self.model.base_model(input_ids=torch.from_numpy(window[None]), use_cache=False)
+                    tokens = torch.from_numpy(window[None]).to(self.model.device)
+                    self.model.base_model(input_ids=tokens, use_cache=False)
                     give_back()  # or what windows leave behind adds up, to gigabytes in a large model
         finally:
             for slim in self._slims:

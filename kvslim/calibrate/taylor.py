@@ -18,6 +18,7 @@ from torch import Tensor
 from kvslim.contract import ModelSpec
 from kvslim.loading.architecture import Architecture
 from kvslim.progress import Progress
+from kvslim.transform.device import where
 from kvslim.transform.hooks import attached
 from kvslim.transform.surgery import attention_modules, slim_modules
 
@@ -47,16 +48,16 @@ def taylor_scores(
     """
     scores = np.zeros((spec.layers, spec.q_heads))
     used = 0
-    with torch.enable_grad(), _gated(model, architecture, spec) as gates:
+    with where(model), torch.enable_grad(), _gated(model, architecture, spec) as gates:
         for window, counts in progress.track(list(zip(windows, loss_mask, strict=True)), "windows, with gradients"):
             if not counts[1:].any():
                 continue
-            tokens = torch.from_numpy(window)
+            tokens = torch.from_numpy(window).to(model.device)
             logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1]
-            following = torch.from_numpy(counts[1:])
+            following = torch.from_numpy(counts[1:]).to(model.device)
             loss = torch.nn.functional.cross_entropy(logits[following].float(), tokens[1:][following])
             gradients = torch.autograd.grad(loss, gates)
-            scores += torch.stack(gradients).abs().double().numpy()
+            scores += torch.stack(gradients).abs().double().cpu().numpy()
             used += 1
     return scores / max(used, 1)
 

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from kvslim.healing.changes import Changes
-from kvslim.healing.device import free_bytes, training_device, within_memory
 from kvslim.healing.held_out import HeldOut
 from kvslim.healing.recompute import left_bytes, recompute
 from kvslim.healing.schedule import TIMED, batch_of, is_evaluated, rate_of, steps_within
 from kvslim.healing.state import Reached, State
-from kvslim.healing.student import Student, sharing_copy
+from kvslim.healing.student import Student
 from kvslim.healing.text import Texts
 from kvslim.loading.architecture import Architecture
 from kvslim.progress import Progress
 from kvslim.settings import Heal
+from kvslim.transform.copies import sharing_copy
+from kvslim.transform.device import free_bytes, where
 from kvslim.transform.edits import Codes
 from kvslim.transform.kl_evaluator import logits_at, predicting
 from kvslim.types import Healing, Watched
@@ -63,19 +64,18 @@ def healed(
         progress: Receives the progress.
     """
     start = time.monotonic()
-    with within_memory():
-        teacher = sharing_copy(model, architecture, training_device())
-        student = Student(teacher, architecture, codes)
+    teacher = sharing_copy(model, architecture, model.device)
+    student = Student(teacher, architecture, codes)
 
-        def judged() -> float:
-            return HeldOut(teacher, *texts.judged).kl(student.model)  # too large to keep while weights are trained
+    def judged() -> float:
+        return HeldOut(teacher, *texts.judged).kl(student.model)  # too large to keep while weights are trained
 
-        middle = time.monotonic()
-        without = judged()
-        judging = time.monotonic() - middle
-        training = _Training(teacher, student, texts, settings, seed, folder)
-        training.run(progress, time.monotonic() - start + judging)
-        best, after, reached = training.best(), judged(), training.state.reached
+    middle = time.monotonic()
+    without = judged()
+    judging = time.monotonic() - middle
+    training = _Training(teacher, student, texts, settings, seed, folder)
+    training.run(progress, time.monotonic() - start + judging)
+    best, after, reached = training.best(), judged(), training.state.reached
     found = Healing(
         steps=reached.step,
         tokens=reached.step * training.size * texts.trained.windows.shape[1],
@@ -102,14 +102,13 @@ class _Training:
 
     def __init__(self, teacher: Any, student: Student, texts: Texts, settings: Heal, seed: int, folder: Path) -> None:
         self.teacher, self.student, self.settings, self.seed, self.folder = teacher, student, settings, seed, folder
-        self.device: torch.device = teacher.device
-        self.windows = torch.from_numpy(texts.trained.windows).to(self.device)
-        self.counted = torch.from_numpy(predicting(*texts.trained)).to(self.device)
+        self.windows = torch.from_numpy(texts.trained.windows).to(teacher.device)
+        self.counted = torch.from_numpy(predicting(*texts.trained)).to(teacher.device)
         self.watched = HeldOut(teacher, *texts.watched)
         self.size = max(1, min(TOKENS // self.windows.shape[1], len(self.windows)))
-        with self.device:
+        with where(teacher):
             left = left_bytes(student.model, student.layers, self.windows[: self.size])
-        if left > LEFT * free_bytes(self.device):
+        if left > LEFT * free_bytes(teacher.device):
             recompute(student.layers)
         self.changes = Changes(student.weights)
         optimizer = torch.optim.AdamW(self.changes.values, lr=settings.rate, betas=BETAS)
@@ -179,7 +178,7 @@ class _Training:
         counted = self.counted[rows][:, places]
         if not counted.any():
             return  # prompts alone
-        with self.device, torch.enable_grad():
+        with where(self.teacher), torch.enable_grad():
             self._loss(self.windows[rows], counted, places).backward()
         self.changes.take_gradients()
         torch.nn.utils.clip_grad_norm_(self.changes.values, MOST_GRADIENT)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvslim.transform.device import where
 from kvslim.transform.edits import Array
 from kvslim.transform.kl_evaluator import BATCH, SMALL_VOCABULARY, log_probabilities, logits_at, predicting, summed_kl
 
@@ -42,5 +43,5 @@ class HeldOut:
         return max(total / self._count, 0.0) if math.isfinite(total) else LOST
 
     def _logits(self, model: Any, batch: Tensor) -> Tensor:
-        with model.device, torch.inference_mode():
+        with where(model), torch.inference_mode():
             return logits_at(model, batch, self._places)

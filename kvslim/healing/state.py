@@ -124,5 +124,7 @@ class State:
             found["change"] = [change.detach() for change in self.changes]
             found |= {kind: [self.optimizer.state[change][kind] for change in self.changes] for kind in OPTIMIZER}
         return {
-            f"{kind}.{number}": each.contiguous() for kind, some in found.items() for number, each in enumerate(some)
+            f"{kind}.{number}": each.cpu().contiguous()
+            for kind, some in found.items()
+            for number, each in enumerate(some)
         }

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvslim.loading.architecture import Architecture
+from kvslim.transform.copies import sharing_copy
+from kvslim.transform.device import where
 from kvslim.transform.edits import Array, Codes, LayerEdit
-from kvslim.transform.surgery import install, layer_modules, slim_modules
+from kvslim.transform.surgery import install, layer_modules
 from kvslim.transform.trained import put, trainable
 
 
@@ -33,7 +33,7 @@ class Student:
     def __init__(self, model: Any, architecture: Architecture, codes: Codes) -> None:
         self.codes = codes
         self.model = sharing_copy(model, architecture, model.device)
-        with model.device:
+        with where(model):
             install(self.model, architecture, codes)
         self.layers = layer_modules(self.model, architecture)
         self.weights: dict[tuple[int, str], Tensor] = {}
@@ -63,19 +63,3 @@ def trains_mlp(codes: Codes, layer: int) -> bool:
     code = codes[layer]
     before_gap = layer + 1 < len(codes) and codes[layer + 1].is_dropped
     return code.mlp_mean is None and (not code.has_attention or before_gap or code.channels is not None)
-
-
-def sharing_copy(model: Any, architecture: Architecture, device: torch.device) -> Any:
-    """A copy of a model, not for training, on a device; where the model is there too, all numbers are its own.
-
-    Args:
-        model: A prepared model.
-        architecture: Where its parts live.
-        device: Where the copy is to be.
-    """
-    slims = slim_modules(model, architecture)
-    rotaries = {id(slim.rotary): slim.rotary for slim in slims if slim.rotary is not None}
-    shared: dict[int, Any] = {place: rotary.to(device) for place, rotary in rotaries.items()}
-    shared |= {id(each): nn.Parameter(each.detach().to(device), requires_grad=False) for each in model.parameters()}
-    shared |= {id(each): each.to(device) for each in model.buffers()}
-    return copy.deepcopy(model, shared)

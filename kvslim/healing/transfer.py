@@ -24,6 +24,7 @@ from kvslim.healing.schedule import rate_of
 from kvslim.loading.architecture import Architecture
 from kvslim.progress import Progress
 from kvslim.transform.attention import Observed
+from kvslim.transform.device import where
 from kvslim.transform.edits import Array, Codes, Features, LayerEdit
 from kvslim.transform.projections import projection
 from kvslim.transform.scoring import Scoring
@@ -50,16 +51,18 @@ def transferred(
     """
     slims, attentions = slim_modules(model, architecture), attention_modules(model, architecture)
     learners = {
-        layer: _Learner(code.features, code.cache, projection(attentions[layer], architecture, "output")[0])
+        layer: _Learner(
+            code.features, code.cache, projection(attentions[layer], architecture, "output")[0], model.device
+        )
         for layer, code in enumerate(codes)
         if code.features is not None and isinstance(code.cache, LinearCache)
     }
     try:
         for layer, learner in learners.items():
             slims[layer].observer = learner
-        with torch.no_grad():
+        with where(model), torch.no_grad():
             for visit in progress.track(range(VISITS), "passes that train states"):
-                tokens = torch.from_numpy(windows[visit % len(windows)][None])
+                tokens = torch.from_numpy(windows[visit % len(windows)][None]).to(model.device)
                 model.base_model(input_ids=tokens, use_cache=False)
     finally:
         for slim in slims:
@@ -77,12 +80,13 @@ class _Learner:
         features: To begin with.
         cache: What the layer is to keep.
         output: [hidden, q_heads * head_dim], the output projection, behind which errors count.
+        device: Where the layer computes.
     """
 
-    def __init__(self, features: Features, cache: LinearCache, output: Array) -> None:
-        self.ring, self.output = Ring(cache.window, cache.sinks), torch.from_numpy(output).float()
+    def __init__(self, features: Features, cache: LinearCache, output: Array, device: torch.device) -> None:
+        self.ring, self.output = Ring(cache.window, cache.sinks), torch.from_numpy(output).float().to(device)
         self.shapes = {name: getattr(features, name).shape for name in NAMES}
-        rows = {name: torch.from_numpy(getattr(features, name)).float().flatten(0, 1) for name in NAMES}
+        rows = {name: torch.from_numpy(getattr(features, name)).float().flatten(0, 1).to(device) for name in NAMES}
         self.weights = {(0, name): part.requires_grad_() for name, part in rows.items()}
         self.changes = Changes(self.weights)
         self.optimizer = torch.optim.Adam(self.changes.values, betas=BETAS)
@@ -100,7 +104,9 @@ class _Learner:
     @property
     def features(self) -> Features:
         """As they are now."""
-        return Features(**{name: self.weights[0, name].detach().numpy().reshape(self.shapes[name]) for name in NAMES})
+        return Features(
+            **{name: self.weights[0, name].detach().cpu().numpy().reshape(self.shapes[name]) for name in NAMES}
+        )
 
     def _step(self, states: States, scoring: Scoring, wanted: Tensor) -> None:
         starts = range(0, states[0].shape[2], BLOCK)

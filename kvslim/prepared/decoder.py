@@ -42,6 +42,7 @@ from kvslim.prepared.weights import changed, quantise
 from kvslim.progress import Progress, Silent
 from kvslim.recipe import Recipe
 from kvslim.settings import TextUse
+from kvslim.transform.copies import on_gpu
 from kvslim.transform.edits import Codes, FittedPlan
 from kvslim.transform.surgery import install, prepare
 from kvslim.types import Healing, KVLayout, Plan
@@ -65,7 +66,7 @@ class WindowRecording:
 
     def open(self, prepared: PreparedDecoder) -> Callable[[int], Recording]:
         """What records the window at a place."""
-        recorder = Recorder(prepared.model, prepared.architecture, prepared.spec, self.windows, self.seed)
+        recorder = Recorder(prepared.device_model, prepared.architecture, prepared.spec, self.windows, self.seed)
         return lambda place: recorder.record(Silent(), range(place, place + 1))
 
 
@@ -108,6 +109,7 @@ class PreparedDecoder(PreparedModel):
             self.recipe = with_limits(self)
             self.rows = quantise(self)
             self.is_quantised = True
+            vars(self).pop("device_model", None)  # a copy would have the numbers of before
             give_back()
 
     @cached_property
@@ -116,6 +118,11 @@ class PreparedDecoder(PreparedModel):
         model = load_model(self.snapshot)
         prepare(model, self.architecture, self.spec)
         return model
+
+    @cached_property
+    def device_model(self) -> Any:
+        """The model that text passes through: a copy on a GPU where torch sees one with room, or the model itself."""
+        return on_gpu(self.model, self.architecture)
 
     @cached_property
     def original(self) -> Path:
@@ -220,6 +227,11 @@ class PreparedDecoder(PreparedModel):
         """Frees the memory of the model and of its blocks."""
         self.rows = None
         super().release()
+
+    def free(self) -> None:
+        """Gives the memory of the model's weights back to the system."""
+        vars(self).pop("device_model", None)
+        super().free()
 
     def write_companions(self, folder: Path, layout: KVLayout, inputs: tuple[str, ...]) -> None:
         """Writes tokenizer, configs and, where it can open the graph, what onnxruntime-genai needs."""

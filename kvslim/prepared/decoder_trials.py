@@ -72,7 +72,7 @@ class DecoderTrials(Trials):
 
     def __init__(self, prepared: PreparedDecoder) -> None:
         super().__init__(prepared)
-        self.prepared, self.model, self.architecture = prepared, prepared.model, prepared.architecture
+        self.prepared, self.model, self.architecture = prepared, prepared.device_model, prepared.architecture
 
     @cached_property
     def held_out(self) -> KLEvaluator:

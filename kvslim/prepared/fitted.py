@@ -38,7 +38,7 @@ def transferred_before(prepared: PreparedDecoder, plan: Plan, codes: Codes, wind
     untrained = tuple(LayerEdit(cache=code.cache, features=code.features) for code in codes)
 
     def train() -> Codes:
-        return transferred(prepared.model, prepared.architecture, untrained, windows, prepared.progress)
+        return transferred(prepared.device_model, prepared.architecture, untrained, windows, prepared.progress)
 
     found = _before(prepared, plan, train, "states", windows.shape, digest_of(untrained))
     return tuple(replace(code, features=state.features) for code, state in zip(codes, found, strict=True))
@@ -68,7 +68,7 @@ def heal(prepared: PreparedDecoder, fitted: FittedPlan, settings: Heal) -> tuple
     seed, identity = prepared.recipe.calibration.seed, prepared.text.identity
     decides = prepared.made_for, identity, settings.model_dump(mode="json"), digest_of(fitted.codes)
     folder = cache.cache_folder() / "healing" / cache.content_key("healing", *decides)
-    of = prepared.model, prepared.architecture, fitted.codes
+    of = prepared.device_model, prepared.architecture, fitted.codes
     codes, healing = healed(*of, texts, settings, seed, folder, prepared.progress)
     cache.used(folder)
     cache.evict(folder.parent.name)

@@ -52,7 +52,7 @@ def refitting(
         windows: [length] token ids each.
         progress: Receives the progress.
     """
-    tokens = [torch.from_numpy(window[None]) for window in windows]
+    tokens = [torch.from_numpy(window[None]).to(model.device) for window in windows]
     plain: list[Any] = [None] * len(tokens)  # what the layer below gives, in the model as it is
     coded = plain  # and in the one with codes
     fitted = list(codes)
@@ -229,10 +229,10 @@ class _Equations:
         Where `scale` is given, [1, length, hidden], errors count relative to its norm at each token: the norm of the
         next layer divides by that, and a few tokens with huge hidden states would else decide alone.
         """
-        rows, wanted = (states.reshape(-1, states.shape[-1]).double().numpy() for states in (inputs, missing))
+        rows, wanted = (states.reshape(-1, states.shape[-1]).double().cpu().numpy() for states in (inputs, missing))
         rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
         if scale is not None:
-            norms = np.linalg.norm(scale.reshape(-1, scale.shape[-1]).double().numpy(), axis=1, keepdims=True)
+            norms = np.linalg.norm(scale.reshape(-1, scale.shape[-1]).double().cpu().numpy(), axis=1, keepdims=True)
             norms[norms == 0] = np.inf  # padding at a window's start
             rows, wanted = rows / norms, wanted / norms
         self.moments = self.moments + rows.T @ rows

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvslim.loading.architecture import Architecture
+from kvslim.transform.device import where
 from kvslim.transform.edits import Array, Codes
 from kvslim.transform.hooks import attached
 from kvslim.transform.surgery import layer_modules, trial
@@ -47,9 +48,9 @@ class KLEvaluator:
         self.stride = 2 if probing and model.config.vocab_size > SMALL_VOCABULARY else 1
         self.layers = layer_modules(model, architecture)
         self.length = windows.shape[1]
-        self.batches = torch.from_numpy(windows).split(max(1, BATCH // self.length))
+        self.batches = torch.from_numpy(windows).to(model.device).split(max(1, BATCH // self.length))
         weights = torch.from_numpy(predicting(windows, loss_mask)[:, self.stride - 1 :: self.stride])
-        self._weights = weights.split(max(1, BATCH // self.length))
+        self._weights = weights.to(model.device).split(max(1, BATCH // self.length))
         self._outputs: list[list[Any]] = []
         self._reference: list[Tensor] = []
         for batch in self.batches:
@@ -81,7 +82,7 @@ class KLEvaluator:
 
     def _logits(self, batch: Tensor) -> Tensor:
         places = torch.arange(self.stride - 1, batch.shape[1], self.stride)
-        with torch.inference_mode():
+        with where(self.model), torch.inference_mode():
             return logits_at(self.model, batch, places)
 
 

@@ -44,7 +44,9 @@ class _Asked:
     def __init__(self, model: Any, architecture: Architecture, items: Sequence[Question]) -> None:
         self.model, self.architecture = model, architecture
         self.layers = layer_modules(model, architecture)
-        self.texts = list(chained(items))
+        self.texts = [
+            (tokens.to(model.device), [place.to(model.device) for place in places]) for tokens, places in chained(items)
+        ]
 
     def _logits(self, codes: Codes, tokens: Tensor, places: Places, known: Sequence[Any] = ()) -> Tensor:
         """Logits [n, vocab] at the tokens of a text's answers.

@@ -16,6 +16,7 @@ from kvslim.caches.attention.shared import SharedAttention
 from kvslim.contract import ModelSpec
 from kvslim.loading.architecture import Architecture
 from kvslim.transform.attention import FEATURE_SIDES, NAME, SlimAttention, register
+from kvslim.transform.device import where
 from kvslim.transform.edits import RESIDUAL_STEPS, Array, Codes, Features, KeptHeads, LayerEdit, LinearCode
 from kvslim.transform.narrowing import narrow
 from kvslim.transform.normal import normalise
@@ -187,15 +188,16 @@ def _install_features(slim: SlimAttention, features: Features) -> None:
 
 
 @contextlib.contextmanager
-def trial(model: nn.Module, architecture: Architecture, edits: Codes) -> Iterator[None]:
+def trial(model: Any, architecture: Architecture, edits: Codes) -> Iterator[None]:
     """Within the block a prepared model computes with `edits`; after it, as before."""
     layers, slims = layer_modules(model, architecture), slim_modules(model, architecture)
     modules = [{name: layer.get_submodule(name) for name in architecture.edited} for layer in layers]
     linears = [(linear, dict(linear._parameters)) for layer in layers for linear in linears_of(layer)]
     before = [{**vars(slim), "_buffers": dict(slim._buffers)} for slim in slims]
     try:
-        install(model, architecture, edits)
-        yield
+        with where(model):
+            install(model, architecture, edits)
+            yield
     finally:
         for layer, slim, edited, state in zip(layers, slims, modules, before, strict=True):
             vars(layer).pop("forward", None)
