@@ -1,4 +1,4 @@
-"""Token ids that a model has no embedding for: some tokenizers know more tokens than their model."""
+"""Token ids that start a text, and those that a model has no embedding for, as some tokenizers know more than it."""
 
 from __future__ import annotations
 
@@ -41,3 +41,10 @@ def check_ids(
 def knows_more(tokenizer: Any, vocab_size: int) -> bool:
     """Whether one of transformers' tokenizers has a token beyond the embedding table; few do."""
     return max(tokenizer.get_vocab().values(), default=0) >= vocab_size
+
+
+def start_of_text(tokenizer: Any) -> npt.NDArray[np.int64]:
+    """The tokens with which a tokenizer of transformers starts every text."""
+    bare, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    count = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return np.asarray(whole[:count], dtype=np.int64)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from support.models import open_prepared, recipe_of
 
+from kvslim.calibrate import conversations
 from kvslim.calibrate.corpus import loss_mask, text_windows
 from kvslim.calibrate.text_source import check_source, source_digest, source_pieces, source_text
 from kvslim.errors import UsageError
@@ -69,10 +70,16 @@ def test_last_answer_is_told_apart_by_a_template_that_rewrites_earlier_ones(tmp_
     assert pieces == [("<user>2+2?\n<assistant>", False), ("(hm) 4\n", True), ("", False)]
 
 
-def test_token_that_starts_a_text_stands_at_its_start_alone(tmp_path: Path, tokenizer: Any) -> None:
-    tokenizer.bos_token, tokenizer.chat_template = "<s>", "{{ bos_token }}" + FRAMED
-    source = written(tmp_path / "chat.jsonl", {"messages": [ASK, SAY]}, {"messages": MORE})
-    assert "<s>" not in "".join(text for text, _ in source_pieces(source, tokenizer))
+@pytest.mark.parametrize("adds", [True, False], ids=["the tokenizer too", "the template alone"])
+def test_token_that_starts_a_text_stands_in_it_once(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, adds: bool
+) -> None:
+    """Where the tokenizer starts texts with it too, each window has it. SmolLM's starts each message, and no text."""
+    tokenizer.bos_token, tokenizer.chat_template = "<|endoftext|>", "{{ bos_token }}" + FRAMED
+    start = np.array([tokenizer.bos_token_id] if adds else [], dtype=np.int64)
+    monkeypatch.setattr(conversations, "start_of_text", lambda _: start)
+    (frame, *_) = source_pieces(written(tmp_path / "chat.jsonl", {"messages": [ASK, SAY]}), tokenizer)
+    assert frame.text == ("" if adds else "<|endoftext|>") + "<user>2+2?\n<assistant>"
 
 
 def test_contents_in_parts_are_read(tmp_path: Path, tokenizer: Any) -> None:

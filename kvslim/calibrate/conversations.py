@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kvslim.errors import UsageError, first_line
+from kvslim.token_ids import start_of_text
 
 ASSISTANT = "assistant"
 
@@ -42,7 +43,7 @@ def rendered(conversation: Conversation, tokenizer: Any) -> Sequence[Piece]:
 
     Args:
         conversation: The messages.
-        tokenizer: A tokenizer of transformers. The token that starts its texts is left out: every window has one.
+        tokenizer: A tokenizer of transformers. What it starts every text with is left out: every window has it.
 
     Raises:
         UsageError: The tokenizer has no chat template, or it refuses the messages.
@@ -72,4 +73,4 @@ def _text(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str, *, 
     except Exception as error:  # a template is code that came with the model, and fails in as many ways
         message = f"the chat template refuses these messages: {first_line(error)}"
         raise UsageError(message, where=where, fix="give the roles that the model was made for") from error
-    return str(text).removeprefix(tokenizer.bos_token or "")
+    return str(text).removeprefix("".join(tokenizer.convert_ids_to_tokens(start_of_text(tokenizer).tolist())))

@@ -8,7 +8,7 @@ import numpy as np
 
 from kvslim.calibrate.text_source import source_pieces
 from kvslim.errors import UsageError
-from kvslim.token_ids import check_ids, knows_more
+from kvslim.token_ids import check_ids, knows_more, start_of_text
 
 Array = np.ndarray
 LEAST_WINDOW = 32  # tokens, the shortest length that a recipe allows for both
@@ -29,7 +29,7 @@ def check_tokens(source: str, tokenizer: Any, vocab_size: int) -> None:
     """
     if source != "self" and knows_more(tokenizer, vocab_size):
         tokens, _ = _tokenised(source, tokenizer)
-        check_ids([*_prefix(tokenizer), *tokens], vocab_size, tokenizer.convert_ids_to_tokens, source)
+        check_ids([*start_of_text(tokenizer), *tokens], vocab_size, tokenizer.convert_ids_to_tokens, source)
 
 
 def text_windows(
@@ -65,7 +65,7 @@ def text_windows(
         return np.stack([np.asarray(tokenizer(text).input_ids[:length]) for text in texts])
     tokens, _ = _tokenised(source, tokenizer)
     first, last = (int(len(tokens) * edge) for edge in share)
-    prefix, found = _prefix(tokenizer), tokens[first:last]
+    prefix, found = start_of_text(tokenizer), tokens[first:last]
     most = len(prefix) + len(found)
     if most < length:
         shorter = f", or shorter windows (--set {key}={most})" if most >= LEAST_WINDOW else ""
@@ -87,7 +87,7 @@ def text_beginning(source: str, tokenizer: Any, length: int, share: tuple[float,
         return text_windows(source, tokenizer, samples=1, length=length)[0]
     tokens, _ = _tokenised(source, tokenizer)
     first, last = (int(len(tokens) * edge) for edge in share)
-    return np.concatenate([_prefix(tokenizer), tokens[first:last]])[:length]
+    return np.concatenate([start_of_text(tokenizer), tokens[first:last]])[:length]
 
 
 def loss_mask(source: str, tokenizer: Any, *, samples: int, length: int, share: tuple[float, float] = WHOLE) -> Array:
@@ -100,7 +100,7 @@ def loss_mask(source: str, tokenizer: Any, *, samples: int, length: int, share: 
     """
     _, counted = _tokenised(source, tokenizer)
     first, last = (int(len(counted) * edge) for edge in share)
-    return _spread(counted[first:last], np.zeros(len(_prefix(tokenizer)), bool), samples, length)
+    return _spread(counted[first:last], np.zeros(len(start_of_text(tokenizer)), bool), samples, length)
 
 
 def _spread(tokens: Array, prefix: Array, samples: int, length: int) -> Array:
@@ -120,10 +120,3 @@ def _tokenised(source: str, tokenizer: Any) -> tuple[Array, Array]:
         tokens += ids
         counted += [counts] * len(ids)
     return np.asarray(tokens, dtype=np.int64), np.asarray(counted, dtype=bool)
-
-
-def _prefix(tokenizer: Any) -> Array:
-    """The tokens with which the tokenizer starts every text."""
-    bare, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
-    count = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-    return np.asarray(whole[:count], dtype=np.int64)
