@@ -83,11 +83,13 @@ def compress(
         inputs = prepared.export(fitted.plan, folder)
         prepared.write_companions(folder, KVLayout.of(spec, fitted.plan), inputs)
         prepared.keep(fitted, folder)
+        chosen = fitted.plan
+        del fitted  # what was fitted takes gigabytes in a large model, and the graph has it now
         prepared.release()
         progress.stage(stages.VALIDATE)
         report = evaluation.measure(plain, folder)
         shutil.rmtree(plain)
-        return describe(folder, prepared, fitted.plan, inputs, report, around, healing)
+        return describe(folder, prepared, chosen, inputs, report, around, healing)
 
 
 def plan(

@@ -12,6 +12,7 @@ from kvslim import stages
 from kvslim.contract import MIB
 from kvslim.export.manifest import GRAPH, SPECULATIVE_GRAPH, WEIGHTS
 from kvslim.measures import Measures, Report
+from kvslim.memory import give_back
 from kvslim.progress import Progress
 from kvslim.runtime.session import DecodeSession
 from kvslim.settings import Gates, Validation
@@ -92,6 +93,7 @@ def _measure(plain: Path, artifact: Path, evaluation: DecoderEvaluation) -> Repo
     progress.stage(stages.TIME)
     latency = measure_latency(folders, prompts, timed, settings.repeats, progress=progress)
     slim = latency["artifact"]
+    give_back()  # what the graphs took: memory is measured in other processes beside this one
     measures = {
         name: _costs(folders[name], latency[name], timed).model_copy(
             update={**column, **found[name], "kv_bytes_per_token": sizes[name]}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from kvslim.memory import give_back
 from kvslim.progress import Progress
 
 if TYPE_CHECKING:
@@ -83,3 +84,4 @@ class Workers:
             progress: Receives the progress.
         """
         yield from measurement.open(progress, None)(items)
+        give_back()  # what the graphs took
