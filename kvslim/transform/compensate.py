@@ -128,7 +128,7 @@ class _Refit:
     def _solved(
         self, side: Side, codes: Sequence[LayerEdit], before: list[Any], wanted: list[_Run], *, whole: bool
     ) -> tuple[Array, Array]:
-        """Weight and bias of a projection, fitted to what it gave, or to what the whole of the layers gave."""
+        """Weight and bias of a projection, fitted to what it gave, or to what the whole of the layers gave; float32."""
         multiplier, equations = self.architecture.multiplier(self.model.config), _Equations()
         for run, want in zip(self.runs(before, codes, side), wanted, strict=True):
             if whole:
@@ -138,7 +138,9 @@ class _Refit:
         with trial(self.model, self.architecture, self._alone(codes)):
             weight, bias = parameters(self._projection(side))
         change, shift = equations.solve()
-        return weight + change, shift + (0.0 if bias is None else bias)
+        fitted = weight + change, shift + (0.0 if bias is None else bias)
+        # As the model will have them: those of all layers together are as much as their projections.
+        return fitted[0].astype(np.float32), fitted[1].astype(np.float32)
 
     def runs(
         self, before: list[Any], codes: Sequence[LayerEdit] | None = None, side: Side = "output"
