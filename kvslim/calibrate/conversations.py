@@ -15,7 +15,7 @@ class Piece(NamedTuple):
     """A part of a text.
 
     Attributes:
-        text: It.
+        text: The text.
         counts: Whether a model is judged on it.
     """
 
