@@ -41,7 +41,7 @@ def heal(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     text = SimpleNamespace(identity=number, healing_windows=lambda _: None)
     recipe = SimpleNamespace(calibration=SimpleNamespace(seed=0))
     prepared: Any = SimpleNamespace(
-        text=text, recipe=recipe, made_for="model", model=None, architecture=None, progress=None
+        text=text, recipe=recipe, made_for="model", device_model=None, architecture=None, progress=None
     )
     fitted.heal(prepared, FittedPlan(Plan(layers=()), (LayerEdit(),), "model"), Heal(steps=8))
 
