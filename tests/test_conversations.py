@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from support.models import open_prepared, recipe_of
 
-from kvslim.calibrate import conversations
+from kvslim.calibrate import text_source
 from kvslim.calibrate.corpus import loss_mask, text_windows
 from kvslim.calibrate.text_source import check_source, source_digest, source_pieces, source_text
 from kvslim.errors import UsageError
@@ -77,7 +77,7 @@ def test_token_that_starts_a_text_stands_in_it_once(
     """Where the tokenizer starts texts with it too, each window has it. SmolLM's starts each message, and no text."""
     tokenizer.bos_token, tokenizer.chat_template = "<|endoftext|>", "{{ bos_token }}" + FRAMED
     start = np.array([tokenizer.bos_token_id] if adds else [], dtype=np.int64)
-    monkeypatch.setattr(conversations, "start_of_text", lambda _: start)
+    monkeypatch.setattr(text_source, "start_of_text", lambda _: start)
     (frame, *_) = source_pieces(written(tmp_path / "chat.jsonl", {"messages": [ASK, SAY]}), tokenizer)
     assert frame.text == ("" if adds else "<|endoftext|>") + "<user>2+2?\n<assistant>"
 

@@ -12,6 +12,7 @@ from kvslim.calibrate.conversations import Conversation, Piece, rendered
 from kvslim.errors import NotFoundError, UnsupportedError, UsageError, first_line
 from kvslim.json_lines import is_json_lines, read_objects
 from kvslim.messages import flattened
+from kvslim.token_ids import start_of_text
 
 Record = Sequence[Piece] | Conversation
 HUB = "hub:"
@@ -70,8 +71,10 @@ def source_pieces(source: str, tokenizer: Any) -> list[Piece]:
         KvslimError: As `check_source`.
         UsageError: There are conversations, and the tokenizer has no chat template, or it refuses one.
     """
-    records = _records(source)
-    return _joined(rendered(record, tokenizer) if isinstance(record, Conversation) else record for record in records)
+    records, start = _records(source), "".join(tokenizer.convert_ids_to_tokens(start_of_text(tokenizer).tolist()))
+    return _joined(
+        rendered(record, tokenizer, start) if isinstance(record, Conversation) else record for record in records
+    )
 
 
 def _joined(records: Iterable[Sequence[Piece]]) -> list[Piece]:
