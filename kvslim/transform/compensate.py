@@ -27,7 +27,7 @@ from kvslim.loading.architecture import Architecture
 from kvslim.progress import Progress
 from kvslim.transform.edits import Affine, Array, Codes, LayerEdit
 from kvslim.transform.hooks import attached
-from kvslim.transform.projections import parameters
+from kvslim.transform.projections import parameters, shifted
 from kvslim.transform.surgery import layer_modules, slim_modules, trial
 
 RIDGE = 0.1  # of the inputs' mean power
@@ -138,9 +138,8 @@ class _Refit:
         with trial(self.model, self.architecture, self._alone(codes)):
             weight, bias = parameters(self._projection(side))
         change, shift = equations.solve()
-        fitted = weight + change, shift + (0.0 if bias is None else bias)
         # As the model will have them: those of all layers together are as much as their projections.
-        return fitted[0].astype(np.float32), fitted[1].astype(np.float32)
+        return (weight + change).astype(np.float32), shifted(bias, shift).astype(np.float32)
 
     def runs(
         self, before: list[Any], codes: Sequence[LayerEdit] | None = None, side: Side = "output"

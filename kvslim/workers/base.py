@@ -83,5 +83,7 @@ class Workers:
             items: What can be measured apart.
             progress: Receives the progress.
         """
-        yield from measurement.open(progress, None)(items)
-        give_back()  # what the graphs took
+        try:
+            yield from measurement.open(progress, None)(items)
+        finally:
+            give_back()  # what the graphs took
