@@ -11,6 +11,23 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 Messages = Sequence[Mapping[str, Any]]
 
 
+def read_messages(found: object, where: str) -> list[dict[str, Any]]:
+    """The messages that stand in JSON.
+
+    Args:
+        found: What stands there.
+        where: The place, for errors.
+
+    Raises:
+        UsageError: It is no list of objects with a role each, or an empty one.
+    """
+    messages = found if isinstance(found, list) else []
+    if not messages or not all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in messages):
+        fix = 'write each message as {"role": "user", "content": "..."}'
+        raise UsageError("messages is not a list of role and content", where=where, fix=fix)
+    return messages
+
+
 def flattened(messages: Messages) -> list[dict[str, Any]]:
     """The messages with one text for each content.
 

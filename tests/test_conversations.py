@@ -102,8 +102,8 @@ def test_digest_tells_who_speaks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("messages", "message", "where"),
     [
-        ([], "no text in this line", "line 1"),
-        ("hello", "no text in this line", "line 1"),
+        ([], "not a list of role and content", "line 1"),
+        ("hello", "not a list of role and content", "line 1"),
         (["hello"], "not a list of role and content", "line 1"),
         ([{"content": "hello"}], "not a list of role and content", "line 1"),
         ([ASK, {"role": "user", "content": 5}], "the content is not a text", r"line 1: messages\[1\]"),

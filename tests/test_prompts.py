@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -132,10 +132,25 @@ def test_branch_attends_to_sums_of_what_is_held_twice(
     ]
     assert branches
     for branch in branches:
-        constants = {tensor.name: tensor.dims for tensor in (*model.graph.initializer, *branch.initializer)}
+        constants = {tensor.name: tensor.dims for tensor in model.graph.initializer}
         factors = [node.input[1] for node in branch.node if node.op_type in ("Mul", "MatMul")]
         matrices = [list(constants[name][-2:]) for name in factors if len(constants.get(name, ())) > 1]
         assert [[rows, columns] for rows, columns in matrices if rows / 2 < columns < rows] == expected
+
+
+@pytest.mark.parametrize("cache", ["int8", "residuals", "ring in int4"])
+def test_branches_read_their_constants_from_the_graph(made: Made, cache: str) -> None:
+    """transformers.js cannot read external data of a branch's own."""
+    branches = list(branches_of(onnx.load(made("llama", cache)[0] / "model.onnx").graph))
+    assert branches
+    assert [tensor.name for branch in branches for tensor in branch.initializer] == []
+
+
+def branches_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """All branches, those of branches included."""
+    for branch in (attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")):
+        yield branch
+        yield from branches_of(branch)
 
 
 @pytest.mark.parametrize("count", [8, 16, 24])

@@ -11,7 +11,7 @@ from typing import Any
 from kvslim.calibrate.conversations import Conversation, Piece, rendered
 from kvslim.errors import NotFoundError, UnsupportedError, UsageError, first_line
 from kvslim.json_lines import is_json_lines, read_objects
-from kvslim.messages import flattened
+from kvslim.messages import flattened, read_messages
 from kvslim.token_ids import start_of_text
 
 Record = Sequence[Piece] | Conversation
@@ -126,12 +126,9 @@ def _record(record: dict[str, Any], where: str) -> Record:
         return [Piece(record["text"], True)]
     if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
         return [Piece(record["prompt"], False), Piece(record["completion"], True)]
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
+    if "messages" not in record:
         raise UsageError("no text in this line", where=where, fix=LINES)
-    if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages):
-        fix = 'write each message as {"role": "user", "content": "..."}'
-        raise UsageError("messages is not a list of role and content", where=where, fix=fix)
+    messages = read_messages(record["messages"], where)
     try:
         return Conversation(tuple(flattened(messages)), where)
     except UsageError as error:

@@ -13,6 +13,7 @@ from kvslim.cli import console
 from kvslim.cli.completions import Generation, Record
 from kvslim.errors import NotFoundError, UsageError
 from kvslim.json_lines import numbered, parse_object, place
+from kvslim.messages import read_messages
 from kvslim.runtime.completion import Completer
 
 STDIN = "-"
@@ -110,9 +111,8 @@ def _ids(record: Record, generation: Generation) -> list[int]:
     return generation.ids(prompt)
 
 
-def _conversation(messages: object, generation: Generation) -> list[dict[str, Any]]:
+def _conversation(found: object, generation: Generation) -> list[dict[str, Any]]:
     """The messages of a line, after the system message of the options if they have none of their own."""
-    if not (isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)):
-        raise UsageError("messages is not a list of role and content", where="line", fix=FIX)
-    has_system = any(message.get("role") == "system" for message in messages)
+    messages = read_messages(found, "line")
+    has_system = any(message["role"] == "system" for message in messages)
     return messages if has_system else [*generation.system_message(), *messages]

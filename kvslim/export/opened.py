@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import onnxscript
-from onnx_ir.passes.common import DeduplicateInitializersPass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import (
+    DeduplicateInitializersPass,
+    LiftSubgraphInitializersToMainGraphPass,
+    RemoveUnusedNodesPass,
+)
 
 from kvslim.weights.choice import SMALLEST_MATRIX
 
@@ -16,7 +20,7 @@ DOMAIN = "com.microsoft"
 
 
 def as_opened(model: ir.Model) -> None:
-    """Computes small constants, shares equal ones, and fuses SiLU, as onnxruntime does.
+    """Computes small constants, shares equal ones, and fuses SiLU, as onnxruntime does; the graph holds all constants.
 
     Large constants that are read in two shapes keep their reshape, which `share_storage` replaces.
 
@@ -26,6 +30,8 @@ def as_opened(model: ir.Model) -> None:
     onnxscript.optimizer.fold_constants(
         model, input_size_limit=SMALLEST_MATRIX, output_size_limit=SMALLEST_MATRIX, should_fold=_is_joined
     )
+    # transformers.js's browser build cannot read external data of a branch's own constants.
+    LiftSubgraphInitializersToMainGraphPass()(model)
     DeduplicateInitializersPass()(model)
     _fuse_silu(model)
     RemoveUnusedNodesPass()(model)

@@ -115,7 +115,7 @@ class _PromptBranch(Subgraph):
 
     def __init__(self, name: str, shared: Constants, node: ir.Node, residuals: Sequence[int]) -> None:
         super().__init__(name, shared)
-        self.node, self.shared = node, shared
+        self.node = node
         options = {key: value.value for key, value in node.attributes.items()}
         self.bits = options.pop("kv_cache_bit_width")
         self.rotates = options.pop("do_rotary", 0)
@@ -236,7 +236,7 @@ class _PromptBranch(Subgraph):
         self, past: Sequence[ir.Value], rows: Sequence[ir.Value], before: ir.Value, total: ir.Value
     ) -> Sequence[ir.Value]:
         """The caches with the new rows: in place where they have room, else as long as all tokens."""
-        grown, in_place = (Subgraph(f"{self.name}.{part}", self.shared) for part in ("grown", "in_place"))
+        grown, in_place = (Subgraph(f"{self.name}.{part}", self.constants) for part in ("grown", "in_place"))
         longer = [grown.op("Concat", cache, new, axis=2) for cache, new in zip(self.caches, rows, strict=True)]
         indices = self._indices(rows[0], before, total)
         filled = [in_place.op("ScatterND", cache, indices, new) for cache, new in zip(self.caches, rows, strict=True)]

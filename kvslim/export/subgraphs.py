@@ -8,19 +8,16 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-SMALL = 64  # numbers of a constant that every subgraph may have for itself
-
 
 class Constants:
     """Constants by their content.
 
     Args:
         name: What their names begin with.
-        larger: Takes those that are too large to write for each layer.
     """
 
-    def __init__(self, name: str, larger: Constants | None = None) -> None:
-        self._name, self._larger = name, larger
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._by_content: dict[object, ir.Value] = {}
 
     @property
@@ -30,8 +27,6 @@ class Constants:
 
     def value(self, array: np.ndarray) -> ir.Value:
         """A constant, made when it is first asked for."""
-        if self._larger is not None and array.size > SMALL:
-            return self._larger.value(array)
         key = array.dtype, array.shape, array.tobytes()
         if key not in self._by_content:
             tensor, name = ir.tensor(array), f"{self._name}.{len(self._by_content)}"
@@ -74,19 +69,10 @@ class Nodes:
 
 
 class Subgraph(Nodes):
-    """A branch of an `If`. It has its small constants itself, since whatever it reads of the graph costs each run.
-
-    Args:
-        name: What its names begin with.
-        shared: Constants of the graph, for large ones.
-    """
-
-    def __init__(self, name: str, shared: Constants) -> None:
-        self.own = Constants(f"{name}.constant", larger=shared)
-        super().__init__(name, self.own)
+    """A branch of an `If`, which reads its constants from the graph: not slower, and every client can."""
 
     def closed(self, outputs: Sequence[ir.Value], alike: Sequence[ir.Value]) -> ir.Graph:
         """The branch with its outputs, of the types of those that it stands for."""
         for output, value in zip(outputs, alike, strict=True):
             output.type = value.type
-        return ir.Graph([], outputs, nodes=self.nodes, initializers=self.own.made, name=self.name)
+        return ir.Graph([], outputs, nodes=self.nodes, name=self.name)

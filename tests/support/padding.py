@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvslim.runtime.generate import eos_ids, load_tokenizer
+from kvslim.runtime.generate import load_tokenizer
 from kvslim.runtime.session import DecodeSession
 from kvslim.runtime.writing import Completion, write
 from support.docs import blocks
@@ -22,7 +22,7 @@ def alone(folder: Path) -> str:
     tokenizer, texts = load_tokenizer(folder), []
     for prompt in PROMPTS:
         ids, session = tokenizer.encode(prompt).ids, DecodeSession(folder, capacity=64)
-        completion = Completion(tokenizer, ids, NEW_TOKENS, ends=eos_ids(folder))
+        completion = Completion(tokenizer, ids, NEW_TOKENS)  # like the code of the page, it does not stop at an end
         list(write(session, [completion], session.prefill(ids)[None]))
         texts.append(tokenizer.decode(completion.tokens) + "\n")
     return "".join(texts)
