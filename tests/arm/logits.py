@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,35 @@ CONTEXT = 16  # tokens before those that come one by one
 
 
 def decoded(graph: Path, tokens: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Logits of the tokens behind the context: of all in one run, and of each in a run of its own."""
+    """Logits of the tokens behind the context: of all in one run, and of each in a run of its own, with its cache."""
     session = DecodeSession(graph, capacity=len(tokens), threads=1)
     yield "many", session.step(tokens)[CONTEXT:]
     session.reset()
     session.step(tokens[:CONTEXT])
-    yield "one", np.concatenate([session.step(tokens[[at]]) for at in range(CONTEXT, len(tokens))])
+    logits, caches = [], []
+    for at in range(CONTEXT, len(tokens)):
+        caches.append([array.copy() for array in cache_of(session)])
+        logits.append(session.step(tokens[[at]]))
+    yield "one", np.concatenate(logits)
+    for index, arrays in enumerate(zip(*caches, strict=True)):
+        yield f"cache {index}", np.stack(arrays)
+
+
+def decoded_from(graph: Path, tokens: np.ndarray, caches: Sequence[np.ndarray]) -> np.ndarray:
+    """Logits of the same tokens, each with the cache that another machine had before it."""
+    session = DecodeSession(graph, capacity=len(tokens), threads=1)
+    logits = []
+    for index, at in enumerate(range(CONTEXT, len(tokens))):
+        session.fill(at)
+        for array, theirs in zip(cache_of(session), caches, strict=True):
+            array[...] = theirs[index]
+        logits.append(session.step(tokens[[at]]))
+    return np.concatenate(logits)
+
+
+def cache_of(session: DecodeSession) -> list[np.ndarray]:
+    """All that the cache holds, as it lies in memory."""
+    return [array for layer in session._layers for array in layer.arrays]
 
 
 def encoded(graph: Path, texts: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
