@@ -48,8 +48,8 @@ DEVICE = Device(
     bandwidth_gb_s=Quantity(value=10, source="test"),
     gflops=Quantity(value=100, source="test"),
 )
-WEIGHTS = StoredWeights("fp32", stored=5_000, resident=6_000, read=4_000, products=900, head=100, width=50)
-NOTHING = StoredWeights("none", stored=0, resident=0, read=0, products=0, head=0, width=0)
+WEIGHTS = StoredWeights("fp32", stored=5_000, resident=6_000, tables=0, read=4_000, products=900, head=100, width=50)
+NOTHING = StoredWeights("none", stored=0, resident=0, tables=0, read=0, products=0, head=0, width=0)
 PLAIN = Cache.of("plain", SPEC, Plan.identity(SPEC))
 OPEN = OPEN_BYTES + 2 * LAYER_BYTES
 TOKEN = 2 * 2 * 2 * 16 * 4  # layers x sides x kv heads x head_dim x 4
@@ -159,6 +159,7 @@ def test_weights_in_memory_have_sums_for_zero_points_and_a_tied_table_twice() ->
     tied, apart = (StoredWeights.of(Parameters(**counts, embedding=size), "int4") for size in (0, 640))
     packed = (3200 + 640) // 32 * (16 + 4 + 4) + 10 * 4
     assert tied.resident == apart.resident == packed + 640 // 32 * 20.5
+    assert tied.decoding == apart.decoding == packed
     assert StoredWeights.of(Parameters(**counts, embedding=640), "fp32").resident == 4 * (3200 + 2 * 640 + 10)
 
 
@@ -271,7 +272,7 @@ def test_longest_context_is_the_last_that_fits() -> None:
     fits = int(DEVICE.usable_bytes - OPEN - 6_000 - 2.4 * 4 * 50 * CHUNK) // TOKEN
     assert longest_context(DEVICE, WEIGHTS, PLAIN, 10**9) == fits
     assert longest_context(DEVICE, WEIGHTS, PLAIN, 512) == 512
-    huge = StoredWeights("fp32", stored=2**40, resident=2**40, read=2**40, products=2**38, head=0, width=1)
+    huge = StoredWeights("fp32", stored=2**40, resident=2**40, tables=0, read=2**40, products=2**38, head=0, width=1)
     assert longest_context(DEVICE, huge, PLAIN, 512) == 0
 
 

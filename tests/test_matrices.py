@@ -140,12 +140,12 @@ def test_memory_of_formats_is_what_a_graph_of_them_takes(
     prepared = open_prepared(model, limited((limit + picking.beside) / MIB, KvQuant()))
     prepared.build_plain(tmp_path)
     floats, rounded = (
-        artifact_weights(folder, prepared.spec, "", 0).resident for folder in (prepared.original, tmp_path)
+        artifact_weights(folder, prepared.spec, "", 0).decoding for folder in (prepared.original, tmp_path)
     )
     numbers = sum(entry.module.weight.numel() for entry in picking.chosen.values())
     table = prepared.model.get_input_embeddings().weight
-    twice = table.numel() if prepared.model.get_output_embeddings().weight is table else 0
-    assert picked.memory == pytest.approx(rounded - floats + 4 * (numbers + twice), abs=500)
+    unread = 0 if prepared.model.get_output_embeddings().weight is table else table.numel()
+    assert picked.memory == pytest.approx(rounded - floats + 4 * (numbers - unread), abs=500)
 
 
 def test_rows_of_other_blocks_are_of_another_form_and_changed_rows_of_that_of_eight_bits() -> None:
@@ -370,7 +370,7 @@ def test_budget_of_memory_takes_steps_alone_where_they_leave_more_for_the_weight
     recipe, manifest = budgeted(tiny_llama, tmp_path / "out", limit)
     assert (recipe.methods, recipe.budget, recipe.compensate) == ((KvQuant(bits=8),), None, False)
     beside = branch_bytes(manifest.plan) + manifest.kv_layout.bytes_at(64) + manifest.spec.rope_bytes
-    weights = artifact_weights(tmp_path / "out", manifest.spec, "", 0).resident
+    weights = artifact_weights(tmp_path / "out", manifest.spec, "", 0).decoding
     assert (weights + beside) / MIB == pytest.approx(room - 0.01, abs=0.01)  # all of it is used
     assert manifest.report is not None
     assert manifest.report.artifact.peak_rss_mib == pytest.approx(limit, rel=0.2)

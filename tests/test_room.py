@@ -107,7 +107,7 @@ def test_weights_of_no_format_in_particular_share_the_memory_with_the_cache(tiny
     room = room_on(device, str(tiny_llama), recipe_at(CONTEXT, "auto"))
     assert room.weights.name == "int4"
     assert room.cache_mib == pytest.approx(0.1, abs=0.01)
-    decoding = room.cache_mib + (room.weights.resident + OPEN_BYTES + 2 * BRANCH_BYTES) / MIB
+    decoding = room.cache_mib + (room.weights.decoding + OPEN_BYTES + 2 * BRANCH_BYTES) / MIB
     assert room.budget(None) == Budget(memory_mib=decoding, context=CONTEXT)
     ample = room_on(device_of(1000), str(tiny_llama), recipe_at(CONTEXT, "auto"))
     assert ample.budget(None) is None
@@ -119,7 +119,7 @@ def test_weights_that_fit_with_fewer_bits_alone_leave_the_split_to_measurement(t
         room_on(device, str(tiny_llama), recipe_at(8, "int4"))
     room = room_on(device, str(tiny_llama), recipe_at(8, "auto"))
     assert room.is_tight
-    decoding = room.cache_mib + (room.weights.resident + OPEN_BYTES + 2 * BRANCH_BYTES) / MIB
+    decoding = room.cache_mib + (room.weights.decoding + OPEN_BYTES + 2 * BRANCH_BYTES) / MIB
     assert room.budget(None) == Budget(memory_mib=decoding, context=8)
 
 

@@ -145,7 +145,7 @@ def _made(source: Source, kind: str, settings: Sequence[str], budget: Budget) ->
     folder = Path(tempfile.mkdtemp(dir=source.folder)) / "artifact"
     recipe = load_recipe("small", [*settings, f"weights={kind}"]).within(budget)
     manifest = compress(source.model, recipe, folder)
-    return _Made(manifest, file_mib(folder), artifact_weights(folder, manifest.spec, kind, 0).resident / MIB)
+    return _Made(manifest, file_mib(folder), artifact_weights(folder, manifest.spec, kind, 0).decoding / MIB)
 
 
 def _plain_memory(source: Source, kind: WeightType) -> float:
@@ -153,7 +153,7 @@ def _plain_memory(source: Source, kind: WeightType) -> float:
     model = OpenModel(source, LITTLE, weights=WeightFormat(type=kind))
     folder = model.export()
     model.release()
-    return (artifact_weights(folder, model.spec, kind, 0).resident + open_bytes(model.spec.layers)) / MIB
+    return (artifact_weights(folder, model.spec, kind, 0).decoding + open_bytes(model.spec.layers)) / MIB
 
 
 def _rule(source: Source, kind: str, settings: Sequence[str], mib: float, context: int) -> _Made | None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kvslim.planning.matrices import ProbedMatrices
     from kvslim.planning.probes import Probes
 
-FORMAT = 11
+FORMAT = 12
 LIMIT = 16 * 2**30
 Probed = TypeVar("Probed", "Probes", "ProbedMatrices")
 

@@ -86,6 +86,7 @@ class StoredWeights:
         name: Their name in tables.
         stored: Bytes in files.
         resident: Bytes in memory once a graph is open: matrices as kernels read them, and tables.
+        tables: Those of them that are tables, in pages of the file: there once tokens were looked up in them.
         read: Bytes that a token reads.
         products: Numbers in matrices that every token is multiplied with.
         head: Numbers in the matrix that gives logits, which a prompt needs once per chunk.
@@ -96,6 +97,7 @@ class StoredWeights:
     name: str
     stored: int
     resident: int
+    tables: int
     read: int
     products: int
     head: int
@@ -113,12 +115,16 @@ class StoredWeights:
         products = parameters.products + parameters.head
         read = int(products * number) + parameters.others * FLOAT
         stored = read + int(parameters.embedding * number) + parameters.positions * FLOAT
-        is_tied = not parameters.embedding
-        resident = stored + int(products * (packed - number)) + (int(parameters.head * number) if is_tied else 0)
+        tables, is_tied = int((parameters.embedding or parameters.head) * number), not parameters.embedding
+        resident = stored + int(products * (packed - number)) + (tables if is_tied else 0)
         kind = min(BLOCK_BYTES, key=lambda kind: abs(BLOCK_BYTES[kind] / BLOCK - number))
-        return cls(
-            name, stored, resident, read, parameters.products, parameters.head, parameters.width, {kind: products}
-        )
+        sizes = parameters.products, parameters.head, parameters.width
+        return cls(name, stored, resident, tables, read, *sizes, {kind: products})
+
+    @property
+    def decoding(self) -> int:
+        """Bytes in memory while tokens are decoded, few of which were looked up."""
+        return self.resident - self.tables
 
 
 @dataclass(frozen=True)

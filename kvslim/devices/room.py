@@ -64,7 +64,7 @@ class Room:
             limits["time_ratio"] = min(self.time_ratio, limits.get("time_ratio", 1.0))
         if self.is_tight or self.cache_bytes * INT8_RATIO < self.plain.bytes_at(self.context):
             opened = open_bytes(self.spec.layers) + BRANCH_BYTES * self.spec.layers  # as a budget of memory counts it
-            decoding = opened + self.weights.resident + self.cache_bytes
+            decoding = opened + self.weights.decoding + self.cache_bytes
             size = {"memory_mib": decoding / MIB} if self.shares else {"kv_mib": self.cache_mib}
             limits |= {**size, "context": self.context}
         return Budget.model_validate(limits) if limits else None

@@ -49,6 +49,7 @@ def artifact_weights(folder: Path, spec: ModelSpec, name: str, stored: int) -> S
         name=name,
         stored=stored,
         resident=sum(read.values()) + sum(tables.values()) + packing,
+        tables=sum(tables.values()),
         read=sum(read.values()),
         products=products,
         head=head,

@@ -177,10 +177,8 @@ def _stored_as(model: Any, group: Sequence[Any], to: BlockFormat, loss: float) -
 
 
 def _in_memory(model: Any, module: Any, to: BlockFormat) -> float:
-    """Bytes in a process, as in `devices.peak`: a packed matrix, and the pages of a table's file."""
-    table = model.get_input_embeddings()
-    packed = 0.0 if module is table else _packed(module.weight.shape, to)
-    return packed + (_in_file(module.weight.shape, to) if module.weight is table.weight else 0.0)
+    """Bytes in a process that decodes: a packed matrix. Of a table only the pages of the file that it looks up."""
+    return 0.0 if module is model.get_input_embeddings() else _packed(module.weight.shape, to)
 
 
 def _in_file(shape: Sequence[int], to: BlockFormat) -> float:
