@@ -143,7 +143,7 @@ def validate(
     spec, recipe = _checked(snapshot, recipe)
     checks.check_files(snapshot, spec, recipe, {Path(tempfile.gettempdir()): 1})
     stages.begin("validate", spec, recipe, progress)
-    prepared = prepare(snapshot, spec, recipe, progress, texts=("validation",))
+    prepared = prepare(snapshot, spec, recipe, progress, texts=("validation",), made_as=manifest.recipe)
     with tempfile.TemporaryDirectory(prefix="kvslim-") as folder:
         progress.stage(stages.PLAIN)
         prepared.export_plain(Path(folder))

@@ -17,6 +17,7 @@ from kvslim.calibrate.own_text import OwnText, self_windows
 from kvslim.calibrate.text_source import check_source, source_digest
 from kvslim.errors import UnsupportedError, UsageError
 from kvslim.methods import KvQuant
+from kvslim.prepared.text import TextSource
 from kvslim.progress import Silent
 from kvslim.runtime.session import DecodeSession
 from kvslim.settings import Calibration, TextUse, Validation
@@ -250,3 +251,22 @@ def test_hub_source_is_refused_early_when_the_extra_is_missing(monkeypatch: pyte
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(UnsupportedError, match="extra"):
         check_source("hub:wikitext", "recipe: calibration.source")
+
+
+def test_weights_are_fitted_to_the_same_part_of_a_text_when_another_one_judges_later(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    both, other = tmp_path / "both.txt", tmp_path / "other.txt"
+    both.write_text("".join(f"The lamp of house {number} is red. " for number in range(400)))
+    other.write_text("".join(f"House {number} has a blue lamp. " for number in range(400)))
+    calibration, same, another = Calibration(source=str(both)), *map(_judged_on, (both, other))
+    prepared = open_prepared(tiny_llama, recipe_of())
+    made = TextSource(prepared, calibration, same)
+    later = TextSource(prepared, calibration, another, made_for=same)
+    assert later.identity == made.identity != TextSource(prepared, calibration, another).identity
+    np.testing.assert_array_equal(later.calibration_windows, made.calibration_windows)
+    np.testing.assert_array_equal(later.held_out_windows, TextSource(prepared, calibration, another).held_out_windows)
+
+
+def _judged_on(path: Path) -> Validation:
+    return Validation(source=str(path), samples=2, length=32)

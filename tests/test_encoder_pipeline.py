@@ -20,6 +20,7 @@ from kvslim.errors import ArtifactError, UnsupportedError, UsageError
 from kvslim.export.manifest import read_manifest, verify
 from kvslim.loading.source import read_spec, resolve
 from kvslim.runtime.encoder import EncoderSession
+from kvslim.validation.encoder import Answers, compare
 
 BRIEF = (
     "--set=validation.samples=12",
@@ -199,6 +200,20 @@ def test_sentences_come_from_the_whole_file_when_one_is_given(tmp_path: Path) ->
     path.write_text("\n".join(f"Sentence number {i} is here. And another, {i}!" for i in range(50)))
     found = sentences(str(path), samples=10)
     assert (len(found), found[0], found[-1]) == (10, "Sentence number 0 is here.", "And another, 49!")
+
+
+def test_sentences_need_no_spaces_where_the_script_has_none(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("今天天气很好。我们去公园玩。\n你好\nCafé.\n" * 3, encoding="utf-8")
+    assert sentences(str(path), samples=10) == ["今天天气很好。", "我们去公园玩。"]
+
+
+def test_measures_that_are_no_numbers_are_none() -> None:
+    good = np.random.default_rng(0).random((6, 4)).astype(np.float32)
+    broken = Answers(np.full_like(good, np.nan), None)
+    found = compare(Answers(good, None), broken)
+    assert found["embedding_cosine_mean"] is None
+    assert found["embedding_cosine_min"] is None
 
 
 def test_sentences_are_refused_when_there_is_but_one(tmp_path: Path) -> None:

@@ -282,6 +282,18 @@ def test_probing_judges_every_other_token_of_a_large_vocabulary(
     assert evaluator.kl(codes) == pytest.approx(np.mean(every_other), rel=1e-4)
 
 
+def test_probing_judges_all_tokens_when_none_that_count_is_among_every_other(
+    prepared: PreparedDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows, codes = windows_of(prepared), codes_of(prepared)
+    counted = np.zeros(windows.shape, bool)
+    counted[:, 5] = True  # is predicted at place 4
+    expected = KLEvaluator(prepared.model, prepared.architecture, windows, counted).kl(codes)
+    monkeypatch.setattr(kl_evaluator, "SMALL_VOCABULARY", 1)
+    probing = KLEvaluator(prepared.model, prepared.architecture, windows, counted, probing=True)
+    assert probing.kl(codes) == pytest.approx(expected, rel=1e-6)
+
+
 def test_refitted_outputs_lower_the_kl_on_the_text_they_were_fitted_to(prepared: PreparedDecoder) -> None:
     windows, codes = windows_of(prepared, 16, 64), codes_of(prepared)
     again = refitted(prepared, codes, windows)

@@ -47,6 +47,19 @@ def test_balanced_code_beats_every_other_when_rank_is_equal(rank: int) -> None:
         assert best <= score_error(other, rank, keys, queries) + 1e-12
 
 
+@pytest.mark.parametrize("dead", ["keys", "queries", "both"])
+def test_code_of_a_head_that_is_always_zero_is_finite_and_spares_the_others(dead: str) -> None:
+    keys, queries = moment(1), moment(2)
+    whole = balanced_basis(keys, queries, 1e-6)
+    for side, name in ((keys, "keys"), (queries, "queries")):
+        if dead in (name, "both"):
+            side[0] = 0
+    found = balanced_basis(keys, queries, 1e-6)
+    for array in (found.encoder, found.decoder):
+        assert np.isfinite(array.astype(np.float32)).all()
+    np.testing.assert_array_equal(found.encoder[1], whole.encoder[1])
+
+
 def test_energy_is_the_share_of_the_score_energy_that_is_kept() -> None:
     keys, queries = moment(0), moment(1)
     basis = balanced_basis(keys, queries, 1e-12)

@@ -46,6 +46,19 @@ def planner(prepared: PreparedDecoder, statistics: CalibrationStatistics) -> Pla
     return planner_of(prepared, statistics)
 
 
+def test_bytes_are_told_of_the_plain_graph_whatever_the_recipe_does_with_its_windows(
+    tiny_model: Callable[[str], Path],
+) -> None:
+    recipe = recipe_of().model_copy(update={"window_cache": False})
+    prepared = open_prepared(tiny_model("mistral"), recipe)
+    made = planner_of(prepared, prepared.statistics)
+    plain, whole = (
+        KVLayout.of(prepared.spec, Plan.identity(prepared.spec, window_cache=kept)).bytes_at(made.context)
+        for kept in (True, False)
+    )
+    assert made.plain_bytes == plain < whole
+
+
 def no_drop(_: Planned) -> float:
     return 0.0
 

@@ -73,6 +73,14 @@ def test_page_tells_what_the_draft_is_and_gains() -> None:
     _, _, shown = html.partition("<h2>Draft</h2>")
     for told in ("4 sinks and 256 recent tokens", "2.35", "88%, 50%", "1.23", "0, 311", "256 behind 900"):
         assert told in shown
+    wrong = report.model_copy(update={"passed": False, "speculation": found.model_copy(update={"differing": 2})})
+    failed = artifact_page(made.model_copy(update={"draft": Draft(kind="window"), "report": wrong}))
+    assert "2 texts are not those that the model writes without it" in failed.partition("<h2>Draft</h2>")[0]
+    (suite,) = ElementTree.fromstring(junit_xml(wrong, "demo"))
+    assert (suite.get("failures"), [case.get("name") for case in suite if len(case.findall("failure"))]) == (
+        "1",
+        ["draft_differing"],
+    )
 
 
 def test_page_tells_the_verdict() -> None:

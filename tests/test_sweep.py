@@ -163,6 +163,18 @@ def test_outcomes_are_kept_while_they_are_asked_for(tmp_path: Path) -> None:
     assert list(load_outcomes(tmp_path, jobs).jobs) == [first, third]
 
 
+def test_artifact_is_made_again_when_its_text_has_changed(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("One text.")
+    job = jobs_of(sweep_of())[0]
+    calibration = job.recipe.calibration.model_copy(update={"source": str(text)})
+    job = job.model_copy(update={"recipe": job.recipe.model_copy(update={"calibration": calibration})})
+    store_outcomes(tmp_path / "out", Outcomes(jobs={job.name: made(tmp_path / "out", job)}))
+    assert list(load_outcomes(tmp_path / "out", {job.name: job}).jobs) == [job.name]
+    text.write_text("Another text.")
+    assert not load_outcomes(tmp_path / "out", {job.name: job}).jobs
+
+
 def test_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "letters").mkdir()
     with pytest.raises(OutputError, match="holds no sweep"):

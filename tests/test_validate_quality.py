@@ -11,7 +11,7 @@ from kvslim.errors import UsageError
 from kvslim.runtime.session import DecodeSession
 from kvslim.validation import tally
 from kvslim.validation.quality import PAIRS, compared, measure_all, measure_floor, measure_quality, summed_up
-from kvslim.validation.tally import Quality
+from kvslim.validation.tally import Quality, Tally
 
 WINDOWS = np.random.default_rng(0).integers(24, size=(5, 37))
 
@@ -159,13 +159,29 @@ def test_a_long_text_counts_as_many_pieces_when_errors_are_told(
     counts: list[int] = []
     monkeypatch.setattr(
         "kvslim.validation.tally._mean_and_error",
-        lambda means: counts.append(len(means)) or (float(np.mean(means)), math.nan),
+        lambda pieces: counts.append(len(pieces)) or (float(np.mean([piece.mean for piece in pieces])), math.nan),
     )
     found = measure_quality(plain, artifact, [WINDOWS[1, :12], long])
     assert counts == [4, 4]
     assert found.kl_mean == pytest.approx(
         np.average([*pieces, measure_quality(plain, artifact, [WINDOWS[1, :12]]).kl_mean], weights=[36, 12])
     )
+
+
+def test_short_pieces_count_by_their_tokens() -> None:
+    tally = Tally(piece=8)
+    values = [np.random.default_rng(seed).random(count) for seed, count in enumerate((16, 19))]
+    for kl in values:
+        tally.rows.append((kl, kl < 0.5, kl, 2 * kl[:-1]))
+        tally.end_window()
+    found = tally.student()
+    assert found.kl_mean == pytest.approx(np.concatenate(values).mean())
+    assert np.log(found.perplexity) == pytest.approx(np.concatenate([2 * kl[:-1] for kl in values]).mean())
+    even = Tally(piece=8)
+    even.rows.append((values[0], values[0] < 0.5, values[0], values[0]))
+    even.end_window()
+    means = values[0].reshape(2, 8).mean(1)
+    assert even.student().kl_se == pytest.approx(means.std(ddof=1) / np.sqrt(2))
 
 
 def test_measures_are_none_when_not_finite() -> None:

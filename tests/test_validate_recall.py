@@ -181,6 +181,13 @@ def test_repeated_spans_start_with_bos_when_every_window_does() -> None:
         assert 0 not in (*item.prompt[1:], *item.answer)
 
 
+def test_repeated_spans_of_one_window_start_with_bos_when_it_is_known() -> None:
+    window = np.concatenate([np.zeros((1, 1), np.int64), TEXT.reshape(1, -1)], axis=1)
+    items = repeated_spans(window, count=5, distance=40, starts=(7, 0))
+    assert all(item.prompt[0] == 0 and 0 not in (*item.prompt[1:], *item.answer) for item in items)
+    assert any(item.prompt[0] != 0 for item in repeated_spans(window, count=5, distance=40, starts=(7,)))
+
+
 def test_repeated_spans_are_the_same_when_the_seed_is() -> None:
     first, same, other = (repeated_spans(TEXT, count=3, distance=8, seed=seed) for seed in (1, 1, 2))
     assert first == same != other

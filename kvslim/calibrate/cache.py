@@ -74,13 +74,14 @@ def load_statistics(key: str) -> CalibrationStatistics | None:
     try:
         with used(_path("statistics", f"{key}.npz")).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return CalibrationStatistics(**dict(arrays))
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile):
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
         return None
 
 
 def store_statistics(key: str, statistics: CalibrationStatistics) -> None:
     """Stores statistics whole or not at all; a cache that cannot be written is no reason to fail."""
-    _store(_path("statistics", f"{key}.npz"), lambda file: np.savez(file, allow_pickle=False, **statistics.arrays()))
+    arrays: dict[str, Any] = {**statistics.arrays()}
+    _store(_path("statistics", f"{key}.npz"), lambda file: np.savez(file, **arrays))
 
 
 def load_probes(key: str, kind: type[Probed]) -> Probed | None:

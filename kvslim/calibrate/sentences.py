@@ -15,8 +15,10 @@ from kvslim.errors import UsageError
 
 Texts = Sequence[Sequence[int]]
 
-# The end of a sentence, or of a line: headings and list items have no full stop.
-_ENDS = re.compile(r"(?<=[.!?])\s+|\n+")
+# The end of a sentence, in Chinese and Japanese too, or of a line: headings and list items have no full stop.
+_ENDS = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])|\n+")
+_LETTERS = 4  # of a sentence at least, in a script that puts no spaces between words
+_THAI = "\u0e00"  # the first letter of the first such script
 _STORY_WORDS = 200
 _GROUPS = (1, 2, 4, 8)  # sentences of a story that are taken as one text, in turn, so that lengths differ
 MASKED_SHARE = 0.15  # as in BERT's training
@@ -93,7 +95,12 @@ def mask_tokens(texts: Texts, mask_id: int, special: set[int], seed: int) -> Sen
 
 def _split(text: str) -> list[str]:
     pieces = (piece.strip() for piece in _ENDS.split(text))
-    return list(dict.fromkeys(piece for piece in pieces if " " in piece))
+    return list(dict.fromkeys(piece for piece in pieces if " " in piece or _is_unspaced(piece)))
+
+
+def _is_unspaced(piece: str) -> bool:
+    """Whether a piece without a space may be a sentence all the same, as in Chinese, Japanese and Thai."""
+    return len(piece) >= _LETTERS and any(letter >= _THAI for letter in piece)
 
 
 def _of_stories(samples: int, held_out: bool) -> list[str]:

@@ -108,6 +108,8 @@ def _words(context: typer.Context) -> Iterator[str]:
 
 def _verdict(report: Report) -> str:
     failed, count = sum(not gate.passed for gate in report.gates), len(report.gates)
+    if report.speculation is not None and report.speculation.differing:
+        return f"{failed} of {count} gates and the draft FAILED"
     if not count:
         return "no gate is set"
     return f"{failed} of {count} gates FAILED" if failed else f"passed, {count} of {count} gates hold"

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvslim.caches.rotation import has_rotation, rotation
+from kvslim.methods.kv_pca import SILENT
 
 Array = np.ndarray
 
@@ -64,4 +65,5 @@ def feedback(metric: Array) -> Array:
         metric: [heads, r, r] second moment of what reads the coordinates.
     """
     half = metric.shape[-1] // 2
-    return np.linalg.solve(metric[:, :half, :half], metric[:, :half, half:])
+    first = metric[:, :half, :half] + SILENT * np.eye(half)
+    return np.linalg.solve(first, metric[:, :half, half:])

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from kvslim.calibrate.statistics import CalibrationStatistics
     from kvslim.recipe import Recipe
 
+SILENT = 1e-24  # is added to moments: a head that is always zero, or that nothing reads, has none
+
 
 class Basis(NamedTuple):
     """A pair of codes, best coordinate first; d = head_dim.
@@ -71,7 +73,7 @@ def balanced_basis(moment: Array, metric: Array, damping: float) -> Basis:
 def _damped(matrix: Array, damping: float) -> Array:
     dim = matrix.shape[-1]
     level = np.trace(matrix, axis1=-2, axis2=-1)[:, None, None] / dim
-    return matrix + (damping * level + np.finfo(np.float64).tiny) * np.eye(dim)
+    return matrix + (damping * level + SILENT) * np.eye(dim)
 
 
 class KvPca(Method):

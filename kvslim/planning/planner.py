@@ -82,7 +82,8 @@ class Planner:
         _check(probes, spec, time.context, timed=time_ratio is not None)
         self.spec, self.statistics, self.base, self.divergences = spec, statistics, base, divergences
         self.time, self.context, self.time_ratio = time, time.context, time_ratio
-        self.plain_bytes = KVLayout.of(spec, base).bytes_at(self.context)
+        # The plain graph keeps the model's windows, whatever the recipe does with them.
+        self.plain_bytes = KVLayout.of(spec, Plan.identity(spec)).bytes_at(self.context)
         self.plain_time = time.of_plan(base.layers)
         self._maker = CandidateMaker(spec, base, time, timed=probes.timed)
         self.whole = {bits: [layer.candidates[bits] for layer in probes.layers] for bits in BITS}

@@ -55,7 +55,7 @@ def surveyed(trials: DecoderTrials, frontier: tuple[PlanPoint, ...] = ()) -> Sur
 def _point(trials: DecoderTrials, plan: Plan, kl: float) -> PlanPoint:
     """All layers alike."""
     context = trials.prepared.context
-    size, plain = (KVLayout.of(trials.spec, each).bytes_at(context) for each in (plan, trials.identity))
+    size, plain = (KVLayout.of(trials.spec, each).bytes_at(context) for each in (plan, Plan.identity(trials.spec)))
     time = decode_time(trials.prepared, context)
     return PlanPoint(
         cache=plan.layers[0].cache.dtype,

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kvslim.contract import ModelSpec
 from kvslim.errors import UnsupportedError, UsageError
+from kvslim.export.manifest import MANIFEST
 from kvslim.loading.architecture import Architecture
 from kvslim.loading.snapshot import Snapshot
 from kvslim.measures import Report
 from kvslim.memory import give_back
 from kvslim.progress import Progress
-from kvslim.recipe import Recipe
+from kvslim.recipe import Recipe, parse_recipe
 from kvslim.settings import TextUse
 from kvslim.types import Healing, KVLayout, Plan
 from kvslim.workers.base import Workers
@@ -179,6 +180,7 @@ def prepare(
     progress: Progress,
     workers: Workers | None = None,
     texts: tuple[TextUse, ...] = (),
+    made_as: dict[str, Any] | None = None,
 ) -> PreparedModel:
     """The model in memory, of the kind that its spec says.
 
@@ -189,6 +191,7 @@ def prepare(
         progress: Receives the progress.
         workers: Who does what can be done in pieces; None for this process.
         texts: Which texts a decoder shall write now, where it is their source.
+        made_as: The recipe of the artifact that is measured again, maybe on another text; None for this one.
 
     Raises:
         ModelError: Weights or tokenizer cannot be read.
@@ -206,4 +209,5 @@ def prepare(
         return PreparedEncoder(snapshot, spec, recipe, progress)
     from kvslim.prepared.decoder import PreparedDecoder
 
-    return PreparedDecoder(snapshot, spec, recipe, progress, workers, texts)
+    made_for = None if made_as is None else parse_recipe(made_as, where=MANIFEST).validation
+    return PreparedDecoder(snapshot, spec, recipe, progress, workers, texts, made_for)

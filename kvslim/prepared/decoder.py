@@ -41,7 +41,7 @@ from kvslim.prepared.text import TextSource
 from kvslim.prepared.weights import changed, quantise
 from kvslim.progress import Progress, Silent
 from kvslim.recipe import Recipe
-from kvslim.settings import TextUse
+from kvslim.settings import TextUse, Validation
 from kvslim.transform.copies import on_gpu
 from kvslim.transform.edits import Codes, FittedPlan
 from kvslim.transform.surgery import install, prepare
@@ -90,12 +90,13 @@ class PreparedDecoder(PreparedModel):
         progress: Progress,
         workers: Workers | None = None,
         texts: tuple[TextUse, ...] = (),
+        made_for: Validation | None = None,
     ) -> None:
         super().__init__(snapshot, spec, recipe, progress)
         self.workers = workers or Workers()
         self.architecture = architecture_of(spec.model_type)
         self.tokenizer = load_tokenizer(snapshot)
-        self.text = TextSource(self, recipe.calibration, recipe.validation)
+        self.text = TextSource(self, recipe.calibration, recipe.validation, made_for)
         self.text.check(texts)
         self.rows: QuantisedRows | None = None
         self.is_quantised = False

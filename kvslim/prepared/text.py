@@ -24,6 +24,7 @@ from kvslim.demo.world import recall_questions
 from kvslim.healing.text import Text, check_count
 from kvslim.loading.config import model_config
 from kvslim.settings import Calibration, TextUse, Validation
+from kvslim.token_ids import start_of_text
 from kvslim.validation.recall import RecallItem, repeated_spans
 from kvslim.validation.spans import FAR_SPANS, SPAN
 
@@ -41,12 +42,21 @@ class TextSource:
         prepared: The model.
         calibration: The text that statistics come from.
         validation: The text that artifacts are measured on.
+        made_for: The text that the artifact was measured on when it was made; None for the same.
     """
 
-    def __init__(self, prepared: PreparedDecoder, calibration: Calibration, validation: Validation) -> None:
+    def __init__(
+        self,
+        prepared: PreparedDecoder,
+        calibration: Calibration,
+        validation: Validation,
+        made_for: Validation | None = None,
+    ) -> None:
         self.prepared, self.calibration, self.validation = prepared, calibration, validation
-        # One text that serves both is split.
-        self.is_shared = calibration.source != "self" and calibration.source == validation.source
+        # One text that serves both is split. Weights that were fitted to a part of it are fitted to that part again.
+        serves = [settings.source == calibration.source != "self" for settings in (made_for or validation, validation)]
+        self._calibration_share = CALIBRATION_SHARE if serves[0] else WHOLE
+        self._validation_share = VALIDATION_SHARE if serves[1] else WHOLE
         self._own: dict[str, np.ndarray] = {}
 
     def check(self, uses: Collection[TextUse]) -> None:
@@ -168,14 +178,6 @@ class TextSource:
         """
         return self._far_items(windows, most, self.prepared.context, self.validation.seed + 1, spread)
 
-    @property
-    def _calibration_share(self) -> tuple[float, float]:
-        return CALIBRATION_SHARE if self.is_shared else WHOLE
-
-    @property
-    def _validation_share(self) -> tuple[float, float]:
-        return VALIDATION_SHARE if self.is_shared else WHOLE
-
     def _is_written(self, settings: Calibration | Validation) -> bool:
         """Whether the model writes the text itself; the demo is judged on stories instead."""
         judges_demo = self.prepared.snapshot.is_demo and isinstance(settings, Validation)
@@ -225,7 +227,7 @@ class TextSource:
 
     def _recall_items(self, windows: np.ndarray, count: int, distance: int, seed: int) -> list[RecallItem]:
         if not self.prepared.snapshot.is_demo:
-            return list(repeated_spans(windows, count=count, distance=distance, seed=seed))
+            return list(repeated_spans(windows, count=count, distance=distance, seed=seed, starts=self._starts))
         questions = recall_questions(count, distance, lambda text: len(self._ids(text)), seed)
         return [RecallItem(self._ids(item.prompt), self._ids(item.answer, start=False), distance) for item in questions]
 
@@ -237,7 +239,15 @@ class TextSource:
         if not count or self.prepared.snapshot.is_demo:
             return []
         distance = length - REST - (count - 1) * SPAN  # later questions stand behind earlier ones
-        return list(repeated_spans(windows, count=count, distance=distance, seed=seed, spans=most, spread=spread))
+        found = repeated_spans(
+            windows, count=count, distance=distance, seed=seed, spans=most, spread=spread, starts=self._starts
+        )
+        return list(found)
+
+    @property
+    def _starts(self) -> tuple[int, ...]:
+        """The tokens that a text may start with."""
+        return *start_of_text(self.prepared.tokenizer)[:1].tolist(), self.prepared.tokenizer.bos_token_id
 
     def _ids(self, text: str, start: bool = True) -> tuple[int, ...]:
         encoded: Any = self.prepared.tokenizer(text, add_special_tokens=start, verbose=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
@@ -73,11 +74,11 @@ def front(measured: Mapping[str, Report]) -> set[str]:
 
 
 def _losses(report: Report) -> tuple[float, ...]:
-    """Bytes, KL, recall lost and time: less is better."""
+    """Bytes, KL, recall lost and time: less is better. A KL that is no number is the worst."""
     artifact = report.artifact
     return (
         artifact.kv_bytes_per_token or 0.0,
-        artifact.kl_mean or 0.0,
+        math.inf if artifact.kl_mean is None else artifact.kl_mean,
         _recall_lost(report) or 0.0,
         time_ratio(report.ratio) or 0.0,
     )

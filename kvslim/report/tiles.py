@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from kvslim.digits import three_digits
 from kvslim.kv_ratios import TYPES, smaller
 from kvslim.measures import GateResult, Report
+from kvslim.report.draft import draft_note
 from kvslim.types import Manifest
 
 GATES = {
@@ -52,8 +53,9 @@ def tiles(manifest: Manifest) -> tuple[Tile, ...]:
 
 
 def failed_gates(report: Report) -> tuple[str, ...]:
-    """What each failed gate asked for and what was measured, in words."""
-    return tuple(_missed(gate) for gate in report.gates if not gate.passed)
+    """What each failed gate asked for and what was measured, in words; and a draft that changes texts."""
+    note = draft_note(report.speculation) if report.speculation and report.speculation.differing else None
+    return *(_missed(gate) for gate in report.gates if not gate.passed), *([note] if note else [])
 
 
 def _missed(gate: GateResult) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
+from kvslim.calibrate.text_source import source_digest
 from kvslim.contract import Frozen
 from kvslim.errors import GateError, OutputError
 from kvslim.export.manifest import MANIFEST
@@ -56,8 +57,9 @@ class Outcomes(Frozen):
 
 
 def key_of(job: Job) -> str:
-    """SHA-256 of what a job asks for."""
-    asked = [job.model, job.recipe.model_dump(mode="json")]
+    """SHA-256 of what a job asks for, with what its texts hold now."""
+    texts = {source: source_digest(source) for source in (job.recipe.calibration.source, job.recipe.validation.source)}
+    asked = [job.model, job.recipe.model_dump(mode="json"), texts]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 

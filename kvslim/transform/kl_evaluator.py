@@ -45,11 +45,13 @@ class KLEvaluator:
         probing: bool = False,
     ) -> None:
         self.model, self.architecture = model, architecture
-        self.stride = 2 if probing and model.config.vocab_size > SMALL_VOCABULARY else 1
+        counted = predicting(windows, loss_mask)
+        is_costly = probing and model.config.vocab_size > SMALL_VOCABULARY
+        self.stride = 2 if is_costly and counted[:, 1::2].any() else 1
         self.layers = layer_modules(model, architecture)
         self.length = windows.shape[1]
         self.batches = torch.from_numpy(windows).to(model.device).split(max(1, BATCH // self.length))
-        weights = torch.from_numpy(predicting(windows, loss_mask)[:, self.stride - 1 :: self.stride])
+        weights = torch.from_numpy(counted[:, self.stride - 1 :: self.stride])
         self._weights = weights.to(model.device).split(max(1, BATCH // self.length))
         self._outputs: list[list[Any]] = []
         self._reference: list[Tensor] = []

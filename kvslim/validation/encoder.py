@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -131,7 +132,7 @@ def _predicted(session: EncoderSession, held_out: Sentences, part: slice) -> npt
 
 
 def compare(reference: Answers, found: Answers) -> dict[str, float | None]:
-    """The quality measures of a report, by name."""
+    """The quality measures of a report, by name; None for what is no number, as of a broken model."""
     cosines = _cosines(reference.embeddings, found.embeddings)
     measures: dict[str, float | None] = {
         "embedding_cosine_mean": float(cosines.mean()),
@@ -140,7 +141,7 @@ def compare(reference: Answers, found: Answers) -> dict[str, float | None]:
     }
     if reference.tokens is not None:
         measures["masked_top1_agreement"] = float((reference.tokens == found.tokens).mean())
-    return measures
+    return {name: None if value is None or not math.isfinite(value) else value for name, value in measures.items()}
 
 
 def _cosines(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

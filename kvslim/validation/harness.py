@@ -71,14 +71,29 @@ class ArtifactLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token used for an empty prompt."""
-        start = self.tokenizer.bos_token_id
+        """The token used for an empty prompt.
+
+        Raises:
+            UsageError: The tokenizer has no token that starts or ends a text.
+        """
+        if (prefix := self._prefix) is None:
+            raise UsageError(
+                "an empty prompt cannot be scored: the tokenizer has no token that starts or ends a text",
+                where="tasks",
+                fix="leave out tasks that score whole texts or answers without a prompt",
+            )
+        return prefix
+
+    @property
+    def _prefix(self) -> int | None:
+        start: int | None = self.tokenizer.bos_token_id
         return self.eot_token_id if start is None else start
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids of a text, with the tokenizer's start token unless the text already has it."""
         if add_special_tokens is None:
-            add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
+            prefix = self._prefix
+            add_special_tokens = prefix is None or not has_bos_prefix(string, self.tokenizer.decode(prefix))
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
         check_ids(ids, self._vocab_size, self.tokenizer.convert_ids_to_tokens, where="tasks")
         return ids

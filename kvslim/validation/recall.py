@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -254,6 +254,7 @@ def repeated_spans(
     seed: int = 0,
     spans: int = SPANS,
     spread: float = 0.5,
+    starts: Collection[int] = (),
 ) -> tuple[RecallItem, ...]:
     """Recall items for any model: random tokens hidden in ordinary text, and at its end the same random tokens again.
 
@@ -271,6 +272,7 @@ def repeated_spans(
         spans: In one text at most; a short one has room for fewer.
         spread: Share of a text that they are spread over: the last lies about this share of the distance behind the
             first.
+        starts: Tokens that a text may start with; a single window does not tell by itself.
 
     Returns:
         Items with prompts of at most `1 + SPAN + distance + CUE` tokens and answers of `SPAN - CUE`.
@@ -280,7 +282,8 @@ def repeated_spans(
     """
     if windows.ndim != 2 or windows.size < 2:
         raise UsageError("recall needs text to hide spans in", where="recall items", fix="pass [n, length] tokens")
-    has_bos = len(windows) > 1 and bool((windows[:, 0] == windows[0, 0]).all())
+    is_known = len(windows) > 1 or int(windows[0, 0]) in starts
+    has_bos = is_known and bool((windows[:, 0] == windows[0, 0]).all())
     start = (int(windows[0, 0]),) if has_bos else ()
     text = windows[:, len(start) :].reshape(-1)
     generator = np.random.default_rng(seed)

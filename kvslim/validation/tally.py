@@ -57,6 +57,13 @@ def log_softmax(logits: npt.NDArray[np.floating]) -> Floats:
     return rows.shifted - np.log(rows.total)[..., None]
 
 
+class _Piece(NamedTuple):
+    """The mean of some numbers, one for each token, and their count."""
+
+    mean: float
+    tokens: int
+
+
 class _Rows(NamedTuple):
     """Logits in float64, shifted so that the largest is 0, their exponentials, and the sums of these."""
 
@@ -95,7 +102,7 @@ class Tally:
         kl: Of each window that is ended, of its positions that count.
         beyond: The same of those that lie beyond.
         agreement: Of each window, where both have the same most likely token.
-        losses: Means of pieces, of the teacher's negative log-likelihoods and of the student's.
+        losses: Pieces of the teacher's negative log-likelihoods and of the student's.
     """
 
     piece: int
@@ -104,7 +111,7 @@ class Tally:
     kl: list[Floats] = field(default_factory=list)
     beyond: list[Floats] = field(default_factory=list)
     agreement: list[npt.NDArray[np.bool_]] = field(default_factory=list)
-    losses: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+    losses: tuple[list[_Piece], list[_Piece]] = field(default_factory=lambda: ([], []))
 
     def add(self, teacher: Logits, student: Logits, following: Window) -> None:
         """Adds the logits of some positions of a window, of which about `BLOCK` are expanded at a time."""
@@ -120,22 +127,22 @@ class Tally:
         self.kl.append(kl[: self.within])
         self.beyond.append(kl[len(self.kl[-1]) :])
         self.agreement.append(agreement[: self.within])
-        for means, values in zip(self.losses, losses, strict=True):
-            means += _means(values[: self.within], self.piece)
+        for pieces, values in zip(self.losses, losses, strict=True):
+            pieces += _pieces(values[: self.within], self.piece)
 
     def extend(self, other: Tally) -> None:
         """Adds the windows of another tally behind those so far."""
         self.kl += other.kl
         self.beyond += other.beyond
         self.agreement += other.agreement
-        for means, more in zip(self.losses, other.losses, strict=True):
-            means += more
+        for pieces, more in zip(self.losses, other.losses, strict=True):
+            pieces += more
 
     def student(self) -> Quality:
         """The student's measures over all windows so far."""
         kl = np.concatenate(self.kl)
         with np.errstate(invalid="ignore", over="ignore"):
-            mean, error = _mean_and_error([mean for values in self.kl for mean in _means(values, self.piece)])
+            mean, error = _mean_and_error([each for values in self.kl for each in _pieces(values, self.piece)])
             tail, agreement = float(np.quantile(kl, 0.99)), float(np.concatenate(self.agreement).mean())
             by_position = {bound: float(np.concatenate(parts).mean()) for bound, parts in self._by_position().items()}
             beyond = float(further.mean()) if (further := np.concatenate(self.beyond)).size else None
@@ -158,9 +165,10 @@ class Tally:
         return found
 
 
-def _means(values: Floats, piece: int) -> list[float]:
-    """The mean of each piece; the last position of a text has no next token, so its last piece may lack one."""
-    return [float(values[start : start + piece].mean()) for start in range(0, len(values), piece)]
+def _pieces(values: Floats, piece: int) -> list[_Piece]:
+    """The pieces of a text. Its last one may be short: the last position has no next token, and a text may end."""
+    parts = (values[start : start + piece] for start in range(0, len(values), piece))
+    return [_Piece(float(part.mean()), len(part)) for part in parts]
 
 
 def _compared_rows(
@@ -173,16 +181,19 @@ def _compared_rows(
         return reference.kl(rows), agreement, reference.losses(following), rows.losses(following)
 
 
-def _perplexity(losses: list[float]) -> tuple[float, float]:
-    """exp of the mean of the pieces' means, and its standard error."""
+def _perplexity(losses: list[_Piece]) -> tuple[float, float]:
+    """exp of the mean over all tokens, and its standard error."""
     with np.errstate(invalid="ignore", over="ignore"):
         mean, error = _mean_and_error(losses)
         perplexity = float(np.exp(mean))
         return perplexity, perplexity * error
 
 
-def _mean_and_error(means: list[float]) -> tuple[float, float]:
-    """The mean over pieces and its standard error, NaN for one piece."""
-    values = np.array(means)
-    error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else math.nan
-    return float(values.mean()), error
+def _mean_and_error(pieces: list[_Piece]) -> tuple[float, float]:
+    """The mean over all tokens, and its standard error by the pieces, NaN for one piece."""
+    means, tokens = np.array(pieces).T
+    mean = float(np.average(means, weights=tokens))
+    if len(pieces) == 1:
+        return mean, math.nan
+    spread = np.square(tokens * (means - mean)).sum() * len(pieces) / (len(pieces) - 1)
+    return mean, float(np.sqrt(spread) / tokens.sum())
