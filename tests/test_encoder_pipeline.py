@@ -204,7 +204,7 @@ def test_sentences_come_from_the_whole_file_when_one_is_given(tmp_path: Path) ->
 
 def test_sentences_need_no_spaces_where_the_script_has_none(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
-    path.write_text("今天天气很好。我们去公园玩。\n你好\nCafé.\n" * 3, encoding="utf-8")
+    path.write_text("今天天气很好。我们去公园玩。\n你好\n“Yes.”\n" * 3, encoding="utf-8")
     assert sentences(str(path), samples=10) == ["今天天气很好。", "我们去公园玩。"]
 
 

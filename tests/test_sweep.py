@@ -171,8 +171,9 @@ def test_artifact_is_made_again_when_its_text_has_changed(tmp_path: Path) -> Non
     job = job.model_copy(update={"recipe": job.recipe.model_copy(update={"calibration": calibration})})
     store_outcomes(tmp_path / "out", Outcomes(jobs={job.name: made(tmp_path / "out", job)}))
     assert list(load_outcomes(tmp_path / "out", {job.name: job}).jobs) == [job.name]
-    text.write_text("Another text.")
-    assert not load_outcomes(tmp_path / "out", {job.name: job}).jobs
+    for change in (lambda: text.write_text("Another text."), text.unlink):
+        change()
+        assert not load_outcomes(tmp_path / "out", {job.name: job}).jobs
 
 
 def test_folder_with_something_else_is_refused(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def _split(text: str) -> list[str]:
 
 def _is_unspaced(piece: str) -> bool:
     """Whether a piece without a space may be a sentence all the same, as in Chinese, Japanese and Thai."""
-    return len(piece) >= _LETTERS and any(letter >= _THAI for letter in piece)
+    return len(piece) >= _LETTERS and any(letter >= _THAI and letter.isalpha() for letter in piece)
 
 
 def _of_stories(samples: int, held_out: bool) -> list[str]:

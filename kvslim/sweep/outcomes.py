@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from kvslim.calibrate.text_source import source_digest
 from kvslim.contract import Frozen
-from kvslim.errors import GateError, OutputError
+from kvslim.errors import GateError, KvslimError, OutputError
 from kvslim.export.manifest import MANIFEST
 from kvslim.replacing import replacing
 from kvslim.sweep.asked import Job
@@ -58,9 +58,17 @@ class Outcomes(Frozen):
 
 def key_of(job: Job) -> str:
     """SHA-256 of what a job asks for, with what its texts hold now."""
-    texts = {source: source_digest(source) for source in (job.recipe.calibration.source, job.recipe.validation.source)}
+    texts = [_held_by(settings.source) for settings in (job.recipe.calibration, job.recipe.validation)]
     asked = [job.model, job.recipe.model_dump(mode="json"), texts]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def _held_by(source: str) -> str | None:
+    """A digest of a text; None where it cannot be read, which the job itself will tell."""
+    try:
+        return source_digest(source)
+    except (KvslimError, OSError):
+        return None
 
 
 def load_outcomes(folder: Path, jobs: Mapping[str, Job]) -> Outcomes:
