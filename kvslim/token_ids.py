@@ -1,4 +1,4 @@
-"""Token ids that start a text, and those that a model has no embedding for, as some tokenizers know more than it."""
+"""What a text must be to have token ids, ids that start one, and those that a model has no embedding for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ import numpy as np
 import numpy.typing as npt
 
 from kvslim.errors import UsageError
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Refuses half of a surrogate pair, which tokenizers cannot read.
+
+    Raises:
+        UsageError: There is one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"not Unicode: {error.reason}", where=where, fix="give UTF-8 text") from error
 
 
 def check_ids(

@@ -73,6 +73,36 @@ def test_full_disk_behind_stdout_is_one_error() -> None:
     assert clear(done.stderr)
 
 
+def test_streams_that_are_closed_hold_nothing_and_take_anything(artifact: Path) -> None:
+    kvslim = shlex.join(COMMAND)
+    for line, code in (
+        (f"{kvslim} verify {artifact} >&-", 0),
+        (f"{kvslim} verify {artifact} 2>&-", 0),
+        (f"{kvslim} verify {artifact}/nothing >&- 2>&-", 5),
+        (f"{kvslim} generate {artifact} --file - <&-", 0),
+    ):
+        found = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+        assert (found.returncode, "Traceback" in found.stderr) == (code, False), (line, found.stderr)
+
+
+def test_json_is_json_where_stdout_takes_ascii_alone(artifact: Path) -> None:
+    command = [*COMMAND, "verify", "no-\U0001f600", "--json"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    found = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert "no-\U0001f600" in json.loads(found.stdout)["error"]["where"]
+
+
+def test_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("good")
+    written = f"write_text(Path({str(page)!r}), 'a' * 9999, '')"
+    program = f"from pathlib import Path; from kvslim.cli.inputs import write_text; {written}"
+    limited = f"ulimit -f 1; exec {shlex.quote(sys.executable)} -c {shlex.quote(program)}"
+    done = subprocess.run(["sh", "-c", limited], capture_output=True, text=True, check=False)
+    assert "OutputError: cannot write: File too large" in done.stderr
+    assert (page.read_text(), [path.name for path in tmp_path.iterdir()]) == ("good", ["page.html"])
+
+
 def test_closed_pipe_ends_in_silence() -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -114,6 +114,18 @@ def test_usage_is_of_the_last_text_when_an_older_one_is_closed_late(folder: Path
     assert (writer.usage.prompt_tokens, writer.usage.finish_reason) == (2, "length")
 
 
+def test_text_cannot_go_on_after_another_has_begun(folder: Path) -> None:
+    writer, expected = completer(folder), text_of(completer(folder), [9, 8, 7, 6], 20)
+    older = writer.stream([1, 2, 3], 20)
+    next(older)
+    newer = writer.stream([9, 8, 7], 6)
+    first = next(newer)
+    with pytest.raises(UsageError, match="another text has begun"):
+        next(older)
+    assert first + "".join(newer) == text_of(completer(folder), [9, 8, 7], 6)
+    assert text_of(writer, [9, 8, 7, 6], 20) == expected
+
+
 def test_usage_counts_what_was_run(folder: Path) -> None:
     writer = completer(folder, capacity=20)
     text_of(writer, [1, 2, 3, 4], 5)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,14 +19,17 @@ import httpx2
 import openai
 import pytest
 from openai import OpenAI
+from starlette.requests import Request
 from support.paths import ROOT
-from support.server import Server
+from support.server import PATIENCE, Server
 from support.tiny_chat import completed, write_chat
 from support.tiny_tokenizer import byte_tokenizer
 
 from kvslim.cli import app
 from kvslim.runtime.generate import Sampling
+from kvslim.serve.app import _body
 from kvslim.serve.engine import MOST_WAITING
+from kvslim.serve.errors import ApiError
 from kvslim.serve.requests import ChatRequest, CompletionRequest
 from kvslim.serve.server import is_local, listen, url_of
 
@@ -187,6 +193,15 @@ REFUSED: dict[str, tuple[str, Any, int, str | None, str | None, str]] = {
     "a mixed list": (TEXT, {"prompt": ["a", 3]}, 400, "prompt", None, "send a text or token ids"),
     "an unknown id": (TEXT, {"prompt": [257]}, 400, "prompt", None, "tokens 0 to 256"),
     "a negative id": (TEXT, {"prompt": [-1]}, 400, "prompt", None, "send a text or token ids"),
+    "a huge id": (TEXT, {"prompt": [10**20]}, 400, "prompt", None, "send a text or token ids"),
+    "log probabilities": (
+        TEXT,
+        {"prompt": "a", "logprobs": 0},
+        400,
+        "logprobs",
+        "unsupported_parameter",
+        "not supported",
+    ),
     "a long prompt": (TEXT, {"prompt": "a" * 512}, 400, "prompt", "context_length_exceeded", "in a cache of 512"),
     "a long conversation": (
         CHAT,
@@ -280,6 +295,7 @@ def test_model_without_a_template_continues_prompts_alone(tmp_path: Path) -> Non
         (["--port", "70000"], 2, "--port"),
         (["--host", "192.0.2.1", "--port", "0"], 2, "give another --host"),
         (["--host", "no.such.host.invalid"], 2, "cannot listen"),
+        (["--host", "a..b"], 2, "cannot listen"),
     ],
 )
 def test_serve_refuses_what_it_cannot_do(
@@ -288,6 +304,48 @@ def test_serve_refuses_what_it_cannot_do(
     assert app.run(["serve", str(artifact), *arguments]) == code
     out, err = capsys.readouterr()
     assert (out, words in err) == ("", True), err
+
+
+def test_broken_chat_template_is_told_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["serve", str(write_chat(tmp_path / "broken", "{% if %}")), "--port", "0"]) == 4
+    out, err = capsys.readouterr()
+    assert (out, "chat template" in err) == ("", True), err
+
+
+def test_many_faults_of_a_request_are_not_listed() -> None:
+    """Each takes a kilobyte and more in memory."""
+    tracemalloc.start()
+    for body in ({"prompt": [-1] * 20_000}, {"prompt": [[-1]] * 20_000}, {"prompt": "a", "stop": [1] * 20_000}):
+        with pytest.raises(ApiError):
+            CompletionRequest.read(json.dumps(body).encode())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * 2**20
+
+
+def test_server_is_called_by_the_address_that_it_prints(artifact: Path, tmp_path: Path) -> None:
+    with Server(artifact, tmp_path / "stderr", "--host", "127.0.0.2") as server:
+        assert "127.0.0.2" in server.url
+        assert httpx2.get(f"{server.url}/models").status_code == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_the_server_as_soon_as_the_address_is_told(artifact: Path, tmp_path: Path, number: int) -> None:
+    with Server(artifact, tmp_path / "stderr") as server:
+        server.process.send_signal(number)
+        assert server.process.wait(timeout=PATIENCE) == 0
+
+
+def test_body_that_does_not_come_is_waited_for_a_while(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvslim.serve.app.BODY_SECONDS", 0.01)
+
+    async def nothing() -> dict[str, Any]:
+        await asyncio.sleep(PATIENCE)
+        return {}
+
+    with pytest.raises(ApiError, match="did not come") as caught:
+        asyncio.run(_body(Request({"type": "http", "headers": []}, nothing)))
+    assert caught.value.status == 408
 
 
 def test_help_names_what_a_user_sets(capsys: pytest.CaptureFixture[str]) -> None:

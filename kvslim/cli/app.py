@@ -81,13 +81,13 @@ def run(arguments: list[str]) -> int:
         error = usage_error(caught)
     except BaseException as caught:  # a bug is reported in one line; a panic in Rust code is a BaseException
         error = explained(caught)
-    return _report(error, as_json)
+    return _report(error, as_json, on_a_line="chat" in arguments[:1])  # it prints an object per answer
 
 
-def _report(error: KvslimError, as_json: bool) -> int:
+def _report(error: KvslimError, as_json: bool, on_a_line: bool) -> int:
     """Prints an error, only on stderr if stdout is closed, and returns its exit code."""
     try:
-        console.print_error(error, as_json)
+        console.print_error(error, as_json, on_a_line)
         console.flush()
     except OSError:
         console.abandon_stdout()

@@ -35,10 +35,10 @@ def libraries_apart() -> Iterator[None]:
             sys.stdin = typed
 
 
-def print_json(name: str, value: dict[str, Any]) -> None:
+def print_json(name: str, value: dict[str, Any], on_a_line: bool = False) -> None:
     """Prints the one JSON object of a command with `--json`, under the name and version of its schema."""
-    named = {"schema": schema_id(name), **value}
-    sys.stdout.write(json.dumps(named, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    named, indent = {"schema": schema_id(name), **value}, None if on_a_line else 2
+    sys.stdout.write(json.dumps(named, indent=indent, ensure_ascii=_needs_ascii(), allow_nan=False) + "\n")
 
 
 def schema_id(name: str) -> str:
@@ -48,7 +48,12 @@ def schema_id(name: str) -> str:
 
 def print_json_line(value: Any) -> None:
     """Prints one object of JSON lines without delay."""
-    print_text(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+    print_text(json.dumps(value, ensure_ascii=_needs_ascii(), allow_nan=False) + "\n")
+
+
+def _needs_ascii() -> bool:
+    """Whether stdout lacks characters that JSON may have."""
+    return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") != "utf8"
 
 
 def print_tables(*tables: Table) -> None:
@@ -66,7 +71,13 @@ def print_text(text: str) -> None:
 
 
 def accept_any_text() -> None:
-    """Accepts names and prompts that are not valid Unicode, so that they lead to an error message, not a crash."""
+    """Accepts names and prompts that are not valid Unicode, so that they lead to an error message, not a crash.
+
+    A stream that was closed before the start holds nothing, or takes anything.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 (until the process ends)
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
@@ -99,10 +110,10 @@ def error_fields(error: KvslimError) -> dict[str, Any]:
     return {"message": error.message, "where": error.where, "fix": error.fix, "exit_code": error.exit_code}
 
 
-def print_error(error: KvslimError, as_json: bool = False) -> None:
+def print_error(error: KvslimError, as_json: bool = False, on_a_line: bool = False) -> None:
     """Prints what is wrong, where, and how to fix it; with `as_json` as the one JSON object too."""
     if as_json:
-        print_json("error", {"error": error_fields(error)})
+        print_json("error", {"error": error_fields(error)}, on_a_line)
     hint(f"error: {_line(error.message)}\n  where: {_line(error.where)}\n  fix: {_line(error.fix)}")
     if debugging():
         traceback.print_exception(error)

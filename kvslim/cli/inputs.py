@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from kvslim.cli.lengths import read_length
 from kvslim.errors import NotFoundError, OutputError, UsageError, fault_of, suggestion, words_of
 from kvslim.recipe import Recipe, load_recipe
+from kvslim.replacing import replacing
 from kvslim.settings import Budget, Gates
 from kvslim.types import Plan
 
@@ -79,13 +80,17 @@ def check_target(path: Path | None, option: str) -> None:
 
 
 def write_text(path: Path, text: str, option: str) -> None:
-    """Writes a text file.
+    """Writes a text file whole or not at all; what is no file, such as /dev/stdout, is written to.
 
     Raises:
         OutputError: The file cannot be written.
     """
     try:
-        path.write_text(text, encoding="utf-8")
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
+        with replacing(path.resolve()) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write: {error.strerror}", where=str(path), fix=f"give another {option}") from error
 

@@ -45,10 +45,13 @@ def serve(
     with listen(host, port) as sock:
         room = None if context is None else read_length(context, "--context")
         model = ServedModel(artifact, room, max_new_tokens, threads, speculative)
-        console.print_text(f"serving {model.name} at {url_of(sock)}\n")
-        if not is_local(sock):
-            console.hint("hint: other machines can use the model; there is no password")
-        run(model, sock, _tell, _tell_failure)
+
+        def ready() -> None:
+            console.print_text(f"serving {model.name} at {url_of(sock)}\n")
+            if not is_local(sock):
+                console.hint("hint: other machines can use the model; there is no password")
+
+        run(model, sock, _tell, _tell_failure, ready)
     return 0
 
 

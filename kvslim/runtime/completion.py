@@ -20,7 +20,7 @@ from kvslim.runtime.session import DecodeSession
 from kvslim.runtime.writing import Completion, FinishReason, write
 from kvslim.speculative.loop import acceptance, tokens_per_round, write_speculatively
 from kvslim.speculative.speculator import Speculator
-from kvslim.token_ids import check_ids
+from kvslim.token_ids import check_ids, check_unicode
 from kvslim.types import Draft
 
 if TYPE_CHECKING:
@@ -88,10 +88,7 @@ class PromptEncoder:
         return self._encode(self.template.render(messages), special=False)
 
     def _encode(self, text: str, special: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(f"not Unicode: {error.reason}", where="prompt", fix="give UTF-8 text") from error
+        check_unicode(text, where="prompt")
         ids = self.tokenizer.encode(text, add_special_tokens=special).ids
         if not ids:
             raise UsageError("the prompt has no tokens", where="prompt", fix="give some text to continue")
@@ -220,17 +217,31 @@ class Completer:
     def _streamed(self, completion: Completion, cached: int) -> Generator[str, None, None]:
         """The text of a completion of which the cache holds so many tokens; notes at the end what it took."""
         start = time.perf_counter()
+        self._require(completion)
         try:
             for logits in self._session.prefill_steps(completion.ids[cached:]):  # noqa: B007 (the last are written from)
                 yield ""
-            yield from self._written(completion, logits)
+                self._require(completion)
+            for piece in self._written(completion, logits):
+                yield piece
+                self._require(completion)
         except GeneratorExit:
             completion.finish_reason = completion.finish_reason or "interrupted"
         except BaseException:
-            self._session.reset()  # a run may have ended halfway
+            if self._last is completion:
+                self._session.reset()  # a run may have ended halfway
             raise
         if self._last is completion:
             self.usage = self._used(completion, cached, start)
+
+    def _require(self, completion: Completion) -> None:
+        """Refuses to go on with a text after another one has begun, whose tokens the cache holds now."""
+        if self._last is not completion:
+            raise UsageError(
+                "another text has begun since, and there is one cache",
+                where="generate",
+                fix="read a text to its end before the next, or load the artifact twice",
+            )
 
     def _written(self, completion: Completion, logits: Logits) -> Iterator[str]:
         if self._speculator is not None:

@@ -13,7 +13,7 @@ from kvslim.errors import ArtifactError, UsageError
 from kvslim.export.manifest import read_manifest
 from kvslim.runtime.generate import load_tokenizer
 from kvslim.runtime.opening import open_session, run_graph
-from kvslim.token_ids import check_ids
+from kvslim.token_ids import check_ids, check_unicode
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -124,9 +124,11 @@ class EncoderSession:
         Raises:
             NotFoundError, ArtifactError: The folder's tokenizer.json or kvslim.json is missing or broken, or
                 onnxruntime fails.
-            UsageError: A text has a token that the model does not know.
+            UsageError: A text is not Unicode, or has a token that the model does not know.
         """
         tokenizer, spec = load_tokenizer(self._model), read_manifest(self._model).spec
+        for text in texts:
+            check_unicode(text, where="texts")
         tokens = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
         check_ids([*chain(*tokens)], spec.vocab_size, tokenizer.id_to_token, where="texts")
         parts = [self.embed(tokens[start : start + batch]) for start in range(0, max(1, len(tokens)), batch)]

@@ -49,6 +49,8 @@ class Sampling:
                 where="generate",
                 fix="use temperature >= 0, top_k >= 0 and 0 < top_p <= 1",
             )
+        if self.seed < 0:
+            raise UsageError(f"a seed of {self.seed} is negative", where="generate", fix="use 0 or more")
         if not PENALTIES[0] <= self.repetition_penalty <= PENALTIES[1]:
             raise UsageError(
                 f"a repetition penalty of {self.repetition_penalty} is out of range",

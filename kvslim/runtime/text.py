@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from kvslim.errors import UnsupportedError, UsageError
 from kvslim.export.manifest import read_runnable
+from kvslim.messages import read_messages
 from kvslim.runtime.completion import Completer, PromptEncoder, Usage
 from kvslim.runtime.generate import Sampling
 from kvslim.types import Draft, Manifest
@@ -132,7 +133,10 @@ class TextGenerator:
         return ids
 
     def _ids(self, prompt: str | Messages) -> list[int]:
-        return self._encoder.prompt(prompt) if isinstance(prompt, str) else self._encoder.chat(prompt)
+        if isinstance(prompt, str):
+            return self._encoder.prompt(prompt)
+        messages = list(prompt) if isinstance(prompt, Sequence) else prompt
+        return self._encoder.chat(read_messages(messages, "messages"))
 
 
 def read_decoder(folder: Path, context: int | None, option: str) -> Manifest:

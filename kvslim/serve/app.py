@@ -27,6 +27,7 @@ from kvslim.serve.names import OwnNames
 from kvslim.serve.requests import ChatRequest, CompletionRequest, TextRequest
 
 LARGEST_BODY = 16 * 2**20
+BODY_SECONDS = 30  # a client that sends no more of it would keep the server from ending
 Asked = TypeVar("Asked", bound=TextRequest)
 
 
@@ -48,7 +49,7 @@ def create_app(model: ServedModel, engine: Engine, hosts: Sequence[str]) -> Star
     async def _answered(
         request: Request, kind: type[Asked], order_of: Callable[[Asked], Order], form_of: type[Form]
     ) -> Response:
-        asked = kind.read(await _body(request))
+        asked = await run_in_threadpool(kind.read, await _body(request))
         model.check_name(asked.model)
         form = form_of(model.name, model.fingerprint)
         answer = engine.submit(await run_in_threadpool(order_of, asked))
@@ -149,13 +150,18 @@ async def _body(request: Request) -> bytes:
     """The body of a request.
 
     Raises:
-        ApiError: It is larger than any prompt.
+        ApiError: It is larger than any prompt, or does not come.
     """
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > LARGEST_BODY:
-            raise ApiError("the body is larger than 16 MiB", status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > LARGEST_BODY:
+                    raise ApiError("the body is larger than 16 MiB", status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+    except TimeoutError as error:
+        message = f"the body did not come within {BODY_SECONDS} seconds"
+        raise ApiError(message, status=HTTPStatus.REQUEST_TIMEOUT) from error
     return bytes(body)
 
 

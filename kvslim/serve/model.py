@@ -54,6 +54,8 @@ class ServedModel:
         self._vocab_size = manifest.spec.vocab_size
         self._encoder = PromptEncoder(folder, self._vocab_size)
         self._has_template = ChatTemplate.exists(folder)
+        if self._has_template:
+            _ = self._encoder.template  # a broken one is told now
         draft, tokenizer = used_draft(manifest, speculative), self._encoder.tokenizer
         self.completer = Completer(folder, tokenizer, capacity=self.capacity, threads=threads, draft=draft)
 

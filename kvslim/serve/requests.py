@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from typing import Annotated, Any, Self, cast
+from typing import Annotated, Any, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,8 +14,10 @@ from kvslim.runtime.generate import PENALTIES, Sampling
 from kvslim.runtime.stops import checked_stops
 from kvslim.serve.errors import ApiError
 
-Token = Annotated[int, Field(ge=0)]
+Token = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(ge=1)]
+Each = TypeVar("Each")
+Many = Annotated[list[Each], Field(fail_fast=True)]  # the faults of a million elements would fill the memory
 
 # Parameters that change no text, whatever their value.
 IGNORED = {
@@ -68,7 +70,7 @@ class TextRequest(BaseModel):
     top_k: int = Field(0, ge=0)
     repetition_penalty: float = Field(1.0, ge=PENALTIES[0], le=PENALTIES[1])
     seed: int | None = None
-    stop: str | list[str] = Field(default_factory=list, description="a text or a list of texts")
+    stop: str | Many[str] = Field(default_factory=list, description="a text or a list of texts")
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 
@@ -116,7 +118,7 @@ class TextRequest(BaseModel):
 class ChatRequest(TextRequest):
     """A conversation to answer; contents are checked when the chat template is rendered."""
 
-    messages: list[dict[str, Any]] = Field(
+    messages: Many[dict[str, Any]] = Field(
         min_length=1, description='a list of messages like {"role": "user", "content": "..."}'
     )
     max_completion_tokens: Count | None = None
@@ -144,7 +146,7 @@ class ChatRequest(TextRequest):
 class CompletionRequest(TextRequest):
     """Prompts to continue: a text or token ids, or a list of either."""
 
-    prompt: str | list[str] | list[Token] | list[list[Token]] = Field(
+    prompt: str | Many[str] | Many[Token] | Many[Many[Token]] = Field(
         description="a text or token ids, or a list of either"
     )
     max_tokens: Count | None = 16
@@ -170,7 +172,8 @@ def _effective(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     values = {name: value for name, value in given.items() if value is not None and name not in IGNORED}
     for name in values.keys() & NEUTRAL.keys():
-        if values.pop(name) not in NEUTRAL[name]:
+        value = values.pop(name)  # 0 is equal to False, and asks for something else
+        if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in NEUTRAL[name]):
             raise ApiError(f"{name} is not supported here; leave it out", parameter=name, code="unsupported_parameter")
     return values
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from kvslim.errors import UsageError
+from kvslim.errors import UsageError, first_line
 from kvslim.runtime.completion import Usage
 from kvslim.serve.app import create_app
 from kvslim.serve.engine import Engine
@@ -35,9 +35,10 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a name that is none, such as a..b
         fix = "give another --port; 0 takes any that is free" if port else "give another --host"
-        raise UsageError(f"cannot listen: {error.strerror}", where=f"{host}:{port}", fix=fix) from error
+        what = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise UsageError(f"cannot listen: {what}", where=f"{host}:{port}", fix=fix) from error
 
 
 def is_local(sock: socket.socket) -> bool:
@@ -56,6 +57,7 @@ def serve(
     sock: socket.socket,
     told: Callable[[Usage], None],
     failed: Callable[[BaseException], None],
+    ready: Callable[[], None],
 ) -> None:
     """Serves a model until SIGINT or SIGTERM.
 
@@ -66,19 +68,27 @@ def serve(
         sock: Where to listen.
         told: Is told what each text took.
         failed: Is told why an answer failed.
+        ready: Is called once signals are heard, before the first request is read.
     """
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that hangs up
-    hosts = LOCAL_NAMES if is_local(sock) else ("*",)
-    with Engine(model.completer, told, failed) as engine, _signals_end_here():
+    hosts = (*LOCAL_NAMES, sock.getsockname()[0]) if is_local(sock) else ("*",)
+    with Engine(model.completer, told, failed) as engine:
         app = create_app(model, engine, hosts)
         config = uvicorn.Config(app, log_config=None, log_level="error", access_log=False, lifespan="off", ws="none")
-        uvicorn.Server(config).run(sockets=[sock])
+        server = uvicorn.Server(config)
+        with _stopping(server):
+            ready()
+            server.run(sockets=[sock])
 
 
 @contextmanager
-def _signals_end_here() -> Iterator[None]:
-    """uvicorn raises the signal that stopped it once more at its end, where stopping is all that was wanted."""
-    before = {number: signal.signal(number, lambda *_: None) for number in STOPS}
+def _stopping(server: uvicorn.Server) -> Iterator[None]:
+    """Ends a server by signals that come before it hears them itself, or that it raises once more at its end."""
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, stop) for number in STOPS}
     try:
         yield
     finally:
