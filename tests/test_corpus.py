@@ -66,7 +66,12 @@ def test_one_file_for_both_uses_is_split(tmp_path: Path, tiny_llama: Path) -> No
             "validation": Validation(source=str(path), samples=4, length=40),
         }
     )
-    assert open_prepared(tiny_llama, recipe).text.is_shared
+    prepared = open_prepared(tiny_llama, recipe)
+    texts = [
+        prepared.tokenizer.decode(windows.reshape(-1), skip_special_tokens=True)
+        for windows in (prepared.text.calibration_windows, prepared.text.held_out_windows)
+    ]
+    assert [set(text) for text in texts] == [{"a"}, {"b"}]
 
 
 def test_jsonl_gives_texts_and_completed_prompts(tmp_path: Path, tokenizer: Any) -> None:

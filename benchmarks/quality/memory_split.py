@@ -145,7 +145,8 @@ def _made(source: Source, kind: str, settings: Sequence[str], budget: Budget) ->
     folder = Path(tempfile.mkdtemp(dir=source.folder)) / "artifact"
     recipe = load_recipe("small", [*settings, f"weights={kind}"]).within(budget)
     manifest = compress(source.model, recipe, folder)
-    return _Made(manifest, file_mib(folder), artifact_weights(folder, manifest.spec, kind, 0).decoding / MIB)
+    weights = artifact_weights(folder, manifest.spec, kind, 0).decoding + manifest.spec.rope_bytes  # as a budget counts
+    return _Made(manifest, file_mib(folder), weights / MIB)
 
 
 def _plain_memory(source: Source, kind: WeightType) -> float:
